@@ -1,0 +1,1 @@
+"""Convolutional networks with unstructured sparsity: models, data, recipes and the training program."""

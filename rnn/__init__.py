@@ -1,0 +1,1 @@
+"""Recurrent networks that learn their rank (planned: GRU, LSTM and FastGRNN; see CHANGELOG.md)."""

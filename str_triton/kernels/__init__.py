@@ -1,0 +1,1 @@
+"""Device code: one file per op, each importing triton and nothing else."""

@@ -1,0 +1,1 @@
+"""The PyTorch side of each kernel file, under the same file names."""
