@@ -237,7 +237,7 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _view(flat: Tensor, like: Tensor, start: int) -> Tensor:
-    return flat.as_strided(like.shape, like.stride(), flat.storage_offset() + start)
+    return flat.narrow(0, start, like.numel()).as_strided(like.shape, like.stride())
 
 
 def _laid_out(x: Tensor, strides: Sequence[int]) -> Tensor:
