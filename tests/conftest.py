@@ -1,0 +1,21 @@
+"""What every test shares: the gpu marker, and random numbers that are the same in every run and in every order."""
+
+import pytest
+import torch
+
+# Tests of kernels in Triton's interpreter need a process of their own: tests/test_interpreter.py starts it.
+collect_ignore = ["interpreter"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a GPU: torch.cuda.is_available() is False")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
