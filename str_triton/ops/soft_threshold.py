@@ -417,7 +417,10 @@ def soft_threshold_many(
             raise ValueError(f"{name} must share one dtype and one device, got {sorted(map(str, kinds))}")
     if len({_per_weight(x, raw) for x, raw in zip(xs, raws, strict=True)}) > 1:
         raise ValueError("raw_thresholds must be one per weight for all of xs or for none of them")
-    return list(_SoftThresholdMany.apply(len(xs), g, gradient == "masked", *xs, *raws))
+    tensors = xs + raws
+    if torch.compiler.is_compiling():  # It refuses a Function that gets one tensor twice, as a shared threshold.
+        tensors = [tensor.view_as(tensor) for tensor in tensors]
+    return list(_SoftThresholdMany.apply(len(xs), g, gradient == "masked", *tensors))
 
 
 def _per_weight(x: Tensor, raw: Tensor) -> bool:
