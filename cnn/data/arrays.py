@@ -1,0 +1,81 @@
+"""Images held in memory as uint8, and the augmentation of small images."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cnn.data.counter_random import uniforms
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """A shift by up to `padding` pixels each way, black coming in at the border, and a mirroring of half the images."""
+
+    padding: int = 0
+    flip: bool = False
+
+    DRAWS = 3
+
+    def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
+        """uint8 [B, C, H, W] and draws [>= DRAWS, B] in [0, 1) -> uint8 [B, C, H, W]."""
+        count, channels, height, width = images.shape
+        top, left = (draws[:2] * (2 * self.padding + 1)).long()
+        rows, columns = top[:, None] + torch.arange(height), left[:, None] + torch.arange(width)
+        if self.flip:
+            columns = torch.where((draws[2] < 0.5)[:, None], columns.flip(1), columns)
+        padded = F.pad(images, [self.padding] * 4)
+        # One gather in flat memory: several times faster than indexing windows of the padded images.
+        planes = torch.arange(count * channels).view(count, channels, 1, 1) * (padded.shape[2] * padded.shape[3])
+        places = planes + (rows * padded.shape[3])[:, None, :, None] + columns[:, None, None, :]
+        return padded.view(-1).gather(0, places.view(-1)).view(images.shape)
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """(x - mean) / std by channel, with `mean` and `std` in pixel values (0 ... 255)."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, images: Tensor) -> "Normalisation":
+        """The statistics of uint8 [N, C, H, W], exactly: from the count of each pixel value."""
+        values = torch.arange(256, dtype=torch.float64)
+        mean, std = [], []
+        for channel in range(images.shape[1]):
+            counts = torch.zeros(256, dtype=torch.int64)
+            for part in images[:, channel].split(4096):  # bincount widens its input to 8 bytes a pixel
+                counts += torch.bincount(part.reshape(-1), minlength=256)
+            share = counts / counts.sum().double()
+            mean.append(float(share @ values))
+            std.append(float(share @ (values - mean[-1]) ** 2) ** 0.5 or 1.0)
+        return cls(tuple(mean), tuple(std))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 [B, C, H, W] -> float32 [B, C, H, W], contiguous."""
+        mean = torch.tensor(self.mean, dtype=torch.float32)[:, None, None]
+        scale = torch.tensor([1 / std for std in self.std], dtype=torch.float32)[:, None, None]
+        return images.to(torch.float32, memory_format=torch.contiguous_format).sub_(mean).mul_(scale)
+
+
+@dataclass(frozen=True, eq=False)
+class ArrayImages:
+    """Images in memory: `images` uint8 [N, C, H, W], `labels` int64 [N]. See `common.Images`."""
+
+    images: Tensor
+    labels: Tensor
+    normalisation: Normalisation
+    augmentation: Augmentation
+
+    in_memory = True
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, indices: Tensor, *, seed: int, epoch: int, augment: bool) -> tuple[Tensor, Tensor]:
+        images = self.images.index_select(0, indices)  # twenty times the speed of images[indices]
+        if augment:
+            images = self.augmentation(images, uniforms(seed, epoch, indices, Augmentation.DRAWS))
+        return self.normalisation(images), self.labels[indices]

@@ -1,0 +1,118 @@
+"""An epoch's batches, the same bits whatever the number of workers, processes, or interruptions."""
+
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from cnn.data.common import Images
+from cnn.data.counter_random import permutation
+
+
+def steps_per_epoch(dataset: Images, batch_size: int, *, drop_last: bool = False, world_size: int = 1) -> int:
+    """The number of batches that `batches` gives in an epoch, the same on every rank.
+
+    Raises ValueError where there can be none: a batch size below 1 or not divisible by `world_size`, or, with
+    `drop_last`, above the number of images.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch size {batch_size}: it must be at least 1")
+    if batch_size % world_size:
+        raise ValueError(f"batch size {batch_size} cannot be divided over {world_size} processes: choose a multiple")
+    if drop_last and batch_size > len(dataset):
+        raise ValueError(
+            f"batch size {batch_size} is larger than the {len(dataset)} training images: choose a smaller one"
+        )
+    return len(dataset) // batch_size if drop_last else -(-len(dataset) // batch_size)
+
+
+def batches(
+    dataset: Images,
+    *,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    augment: bool,
+    shuffle: bool,
+    workers: int,
+    start: int = 0,
+    drop_last: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Go once through `dataset`: (images float32 [B, C, H, W], labels int64 [B]), batch by batch.
+
+    Order and augmentation are functions of (seed, epoch, index): `workers` (0 decodes in this process; data in memory
+    never uses any) changes the speed only, and torch's random state is neither read nor written. `start` is the first
+    batch to give, for resuming within an epoch. `batch_size` is that of all ranks together: rank r gets the r-th part
+    of each, and every rank gets the same number of batches. Without `drop_last` the last one may be smaller: parts then
+    differ by an image, and are empty where fewer images than ranks are left, so that no image is seen twice.
+
+    Raises ValueError at once for arguments that make no sense (see `steps_per_epoch`), and on the way when an image
+    cannot be decoded.
+    """
+    steps = steps_per_epoch(dataset, batch_size, drop_last=drop_last, world_size=world_size)
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} is not among 0 ... {world_size - 1}")
+    if not 0 <= start <= steps:
+        raise ValueError(f"start {start} is not among the epoch's {steps} batches")
+    if workers < 0:
+        raise ValueError(f"workers {workers}: the number of worker processes cannot be negative")
+    order = permutation(len(dataset), seed, epoch) if shuffle else torch.arange(len(dataset))
+    plan = _Plan(dataset, order, batch_size, seed, epoch, augment, rank, world_size)
+    return _run(plan, range(start, steps), 0 if dataset.in_memory else workers)
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """What a worker needs: the k-th item is this rank's part of batch k, or the error that it met."""
+
+    dataset: Images
+    order: Tensor
+    batch_size: int
+    seed: int
+    epoch: int
+    augment: bool
+    rank: int
+    world_size: int
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor] | Exception:
+        members = self.order[step * self.batch_size : (step + 1) * self.batch_size]
+        part = members.tensor_split(self.world_size)[self.rank]
+        try:
+            return self.dataset.batch(part, seed=self.seed, epoch=self.epoch, augment=self.augment)
+        except (OSError, ValueError) as error:
+            # Raised in a worker, it would come out with that worker's traceback for a message.
+            return error
+
+
+def _run(plan: _Plan, steps: range, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+    if workers == 0:
+        items = map(plan.__getitem__, steps)
+    else:
+        items = DataLoader(
+            plan,
+            batch_size=None,
+            sampler=steps,
+            num_workers=workers,
+            collate_fn=_unchanged,
+            worker_init_fn=_ignore_signals,
+            generator=torch.Generator(),  # or it would draw its workers' seed from the global one
+        )
+    for item in items:
+        if isinstance(item, Exception):
+            raise item
+        yield item
+
+
+def _unchanged(item: object) -> object:
+    return item
+
+
+def _ignore_signals(worker: int) -> None:
+    """Ctrl-C and a job's end signal reach all processes: the training process decides, and stops its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

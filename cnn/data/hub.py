@@ -1,0 +1,141 @@
+"""Data sets of the Hugging Face hub, and local folders in their format."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from cnn.data.common import Data, stratified_split
+from cnn.data.counter_random import order_keys
+from cnn.data.encoded import encoded_data
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+IMAGE_COLUMNS = ("image", "img")
+LABEL_COLUMNS = ("label", "labels", "fine_label")
+TEST_SPLITS = ("test", "validation", "valid", "val")
+
+
+@dataclass(frozen=True, eq=False)
+class Column:
+    """The images of a split, encoded as they are stored."""
+
+    rows: "Dataset"
+    column: str
+    name: str
+    root: str
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, index: int) -> tuple[str, str | bytes]:
+        value, name = self.rows[index][self.column], f"{self.name}[{index}]"
+        if isinstance(value, dict):
+            path = value.get("path")
+            value = value.get("bytes")
+            if value is None and path:
+                return f"{name} ({path})", os.path.join(self.root, path)
+        if not isinstance(value, bytes):
+            raise ValueError(f"{name}: column {self.column!r} has neither the bytes nor the path of an image")
+        return name, value
+
+
+def load_hub(place: str) -> Data:
+    """Read `NAME` or `NAME:CONFIGURATION` of the hub, or a local folder of parquet or arrow files or of `save_to_disk`.
+
+    Takes the columns image (or img) and label (or labels, fine_label), and the splits train and test (or validation,
+    where test is missing or hides its labels); without either a fifth of train, stratified and always the same, is held
+    out. Raises ValueError, in one line, also for what the `datasets` library reports.
+    """
+    splits = _read(place)
+    name = f"hub:{place}"
+    if "train" not in splits:
+        raise ValueError(f"{name} has no split 'train', only {', '.join(map(repr, splits)) or 'none'}")
+    train = splits["train"]
+    if len(train) == 0:
+        raise ValueError(f"{name}: zero images in its split 'train'")
+    image = _one_of(IMAGE_COLUMNS, train.column_names, f"{name} train")
+    label = _one_of(LABEL_COLUMNS, train.column_names, f"{name} train")
+    labels = _labels(train, label, f"{name} train")
+    feature = train.features[label]
+    classes = getattr(feature, "names", None) or [str(number) for number in range(int(labels.max()) + 1)]
+    held_out = _held_out(splits, label, name)
+    if held_out is None:
+        kept, taken = stratified_split(labels, order_keys(len(labels), 0, 0), classes)
+        test, test_labels, test_name = train.select(taken.tolist()), labels[taken], f"{name} train, held out"
+        train, labels = train.select(kept.tolist()), labels[kept]
+    else:
+        test, test_labels, test_name = splits[held_out[0]], held_out[1], f"{name} {held_out[0]}"
+        _one_of((image,), test.column_names, test_name)
+    for part, numbers in ((f"{name} train", labels), (test_name, test_labels)):
+        if numbers.min() < 0 or numbers.max() >= len(classes):
+            low, high = int(numbers.min()), int(numbers.max())
+            raise ValueError(f"{part}: labels run from {low} to {high}, the classes from 0 to {len(classes) - 1}")
+    root = place if os.path.isdir(place) else ""
+    sources = [
+        Column(_encoded(rows, image), image, part, root) for rows, part in ((train, f"{name} train"), (test, test_name))
+    ]
+    return encoded_data(sources[0], labels, sources[1], test_labels, len(classes), name)
+
+
+def _read(place: str) -> "DatasetDict | dict[str, Dataset]":
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(f"hub:{place} needs the package datasets: pip install 'str-triton[train]'") from None
+    folder = Path(place)
+    try:
+        if (folder / "dataset_dict.json").is_file():
+            return datasets.load_from_disk(place)
+        if (folder / "state.json").is_file():
+            return {"train": datasets.load_from_disk(place)}
+        if folder.is_dir():
+            return datasets.load_dataset(place)
+        name, _, configuration = place.partition(":")
+        return datasets.load_dataset(name, configuration or None)
+    except Exception as error:  # the library, the network, a damaged file: no common base class
+        causes = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise ValueError(f"hub:{place}: {causes[0].strip()}") from error
+
+
+def _one_of(names: tuple[str, ...], columns: list[str], place: str) -> str:
+    for name in names:
+        if name in columns:
+            return name
+    raise ValueError(f"{place} has no column {' or '.join(map(repr, names))}; its columns are {', '.join(columns)}")
+
+
+def _labels(rows: "Dataset", column: str, place: str) -> Tensor:
+    """A split's labels, int64 [N]."""
+    values = rows.select_columns([column])[:][column]
+    odd = next((value for value in values if not isinstance(value, int)), None)
+    if odd is not None or None in values:
+        raise ValueError(
+            f"{place}: column {column!r} holds {odd!r}; labels must be whole numbers, such as a ClassLabel's"
+        )
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def _held_out(splits: "DatasetDict | dict[str, Dataset]", label: str, name: str) -> tuple[str, Tensor] | None:
+    """The split to test on and its labels; one whose labels are all -1, as in a competition, is passed over."""
+    for split in TEST_SPLITS:
+        if split in splits and len(splits[split]):
+            _one_of((label,), splits[split].column_names, f"{name} {split}")
+            labels = _labels(splits[split], label, f"{name} {split}")
+            if (labels != -1).any():
+                return split, labels
+    return None
+
+
+def _encoded(rows: "Dataset", column: str) -> "Dataset":
+    """That column alone, its images left as the bytes that are stored."""
+    import datasets
+
+    rows = rows.select_columns([column])
+    if isinstance(rows.features[column], datasets.Image):
+        rows = rows.cast_column(column, datasets.Image(decode=False))
+    return rows

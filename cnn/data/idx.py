@@ -1,0 +1,154 @@
+"""MNIST and the sets published in its format: IDX files, gzipped or not."""
+
+import gzip
+import math
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cnn.data.arrays import ArrayImages, Augmentation, Normalisation
+from cnn.data.common import Data
+
+
+@dataclass(frozen=True)
+class Published:
+    """How a set was published: its classes, the first words of its file names, and what its files need."""
+
+    num_classes: int
+    first_label: int = 0
+    train: str = "train"
+    test: str = "t10k"
+    flip: bool = False
+    transposed: bool = False
+
+
+def _emnist(split: str, num_classes: int, first_label: int = 0) -> Published:
+    return Published(num_classes, first_label, f"emnist-{split}-train", f"emnist-{split}-test", transposed=True)
+
+
+SETS = {
+    "mnist": Published(10),
+    "fashion-mnist": Published(10, flip=True),
+    "kmnist": Published(10),
+    "emnist:balanced": _emnist("balanced", 47),
+    "emnist:byclass": _emnist("byclass", 62),
+    "emnist:bymerge": _emnist("bymerge", 47),
+    "emnist:digits": _emnist("digits", 10),
+    "emnist:letters": _emnist("letters", 26, first_label=1),
+    "emnist:mnist": _emnist("mnist", 10),
+}
+
+
+def load_idx(name: str, data_dir: str | None) -> Data:
+    """Read the four files of the set `name` from `data_dir`; "emnist" alone will do where one of its splits lies there.
+
+    Raises FileNotFoundError for a missing directory or file and ValueError for files that are not what they should be.
+    """
+    if data_dir is None:
+        raise ValueError(f"{name} needs --data-dir: the directory that holds its IDX files")
+    directory = Path(data_dir)
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory}: no such directory; --data-dir names the one that holds the IDX files")
+    if name == "emnist":
+        name = _only_emnist_split(directory)
+    published = SETS[name]
+    train_images, train_labels = _read_pair(directory, published.train, published)
+    test_images, test_labels = _read_pair(directory, published.test, published)
+    if train_images.shape[1:] != test_images.shape[1:]:
+        sizes = " and ".join(f"{height}x{width}" for _, _, height, width in (train_images.shape, test_images.shape))
+        raise ValueError(f"{directory}: training and test images differ in size ({sizes}); they are not of one set")
+    normalisation, augmentation = Normalisation.of(train_images), Augmentation(padding=2, flip=published.flip)
+    return Data(
+        train=ArrayImages(train_images, train_labels, normalisation, augmentation),
+        test=ArrayImages(test_images, test_labels, normalisation, augmentation),
+        num_classes=published.num_classes,
+        image_shape=tuple(train_images.shape[1:]),
+        name=name,
+    )
+
+
+def _only_emnist_split(directory: Path) -> str:
+    splits = [name for name in SETS if name.startswith("emnist:") and _find(directory, SETS[name].train, "images", 3)]
+    if not splits:
+        raise FileNotFoundError(
+            f"{directory}: no emnist-SPLIT-train-images-idx3-ubyte[.gz]; put EMNIST's IDX files there"
+        )
+    if len(splits) > 1:
+        raise ValueError(f"{directory} holds several splits of EMNIST; choose one: --data {' or '.join(splits)}")
+    return splits[0]
+
+
+def _find(directory: Path, part: str, kind: str, dimensions: int) -> Path | None:
+    """The file of that part ("train") and kind ("images") under any of the names in use."""
+    stems = [f"{part}-{kind}{separator}idx{dimensions}-ubyte" for separator in "-."]
+    candidates = [directory / (stem + ending) for stem in stems for ending in ("", ".gz")]
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _read_pair(directory: Path, part: str, published: Published) -> tuple[Tensor, Tensor]:
+    """A part's images, uint8 [N, 1, H, W], and labels, int64 [N] from 0."""
+    paths = {kind: _find(directory, part, kind, dimensions) for kind, dimensions in (("images", 3), ("labels", 1))}
+    for kind, path in paths.items():
+        if path is None:
+            wanted = f"{part}-{kind}-idx{3 if kind == 'images' else 1}-ubyte"
+            raise FileNotFoundError(f"{directory}: no {wanted} or {wanted}.gz; put the set's four IDX files there")
+    images, labels = read_idx(paths["images"], 3), read_idx(paths["labels"], 1).long()
+    if images.numel() == 0:
+        raise ValueError(f"{paths['images']}: zero images (its dimensions are {' x '.join(map(str, images.shape))})")
+    if len(images) != len(labels):
+        raise ValueError(
+            f"{paths['images']} has {len(images)} images but {paths['labels']} has {len(labels)} labels; "
+            "take both from the same set"
+        )
+    first, last = published.first_label, published.first_label + published.num_classes - 1
+    low, high = int(labels.min()), int(labels.max())
+    if low < first or high > last:
+        raise ValueError(
+            f"{paths['labels']}: labels run from {low} to {high}, those of this set from {first} to {last}; "
+            "is it the set that --data names?"
+        )
+    if published.transposed:
+        images = images.transpose(1, 2).contiguous()
+    return images[:, None], labels - first
+
+
+def read_idx(path: Path, dimensions: int) -> Tensor:
+    """The uint8 array in an IDX file, gzipped or not (its first bytes tell). Raises ValueError, naming the file.
+
+    The format: 0, 0, 8 for unsigned bytes, the number of dimensions, each dimension as a big-endian uint32, the data.
+    """
+    content = _content(path)
+    header = 4 + 4 * dimensions
+    if content[:4] != bytes((0, 0, 8, dimensions)) and len(content) >= 4:
+        raise ValueError(
+            f"{path}: begins with the bytes {content[:4].hex(' ')}, not 00 00 08 {dimensions:02x}; "
+            f"this is no IDX file of unsigned bytes in {dimensions} dimension{'s' * (dimensions > 1)}"
+        )
+    if len(content) < header:
+        raise ValueError(f"{path}: truncated: {len(content)} bytes, and the header alone has {header}; fetch it again")
+    shape = struct.unpack(f">{dimensions}I", content[4:header])
+    expected, found = math.prod(shape), len(content) - header
+    if found != expected:
+        what = "truncated" if found < expected else f"{found - expected} bytes too many"
+        size = " x ".join(map(str, shape))
+        raise ValueError(f"{path}: {what}: its header says {size} = {expected} bytes, {found} follow; fetch it again")
+    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy())
+
+
+def _content(path: Path) -> bytes:
+    try:
+        content = path.read_bytes()
+        return gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
+    except EOFError:
+        raise ValueError(f"{path}: truncated: its compressed data end too soon; fetch it again") from None
+    except zlib.error as error:
+        raise ValueError(f"{path}: damaged: {error}; fetch it again") from None
+    except gzip.BadGzipFile as error:
+        raise ValueError(f"{path}: damaged: {error}; fetch it again") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None

@@ -1,0 +1,33 @@
+"""From the name of a data set to its images."""
+
+from cnn.data.common import Data
+from cnn.data.digits import load_digits
+from cnn.data.folder import load_folder
+from cnn.data.hub import load_hub
+from cnn.data.idx import SETS, load_idx
+
+KNOWN = "digits, mnist, fashion-mnist, kmnist, emnist[:SPLIT], imagefolder:DIR, hub:NAME"
+
+
+def load(spec: str, data_dir: str | None = None) -> Data:
+    """Read the data set that `spec` names.
+
+    - "digits": the handwritten digits that come with the project;
+    - "mnist", "fashion-mnist", "kmnist", "emnist" or "emnist:letters" and its like: IDX files in `data_dir`;
+    - "imagefolder:DIR": a folder per class, see `load_folder`;
+    - "hub:NAME": a data set of the Hugging Face hub or a local folder of that format, see `load_hub`.
+
+    Raises ValueError or FileNotFoundError with one line that names what is wrong.
+    """
+    kind, _, place = spec.partition(":")
+    if spec in SETS or spec == "emnist":
+        return load_idx(spec, data_dir)
+    if data_dir is not None:
+        raise ValueError(f"--data-dir {data_dir} is for sets of IDX files; --data {spec} does not take it")
+    if spec == "digits":
+        return load_digits()
+    if kind == "imagefolder" and place:
+        return load_folder(place)
+    if kind == "hub" and place:
+        return load_hub(place)
+    raise ValueError(f"unknown data set {spec!r}; known are {KNOWN}")
