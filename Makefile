@@ -1,0 +1,48 @@
+# Set-up and the everyday commands: `make` lists them.
+
+PYTHON ?= python3
+PIP_ARGS ?=
+BIN := .venv/bin
+
+# A constraint file given with -c does not reach the build backend, which pip installs in an environment of its own:
+# the variables do, the first for pip before 25.3 and the second for the versions after it.
+INSTALL = PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format clean
+
+help: ## list these commands
+	@echo "Usage: make TARGET [PYTHON=python3.12] [PIP_ARGS='options for pip install, such as another index']"
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' Makefile
+
+demo: .venv/.train ## train a small CNN to 90 % sparsity on real images, and say where the report is
+	$(BIN)/python cnn/train.py
+
+test: .venv/.dev ## run the whole test suite
+	$(BIN)/python -m pytest
+
+lint: .venv/.dev ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/.dev ## format, and mend what can be mended safely
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove the virtual environment and the tools' caches; runs/ stays
+	rm -rf .venv build dist .pytest_cache .ruff_cache *.egg-info
+
+# The stamps: installed once, and again when the pinned versions or the project's metadata change.
+.venv/.train: pyproject.toml constraints.txt | $(BIN)/pip
+	$(INSTALL) -e ".[train]"
+	@touch $@
+
+.venv/.dev: pyproject.toml constraints.txt | $(BIN)/pip
+	$(INSTALL) -e ".[dev]"
+	@touch .venv/.train $@ # dev includes train
+
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit( \
+		f"{sys.executable} is Python {v[0]}.{v[1]}, needed is 3.11 to 3.13: make ... PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv

@@ -1,0 +1,240 @@
+"""Who may import whom, read from the source: DESIGN's arrows (CONTRIBUTING.md draws them), and what an import costs.
+
+A room is a folder of the house (str_triton/ops, cnn, ...). Imports inside functions count as well; two of the rules
+are about exactly those.
+"""
+
+import ast
+import importlib.util
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import str_triton
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("str_triton", "cnn", "rnn")
+STDLIB = frozenset(sys.stdlib_module_names)
+TRAINING_EXTRAS = frozenset(
+    {"accelerate", "datasets", "matplotlib", "PIL", "rich", "safetensors", "tensorboard", "tyro"}
+)
+
+# Room -> the rooms it may import besides itself, and the libraries besides the standard one.
+ROOMS = {
+    "str_triton": ({"str_triton.ops", "str_triton.nn", "str_triton.budget", "str_triton.deploy"}, set()),
+    "str_triton.kernels": (set(), {"triton"}),
+    "str_triton.ops": (set(), {"torch"}),
+    "str_triton.nn": ({"str_triton.ops"}, {"torch", "numpy"}),
+    "str_triton.budget": ({"str_triton.nn"}, {"torch", "numpy"}),
+    "str_triton.deploy": ({"str_triton.nn", "str_triton.budget"}, {"torch", "numpy"}),
+    "str_triton.training": ({"str_triton.budget"}, {"torch", "numpy"} | TRAINING_EXTRAS),
+    "cnn": ({"str_triton", "str_triton.training"}, {"torch", "numpy", "einops"} | TRAINING_EXTRAS),
+    "rnn": ({"str_triton", "str_triton.training"}, {"torch", "numpy", "einops"} | TRAINING_EXTRAS),
+}
+# Only inside functions: the launcher's kernels arrive with the first GPU tensor.
+LATE = {"str_triton.ops": ({"str_triton.kernels"}, {"triton"})}
+
+
+class Import(NamedTuple):
+    """`module` as an absolute name, `name` what is taken from it (None: the module itself)."""
+
+    line: int
+    module: str
+    name: str | None
+    late: bool
+
+
+def source_files() -> list[Path]:
+    return sorted(path.relative_to(ROOT) for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+
+
+def room_of(module: str) -> str:
+    """The room that a module of the house lies in: the longest name in ROOMS that it begins with."""
+    return max((room for room in ROOMS if f"{module}.".startswith(f"{room}.")), key=len)
+
+
+def is_module(name: str) -> bool:
+    path = ROOT.joinpath(*name.split("."))
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+def imports(source: str, path: Path) -> Iterator[Import]:
+    """Every import in a file: statements at any depth, import_module("...") and __import__("...")."""
+    package = module_name(path).split(".") if path.name == "__init__.py" else module_name(path).split(".")[:-1]
+
+    def visit(node: ast.AST, late: bool) -> Iterator[Import]:
+        match node:
+            case ast.Import(names=names):
+                yield from (Import(node.lineno, alias.name, None, late) for alias in names)
+            case ast.ImportFrom(module=module, names=names, level=level):
+                base = ".".join([*package[: len(package) - level + 1 if level else 0], *([module] if module else [])])
+                for alias in names:
+                    submodule = f"{base}.{alias.name}"
+                    is_own = base.split(".")[0] in PACKAGES and is_module(submodule)
+                    yield Import(node.lineno, submodule if is_own else base, None if is_own else alias.name, late)
+            case ast.Call(func=ast.Name(id="__import__") | ast.Attribute(attr="import_module"), args=[first, *_]):
+                yield Import(node.lineno, ast.literal_eval(first), None, late)
+        late = late or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, late)
+
+    return visit(ast.parse(source), late=False)
+
+
+def violations(source: str, path: Path) -> list[str]:
+    """One line for each import that no arrow allows."""
+    room = room_of(module_name(path))
+    rooms, libraries = ROOMS[room]
+    late_rooms, late_libraries = LATE.get(room, (set(), set()))
+    found = []
+    for line, module, name, late in imports(source, path):
+        top = module.split(".")[0]
+        where = f"{path}:{line}"
+        if top not in PACKAGES:
+            allowed = libraries | (late_libraries if late else set())
+            if top not in allowed and (top not in STDLIB or room == "str_triton.kernels"):
+                found.append(f"{where}: {room} may not import {top}" + (" here" if top in late_libraries else ""))
+            continue
+        target = room_of(module)
+        if target not in rooms | {room} | (late_rooms if late else set()):
+            found.append(f"{where}: {room} may not import {target}" + (" here" if target in late_rooms else ""))
+        elif room in ("cnn", "rnn") and target == "str_triton" and name not in (None, *str_triton.__all__):
+            found.append(f"{where}: str_triton.{name} is not a public name")
+    return found
+
+
+@pytest.mark.parametrize("path", source_files(), ids=str)
+def test_imports_follow_the_arrows(path: Path) -> None:
+    assert not violations((ROOT / path).read_text(), path)
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("str_triton/kernels/x.py", "import torch"),
+        ("str_triton/kernels/x.py", "import math"),
+        ("str_triton/kernels/x.py", "from str_triton.ops import thresholds"),
+        ("str_triton/ops/x.py", "from str_triton.kernels import soft_threshold"),
+        ("str_triton/ops/x.py", "from ..kernels import soft_threshold"),
+        ("str_triton/ops/x.py", "import triton"),
+        ("str_triton/ops/x.py", "def f():\n    import numpy"),
+        ("str_triton/ops/x.py", "import importlib\nimportlib.import_module('triton')"),
+        ("str_triton/nn/x.py", "from str_triton import sparsify"),
+        ("str_triton/nn/x.py", "def f():\n    from str_triton.budget import count"),
+        ("str_triton/nn/x.py", "def f():\n    from str_triton import kernels"),
+        ("str_triton/budget/x.py", "import str_triton.deploy"),
+        ("str_triton/training/x.py", "import cnn.data"),
+        ("str_triton/__init__.py", "from str_triton import training"),
+        ("str_triton/__init__.py", "from . import training"),
+        ("cnn/x.py", "def f():\n    from rnn import cells"),
+        ("cnn/x.py", "from str_triton.nn import STRConv2d"),
+        ("cnn/x.py", "from str_triton import _private"),
+        ("cnn/x.py", "import recipes"),
+        ("rnn/x.py", "__import__('cnn.models')"),
+    ],
+)
+def test_a_forbidden_import_is_found(path: str, source: str) -> None:
+    assert violations(source, Path(path))
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("str_triton/kernels/x.py", "import triton.language as tl\nfrom str_triton.kernels.soft_threshold import f"),
+        ("str_triton/ops/x.py", "def f():\n    from str_triton.kernels import soft_threshold\n    import triton"),
+        ("str_triton/nn/x.py", "import math\nfrom str_triton.ops.soft_threshold import f\nfrom . import y"),
+        ("cnn/x.py", "from str_triton import soft_threshold\nfrom str_triton.training.loop import f\nimport cnn.data"),
+    ],
+)
+def test_an_allowed_import_is_not(path: str, source: str) -> None:
+    assert not violations(source, Path(path))
+
+
+def test_cnn_and_rnn_reach_no_hidden_name_through_the_package() -> None:
+    found = []
+    for path in source_files():
+        if path.parts[0] in ("cnn", "rnn"):
+            for node in ast.walk(ast.parse((ROOT / path).read_text())):
+                match node:
+                    case ast.Attribute(value=ast.Name(id="str_triton"), attr=name):
+                        if name not in (*str_triton.__all__, "training", "__version__"):
+                            found.append(f"{path}:{node.lineno}: str_triton.{name} is not a public name")
+    assert not found
+
+
+def normalized(name: str) -> str:
+    return re.sub(r"[-_.]+", "_", name).lower()
+
+
+def names_of_libraries() -> set[str]:
+    """The distributions in constraints.txt (some are imported under another name: those find_spec finds)."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return {normalized(line.split("==")[0]) for line in lines if line and not line.startswith("#")}
+
+
+@pytest.mark.parametrize("folder", ["cnn", "rnn"])
+def test_no_file_hides_a_library(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python cnn/train.py` puts cnn/ first on Python's path: a cnn/datasets.py would hide Hugging Face's."""
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if Path(entry).resolve() != ROOT])
+    libraries = names_of_libraries() | set(PACKAGES)
+    for path in sorted((ROOT / folder).iterdir()):
+        name = path.stem
+        if name.startswith("_") or not (path.suffix == ".py" or (path / "__init__.py").is_file()):
+            continue
+        assert name not in STDLIB, f"{path} hides the standard library's {name}"
+        assert normalized(name) not in libraries, f"{path} hides the library {name}"
+        assert importlib.util.find_spec(name) is None, f"{path} hides an installed library"
+
+
+def test_every_folder_of_code_is_a_package() -> None:
+    """A folder without an __init__.py would be left out of the wheel."""
+    folders = {path.parent for path in source_files()}
+    assert [str(folder) for folder in sorted(folders) if not (ROOT / folder / "__init__.py").is_file()] == []
+
+
+def untyped(path: Path) -> Iterator[str]:
+    """The arguments without a type of a file's public functions, and of its public classes' public methods."""
+    tree = ast.parse((ROOT / path).read_text())
+    owners = [tree, *(node for node in tree.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_"))]
+    for owner in owners:
+        for node in owner.body:
+            if not isinstance(node, ast.FunctionDef) or (node.name.startswith("_") and node.name != "__init__"):
+                continue
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            for argument in arguments[0 if owner is tree else 1 :]:
+                if argument.annotation is None and argument.arg not in ("self", "cls"):
+                    yield f"{path}:{node.lineno}: {node.name}({argument.arg})"
+
+
+@pytest.mark.parametrize("path", [path for path in source_files() if "kernels" not in path.parts], ids=str)
+def test_public_arguments_have_types(path: Path) -> None:
+    assert not list(untyped(path))
+
+
+def test_importing_needs_neither_triton_nor_the_extras_nor_a_gpu() -> None:
+    code = f"""
+import sys
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {{"triton", *{sorted(TRAINING_EXTRAS)}}}:
+            raise ModuleNotFoundError(f"blocked: {{name}}", name=name)
+
+sys.meta_path.insert(0, Block())
+import str_triton, cnn, rnn
+
+assert str_triton.__all__ and all(hasattr(str_triton, name) for name in str_triton.__all__)
+assert not any(name.startswith("str_triton.training") for name in sys.modules)
+assert not sys.modules["torch"].cuda.is_initialized()
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
