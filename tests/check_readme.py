@@ -1,0 +1,94 @@
+"""Runs every command of the README's bash blocks: python tests/check_readme.py. Exits with 1 if one fails.
+
+A command runs as it stands, in the root of the repository, unless a rule below names a cheaper stand-in for it. The
+output says of each command what was run, and why where that is not the command itself.
+"""
+
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from os import environ, pathsep
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PLACEHOLDER = re.compile(r"(?<![\w./-])(\w+:)?[A-Z]{3,}(?![\w./=-])")  # DIR, imagefolder:DIR; not PIP_ARGS=...
+TIMEOUT = 600  # Seconds for one command; coreutils' timeout ends its children too.
+
+
+class Check(NamedTuple):
+    """What is run for a README's command, the options its output has to name, and why it is not the command itself."""
+
+    command: str
+    options: list[str]
+    why: str
+
+
+def commands(readme: str) -> Iterator[str]:
+    """The commands of a text's bash blocks: a line each, a backslash joins two, comments are dropped."""
+    for block in BLOCK.findall(readme):
+        for line in block.replace("\\\n", " ").splitlines():
+            command = re.sub(r"(^|\s)#.*", "", line).strip()
+            if command:
+                yield re.sub(r"\s+", " ", command)
+
+
+def check_for(command: str) -> Check:
+    """The command itself, or its stand-in."""
+    if re.match(r"make (test|lint)\b", command):
+        return Check(command.replace("make", "make --dry-run", 1), [], ".ci/run runs it beforehand")
+    if command.startswith("pip install"):
+        return Check(command.replace("install", "install --dry-run", 1), [], "it is installed already")
+    if PLACEHOLDER.search(command):
+        return Check(*help_of(command), "its data is not at hand")
+    if re.match(r"python -m benchmarks\.|tensorboard ", command):
+        return Check(*help_of(command), "it takes long")
+    return Check(command, [], "")
+
+
+def help_of(command: str) -> tuple[str, list[str]]:
+    """The program's --help, and the options of the command that it has to name."""
+    program = re.match(r"(python (-m )?\S+|\S+)", command)[0]
+    return f"{program} --help", re.findall(r"(?<=\s)--?[a-z][\w-]*", command.removeprefix(program))
+
+
+def run(check: Check) -> str:
+    """What went wrong, "" if nothing did."""
+    path = pathsep.join([str(Path(sys.executable).parent), environ["PATH"]])
+    result = subprocess.run(
+        ["timeout", str(TIMEOUT), "bash", "-euo", "pipefail", "-c", check.command],
+        cwd=ROOT,
+        env=environ | {"PATH": path, "COLUMNS": "200"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if result.returncode == 124:
+        return f"not finished after {TIMEOUT} s\n{result.stdout}"
+    if result.returncode:
+        return f"exit code {result.returncode}\n{result.stdout}"
+    unknown = [option for option in check.options if not re.search(rf"{option}(?![\w-])", result.stdout)]
+    return f"{check.command} does not name {', '.join(unknown)}\n{result.stdout}" if unknown else ""
+
+
+def main() -> int:
+    """Check every command, in the README's order and each once."""
+    failures = 0
+    for command in dict.fromkeys(commands((ROOT / "README.md").read_text())):
+        check = check_for(command)
+        start = time.monotonic()
+        problem = run(check)
+        failures += bool(problem)
+        instead = f"; run as `{check.command}`: {check.why}" if check.why else ""
+        print(f"{'FAILED' if problem else 'ok'}: {command} ({time.monotonic() - start:.0f} s{instead})", flush=True)
+        if problem:
+            print(problem, flush=True)
+    return int(failures > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
