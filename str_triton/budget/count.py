@@ -99,38 +99,48 @@ class _Weight:
 
 
 def _weights(model: nn.Module) -> dict[str, _Weight]:
-    """The counted weights by row name; of a shared weight, the first."""
-    weights: dict[str, _Weight] = {}
-    seen: set[int] = set()
-    for name, module, attribute in _layers(model):
-        # torch's own names: a parametrized or pruned weight is computed from "parametrizations.weight.original" or
-        # "weight_orig", a normalized one from "weight_g" and "weight_v".
-        prefixes = (attribute, f"parametrizations.{attribute}.")
-        sources = [p for n, p in module.named_parameters() if n.startswith(prefixes)]
-        if any(nn.parameter.is_lazy(p) for p in sources):
-            raise ValueError(f"layer {name!r} is lazy and has no weight yet: run the model once before counting it")
-        if any(id(p) in seen for p in sources):
-            continue
-        seen.update(map(id, sources))
+    weights = {}
+    for name, module, attribute in counted_layers(model):
         threshold = None
         if isinstance(module, STRLayer):
             weight = module.sparse_weight
             threshold = None if weight.is_meta else float(module.threshold.mean())
         else:
             weight = getattr(module, attribute)
-        weights[name] = _Weight(weight.numel(), _nonzeros(weight), threshold, sources)
+        weights[name] = _Weight(weight.numel(), _nonzeros(weight), threshold, _sources(module, attribute))
     return weights
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """Row name, module, and the attribute that holds the weight."""
-    for name, module in model.named_modules():
+def counted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """The weights that `count` counts: row name, module, and the module's attribute that holds the weight.
+
+    In the order of `model.named_modules()`; of layers that share a weight, the first. Raises ValueError for a lazy
+    layer.
+    """
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
         if isinstance(module, COUNTED):
-            yield name, module, "weight"
+            names = {"weight": prefix}
         elif isinstance(module, nn.MultiheadAttention):
-            for attribute in ATTENTION_WEIGHTS:
-                if getattr(module, attribute) is not None:
-                    yield f"{name}.{attribute}".lstrip("."), module, attribute
+            present = (key for key in ATTENTION_WEIGHTS if getattr(module, key) is not None)
+            names = {key: f"{prefix}.{key}".lstrip(".") for key in present}
+        else:
+            continue
+        for attribute, name in names.items():
+            sources = _sources(module, attribute)
+            if any(nn.parameter.is_lazy(p) for p in sources):
+                raise ValueError(f"layer {name!r} is lazy and has no weight yet: run the model once before counting it")
+            if not any(id(p) in seen for p in sources):
+                seen.update(map(id, sources))
+                yield name, module, attribute
+
+
+def _sources(module: nn.Module, attribute: str) -> list[nn.Parameter]:
+    """The Parameters that a weight is or is computed from."""
+    # torch's own names: a parametrized or pruned weight is computed from "parametrizations.weight.original" or
+    # "weight_orig", a normalized one from "weight_g" and "weight_v".
+    prefixes = (attribute, f"parametrizations.{attribute}.")
+    return [p for name, p in module.named_parameters() if name.startswith(prefixes)]
 
 
 def _nonzeros(weight: Tensor) -> int:

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, parametrizations, prune, vector_to_parameters
 
 from str_triton.budget.budget import LayerBudget
-from str_triton.budget.count import count
+from str_triton.budget.count import count, counted_layers
 from str_triton.nn.layers import STRConv2d, STRLayer
 from str_triton.nn.surgery import sparsify
 
@@ -263,6 +263,7 @@ def test_shared_weights_count_once_for_parameters_and_at_each_use_for_flops():
     halve(model)
     budget = count(model, torch.zeros(3, dtype=torch.long))
     assert budget.rows == [LayerBudget("tokens", 40, 20, 120, 60), LayerBudget("up", 16, 8, 96, 48)]
+    assert list(counted_layers(model)) == [("tokens", model.tokens, "weight"), ("up", model.up, "weight")]
 
 
 # ---- weights that are computed -------------------------------------------------------------------------------------
