@@ -1,0 +1,99 @@
+"""Checkpoints: tensors and plain values, written whole or not at all, the last two kept."""
+
+import io
+import os
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from str_triton.training.errors import UserError, one_line, warn
+from str_triton.training.files import write_atomically
+
+KEEP = 2
+_NAME = re.compile(r"step-(\d+)\.pt")
+
+
+class Checkpoints:
+    """The checkpoints of one run, one file per saved step in ``directory``."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def steps(self) -> list[int]:
+        """The saved steps, in rising order."""
+        if not self.directory.is_dir():
+            return []
+        matches = (_NAME.fullmatch(name) for name in os.listdir(self.directory))
+        return sorted(int(match.group(1)) for match in matches if match)
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of ``step`` is or would be."""
+        return self.directory / f"step-{step:09d}.pt"
+
+    def save(self, step: int, state: dict[str, Any]) -> Path:
+        """Write ``state`` (nested dicts, lists and tuples of tensors and plain values) and drop all but the last two.
+
+        Raises `UserError` when it cannot be written, as on a full disk; the checkpoints of before are then untouched.
+        """
+        content = io.BytesIO()  # serialised in memory first: a write that fails is then a plain OSError
+        torch.save(state, content)
+        path = self.path(step)
+        try:
+            self.directory.mkdir(exist_ok=True)
+            write_atomically(path, content.getvalue())
+        except OSError as error:
+            raise UserError(
+                f"the checkpoint {path} cannot be written: {error.strerror or error}; {self._last_whole()}"
+            ) from error
+        for old in self.steps()[:-KEEP]:
+            self.path(old).unlink()
+        return path
+
+    def load(self, *, owner: bool = True) -> dict[str, Any] | None:
+        """The newest checkpoint that is whole, on the CPU; None when none was ever written.
+
+        A damaged one is named in a warning and the one before it is taken; where ``owner`` is true it is also set
+        aside under another name, so that it is not counted among the last two. Raises `UserError` when all are damaged.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            path = self.path(step)
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True)
+            except OSError as error:
+                raise UserError(f"the checkpoint {path} cannot be read: {one_line(error)}") from error
+            except Exception as error:  # damaged bytes surface as almost any exception of zipfile, pickle or torch
+                warn(f"the checkpoint {path} is damaged ({one_line(error)[:100]}); trying the one before it")
+                if owner:
+                    path.rename(path.with_name(f"{path.name}.damaged"))
+        if steps:
+            raise UserError(f"no checkpoint in {self.directory} is whole: start the run again in another --run-dir")
+        return None
+
+    def _last_whole(self) -> str:
+        steps = self.steps()
+        return f"the last whole one is {self.path(steps[-1])}" if steps else "there is none before it"
+
+
+def random_state() -> dict[str, Any]:
+    """The states of Python's, NumPy's and torch's random generators as tensors and plain values."""
+    name, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put back what `random_state` returned; the states of GPUs only where there are as many as before."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]):
+        torch.cuda.set_rng_state_all(state["cuda"])

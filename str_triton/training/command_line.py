@@ -1,0 +1,87 @@
+"""`program [RECIPE] [options]`: a recipe is a function that returns a frozen dataclass; each field is an option."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import tyro
+
+from str_triton.training.config import RESUME_MAY_CHANGE, RunConfig
+from str_triton.training.errors import UserError
+from str_triton.training.run_folder import CONFIG
+
+ConfigT = TypeVar("ConfigT", bound=RunConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class CommandLine(Generic[ConfigT]):
+    """The command line of one program.
+
+    Attributes:
+        program: the command, as messages name it.
+        purpose: what it does, a line for --help.
+        recipes: the recipes by name.
+        recipe_for: the recipe's name where none is given, from what the options say with the first recipe's defaults.
+        may_change: fields that may differ from the run to go on with, besides those of every run.
+    """
+
+    program: str
+    purpose: str
+    recipes: Mapping[str, Callable[[], ConfigT]]
+    recipe_for: Callable[[ConfigT], str]
+    may_change: frozenset[str] = frozenset()
+
+    def read(self, args: Sequence[str]) -> ConfigT:
+        """The configuration that ``args`` ask for; with --resume that of the run to go on with.
+
+        Raises `UserError` for an unknown recipe and for what cannot be gone on with. Prints and raises ``SystemExit``
+        as parsers do for --help and for options that do not parse.
+        """
+        word, options = self._split(args)
+        config = self._parse(self.recipes[word or next(iter(self.recipes))](), options)
+        if config.resume:
+            return self._read_resumed(config.run_dir, word, options)
+        return config if word else self._parse(self.recipes[self.recipe_for(config)](), options)
+
+    def _read_resumed(self, run_dir: str | None, word: str | None, options: Sequence[str]) -> ConfigT:
+        """The saved configuration with the options that may change. A changed one that alters the result is refused."""
+        if run_dir is None:
+            raise UserError("--resume: name the directory of the run to go on with (--run-dir)")
+        saved = saved_config(run_dir, type(next(iter(self.recipes.values()))()))
+        wanted = dataclasses.replace(self._parse(saved, options), recipe=word or saved.recipe)
+        for field in dataclasses.fields(saved):
+            before, now = getattr(saved, field.name), getattr(wanted, field.name)
+            if before != now and field.name not in RESUME_MAY_CHANGE | self.may_change:
+                raise UserError(
+                    f"--resume: the run in {run_dir} has {field.name.replace('_', '-')} {before}, not {now}; "
+                    "an option that alters the result cannot change on the way"
+                )
+        return wanted
+
+    def _split(self, args: Sequence[str]) -> tuple[str | None, list[str]]:
+        """The recipe, a leading word without a dash, and the options."""
+        if not args or args[0].startswith("-"):
+            return None, list(args)
+        if args[0] not in self.recipes:
+            raise UserError(f"there is no recipe {args[0]!r}; the recipes are {', '.join(self.recipes)}")
+        return args[0], list(args[1:])
+
+    def _parse(self, default: ConfigT, options: Sequence[str]) -> ConfigT:
+        width = max(map(len, self.recipes))
+        lines = [f"  {name:{width}}  {recipe.__doc__.splitlines()[0]}" for name, recipe in self.recipes.items()]
+        description = "\n".join([self.purpose, "", "recipes:", *lines])
+        prog = f"{self.program} [RECIPE]"
+        return tyro.cli(type(default), default=default, args=list(options), prog=prog, description=description)
+
+
+def saved_config(run_dir: str | Path, kind: type[ConfigT]) -> ConfigT:
+    """The configuration of the run in ``run_dir``; `UserError` when there is none, or none of this program."""
+    path = Path(run_dir) / CONFIG
+    if not path.is_file():
+        raise UserError(f"--resume: there is no run in {run_dir} (no {CONFIG}); without --resume one is started there")
+    try:
+        return kind(**json.loads(path.read_text()))
+    except (OSError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not a configuration of this program: {error}") from error

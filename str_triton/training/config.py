@@ -1,0 +1,55 @@
+"""The options that every training program has."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import tyro
+from accelerate import Accelerator
+
+from str_triton.training.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where and how a run happens. Programs add what is trained; every field is an option of their command line."""
+
+    recipe: tyro.conf.Suppress[str]
+    seed: int = 0
+    """Seed of the weights, the order of the examples and their augmentation."""
+    run_dir: str | None = None
+    """Directory for everything that the run writes; a new one below runs/ by default."""
+    resume: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Go on with the run in --run-dir, with the options that it was started with."""
+    checkpoint_steps: int = 500
+    """Steps between checkpoints within an epoch; each epoch ends with one in any case."""
+    workers: int = 0
+    """Processes that read examples; 0 reads in the training process. The results are the same."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto takes a GPU where there is one."""
+    amp: Literal["no", "bf16", "fp16"] = "no"
+    """Mixed precision."""
+
+
+RESUME_MAY_CHANGE = frozenset({"run_dir", "resume", "checkpoint_steps", "workers", "device"})
+
+
+def make_accelerator(config: RunConfig) -> Accelerator:
+    """Device, precision and processes. cuDNN is told to give equal bits for equal inputs.
+
+    Raises `UserError` when there is no GPU for what needs one.
+    """
+    gpu = torch.cuda.is_available()
+    if config.device == "cuda" and not gpu:
+        raise UserError("--device cuda: PyTorch finds no GPU here")
+    cpu = config.device == "cpu" or not gpu
+    if config.amp == "fp16" and cpu:
+        raise UserError("--amp fp16 needs a GPU; --amp bf16 works on the CPU too")
+    torch.backends.cudnn.deterministic = True
+    return Accelerator(cpu=cpu, mixed_precision=config.amp)
+
+
+def require(config: RunConfig, name: str, holds: bool, range_: str) -> None:
+    """Raise `UserError` that names the option and its value unless it ``holds`` that the field is in its range."""
+    if not holds:
+        raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: it must be {range_}")

@@ -1,0 +1,164 @@
+"""The report's pictures, as SVG that takes the page's font and text colour, in light and dark."""
+
+import io
+import re
+from collections.abc import Sequence
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from str_triton.budget.budget import Budget, LayerBudget
+from str_triton.training.metrics import Record
+
+BLUE, ORANGE, GREY = "#3f87cf", "#e07b39", "#9aa3ad"
+TEXT = "#010203"  # stands for the page's own text colour: no other part of a picture has this value
+LEGEND_LAYERS = 14
+STYLE = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 9.5,
+    "text.color": TEXT,
+    "axes.edgecolor": TEXT,
+    "axes.labelcolor": TEXT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "grid.color": GREY,
+    "grid.alpha": 0.3,
+    "grid.linewidth": 0.6,
+    "xtick.color": TEXT,
+    "ytick.color": TEXT,
+    "lines.linewidth": 1.8,
+    "legend.frameon": False,
+}
+
+
+def progress_picture(epochs: Sequence[Record]) -> str:
+    """Accuracy and sparsity after each epoch."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure((9.0, 2.9), layout="constrained")
+        accuracy, sparsity = figure.subplots(1, 2)
+        for axes in (accuracy, sparsity):
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        numbers = [record["epoch"] for record in epochs]
+        marker = "o" if len(epochs) < 3 else None
+        for key, colour, label in (("train_accuracy", GREY, "training"), ("accuracy", BLUE, "test")):
+            values = [100 * record[key] for record in epochs]
+            accuracy.plot(numbers, values, color=colour, label=label, marker=marker, markersize=4)
+        accuracy.legend(loc="lower right")
+        accuracy.set(title="Accuracy (%)", xlabel="epoch")
+        values = [100 * record["sparsity"] for record in epochs]
+        sparsity.plot(numbers, values, color=ORANGE, marker=marker, markersize=4)
+        sparsity.set(title="Sparsity (% of the weights that are zero)", xlabel="epoch", ylim=(-2, 102))
+        return _svg(figure)
+
+
+def sparsity_picture(budget: Budget) -> str:
+    """Each layer's sparsity, and the whole network's as a line."""
+    rows = [row for row in budget.rows if row.params]
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _layers(rows)
+        axes.barh(range(len(rows)), [100 * row.sparsity for row in rows], color=BLUE, height=0.7)
+        for index, row in enumerate(rows):
+            axes.annotate(f"{100 * row.sparsity:.1f}", (100 * row.sparsity, index), (3, 0), **_BESIDE)
+        axes.axvline(100 * budget.sparsity, color=ORANGE, linestyle="--", linewidth=1.4)
+        axes.set(xlabel=f"sparsity (%); dashed: the network, {100 * budget.sparsity:.2f}", xlim=(0, 108))
+        return _svg(figure)
+
+
+def threshold_picture(epochs: Sequence[Record], budget: Budget) -> str | None:
+    """Each layer's threshold after each epoch; None where no layer has one."""
+    names = [row.name for row in budget.rows if row.threshold is not None]
+    if not names:
+        return None
+    numbers = [record["epoch"] for record in epochs]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure((9.0, 3.4), layout="constrained")
+        axes = figure.subplots()
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        colours = matplotlib.colormaps["viridis"]
+        for index, name in enumerate(names):
+            values = [record["layers"][name]["threshold"] for record in epochs]
+            colour = colours(0.1 + 0.75 * index / max(1, len(names) - 1))
+            axes.plot(numbers, values, color=colour, label=name, marker="o" if len(epochs) < 3 else None, markersize=4)
+        if len(names) <= LEGEND_LAYERS:
+            axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        axes.set(xlabel="epoch", ylabel="threshold", ylim=(0, None))
+        if len(names) > LEGEND_LAYERS:
+            axes.set_title("dark: first layers, bright: last layers")
+        return _svg(figure)
+
+
+def flops_picture(budget: Budget) -> str:
+    """Multiply-adds of each layer, dense and with its zeros left out."""
+    rows = [row for row in budget.rows if row.dense_flops]
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _layers(rows)
+        axes.barh(
+            range(len(rows)), [row.dense_flops for row in rows], color=GREY, height=0.7, alpha=0.55, label="dense"
+        )
+        axes.barh(range(len(rows)), [row.flops for row in rows], color=BLUE, height=0.7, label="sparse")
+        for index, row in enumerate(rows):
+            text = f"{100 * row.flops / row.dense_flops:.1f} %"
+            axes.annotate(text, (row.dense_flops, index), (3, 0), **_BESIDE)
+        axes.set(xlabel="multiply-adds for one input", xlim=(0, 1.12 * max(row.dense_flops for row in rows)))
+        axes.xaxis.set_major_formatter(EngFormatter())
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+        return _svg(figure)
+
+
+def size_picture(budget: Budget) -> str:
+    """Bytes of the weights: dense in float32, and sparse as the nonzeros in float32 with one bit a weight for place."""
+    dense, values, places = 4 * budget.params, 4 * budget.nonzeros, budget.params / 8
+    with matplotlib.rc_context(STYLE):
+        figure = Figure((9.0, 1.7), layout="constrained")
+        axes = figure.subplots()
+        axes.barh(["sparse", "dense"], [values, dense], color=[BLUE, GREY], height=0.6)
+        axes.barh(["sparse"], [places], left=[values], color=ORANGE, height=0.6)
+        for index, size in enumerate((values + places, dense)):
+            axes.annotate(size_text(size), (size, index), (4, 0), **_BESIDE)
+        axes.set(
+            xlim=(0, 1.12 * dense), xlabel="bytes of the weights; blue: nonzeros (float32), orange: a bit per weight"
+        )
+        axes.xaxis.set_major_formatter(EngFormatter(unit="B"))
+        axes.grid(axis="y", visible=False)
+        return _svg(figure)
+
+
+def size_text(size: float) -> str:
+    """A number of bytes as people read it: 305 kB, 12.4 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000 or unit == "GB":
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    raise AssertionError("unreachable")
+
+
+_BESIDE = {"textcoords": "offset points", "va": "center", "ha": "left", "fontsize": 8.5}
+
+
+def _layers(rows: Sequence[LayerBudget]) -> tuple[Figure, Axes]:
+    """Axes with a line per layer, the first on top."""
+    figure = Figure((9.0, 0.9 + 0.24 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    axes.set_yticks(range(len(rows)), [row.name or "(model)" for row in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="y", visible=False)
+    return figure, axes
+
+
+def _svg(figure: Figure) -> str:
+    """The figure as an <svg> element without a background, which scales with the page."""
+    text = io.StringIO()
+    figure.savefig(text, format="svg", transparent=True)
+    svg = text.getvalue()[text.getvalue().index("<svg") :].replace(TEXT, "currentColor")
+    return re.sub(
+        r'width="[\d.]+pt" height="[\d.]+pt"|height="[\d.]+pt" width="[\d.]+pt"', 'width="100%"', svg, count=1
+    )

@@ -1,0 +1,66 @@
+"""One line that lives while training runs: how far, how good, how long still."""
+
+import sys
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+DRAW_SECONDS = 0.25
+PLAIN_SECONDS = 5.0
+
+
+class ProgressBar:
+    """A bar on a terminal; an occasional plain line where output goes to a file or a pipe; nothing when not enabled.
+
+    `due` tells whether it is time to draw, so that the loop fetches numbers from the device only then.
+    """
+
+    def __init__(self, total: int, start: int = 0, *, enabled: bool = True, console: Console | None = None) -> None:
+        self.console = console or Console(file=sys.stdout, soft_wrap=True, highlight=False)
+        self.total = total
+        self._start, self._began = start, time.monotonic()
+        self._enabled = enabled
+        self._interval = DRAW_SECONDS if self.console.is_terminal else PLAIN_SECONDS
+        self._drawn = float("-inf")
+        self._bar: Progress | None = None
+        if enabled and self.console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[time_left]}"))
+            self._bar = Progress(*columns, console=self.console, auto_refresh=False)
+            self._task = self._bar.add_task("", total=total, completed=start, time_left="")
+            self._bar.start()
+
+    @property
+    def due(self) -> bool:
+        """Whether the last drawing is long enough ago."""
+        return self._enabled and time.monotonic() - self._drawn >= self._interval
+
+    def show(self, step: int, text: str) -> None:
+        """Draw ``text`` (loss, accuracy, ...) with the position ``step`` and the time left."""
+        if not self._enabled:
+            return
+        self._drawn = time.monotonic()
+        left = self._time_left(step)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=text, time_left=left, refresh=True)
+        else:
+            self.console.print(f"{text}  {100 * step / self.total:.0f} %  {left}")
+
+    def say(self, message: str) -> None:
+        """Print a line of its own, above the bar."""
+        if self._enabled:
+            self.console.print(message, markup=False)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _time_left(self, step: int) -> str:
+        done = step - self._start
+        if done <= 0:
+            return ""
+        seconds = round((time.monotonic() - self._began) / done * (self.total - step))
+        hours, rest = divmod(seconds, 3600)
+        clock = f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
+        return f"{clock} left"

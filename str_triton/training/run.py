@@ -1,0 +1,173 @@
+"""One run's services behind one object, so that a training loop reads as training."""
+
+import json
+import math
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor
+
+from str_triton.training.checkpoints import Checkpoints, random_state, set_random_state
+from str_triton.training.environment import describe_environment
+from str_triton.training.errors import Interrupted, UserError, blame_input
+from str_triton.training.metrics import Metrics, Record
+from str_triton.training.progress import ProgressBar
+from str_triton.training.run_folder import CONFIG, RunFolder
+from str_triton.training.signals import StopRequest
+
+ENVIRONMENT = "environment.json"
+SIGNAL_STEPS = 10  # jobs of several processes agree on a signal this often: agreeing costs a round of messages
+
+
+class Run:
+    """A run folder with its checkpoints, metrics, progress bar and signals.
+
+    Every process of a job has one and calls the same methods; the first process alone writes and prints. Make it with
+    `open`, use it as a context manager, and call `restore` before anything else.
+    """
+
+    def __init__(self, accelerator: Accelerator, folder: RunFolder | None, program: str) -> None:
+        self.accelerator = accelerator
+        self.folder = folder
+        self.path = Path(broadcast_object_list([str(folder.path) if folder else ""])[0])
+        self._program = program
+        self._checkpoints = Checkpoints(self.path / "checkpoints")
+        self._stop = StopRequest()
+        self._signum = 0
+        self._began = time.monotonic()
+        self._metrics: Metrics | None = None
+        self._bar: ProgressBar | None = None
+
+    @classmethod
+    def open(
+        cls, accelerator: Accelerator, config: Mapping[str, Any], run_dir: str | Path, *, resume: bool, program: str
+    ) -> "Run":
+        """Make the folder ``run_dir`` for ``config`` (plain values), or take over the one that is there to resume.
+
+        ``program`` is the command to be named in messages. Raises `UserError` when the folder cannot be had.
+        """
+        folder = None
+        if accelerator.is_main_process and resume:
+            folder = RunFolder.reopen(run_dir)
+        elif accelerator.is_main_process:
+            environment = describe_environment(accelerator.device, accelerator.num_processes)
+            texts = {CONFIG: config, ENVIRONMENT: environment}
+            folder = RunFolder.create(run_dir, {name: json.dumps(text, indent=2) for name, text in texts.items()})
+        return cls(accelerator, folder, program)
+
+    def restore(self, total_steps: int) -> dict[str, Any] | None:
+        """The state in the newest whole checkpoint, random states put back; None at the very beginning of a run."""
+        state = self._checkpoints.load() if self.folder else None
+        step = broadcast_object_list([state["step"] if state else 0])[0]
+        if step and not self.folder:
+            state = self._checkpoints.load(owner=False)
+        if state is not None:
+            self._match_processes(state)
+            set_random_state(state["random"][self.accelerator.process_index])
+            self._began -= state["seconds"]
+        if self.folder is not None:
+            with blame_input(OSError):
+                self._metrics = Metrics(self.path, step)
+                if state is not None:
+                    self._record_session(step)
+            self._bar = ProgressBar(total_steps, step)
+        return state
+
+    def log(self, record: Record) -> None:
+        """Append a record to the metrics. Raises `UserError` when it cannot be written."""
+        if self._metrics is not None:
+            with blame_input(OSError):
+                self._metrics.append(record | {"seconds": round(self.elapsed(), 3)})
+
+    def save(self, step: int, state: Mapping[str, Any]) -> None:
+        """Write a checkpoint of ``state`` and the random states of all processes, which meet here."""
+        states = gather_object([random_state()])
+        if self.folder is not None:
+            own = {"step": step, "seconds": self.elapsed(), "random": states}
+            self._checkpoints.save(step, {**state, **own})
+
+    def write(self, name: str, content: bytes | str) -> None:
+        """Write a file of the run folder atomically. Raises `UserError` when it cannot be written."""
+        if self.folder is not None:
+            with blame_input(OSError):
+                self.folder.write(name, content)
+
+    def stopping(self, step: int) -> bool:
+        """Whether SIGINT or SIGTERM came to any process. Jobs of several processes meet here every tenth step."""
+        if self.accelerator.num_processes == 1:
+            self._signum = self._stop.signum or 0
+        elif step % SIGNAL_STEPS == 0:
+            own = torch.tensor([self._stop.signum or 0], device=self.accelerator.device)
+            self._signum = int(self.accelerator.gather(own).max())
+        return self._signum != 0
+
+    def leave(self, step: int) -> NoReturn:
+        """Raise `Interrupted`; to be called when `stopping`, and ``step`` is saved."""
+        command = f"{self._program} --resume --run-dir {self.path}"
+        raise Interrupted(self._signum, f"stopped after step {step}, which is saved; go on with: {command}")
+
+    def require_finite(self, step: int, loss: float, tensors: Iterable[Tensor] = ()) -> None:
+        """Raise `UserError` when ``loss`` or a number in ``tensors`` is NaN or infinite. Waits for the device."""
+        finite = [tensor.isfinite().all() for tensor in tensors]
+        if math.isfinite(loss) and (not finite or bool(torch.stack(finite).all())):
+            return
+        steps = self._checkpoints.steps()
+        kept = f"the last good checkpoint is {self._checkpoints.path(steps[-1])}" if steps else "no checkpoint was made"
+        raise UserError(f"the loss became NaN or infinite by step {step}; {kept}; try a smaller --lr")
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to `show` again, and so to fetch numbers from the device."""
+        return self._bar is not None and self._bar.due
+
+    def show(self, step: int, text: str) -> None:
+        """Draw ``text`` in the progress bar, or print it where there is no terminal."""
+        if self._bar is not None:
+            self._bar.show(step, text)
+
+    def say(self, message: str) -> None:
+        """Print on standard output, from the first process."""
+        if self.folder is not None:
+            print(message)
+
+    def elapsed(self) -> float:
+        """Seconds that this run has taken, those before a resume included (up to the checkpoint that it began from)."""
+        return time.monotonic() - self._began
+
+    def end_training(self) -> None:
+        """Close the bar and the metrics; the folder stays this run's until the block ends."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._metrics is not None:
+            self._metrics.close()
+        self._bar = self._metrics = None
+
+    def __enter__(self) -> "Run":
+        self._stop.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.__exit__(kind, error, trace)
+        self.end_training()
+        if self.folder is not None:
+            self.folder.close()
+
+    def _match_processes(self, state: dict[str, Any]) -> None:
+        before, now = len(state["random"]), self.accelerator.num_processes
+        if before != now:
+            raise UserError(f"--resume: the run in {self.path} has {before} processes, not {now}")
+
+    def _record_session(self, step: int) -> None:
+        """Add this session's environment to environment.json: it may not be the one that the run began in."""
+        environment = json.loads(self.folder.read(ENVIRONMENT))
+        session = describe_environment(self.accelerator.device, self.accelerator.num_processes)
+        environment.setdefault("resumed", []).append({"step": step, **session})
+        self.folder.write(ENVIRONMENT, json.dumps(environment, indent=2))
