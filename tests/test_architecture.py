@@ -9,6 +9,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -20,9 +21,8 @@ import str_triton
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("str_triton", "cnn", "rnn")
 STDLIB = frozenset(sys.stdlib_module_names)
-TRAINING_EXTRAS = frozenset(
-    {"accelerate", "datasets", "matplotlib", "PIL", "rich", "safetensors", "tensorboard", "tyro"}
-)
+METADATA = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+TRAINING_EXTRAS = {re.split(r"[<>=]", extra)[0] for extra in METADATA["optional-dependencies"]["train"]} | {"PIL"}
 
 # Room -> the rooms it may import besides itself, and the libraries besides the standard one.
 ROOMS = {
