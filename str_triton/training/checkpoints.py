@@ -4,6 +4,7 @@ import io
 import os
 import random
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,11 @@ class Checkpoints:
         for step in reversed(steps):
             path = self.path(step)
             try:
-                return torch.load(path, map_location="cpu", weights_only=True)
+                content = path.read_bytes()
             except OSError as error:
                 raise UserError(f"the checkpoint {path} cannot be read: {one_line(error)}") from error
+            try:
+                return _decode(content)
             except Exception as error:  # damaged bytes surface as almost any exception of zipfile, pickle or torch
                 warn(f"the checkpoint {path} is damaged ({one_line(error)[:100]}); trying the one before it")
                 if owner:
@@ -77,6 +80,14 @@ class Checkpoints:
     def _last_whole(self) -> str:
         steps = self.steps()
         return f"the last whole one is {self.path(steps[-1])}" if steps else "there is none before it"
+
+
+def _decode(content: bytes) -> dict[str, Any]:
+    """What `torch.save` wrote; any exception where a byte of it has changed."""
+    damaged = zipfile.ZipFile(io.BytesIO(content)).testzip()  # torch.load does not look at the checksums
+    if damaged is not None:
+        raise ValueError(f"{damaged} has a wrong checksum")
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
 def random_state() -> dict[str, Any]:

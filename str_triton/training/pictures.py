@@ -133,11 +133,11 @@ def size_picture(budget: Budget) -> str:
 
 def size_text(size: float) -> str:
     """A number of bytes as people read it: 305 kB, 12.4 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000 or unit == "GB":
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    raise AssertionError("unreachable")
+    units = iter(("B", "kB", "MB", "GB", "TB"))
+    unit = next(units)
+    while size >= 999.5:
+        size, unit = size / 1000, next(units)
+    return f"{size:.3g} {unit}"
 
 
 _BESIDE = {"textcoords": "offset points", "va": "center", "ha": "left", "fontsize": 8.5}
@@ -157,7 +157,7 @@ def _layers(rows: Sequence[LayerBudget]) -> tuple[Figure, Axes]:
 def _svg(figure: Figure) -> str:
     """The figure as an <svg> element without a background, which scales with the page."""
     text = io.StringIO()
-    figure.savefig(text, format="svg", transparent=True)
+    figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     svg = text.getvalue()[text.getvalue().index("<svg") :].replace(TEXT, "currentColor")
     return re.sub(
         r'width="[\d.]+pt" height="[\d.]+pt"|height="[\d.]+pt" width="[\d.]+pt"', 'width="100%"', svg, count=1

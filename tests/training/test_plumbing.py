@@ -1,0 +1,121 @@
+"""The small pieces: errors, signals, schedules, meter, progress."""
+
+import io
+import os
+import signal
+
+import pytest
+import torch
+from rich.console import Console
+
+from str_triton.training.errors import Interrupted, UserError, blame_input, run_program
+from str_triton.training.meter import Meter
+from str_triton.training.progress import ProgressBar
+from str_triton.training.schedules import decayed_threshold, warmup_cosine
+from str_triton.training.signals import StopRequest
+
+
+def raising(error: BaseException):
+    def program() -> None:
+        raise error
+
+    return program
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (UserError("--lr 0: it must be above 0"), 2, "error: --lr 0: it must be above 0\n"),
+        (Interrupted(signal.SIGINT, "stopped"), 130, "stopped\n"),
+        (Interrupted(signal.SIGTERM, "stopped"), 143, "stopped\n"),
+        (SystemExit(2), 2, ""),
+        (SystemExit(), 0, ""),
+    ],
+)
+def test_exit_codes(error: BaseException, code: int, message: str, capsys: pytest.CaptureFixture):
+    assert run_program(raising(error)) == code
+    assert capsys.readouterr().err == message
+
+
+def test_success_is_0_and_a_bug_keeps_its_traceback():
+    assert run_program(lambda: None) == 0
+    with pytest.raises(ZeroDivisionError):
+        run_program(raising(ZeroDivisionError()))
+
+
+def test_blame_input_gives_one_line_and_leaves_other_errors_alone():
+    with pytest.raises(UserError, match=r"^/nowhere: No such file or directory$"), blame_input(OSError):
+        open("/nowhere")
+    with pytest.raises(UserError, match=r"^two lines$"), blame_input(ValueError):
+        raise ValueError("two\n  lines")
+    with pytest.raises(KeyError), blame_input(OSError, ValueError):
+        raise KeyError("bug")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_noted_and_the_second_acts(number: int):
+    before = signal.getsignal(number)
+    caught = []
+    signal.signal(number, lambda *arguments: caught.append(arguments[0]))
+    try:
+        with StopRequest() as stop:
+            assert stop.signum is None
+            os.kill(os.getpid(), number)
+            assert (stop.signum, caught) == (number, [])
+            os.kill(os.getpid(), number)
+            assert caught == [number]
+    finally:
+        signal.signal(number, before)
+
+
+def test_warmup_cosine():
+    assert [warmup_cosine(x, 0.2) for x in (0.0, 0.1, 0.2, 0.6, 1.0)] == pytest.approx([0.0, 0.5, 1.0, 0.5, 0.0])
+    assert warmup_cosine(0.0, 0.0) == 1.0
+    assert warmup_cosine(1.0, 1.0) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_decayed_threshold_is_what_sgd_does(momentum: float):
+    raw = torch.nn.Parameter(torch.tensor([-3200.0], dtype=torch.float64))
+    optimizer = torch.optim.SGD([raw], lr=1.0, momentum=momentum, weight_decay=2e-3)
+    rates = [0.1 * warmup_cosine(step / 200, 0.1) for step in range(200)]
+    for rate in rates:
+        raw.grad = torch.zeros_like(raw)
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+    assert decayed_threshold(-3200.0, rates, 2e-3, momentum) == pytest.approx(raw.item(), rel=1e-9)
+
+
+def test_meter_weighs_batches_by_their_size():
+    meter = Meter(torch.device("cpu"))
+    outputs = torch.tensor([[2.0, 1.0], [0.0, 1.0], [0.0, 1.0]])
+    meter.add(torch.tensor(1.0), outputs, torch.tensor([0, 1, 0]))
+    meter.add(torch.tensor(5.0), outputs[:1], torch.tensor([1]))
+    assert meter.means() == (2.0, 0.5)
+    meter.reset()
+    assert meter.means() == (0.0, 0.0)
+
+
+def text_of(console: Console) -> str:
+    return console.file.getvalue()
+
+
+def test_progress_in_a_file_is_an_occasional_line():
+    console = Console(file=io.StringIO(), force_terminal=False, width=200)
+    bar = ProgressBar(100, 10, console=console)
+    assert bar.due
+    bar.show(20, "loss 0.5")
+    assert not bar.due
+    bar.close()
+    assert text_of(console).startswith("loss 0.5  20 %  0:0")
+    assert text_of(console).endswith(" left\n")
+    assert "\x1b" not in text_of(console)
+
+
+def test_progress_on_a_terminal_is_a_bar():
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    bar = ProgressBar(100, console=console)
+    bar.show(50, "loss 0.5")
+    bar.close()
+    assert "━" in text_of(console)
+    assert "loss 0.5" in text_of(console)

@@ -1,0 +1,93 @@
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from str_triton.budget.budget import Budget, LayerBudget
+from str_triton.training.metrics import Metrics
+from str_triton.training.pictures import TEXT, size_text
+from str_triton.training.report import report
+
+BUDGET = Budget(
+    [
+        LayerBudget("stem", 288, 100, 18_432, 6_400, 0.011),
+        LayerBudget("<head>", 640, 10, 640, 10, 0.07),
+        LayerBudget("(average pools)", 0, 0, 1_024, 1_024),
+    ]
+)
+
+
+def run_folder(folder: Path, *, epochs: int, thresholds: bool) -> Path:
+    summary = {"accuracy": 0.9861, "sparsity": 0.88, "epochs": epochs, "seconds": 12.5, "recipe": "digits"}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "config.json").write_text(json.dumps({"data": "digits", "seed": 0, "data_dir": None}))
+    (folder / "environment.json").write_text(json.dumps({"packages": {"torch": "2.13.0"}, "command": ["train", "<x>"]}))
+    rows = BUDGET.rows if thresholds else [LayerBudget("stem", 288, 288, 18_432, 18_432)]
+    Budget(rows).to_json(folder / "budget.json")
+    metrics = Metrics(folder)
+    for epoch in range(1, epochs + 1):
+        layers = {row.name: {"sparsity": row.sparsity, "threshold": row.threshold} for row in rows}
+        metrics.append({"kind": "step", "step": 10 * epoch, "loss": 1.0})
+        metrics.append(
+            {"kind": "epoch", "step": 10 * epoch, "epoch": epoch, "train_accuracy": 0.9, "accuracy": 0.8,
+             "sparsity": 0.1 * epoch, "layers": layers}
+        )  # fmt: skip
+    metrics.close()
+    return folder
+
+
+class Tags(HTMLParser):
+    """Checks that tags nest, and notes what would be fetched from elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.sources: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag != "meta":
+            self.open.append(tag)
+        self.sources += [value for key, value in attrs if key in ("src", "href", "xlink:href")]
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.sources += [value for key, value in attrs if key in ("src", "href", "xlink:href")]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+@pytest.mark.parametrize(("epochs", "thresholds"), [(1, True), (5, True), (3, False)])
+def test_the_page_is_whole_and_self_contained(tmp_path: Path, epochs: int, thresholds: bool):
+    page = report(run_folder(tmp_path, epochs=epochs, thresholds=thresholds))
+    tags = Tags()
+    tags.feed(page)
+    assert tags.open == []
+    assert all(source.startswith("#") for source in tags.sources)
+    pictures = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    assert len(pictures) == (5 if thresholds else 4)
+    for picture in pictures:
+        ElementTree.fromstring(picture)
+    assert TEXT not in page
+    assert "currentColor" in pictures[0]
+
+
+def test_the_page_shows_the_figures(tmp_path: Path):
+    page = report(run_folder(tmp_path, epochs=2, thresholds=True))
+    for text in ("98.61 %", "88.15 %", "&lt;head&gt;", "18,432", "0.011", "torch 2.13.0", "train &lt;x&gt;"):
+        assert text in page
+    assert "<head>" not in page.replace("<head>", "", 1)
+
+
+def test_ids_of_different_pictures_do_not_collide(tmp_path: Path):
+    ids = re.findall(r'<clipPath id="([^"]+)"', report(run_folder(tmp_path, epochs=3, thresholds=True)))
+    assert len(ids) == len(set(ids)) > 3
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(12, "12 B"), (306_816, "307 kB"), (102e6, "102 MB"), (999.7, "1 kB"), (5.2e12, "5.2 TB")]
+)
+def test_sizes(size: float, text: str):
+    assert size_text(size) == text
