@@ -67,7 +67,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
 def test_damaged_checkpoints_alone_are_an_error(checkpoints: Checkpoints):
     for step in (1, 2):
         checkpoints.save(step, state(step)).write_bytes(b"")
-    with pytest.raises(UserError, match="no checkpoint in .* is whole"):
+    with pytest.raises(UserError, match=r"no checkpoint in .* is whole"):
         checkpoints.load()
 
 
