@@ -1,5 +1,6 @@
 """Soft threshold reparameterization: networks that become sparse or low-rank while they train."""
 
+from str_triton.budget import Budget, LayerBudget, SparsityController, Target, count
 from str_triton.nn import (
     STRConv1d,
     STRConv2d,
@@ -10,16 +11,23 @@ from str_triton.nn import (
     parameter_groups,
     sparsify,
 )
+from str_triton.ops.singular_value_threshold import singular_value_threshold
 from str_triton.ops.soft_threshold import soft_threshold, soft_threshold_many
 
 __all__ = [
+    "Budget",
+    "LayerBudget",
     "STRConv1d",
     "STRConv2d",
     "STRConv3d",
     "STREmbedding",
     "STRLinear",
+    "SparsityController",
+    "Target",
+    "count",
     "densify",
     "parameter_groups",
+    "singular_value_threshold",
     "soft_threshold",
     "soft_threshold_many",
     "sparsify",

@@ -169,6 +169,15 @@ class STRLayer:
         """The weight that the forward uses: thresholded, differentiable, of weight's shape and dtype."""
         return soft_threshold(self.dense_weight, self.raw_threshold, g=self.g, gradient=self.gradient)
 
+    def pruning_offsets(self) -> Tensor:
+        """For each weight the offset g^-1(|w|) - raw_threshold: added to raw_threshold, it and more prune the weight.
+
+        Detached, of weight's shape; -inf for a weight of 0, inf for one that no threshold of g reaches.
+        """
+        raw = self.raw_threshold.detach()
+        magnitude = self.dense_weight.detach().abs().to(torch.promote_types(self.dense_weight.dtype, raw.dtype))
+        return threshold_function(self.g).inverse(magnitude) - raw
+
     def extra_repr(self) -> str:
         text = f"{super().extra_repr()}, g={self.g}, gradient={self.gradient}"
         if self.dense_weight.is_meta:

@@ -1,0 +1,42 @@
+"""The radix selection against a sort."""
+
+import pytest
+import torch
+
+from str_triton.budget.select import select
+
+
+def kept_cost(values, costs, cut):
+    return sum(int((value > cut).sum()) * cost for value, cost in zip(values, costs, strict=True))
+
+
+@pytest.mark.parametrize("case", range(60))
+def test_cuts_as_little_as_the_budget_allows(case):
+    generator = torch.Generator().manual_seed(case)
+    sizes = [int(torch.randint(0, 40, (), generator=generator)) + (i == 0) for i in range(4)]
+    values = [torch.randn(n, generator=generator) * 10 ** (case % 5 - 2) for n in sizes]
+    costs = torch.randint(1, 9, (4,), generator=generator).tolist()
+    if case % 5 == 0:
+        values[0] = values[0].round()  # ties
+    if case % 7 == 0:
+        values[1][: sizes[1] // 2] = torch.inf
+    total = kept_cost(values, costs, -torch.inf)
+    always = kept_cost([value.isinf().float() for value in values], costs, 0)
+    keep = int(torch.randint(always, total + 3, (), generator=generator))
+
+    below, above = select(values, costs, torch.tensor(keep))
+
+    assert kept_cost(values, costs, below) <= keep
+    assert not any(((value > below) & (value < above)).any() for value in values)
+    if total <= keep:
+        assert below == -torch.inf
+    else:  # Nothing smaller would do: below is a value, and with it the budget is passed.
+        assert any((value == below).any() for value in values)
+        with_below = sum(int((value >= below).sum()) * cost for value, cost in zip(values, costs, strict=True))
+        assert with_below > keep
+
+
+def test_large_values_and_costs_keep_their_order():
+    values = [torch.tensor([-3e38, -1e-45, 0.0, 1e-45, 3e38])]
+    below, above = select(values, [10**12], torch.tensor(2 * 10**12))
+    assert (below, above) == (0.0, torch.tensor(1e-45))
