@@ -29,7 +29,7 @@ class Augmentation:
         # One gather in flat memory: several times faster than indexing windows of the padded images.
         planes = torch.arange(count * channels).view(count, channels, 1, 1) * (padded.shape[2] * padded.shape[3])
         places = planes + (rows * padded.shape[3])[:, None, :, None] + columns[:, None, None, :]
-        return padded.view(-1).gather(0, places.view(-1)).view(images.shape)
+        return padded.reshape(-1).gather(0, places.view(-1)).view(images.shape)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """An epoch's batches, the same bits whatever the number of workers, processes, or interruptions."""
 
-import signal
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -99,7 +99,7 @@ def _run(plan: _Plan, steps: range, workers: int) -> Iterator[tuple[Tensor, Tens
             sampler=steps,
             num_workers=workers,
             collate_fn=_unchanged,
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_leave_the_group,
             generator=torch.Generator(),  # or it would draw its workers' seed from the global one
         )
     for item in items:
@@ -112,7 +112,11 @@ def _unchanged(item: object) -> object:
     return item
 
 
-def _ignore_signals(worker: int) -> None:
-    """Ctrl-C and a job's end signal reach all processes: the training process decides, and stops its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _leave_the_group(worker: int) -> None:
+    """Ctrl-C and `timeout` signal the whole process group: only the training process is to hear that.
+
+    Ignoring the signals instead would hang the exit of a program that leaves an epoch open: SIGTERM is how Python ends
+    the children that are left.
+    """
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)

@@ -1,0 +1,291 @@
+"""Folders of images: what is read, how an image is decoded, and what is refused."""
+
+import os
+import shutil
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from cnn.data import batches, load
+from cnn.data.encoded import IMAGENET, centre, decode, random_crop, whole
+
+RED, GREEN, BLUE = (250, 10, 20), (10, 240, 30), (20, 30, 230)
+
+
+def save(path: Path, size: tuple[int, int] = (20, 16), seed: int = 0, mode: str = "RGB", **options: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    PIL.Image.fromarray(pixels).convert(mode).save(path, **options)
+
+
+def write_split(root: Path, counts: dict[str, int], **options: object) -> None:
+    for label, (name, count) in enumerate(counts.items()):
+        for index in range(count):
+            save(root / name / f"{index}.png", seed=100 * label + index, **options)
+
+
+def spec(root: Path) -> str:
+    return f"imagefolder:{root}"
+
+
+@pytest.mark.parametrize("held_out", ["val", "test"])
+def test_a_folder_per_split_and_class(held_out: str, tmp_path: Path):
+    write_split(tmp_path / "train", {"cat": 3, "ant": 2, "bee": 4})
+    write_split(tmp_path / held_out, {"cat": 1, "ant": 1, "bee": 2})
+    save(tmp_path / "train" / "ant" / "deeper" / "er.JPG")
+    (tmp_path / "train" / "ant" / "notes.txt").write_text("no image")
+    (tmp_path / "train" / "ant" / "._0.png").write_bytes(b"what macOS leaves")
+    (tmp_path / "train" / ".cache").mkdir()
+    (tmp_path / "train" / "classes.csv").write_text("no class")
+    data = load(spec(tmp_path), None)
+    assert (data.num_classes, data.image_shape, data.name) == (3, (3, 16, 20), spec(tmp_path))
+    assert data.train.labels.tolist() == [0, 0, 0, 1, 1, 1, 1, 2, 2, 2]
+    assert data.test.labels.tolist() == [0, 1, 1, 2]
+    expected = np.asarray(PIL.Image.open(tmp_path / "train" / "bee" / "1.png"))
+    assert np.array_equal(data.train.images[4].permute(1, 2, 0), expected)
+
+
+def test_without_a_split_a_fifth_of_each_class_is_held_out_by_name(tmp_path: Path):
+    first = tmp_path / "first"
+    write_split(first, {"cat": 10, "ant": 20, "rare": 2})
+    data = load(spec(first), None)
+    assert [torch.bincount(part.labels).tolist() for part in (data.train, data.test)] == [[16, 8, 1], [4, 2, 1]]
+    shutil.copytree(first, tmp_path / "second", copy_function=lambda *paths: shutil.copyfile(*paths))
+    again = load(spec(tmp_path / "second"), None)
+    assert torch.equal(again.test.images, data.test.images)
+    held_out = data.test.images[data.test.labels == 0]
+    files = [index for index in range(20) for image in held_out if same(first / "ant" / f"{index}.png", image)]
+    assert files == [0, 9, 17, 19]
+
+
+def same(path: Path, image: torch.Tensor) -> bool:
+    return np.array_equal(np.asarray(PIL.Image.open(path)), image.permute(1, 2, 0))
+
+
+def test_large_images_are_cropped_to_224(tmp_path: Path):
+    write_split(tmp_path, {"a": 3, "b": 3}, size=(300, 260))
+    data = load(spec(tmp_path), None)
+    assert data.image_shape == (3, 224, 224)
+    options = {"batch_size": 4, "seed": 0, "shuffle": True, "workers": 0}
+    images, labels = next(batches(data.train, epoch=0, augment=True, **options))
+    assert images.shape == (4, 3, 224, 224)
+    assert labels.shape == (4,)
+    assert not torch.equal(next(batches(data.train, epoch=1, augment=True, **options))[0], images)
+    index = torch.tensor([0])
+    first, _ = data.test.batch(index, seed=0, epoch=0, augment=False)
+    name, path = data.test.source.read(0)
+    pixels = torch.from_numpy(decode(name, path, (224, 224), centre).copy()).permute(2, 0, 1)
+    assert torch.equal(first, IMAGENET(pixels[None]))
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    assert torch.allclose(first[0], (pixels / 255 - mean[:, None, None]) / std[:, None, None], atol=1e-5)
+
+
+def test_small_images_take_the_size_of_the_first(tmp_path: Path):
+    save(tmp_path / "a" / "0.png", (64, 48))
+    save(tmp_path / "a" / "1.png", (300, 10))
+    save(tmp_path / "b" / "0.png", (5, 5))
+    save(tmp_path / "b" / "1.png", (64, 48))
+    data = load(spec(tmp_path), None)
+    assert data.image_shape == (3, 48, 64)
+    assert data.train.images.shape[1:] == data.test.images.shape[1:] == (3, 48, 64)
+    assert data.train.in_memory
+
+
+def test_small_images_beyond_the_memory_are_decoded_on_demand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_split(tmp_path, {"a": 5, "b": 5})
+    held = load(spec(tmp_path), None)
+    monkeypatch.setattr("cnn.data.encoded.MEMORY", 10 * 3 * 16 * 20 - 1)
+    data = load(spec(tmp_path), None)
+    assert (held.train.in_memory, data.train.in_memory) == (True, False)
+    every = torch.arange(8)
+    decoded, labels = data.train.batch(every, seed=1, epoch=2, augment=True)
+    expected, expected_labels = held.train.batch(every, seed=1, epoch=2, augment=True)
+    restored = [
+        (images * torch.tensor(norm.std)[:, None, None] + torch.tensor(norm.mean)[:, None, None]).round()
+        for images, norm in ((decoded, IMAGENET), (expected, held.train.normalisation))
+    ]
+    assert torch.equal(*restored)
+    assert torch.equal(labels, expected_labels)
+
+
+@pytest.mark.parametrize(("mode", "flip"), [("L", False), ("LA", False), ("1", False), ("RGB", True), ("RGBA", True)])
+def test_grey_images_are_not_mirrored(mode: str, flip: bool, tmp_path: Path):
+    write_split(tmp_path, {"a": 2, "b": 2}, mode=mode)
+    data = load(spec(tmp_path), None)
+    assert data.image_shape == (3, 16, 20)
+    assert data.train.augmentation.flip == flip
+
+
+def striped(size: tuple[int, int]) -> PIL.Image.Image:
+    """Left half red; right half green above, blue below."""
+    image = PIL.Image.new("RGB", size, RED)
+    image.paste(GREEN, (size[0] // 2, 0, size[0], size[1] // 2))
+    image.paste(BLUE, (size[0] // 2, size[1] // 2, size[0], size[1]))
+    return image
+
+
+def encode(image: PIL.Image.Image, form: str, **options: object) -> bytes:
+    file = BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("size", [(32, 16), (640, 320)], ids=["whole", "draft"])
+@pytest.mark.parametrize("box", [whole, lambda width, height: (width / 2, 0, width, height)])
+def test_a_camera_on_its_side_is_turned_upright(orientation: int, size: tuple[int, int], box: Callable):
+    """An upright image, stored the way a camera in that orientation stores it, comes out as itself."""
+    turn = PIL.Image.Transpose
+    undo = {
+        2: turn.FLIP_LEFT_RIGHT,
+        3: turn.ROTATE_180,
+        4: turn.FLIP_TOP_BOTTOM,
+        5: turn.TRANSPOSE,
+        6: turn.ROTATE_90,
+        7: turn.TRANSVERSE,
+        8: turn.ROTATE_270,
+    }
+    upright = striped(size)
+    stored = upright.transpose(undo[orientation]) if orientation > 1 else upright
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    content = encode(stored, "JPEG", quality=95, subsampling=0, exif=exif)
+    expected = upright.resize((24, 12), PIL.Image.Resampling.BILINEAR, box=box(*size))
+    pixels = decode("x", content, (12, 24), box)
+    assert pixels.shape == (12, 24, 3)
+    assert np.abs(pixels.astype(int) - np.asarray(expected)).mean() < 4
+
+
+def test_a_jpeg_scaled_while_decoding_looks_like_one_scaled_after():
+    rng = np.random.default_rng(0)
+    smooth = PIL.Image.fromarray(rng.integers(0, 256, (9, 13, 3), np.uint8)).resize((1301, 903))
+    content = encode(smooth, "JPEG", quality=95)
+    for box in (whole(1301, 903), centre(1301, 903), (700.0, 13.0, 1290.0, 700.0)):
+        expected = smooth.resize((224, 224), PIL.Image.Resampling.BILINEAR, box=box)
+        pixels = decode("x", content, (224, 224), lambda width, height, box=box: box)
+        assert np.abs(pixels.astype(int) - np.asarray(expected)).mean() < 2
+
+
+@pytest.mark.parametrize(
+    ("mode", "form"),
+    [
+        ("L", "PNG"),
+        ("1", "PNG"),
+        ("P", "PNG"),
+        ("P", "GIF"),
+        ("RGBA", "PNG"),
+        ("LA", "PNG"),
+        ("CMYK", "JPEG"),
+        ("RGB", "WEBP"),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_every_mode_becomes_rgb(mode: str, form: str):
+    image = striped((32, 16)).convert(mode)
+    options = {"lossless": True} if form == "WEBP" else {"quality": 100, "subsampling": 0} if form == "JPEG" else {}
+    if mode == "P" and form == "PNG":
+        options["transparency"] = bytes(range(256))
+    pixels = decode("x", encode(image, form, **options), (16, 32), whole)
+    assert np.abs(pixels.astype(int) - np.asarray(image.convert("RGB"))).max() <= (6 if form == "JPEG" else 0)
+
+
+def test_grey_of_16_bits_keeps_its_range():
+    values = np.linspace(0, 65535, 16 * 16).astype(np.uint16).reshape(16, 16)
+    pixels = decode("x", encode(PIL.Image.fromarray(values), "PNG"), (16, 16), whole)
+    assert np.array_equal(pixels, np.repeat((values >> 8)[..., None], 3, axis=2))
+
+
+def test_random_crops_stay_inside_and_cover_what_they_should():
+    boxes = torch.tensor([random_crop(200, 100, draws) for draws in torch.rand(2000, 4)])
+    left, top, right, bottom = boxes.T
+    assert left.min() >= 0
+    assert top.min() >= 0
+    assert right.max() <= 200 + 1e-3
+    assert bottom.max() <= 100 + 1e-3
+    area, aspect = (right - left) * (bottom - top) / 20_000, (right - left) / (bottom - top)
+    assert 0.079 < area.min() < 0.1
+    assert area.max() <= 1
+    free = bottom - top < 99.9  # not cut to the image's height
+    assert 0.745 < aspect[free].min() < 0.77
+    assert 1.3 < aspect[free].max() < 1.34
+    assert abs(aspect[free].log().mean()) < 0.05
+    for low, high, size in ((left, right, 200), (top, bottom, 100)):
+        place = (low / (size - (high - low)).clamp(min=1e-6))[size - (high - low) > 1]
+        assert abs(place.mean() - 0.5) < 0.03
+        assert place.std() > 0.26
+
+
+def remove(*parts: str) -> Callable[[Path], None]:
+    return lambda root: shutil.rmtree(root.joinpath(*parts))
+
+
+def cut(root: Path) -> None:
+    path = root / "train" / "bee" / "1.png"
+    path.write_bytes(path.read_bytes()[:200])
+
+
+def overwrite(content: bytes) -> Callable[[Path], None]:
+    return lambda root: (root / "train" / "bee" / "1.png").write_bytes(content) and None
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (remove("train"), r" has val but no train"),
+        (remove("val"), r" has train but neither val nor test: .* by naming .*/train"),
+        (remove("val", "bee"), r"val lacks the class 'bee'"),
+        (lambda root: save(root / "val" / "cow" / "1.png"), r"train lacks the class 'cow'"),
+        (lambda root: (root / "train" / "cow").mkdir(), r"cow: zero images \(files ending in \.png"),
+        (
+            lambda root: [remove("train", name)(root) for name in ("bee", "cat")],
+            r"train: .* two classes, has only 'ant'",
+        ),
+        (lambda root: [remove("train", name)(root) for name in ("ant", "bee", "cat")], r"two classes, has none"),
+        (cut, r"train/bee/1\.png: not a readable image \(.*truncated.*\); replace or remove it"),
+        (overwrite(b""), r"bee/1\.png: not a readable image \(cannot identify"),
+        (overwrite(b"GIF89a and no more"), r"bee/1\.png: not a readable image \("),
+        (overwrite(b"\x89PNG\r\n\x1a\n" + b"\x00" * 40), r"bee/1\.png: not a readable image \("),
+        (overwrite(b"\xff\xd8\xff\xe0" + b"\x11" * 99), r"bee/1\.png: not a readable image \("),
+        (lambda root: (root / "train" / "ant" / "0.png").write_bytes(b"first"), r"ant/0\.png: not a readable image"),
+    ],
+)
+def test_a_wrong_folder_is_named_in_one_line(damage: Callable[[Path], object], message: str, tmp_path: Path):
+    for part in ("train", "val"):
+        write_split(tmp_path / part, {"cat": 2, "ant": 2, "bee": 2})
+    load(spec(tmp_path), None)
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=message) as caught:
+        load(spec(tmp_path), None)
+    assert str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_wrong_folders(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match="nowhere: no such directory"):
+        load(spec(tmp_path / "nowhere"), None)
+    with pytest.raises(ValueError, match="needs a folder for each of at least two classes, has none"):
+        load(spec(tmp_path), None)
+    write_split(tmp_path, {"a": 1, "b": 3})
+    with pytest.raises(ValueError, match="class 'a' has one image"):
+        load(spec(tmp_path), None)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_large_image_damaged_after_the_start_is_named(workers: int, tmp_path: Path):
+    write_split(tmp_path, {"a": 3, "b": 3}, size=(80, 80))
+    data = load(spec(tmp_path), None)
+    _, path = data.train.source.read(2)
+    os.truncate(path, 500)
+    stream = batches(data.train, batch_size=4, seed=0, epoch=0, augment=True, shuffle=False, workers=workers)
+    with pytest.raises(ValueError, match=r"\.png: not a readable image \(.*truncated") as caught:
+        next(stream)
+    assert str(caught.value).startswith(f"{path}: ")
+    os.remove(path)
+    stream = batches(data.train, batch_size=4, seed=0, epoch=0, augment=True, shuffle=False, workers=workers)
+    with pytest.raises(ValueError, match="No such file"):
+        next(stream)

@@ -1,0 +1,229 @@
+"""Hugging Face data sets, from local files only."""
+
+import sys
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from cnn.data import batches, load
+
+datasets = pytest.importorskip("datasets")
+datasets.disable_progress_bars()
+
+NAMES = ["ant", "bee", "cat"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+
+def picture(index: int) -> PIL.Image.Image:
+    return PIL.Image.fromarray(np.random.default_rng(index).integers(0, 256, (9, 11, 3), np.uint8))
+
+
+def png(index: int) -> bytes:
+    file = BytesIO()
+    picture(index).save(file, "PNG")
+    return file.getvalue()
+
+
+def rows(
+    count: int, first: int = 0, image: str = "image", label: str = "label", classes: int | None = 3
+) -> "datasets.Dataset":
+    label_feature = datasets.Value("int64") if classes is None else datasets.ClassLabel(names=NAMES[:classes])
+    features = datasets.Features({image: datasets.Image(), label: label_feature})
+    content = {image: [picture(first + i) for i in range(count)], label: [i % 3 for i in range(count)]}
+    return datasets.Dataset.from_dict(content, features=features)
+
+
+def folder(tmp_path: Path) -> Path:
+    path = tmp_path / "data"
+    path.mkdir(exist_ok=True)
+    return path
+
+
+def check(data: object, train: int = 12, test: int = 6, first_test: int = 100) -> None:
+    assert (len(data.train), len(data.test)) == (train, test)
+    assert (data.num_classes, data.image_shape) == (3, (3, 9, 11))
+    for images, first in ((data.train, 0), (data.test, first_test)):
+        assert torch.equal(images.labels, torch.arange(len(images)) % 3)
+        for index in (0, len(images) - 1):
+            assert np.array_equal(images.images[index].permute(1, 2, 0), np.asarray(picture(first + index)))
+
+
+@pytest.mark.parametrize("test_split", ["test", "validation"])
+@pytest.mark.parametrize(("image", "label"), [("image", "label"), ("img", "labels"), ("img", "fine_label")])
+def test_parquet_files_in_a_folder(image: str, label: str, test_split: str, tmp_path: Path):
+    path = folder(tmp_path)
+    rows(12, image=image, label=label).to_parquet(path / "train-00000-of-00001.parquet")
+    rows(6, 100, image=image, label=label).to_parquet(path / f"{test_split}-00000-of-00001.parquet")
+    data = load(f"hub:{path}", None)
+    check(data)
+    assert data.name == f"hub:{path}"
+
+
+def test_a_saved_set_and_its_arrow_files(tmp_path: Path):
+    splits = datasets.DatasetDict(train=rows(12), test=rows(6, 100))
+    splits.save_to_disk(folder(tmp_path))
+    check(load(f"hub:{tmp_path / 'data'}", None))
+
+
+def test_a_saved_set_without_splits_holds_a_fifth_out(tmp_path: Path):
+    rows(30).save_to_disk(folder(tmp_path))
+    data = load(f"hub:{tmp_path / 'data'}", None)
+    counts = [torch.bincount(part.labels).tolist() for part in (data.train, data.test)]
+    assert counts == [[8, 8, 8], [2, 2, 2]]
+    again = load(f"hub:{tmp_path / 'data'}", None)
+    assert torch.equal(again.test.images, data.test.images)
+    stored = {png(index): index % 3 for index in range(30)}
+    for part in (data.train, data.test):
+        for image, label in zip(part.images, part.labels.tolist(), strict=True):
+            file = BytesIO()
+            PIL.Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "PNG")
+            assert stored.pop(file.getvalue()) == label
+    assert not stored
+
+
+def test_a_test_split_that_hides_its_labels_is_passed_over(tmp_path: Path):
+    hidden = rows(6, 200, classes=None).map(lambda row: {"label": -1})
+    hidden = hidden.cast_column("label", datasets.ClassLabel(names=NAMES))
+    splits = datasets.DatasetDict(train=rows(12), test=hidden, validation=rows(6, 100))
+    splits.save_to_disk(folder(tmp_path))
+    check(load(f"hub:{tmp_path / 'data'}", None))
+
+
+@pytest.mark.parametrize("kind", ["bytes", "dict of bytes", "dict of paths"])
+def test_columns_without_hugging_face_features(kind: str, tmp_path: Path):
+    """As pyarrow or pandas write them: plain bytes or structs, labels plain integers."""
+    import pyarrow
+    import pyarrow.parquet
+
+    path = folder(tmp_path)
+    for split, count, first in (("train", 12, 0), ("test", 6, 100)):
+        images = [png(first + i) for i in range(count)]
+        if kind == "dict of bytes":
+            images = [{"bytes": image, "path": "gone.png"} for image in images]
+        if kind == "dict of paths":
+            for i, image in enumerate(images):
+                (path / f"{split}{i}.png").write_bytes(image)
+            images = [{"bytes": None, "path": f"../{split}{i}.png"} for i in range(count)]
+        table = pyarrow.table({"image": images, "label": [i % 3 for i in range(count)]})
+        (path / "files").mkdir(exist_ok=True)
+        pyarrow.parquet.write_table(table, path / "files" / f"{split}.parquet")
+    check(load(f"hub:{path / 'files'}", None))
+
+
+def test_large_images_are_decoded_by_workers(tmp_path: Path):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)})
+    content = {"image": [picture(i).resize((90, 80)) for i in range(9)], "label": [i % 3 for i in range(9)]}
+    splits = datasets.DatasetDict(train=datasets.Dataset.from_dict(content, features=features))
+    splits["test"] = splits["train"]
+    splits.save_to_disk(folder(tmp_path))
+    train = load(f"hub:{tmp_path / 'data'}", None).train
+    assert not train.in_memory
+    alone, helped = (
+        list(batches(train, batch_size=4, seed=0, epoch=0, augment=True, shuffle=True, workers=workers))
+        for workers in (0, 2)
+    )
+    assert alone[0][0].shape == (4, 3, 224, 224)
+    for first, second in zip(alone, helped, strict=True):
+        assert torch.equal(first[0], second[0])
+        assert torch.equal(first[1], second[1])
+
+
+def test_a_name_of_the_hub_and_its_configuration_are_passed_on(monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def load_dataset(name: str, configuration: str | None) -> dict:
+        asked.append((name, configuration))
+        return {"train": rows(12), "test": rows(6, 100)}
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    check(load("hub:owner/name", None))
+    check(load("hub:owner/name:plain", None))
+    assert asked == [("owner/name", None), ("owner/name", "plain")]
+
+
+def test_what_the_library_says_becomes_one_line(monkeypatch: pytest.MonkeyPatch):
+    def load_dataset(name: str, configuration: str | None) -> dict:
+        raise RuntimeError("\n  no such thing\nsee the manual\n")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(ValueError, match=r"^hub:owner/name: no such thing$"):
+        load("hub:owner/name", None)
+
+
+def test_without_datasets_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"needs the package datasets: pip install 'str-triton\[train\]'"):
+        load("hub:owner/name", None)
+
+
+def broken_image() -> "datasets.Dataset":
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)})
+    content = [{"bytes": png(i)[: 100 if i == 4 else None], "path": None} for i in range(6)]
+    return datasets.Dataset.from_dict({"image": content, "label": [0, 1, 2] * 2}, features=features)
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        (lambda: {"test": rows(6)}, "has no split 'train', only 'test'"),
+        (lambda: {"train": rows(6).select([])}, "zero images in its split 'train'"),
+        (
+            lambda: {"train": rows(6).rename_column("image", "photo")},
+            "no column 'image' or 'img'; its columns are photo, label",
+        ),
+        (lambda: {"train": rows(6).remove_columns("label")}, "no column 'label' or 'labels' or 'fine_label'"),
+        (lambda: {"train": rows(6), "test": rows(6).remove_columns("label")}, "test has no column 'label'"),
+        (lambda: {"train": rows(6), "test": rows(6).remove_columns("image")}, "test has no column 'image'"),
+        (lambda: {"train": rows(6).cast_column("label", datasets.Value("string"))}, "column 'label' holds '0'"),
+        (lambda: {"train": rows(6).cast_column("label", datasets.Value("float32"))}, "column 'label' holds 0.0"),
+        (
+            lambda: {"train": rows(6, classes=None), "test": wide()},
+            "test: labels run from 0 to 3, the classes from 0 to 2",
+        ),
+        (lambda: {"train": broken_image(), "test": rows(3)}, r"train\[4\]: not a readable image \(.*truncated"),
+        (lambda: {"train": rows(6), "test": broken_image()}, r"test\[4\]: not a readable image"),
+        (lambda: {"train": numbers()}, r"train\[\d\]: column 'image' has neither the bytes nor the path of an image"),
+        (lambda: {"train": nulls("image")}, r"train\[\d\]: column 'image' has neither"),
+        (lambda: {"train": nulls("label")}, "column 'label' holds None"),
+    ],
+)
+def test_a_wrong_set_is_refused_in_one_line(splits: Callable[[], dict], message: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, configuration: splits())
+    with pytest.raises(ValueError, match=message) as caught:
+        load("hub:owner/name", None)
+    assert "hub:owner/name" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def wide() -> "datasets.Dataset":
+    return datasets.Dataset.from_dict({"image": [{"bytes": png(i)} for i in range(4)], "label": [0, 1, 2, 3]})
+
+
+def numbers() -> "datasets.Dataset":
+    return datasets.Dataset.from_dict({"image": [[1, 2]] * 6, "label": [0, 1, 2] * 2})
+
+
+def nulls(column: str) -> "datasets.Dataset":
+    content = {"image": [{"bytes": png(i)} for i in range(6)], "label": [0, 1, 2] * 2}
+    content[column] = [None] * 6
+    return datasets.Dataset.from_dict(content)
+
+
+def test_a_folder_without_data_is_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match=f"^hub:{folder(tmp_path)}: ") as caught:
+        load(f"hub:{folder(tmp_path)}", None)
+    assert "\n" not in str(caught.value)
+    (folder(tmp_path) / "train.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(ValueError, match=f"^hub:{folder(tmp_path)}: ") as caught:
+        load(f"hub:{folder(tmp_path)}", None)
+    assert "\n" not in str(caught.value)

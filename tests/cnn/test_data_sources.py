@@ -1,0 +1,36 @@
+"""Data sets by name, and the digits that come with the project."""
+
+import pytest
+import torch
+
+from cnn.data import load
+
+
+@pytest.mark.parametrize(
+    ("spec", "data_dir", "message"),
+    [
+        ("cifar", None, "unknown data set 'cifar'; known are digits, mnist"),
+        ("", None, "unknown data set ''"),
+        ("imagefolder", None, "unknown data set 'imagefolder'"),
+        ("imagefolder:", None, "unknown data set 'imagefolder:'"),
+        ("emnist:greek", None, "unknown data set 'emnist:greek'"),
+        ("digits", "somewhere", "--data-dir somewhere is for sets of IDX files; --data digits does not take it"),
+        ("mnist", None, "mnist needs --data-dir"),
+    ],
+)
+def test_an_unknown_set_is_refused(spec: str, data_dir: str | None, message: str):
+    with pytest.raises(ValueError, match=message):
+        load(spec, data_dir)
+
+
+def test_digits_are_all_there_in_a_fixed_stratified_split():
+    data = load("digits", None)
+    assert (len(data.train), len(data.test), data.num_classes, data.image_shape) == (1438, 359, 10, (1, 8, 8))
+    counts = [torch.bincount(part.labels, minlength=10) for part in (data.train, data.test)]
+    assert torch.equal(sum(counts), torch.tensor([178, 182, 177, 183, 181, 182, 181, 179, 174, 180]))
+    assert torch.equal(counts[1], (sum(counts) * 0.2).round().long())
+    assert data.test.labels[:20].tolist() == [7, 7, 8, 0, 2, 9, 5, 6, 1, 0, 8, 1, 6, 3, 3, 7, 3, 6, 6, 1]
+    seen = {tuple(image.flatten().tolist()) for image in data.train.images}
+    assert not any(tuple(image.flatten().tolist()) in seen for image in data.test.images)
+    zero = data.train.images[0, 0] if data.train.labels[0] == 0 else data.test.images[0, 0]
+    assert zero[0].tolist() == [0, 0, 5, 13, 9, 1, 0, 0]  # the file's first row, upright
