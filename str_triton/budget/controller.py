@@ -152,8 +152,8 @@ class SparsityController:
         if self._keep < least:
             unit = "FLOPs" if self.target.flops is not None else "weights"
             raise ValueError(
-                f"{self.target} cannot be met: it leaves {self._keep:,} {unit} to the thresholded layers, which keep at "
-                f"least {least:,}; excluded layers and pools count as dense"
+                f"{self.target} cannot be met: it leaves {self._keep:,} {unit} to the thresholded layers, which need "
+                f"{least:,} or more; excluded layers and pools count as dense"
             )
 
     def step(self, progress: float) -> None:
