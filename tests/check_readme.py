@@ -43,7 +43,7 @@ def check_for(command: str) -> Check:
     if command.startswith("pip install"):
         return Check(command.replace("install", "install --dry-run", 1), [], "it is installed already")
     if PLACEHOLDER.search(command):
-        return Check(*help_of(command), "its data is not at hand")
+        return Check(*help_of(command), "DIR and NAME stand for the reader's own data")
     if re.match(r"python -m benchmarks\.|tensorboard ", command):
         return Check(*help_of(command), "it takes long")
     return Check(command, [], "")
