@@ -224,10 +224,10 @@ class SparsityController:
 
     def _budget_now(self) -> Tensor:
         """What the thresholded weights may cost now; int64 on their device."""
-        if self.progress >= self.end:
-            done = 1.0
+        if self.begin <= self.progress < self.end:
+            done = SCHEDULES[self.schedule]((self.progress - self.begin) / (self.end - self.begin))
         else:
-            done = SCHEDULES[self.schedule](max(self.progress - self.begin, 0.0) / (self.end - self.begin))
+            done = float(self.progress >= self.end)
         keep = torch.tensor(self._dense - round(done * (self._dense - self._keep)), device=self._raws[0].device)
         if self.target.flops is None and done == 1:  # Zeros in layers without a threshold count towards the target.
             for module, attribute in self._others:

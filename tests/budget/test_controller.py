@@ -1,0 +1,317 @@
+"""The controller: exact targets, schedules, floors, and a training that evaluation does not disturb."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from str_triton import SparsityController, Target, count, densify, parameter_groups, sparsify
+from str_triton.nn import STRLinear, str_layers
+
+
+def convolutional_net(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2), nn.BatchNorm2d(32), nn.ReLU(),
+        nn.Conv2d(32, 64, 3, stride=2), nn.AvgPool2d(2), nn.AdaptiveMaxPool2d(1), nn.Flatten(),
+        nn.Linear(64, 10),
+    )  # fmt: skip
+
+
+IMAGES = torch.zeros(2, 3, 24, 24)
+
+
+def weights_share(budget):
+    return max(1 / budget.params, 1e-4)
+
+
+@pytest.mark.parametrize("granularity", ["layer", "filter", "weight", "global"])
+@pytest.mark.parametrize("g", ["exp", "sigmoid", "softplus"])
+@pytest.mark.parametrize("target", [{"sparsity": 0.9}, {"sparsity": 0.37}, {"nonzeros": 1234}, {"flops": 300_000}])
+def test_the_target_holds_at_the_end(granularity, g, target):
+    model = sparsify(convolutional_net(), granularity=granularity, g=g)
+    floor = 0.0 if granularity == "global" else 0.5
+    controller = SparsityController(model, Target(**target), example_input=IMAGES, floor=floor)
+    controller.step(1.0)
+    budget = count(model, IMAGES)
+    if "sparsity" in target:
+        assert abs(budget.sparsity - target["sparsity"]) <= 1 / budget.params
+    elif "nonzeros" in target:
+        assert abs(budget.nonzeros - target["nonzeros"]) <= 1
+    else:
+        largest = max(row.dense_flops // row.params for row in budget.rows if row.params)
+        assert abs(budget.flops - target["flops"]) <= largest
+
+
+def test_learned_thresholds_are_the_distribution():
+    """One offset moves all: the ratios of the thresholds (g = exp) stay what they were."""
+    model = sparsify(convolutional_net(), g="exp")
+    layers = list(str_layers(model).values())
+    with torch.no_grad():
+        for factor, layer in enumerate(layers, 1):
+            layer.raw_threshold.fill_(0.3 * factor)
+    SparsityController(model, Target(sparsity=0.8), floor=0).step(1.0)
+    logs = torch.cat([layer.raw_threshold.detach() for layer in layers])
+    torch.testing.assert_close(logs.diff(), torch.full((3,), 0.3), rtol=0, atol=1e-6)
+
+
+def test_excluded_layers_count_as_dense():
+    model = sparsify(convolutional_net(), exclude="0")
+    SparsityController(model, Target(sparsity=0.9)).step(1.0)
+    budget = count(model, IMAGES)
+    assert budget.rows[0].sparsity == 0
+    assert abs(budget.sparsity - 0.9) <= 1 / budget.params
+
+
+def test_zeros_without_a_threshold_count_too():
+    model = convolutional_net()
+    with torch.no_grad():
+        model[0].weight[:4] = 0
+    sparsify(model, exclude="0")
+    SparsityController(model, Target(nonzeros=2000)).step(1.0)
+    assert abs(count(model, IMAGES).nonzeros - 2000) <= 1
+
+
+def test_tied_weights_count_once():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 20))
+    model[2].weight = model[0].weight
+    sparsify(model)
+    SparsityController(model, Target(nonzeros=100)).step(1.0)
+    assert count(model, torch.zeros(1, 20)).nonzeros == 100
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [("cubic", 0.8 * (1 - 0.5**3)), ("linear", 0.8 * 0.5), ("constant", 0.8)],
+)
+def test_schedules(schedule, expected):
+    model = sparsify(convolutional_net())
+    controller = SparsityController(model, Target(sparsity=0.8), schedule=schedule, begin=0.2, end=0.6)
+    for progress, sparsity in [(0.0, 0.0), (0.1, 0.0), (0.4, expected), (0.6, 0.8), (0.9, 0.8)]:
+        controller.progress = progress
+        controller.solve()
+        assert abs(count(model, IMAGES).sparsity - sparsity) <= weights_share(count(model, IMAGES))
+
+
+def test_the_interval_decides_when_to_solve():
+    model = sparsify(convolutional_net())
+    controller = SparsityController(model, Target(sparsity=0.8), interval=4, end=1.0)
+    solved = []
+    controller.solve = lambda: solved.append(controller.progress)
+    for i in range(10):
+        controller.step((i + 1) / 10)
+    assert solved == [0.1, 0.5, 0.9, 1.0]
+
+
+def deep_net():
+    torch.manual_seed(1)
+    layers = [nn.Linear(64, 64)]
+    for i in range(20):
+        layer = nn.Linear(64, 64, bias=False)
+        nn.init.normal_(layer.weight, std=0.5 ** (i / 2))  # the last ones would be emptied by a global threshold
+        layers.append(layer)
+    return nn.Sequential(*layers)
+
+
+def test_no_layer_is_emptied_at_99_5_percent():
+    model = sparsify(deep_net())
+    SparsityController(model, Target(sparsity=0.995)).step(1.0)
+    budget = count(model, torch.zeros(1, 64))
+    assert abs(budget.sparsity - 0.995) <= 1 / budget.params
+    # Half of what uniform pruning would leave to a layer: 0.5 * 0.005 * 4096 = 10.
+    assert min(row.nonzeros for row in budget.rows) >= 10
+
+
+def test_without_the_floor_layers_are_emptied():
+    """The test above can fail: this is the net for it."""
+    model = sparsify(deep_net())
+    SparsityController(model, Target(sparsity=0.995), floor=0).step(1.0)
+    assert min(row.nonzeros for row in count(model, torch.zeros(1, 64)).rows) == 0
+
+
+def test_already_sparse_weights_do_not_confuse_the_solve():
+    model = convolutional_net()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(torch.rand_like(parameter) < 0.05)
+    before = sum(int(m.weight.count_nonzero()) for m in model if isinstance(m, nn.Conv2d | nn.Linear))
+    sparsify(model)
+    controller = SparsityController(model, Target(sparsity=0.5))
+    controller.step(1.0)  # Fewer are left than asked for: all of them survive.
+    assert count(model, IMAGES).nonzeros == before
+    assert all(layer.raw_threshold.isfinite().all() for layer in str_layers(model).values())
+
+
+def test_all_weights_survive_before_the_schedule_begins():
+    model = sparsify(convolutional_net(), initial_threshold=0.5)
+    SparsityController(model, Target(sparsity=0.9), begin=0.5).step(0.0)
+    assert count(model, IMAGES).sparsity == 0
+
+
+def test_exact_leaves_training_as_it_was():
+    model = sparsify(convolutional_net())
+    controller = SparsityController(model, Target(sparsity=0.9))
+    controller.step(0.3)
+    with torch.no_grad():
+        for layer in str_layers(model).values():
+            layer.dense_weight.mul_(torch.rand_like(layer.dense_weight) + 0.5)  # The survivors drift.
+    controller.progress = 1.0
+    before = copy.deepcopy(model.state_dict())
+    drifted = count(model, IMAGES).sparsity
+    with controller.exact():
+        exact = count(model, IMAGES)
+        with controller.exact():  # A checkpoint within an evaluation.
+            inner = controller.state_dict()
+        state = controller.state_dict()
+    assert abs(drifted - 0.9) > 0.01
+    assert abs(exact.sparsity - 0.9) <= 1 / exact.params
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    for raws in (state["raw_thresholds"], inner["raw_thresholds"]):
+        assert all(
+            torch.equal(raw, layer.raw_threshold) for raw, layer in zip(raws, str_layers(model).values(), strict=True)
+        )
+
+
+def test_exact_puts_back_when_evaluation_raises():
+    model = sparsify(convolutional_net())
+    controller = SparsityController(model, Target(sparsity=0.9))
+    before = copy.deepcopy(model.state_dict())
+    controller.progress = 1.0
+    with pytest.raises(RuntimeError), controller.exact():
+        raise RuntimeError
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def train(model, controller, optimizer, begin, end, steps=30):
+    for i in range(begin, end):
+        torch.manual_seed(i)
+        loss = model(torch.randn(8, 3, 24, 24)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        controller.step((i + 1) / steps)
+
+
+def make_run():
+    model = sparsify(convolutional_net())
+    controller = SparsityController(model, Target(sparsity=0.95), interval=4)
+    return model, controller, torch.optim.SGD(parameter_groups(model, 5e-4), lr=0.01, momentum=0.9)
+
+
+@pytest.mark.parametrize("inside_exact", [True, False])
+def test_state_dict_resumes_bit_for_bit(inside_exact):
+    """Inside exact() a checkpoint changes nothing; outside, the run that goes on has solved as well."""
+    model, controller, optimizer = make_run()
+    train(model, controller, optimizer, 0, 14)
+    if inside_exact:
+        with controller.exact():
+            state = copy.deepcopy((model.state_dict(), controller.state_dict(), optimizer.state_dict()))
+    else:
+        own = controller.state_dict()
+        state = copy.deepcopy((model.state_dict(), own, optimizer.state_dict()))
+    train(model, controller, optimizer, 14, 30)
+    other, other_controller, other_optimizer = make_run()
+    other.load_state_dict(state[0])
+    other_controller.load_state_dict(state[1])
+    other_optimizer.load_state_dict(state[2])
+    train(other, other_controller, other_optimizer, 14, 30)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, other.state_dict()[key]), key
+    assert count(model, IMAGES).sparsity == pytest.approx(0.95, abs=1e-4)
+
+
+def test_state_dict_solves_first():
+    model = sparsify(convolutional_net())
+    controller = SparsityController(model, Target(sparsity=0.9))
+    controller.progress = 1.0
+    controller.state_dict()
+    assert abs(count(model, IMAGES).sparsity - 0.9) <= 1 / count(model, IMAGES).params
+
+
+def test_densified_model_keeps_the_budget():
+    model = sparsify(convolutional_net())
+    SparsityController(model, Target(sparsity=0.9)).step(1.0)
+    budget = count(model, IMAGES)
+    assert count(densify(model), IMAGES).nonzeros == budget.nonzeros
+
+
+def test_controlled_thresholds_do_not_decay():
+    model = sparsify(convolutional_net())
+    decays = {group["name"]: group["weight_decay"] for group in parameter_groups(model, 5e-4)}
+    assert decays["thresholds"] == 5e-4
+    SparsityController(model, Target(sparsity=0.9))
+    decays = {group["name"]: group["weight_decay"] for group in parameter_groups(model, 5e-4)}
+    assert decays["thresholds"] == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Target(sparsity=1.2), r"\[0, 1\), got 1.2"),
+        (lambda: Target(sparsity=-0.1), "got -0.1"),
+        (lambda: Target(sparsity=1.0), "got 1.0"),
+        (lambda: Target(sparsity=float("nan")), "got nan"),
+        (lambda: Target(nonzeros=0), "at least 1, got 0"),
+        (lambda: Target(flops=-3), "at least 1, got -3"),
+        (lambda: Target(), "exactly one"),
+        (lambda: Target(sparsity=0.5, flops=3), "exactly one"),
+    ],
+)
+def test_targets_out_of_range(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"schedule": "quadratic"}, "'cubic', 'linear', 'constant', got 'quadratic'"),
+        ({"begin": 0.5, "end": 0.2}, "got 0.5 and 0.2"),
+        ({"interval": 0}, "at least 1, got 0"),
+        ({"floor": 1.5}, r"\[0, 1\], got 1.5"),
+        ({"target": Target(flops=10**6)}, "needs example_input"),
+        ({"target": Target(nonzeros=3)}, "cannot be met"),
+        ({"target": Target(flops=20), "example_input": IMAGES}, "cannot be met"),
+    ],
+)
+def test_bad_options(options, message):
+    model = sparsify(convolutional_net())
+    with pytest.raises(ValueError, match=message):
+        SparsityController(model, **({"target": Target(sparsity=0.9)} | options))
+
+
+def test_a_target_below_what_excluded_layers_allow():
+    model = sparsify(convolutional_net(), include="10")
+    with pytest.raises(ValueError, match="cannot be met"):
+        SparsityController(model, Target(sparsity=0.9))
+
+
+def test_a_shared_threshold_cannot_keep_a_floor():
+    model = sparsify(convolutional_net(), granularity="global")
+    with pytest.raises(ValueError, match="floor=0"):
+        SparsityController(model, Target(sparsity=0.9))
+
+
+def test_a_plain_model_is_refused():
+    with pytest.raises(ValueError, match="sparsify"):
+        SparsityController(convolutional_net(), Target(sparsity=0.9))
+
+
+def test_steps_out_of_range_and_foreign_states_are_refused():
+    controller = make_run()[1]
+    with pytest.raises(ValueError, match="got 1.5"):
+        controller.step(1.5)
+    other = SparsityController(sparsify(nn.Sequential(nn.Linear(4, 4))), Target(sparsity=0.5))
+    with pytest.raises(ValueError, match="raw thresholds of shapes"):
+        controller.load_state_dict(other.state_dict())
+
+
+def test_a_single_weight_and_a_bare_layer():
+    layer = STRLinear(1, 1)
+    controller = SparsityController(layer, Target(sparsity=0.5))
+    controller.step(1.0)
+    assert layer.sparse_weight != 0
