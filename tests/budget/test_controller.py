@@ -303,7 +303,7 @@ def test_a_plain_model_is_refused():
 
 def test_steps_out_of_range_and_foreign_states_are_refused():
     controller = make_run()[1]
-    with pytest.raises(ValueError, match="got 1.5"):
+    with pytest.raises(ValueError, match=r"got 1\.5"):
         controller.step(1.5)
     other = SparsityController(sparsify(nn.Sequential(nn.Linear(4, 4))), Target(sparsity=0.5))
     with pytest.raises(ValueError, match="raw thresholds of shapes"):
