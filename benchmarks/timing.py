@@ -1,0 +1,59 @@
+"""Side by side in one process: alternating runs, medians and ratios, and the machine they were taken on."""
+
+import json
+import platform
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def alternating(functions: dict[str, Callable[[], Any]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+    """Seconds of each function in each of `rounds` rounds; a round runs every function once, in turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for index in range(warmup + rounds):
+        for name, function in functions.items():
+            synchronize()
+            begin = time.perf_counter()
+            function()
+            synchronize()
+            if index >= warmup:
+                seconds[name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def median_ratio(seconds: dict[str, list[float]], name: str, base: str) -> float:
+    """The median over the rounds of one function's time over another's in the same round."""
+    return median(a / b for a, b in zip(seconds[name], seconds[base], strict=True))
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def machine() -> dict[str, Any]:
+    """Versions and hardware, for a result file."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
+    return {
+        "processor": processor or platform.processor(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in ("torch", "triton", "str-triton")},
+    }
+
+
+def write(name: str, result: dict[str, Any]) -> None:
+    """benchmarks/results/NAME.json: the machine first, then the figures."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"machine": machine(), **result}, indent=2) + "\n")
+    print(f"wrote {path}")
