@@ -3,86 +3,51 @@
 Source: Kusupati et al., ICML 2020: a layer computes with S_g(weight, raw_threshold) = sign(w) relu(|w| - g(s)).
 """
 
-import math
+from collections.abc import Callable
 from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from str_triton.nn.raw_threshold import new_raw_threshold
 from str_triton.ops.soft_threshold import soft_threshold
 from str_triton.ops.thresholds import threshold_function
-
-GRANULARITIES = ("layer", "filter", "weight", "global")
-DEFAULT_THRESHOLD = 1e-4
-
-
-def new_raw_threshold(
-    weight: Tensor,
-    *,
-    granularity: str = "layer",
-    g: str = "sigmoid",
-    initial_threshold: float | None = None,
-    raw_threshold_init: float | None = None,
-) -> nn.Parameter:
-    """A raw threshold for a weight: one element, one per filter (dimension 0), or one per weight.
-
-    Args:
-        weight: the dense weight, [out, ...]; gives shape and device.
-        granularity: "layer" or "global" (one element), "filter" ([out, 1, ...]), "weight" (weight's shape).
-        g: name of the threshold function.
-        initial_threshold: the threshold in units of the weights, a value that g takes; default 1e-4.
-        raw_threshold_init: the raw value itself (the paper's s_init, such as -3200) instead.
-
-    Returns:
-        float32 Parameter (float64 if weight is float64).
-
-    Raises:
-        ValueError: unknown names, both initial values given, or a threshold that g never takes.
-    """
-    if granularity not in GRANULARITIES:
-        raise ValueError(f"granularity must be one of {', '.join(map(repr, GRANULARITIES))}, got {granularity!r}")
-    functions = threshold_function(g)
-    if initial_threshold is not None and raw_threshold_init is not None:
-        raise ValueError(
-            f"give initial_threshold={initial_threshold} or raw_threshold_init={raw_threshold_init}, not both"
-        )
-    if raw_threshold_init is None:
-        threshold = DEFAULT_THRESHOLD if initial_threshold is None else initial_threshold
-        raw_threshold_init = float(functions.inverse(torch.tensor(threshold, dtype=torch.float64)))
-        if not math.isfinite(raw_threshold_init) or (raw_threshold_init < 0 and g == "identity"):
-            raise ValueError(
-                f"initial_threshold={threshold} is not a value of g={g!r}; raw_threshold_init sets s itself"
-            )
-    shapes = {"filter": (weight.shape[0], *[1] * (weight.dim() - 1)), "weight": tuple(weight.shape)}
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    return nn.Parameter(
-        torch.full(shapes.get(granularity, (1,)), raw_threshold_init, dtype=dtype, device=weight.device)
-    )
 
 
 def refusal(module: nn.Module) -> str | None:
     """Why a convolution, linear or embedding layer cannot be thresholded; None if it can."""
-    base = next(cls.dense_class for cls in STR_LAYERS if isinstance(module, cls.dense_class))
     weight = module._parameters.get("weight")
     if weight is None or isinstance(weight, nn.parameter.UninitializedParameter):
-        return "its weight is no plain Parameter (parametrized, tied by hand, or lazy)"
-    names = ("forward", "_conv_forward") if hasattr(base, "_conv_forward") else ("forward",)
-    if any(getattr(type(module), name) is not getattr(base, name) for name in names):
-        return f"{type(module).__name__} has a forward of its own, which would not see the threshold"
+        return "its weight is no plain Parameter (parametrized, pruned, lazy, or tied by hand)"
+    if not weight.is_floating_point():
+        return f"its weight is {weight.dtype}, not floating-point"
     if getattr(module, "sparse", False):
         return "sparse=True gives sparse gradients, which a threshold cannot use"
+    if not isinstance(module, STRLayer):
+        base = str_class(module).dense_class
+        for name in ("forward", "_conv_forward", "weight", "bias"):
+            if name in vars(module) or getattr(type(module), name, None) is not getattr(base, name, None):
+                return f"{type(module).__name__} has its own {name}, which a thresholded layer would not keep"
     return None
+
+
+def str_class(module: nn.Module) -> "type[STRLayer] | None":
+    """The thresholded class for a torch layer; None if there is none."""
+    return next((cls for cls in STR_LAYERS if isinstance(module, cls.dense_class)), None)
 
 
 class STRLayer:
     """What all thresholded layers share: a mixin in front of the torch layer.
 
-    Takes the torch layer's arguments and, by keyword, those of `new_raw_threshold` and `soft_threshold`.
+    Takes the torch layer's arguments and, by keyword, those of `new_raw_threshold` and `soft_threshold`. The default
+    g is "exp" (the paper's is "sigmoid"): a SparsityController multiplies all thresholds by one factor, and those of
+    a sigmoid cannot grow beyond 1.
 
     Attributes:
         weight: the dense weight, the Parameter that the optimizer trains.
-        raw_threshold: s, a Parameter of one element, [out, 1, ...] or weight's shape; float32 (float64 if weight is).
+        raw_threshold: s, a Parameter of one element, [out, 1, ...] or weight's shape; float32 (float64 if weight is),
+            also after `.half()` and the like.
         g, gradient: the options of `soft_threshold`.
     """
 
@@ -95,7 +60,7 @@ class STRLayer:
     def __init__(
         self,
         *args,
-        g: str = "sigmoid",
+        g: str = "exp",
         gradient: str = "straight_through",
         granularity: str = "layer",
         initial_threshold: float | None = None,
@@ -103,6 +68,8 @@ class STRLayer:
         **kwargs,
     ) -> None:
         super().__init__(*args, **kwargs)
+        if reason := refusal(self):
+            raise ValueError(f"{type(self).__name__} cannot be thresholded: {reason}")
         raw_threshold = new_raw_threshold(
             self.weight,
             granularity=granularity,
@@ -113,8 +80,15 @@ class STRLayer:
         self._add_threshold(raw_threshold, g, gradient)
 
     @classmethod
-    def from_dense(cls, dense: nn.Module, raw_threshold: nn.Parameter | None = None, *, g: str = "sigmoid",
-                   gradient: str = "straight_through", **threshold_options) -> Self:  # fmt: skip
+    def from_dense(
+        cls,
+        dense: nn.Module,
+        raw_threshold: nn.Parameter | None = None,
+        *,
+        g: str = "exp",
+        gradient: str = "straight_through",
+        **threshold_options,
+    ) -> Self:
         """A thresholded layer that adopts the dense layer's very Parameter objects, its buffers, hooks and mode.
 
         Args:
@@ -123,41 +97,59 @@ class STRLayer:
                 (granularity, initial_threshold, raw_threshold_init).
 
         Raises:
-            TypeError: dense is of another type.
-            ValueError: unknown options, or a layer that cannot be thresholded.
+            TypeError: dense is of another type, or raw_threshold no Parameter.
+            ValueError: unknown options, a raw_threshold that does not fit, or a layer that cannot be thresholded.
         """
         if not isinstance(dense, cls.dense_class):
             raise TypeError(f"{cls.__name__}.from_dense needs {cls.dense_class.__name__}, got {type(dense).__name__}")
+        if isinstance(dense, STRLayer):
+            raise ValueError(f"{type(dense).__name__} is thresholded already")
         if reason := refusal(dense):
             raise ValueError(f"{type(dense).__name__} cannot be thresholded: {reason}")
-        layer = cls.__new__(cls)
-        # Copies of the dictionaries, not of what they hold: the same Parameters, in a module of its own.
-        state = {key: value.copy() if isinstance(value, dict) else value for key, value in vars(dense).items()}
-        layer.__dict__.update(state)
+        if raw_threshold is None:
+            raw_threshold = new_raw_threshold(dense.weight, g=g, **threshold_options)
+        elif threshold_options:
+            raise ValueError(f"raw_threshold is given, which leaves {', '.join(threshold_options)} without effect")
+        layer = _with_class(dense, cls)
         layer.dense_class = type(dense)
-        layer._add_threshold(raw_threshold or new_raw_threshold(dense.weight, g=g, **threshold_options), g, gradient)
+        layer._add_threshold(raw_threshold, g, gradient)
         return layer
 
     def _add_threshold(self, raw_threshold: nn.Parameter, g: str, gradient: str) -> None:
-        self.raw_threshold = raw_threshold
+        # Every check of the forward, without its arithmetic.
+        soft_threshold(self.dense_weight.to("meta"), raw_threshold.to("meta"), g=g, gradient=gradient)
+        self.register_parameter("raw_threshold", raw_threshold)
         self.g = g
         self.gradient = gradient
 
     def to_dense(self) -> nn.Module:
-        """A new plain torch layer that holds the thresholded weight; this layer stays as it is."""
-        dense = self.dense_class.__new__(self.dense_class)
-        own = {"g", "gradient", "dense_class"}
-        state = {k: v.copy() if isinstance(v, dict) else v for k, v in vars(self).items() if k not in own}
-        dense.__dict__.update(state)
-        del dense._parameters["raw_threshold"]
-        weight = self.sparse_weight.detach()
-        dense._parameters["weight"] = nn.Parameter(weight, requires_grad=self.dense_weight.requires_grad)
+        """A new plain torch layer that holds the thresholded weight; this layer stays as it is.
+
+        The bias is the same Parameter object; the weight is a new one, trainable if this layer's is.
+        """
+        dense = _with_class(self, self.dense_class)
+        for name in ("g", "gradient", "dense_class", "controlled"):
+            vars(dense).pop(name, None)
+        del dense.raw_threshold
+        dense.weight = nn.Parameter(self.sparse_weight.detach(), requires_grad=self.dense_weight.requires_grad)
         return dense
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # 16 bits lose the small steps of training, and the thresholds of very negative raw ones.
+        raw = self.raw_threshold
+
+        def keep_float32(tensor: Tensor) -> Tensor:
+            applied = fn(tensor)
+            if (tensor is raw or tensor is raw.grad) and applied.dtype.itemsize < 4:
+                return torch.empty_like(applied, dtype=torch.float32).copy_(tensor)
+            return applied
+
+        return super()._apply(keep_float32, recurse)
 
     @property
     def dense_weight(self) -> nn.Parameter:
         """The weight Parameter, before the threshold."""
-        return self._parameters["weight"]
+        return self.weight
 
     @property
     def threshold(self) -> Tensor:
@@ -180,7 +172,7 @@ class STRLayer:
 
     def extra_repr(self) -> str:
         text = f"{super().extra_repr()}, g={self.g}, gradient={self.gradient}"
-        if self.dense_weight.is_meta:
+        if self.dense_weight.is_meta or not self.dense_weight.numel():
             return text
         with torch.no_grad():
             low, high = self.threshold.min().item(), self.threshold.max().item()
@@ -226,14 +218,18 @@ class STRLinear(STRLayer, nn.Linear):
 
 
 class STREmbedding(STRLayer, nn.Embedding):
-    """nn.Embedding with a thresholded weight [vocabulary, dimension]; sparse=True is refused."""
+    """nn.Embedding with a thresholded weight [vocabulary, dimension]; sparse=True is refused.
+
+    With max_norm, longer rows of the thresholded weight are scaled for the lookup; weight itself is never rewritten.
+    """
 
     dense_class = nn.Embedding
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.embedding(
-            input, self.sparse_weight, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq
-        )
+        weight = self.sparse_weight
+        if self.max_norm is not None:
+            weight = weight.clone()  # F.embedding scales rows in place, and the backward needs them as they were.
+        return F.embedding(input, weight, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq)
 
 
 class BypassedSTRLinear(STRLinear):
@@ -243,8 +239,24 @@ class BypassedSTRLinear(STRLinear):
     """
 
     @property
+    def dense_weight(self) -> nn.Parameter:
+        return self._parameters["weight"]
+
+    @property
     def weight(self) -> Tensor:
         return self.sparse_weight
 
 
 STR_LAYERS: tuple[type[STRLayer], ...] = (STRConv1d, STRConv2d, STRConv3d, STRLinear, STREmbedding)
+
+
+def _with_class(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
+    """A module of class `cls` with what `module` holds: the same Parameters and buffers, hooks, submodules and mode.
+
+    Its tables of parameters and buffers are its own. The hooks' are shared, so that their handles remove them here too.
+    """
+    twin = cls.__new__(cls)
+    vars(twin).update(vars(module))
+    vars(twin).update(_parameters=module._parameters.copy(), _buffers=module._buffers.copy())
+    vars(twin).pop("_compiled_call_impl", None)  # It calls `module`.
+    return twin

@@ -4,12 +4,7 @@ from torch import nn
 
 from str_triton.nn.layers import STRLayer
 
-_NORMS = (
-    nn.modules.batchnorm._NormBase,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.RMSNorm,
-)
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)  # _NormBase: batch and instance norms
 
 
 def parameter_groups(
@@ -20,7 +15,8 @@ def parameter_groups(
 ) -> list[dict]:
     """The trainable parameters of a model in groups for a torch optimizer, each parameter once.
 
-    Membership follows module type, parameter identity and dimensions, never a name.
+    Membership follows module type, parameter identity and dimensions, never a name. Build the SparsityController, if
+    there is one, before.
 
     Args:
         weight_decay: for the weights, and for every parameter that is in no other group.
@@ -29,25 +25,24 @@ def parameter_groups(
         norm_weight_decay: for the parameters of normalization layers, and for vectors: biases and the like.
 
     Returns:
-        Up to three non-empty groups {"params", "weight_decay", "name"}, named "weights", "thresholds" and "norms".
+        The non-empty groups {"params", "weight_decay", "name"}, in the order "weights", "thresholds", "norms". Two are
+        named "thresholds" if a controller holds only some of them.
     """
-    thresholds, norms, controlled = set(), set(), False
+    special: dict[int, tuple[str, float]] = {}
     for module in model.modules():
         if isinstance(module, STRLayer):
-            thresholds.add(id(module.raw_threshold))
-            controlled |= module.controlled
-        if isinstance(module, _NORMS):
-            norms.update(id(parameter) for parameter in module.parameters(recurse=False))
-    if threshold_weight_decay is None:
-        threshold_weight_decay = 0.0 if controlled else weight_decay
-    groups = {
-        "weights": {"params": [], "weight_decay": weight_decay},
-        "thresholds": {"params": [], "weight_decay": threshold_weight_decay},
-        "norms": {"params": [], "weight_decay": norm_weight_decay},
-    }
+            default = 0.0 if module.controlled else weight_decay
+            decay = default if threshold_weight_decay is None else threshold_weight_decay
+            special[id(module.raw_threshold)] = ("thresholds", decay)
+        elif isinstance(module, _NORMS):
+            special.update((id(p), ("norms", norm_weight_decay)) for p in module.parameters(recurse=False))
+    groups: dict[tuple[str, float], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            vector = id(parameter) in norms or parameter.dim() < 2
-            kind = "thresholds" if id(parameter) in thresholds else "norms" if vector else "weights"
-            groups[kind]["params"].append(parameter)
-    return [{**group, "name": name} for name, group in groups.items() if group["params"]]
+            default = ("norms", norm_weight_decay) if parameter.dim() < 2 else ("weights", weight_decay)
+            groups.setdefault(special.get(id(parameter), default), []).append(parameter)
+    order = ["weights", "thresholds", "norms"]
+    return [
+        {"params": params, "weight_decay": decay, "name": name}
+        for (name, decay), params in sorted(groups.items(), key=lambda group: order.index(group[0][0]))
+    ]

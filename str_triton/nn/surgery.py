@@ -6,68 +6,65 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from str_triton.nn.layers import STR_LAYERS, BypassedSTRLinear, STRLayer, STRLinear, new_raw_threshold, refusal
+from str_triton.nn.layers import BypassedSTRLinear, STRLayer, STRLinear, refusal, str_class
+from str_triton.nn.raw_threshold import new_raw_threshold
 
-Filter = Callable[[str, nn.Module], bool] | Iterable[str]
+Filter = Callable[[str, nn.Module], bool] | str | nn.Module | Iterable[str | nn.Module]
 
 # Modules that read the weights of these children without calling them.
-_BYPASSES = {
-    nn.MultiheadAttention: ("out_proj",),
-    nn.TransformerEncoderLayer: ("linear1", "linear2"),
-}
+_BYPASSES = [
+    (nn.MultiheadAttention, "out_proj"),
+    (nn.TransformerEncoderLayer, "linear1"),
+    (nn.TransformerEncoderLayer, "linear2"),
+]
+if hasattr(nn, "LinearCrossEntropyLoss"):  # torch 2.13
+    _BYPASSES.append((nn.LinearCrossEntropyLoss, "linear"))
 
 
 def sparsify(
     model: nn.Module,
     *,
     granularity: str = "layer",
-    g: str = "sigmoid",
+    g: str = "exp",
     gradient: str = "straight_through",
     initial_threshold: float | None = None,
     raw_threshold_init: float | None = None,
     include: Filter | None = None,
     exclude: Filter | None = None,
 ) -> nn.Module:
-    """Replace convolution, linear and embedding layers by thresholded ones, in place.
+    """Turn convolution, linear and embedding layers into thresholded ones, in place.
 
-    The Parameter objects stay the same, so that an optimizer made before still holds. Modules that share a weight
-    share one raw threshold. Transposed convolutions and recurrent layers stay dense.
+    The layers and their Parameters stay the same objects, so that hooks, references and an optimizer made before still
+    hold. Modules that share a weight share one raw threshold. Transposed convolutions and recurrent layers stay dense.
+
+    Code that reads a layer's `.weight` instead of calling the layer gets the dense weight, unless the reader is one of
+    torch's own modules (nn.MultiheadAttention and the like). Sparsify before DistributedDataParallel wraps the model.
 
     Args:
-        model: any module. Its layers are replaced in their parents; a bare layer is returned as a new module.
+        model: any module.
         granularity: one threshold per "layer", "filter" (dimension 0 of the weight) or "weight", or one "global".
-        g, gradient: the options of `soft_threshold`.
+        g, gradient: the options of `soft_threshold`. The default g is "exp" (the paper's is "sigmoid"): a
+            SparsityController multiplies all thresholds by one factor, and those of a sigmoid cannot grow beyond 1.
         initial_threshold: in units of the weights, default 1e-4; or raw_threshold_init, the raw value itself.
-        include, exclude: which layers, by name patterns ("backbone.*", as in fnmatch) or a function of (name, module).
-            Default: all.
+        include, exclude: which layers, by name patterns ("backbone.*", as in fnmatch), by modules (a layer, or all
+            those inside), or by a function of (name, module). Default: all.
 
     Returns:
-        The model.
+        The model; a bare layer as a new module.
 
     Raises:
         ValueError: nothing to sparsify, a pattern that matches no layer, a model sparsified before, a layer that cannot
-            be thresholded, a weight shared with a layer that is left out, or unknown options.
+            be thresholded, a weight shared with a module that is left out, or unknown options.
     """
-    if any(isinstance(module, STRLayer) for module in model.modules()):
-        raise ValueError("the model is sparsified already: densify(model) first to begin anew")
-    candidates = {
-        name: module
-        for name, module in model.named_modules()
-        if any(isinstance(module, cls.dense_class) for cls in STR_LAYERS)
-    }
-    chosen = _chosen(candidates, include, exclude)
-    if not chosen:
-        raise ValueError(f"nothing to sparsify: {len(candidates)} convolution, linear or embedding layers, none chosen")
-    _check(candidates, chosen)
+    if before := len(str_layers(model)):
+        raise ValueError(f"the model is sparsified already ({before} thresholded layers): densify(model) first")
+    chosen = _chosen(model, include, exclude)
+    _check(model, chosen)
     bypassed = {
-        id(getattr(module, child))
-        for module in model.modules()
-        for owner, children in _BYPASSES.items()
-        if isinstance(module, owner)
-        for child in children
+        id(getattr(module, child)) for module in model.modules() for cls, child in _BYPASSES if isinstance(module, cls)
     }
     raws: dict[int, nn.Parameter] = {}
-    layers: dict[int, STRLayer] = {}
+    layers: dict[int, nn.Module] = {}
     for module in chosen.values():
         key = 0 if granularity == "global" else id(module.weight)
         if key not in raws:
@@ -78,27 +75,28 @@ def sparsify(
                 initial_threshold=initial_threshold,
                 raw_threshold_init=raw_threshold_init,
             )
-        cls = next(cls for cls in STR_LAYERS if isinstance(module, cls.dense_class))
+        cls = str_class(module)
         if cls is STRLinear and id(module) in bypassed:
             cls = BypassedSTRLinear
         layers[id(module)] = cls.from_dense(module, raws[key], g=g, gradient=gradient)
-    return _replace(model, layers)
+    return _transform(model, layers)
 
 
 def densify(model: nn.Module) -> nn.Module:
-    """Replace thresholded layers by plain ones that hold the thresholded weights, in place.
+    """Turn thresholded layers into plain ones that hold the thresholded weights, in place.
 
     Outputs are the same bit for bit, the state dict has the keys that it had before `sparsify`, and shared weights
-    stay shared. A bare layer is returned as a new module. A model without thresholded layers is returned as it is.
+    stay shared. The weights are new Parameters, which an optimizer made before does not know. A bare layer is returned
+    as a new module, a model without thresholded layers as it is.
     """
-    dense: dict[int, nn.Module] = {}
-    weights: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        if isinstance(module, STRLayer):
-            layer = module.to_dense()
-            layer._parameters["weight"] = weights.setdefault(id(module.dense_weight), layer._parameters["weight"])
-            dense[id(module)] = layer
-    return _replace(model, dense)
+    layers: dict[int, nn.Module] = {}
+    weights: dict[tuple, nn.Parameter] = {}
+    for module in str_layers(model).values():
+        dense = module.to_dense()
+        shared = (id(module.dense_weight), id(module.raw_threshold), module.g)
+        dense.weight = weights.setdefault(shared, dense.weight)
+        layers[id(module)] = dense
+    return _transform(model, layers)
 
 
 def str_layers(model: nn.Module) -> dict[str, STRLayer]:
@@ -106,38 +104,56 @@ def str_layers(model: nn.Module) -> dict[str, STRLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, STRLayer)}
 
 
-def _chosen(candidates: dict[str, nn.Module], include: Filter | None, exclude: Filter | None) -> dict[str, nn.Module]:
-    chosen = candidates if include is None else {name: candidates[name] for name in _matches(candidates, include)}
-    left_out = set() if exclude is None else set(_matches(candidates, exclude))
-    return {name: module for name, module in chosen.items() if name not in left_out}
+def _chosen(model: nn.Module, include: Filter | None, exclude: Filter | None) -> dict[str, nn.Module]:
+    """The layers to sparsify, under every name that they have."""
+    candidates = {
+        name: module for name, module in model.named_modules(remove_duplicate=False) if str_class(module) is not None
+    }
+    if not candidates:
+        raise ValueError(f"nothing to sparsify: {type(model).__name__} has no convolution, linear or embedding layer")
+    included = set(candidates) if include is None else _matches(candidates, include)
+    excluded = set() if exclude is None else _matches(candidates, exclude)
+    chosen = {name: module for name, module in candidates.items() if name in included - excluded}
+    if not chosen:
+        raise ValueError(f"nothing to sparsify: include and exclude leave none of {len(candidates)} layers")
+    return chosen
 
 
-def _matches(candidates: dict[str, nn.Module], which: Filter) -> list[str]:
-    if callable(which):
-        return [name for name, module in candidates.items() if which(name, module)]
-    patterns = [which] if isinstance(which, str) else list(which)
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in candidates):
-            raise ValueError(f"no convolution, linear or embedding layer is named {pattern!r}")
-    return [name for name in candidates if any(fnmatchcase(name, pattern) for pattern in patterns)]
+def _matches(candidates: dict[str, nn.Module], which: Filter) -> set[str]:
+    if callable(which) and not isinstance(which, nn.Module):
+        return {name for name, module in candidates.items() if which(name, module)}
+    matches = set()
+    for item in [which] if isinstance(which, str | nn.Module) else which:
+        if isinstance(item, nn.Module):
+            inside, label = set(item.modules()), type(item).__name__
+            names = {name for name, module in candidates.items() if module in inside}
+        else:
+            label = repr(item)
+            names = {name for name in candidates if fnmatchcase(name, item)}
+        if not names:
+            raise ValueError(f"{label} in include or exclude matches no convolution, linear or embedding layer")
+        matches |= names
+    return matches
 
 
-def _check(candidates: dict[str, nn.Module], chosen: dict[str, nn.Module]) -> None:
+def _check(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
+    owners = defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        for parameter in module._parameters.values():
+            owners[id(parameter)].append(name)
     for name, module in chosen.items():
+        label = name or type(module).__name__
         if reason := refusal(module):
-            raise ValueError(f"{name or type(module).__name__} cannot be thresholded: {reason}; exclude it by name")
-    names_by_weight = defaultdict(list)
-    for name, module in candidates.items():
-        names_by_weight[id(module._parameters.get("weight"))].append(name)
-    for name, module in chosen.items():
-        left_out = [other for other in names_by_weight[id(module.weight)] if other not in chosen]
-        if left_out:
-            raise ValueError(f"{name} shares its weight with {left_out[0]}: include both or exclude both")
+            raise ValueError(f"{label} cannot be thresholded: {reason}; exclude it")
+        for other in owners[id(module.weight)]:
+            if other not in chosen:
+                raise ValueError(f"{label} shares its weight with {other or 'the model'}: include both or exclude both")
 
 
-def _replace(model: nn.Module, replacements: dict[int, nn.Module]) -> nn.Module:
+def _transform(model: nn.Module, layers: dict[int, nn.Module]) -> nn.Module:
+    """Let every module with an entry in `layers` become what that is, and stay the same object; a bare one is new."""
     for module in list(model.modules()):
-        for name, child in module._modules.items():
-            if id(child) in replacements:
-                module._modules[name] = replacements[id(child)]
-    return replacements.get(id(model), model)
+        if id(module) in layers and module is not model:
+            layer = layers[id(module)]
+            module.__class__, module.__dict__ = type(layer), vars(layer)
+    return layers.get(id(model), model)

@@ -1,0 +1,58 @@
+"""Where a raw threshold starts: its shape, its dtype and its first value."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from str_triton.ops.thresholds import threshold_function
+
+GRANULARITIES = ("layer", "filter", "weight", "global")
+DEFAULT_THRESHOLD = 1e-4
+
+
+def new_raw_threshold(
+    weight: Tensor,
+    *,
+    granularity: str = "layer",
+    g: str = "exp",
+    initial_threshold: float | None = None,
+    raw_threshold_init: float | None = None,
+) -> nn.Parameter:
+    """A raw threshold for a weight: one element, one per filter (dimension 0), or one per weight.
+
+    Args:
+        weight: the dense weight, [out, ...]; gives shape and device.
+        granularity: "layer" or "global" (one element), "filter" ([out, 1, ...]), "weight" (weight's shape).
+        g: name of the threshold function.
+        initial_threshold: the threshold in units of the weights, a value that g takes; default 1e-4.
+        raw_threshold_init: the raw value itself (the paper's s_init, such as -3200) instead.
+
+    Returns:
+        float32 Parameter (float64 if weight is float64).
+
+    Raises:
+        ValueError: unknown names, both initial values given, or a threshold that g never takes.
+    """
+    if granularity not in GRANULARITIES:
+        raise ValueError(f"granularity must be one of {', '.join(map(repr, GRANULARITIES))}, got {granularity!r}")
+    functions = threshold_function(g)
+    if initial_threshold is not None and raw_threshold_init is not None:
+        raise ValueError(
+            f"give initial_threshold={initial_threshold} or raw_threshold_init={raw_threshold_init}, not both"
+        )
+    if raw_threshold_init is None:
+        threshold = DEFAULT_THRESHOLD if initial_threshold is None else initial_threshold
+        # On the CPU also where the default device is meta, which holds no value to read.
+        raw = float(functions.inverse(torch.tensor(threshold, dtype=torch.float64, device="cpu")))
+        if not math.isfinite(raw) or (raw < 0 and g == "identity"):
+            raise ValueError(
+                f"initial_threshold={threshold} is not a value of g={g!r}; raw_threshold_init sets s itself"
+            )
+    elif math.isfinite(raw_threshold_init):
+        raw = raw_threshold_init
+    else:
+        raise ValueError(f"raw_threshold_init must be finite, got {raw_threshold_init}")
+    shapes = {"filter": (weight.shape[0], *[1] * (weight.dim() - 1)), "weight": tuple(weight.shape)}
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return nn.Parameter(torch.full(shapes.get(granularity, (1,)), raw, dtype=dtype, device=weight.device))
