@@ -306,6 +306,7 @@ def test_to_dense_keeps_requires_grad(trainable):
 # ---- repr, copies, dtypes, devices --------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_repr_says_what_the_layer_does():
     layer = STRConv2d(3, 4, 3, padding=1, bias=False, g="identity", gradient="masked", initial_threshold=0.1)
     with torch.no_grad():
@@ -320,7 +321,7 @@ def test_repr_says_what_the_layer_does():
         layer.raw_threshold.copy_(torch.tensor([[0.0], [100.0]]))
     assert repr(layer).endswith("threshold=0 to 100, sparsity=50.00%)")
     assert repr(STRLinear(3, 4, device="meta")).endswith("bias=True, g=exp, gradient=straight_through)")
-    assert repr(STRLinear.from_dense(nn.utils.skip_init(nn.Linear, 0, 4))).endswith("gradient=straight_through)")
+    assert repr(STRLinear.from_dense(nn.Linear(0, 4))).endswith("gradient=straight_through)")
 
 
 @one_of_each
@@ -411,6 +412,16 @@ def test_autocast(cls, kwargs, shape):
     out.sum().backward()
     assert layer.raw_threshold.grad.dtype == torch.float32
     assert layer.raw_threshold.grad.isfinite().all()
+
+
+@one_of_each
+def test_replicas_of_data_parallel_hold_plain_tensors(cls, kwargs, shape):
+    layer = STR_CLASS[cls](**kwargs, initial_threshold=0.1)
+    replica = layer._replicate_for_data_parallel()
+    for name, parameter in layer.named_parameters():
+        setattr(replica, name, parameter * 1)
+    x = example(cls, shape)
+    assert torch.equal(replica(x), layer(x))
 
 
 @pytest.mark.parametrize("g", RAW)
