@@ -24,6 +24,13 @@ SCHEDULES = {
 }
 
 
+DISTRIBUTIONS = ("fixed", "learned")
+# What the optimizer may do to learned thresholds (benchmarks/exact_budgets_screen.py): without all three a layer dies.
+LEARNING_RATE = 0.1  # of its steps' length
+BOUND = 0.5  # largest distance of a raw threshold from the mean
+FREEZE = 0.5  # of training, after which the distribution stays
+
+
 @dataclass(frozen=True)
 class Target:
     """What the model shall cost at the end; exactly one of three.
@@ -85,6 +92,9 @@ class SparsityController:
         schedule: "cubic" (fast first, as in magnitude pruning), "linear" or "constant" from progress `begin` to `end`;
             before, all weights survive, and after, the target holds.
         example_input: for a target in FLOPs, as in `count`.
+        distribution: "fixed": the thresholds keep the ratios (g = "exp") that they have now, all equal after
+            `sparsify`, and need no gradients. "learned": the optimizer moves them, within bounds, in the first half of
+            training.
         floor: share of the survivors that a layer would have if all were pruned alike, which it keeps in any case (but
             never more than one weight per filter, and at least one weight), so that no layer is emptied. 0: no floor.
         interval: steps between solves.
@@ -103,6 +113,7 @@ class SparsityController:
         begin: float = 0.0,
         end: float = 0.7,
         example_input: Tensor | tuple | Mapping[str, Any] | None = None,
+        distribution: str = "fixed",
         floor: float = 0.5,
         interval: int = 10,
     ) -> None:
@@ -110,16 +121,23 @@ class SparsityController:
             raise ValueError(f"schedule must be one of {', '.join(map(repr, SCHEDULES))}, got {schedule!r}")
         if not 0 <= begin <= end <= 1:
             raise ValueError(f"begin and end must be 0 <= begin <= end <= 1, got {begin} and {end}")
+        if distribution not in DISTRIBUTIONS:
+            raise ValueError(f"distribution must be 'fixed' or 'learned', got {distribution!r}")
         if interval < 1:
             raise ValueError(f"interval must be at least 1, got {interval}")
         self.target = target
         self.schedule, self.begin, self.end = schedule, begin, end
+        self.distribution = distribution
         self.interval = interval
         self.progress = 0.0
         self.steps = 0
         self._training: list[Tensor] | None = None  # The raw thresholds to come back to, inside exact().
         self._layers, self._others, self._fixed, self._dense = _inventory(model, target, example_input)
         self._raws = list({id(layer.raw): layer.raw for layer in self._layers}.values())
+        self._before = [raw.detach().clone() for raw in self._raws]  # What the optimizer's step begins with.
+        self._held_back = [raw.new_zeros(()) for raw in self._before]
+        for raw in self._raws:
+            raw.requires_grad_(distribution == "learned")
         self._keep = self._final_cost()
         self._set_floors(floor)
         for module in str_layers(model).values():
@@ -161,6 +179,8 @@ class SparsityController:
         if not 0 <= progress <= 1:
             raise ValueError(f"progress must be in [0, 1], got {progress}")
         self.progress = progress
+        if self.distribution == "learned":
+            self._temper()
         if self.steps % self.interval == 0 or progress == 1:
             self.solve()
         self.steps += 1
@@ -168,17 +188,34 @@ class SparsityController:
     @torch.no_grad()
     def solve(self) -> None:
         """Move all raw thresholds by one offset so that the model costs what the schedule says now."""
+        shifts, self._held_back = self._shifts()
+        for raw, before, shift in zip(self._raws, self._before, shifts, strict=True):
+            raw.add_(shift)
+            before.add_(shift)
+
+    def _shifts(self) -> tuple[list[Tensor], list[Tensor]]:
+        """By how much to move each raw threshold, and how far its floor then holds it back from the common offset."""
+        held_back = {id(raw): held for raw, held in zip(self._raws, self._held_back, strict=True)}
         critical, caps = [], {}
         for layer in self._layers:
-            values, cap = _critical_offsets(layer)
+            values, cap = _critical_offsets(layer, held_back[id(layer.raw)])
             critical.append(values)
             caps[id(layer.raw)] = cap
         below, above = select(critical, [layer.cost for layer in self._layers], self._budget_now())
         # Halfway, where rounding cannot move a weight across; nothing to cut, or nothing to keep, is one step away.
         offset = torch.where(below.isinf(), above - 1, torch.where(above.isinf(), below + 1, (below + above) / 2))
         offset = offset.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-        for raw in self._raws:
-            raw.add_(torch.minimum(offset, caps[id(raw)]))
+        held = [(offset - caps[id(raw)]).clamp(min=0) for raw in self._raws]
+        return [offset - now + before for now, before in zip(held, self._held_back, strict=True)], held
+
+    @torch.no_grad()
+    def _temper(self) -> None:
+        """Of what the optimizer's step did to the raw thresholds, keep what does no harm."""
+        rate = LEARNING_RATE if self.progress <= FREEZE else 0.0
+        mean = torch.cat([raw.flatten() for raw in self._raws]).mean()
+        for raw, before in zip(self._raws, self._before, strict=True):
+            raw.copy_(torch.lerp(before, raw, rate).clamp(mean - BOUND, mean + BOUND))
+            before.copy_(raw)
 
     @contextmanager
     def exact(self) -> Iterator[None]:
@@ -192,7 +229,9 @@ class SparsityController:
             return
         self._training = [raw.detach().clone() for raw in self._raws]
         try:
-            self.solve()
+            with torch.no_grad():
+                for raw, shift in zip(self._raws, self._shifts()[0], strict=True):
+                    raw.add_(shift)
             yield
         finally:
             with torch.no_grad():
@@ -209,6 +248,7 @@ class SparsityController:
             "progress": self.progress,
             "steps": self.steps,
             "raw_thresholds": [raw.detach().clone() for raw in raws],
+            "held_back": [held.clone() for held in self._held_back],
         }
 
     @torch.no_grad()
@@ -219,8 +259,10 @@ class SparsityController:
         if shapes != own:
             raise ValueError(f"the state holds raw thresholds of shapes {shapes}, the model has {own}")
         self.progress, self.steps = state["progress"], state["steps"]
-        for raw, value in zip(self._raws, raws, strict=True):
+        for raw, before, value in zip(self._raws, self._before, raws, strict=True):
             raw.copy_(value)
+            before.copy_(value)
+        self._held_back = [held.to(raw) for held, raw in zip(state["held_back"], self._raws, strict=True)]
 
     def _budget_now(self) -> Tensor:
         """What the thresholded weights may cost now; int64 on their device."""
@@ -268,9 +310,12 @@ def _inventory(model: nn.Module, target: Target, example_input: Any) -> tuple[li
     return layers, others, fixed, dense
 
 
-def _critical_offsets(layer: _Layer) -> tuple[Tensor, Tensor]:
-    """The offset from which each weight is pruned, inf for those of the floor; and the largest one that keeps these."""
-    values = layer.module.pruning_offsets().flatten().to(torch.float32)
+def _critical_offsets(layer: _Layer, held_back: Tensor) -> tuple[Tensor, Tensor]:
+    """The offset from which each weight is pruned, inf for those of the floor; and the largest one that keeps these.
+
+    Offsets count from where the raw threshold would be if no floor had held it back.
+    """
+    values = (layer.module.pruning_offsets() - held_back).flatten().to(torch.float32)
     if layer.floor == 0:
         return values, torch.full((), torch.inf, device=values.device)
     top = values.topk(min(layer.floor + 1, values.numel()))

@@ -196,9 +196,9 @@ def train(model, controller, optimizer, begin, end, steps=30):
         controller.step((i + 1) / steps)
 
 
-def make_run():
+def make_run(distribution="learned"):
     model = sparsify(convolutional_net())
-    controller = SparsityController(model, Target(sparsity=0.95), interval=4)
+    controller = SparsityController(model, Target(sparsity=0.95), interval=4, distribution=distribution)
     return model, controller, torch.optim.SGD(parameter_groups(model, 5e-4), lr=0.01, momentum=0.9)
 
 
@@ -224,6 +224,53 @@ def test_state_dict_resumes_bit_for_bit(inside_exact):
     assert count(model, IMAGES).sparsity == pytest.approx(0.95, abs=1e-4)
 
 
+def model_size(model):
+    return sum(layer.dense_weight.numel() for layer in str_layers(model).values())
+
+
+def raw_thresholds(model):
+    return torch.cat([layer.raw_threshold.detach() for layer in str_layers(model).values()])
+
+
+def test_a_fixed_distribution_keeps_its_ratios_and_needs_no_gradients():
+    model, controller, optimizer = make_run("fixed")
+    train(model, controller, optimizer, 0, 30)
+    assert raw_thresholds(model).diff().abs().max() > 0.01  # A floor holds one of them back ...
+    controller.target, controller._keep = Target(sparsity=0.5), model_size(model) // 2
+    controller.step(1.0)
+    assert raw_thresholds(model).diff().abs().max() < 1e-5  # ... and no longer than it must.
+    assert not any(layer.raw_threshold.requires_grad for layer in str_layers(model).values())
+
+
+def test_a_learned_distribution_moves_slowly_within_bounds_and_then_stays():
+    model, controller, _ = make_run()
+    controller.step(0.0)
+    before = raw_thresholds(model)
+
+    def relative():
+        raws = raw_thresholds(model)
+        return raws - raws.mean()
+
+    def optimizer_moves(step):
+        with torch.no_grad():
+            for layer, move in zip(str_layers(model).values(), step, strict=True):
+                layer.raw_threshold.add_(move)
+
+    optimizer_moves([0.4, -0.4, 0.2, -0.2])
+    controller.step(0.1)
+    expected = torch.tensor([0.04, -0.04, 0.02, -0.02]) + before - before.mean()
+    torch.testing.assert_close(relative(), expected, rtol=0, atol=1e-5)
+    for _ in range(200):
+        optimizer_moves([1.0, -1.0, 1.0, -1.0])
+        controller.solve()  # A solve in between does not count as the optimizer's.
+        controller.step(0.2)
+    assert relative().abs().max() < 0.8  # Around a mean that moves along, 0.5 at most at each step.
+    frozen = relative()
+    optimizer_moves([1.0, -1.0, 1.0, -1.0])
+    controller.step(0.6)
+    torch.testing.assert_close(relative(), frozen, rtol=0, atol=1e-5)
+
+
 def test_state_dict_solves_first():
     model = sparsify(convolutional_net())
     controller = SparsityController(model, Target(sparsity=0.9))
@@ -243,7 +290,7 @@ def test_controlled_thresholds_do_not_decay():
     model = sparsify(convolutional_net())
     decays = {group["name"]: group["weight_decay"] for group in parameter_groups(model, 5e-4)}
     assert decays["thresholds"] == 5e-4
-    SparsityController(model, Target(sparsity=0.9))
+    SparsityController(model, Target(sparsity=0.9), distribution="learned")
     decays = {group["name"]: group["weight_decay"] for group in parameter_groups(model, 5e-4)}
     assert decays["thresholds"] == 0
 
@@ -271,6 +318,7 @@ def test_targets_out_of_range(make, message):
     [
         ({"schedule": "quadratic"}, "'cubic', 'linear', 'constant', got 'quadratic'"),
         ({"begin": 0.5, "end": 0.2}, "got 0.5 and 0.2"),
+        ({"distribution": "free"}, "'fixed' or 'learned', got 'free'"),
         ({"interval": 0}, "at least 1, got 0"),
         ({"floor": 1.5}, r"\[0, 1\], got 1.5"),
         ({"target": Target(flops=10**6)}, "needs example_input"),

@@ -1,0 +1,215 @@
+"""Exact budgets on Fashion-MNIST: the controller's distributions beside magnitude pruning and the dense network.
+
+    python -m benchmarks.exact_budgets --data-dir DIR [--methods ...] [--targets 0.9 0.95 0.99] [--seeds 0 1 2]
+
+Appends a line per run to benchmarks/results/exact_budgets.jsonl and skips runs that stand there; `--picture FILE` draws
+accuracy against FLOPs of all lines. The candidates behind the choice of methods were screened by
+benchmarks/exact_budgets_screen.py. All methods share the network, the data, the order of the images, the optimizer and
+the cubic schedule that reaches its target at 70 % of training.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.timing import RESULTS, machine
+from cnn.data import batches, load
+from str_triton import SparsityController, Target, count, parameter_groups, sparsify
+
+BATCH, LR, WEIGHT_DECAY, END = 100, 0.1, 5e-4, 0.7
+IMAGE = torch.zeros(1, 1, 28, 28)
+
+
+class Block(nn.Module):
+    """3x3 convolution, batch norm and ReLU, with a shortcut where the shape stays."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(outputs)
+        self.residual = stride == 1 and inputs == outputs
+        nn.init.kaiming_normal_(self.conv.weight, nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm(self.conv(x)))
+        return x + y if self.residual else y
+
+
+def network() -> nn.Module:
+    """Seven layers, 239,640 weights, 3.3 million multiply-adds: what two cores train in a minute or two."""
+    blocks = [Block(1, 24, 2), Block(24, 48, 2), Block(48, 48, 1), Block(48, 96, 2), Block(96, 96, 1), Block(96, 96, 1)]
+    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(96, 10))
+
+
+class Dense:
+    """Prunes nothing."""
+
+    def __init__(self, model: nn.Module, target: float) -> None:
+        self.model = model
+
+    def step(self, progress: float) -> None:
+        pass
+
+
+class Magnitude(Dense):
+    """Hard global magnitude pruning on the same schedule, every 10 steps, with the controller's floor per layer."""
+
+    def __init__(self, model: nn.Module, target: float) -> None:
+        self.target, self.steps = target, 0
+        self.weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+        self.floors = [max(1, min(w.shape[0], int(0.5 * (1 - target) * w.numel()))) for w in self.weights]
+        self.masks = [torch.ones_like(w) for w in self.weights]
+
+    @torch.no_grad()
+    def step(self, progress: float) -> None:
+        if self.steps % 10 == 0 or progress == 1:
+            done = 1 - (1 - min(progress / END, 1)) ** 3
+            magnitudes = torch.cat([w.abs().flatten() for w in self.weights])
+            pruned = round(self.target * done * len(magnitudes))
+            cut = magnitudes.kthvalue(pruned).values if pruned else magnitudes.new_tensor(-1.0)
+            for w, mask, floor in zip(self.weights, self.masks, self.floors, strict=True):
+                kept = w.abs().flatten().topk(floor).values[-1]
+                mask.copy_((w.abs() > cut) | (w.abs() >= kept))
+        for w, mask in zip(self.weights, self.masks, strict=True):
+            w.mul_(mask)
+        self.steps += 1
+
+
+def controlled(
+    gradient: str, flop_exponent: float = 0.0, **options
+) -> Callable[[nn.Module, float], SparsityController]:
+    """STR under the controller; thresholds begin in proportion to (FLOPs per weight) ** flop_exponent."""
+
+    def make(model: nn.Module, target: float) -> SparsityController:
+        sparsify(model, gradient=gradient)
+        costs = {row.name: row.dense_flops / row.params for row in count(model, IMAGE).rows if row.params}
+        with torch.no_grad():
+            for name, cost in costs.items():
+                model.get_submodule(name).raw_threshold.add_(flop_exponent * math.log(cost))
+        return SparsityController(model, Target(sparsity=target), end=END, **options)
+
+    return make
+
+
+METHODS: dict[str, Callable] = {
+    "dense": Dense,
+    "magnitude": Magnitude,
+    "global, straight-through": controlled("straight_through", distribution="fixed"),
+    "global, masked": controlled("masked", distribution="fixed"),
+    "learned, masked": controlled("masked", distribution="learned"),
+    "FLOP-aware, straight-through": controlled("straight_through", 0.2, distribution="fixed"),
+}
+
+
+def accuracy(model: nn.Module, data, seed: int) -> float:
+    model.eval()
+    with torch.no_grad():
+        hits = [
+            (model(images).argmax(1) == labels).float().sum().item()
+            for images, labels in batches(
+                data, batch_size=500, seed=seed, epoch=0, augment=False, shuffle=False, workers=0
+            )
+        ]
+    return sum(hits) / len(data)
+
+
+def train(method: str, target: float, seed: int, data, epochs: int) -> dict:
+    """One run: what it reached, and the density of each layer."""
+    torch.manual_seed(seed)
+    model = network().to(memory_format=torch.channels_last)
+    pruner = METHODS[method](model, target)
+    optimizer = torch.optim.SGD(parameter_groups(model, WEIGHT_DECAY), lr=LR, momentum=0.9, nesterov=True)
+    steps, step, begin = epochs * (len(data.train) // BATCH), 0, time.perf_counter()
+    for epoch in range(epochs):
+        stream = batches(
+            data.train, batch_size=BATCH, seed=seed, epoch=epoch, augment=True, shuffle=True, workers=0, drop_last=True
+        )
+        for images, labels in stream:
+            progress = step / steps
+            for group in optimizer.param_groups:
+                group["lr"] = LR * min(1, progress / 0.1) * 0.5 * (1 + math.cos(math.pi * progress))
+            loss = F.cross_entropy(model(images.to(memory_format=torch.channels_last)), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            step += 1
+            pruner.step(step / steps)
+    budget = count(model, IMAGE)
+    return {
+        "method": method,
+        "target": target,
+        "seed": seed,
+        "images": len(data.train),
+        "epochs": epochs,
+        "accuracy": accuracy(model, data.test, seed),
+        "sparsity": budget.sparsity,
+        "flops": budget.flops / budget.dense_flops,
+        "density": [1 - row.sparsity for row in budget.rows if row.params],
+        "seconds": time.perf_counter() - begin,
+    }
+
+
+def picture(lines: list[dict], path: Path) -> None:
+    """Accuracy against FLOPs, a curve per method, a point per target: the mean over the seeds."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), constrained_layout=True)
+    for method in dict.fromkeys(line["method"] for line in lines):
+        runs = [line for line in lines if line["method"] == method]
+        points = [[run for run in runs if run["target"] == t] for t in sorted({run["target"] for run in runs})]
+        flops = [100 * mean(run["flops"] for run in point) for point in points]
+        accuracies = [100 * mean(run["accuracy"] for run in point) for point in points]
+        if method == "dense":
+            axes.axhline(accuracies[0], color="grey", linestyle="--", label="dense")
+        else:
+            axes.plot(flops, accuracies, marker="o", label=method)
+    axes.set(xscale="log", xlabel="FLOPs, % of dense", ylabel="test accuracy, %", title="Fashion-MNIST")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", help="the four IDX files of Fashion-MNIST")
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
+    parser.add_argument("--targets", nargs="*", type=float, default=[0.9, 0.95, 0.99])
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, default=RESULTS / "exact_budgets.jsonl")
+    parser.add_argument("--picture", type=Path, help="draw the front of all lines and run nothing")
+    options = parser.parse_args()
+    output = options.output
+    lines = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
+    if options.picture:
+        picture(lines, options.picture)
+        return
+    torch.set_num_threads(options.threads)
+    data = load("fashion-mnist", options.data_dir)
+    done = {(line["method"], line["target"], line["seed"]) for line in lines}
+    for target in options.targets:
+        for seed in options.seeds:
+            for method in options.methods:
+                key = (method, 0.0 if method == "dense" else target, seed)
+                if key not in done:
+                    done.add(key)
+                    result = train(*key, data, options.epochs) | {"machine": machine()}
+                    with output.open("a") as file:
+                        file.write(json.dumps(result) + "\n")
+                    print(f"{method:30s} {target} seed {seed}: {result['accuracy']:.4f}, FLOPs {result['flops']:.4f}")
+
+
+if __name__ == "__main__":
+    main()
