@@ -25,6 +25,8 @@ class RunConfig:
     """Steps between checkpoints within an epoch; each epoch ends with one in any case."""
     workers: int = 0
     """Processes that read examples; 0 reads in the training process. The results are the same."""
+    threads: int = 0
+    """CPU threads of the training process; 0 leaves the choice to PyTorch. The last bits of results depend on it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes a GPU where there is one."""
     amp: Literal["no", "bf16", "fp16"] = "no"
@@ -45,6 +47,8 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     cpu = config.device == "cpu" or not gpu
     if config.amp == "fp16" and cpu:
         raise UserError("--amp fp16 needs a GPU; --amp bf16 works on the CPU too")
+    if config.threads:
+        torch.set_num_threads(config.threads)
     torch.backends.cudnn.deterministic = True
     return Accelerator(cpu=cpu, mixed_precision=config.amp)
 

@@ -1,0 +1,302 @@
+"""Train a convolutional network to an exact sparsity or FLOP budget: python cnn/train.py [RECIPE] [OPTIONS]."""
+
+import copy
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import safetensors.torch
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cnn.data import Data, batches, load, steps_per_epoch
+from cnn.models import build
+from cnn.recipes import RECIPES, RESUME_MAY_CHANGE, Config, recipe_for, settle
+from str_triton import Budget, SparsityController, Target, count, densify, parameter_groups, sparsify
+from str_triton.training.command_line import CommandLine
+from str_triton.training.config import make_accelerator
+from str_triton.training.errors import blame_input, run_program, warn
+from str_triton.training.meter import Means, Meter
+from str_triton.training.metrics import read_metrics
+from str_triton.training.report import report
+from str_triton.training.run import Run
+from str_triton.training.run_folder import default_run_dir
+from str_triton.training.schedules import decayed_threshold, warmup_cosine
+
+PROGRAM = "python cnn/train.py"
+PURPOSE = "Train a convolutional network to an exact sparsity or FLOP budget."
+COMMAND_LINE = CommandLine(PROGRAM, PURPOSE, RECIPES, recipe_for, RESUME_MAY_CHANGE)
+LOG_STEPS = 50
+ARRIVED = -10.0  # a raw threshold above this is a threshold of 5e-5 and more: from there its gradient moves it too
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the program with ``args`` (default: those of the command line) and return its exit code."""
+    return run_program(partial(program, list(sys.argv[1:] if args is None else args)))
+
+
+def program(args: Sequence[str]) -> None:
+    """Train as ``args`` say. Nothing is written before all that can be wrong with them has been looked at."""
+    config = settle(COMMAND_LINE.read(args))
+    experiment = Experiment.prepare(config, make_accelerator(config))
+    run_dir = config.run_dir or default_run_dir(config.recipe)
+    plain = dataclasses.asdict(config)
+    with Run.open(experiment.accelerator, plain, run_dir, resume=config.resume, program=PROGRAM) as run:
+        experiment.train(run)
+        experiment.finish(run)
+
+
+@dataclass
+class Experiment:
+    """What is trained, on what. ``network`` is ``model`` as several processes share it, ``steps`` an epoch's steps."""
+
+    config: Config
+    accelerator: Accelerator
+    data: Data
+    steps: int
+    model: nn.Module
+    network: nn.Module
+    optimizer: AcceleratedOptimizer
+    controller: SparsityController | None
+    example: Tensor
+    budget: Budget
+
+    @classmethod
+    def prepare(cls, config: Config, accelerator: Accelerator) -> "Experiment":
+        """Read the data and build model, controller and optimizer. Raises `UserError` for what they cannot take."""
+        with blame_input(ValueError, OSError):
+            data = load(config.data, config.data_dir)
+            steps = steps_per_epoch(data.train, config.batch_size, drop_last=True, world_size=accelerator.num_processes)
+            torch.manual_seed(config.seed)
+            model = build(config.model, num_classes=data.num_classes, in_channels=data.image_shape[0])
+            model.to(accelerator.device)
+            example = torch.zeros(1, *data.image_shape, device=accelerator.device)
+            controller = make_sparse(config, model, example)
+        if config.method == "str":
+            warn_if_late(config, steps)
+        groups = parameter_groups(model, config.weight_decay)
+        optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+        network, optimizer = accelerator.prepare(model, optimizer)
+        budget = count(model, example)
+        return cls(config, accelerator, data, steps, model, network, optimizer, controller, example, budget)
+
+    def train(self, run: Run) -> None:
+        """Train from wherever the run stands to the last epoch, with a checkpoint and a budget at every epoch's end."""
+        total = self.config.epochs * self.steps
+        meter = Meter(self.accelerator.device)
+        step = self.restore(run, meter)
+        while step < total:
+            epoch = step // self.steps
+            self.network.train()
+            for images, labels in self.batches(epoch, start=step % self.steps):
+                rate = learning_rate(self.config, self.steps, step)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = rate
+                outputs = self.network(images)
+                loss = F.cross_entropy(outputs, labels, label_smoothing=self.config.label_smoothing)
+                self.accelerator.backward(loss)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                step += 1
+                if self.controller is not None:
+                    self.controller.step(step / total)
+                meter.add(loss, outputs, labels)
+                if run.due:
+                    run.show(step, self.status(epoch, meter))
+                if step % LOG_STEPS == 0:
+                    self.log_step(run, step, meter)
+                if step % self.steps != 0:
+                    self.pause(run, step, meter)
+            self.end_epoch(run, step, meter)
+            if run.stopping(step):
+                run.leave(step)
+
+    def batches(self, epoch: int, start: int = 0, *, training: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's part of an epoch's batches, on the device."""
+        with blame_input(ValueError, OSError):
+            for images, labels in batches(
+                self.data.train if training else self.data.test,
+                batch_size=self.config.batch_size,
+                seed=self.config.seed,
+                epoch=epoch,
+                augment=training,
+                shuffle=training,
+                workers=self.config.workers,
+                start=start,
+                drop_last=training,
+                rank=self.accelerator.process_index,
+                world_size=self.accelerator.num_processes,
+            ):
+                device = self.accelerator.device
+                yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+    def exact(self) -> AbstractContextManager:
+        """Where the schedule's value holds exactly: for evaluating and saving. Training is not touched."""
+        return nullcontext() if self.controller is None else self.controller.exact()
+
+    @torch.no_grad()
+    def evaluate(self) -> Means:
+        """Loss and accuracy on the test images."""
+        self.model.eval()
+        meter = Meter(self.accelerator.device)
+        for images, labels in self.batches(0, training=False):
+            if len(labels) > 0:  # a small last batch may leave nothing for some processes
+                outputs = self.model(images)
+                meter.add(F.cross_entropy(outputs, labels), outputs, labels)
+        return meter.all_means(self.accelerator)
+
+    def log_step(self, run: Run, step: int, meter: Meter) -> None:
+        """Loss and accuracy of the epoch so far."""
+        means = meter.all_means(self.accelerator)
+        run.require_finite(step, means.loss)
+        rate = learning_rate(self.config, self.steps, step - 1)
+        run.log({"kind": "step", "step": step, "lr": rate, "loss": means.loss, "accuracy": means.accuracy})
+
+    def pause(self, run: Run, step: int, meter: Meter) -> None:
+        """Within an epoch: save where it is time to, and leave where the run was asked to."""
+        stopping = run.stopping(step)
+        if stopping or step % self.config.checkpoint_steps == 0:
+            run.require_finite(step, meter.all_means(self.accelerator).loss, self.model.state_dict().values())
+            with self.exact():
+                self.save(run, step, meter)
+        if stopping:
+            run.leave(step)
+
+    def end_epoch(self, run: Run, step: int, meter: Meter) -> None:
+        """Evaluate, and write budget, metrics and checkpoint, all at the schedule's exact value."""
+        training = meter.all_means(self.accelerator)
+        run.require_finite(step, training.loss, self.model.state_dict().values())
+        meter.reset()
+        with self.exact():
+            test = self.evaluate()
+            run.require_finite(step, test.loss)
+            self.budget = count(self.model, self.example)
+            run.log(
+                {
+                    "kind": "epoch",
+                    "step": step,
+                    "epoch": step // self.steps,
+                    "train_loss": training.loss,
+                    "train_accuracy": training.accuracy,
+                    "loss": test.loss,
+                    "accuracy": test.accuracy,
+                    **{key: getattr(self.budget, key) for key in ("sparsity", "nonzeros", "flops")},
+                    "layers": {r.name: {"sparsity": r.sparsity, "threshold": r.threshold} for r in self.budget.rows},
+                }
+            )
+            self.write_budget(run)
+            self.save(run, step, meter)
+
+    def save(self, run: Run, step: int, meter: Meter) -> None:
+        """Write a checkpoint; to be called at the schedule's exact value, which is then what the file holds."""
+        scaler = self.accelerator.scaler
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "controller": None if self.controller is None else self.controller.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "meter": meter.reduced(self.accelerator),
+        }
+        run.save(step, state)
+
+    def restore(self, run: Run, meter: Meter) -> int:
+        """Put the state of the run's last checkpoint back and return its step; 0 at the beginning."""
+        state = run.restore(self.config.epochs * self.steps)
+        if state is None:
+            return 0
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.controller is not None:
+            self.controller.load_state_dict(state["controller"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        if self.accelerator.is_main_process:  # the sums of all processes
+            meter.totals.copy_(state["meter"])
+        return state["step"]
+
+    def write_budget(self, run: Run) -> None:
+        """budget.csv and budget.json, each replaced at once."""
+        if self.accelerator.is_main_process:
+            with blame_input(OSError):
+                self.budget.to_csv(run.path / "budget.csv")
+                self.budget.to_json(run.path / "budget.json")
+
+    def status(self, epoch: int, meter: Meter) -> str:
+        """The progress bar's text: loss and accuracy of the epoch so far, sparsity when it was last counted."""
+        means = meter.means()
+        return (
+            f"epoch {epoch + 1}/{self.config.epochs}  loss {means.loss:.4f}  accuracy {100 * means.accuracy:.2f} %  "
+            f"sparsity {100 * self.budget.sparsity:.2f} %"
+        )
+
+    def finish(self, run: Run) -> None:
+        """Write summary.json, the dense model and the report, and print the budget."""
+        run.end_training()
+        if not self.accelerator.is_main_process:
+            return
+        last = read_metrics(run.path)[-1]
+        budget = count(self.model, self.example)
+        summary = {
+            "accuracy": last["accuracy"],
+            **{key: getattr(budget, key) for key in ("sparsity", "nonzeros", "params", "flops", "dense_flops")},
+            "epochs": self.config.epochs,
+            "seconds": last["seconds"],
+            "seed": self.config.seed,
+            "recipe": self.config.recipe,
+        }
+        run.write("summary.json", json.dumps(summary, indent=2) + "\n")
+        self.accelerator.unwrap_model(self.network, keep_fp32_wrapper=False)  # or the copy would drag autocast along
+        weights = densify(copy.deepcopy(self.model)).state_dict()
+        run.write("model.safetensors", safetensors.torch.save({k: v.cpu().contiguous() for k, v in weights.items()}))
+        run.write("report.html", report(run.path))
+        run.say(str(budget))
+        run.say(
+            f"accuracy {100 * summary['accuracy']:.2f} %  sparsity {100 * budget.sparsity:.2f} %  "
+            f"FLOPs {100 * budget.flops / budget.dense_flops:.2f} % of dense  {summary['seconds']:.0f} s"
+        )
+        run.say(f"report: {run.path / 'report.html'}")
+
+
+def make_sparse(config: Config, model: nn.Module, example: Tensor) -> SparsityController | None:
+    """Put thresholds in front of the model's weights, in place, and a controller over them where a target is given."""
+    if config.method == "dense":
+        return None
+    options = {"granularity": config.granularity, "gradient": config.gradient}
+    if config.method == "str":
+        sparsify(model, g="sigmoid", raw_threshold_init=config.raw_threshold_init, **options)
+        return None
+    if config.target_flops is None:
+        target = Target(sparsity=config.target_sparsity)
+    else:
+        target = Target(flops=round(config.target_flops * count(model, example).dense_flops))
+    sparsify(model, **options)
+    floor = {"floor": 0.0} if config.granularity == "global" else {}  # one threshold cannot keep a floor in each layer
+    return SparsityController(model, target, example_input=example, **floor)
+
+
+def learning_rate(config: Config, steps: int, step: int) -> float:
+    """The learning rate of the step after ``step`` others: the schedule at its middle, which is never quite zero."""
+    return config.lr * warmup_cosine((step + 0.5) / (config.epochs * steps), config.warmup_epochs / config.epochs)
+
+
+def warn_if_late(config: Config, steps: int) -> None:
+    """Say so when weight decay, which alone moves a very negative raw threshold, cannot bring it up in time."""
+    rates = (learning_rate(config, steps, step) for step in range(config.epochs * steps))
+    end = decayed_threshold(config.raw_threshold_init, rates, config.weight_decay, config.momentum)
+    if end < ARRIVED:
+        warn(
+            f"nothing will be pruned: weight decay takes the raw thresholds from {config.raw_threshold_init:g} to "
+            f"{end:.4g} in {config.epochs} epochs, and they must come above {ARRIVED:g}; "
+            "train longer, or raise --weight-decay or --raw-threshold-init"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
