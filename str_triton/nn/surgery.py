@@ -56,8 +56,8 @@ def sparsify(
         ValueError: nothing to sparsify, a pattern that matches no layer, a model sparsified before, a layer that cannot
             be thresholded, a weight shared with a module that is left out, or unknown options.
     """
-    if before := len(str_layers(model)):
-        raise ValueError(f"the model is sparsified already ({before} thresholded layers): densify(model) first")
+    if str_layers(model):
+        raise ValueError("the model is sparsified already: densify(model) first to begin anew")
     chosen = _chosen(model, include, exclude)
     _check(model, chosen)
     bypassed = {

@@ -418,8 +418,11 @@ def test_autocast(cls, kwargs, shape):
 def test_replicas_of_data_parallel_hold_plain_tensors(cls, kwargs, shape):
     layer = STR_CLASS[cls](**kwargs, initial_threshold=0.1)
     replica = layer._replicate_for_data_parallel()
-    for name, parameter in layer.named_parameters():
-        setattr(replica, name, parameter * 1)
+    for name, parameter in layer._parameters.items():  # as torch.nn.parallel.replicate does
+        if parameter is None:
+            replica._parameters[name] = None
+        else:
+            setattr(replica, name, parameter * 1)
     x = example(cls, shape)
     assert torch.equal(replica(x), layer(x))
 

@@ -262,7 +262,7 @@ def test_nothing_to_sparsify():
 
 def test_a_second_sparsify_says_so():
     model = sparsify(small(), include="0")
-    with pytest.raises(ValueError, match=r"sparsified already \(1 thresholded layers\): densify"):
+    with pytest.raises(ValueError, match="sparsified already: densify"):
         sparsify(model, include="3")
     sparsify(densify(model))
     assert list(str_layers(model)) == ["0", "3"]
