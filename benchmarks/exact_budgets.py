@@ -102,10 +102,9 @@ def controlled(
 METHODS: dict[str, Callable] = {
     "dense": Dense,
     "magnitude": Magnitude,
-    "global, straight-through": controlled("straight_through", distribution="fixed"),
-    "global, masked": controlled("masked", distribution="fixed"),
-    "learned, masked": controlled("masked", distribution="learned"),
-    "FLOP-aware, straight-through": controlled("straight_through", 0.2, distribution="fixed"),
+    "global": controlled("straight_through", distribution="fixed"),
+    "learned": controlled("straight_through", distribution="learned"),
+    "FLOP-aware": controlled("straight_through", 0.2, distribution="fixed"),
 }
 
 

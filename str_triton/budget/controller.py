@@ -28,7 +28,7 @@ DISTRIBUTIONS = ("fixed", "learned")
 # What the optimizer may do to learned thresholds (benchmarks/exact_budgets_screen.py): without all three a layer dies.
 LEARNING_RATE = 0.1  # of its steps' length
 BOUND = 0.5  # largest distance of a raw threshold from the mean
-FREEZE = 0.5  # of training, after which the distribution stays
+FREEZE = 0.35  # share of training after which the distribution stays
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,8 @@ class SparsityController:
             before, all weights survive, and after, the target holds.
         example_input: for a target in FLOPs, as in `count`.
         distribution: "fixed": the thresholds keep the ratios (g = "exp") that they have now, all equal after
-            `sparsify`, and need no gradients. "learned": the optimizer moves them, within bounds, in the first half of
-            training.
+            `sparsify`, and need no gradients. "learned": the optimizer moves them, slowly and within bounds, in the
+            first third of training.
         floor: share of the survivors that a layer would have if all were pruned alike, which it keeps in any case (but
             never more than one weight per filter, and at least one weight), so that no layer is emptied. 0: no floor.
         interval: steps between solves.
