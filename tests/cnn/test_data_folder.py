@@ -122,10 +122,10 @@ def test_grey_images_are_not_mirrored(mode: str, flip: bool, tmp_path: Path):
 
 
 def striped(size: tuple[int, int]) -> PIL.Image.Image:
-    """Left half red; right half green above, blue below."""
+    """Left quarter red; the rest green above, blue below, at a quarter of the height."""
     image = PIL.Image.new("RGB", size, RED)
-    image.paste(GREEN, (size[0] // 2, 0, size[0], size[1] // 2))
-    image.paste(BLUE, (size[0] // 2, size[1] // 2, size[0], size[1]))
+    image.paste(GREEN, (size[0] // 4, 0, size[0], size[1] // 4))
+    image.paste(BLUE, (size[0] // 4, size[1] // 4, size[0], size[1]))
     return image
 
 
@@ -137,7 +137,7 @@ def encode(image: PIL.Image.Image, form: str, **options: object) -> bytes:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("size", [(32, 16), (640, 320)], ids=["whole", "draft"])
-@pytest.mark.parametrize("box", [whole, lambda width, height: (width / 2, 0, width, height)])
+@pytest.mark.parametrize("box", [whole, centre, lambda width, height: (width / 2, 0, width, height)])
 def test_a_camera_on_its_side_is_turned_upright(orientation: int, size: tuple[int, int], box: Callable):
     """An upright image, stored the way a camera in that orientation stores it, comes out as itself."""
     turn = PIL.Image.Transpose
@@ -161,7 +161,11 @@ def test_a_camera_on_its_side_is_turned_upright(orientation: int, size: tuple[in
     assert np.abs(pixels.astype(int) - np.asarray(expected)).mean() < 4
 
 
-def test_a_jpeg_scaled_while_decoding_looks_like_one_scaled_after():
+def test_a_jpeg_scaled_while_decoding_looks_like_one_scaled_after(monkeypatch: pytest.MonkeyPatch):
+    sizes, convert = [], PIL.Image.Image.convert
+    monkeypatch.setattr(
+        PIL.Image.Image, "convert", lambda image, mode: sizes.append(image.size) or convert(image, mode)
+    )
     rng = np.random.default_rng(0)
     smooth = PIL.Image.fromarray(rng.integers(0, 256, (9, 13, 3), np.uint8)).resize((1301, 903))
     content = encode(smooth, "JPEG", quality=95)
@@ -169,6 +173,7 @@ def test_a_jpeg_scaled_while_decoding_looks_like_one_scaled_after():
         expected = smooth.resize((224, 224), PIL.Image.Resampling.BILINEAR, box=box)
         pixels = decode("x", content, (224, 224), lambda width, height, box=box: box)
         assert np.abs(pixels.astype(int) - np.asarray(expected)).mean() < 2
+    assert sizes == [(326, 226), (651, 452), (651, 452)]  # a quarter, then half of the size
 
 
 @pytest.mark.parametrize(
@@ -214,10 +219,12 @@ def test_random_crops_stay_inside_and_cover_what_they_should():
     assert 0.745 < aspect[free].min() < 0.77
     assert 1.3 < aspect[free].max() < 1.34
     assert abs(aspect[free].log().mean()) < 0.05
-    for low, high, size in ((left, right, 200), (top, bottom, 100)):
-        place = (low / (size - (high - low)).clamp(min=1e-6))[size - (high - low) > 1]
+    across, down = left / (200 - (right - left)), top / (100 - (bottom - top)).clamp(min=1e-6)
+    across, down = across[free], down[free]
+    for place in (across, down):
         assert abs(place.mean() - 0.5) < 0.03
         assert place.std() > 0.26
+    assert abs(torch.corrcoef(torch.stack([across, down]))[0, 1]) < 0.1
 
 
 def remove(*parts: str) -> Callable[[Path], None]:
