@@ -17,12 +17,12 @@ def _rank(p_s, k):
     for start in range(0, k, SPECTRUM_BLOCK):
         i = start + tl.arange(0, SPECTRUM_BLOCK)
         s = tl.load(p_s + i, mask=i < k, other=0)
-        rank = tl.maximum(rank, tl.max(tl.where(s != 0, i + 1, 0)))
+        rank = tl.maximum(rank, tl.max(tl.where(s != 0, i + 1, 0), axis=0))
     return rank
 
 
 @triton.jit
-def recombine_kernel(
+def singular_value_threshold_recombine_kernel(
     p_u, p_s, p_vh, p_out, m, n, k,
     u_batch, u_row, u_col, vh_batch, vh_row, vh_col,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,

@@ -100,7 +100,7 @@ def _recombine_triton(u: Tensor, s: Tensor, vh: Tensor, dtype: torch.dtype) -> T
     block_m, block_n, block_k = _tile(m, n, u.dtype)
     if out.numel():
         with torch.cuda.device_of(u):
-            kernels.recombine_kernel[(batch * -(-m // block_m) * -(-n // block_n),)](
+            kernels.singular_value_threshold_recombine_kernel[(batch * -(-m // block_m) * -(-n // block_n),)](
                 u, s, vh, out, m, n, k, *u.stride(), *vh.stride(),
                 PRECISION=_dot_precision(u.dtype), BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
             )  # fmt: skip
