@@ -4,6 +4,7 @@ A command runs as it stands, in the root of the repository, unless a rule below 
 output says of each command what was run, and why where that is not the command itself.
 """
 
+import functools
 import re
 import subprocess
 import sys
@@ -55,11 +56,12 @@ def help_of(command: str) -> tuple[str, list[str]]:
     return f"{program} --help", re.findall(r"(?<=\s)--?[a-z][\w-]*", command.removeprefix(program))
 
 
-def run(check: Check) -> str:
-    """What went wrong, "" if nothing did."""
+@functools.cache
+def output_of(command: str) -> tuple[int, str]:
+    """Exit code and output."""
     path = pathsep.join([str(Path(sys.executable).parent), environ["PATH"]])
     result = subprocess.run(
-        ["timeout", str(TIMEOUT), "bash", "-euo", "pipefail", "-c", check.command],
+        ["timeout", str(TIMEOUT), "bash", "-euo", "pipefail", "-c", command],
         cwd=ROOT,
         env=environ | {"PATH": path, "COLUMNS": "200"},
         stdin=subprocess.DEVNULL,
@@ -67,12 +69,18 @@ def run(check: Check) -> str:
         stderr=subprocess.STDOUT,
         text=True,
     )
-    if result.returncode == 124:
-        return f"not finished after {TIMEOUT} s\n{result.stdout}"
-    if result.returncode:
-        return f"exit code {result.returncode}\n{result.stdout}"
-    unknown = [option for option in check.options if not re.search(rf"{option}(?![\w-])", result.stdout)]
-    return f"{check.command} does not name {', '.join(unknown)}\n{result.stdout}" if unknown else ""
+    return result.returncode, result.stdout
+
+
+def run(check: Check) -> str:
+    """What went wrong, "" if nothing did."""
+    code, output = output_of(check.command)
+    if code == 124:
+        return f"not finished after {TIMEOUT} s\n{output}"
+    if code:
+        return f"exit code {code}\n{output}"
+    unknown = [option for option in check.options if not re.search(rf"{option}(?![\w-])", output)]
+    return f"{check.command} does not name {', '.join(unknown)}\n{output}" if unknown else ""
 
 
 def main() -> int:
