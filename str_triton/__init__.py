@@ -12,7 +12,8 @@ from str_triton.nn import (
     sparsify,
 )
 from str_triton.ops.singular_value_threshold import singular_value_threshold
-from str_triton.ops.soft_threshold import soft_threshold, soft_threshold_many
+from str_triton.ops.soft_threshold import soft_threshold
+from str_triton.ops.soft_threshold_many import soft_threshold_many
 
 __all__ = [
     "Budget",
