@@ -20,6 +20,8 @@ class Augmentation:
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
         """uint8 [B, C, H, W] and draws [>= DRAWS, B] in [0, 1) -> uint8 [B, C, H, W]."""
+        if not (self.padding or self.flip):
+            return images
         count, channels, height, width = images.shape
         top, left = (draws[:2] * (2 * self.padding + 1)).long()
         rows, columns = top[:, None] + torch.arange(height), left[:, None] + torch.arange(width)
