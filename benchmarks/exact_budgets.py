@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 
 import torch
 import torch.nn.functional as F
@@ -129,7 +129,7 @@ def train(method: str, target: float, seed: int, data, epochs: int) -> dict:
     steps, step, begin = epochs * (len(data.train) // BATCH), 0, time.perf_counter()
     for epoch in range(epochs):
         stream = batches(
-            data.train, batch_size=BATCH, seed=seed, epoch=epoch, augment=True, shuffle=True, workers=0, drop_last=True
+            data.train, batch_size=BATCH, seed=seed, epoch=epoch, augment=False, shuffle=True, workers=0, drop_last=True
         )
         for images, labels in stream:
             progress = step / steps
@@ -157,26 +157,31 @@ def train(method: str, target: float, seed: int, data, epochs: int) -> dict:
 
 
 def picture(lines: list[dict], path: Path) -> None:
-    """Accuracy against FLOPs, a curve per method, a point per target: the mean over the seeds."""
+    """Accuracy against FLOPs as SVG: a curve per method, a point per target, mean and deviation over the seeds."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
+    plt.rcParams["svg.hashsalt"] = "exact_budgets"  # with no date: the same lines give the same file
     figure, axes = plt.subplots(figsize=(7, 4.5), constrained_layout=True)
     for method in dict.fromkeys(line["method"] for line in lines):
         runs = [line for line in lines if line["method"] == method]
         points = [[run for run in runs if run["target"] == t] for t in sorted({run["target"] for run in runs})]
         flops = [100 * mean(run["flops"] for run in point) for point in points]
-        accuracies = [100 * mean(run["accuracy"] for run in point) for point in points]
+        accuracies = [[100 * run["accuracy"] for run in point] for point in points]
+        heights = [mean(seeds) for seeds in accuracies]
         if method == "dense":
-            axes.axhline(accuracies[0], color="grey", linestyle="--", label="dense")
+            axes.axhline(heights[0], color="grey", linestyle="--", label="dense")
         else:
-            axes.plot(flops, accuracies, marker="o", label=method)
+            deviations = [stdev(seeds) if len(seeds) > 1 else 0.0 for seeds in accuracies]
+            axes.errorbar(flops, heights, deviations, marker="o", markersize=4, capsize=3, linewidth=1, label=method)
     axes.set(xscale="log", xlabel="FLOPs, % of dense", ylabel="test accuracy, %", title="Fashion-MNIST")
+    axes.set_xticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
+    axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path)
+    figure.savefig(path, format="svg", metadata={"Date": None})
 
 
 def main() -> None:
@@ -185,14 +190,17 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
     parser.add_argument("--targets", nargs="*", type=float, default=[0.9, 0.95, 0.99])
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=RESULTS / "exact_budgets.jsonl")
-    parser.add_argument("--picture", type=Path, help="draw the front of all lines and run nothing")
+    parser.add_argument("--picture", type=Path, help="draw the front of all lines as SVG, run nothing")
     options = parser.parse_args()
     output = options.output
+    output.parent.mkdir(exist_ok=True)
     lines = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
     if options.picture:
+        if not lines:
+            parser.error(f"{output} has no runs to draw")
         picture(lines, options.picture)
         return
     torch.set_num_threads(options.threads)

@@ -1,7 +1,8 @@
-"""The README's tables, made from benchmarks/results/*.json: python -m benchmarks.readme_tables [--check].
+"""The documents' tables, made from benchmarks/results: python -m benchmarks.readme_tables [--check].
 
 A table stands in the README between <!-- table:NAME --> and <!-- /table -->, and is the text that the function
 registered as NAME returns. To add one: write that function, put the two markers where the table belongs, run this.
+Tables of another document are registered with @table(NAME, document).
 """
 
 import argparse
@@ -18,18 +19,20 @@ RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
-TABLES: dict[str, Callable[[], str]] = {}
+EXACT_BUDGETS = ROOT / "docs" / "exact-budgets.md"
+DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {README: {}, EXACT_BUDGETS: {}}
+TABLES = DOCUMENTS[README]
 
 
 class NotMeasured(Exception):
     """There is no result file for a table: the README says so in its place."""
 
 
-def table(name: str) -> Callable[[Callable[[], str]], Callable[[], str]]:
-    """Register a function that returns a table's Markdown as the README's table `name`."""
+def table(name: str, document: Path = README) -> Callable[[Callable[[], str]], Callable[[], str]]:
+    """Register a function that returns a table's Markdown as the document's table `name`."""
 
     def register(function: Callable[[], str]) -> Callable[[], str]:
-        TABLES[name] = function
+        DOCUMENTS[document][name] = function
         return function
 
     return register
@@ -41,6 +44,15 @@ def results(pattern: str) -> list[dict[str, Any]]:
     if not files:
         raise NotMeasured(pattern)
     return [json.loads(file.read_text()) for file in files]
+
+
+def lines(name: str) -> list[dict[str, Any]]:
+    """The lines of a result file with a line per run; NotMeasured when it is absent or empty."""
+    file = RESULTS / name
+    runs = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    if not runs:
+        raise NotMeasured(name)
+    return runs
 
 
 def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -77,15 +89,83 @@ def demo() -> str:
     return markdown(["seed", "accuracy %", "sparsity %", "weights left", "FLOPs, % of dense", "seconds"], rows)
 
 
-# ---- filling the README -------------------------------------------------------------------------------------------
+@table("exact-budgets", EXACT_BUDGETS)
+@table("exact-budgets")
+def exact_budgets() -> str:
+    """Methods at each sparsity, beside the dense network of the same recipe."""
+    runs = lines("exact_budgets.jsonl")
+    dense = [run["accuracy"] for run in runs if run["method"] == "dense"]
+    rows = []
+    for target, method in sorted({(run["target"], run["method"]): None for run in runs}, key=lambda key: key[0]):
+        chosen = [run for run in runs if (run["target"], run["method"]) == (target, method)]
+        accuracies = [run["accuracy"] for run in chosen]
+        behind = f"{100 * (mean(accuracies) - mean(dense)):+.2f}" if target and dense else ""
+        flops = spread((run["flops"] for run in chosen), 100)
+        rows.append(
+            [method, f"{100 * target:g}", spread(accuracies, 100), behind, flops if target else "100", str(len(chosen))]
+        )
+    return markdown(["method", "sparsity %", "accuracy %", "points to dense", "FLOPs, % of dense", "seeds"], rows)
 
 
-def fill(text: str, tables: dict[str, Callable[[], str]]) -> str:
+@table("training-step")
+def training_step() -> str:
+    """A training step against the dense network's, by machine."""
+    rows = []
+    for run in results("training_step_*.json"):
+        machine = run["machine"]
+        device = machine["gpu"] or f"{machine['processor']}, {machine['threads']} threads"
+        for name, seconds in run["seconds"].items():
+            ratio = f"{run['ratio_to_dense'][name]:.3f}"
+            rows.append([f"{name}, {device}", f"{1e3 * seconds:.1f}", ratio])
+        solve, share = f"{1e3 * run['solve_seconds']:.1f}", f"{run['solve_share_of_dense_step']:.3f}"
+        rows.append([f"a solve, every {run['solve_interval']} steps, {device}", solve, f"{share} a step"])
+    return markdown(["ResNet-50, forward, backward and SGD", "ms", "x dense"], rows)
+
+
+@table("screen", EXACT_BUDGETS)
+def screen_table() -> str:
+    """Accuracy and FLOPs of every variant of the screen, the best at 99 % first."""
+    targets = (0.9, 0.95, 0.99)
+    grouped: dict[str, dict[float, dict[str, Any]]] = {}
+    for run in lines("exact_budgets_screen.jsonl"):
+        grouped.setdefault(run["variant"], {})[run["target"]] = run
+    dense = grouped.pop("dense", {}).get(0.0)
+    order = sorted(grouped, key=lambda name: -grouped[name].get(0.99, {"accuracy": 0})["accuracy"])
+
+    def cell(run: dict[str, Any] | None) -> str:
+        return f"{100 * run['accuracy']:.2f} ({100 * run['flops']:.2f})" if run else ""
+
+    rows = [[name, *(cell(grouped[name].get(target)) for target in targets)] for name in order]
+    if dense:
+        rows.insert(0, ["dense", *[cell(dense)] * len(targets)])
+    return markdown(["variant", *(f"{100 * t:g} %: accuracy (FLOPs)" for t in targets)], rows)
+
+
+@table("screen-front", EXACT_BUDGETS)
+def screen_front() -> str:
+    """The sparse runs of the screen that no other one beats in accuracy and in FLOPs, collapsed ones left out."""
+    runs = [run for run in lines("exact_budgets_screen.jsonl") if run["target"]]
+    front, best = [], 0.5
+    for run in sorted(runs, key=lambda run: (run["flops"], -run["accuracy"])):
+        if run["accuracy"] > best:
+            front.append(run)
+            best = run["accuracy"]
+    rows = [
+        [run["variant"], f"{100 * run['target']:g}", f"{100 * run['flops']:.2f}", f"{100 * run['accuracy']:.2f}"]
+        for run in front
+    ]
+    return markdown(["variant", "sparsity %", "FLOPs, % of dense", "accuracy %"], rows)
+
+
+# ---- filling the documents -------------------------------------------------------------------------------------------
+
+
+def fill(text: str, tables: dict[str, Callable[[], str]], document: str = "README.md") -> str:
     """`text` with every marked table made anew; ValueError when markers and tables do not correspond."""
     marked = [name for _, name, _ in MARKED.findall(text)]
     if sorted(marked) != sorted(tables) or len(marked) != text.count("<!-- table:"):
         raise ValueError(
-            f"README.md marks the tables {sorted(marked)}, benchmarks/readme_tables.py has {sorted(tables)}"
+            f"{document} marks the tables {sorted(marked)}, benchmarks/readme_tables.py has {sorted(tables)}"
         )
 
     def made(match: re.Match[str]) -> str:
@@ -99,18 +179,20 @@ def fill(text: str, tables: dict[str, Callable[[], str]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write the README's tables, or with --check only say whether they are up to date."""
+    """Write the documents' tables, or with --check only say whether they are up to date."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.readme_tables", description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a table is out of date")
     check = parser.parse_args(arguments).check
-    old = README.read_text()
-    new = fill(old, TABLES)
-    if check:
-        if new != old:
-            print("README.md is out of date: run python -m benchmarks.readme_tables", file=sys.stderr)
-        return int(new != old)
-    README.write_text(new)
-    return 0
+    outdated = 0
+    for document, tables in DOCUMENTS.items():
+        old = document.read_text()
+        new = fill(old, tables, document.name)
+        if check and new != old:
+            print(f"{document.name} is out of date: run python -m benchmarks.readme_tables", file=sys.stderr)
+            outdated = 1
+        elif new != old:
+            document.write_text(new)
+    return outdated
 
 
 if __name__ == "__main__":
