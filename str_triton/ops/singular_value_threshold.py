@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-import str_triton.ops.soft_threshold  # noqa: F401  registers the op that thresholds the spectrum
+from str_triton.ops.soft_threshold import DTYPES  # and registers the op that thresholds the spectrum
 from str_triton.ops.thresholds import threshold_function
 
 # ---- reference, and CPU implementation ----------------------------------------------------------------------------
@@ -54,8 +54,8 @@ def _backward(
             inner = y @ vh.mT
             core = (minus * (inner + inner.mT) + plus * (inner - inner.mT)) / 2
             grad_w = u @ ((core - inner * outer[:, :, None]) @ vh + y * outer[:, :, None])
-    grad_s = inner.diagonal(dim1=1, dim2=2).contiguous()
-    _, grad_raw = torch.ops.str_triton.soft_threshold_backward(grad_s, s, raw, g, True)
+        grad_s = inner.diagonal(dim1=1, dim2=2).contiguous()
+        _, grad_raw = torch.ops.str_triton.soft_threshold_backward(grad_s, s, raw, g, True)
     return grad_w.to(grad.dtype), grad_raw
 
 
@@ -190,14 +190,14 @@ def singular_value_threshold(w: Tensor, raw_threshold: Tensor, *, g: str = "exp"
     Args:
         w: [..., m, n], float16, bfloat16, float32 or float64; m < n, empty and non-contiguous tensors too.
         raw_threshold: r. One element of any shape; or shape w.shape[:-2] + (1, 1), one per matrix of the batch.
-            A floating-point dtype, on w's device.
+            Any of these dtypes, on w's device.
         g: "sigmoid", "exp", "softplus", or "identity" (the threshold itself; a negative value acts as 0).
 
     Returns:
         Tensor of w's shape and dtype, contiguous. Differentiable once.
 
     Raises:
-        TypeError: w or raw_threshold is not a floating-point tensor.
+        TypeError: w or raw_threshold is not a tensor of one of these dtypes.
         ValueError: unknown g, w of fewer than two dimensions, a raw_threshold of another shape or on another device.
         torch.linalg.LinAlgError: the singular value decomposition of a finite matrix did not converge.
 
@@ -213,8 +213,9 @@ def singular_value_threshold(w: Tensor, raw_threshold: Tensor, *, g: str = "exp"
 
 def _check(w: Tensor, raw: Tensor) -> None:
     for name, tensor in (("w", w), ("raw_threshold", raw)):
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor, got {getattr(tensor, 'dtype', type(tensor))}")
+        if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES:
+            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name} must be a tensor of float16, bfloat16, float32 or float64, got {kind}")
     if w.dim() < 2:
         raise ValueError(f"w must be a matrix or a batch of matrices, got shape {tuple(w.shape)}")
     if raw.device != w.device:
