@@ -15,46 +15,14 @@ from torch import Tensor, nn
 
 from str_triton.budget.count import count, counted_layers
 from str_triton.budget.select import select
+from str_triton.budget.target import SCHEDULES, Target
 from str_triton.nn import STRLayer, str_layers
-
-SCHEDULES = {
-    "cubic": lambda t: 1 - (1 - t) ** 3,
-    "linear": lambda t: t,
-    "constant": lambda t: 1.0,
-}
-
 
 DISTRIBUTIONS = ("fixed", "learned")
 # What the optimizer may do to learned thresholds (benchmarks/exact_budgets_screen.py): without all three a layer dies.
 LEARNING_RATE = 0.1  # of its steps' length
 BOUND = 0.5  # largest distance of a raw threshold from the mean
 FREEZE = 0.35  # share of training after which the distribution stays
-
-
-@dataclass(frozen=True)
-class Target:
-    """What the model shall cost at the end; exactly one of three.
-
-    Attributes:
-        sparsity: share of the counted weights that are zero, 0 to 1 (1 excluded).
-        nonzeros: number of counted weights that are not zero, >= 1.
-        flops: multiply-adds of a forward pass of the controller's example_input, >= 1.
-    """
-
-    sparsity: float | None = None
-    nonzeros: int | None = None
-    flops: int | None = None
-
-    def __post_init__(self) -> None:
-        given = {name: value for name, value in vars(self).items() if value is not None}
-        if len(given) != 1:
-            raise ValueError(f"give exactly one of sparsity, nonzeros, flops; got {given or 'none'}")
-        if self.sparsity is not None and not 0 <= self.sparsity < 1:
-            raise ValueError(f"target sparsity must be in [0, 1), got {self.sparsity}")
-        for name in ("nonzeros", "flops"):
-            value = getattr(self, name)
-            if value is not None and not value >= 1:
-                raise ValueError(f"target {name} must be at least 1, got {value}")
 
 
 @dataclass
