@@ -4,8 +4,8 @@
 
 Appends a line per run to benchmarks/results/exact_budgets.jsonl and skips runs that stand there; `--picture FILE` draws
 accuracy against FLOPs of all lines. The candidates behind the choice of methods were screened by
-benchmarks/exact_budgets_screen.py. All methods share the network, the data, the order of the images, the optimizer and
-the cubic schedule that reaches its target at 70 % of training.
+benchmarks/exact_budgets_screen.py. All methods share the network, the images (without augmentation), their order, the
+optimizer and the cubic schedule that reaches its target at 70 % of training.
 """
 
 import argparse
