@@ -28,9 +28,9 @@ def select(values: Sequence[Tensor], costs: Sequence[int], keep: Tensor) -> tupl
     above_high = _cost_above([(key >> 16) + _BINS // 2 for key in keys], costs)
     high = (above_high > keep).sum()
     left = keep - above_high.gather(0, high.reshape(1)).squeeze(0)
-    # Elements of other bins go to one more bin below all others.
-    low_keys = [torch.where((key >> 16) + _BINS // 2 == high, (key & 0xFFFF) + 1, 0) for key in keys]
-    low = (_cost_above(low_keys, costs)[1:] > left).sum()
+    # Elements of other bins go to the lowest, which lies above none.
+    low_keys = [torch.where((key >> 16) + _BINS // 2 == high, key & 0xFFFF, 0) for key in keys]
+    low = (_cost_above(low_keys, costs) > left).sum()
     cut = (((high - _BINS // 2) << 16) + low).to(torch.int32)
     infinity = _ordered(torch.full((), torch.inf, device=cut.device))
     cut = torch.maximum(cut, _ordered(torch.full((), -torch.inf, device=cut.device)))
@@ -50,7 +50,7 @@ def _value(key: Tensor) -> Tensor:
 
 def _cost_above(bins: list[Tensor], costs: Sequence[int]) -> Tensor:
     """For each bin what the elements of the bins above it cost together; int64 [bins]."""
-    total = torch.zeros(_BINS + 1, dtype=torch.int64, device=bins[0].device)
+    total = torch.zeros(_BINS, dtype=torch.int64, device=bins[0].device)
     for index, cost in zip(bins, costs, strict=True):
         index = index.flatten().to(torch.int64)
         total.scatter_add_(0, index, torch.full((), cost, device=index.device).expand_as(index))
