@@ -31,8 +31,7 @@ class Config(RunConfig):
     target_flops: float | None = None
     """Multiply-adds at the end as a share of the dense network's, 0 to 1; in place of --target-sparsity."""
     gradient: Literal["masked", "straight_through"] | None = None
-    """What moves a pruned weight: nothing but weight decay (masked, the default of str), or the gradient of its sparse
-    value (straight_through, the default of str-exact)."""
+    """What moves a pruned weight: its sparse value's gradient (default of str-exact) or weight decay alone (of str)."""
     granularity: Literal["layer", "filter", "weight", "global"] = "layer"
     """What shares one learned threshold."""
     raw_threshold_init: float = -5.0
@@ -64,7 +63,7 @@ def digits() -> Config:
 
 
 def fashion_mnist() -> Config:
-    """Fashion-MNIST, 28x28 pixels (give --data-dir): a residual net of 307,000 weights. Fits MNIST and its like."""
+    """Fashion-MNIST, 28x28 pixels (give --data-dir): a residual net of 308,000 weights. Fits MNIST and its like."""
     return Config(
         recipe="fashion-mnist",
         data="fashion-mnist",

@@ -232,7 +232,7 @@ class Experiment:
         """The progress bar's text: loss and accuracy of the epoch so far, sparsity when it was last counted."""
         means = meter.means()
         return (
-            f"epoch {epoch + 1}/{self.config.epochs}  loss {means.loss:.4f}  accuracy {100 * means.accuracy:.2f} %  "
+            f"epoch {epoch + 1}/{self.config.epochs}  loss {means.loss:.3f}  accuracy {100 * means.accuracy:.1f} %  "
             f"sparsity {100 * self.budget.sparsity:.2f} %"
         )
 

@@ -55,7 +55,7 @@ def run_program(program: Callable[[], None]) -> int:
         tell(str(stop))
         return 128 + stop.signum
     except KeyboardInterrupt:
-        tell("interrupted: nothing was saved after the last checkpoint")
+        tell("interrupted")
         return 130
 
 

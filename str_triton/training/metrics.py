@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -41,6 +42,10 @@ class Metrics:
         self._file.write(_line(record))
         self._file.flush()
         self._events.add(record)
+
+    def sync(self) -> None:
+        """Force metrics.jsonl to the disk, so that a checkpoint written after it never knows more than it."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close both files. What a full disk did not take was reported by `append`."""

@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
@@ -78,20 +79,23 @@ def threshold_picture(epochs: Sequence[Record], budget: Budget) -> str | None:
     if not names:
         return None
     numbers = [record["epoch"] for record in epochs]
+    lines = {name: [record["layers"][name]["threshold"] for record in epochs] for name in names}
+    if all(np.allclose(line, lines[names[0]], rtol=1e-3) for line in lines.values()):
+        lines = {"all layers": lines[names[0]]}
     with matplotlib.rc_context(STYLE):
         figure = Figure((9.0, 3.4), layout="constrained")
         axes = figure.subplots()
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         colours = matplotlib.colormaps["viridis"]
-        for index, name in enumerate(names):
-            values = [record["layers"][name]["threshold"] for record in epochs]
-            colour = colours(0.1 + 0.75 * index / max(1, len(names) - 1))
-            axes.plot(numbers, values, color=colour, label=name, marker="o" if len(epochs) < 3 else None, markersize=4)
-        if len(names) <= LEGEND_LAYERS:
+        marker = "o" if len(epochs) < 3 else None
+        for index, (name, values) in enumerate(lines.items()):
+            colour = colours(0.2 + 0.65 * index / max(1, len(lines) - 1))
+            axes.plot(numbers, values, color=colour, label=name, marker=marker, markersize=4)
+        if len(lines) <= LEGEND_LAYERS:
             axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-        axes.set(xlabel="epoch", ylabel="threshold", ylim=(0, None))
-        if len(names) > LEGEND_LAYERS:
+        else:
             axes.set_title("dark: first layers, bright: last layers")
+        axes.set(xlabel="epoch", ylabel="threshold", ylim=(0, None))
         return _svg(figure)
 
 

@@ -88,7 +88,9 @@ class Run:
     def save(self, step: int, state: Mapping[str, Any]) -> None:
         """Write a checkpoint of ``state`` and the random states of all processes, which meet here."""
         states = gather_object([random_state()])
-        if self.folder is not None:
+        if self._metrics is not None:
+            with blame_input(OSError):
+                self._metrics.sync()
             own = {"step": step, "seconds": self.elapsed(), "random": states}
             self._checkpoints.save(step, {**state, **own})
 

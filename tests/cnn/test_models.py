@@ -14,7 +14,7 @@ def test_scores_for_images_of_any_size(name: str, size: int, channels: int):
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize(("name", "weights"), [("resnet-digits", 76_704), ("resnet-small", 306_720)])
+@pytest.mark.parametrize(("name", "weights"), [("resnet-digits", 76_704), ("resnet-small", 307_744)])
 def test_number_of_weights(name: str, weights: int):
     model = build(name, num_classes=10, in_channels=1)
     assert sum(parameter.numel() for parameter in model.parameters() if parameter.dim() > 1) == weights
