@@ -19,7 +19,7 @@ from str_triton.budget.target import SCHEDULES, Target
 from str_triton.nn import STRLayer, str_layers
 
 DISTRIBUTIONS = ("fixed", "learned")
-# What the optimizer may do to learned thresholds. At full length its steps kill a layer at 99 % (docs/exact-budgets.md).
+# What the optimizer may do to learned thresholds: steps at full length kill a layer (docs/exact-budgets.md).
 LEARNING_RATE = 0.1  # of its steps' length
 BOUND = 0.5  # largest distance of a raw threshold from the mean
 FREEZE = 0.35  # share of training after which the distribution stays
