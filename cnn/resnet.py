@@ -29,7 +29,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Images [B, in_channels, H, W] -> scores [B, num_classes]; `blocks` per stage, halving the size from the second."""
+    """Images [B, in_channels, H, W] -> scores [B, num_classes]; `blocks` of each stage, the size halved in between."""
 
     def __init__(self, blocks: tuple[int, int, int, int], num_classes: int = 1000, in_channels: int = 3) -> None:
         super().__init__()
