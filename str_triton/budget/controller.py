@@ -18,7 +18,8 @@ from str_triton.budget.select import select
 from str_triton.budget.target import SCHEDULES, Target
 from str_triton.nn import STRLayer, str_layers
 
-DISTRIBUTIONS = ("fixed", "learned")
+DISTRIBUTIONS = ("fixed", "flop-aware", "learned")
+FLOP_EXPONENT = 0.2  # More costs accuracy (docs/exact-budgets.md).
 # What the optimizer may do to learned thresholds: steps at full length kill a layer (docs/exact-budgets.md).
 LEARNING_RATE = 0.1  # of its steps' length
 BOUND = 0.5  # largest distance of a raw threshold from the mean
@@ -30,7 +31,8 @@ class _Layer:
     """A thresholded weight, by the first of the layers that use it."""
 
     module: STRLayer
-    cost: int  # of one surviving weight: 1, or its multiply-adds
+    cost: int  # of one surviving weight towards the target: 1, or its multiply-adds
+    flops: int  # multiply-adds of one weight; 0 if they were not counted
     floor: int = 0  # weights that survive in any case
 
     @property
@@ -61,8 +63,9 @@ class SparsityController:
             before, all weights survive, and after, the target holds.
         example_input: for a target in FLOPs, as in `count`.
         distribution: "fixed": the thresholds keep the ratios (g = "exp") that they have now, all equal after
-            `sparsify`, and need no gradients. "learned": the optimizer moves them, slowly and within bounds, in the
-            first third of training.
+            `sparsify`, and need no gradients. "flop-aware": the same, after a first step that makes each threshold
+            larger in proportion to (FLOPs per weight of example_input) ** 0.2. "learned": the optimizer moves them,
+            slowly and within bounds, in the first third of training.
         floor: share of the survivors that a layer would have if all were pruned alike, which it keeps in any case (but
             never more than one weight per filter, and at least one weight), so that no layer is emptied. 0: no floor.
         interval: steps between solves.
@@ -90,7 +93,7 @@ class SparsityController:
         if not 0 <= begin <= end <= 1:
             raise ValueError(f"begin and end must be 0 <= begin <= end <= 1, got {begin} and {end}")
         if distribution not in DISTRIBUTIONS:
-            raise ValueError(f"distribution must be 'fixed' or 'learned', got {distribution!r}")
+            raise ValueError(f"distribution must be one of {', '.join(map(repr, DISTRIBUTIONS))}, got {distribution!r}")
         if interval < 1:
             raise ValueError(f"interval must be at least 1, got {interval}")
         self.target = target
@@ -100,14 +103,24 @@ class SparsityController:
         self.progress = 0.0
         self.steps = 0
         self._training: list[Tensor] | None = None  # The raw thresholds to come back to, inside exact().
-        self._layers, self._others, self._fixed, self._dense = _inventory(model, target, example_input)
+        self._layers, self._others, self._fixed, self._dense = _inventory(
+            model, target, example_input, count_flops=target.flops is not None or distribution == "flop-aware"
+        )
         self._raws = list({id(layer.raw): layer.raw for layer in self._layers}.values())
+        if len(self._raws) < len(self._layers) and (floor or distribution == "flop-aware"):
+            raise ValueError(
+                "one raw threshold for several weights can neither keep a floor in each nor be flop-aware: "
+                "sparsify with another granularity, or pass floor=0 and distribution='fixed'"
+            )
+        self._keep = self._final_cost()
+        self._set_floors(floor)
+        if distribution == "flop-aware":
+            for layer in self._layers:
+                layer.module.scale_threshold(max(layer.flops, 1) ** FLOP_EXPONENT)
         self._before = [raw.detach().clone() for raw in self._raws]  # What the optimizer's step begins with.
         self._held_back = [raw.new_zeros(()) for raw in self._before]
         for raw in self._raws:
             raw.requires_grad_(distribution == "learned")
-        self._keep = self._final_cost()
-        self._set_floors(floor)
         for module in str_layers(model).values():
             module.controlled = True
 
@@ -125,11 +138,6 @@ class SparsityController:
     def _set_floors(self, floor: float) -> None:
         if not 0 <= floor <= 1:
             raise ValueError(f"floor must be in [0, 1], got {floor}")
-        if floor and len(self._raws) < len(self._layers):
-            raise ValueError(
-                "one raw threshold for several weights cannot keep a floor in each of them: "
-                "sparsify with another granularity, or pass floor=0"
-            )
         density = max(self._keep, 0) / self._dense
         for layer in self._layers:
             uniform = int(floor * density * layer.size)
@@ -246,15 +254,17 @@ class SparsityController:
         return keep
 
 
-def _inventory(model: nn.Module, target: Target, example_input: Any) -> tuple[list[_Layer], list, int, int]:
+def _inventory(
+    model: nn.Module, target: Target, example_input: Any, count_flops: bool
+) -> tuple[list[_Layer], list, int, int]:
     """The thresholded weights, the counted weights without a threshold, what is fixed, and the cost of all weights."""
     modules = str_layers(model)
     if not modules:
         raise ValueError("the model has no thresholded layers: call sparsify(model) first")
     costs, fixed = {}, 0
-    if target.flops is not None:
+    if count_flops:
         if example_input is None:
-            raise ValueError("a target in FLOPs needs example_input, the input whose forward pass is counted")
+            raise ValueError("to count FLOPs the controller needs example_input, an input of the model")
         budget = count(model, example_input)
         costs = {row.name: row.dense_flops // row.params for row in budget.rows if row.params}
     layers, others, seen = [], [], set()
@@ -264,8 +274,8 @@ def _inventory(model: nn.Module, target: Target, example_input: Any) -> tuple[li
             continue
         seen.add(id(parameter))
         if isinstance(module, STRLayer):
-            cost = costs.get(name, 0) if target.flops is not None else 1
-            layers.append(_Layer(module, cost))
+            flops = costs.get(name, 0)
+            layers.append(_Layer(module, 1 if target.flops is None else flops, flops))
         else:
             others.append((module, attribute))
     dense = sum(layer.cost * layer.size for layer in layers)

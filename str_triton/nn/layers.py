@@ -161,6 +161,11 @@ class STRLayer:
         """The weight that the forward uses: thresholded, differentiable, of weight's shape and dtype."""
         return soft_threshold(self.dense_weight, self.raw_threshold, g=self.g, gradient=self.gradient)
 
+    @torch.no_grad()
+    def scale_threshold(self, factor: float) -> None:
+        """Multiply the threshold, in place: raw_threshold becomes g^-1(factor * threshold)."""
+        self.raw_threshold.copy_(threshold_function(self.g).inverse(factor * self.threshold))
+
     def pruning_offsets(self) -> Tensor:
         """For each weight the offset g^-1(|w|) - raw_threshold: added to raw_threshold, it and more prune the weight.
 

@@ -242,6 +242,21 @@ def test_a_fixed_distribution_keeps_its_ratios_and_needs_no_gradients():
     assert not any(layer.raw_threshold.requires_grad for layer in str_layers(model).values())
 
 
+@pytest.mark.parametrize("g", ["exp", "sigmoid"])
+def test_flop_aware_thresholds_grow_with_the_cost_of_a_weight(g):
+    model = sparsify(convolutional_net(), g=g)
+    controller = SparsityController(
+        model, Target(sparsity=0.8), distribution="flop-aware", example_input=IMAGES, floor=0
+    )
+    controller.step(1.0)
+    budget = count(model, IMAGES)
+    thresholds = torch.tensor([row.threshold for row in budget.rows if row.params]).double()
+    costs = torch.tensor([row.dense_flops / row.params for row in budget.rows if row.params]).double()
+    odds = thresholds if g == "exp" else thresholds / (1 - thresholds)  # What one offset multiplies.
+    torch.testing.assert_close(odds / odds[0], (costs / costs[0]) ** 0.2, rtol=1e-3, atol=0)
+    assert abs(budget.sparsity - 0.8) <= 1 / budget.params
+
+
 def test_a_learned_distribution_moves_slowly_within_bounds_and_then_stays():
     model, controller, _ = make_run()
     controller.step(0.0)
@@ -318,7 +333,8 @@ def test_targets_out_of_range(make, message):
     [
         ({"schedule": "quadratic"}, "'cubic', 'linear', 'constant', got 'quadratic'"),
         ({"begin": 0.5, "end": 0.2}, "got 0.5 and 0.2"),
-        ({"distribution": "free"}, "'fixed' or 'learned', got 'free'"),
+        ({"distribution": "free"}, "'flop-aware', 'learned', got 'free'"),
+        ({"distribution": "flop-aware"}, "needs example_input"),
         ({"interval": 0}, "at least 1, got 0"),
         ({"floor": 1.5}, r"\[0, 1\], got 1.5"),
         ({"target": Target(flops=10**6)}, "needs example_input"),
@@ -342,6 +358,8 @@ def test_a_shared_threshold_cannot_keep_a_floor():
     model = sparsify(convolutional_net(), granularity="global")
     with pytest.raises(ValueError, match="floor=0"):
         SparsityController(model, Target(sparsity=0.9))
+    with pytest.raises(ValueError, match="distribution='fixed'"):
+        SparsityController(model, Target(sparsity=0.9), distribution="flop-aware", example_input=IMAGES, floor=0)
 
 
 def test_a_plain_model_is_refused():
