@@ -60,6 +60,9 @@ class Checkpoints:
         A damaged one is named in a warning and the one before it is taken; where ``owner`` is true it is also set
         aside under another name, so that it is not counted among the last two. Raises `UserError` when all are damaged.
         """
+        if owner:
+            for draft in self.directory.glob(".step-*"):  # what a kill has left of an unfinished write
+                draft.unlink()
         steps = self.steps()
         for step in reversed(steps):
             path = self.path(step)

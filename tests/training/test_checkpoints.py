@@ -79,6 +79,13 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(checkpoints: Checkpoints):
     assert torch.equal(checkpoints.load()["weights"], state(1)["weights"])
 
 
+def test_what_a_kill_left_of_a_write_is_removed(checkpoints: Checkpoints):
+    checkpoints.save(1, state(1))
+    (checkpoints.directory / ".step-000000002.pt.0123abcd").write_bytes(b"half")
+    assert checkpoints.load()["step"] == 1
+    assert [path.name for path in checkpoints.directory.iterdir()] == ["step-000000001.pt"]
+
+
 def draws() -> tuple[float, float, float]:
     return random.random(), float(np.random.randn()), float(torch.randn(()))
 
