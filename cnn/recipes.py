@@ -34,6 +34,9 @@ class Config(RunConfig):
     """What moves a pruned weight: its sparse value's gradient (default of str-exact) or weight decay alone (of str)."""
     granularity: Literal["layer", "filter", "weight", "global"] = "layer"
     """What shares one learned threshold."""
+    distribution: Literal["fixed", "flop-aware", "learned"] = "fixed"
+    """How str-exact spreads the zeros over the layers: equal thresholds (fixed), larger ones where a weight costs more
+    FLOPs (flop-aware), or thresholds that the optimizer moves (learned)."""
     raw_threshold_init: float = -5.0
     """Where the raw thresholds of --method str start; the threshold is their sigmoid."""
 
@@ -89,6 +92,8 @@ def settle(config: Config) -> Config:
     if config.method != "str-exact" and given:
         option = f"--{given[0].replace('_', '-')} {getattr(config, given[0])}"
         raise UserError(f"{option}: --method {config.method} meets no target; only --method str-exact does")
+    if config.distribution != "fixed" and (config.method != "str-exact" or config.granularity == "global"):
+        raise UserError(f"--distribution {config.distribution} needs --method str-exact and no --granularity global")
     if len(given) == 2:
         raise UserError("--target-sparsity and --target-flops are both given: choose one")
     if config.method == "str-exact" and not given:

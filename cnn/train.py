@@ -278,7 +278,7 @@ def make_sparse(config: Config, model: nn.Module, example: Tensor) -> SparsityCo
         target = Target(flops=round(config.target_flops * count(model, example).dense_flops))
     sparsify(model, **options)
     floor = {"floor": 0.0} if config.granularity == "global" else {}  # one threshold cannot keep a floor in each layer
-    return SparsityController(model, target, example_input=example, **floor)
+    return SparsityController(model, target, distribution=config.distribution, example_input=example, **floor)
 
 
 def learning_rate(config: Config, steps: int, step: int) -> float:

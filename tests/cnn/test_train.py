@@ -159,11 +159,14 @@ def test_thresholds_that_will_not_arrive_are_warned_of(tmp_path: Path, quick: No
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["sparsity"] == 0.0
 
 
-def test_global_and_filter_thresholds(tmp_path: Path, quick: None):
-    for granularity in ("global", "filter"):
+@pytest.mark.parametrize(
+    ("option", "values"), [("--granularity", ("global", "filter")), ("--distribution", ("flop-aware", "learned"))]
+)
+def test_other_thresholds_meet_the_target_too(tmp_path: Path, quick: None, option: str, values: tuple[str, str]):
+    for value in values:
         AcceleratorState._reset_state(reset_partial_state=True)
-        folder = tmp_path / granularity
-        assert train.main([*TINY, "--granularity", granularity, "--run-dir", str(folder)]) == 0
+        folder = tmp_path / value
+        assert train.main([*TINY, option, value, "--run-dir", str(folder)]) == 0
         assert abs(json.loads((folder / "summary.json").read_text())["sparsity"] - 0.9) <= 1e-4
 
 
@@ -175,6 +178,7 @@ def test_global_and_filter_thresholds(tmp_path: Path, quick: None):
     [
         (["cifar"], "there is no recipe 'cifar'; the recipes are digits, fashion-mnist"),
         (["--target-sparsity", "1.2"], "--target-sparsity 1.2"),
+        (["--distribution", "learned", "--method", "dense"], "--distribution learned needs --method str-exact"),
         (["--target-sparsity", "-0.1"], "--target-sparsity -0.1"),
         (["--target-sparsity", "nan"], "--target-sparsity nan"),
         (["--target-flops", "1.2"], "--target-flops 1.2"),
