@@ -17,7 +17,8 @@ from accelerate.state import AcceleratorState
 
 from cnn import data, train
 from cnn.models import build
-from str_triton import Budget, count
+from str_triton import Budget, count, sparsify
+from str_triton.training.checkpoints import Checkpoints
 from str_triton.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -128,11 +129,14 @@ def test_the_saved_model_is_dense_and_has_the_measured_accuracy(whole_run: Path)
     assert count(model, images[:1]).nonzeros == summary["nonzeros"]
 
 
-def test_checkpoints_hold_the_exact_sparsity(whole_run: Path):
-    """Also in mid-training, where the thresholds to go on with are others: the controller's state has these."""
-    for path in (whole_run / "checkpoints").glob("*.pt"):
-        state = torch.load(path, weights_only=True)
-        assert state["controller"] is not None
+def test_evaluation_and_checkpoints_see_the_schedules_exact_value(whole_run: Path):
+    """With ten steps the thresholds of training itself are solved for at the first and the last alone."""
+    first = next(record for record in read_metrics(whole_run) if record["kind"] == "epoch")
+    assert first["sparsity"] == pytest.approx(0.9 * (1 - (1 - 0.5 / 0.7) ** 3), abs=2e-5)
+    state = torch.load(whole_run / "checkpoints" / "step-000000008.pt", weights_only=True)
+    model = sparsify(build("resnet-digits", num_classes=10, in_channels=1))
+    model.load_state_dict(state["model"])
+    assert count(model, torch.zeros(1, 1, 8, 8)).sparsity == pytest.approx(0.9, abs=2e-5)
 
 
 def test_a_flop_target_is_a_share_of_dense(tmp_path: Path, quick: None):
@@ -248,7 +252,7 @@ def test_a_loss_that_becomes_nan_keeps_the_last_good_checkpoint(
 # Killed, interrupted, resumed.
 
 
-@pytest.mark.parametrize(("owner", "name", "number"), [(os, "replace", 3), (os, "replace", 9), (os, "fsync", 12)])
+@pytest.mark.parametrize(("owner", "name", "number"), [(os, "replace", 3), (os, "fsync", 12), (Checkpoints, "save", 3)])
 def test_a_run_killed_while_it_writes_ends_in_the_same_bits(
     tmp_path: Path, quick: None, whole_run: Path, monkeypatch: pytest.MonkeyPatch, owner: object, name: str, number: int
 ):
