@@ -246,7 +246,7 @@ class SparsityController:
             done = SCHEDULES[self.schedule]((self.progress - self.begin) / (self.end - self.begin))
         else:
             done = float(self.progress >= self.end)
-        keep = torch.tensor(self._dense - round(done * (self._dense - self._keep)), device=self._raws[0].device)
+        keep = torch.full((), self._dense - round(done * (self._dense - self._keep)), device=self._raws[0].device)
         if self.target.flops is None and done == 1:  # Zeros in layers without a threshold count towards the target.
             for module, attribute in self._others:
                 weight = getattr(module, attribute)
@@ -297,5 +297,5 @@ def _critical_offsets(layer: _Layer, held_back: Tensor) -> tuple[Tensor, Tensor]
     if layer.floor == 0:
         return values, torch.full((), torch.inf, device=values.device)
     top = values.topk(min(layer.floor + 1, values.numel()))
-    values[top.indices[: layer.floor]] = torch.inf
+    values.index_fill_(0, top.indices[: layer.floor], torch.inf)
     return values, (top.values[layer.floor - 1] + top.values[-1]) / 2

@@ -310,6 +310,21 @@ def test_controlled_thresholds_do_not_decay():
     assert decays["thresholds"] == 0
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("target", [{"sparsity": 0.9}, {"flops": 300_000}])
+@pytest.mark.parametrize("distribution", ["fixed", "learned"])
+def test_a_step_does_not_wait_for_the_gpu(target, distribution):
+    model, images = sparsify(convolutional_net()).cuda(), IMAGES.cuda()
+    controller = SparsityController(model, Target(**target), example_input=images, distribution=distribution)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        controller.step(1.0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    budget = count(model, images)
+    assert abs(budget.sparsity - 0.9) <= 1 / budget.params or abs(budget.flops - 300_000) < 1000
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
