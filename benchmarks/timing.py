@@ -47,8 +47,16 @@ def machine() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        **{name: metadata.version(name) for name in ("torch", "triton", "str-triton")},
+        **{name: version(name) for name in ("torch", "triton", "str-triton")},
     }
+
+
+def version(name: str) -> str | None:
+    """Of an installed distribution; None for a checkout that is not installed, or where triton has another name."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def write(name: str, result: dict[str, Any]) -> None:

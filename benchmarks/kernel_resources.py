@@ -1,0 +1,219 @@
+"""What every Triton kernel takes of a GPU, found out without one: registers, spills, shared memory, widest access.
+
+    python -m benchmarks.kernel_resources [--json PATH]
+
+The launchers themselves are run, on CPU tensors, where a launch compiles for the target and stops there: so types,
+alignments and constants are those of a real launch. To add a kernel, add launches of it to `launches`.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+from triton.runtime.jit import JITFunction
+
+from str_triton.ops import singular_value_threshold, soft_threshold, soft_threshold_many
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# Bytes that one program may take.
+SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
+PTX = {"load": "ld", "store": "st"}
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Of one kernel in one variant. Spills: bytes of local memory per thread (NVIDIA) or registers (AMD)."""
+
+    kernel: str
+    variant: str
+    target: str
+    warps: int
+    registers: int
+    spills: int
+    shared: int
+    load_bits: int
+    store_bits: int
+
+
+# ---- the launches -------------------------------------------------------------------------------------------------
+
+Launch = tuple[str, Callable[[], Any]]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def launches(all_variants: bool = True) -> list[Launch]:
+    """Every kernel in its variants, or in those that differ most: a name, and a call of the launcher."""
+    return [*soft_threshold_launches(all_variants), *singular_value_threshold_launches()]
+
+
+def soft_threshold_launches(all_variants: bool) -> Iterator[Launch]:
+    for dtype, aligned in product(("float32", "bfloat16"), (True, False)):
+        yield from _soft_threshold_launches("sigmoid", dtype, "row", aligned)
+    yield from _soft_threshold_launches("softplus", "float32", "weight", aligned=True)
+    if all_variants:
+        others = (("exp", "float32"), ("identity", "float32"), ("sigmoid", "float16"), ("softplus", "float64"))
+        for (g, dtype), granularity in product(others, ("row", "weight")):
+            yield from _soft_threshold_launches(g, dtype, granularity, aligned=True)
+        yield from _soft_threshold_launches("softplus", "float32", "weight", aligned=False)
+
+
+def _soft_threshold_launches(g: str, dtype: str, granularity: str, aligned: bool) -> Iterator[Launch]:
+    x = _tensor((2, 64), DTYPES[dtype], aligned)
+    raw_dtype = torch.promote_types(x.dtype, torch.float32)
+    raw = _tensor((2, 1) if granularity == "row" else (2, 64), raw_dtype, aligned)
+    out, flat, xs, raws = torch.zeros_like(x), x.new_zeros(256), [x, x], [raw, raw]
+    variant = f"{dtype}, {g}, per {granularity}, {'aligned' if aligned else 'misaligned'}"
+    yield variant, partial(soft_threshold._forward_triton, x, raw, g)
+    yield variant, partial(soft_threshold_many._forward_many_triton, xs, raws, g)
+    for masked in (True, False):
+        gradient = f"{variant}, {'masked' if masked else 'straight-through'}"
+        yield gradient, partial(soft_threshold._backward_triton, x, out, raw, g, masked)
+        yield gradient, partial(soft_threshold_many._backward_many_triton, xs, flat, raws, g, masked)
+
+
+def singular_value_threshold_launches() -> Iterator[Launch]:
+    # The 16-bit matrices are decomposed in float32.
+    for dtype, size in product(("float32", "float64"), (16, 256)):
+        u, s, vh = (torch.zeros(shape, dtype=DTYPES[dtype]) for shape in ((2, size, size), (2, size), (2, size, size)))
+        yield f"{dtype}, {size} x {size}", partial(singular_value_threshold._recombine_triton, u, s, vh, DTYPES[dtype])
+
+
+def _tensor(shape: tuple[int, ...], dtype: torch.dtype, aligned: bool) -> Tensor:
+    numel = torch.Size(shape).numel()
+    return torch.zeros(numel + 1, dtype=dtype)[0 if aligned else 1 :][:numel].view(shape)
+
+
+# ---- compilation without a GPU ------------------------------------------------------------------------------------
+
+
+class _Driver:
+    """As much of a GPU driver as it takes to compile for a GPU that is not there."""
+
+    def __init__(self, target: str):
+        self.target = target
+
+    def get_current_device(self) -> str:
+        return self.target  # Only a key of the kernels' caches.
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS[self.target]
+
+
+@contextmanager
+def compiling_for(target: str) -> Iterator[list[CompiledKernel]]:
+    """Within it a launch only compiles, and adds what it compiled to the list."""
+    compiled: list[CompiledKernel] = []
+    launch = JITFunction.run
+
+    def compile_only(kernel: JITFunction, *args: Any, **options: Any) -> None:
+        compiled.append(launch(kernel, *args, **options | {"warmup": True}))
+
+    no_gpu = SimpleNamespace(active=_Driver(target))
+    with mock.patch("triton.runtime.jit.driver", no_gpu), mock.patch.object(JITFunction, "run", compile_only):
+        yield compiled
+
+
+def builds(target: str, launches: Iterable[Launch]) -> list[tuple[str, CompiledKernel]]:
+    """The variant and the code of every kernel that the launches start, each code once."""
+    found: dict[str, tuple[str, CompiledKernel]] = {}
+    for variant, launch in launches:
+        with compiling_for(target) as compiled:
+            launch()
+        for kernel in compiled:
+            found.setdefault(kernel.hash, (variant, kernel))
+    return list(found.values())
+
+
+# ---- what the code takes ------------------------------------------------------------------------------------------
+
+
+def resources(target: str, variant: str, kernel: CompiledKernel) -> Resources:
+    registers, spills = _amd_registers(kernel) if "amdgcn" in kernel.asm else _nvidia_registers(kernel)
+    return Resources(
+        kernel.metadata.name,
+        variant,
+        target,
+        kernel.metadata.num_warps,
+        registers,
+        spills,
+        kernel.metadata.shared,
+        access_bits(kernel, "load"),
+        access_bits(kernel, "store"),
+    )
+
+
+def _nvidia_registers(kernel: CompiledKernel) -> tuple[int, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
+    return registers, stack + local
+
+
+def _amd_registers(kernel: CompiledKernel) -> tuple[int, int]:
+    def value(key: str) -> int:
+        return int(re.search(rf"\.{key}:\s+(\d+)", kernel.asm["amdgcn"])[1])
+
+    return value("vgpr_count"), value("vgpr_spill_count") + value("sgpr_spill_count")
+
+
+def access_bits(kernel: CompiledKernel, kind: str) -> int:
+    """The width of the widest load or store of global memory."""
+    if "amdgcn" in kernel.asm:
+        widths = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "ushort": 16, "short": 16}
+        found = re.findall(rf"(?:global|buffer)_{kind}_(dwordx\d|dword|u?short)", kernel.asm["amdgcn"])
+        return max((widths[name] for name in found), default=0)
+    found = re.findall(rf"{PTX[kind]}\.global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)", kernel.asm["ptx"])
+    return max((int(count or 1) * int(bits) for count, bits in found), default=0)
+
+
+def measure(target: str) -> list[Resources]:
+    return [resources(target, *build) for build in builds(target, launches())]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="also write the table to this file")
+    path = parser.parse_args().json
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        rows = [row for part in pool.map(measure, TARGETS) for row in part]
+    columns = ("registers", "spills", "shared", "load_bits", "store_bits")
+    print(f"{'kernel':42} {'target':7}" + "".join(f"{column:>11}" for column in columns) + "  variant")
+    for row in sorted(rows, key=lambda row: (row.kernel, row.target, row.variant)):
+        print(
+            f"{row.kernel:42} {row.target:7}" + "".join(f"{getattr(row, c):11}" for c in columns) + f"  {row.variant}"
+        )
+    if path:
+        versions = {"torch": torch.__version__, "triton": triton.__version__}
+        path.write_text(json.dumps({"versions": versions, "kernels": [asdict(row) for row in rows]}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

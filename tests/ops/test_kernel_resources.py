@@ -1,0 +1,108 @@
+"""Oracle 4: every kernel, compiled ahead of time without a GPU, builds, fits, and moves memory as it should."""
+
+import importlib
+import pkgutil
+import re
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is for Linux")
+
+from triton.runtime.jit import JITFunction
+
+import str_triton.kernels
+from benchmarks.kernel_resources import SHARED_MEMORY, TARGETS, Resources, builds, launches, resources
+
+# Matrix products may spill; a kernel that looks at every element once has no reason to.
+MAY_SPILL = {"singular_value_threshold_recombine_kernel"}
+STREAMING = {
+    "soft_threshold_kernel",
+    "soft_threshold_backward_kernel",
+    "soft_threshold_many_kernel",
+    "soft_threshold_many_backward_kernel",
+}
+
+
+class Build:
+    def __init__(self, target: str, variant: str, kernel):
+        self.target, self.variant, self.kernel, self.name = target, variant, kernel, kernel.metadata.name
+
+    @property
+    def resources(self) -> Resources:
+        return resources(self.target, self.variant, self.kernel)
+
+    def __repr__(self) -> str:
+        return f"{self.name} for {self.target} ({self.variant})"
+
+
+@pytest.fixture(scope="module", params=TARGETS)
+def built(request: pytest.FixtureRequest) -> list[Build]:
+    return [Build(request.param, *build) for build in builds(request.param, launches(all_variants=False))]
+
+
+def test_every_kernel_is_compiled(built):
+    kernels = set()
+    for module in pkgutil.iter_modules(str_triton.kernels.__path__, "str_triton.kernels."):
+        for name, value in vars(importlib.import_module(module.name)).items():
+            if isinstance(value, JITFunction) and name.endswith("_kernel"):
+                kernels.add(name)
+    assert len(kernels) >= 7
+    assert {build.name for build in built} == kernels
+
+
+def test_shared_memory_and_spills(built):
+    for build in built:
+        found = build.resources
+        assert 0 < found.registers <= 512
+        assert found.shared <= SHARED_MEMORY[build.target], build
+        assert found.spills == 0 or build.name in MAY_SPILL, build
+
+
+def test_memory_is_moved_in_vectors(built):
+    """16 bytes at once where addresses and rows allow; on AMD a thread has four elements, 8 bytes of a 16-bit type."""
+    streaming = [build for build in built if build.name in STREAMING]
+    assert {build.name for build in streaming} == STREAMING
+    for build in streaming:
+        bits = 64 if "bfloat16" in build.variant and build.target == "gfx942" else 128
+        found = build.resources
+        if "misaligned" not in build.variant:
+            assert found.load_bits >= bits, build
+        if "straight-through" not in build.variant:
+            assert found.store_bits >= bits, build  # Our own buffers are aligned whatever comes in.
+
+
+def order_of_summation(build: Build) -> tuple[str, ...]:
+    """The layouts of what the kernel's reductions take: they settle the order in which elements are added."""
+    code = build.kernel.asm["ttgir"]
+    assert "allow_reorder" not in code  # As tl.sum without an axis does: then the layout before it would count too.
+    layouts = dict(re.findall(r"^(#\w+) = (#ttg\..*)$", code, re.MULTILINE))
+    operands = re.findall(r'"tt\.reduce"\(.*?\}\).*?: \(tensor<[^,>]*, (#\w+)>\)', code, re.DOTALL)
+    return tuple(layouts[operand] for operand in operands)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "reductions"),
+    [
+        ({"soft_threshold_backward_kernel", "soft_threshold_many_backward_kernel"}, 2),  # Rows of 16, and other rows.
+        ({"soft_threshold_reduce_kernel", "soft_threshold_many_reduce_kernel"}, 1),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_list_sums_in_the_order_of_a_loop(built, dtype, kernels, reductions):
+    """Whatever the alignment of the gradient: the interpreter cannot see this."""
+    orders = {
+        (build.name, build.variant): order_of_summation(build)
+        for build in built
+        if build.name in kernels and build.variant.startswith(dtype) and "per row" in build.variant
+    }
+    assert {name for name, _ in orders} == kernels or dtype == "bfloat16"
+    assert len(set(orders.values())) <= 1, orders
+    assert all(len(order) == reductions for order in orders.values())
+
+
+def test_offsets_are_64_bits_wide(built):
+    """In the code as written, before the compiler proves that some may be narrower."""
+    for build in (build for build in built if build.name.startswith("soft_threshold")):
+        widths = re.findall(r"tt\.addptr .* tensor<[\dx]+xi(\d+)>", build.kernel.asm["ttir"])
+        assert widths, build
+        assert set(widths) == {"64"}, build
