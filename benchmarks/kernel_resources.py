@@ -163,8 +163,8 @@ def resources(target: str, variant: str, kernel: CompiledKernel) -> Resources:
         registers,
         spills,
         kernel.metadata.shared,
-        access_bits(kernel, "load"),
-        access_bits(kernel, "store"),
+        max(access_bits(kernel, "load"), default=0),
+        max(access_bits(kernel, "store"), default=0),
     )
 
 
@@ -184,14 +184,14 @@ def _amd_registers(kernel: CompiledKernel) -> tuple[int, int]:
     return value("vgpr_count"), value("vgpr_spill_count") + value("sgpr_spill_count")
 
 
-def access_bits(kernel: CompiledKernel, kind: str) -> int:
-    """The width of the widest load or store of global memory."""
+def access_bits(kernel: CompiledKernel, kind: str) -> list[int]:
+    """The width of every load or store of global memory in the code."""
     if "amdgcn" in kernel.asm:
         widths = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "ushort": 16, "short": 16}
         found = re.findall(rf"(?:global|buffer)_{kind}_(dwordx\d|dword|u?short)", kernel.asm["amdgcn"])
-        return max((widths[name] for name in found), default=0)
+        return [widths[name] for name in found]
     found = re.findall(rf"{PTX[kind]}\.global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)", kernel.asm["ptx"])
-    return max((int(count or 1) * int(bits) for count, bits in found), default=0)
+    return [int(count or 1) * int(bits) for count, bits in found]
 
 
 def measure(target: str) -> list[Resources]:

@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="triton is for Linux")
 from triton.runtime.jit import JITFunction
 
 import str_triton.kernels
-from benchmarks.kernel_resources import SHARED_MEMORY, TARGETS, Resources, builds, launches, resources
+from benchmarks.kernel_resources import SHARED_MEMORY, TARGETS, Resources, access_bits, builds, launches, resources
 
 # Matrix products may spill; a kernel that looks at every element once has no reason to.
 MAY_SPILL = {"singular_value_threshold_recombine_kernel"}
@@ -59,16 +59,24 @@ def test_shared_memory_and_spills(built):
 
 
 def test_memory_is_moved_in_vectors(built):
-    """16 bytes at once where addresses and rows allow; on AMD a thread has four elements, 8 bytes of a 16-bit type."""
+    """16 bytes at once where addresses and rows allow; a thread on AMD has four elements: 8 bytes of a 16-bit type."""
     streaming = [build for build in built if build.name in STREAMING]
     assert {build.name for build in streaming} == STREAMING
     for build in streaming:
-        bits = 64 if "bfloat16" in build.variant and build.target == "gfx942" else 128
-        found = build.resources
+        itemsize = 2 if "bfloat16" in build.variant else 4
+        threads = build.kernel.metadata.num_warps * TARGETS[build.target].warp_size
+        bits_per_thread = 1024 // threads * itemsize * 8
+        bits = min(128, bits_per_thread)
+        per_tensor = bits_per_thread // bits
+        per_weight = "per weight" in build.variant
+        loaded = ("backward" in build.name) + 1 + per_weight
+        stored = "straight-through" not in build.variant
+        if "backward" in build.name:
+            stored += per_weight
         if "misaligned" not in build.variant:
-            assert found.load_bits >= bits, build
-        if "straight-through" not in build.variant:
-            assert found.store_bits >= bits, build  # Our own buffers are aligned whatever comes in.
+            assert access_bits(build.kernel, "load").count(bits) == loaded * per_tensor, build
+        # Whatever comes in, our own buffers are aligned.
+        assert access_bits(build.kernel, "store").count(bits) == stored * per_tensor, build
 
 
 def order_of_summation(build: Build) -> tuple[str, ...]:
