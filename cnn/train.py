@@ -191,7 +191,7 @@ class Experiment:
                     "layers": {r.name: {"sparsity": r.sparsity, "threshold": r.threshold} for r in self.budget.rows},
                 }
             )
-            self.write_budget(run)
+            run.write_budget(self.budget)
             self.save(run, step, meter)
 
     def save(self, run: Run, step: int, meter: Meter) -> None:
@@ -219,14 +219,8 @@ class Experiment:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if self.accelerator.is_main_process:  # the sums of all processes
             meter.totals.copy_(state["meter"])
+        self.budget = count(self.model, self.example)
         return state["step"]
-
-    def write_budget(self, run: Run) -> None:
-        """budget.csv and budget.json, each replaced at once."""
-        if self.accelerator.is_main_process:
-            with blame_input(OSError):
-                self.budget.to_csv(run.path / "budget.csv")
-                self.budget.to_json(run.path / "budget.json")
 
     def status(self, epoch: int, meter: Meter) -> str:
         """The progress bar's text: loss and accuracy of the epoch so far, sparsity when it was last counted."""
@@ -241,8 +235,7 @@ class Experiment:
         run.end_training()
         if not self.accelerator.is_main_process:
             return
-        last = read_metrics(run.path)[-1]
-        budget = count(self.model, self.example)
+        last, budget = read_metrics(run.path)[-1], self.budget
         summary = {
             "accuracy": last["accuracy"],
             **{key: getattr(budget, key) for key in ("sparsity", "nonzeros", "params", "flops", "dense_flops")},

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
+from str_triton.budget.budget import Budget
 from str_triton.training.checkpoints import Checkpoints, random_state, set_random_state
 from str_triton.training.environment import describe_environment
 from str_triton.training.errors import Interrupted, UserError, blame_input
@@ -99,6 +100,13 @@ class Run:
         if self.folder is not None:
             with blame_input(OSError):
                 self.folder.write(name, content)
+
+    def write_budget(self, budget: Budget) -> None:
+        """Write budget.csv and budget.json, each atomically. Raises `UserError` when they cannot be written."""
+        if self.folder is not None:
+            with blame_input(OSError):
+                budget.to_csv(self.path / "budget.csv")
+                budget.to_json(self.path / "budget.json")
 
     def stopping(self, step: int) -> bool:
         """Whether SIGINT or SIGTERM came to any process. Jobs of several processes meet here every tenth step."""

@@ -1,0 +1,168 @@
+"""The training program killed, interrupted, out of disk, resumed: it ends in the same bits as if nothing had been."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from cnn import train
+from str_triton.training.checkpoints import Checkpoints
+from str_triton.training.metrics import read_metrics
+from tests.cnn.train_runs import TINY, begin, last_checkpoint, resume
+
+ROOT = Path(__file__).parents[2]
+
+
+class Killed(BaseException):
+    """Ends a run where it stands, as kill -9 does: nothing catches it."""
+
+
+def same_bits(a: object, b: object) -> bool:
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_bits(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same_bits, a, b))
+    return a == b
+
+
+def assert_same_result(folder: Path, whole: Path) -> None:
+    ours, theirs = last_checkpoint(folder), last_checkpoint(whole)
+    for key in ("step", "model", "optimizer", "controller"):
+        assert same_bits(ours[key], theirs[key]), key
+    assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert (folder / "budget.csv").read_text() == (whole / "budget.csv").read_text()
+    ours, theirs = ([{**record, "seconds": 0} for record in read_metrics(place)] for place in (folder, whole))
+    assert ours == theirs
+
+
+def after_calls(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, number: int, act: Callable) -> None:
+    """Call ``act`` when ``owner.name`` is called for the ``number``-th time, before it does its work."""
+    original, calls = getattr(owner, name), 0
+
+    def wrapped(*args: object, **kwargs: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            act()
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, wrapped)
+
+
+def kill() -> None:
+    raise Killed
+
+
+@pytest.mark.parametrize(("owner", "name", "number"), [(os, "replace", 3), (os, "fsync", 12), (Checkpoints, "save", 3)])
+def test_a_run_killed_while_it_writes_ends_in_the_same_bits(
+    tmp_path: Path, quick: None, whole_run: Path, monkeypatch: pytest.MonkeyPatch, owner: object, name: str, number: int
+):
+    with monkeypatch.context() as patch:
+        after_calls(patch, owner, name, number, kill)
+        with pytest.raises(Killed):
+            begin(tmp_path / "run")
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert resume(tmp_path / "run") == 0
+    assert_same_result(tmp_path / "run", whole_run)
+
+
+@pytest.mark.parametrize(
+    ("number", "step", "code"), [(signal.SIGINT, 3, 130), (signal.SIGTERM, 5, 143), (signal.SIGINT, 9, 130)]
+)
+def test_a_signal_saves_the_step_and_says_how_to_go_on(
+    tmp_path: Path,
+    quick: None,
+    whole_run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    number: int,
+    step: int,
+    code: int,
+):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        after_calls(patch, train, "learning_rate", step, lambda: os.kill(os.getpid(), number))
+        assert begin(folder) == code
+    assert capsys.readouterr().err == (
+        f"stopped after step {step}, which is saved; go on with: python cnn/train.py --resume --run-dir {folder}\n"
+    )
+    assert last_checkpoint(folder)["step"] == step
+    assert resume(folder) == 0
+    assert_same_result(folder, whole_run)
+
+
+def test_kill_9_and_resume(tmp_path: Path, quick: None, whole_run: Path):
+    """A real process, killed at whatever moment comes after its first checkpoint."""
+    folder = tmp_path / "run"
+    command = [sys.executable, "cnn/train.py", *TINY, "--run-dir", folder]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        while not list(folder.glob("checkpoints/*.pt")):
+            assert process.poll() is None, process.stderr.read().decode()
+            time.sleep(0.01)
+        time.sleep(0.05)
+        process.kill()
+    assert resume(folder) == 0
+    assert_same_result(folder, whole_run)
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(
+    tmp_path: Path, quick: None, whole_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        after_calls(patch, train, "learning_rate", 7, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        begin(folder)
+    newest = max((folder / "checkpoints").glob("*.pt"))
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    assert resume(folder) == 0
+    assert f"{newest} is damaged" in capsys.readouterr().err
+    assert_same_result(folder, whole_run)
+
+
+def test_a_full_disk_is_one_message_and_the_run_goes_on_later(
+    tmp_path: Path, quick: None, whole_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    folder = tmp_path / "run"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with monkeypatch.context() as patch:
+            fill = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))  # noqa: E731
+            after_calls(patch, train, "learning_rate", 6, fill)
+            assert begin(folder) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    error = capsys.readouterr().err
+    assert "cannot be written: File too large; the last whole one is" in error
+    assert error.count("\n") == 1
+    assert last_checkpoint(folder)["step"] == 5
+    assert resume(folder) == 0
+    assert_same_result(folder, whole_run)
+
+
+@pytest.mark.parametrize("change", [["--seed", "1"], ["fashion-mnist"], ["--epochs", "3"], ["--method", "dense"]])
+def test_resume_with_other_options_is_refused(whole_run: Path, change: list[str], capsys: pytest.CaptureFixture):
+    assert resume(whole_run, *change) == 2
+    assert "an option that alters the result cannot change on the way" in capsys.readouterr().err
+
+
+def test_resume_of_a_finished_run_writes_the_end_again(whole_run: Path, quick: None):
+    summary = (whole_run / "summary.json").read_text()
+    assert resume(whole_run) == 0
+    assert (whole_run / "summary.json").read_text() == summary
+    assert len(json.loads((whole_run / "environment.json").read_text())["resumed"]) == 1
+
+
+def test_workers_and_checkpoints_do_not_change_the_result(tmp_path: Path, quick: None, whole_run: Path):
+    folder = tmp_path / "run"
+    assert begin(folder, "--workers", "2", "--checkpoint-steps", "1000") == 0
+    assert_same_result(folder, whole_run)
