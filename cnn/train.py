@@ -108,7 +108,7 @@ class Experiment:
                 if self.controller is not None:
                     self.controller.step(step / total)
                 meter.add(loss, outputs, labels)
-                if run.due:
+                if run.due or step == total:
                     run.show(step, self.status(epoch, meter))
                 if step % LOG_STEPS == 0:
                     self.log_step(run, step, meter)

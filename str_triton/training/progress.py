@@ -7,24 +7,22 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 DRAW_SECONDS = 0.25
-PLAIN_SECONDS = 5.0
+PLAIN_SECONDS, PLAIN_SHARE = 5.0, 0.05  # a line no sooner than this, and no sooner than this share of the time so far
 
 
 class ProgressBar:
-    """A bar on a terminal; an occasional plain line where output goes to a file or a pipe; nothing when not enabled.
+    """A bar on a terminal; an occasional plain line where output goes to a file or a pipe.
 
     `due` tells whether it is time to draw, so that the loop fetches numbers from the device only then.
     """
 
-    def __init__(self, total: int, start: int = 0, *, enabled: bool = True, console: Console | None = None) -> None:
+    def __init__(self, total: int, start: int = 0, *, console: Console | None = None) -> None:
         self.console = console or Console(file=sys.stdout, soft_wrap=True, highlight=False)
         self.total = total
         self._start, self._began = start, time.monotonic()
-        self._enabled = enabled
-        self._interval = DRAW_SECONDS if self.console.is_terminal else PLAIN_SECONDS
         self._drawn = float("-inf")
         self._bar: Progress | None = None
-        if enabled and self.console.is_terminal:
+        if self.console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[time_left]}"))
             self._bar = Progress(*columns, console=self.console, auto_refresh=False)
             self._task = self._bar.add_task("", total=total, completed=start, time_left="")
@@ -33,23 +31,18 @@ class ProgressBar:
     @property
     def due(self) -> bool:
         """Whether the last drawing is long enough ago."""
-        return self._enabled and time.monotonic() - self._drawn >= self._interval
+        now = time.monotonic()
+        plain = max(PLAIN_SECONDS, PLAIN_SHARE * (now - self._began))
+        return now - self._drawn >= (DRAW_SECONDS if self.console.is_terminal else plain)
 
     def show(self, step: int, text: str) -> None:
         """Draw ``text`` (loss, accuracy, ...) with the position ``step`` and the time left."""
-        if not self._enabled:
-            return
         self._drawn = time.monotonic()
         left = self._time_left(step)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text, time_left=left, refresh=True)
         else:
             self.console.print(f"{text}  {100 * step / self.total:.0f} %  {left}")
-
-    def say(self, message: str) -> None:
-        """Print a line of its own, above the bar."""
-        if self._enabled:
-            self.console.print(message, markup=False)
 
     def close(self) -> None:
         """Leave the terminal as it was."""
