@@ -100,8 +100,7 @@ class SparsityController:
         self.schedule, self.begin, self.end = schedule, begin, end
         self.distribution = distribution
         self.interval = interval
-        self.progress = 0.0
-        self.steps = 0
+        self.progress, self.steps = 0.0, 0
         self._training: list[Tensor] | None = None  # The raw thresholds to come back to, inside exact().
         self._layers, self._others, self._fixed, self._dense = _inventory(
             model, target, example_input, count_flops=target.flops is not None or distribution == "flop-aware"

@@ -27,6 +27,7 @@ def singular_value_threshold_recombine_kernel(
     u_batch, u_row, u_col, vh_batch, vh_row, vh_col,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    """A tile of U diag(s) V^T over the surviving components."""
     pid = tl.program_id(0).to(tl.int64)
     tiles_n = tl.cdiv(n, BLOCK_N)
     tiles = tl.cdiv(m, BLOCK_M) * tiles_n

@@ -143,6 +143,7 @@ def soft_threshold_kernel(
     p_x, p_raw, p_out, cols: tl.int64,
     G: tl.constexpr, PER_WEIGHT: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """S = sign(x) relu(|x| - g(s)) of one tensor."""
     _forward(p_x, p_raw, p_out, tl.program_id(0), cols, G, PER_WEIGHT, COMPUTE, BLOCK)
 
 
@@ -151,6 +152,7 @@ def soft_threshold_backward_kernel(
     p_grad, p_out, p_raw, p_grad_x, p_grad_raw, p_partial, cols: tl.int64,
     G: tl.constexpr, MASKED: tl.constexpr, PER_WEIGHT: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """dL/dx of one tensor, and dL/ds: per weight, or the partial sums of its blocks."""
     _backward(
         p_grad, p_out, p_raw, p_grad_x, p_grad_raw, p_partial, tl.program_id(0), cols,
         G, MASKED, PER_WEIGHT, COMPUTE, BLOCK,
@@ -162,6 +164,7 @@ def soft_threshold_reduce_kernel(
     p_partial, p_raw, p_grad_raw, cols: tl.int64,
     G: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """dL/ds of a row, from the partial sums of its blocks."""
     _reduce(p_partial, p_raw, p_grad_raw, tl.program_id(0), cols, G, COMPUTE, BLOCK)
 
 
@@ -185,6 +188,7 @@ def soft_threshold_many_kernel(
     p_owner, p_table, like_x, like_raw, p_out,
     G: tl.constexpr, PER_WEIGHT: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
+    """`soft_threshold_kernel` for a list of tensors, found in a table."""
     pid = tl.program_id(0)
     p_entry = p_table + tl.load(p_owner + pid) * COLUMNS
     p_x = _address(p_entry, like_x, ALIGNED)
@@ -201,6 +205,7 @@ def soft_threshold_many_backward_kernel(
     G: tl.constexpr, MASKED: tl.constexpr, PER_WEIGHT: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):  # fmt: skip
+    """`soft_threshold_backward_kernel` for a list of tensors, found in a table."""
     pid = tl.program_id(0)
     p_entry = p_table + tl.load(p_owner + pid) * COLUMNS
     p_grad = _address(p_entry, like_grad, ALIGNED)
@@ -219,6 +224,7 @@ def soft_threshold_many_reduce_kernel(
     p_owner, p_table, p_partial, like_raw, p_grad_raw,
     G: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """`soft_threshold_reduce_kernel` for a list of tensors, found in a table."""
     pid = tl.program_id(0)
     p_entry = p_table + tl.load(p_owner + pid) * COLUMNS
     p_raw = _address(p_entry + 1, like_raw, False)

@@ -67,9 +67,9 @@ def sparsity_picture(budget: Budget) -> str:
         figure, axes = _layers(rows)
         axes.barh(range(len(rows)), [100 * row.sparsity for row in rows], color=BLUE, height=0.7)
         for index, row in enumerate(rows):
-            axes.annotate(f"{100 * row.sparsity:.1f}", (100 * row.sparsity, index), (3, 0), **_BESIDE)
+            axes.annotate(f"{100 * row.sparsity:.1f}", (101, index), (0, 0), **_BESIDE)
         axes.axvline(100 * budget.sparsity, color=ORANGE, linestyle="--", linewidth=1.4)
-        axes.set(xlabel=f"sparsity (%); dashed: the network, {100 * budget.sparsity:.2f}", xlim=(0, 108))
+        axes.set(xlabel=f"sparsity (%); dashed: the network, {100 * budget.sparsity:.2f}", xlim=(0, 106))
         return _svg(figure)
 
 

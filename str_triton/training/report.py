@@ -30,7 +30,7 @@ h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem; }
 p { margin: .25rem 0 .75rem; color: var(--faint); }
 .facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(140px, 1fr)); gap: .75rem; margin-top: 1.5rem; }
 .facts div { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .75rem 1rem; }
-.facts b { display: block; font-size: 1.45rem; line-height: 1.25; }
+.facts b { display: block; font-size: 1.3rem; line-height: 1.3; white-space: nowrap; }
 .facts span { color: var(--faint); font-size: .85rem; }
 svg { display: block; max-width: 100%; height: auto; }
 svg text { font-family: system-ui, sans-serif !important; }
