@@ -149,6 +149,18 @@ def test_a_full_disk_is_one_message_and_the_run_goes_on_later(
     assert_same_result(folder, whole_run)
 
 
+def test_a_run_in_use_is_refused(whole_run: Path, capsys: pytest.CaptureFixture):
+    hold = (
+        "import fcntl, sys; file = open(sys.argv[1], 'a'); fcntl.lockf(file, fcntl.LOCK_EX); print(flush=True); input()"
+    )
+    command = [sys.executable, "-c", hold, whole_run / "lock"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        assert [resume(whole_run), begin(whole_run)] == [2, 2]
+        other.kill()
+    assert capsys.readouterr().err.count("is in use by another run (process ") == 2
+
+
 @pytest.mark.parametrize("change", [["--seed", "1"], ["fashion-mnist"], ["--epochs", "3"], ["--method", "dense"]])
 def test_resume_with_other_options_is_refused(whole_run: Path, change: list[str], capsys: pytest.CaptureFixture):
     assert resume(whole_run, *change) == 2
