@@ -94,7 +94,7 @@ def controlled(
         with torch.no_grad():
             for name, cost in costs.items():
                 model.get_submodule(name).raw_threshold.add_(flop_exponent * math.log(cost))
-        return SparsityController(model, Target(sparsity=target), end=END, **options)
+        return SparsityController(model, Target(sparsity=target), end=END, interval=10, **options)
 
     return make
 

@@ -86,7 +86,7 @@ class SparsityController:
         example_input: Tensor | tuple | Mapping[str, Any] | None = None,
         distribution: str = "fixed",
         floor: float = 0.5,
-        interval: int = 10,
+        interval: int = 20,
     ) -> None:
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(map(repr, SCHEDULES))}, got {schedule!r}")

@@ -39,15 +39,15 @@ def _forward(x: Tensor, raw: Tensor, g: str) -> Tensor:
 
 def _backward(grad: Tensor, out: Tensor, raw: Tensor, g: str, masked: bool) -> tuple[Tensor, Tensor]:
     compute = _compute_dtype(out, raw)
-    signed = torch.sign(out).to(compute)
-    if masked:
-        grad = torch.ops.aten.softshrink_backward(grad, out, 0.0)  # grad * 1{out != 0} in one pass.
+    signs = torch.sign(out)  # 0 where the element is pruned
     if raw.numel() == 1:
-        total = torch.dot(_flat(grad).to(compute), _flat(signed))
+        total = torch.dot(_flat(grad).to(compute), _flat(signs).to(compute))
     else:
-        total = signed.mul_(grad)
+        total = grad.to(compute) * signs
         if raw.shape != out.shape:
             total = total.flatten(1).sum(1)
+    if masked:  # grad * 1{out != 0} in one pass, into the memory of the signs: fresh memory costs as much as a pass.
+        grad = torch.ops.aten.softshrink_backward.grad_input(grad, out, 0.0, grad_input=signs)
     grad_raw = -threshold_function(g).derivative(raw.to(compute)) * total.reshape(raw.shape)
     return grad if masked else grad.new_empty(0), grad_raw.to(raw.dtype)
 
