@@ -79,8 +79,7 @@ def _backward_block(
     grad = tl.load(p_grad + offsets, mask=mask, other=0)
     out = tl.load(p_out + offsets, mask=mask, other=0)
     if MASKED:
-        grad = tl.where(tl.abs(out) > 0, grad, 0)
-        tl.store(p_grad_x + offsets, grad, mask=mask)
+        tl.store(p_grad_x + offsets, tl.where(tl.abs(out) > 0, grad, 0), mask=mask)
     sign = tl.where(out > 0, 1, tl.where(out < 0, -1, 0))
     signed = grad.to(COMPUTE) * sign.to(COMPUTE)
     if PER_WEIGHT:
