@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from str_triton.ops.thresholds import threshold_function
 
 BLOCK = 1024  # Elements per program: the same for every shape, so that a list gives the same bits as a loop.
+CHUNK = 1 << 18  # Elements that the passes of the CPU implementation share through the cache.
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 GRADIENTS = ("masked", "straight_through")
 
@@ -39,17 +40,22 @@ def _forward(x: Tensor, raw: Tensor, g: str) -> Tensor:
 
 def _backward(grad: Tensor, out: Tensor, raw: Tensor, g: str, masked: bool) -> tuple[Tensor, Tensor]:
     compute = _compute_dtype(out, raw)
-    signs = torch.sign(out)  # 0 where the element is pruned
     if raw.numel() == 1:
-        total = torch.dot(_flat(grad).to(compute), _flat(signs).to(compute))
+        grad_x, parts = torch.empty_like(out), []
+        # In pieces that stay in the cache from pass to pass; the signs, 0 where pruned, lie where the gradient will.
+        for grad_i, out_i, signs in zip(*(_flat(t).split(CHUNK) for t in (grad, out, grad_x)), strict=True):
+            torch.sign(out_i, out=signs)
+            parts.append(torch.dot(grad_i.to(compute), signs.to(compute)))
+            if masked:  # grad 1{out != 0} in one pass
+                torch.ops.aten.softshrink_backward.grad_input(grad_i, out_i, 0.0, grad_input=signs)
+        total = torch.stack(parts).sum()
     else:
-        total = grad.to(compute) * signs
+        total = grad.to(compute) * torch.sign(out)
         if raw.shape != out.shape:
             total = total.flatten(1).sum(1)
-    if masked:  # grad * 1{out != 0} in one pass, into the memory of the signs: fresh memory costs as much as a pass.
-        grad = torch.ops.aten.softshrink_backward.grad_input(grad, out, 0.0, grad_input=signs)
+        grad_x = torch.ops.aten.softshrink_backward(grad, out, 0.0) if masked else grad
     grad_raw = -threshold_function(g).derivative(raw.to(compute)) * total.reshape(raw.shape)
-    return grad if masked else grad.new_empty(0), grad_raw.to(raw.dtype)
+    return grad_x if masked else grad.new_empty(0), grad_raw.to(raw.dtype)
 
 
 # ---- Triton implementation ----------------------------------------------------------------------------------------
