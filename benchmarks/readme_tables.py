@@ -107,6 +107,26 @@ def exact_budgets() -> str:
     return markdown(["method", "sparsity %", "accuracy %", "points to dense", "FLOPs, % of dense", "seeds"], rows)
 
 
+@table("soft-threshold")
+def soft_threshold() -> str:
+    """The op against the literal formula and against a copy, by shape."""
+    rows = []
+    for run in results("soft_threshold_*.json"):
+        for shape, figures in run["soft_threshold"].items():
+            for gradient in ("masked", "straight_through"):
+                literal = "literal" if gradient == "masked" else f"literal_{gradient}"
+                rows.append(
+                    [
+                        f"{shape}, {gradient.replace('_', '-')}",
+                        f"{figures[f'{gradient}_ms']:.2f}",
+                        f"{figures[f'{literal}_ms']:.2f}",
+                        f"{figures[f'{gradient}_speedup']:.2f}",
+                        f"{100 * figures[f'{gradient}_share_of_copy']:.0f}",
+                    ]
+                )
+    return markdown(["shape, gradient", "ms", "formula, ms", "times faster", "% of a copy's bytes/s"], rows)
+
+
 @table("training-step")
 def training_step() -> str:
     """A training step against the dense network's, by machine."""
