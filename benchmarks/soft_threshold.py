@@ -2,10 +2,10 @@
 
     python -m benchmarks.soft_threshold [--rounds 21] [--threads 2]
 
-The functions take turns in one process, a few calls each: the first call of a turn meets the caches and the heap that
-another function left behind. `share_of_copy` says how near memory's limit an op is: the bytes that it cannot
-but move, a second, over those of a copy of the same tensor in the same run. On a GPU also soft_threshold_many over the
-weights of ResNet-50, whose bytes per second are taken on the device, from CUDA graphs: the launches cost nothing there.
+The functions take turns in one process, a few calls each, of which the first are not timed: they meet the caches and
+the heap that another function left behind. `share_of_copy` says how near memory's limit an op is: the bytes that it
+cannot but move, a second, over those of a copy of the same tensor in the same run. On a GPU also soft_threshold_many
+over the weights of ResNet-50, whose bytes per second are taken on the device, from CUDA graphs: launches are free there.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from benchmarks.timing import alternating, median_ratio, write
 from str_triton import soft_threshold, soft_threshold_many
 
 SHAPES = ((512, 512, 3, 3), (2048, 1024, 1, 1))
-CALLS_PER_TURN = 5
+CALLS = {"calls": 5, "settle": 3}
 CALLS_PER_GRAPH = 50
 # Passes over a tensor that the op cannot do without: forward reads x and writes S; backward reads S and the gradient
 # and writes that of x, except straight-through, where the two are one.
@@ -55,9 +55,8 @@ def one_tensor(shape: tuple[int, ...], device: str, rounds: int) -> dict[str, fl
 
     def forward_and_backward(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], None]:
         def run() -> None:
-            for _ in range(CALLS_PER_TURN):
-                function(x, raw).backward(grad)
-                x.grad = raw.grad = None
+            function(x, raw).backward(grad)
+            x.grad = raw.grad = None
 
         return run
 
@@ -69,11 +68,12 @@ def one_tensor(shape: tuple[int, ...], device: str, rounds: int) -> dict[str, fl
             "straight_through": forward_and_backward(
                 lambda x, raw: soft_threshold(x, raw, gradient="straight_through")
             ),
-            "copy": lambda: [copy.copy_(x.detach()) for _ in range(CALLS_PER_TURN)],
+            "copy": lambda: copy.copy_(x.detach()),
         },
         rounds,
+        **CALLS,
     )
-    result = {f"{name}_ms": 1e3 * median(times) / CALLS_PER_TURN for name, times in seconds.items()}
+    result = {f"{name}_ms": 1e3 * median(times) for name, times in seconds.items()}
     for name, base in (("masked", "literal"), ("straight_through", "literal_straight_through")):
         passes = PASSES["forward"] + PASSES[f"{name} backward"]
         result[f"{name}_speedup"] = median_ratio(seconds, base, name)
@@ -111,6 +111,7 @@ def many_tensors(rounds: int) -> dict[str, float]:
             "many": lambda: torch.autograd.grad(soft_threshold_many(xs, raws), leaves, grads),
         },
         rounds,
+        **CALLS,
     )
     return result | {f"eager_{name}_ms": 1e3 * median(times) for name, times in eager.items()}
 

@@ -14,17 +14,26 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
-def alternating(functions: dict[str, Callable[[], Any]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
-    """Seconds of each function in each of `rounds` rounds; a round runs every function once, in turn."""
+def alternating(
+    functions: dict[str, Callable[[], Any]], rounds: int, warmup: int = 2, calls: int = 1, settle: int = 0
+) -> dict[str, list[float]]:
+    """Seconds per call of each function in each of `rounds` rounds; in a round every function has its turn.
+
+    A turn is `settle` calls that are not timed, for functions so short that it would count how the one before left the
+    heap (whose memory is given back at somebody's next free), and `calls` that are.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for index in range(warmup + rounds):
         for name, function in functions.items():
+            for _ in range(settle):
+                function()
             synchronize()
             begin = time.perf_counter()
-            function()
+            for _ in range(calls):
+                function()
             synchronize()
             if index >= warmup:
-                seconds[name].append(time.perf_counter() - begin)
+                seconds[name].append((time.perf_counter() - begin) / calls)
     return seconds
 
 

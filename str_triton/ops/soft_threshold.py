@@ -20,6 +20,7 @@ from str_triton.ops.thresholds import threshold_function
 BLOCK = 1024  # Elements per program: the same for every shape, so that a list gives the same bits as a loop.
 CHUNK = 1 << 18  # Elements that the passes of the CPU implementation share through the cache.
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+PIECE = 1 << 19  # Elements at a time on the CPU: few enough for its caches, enough for all of its threads.
 GRADIENTS = ("masked", "straight_through")
 
 
@@ -41,21 +42,34 @@ def _forward(x: Tensor, raw: Tensor, g: str) -> Tensor:
 def _backward(grad: Tensor, out: Tensor, raw: Tensor, g: str, masked: bool) -> tuple[Tensor, Tensor]:
     compute = _compute_dtype(out, raw)
     if raw.numel() == 1:
-        grad_x, parts = torch.empty_like(out), []
-        # In pieces that stay in the cache from pass to pass; the signs, 0 where pruned, lie where the gradient will.
-        for grad_i, out_i, signs in zip(*(_flat(t).split(CHUNK) for t in (grad, out, grad_x)), strict=True):
-            torch.sign(out_i, out=signs)
-            parts.append(torch.dot(grad_i.to(compute), signs.to(compute)))
-            if masked:  # grad 1{out != 0} in one pass
-                torch.ops.aten.softshrink_backward.grad_input(grad_i, out_i, 0.0, grad_input=signs)
-        total = torch.stack(parts).sum()
+        grad_x, total = _backward_in_pieces(grad, out, compute, masked)
     else:
-        total = grad.to(compute) * torch.sign(out)
+        signs = torch.sign(out)  # 0 where the element is pruned.
+        total = grad.to(compute) * signs
         if raw.shape != out.shape:
             total = total.flatten(1).sum(1)
-        grad_x = torch.ops.aten.softshrink_backward(grad, out, 0.0) if masked else grad
+        grad_x = _mask_into(signs, grad, out) if masked else grad.new_empty(0)
     grad_raw = -threshold_function(g).derivative(raw.to(compute)) * total.reshape(raw.shape)
-    return grad_x if masked else grad.new_empty(0), grad_raw.to(raw.dtype)
+    return grad_x, grad_raw.to(raw.dtype)
+
+
+def _backward_in_pieces(grad: Tensor, out: Tensor, compute: torch.dtype, masked: bool) -> tuple[Tensor, Tensor]:
+    """grad 1{out != 0} and sum(grad sign(out)), with next to no other memory: to touch fresh memory costs a pass."""
+    grad_x = torch.empty_like(out) if masked else out.new_empty(0)
+    scratch = out.new_empty(0 if masked else min(PIECE, out.numel()))
+    total = out.new_zeros((), dtype=compute)
+    for start in range(0, out.numel(), PIECE):
+        grad_piece, out_piece, grad_x_piece = (_flat(tensor)[start : start + PIECE] for tensor in (grad, out, grad_x))
+        signs = torch.sign(out_piece, out=grad_x_piece if masked else scratch[: len(out_piece)])
+        total += torch.dot(grad_piece.to(compute), signs.to(compute))
+        if masked:
+            _mask_into(signs, grad_piece, out_piece)
+    return grad_x, total
+
+
+def _mask_into(result: Tensor, grad: Tensor, out: Tensor) -> Tensor:
+    """grad 1{out != 0} in one pass."""
+    return torch.ops.aten.softshrink_backward.grad_input(grad, out, 0.0, grad_input=result)
 
 
 # ---- Triton implementation ----------------------------------------------------------------------------------------
