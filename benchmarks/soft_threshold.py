@@ -5,7 +5,7 @@
 The functions take turns in one process, a few calls each, of which the first are not timed: they meet the caches and
 the heap that another function left behind. `share_of_copy` says how near memory's limit an op is: the bytes that it
 cannot but move, a second, over those of a copy of the same tensor in the same run. On a GPU also soft_threshold_many
-over the weights of ResNet-50, whose bytes per second are taken on the device, from CUDA graphs: launches are free there.
+over the weights of ResNet-50, whose bytes per second are taken on the device, from CUDA graphs: no launch costs there.
 """
 
 import argparse
