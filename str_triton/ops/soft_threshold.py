@@ -18,7 +18,6 @@ from torch.autograd.function import once_differentiable
 from str_triton.ops.thresholds import threshold_function
 
 BLOCK = 1024  # Elements per program: the same for every shape, so that a list gives the same bits as a loop.
-CHUNK = 1 << 18  # Elements that the passes of the CPU implementation share through the cache.
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PIECE = 1 << 19  # Elements at a time on the CPU: few enough for its caches, enough for all of its threads.
 GRADIENTS = ("masked", "straight_through")
