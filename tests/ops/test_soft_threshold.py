@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from str_triton import soft_threshold
+from str_triton.ops.soft_threshold import PIECE
 from tests import oracle
 from tests.ops.soft_threshold_cases import (
     DTYPES,
@@ -47,6 +48,14 @@ def test_dtypes(dtype, raw_dtype, gradient, granularity):
     for g in G:
         case = example((6, 345), granularity, g, dtype, raw_dtype)
         assert_matches(differentiate(soft_threshold, case, g=g, gradient=gradient), case, g, gradient)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tensor_of_several_pieces(dtype, gradient):
+    case = example((3, PIECE * 2 // 3 + 5), "one", dtype=dtype, raw_dtype=torch.float64)
+    assert case.x.numel() > 2 * PIECE
+    assert_matches(differentiate(soft_threshold, case, gradient=gradient), case, "sigmoid", gradient)
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
