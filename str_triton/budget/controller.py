@@ -266,12 +266,8 @@ def _inventory(
             raise ValueError("to count FLOPs the controller needs example_input, an input of the model")
         budget = count(model, example_input)
         costs = {row.name: row.dense_flops // row.params for row in budget.rows if row.params}
-    layers, others, seen = [], [], set()
+    layers, others = [], []
     for name, module, attribute in counted_layers(model):
-        parameter = module.dense_weight if isinstance(module, STRLayer) else getattr(module, attribute)
-        if id(parameter) in seen:
-            continue
-        seen.add(id(parameter))
         if isinstance(module, STRLayer):
             flops = costs.get(name, 0)
             layers.append(_Layer(module, 1 if target.flops is None else flops, flops))
