@@ -2,6 +2,9 @@
 
 from str_triton.budget import Budget, LayerBudget, SparsityController, Target, count
 from str_triton.nn import (
+    LowRankLayer,
+    LowRankLinear,
+    LowRankWeight,
     STRConv1d,
     STRConv2d,
     STRConv3d,
@@ -18,6 +21,9 @@ from str_triton.ops.soft_threshold_many import soft_threshold_many
 __all__ = [
     "Budget",
     "LayerBudget",
+    "LowRankLayer",
+    "LowRankLinear",
+    "LowRankWeight",
     "STRConv1d",
     "STRConv2d",
     "STRConv3d",

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from str_triton.nn.raw_threshold import new_raw_threshold
+from str_triton.nn.raw_threshold import keep_float32, new_raw_threshold
 from str_triton.ops.soft_threshold import soft_threshold
 from str_triton.ops.thresholds import threshold_function
 
@@ -135,16 +135,7 @@ class STRLayer:
         return dense
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # 16 bits lose the small steps of training, and the thresholds of very negative raw ones.
-        raw = self.raw_threshold
-
-        def keep_float32(tensor: Tensor) -> Tensor:
-            applied = fn(tensor)
-            if (tensor is raw or tensor is raw.grad) and applied.dtype.itemsize < 4:
-                return torch.empty_like(applied, dtype=torch.float32).copy_(tensor)
-            return applied
-
-        return super()._apply(keep_float32, recurse)
+        return super()._apply(keep_float32(fn, self.raw_threshold), recurse)
 
     @property
     def dense_weight(self) -> nn.Parameter:

@@ -1,6 +1,7 @@
 """Where a raw threshold starts: its shape, its dtype and its first value."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -56,3 +57,19 @@ def new_raw_threshold(
     shapes = {"filter": (weight.shape[0], *[1] * (weight.dim() - 1)), "weight": tuple(weight.shape)}
     dtype = torch.promote_types(weight.dtype, torch.float32)
     return nn.Parameter(torch.full(shapes.get(granularity, (1,)), raw, dtype=dtype, device=weight.device))
+
+
+def keep_float32(fn: Callable[[Tensor], Tensor], raw_threshold: nn.Parameter | None) -> Callable[[Tensor], Tensor]:
+    """`fn` of a module's `_apply` (.half(), .to(dtype), ...), except that it leaves the raw threshold at least float32.
+
+    16 bits lose the small steps of training, and the thresholds of very negative raw ones.
+    """
+
+    def apply(tensor: Tensor) -> Tensor:
+        applied = fn(tensor)
+        own = raw_threshold is not None and (tensor is raw_threshold or tensor is raw_threshold.grad)
+        if own and applied.dtype.itemsize < 4:
+            return torch.empty_like(applied, dtype=torch.float32).copy_(tensor)
+        return applied
+
+    return apply

@@ -1,0 +1,295 @@
+"""A matrix in factors, whose rank is learned: u diag(S(m)) v^T, and a linear layer made of it.
+
+Source: Kusupati et al., ICML 2020, section 3.3 (W = (W1 * m) W2 with a soft threshold on m). Here the threshold acts on
+|m_k| ||u_k|| ||v_k||, the size of a component, whatever its share of it each factor holds (docs/derivations.md).
+"""
+
+from collections.abc import Callable
+from typing import Protocol, Self, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from str_triton.nn.raw_threshold import keep_float32, new_raw_threshold
+from str_triton.ops.soft_threshold import soft_threshold
+from str_triton.ops.thresholds import threshold_function
+
+RAW_THRESHOLD = -10.0  # the paper's bound for g = exp: a threshold of 4.5e-5
+
+
+class LowRankWeight(nn.Module):
+    """A matrix [rows, columns] as the sum of max_rank components, of which a learned threshold leaves the larger ones.
+
+        W = sum_k s_k u_k v_k^T      s_k = S(m_k n_k) / n_k,  n_k = ||u_k|| ||v_k||,  S(x) = sign(x) relu(|x| - g(raw))
+
+    so that a component is cut when its size |m_k| n_k is at most the threshold. A factor that is scaled against m_k
+    changes neither W nor what is cut. Where the columns of u and those of v are orthogonal, the sizes are the singular
+    values.
+
+    Args:
+        rows, columns: of the matrix.
+        max_rank: number of components; None: min(rows, columns).
+        g, gradient: the options of `soft_threshold`.
+        raw_threshold_init: where the raw threshold starts.
+        recurrent: the matrix is applied once per time step, and counts towards a target in recurrent FLOPs.
+        thresholded: False: components alone, without m and a threshold, as `compact` leaves them.
+
+    Attributes:
+        u: Parameter [rows, max_rank]. v: Parameter [columns, max_rank].
+        m: Parameter [max_rank], or None. raw_threshold: Parameter [1], float32 (float64 if u is), or None.
+
+    A new one holds the singular value decomposition of a matrix drawn as in nn.Linear.
+
+    Raises:
+        ValueError: a max_rank below 1 or above min(rows, columns), or unknown options.
+    """
+
+    controlled: bool = False  # A RankController sets the threshold.
+
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        max_rank: int | None = None,
+        *,
+        g: str = "exp",
+        gradient: str = "straight_through",
+        raw_threshold_init: float = RAW_THRESHOLD,
+        recurrent: bool = False,
+        thresholded: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        largest = min(rows, columns)
+        max_rank = largest if max_rank is None else max_rank
+        if not 1 <= max_rank <= largest:
+            raise ValueError(f"max_rank must be from 1 to {largest} for a {rows} x {columns} matrix, got {max_rank}")
+        self.rows, self.columns, self.max_rank = rows, columns, max_rank
+        self.g, self.gradient, self.recurrent = g, gradient, recurrent
+        options = {"device": device, "dtype": dtype}
+        self.u = nn.Parameter(torch.empty(rows, max_rank, **options))
+        self.v = nn.Parameter(torch.empty(columns, max_rank, **options))
+        self.m = nn.Parameter(torch.empty(max_rank, **options)) if thresholded else None
+        self.raw_threshold = (
+            new_raw_threshold(self.u, g=g, raw_threshold_init=raw_threshold_init) if thresholded else None
+        )
+        if thresholded:  # Every check of the forward, without its arithmetic.
+            soft_threshold(self.m.to("meta"), self.raw_threshold.to("meta"), g=g, gradient=gradient)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw a matrix as nn.Linear does, and hold its largest singular components."""
+        bound = self.columns**-0.5
+        self.set_weight(torch.empty(self.rows, self.columns, device=self.u.device).uniform_(-bound, bound))
+
+    @torch.no_grad()
+    def set_weight(self, weight: Tensor) -> None:
+        """Hold the max_rank largest singular components of a matrix [rows, columns], in place.
+
+        m_k becomes sigma_k + g(raw), so that the thresholded spectrum is the singular values, whatever the threshold.
+        """
+        if weight.shape != (self.rows, self.columns):
+            raise ValueError(f"weight must have shape ({self.rows}, {self.columns}), got {tuple(weight.shape)}")
+        u, sigma, vh = torch.linalg.svd(
+            weight.to(torch.promote_types(weight.dtype, torch.float32)), full_matrices=False
+        )
+        k = self.max_rank
+        self.v.copy_(vh[:k].mT)
+        if self.m is None:
+            self.u.copy_(u[:, :k] * sigma[:k])
+        else:
+            self.u.copy_(u[:, :k])
+            self.m.copy_(sigma[:k] + self.threshold.to(sigma.dtype))
+
+    @classmethod
+    def from_dense(cls, weight: Tensor, max_rank: int | None = None, **options) -> Self:
+        """The max_rank largest singular components of a matrix [rows, columns]; `options` are those of the class."""
+        layer = cls(*weight.shape, max_rank, device="meta", dtype=weight.dtype, **options)
+        layer = layer.to_empty(device=weight.device)
+        if layer.raw_threshold is not None:
+            nn.init.constant_(layer.raw_threshold, options.get("raw_threshold_init", RAW_THRESHOLD))
+        layer.set_weight(weight.detach())
+        return layer
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns) of the matrix."""
+        return self.rows, self.columns
+
+    @property
+    def threshold(self) -> Tensor:
+        """g(raw_threshold), in units of the singular values; [1], and 0 without a threshold."""
+        if self.raw_threshold is None:
+            return self.u.new_zeros(1)
+        return threshold_function(self.g).value(self.raw_threshold)
+
+    def spectrum(self) -> Tensor:
+        """s [max_rank], what stands between u and v; differentiable, of u's dtype."""
+        if self.m is None:
+            return self.u.new_ones(self.max_rank)
+        dtype = self.raw_threshold.dtype
+        norms = self._norms(self.u.to(dtype), self.v.to(dtype))
+        sizes = self.m.to(dtype) * norms
+        return (soft_threshold(sizes, self.raw_threshold, g=self.g, gradient=self.gradient) / norms).to(self.u.dtype)
+
+    @torch.no_grad()
+    def singular_values(self) -> Tensor:
+        """The sizes |m_k| ||u_k|| ||v_k|| [max_rank] before the threshold, in the order of the components."""
+        norms = self._norms(self.u, self.v)
+        return norms if self.m is None else self.m.abs() * norms
+
+    @staticmethod
+    def _norms(u: Tensor, v: Tensor) -> Tensor:
+        # A component without a direction is none: its norm only must not divide by zero.
+        return (torch.linalg.vector_norm(u, dim=0) * torch.linalg.vector_norm(v, dim=0)).clamp_min(
+            torch.finfo(u.dtype).tiny
+        )
+
+    def weight(self) -> Tensor:
+        """The matrix [rows, columns]; differentiable."""
+        return (self.u * self.spectrum()) @ self.v.mT
+
+    @property
+    def rank(self) -> int:
+        """How many components the threshold leaves."""
+        return int(self.spectrum().detach().count_nonzero())
+
+    def compact_cost(self, rank: int) -> int:
+        """Weights of the compact form at this rank, and its multiply-adds per vector; at most those of the dense one."""
+        return min(rank * (self.rows + self.columns), self.rows * self.columns)
+
+    def pruning_offsets(self) -> Tensor:
+        """For each component the offset g^-1(size) - raw_threshold: added to raw_threshold, it and more cut it.
+
+        Detached, [max_rank]; -inf for a size of 0, inf for one that no threshold of g reaches.
+        """
+        raw = self.raw_threshold.detach()
+        return threshold_function(self.g).inverse(self.singular_values().to(raw.dtype)) - raw
+
+    @torch.no_grad()
+    def scale_threshold(self, factor: float) -> None:
+        """Multiply the threshold, in place: raw_threshold becomes g^-1(factor * threshold)."""
+        self.raw_threshold.copy_(threshold_function(self.g).inverse(factor * self.threshold))
+
+    @torch.no_grad()
+    def compact(self) -> "LowRankWeight | None":
+        """Only the components that the threshold leaves, largest first, with the spectrum in u.
+
+        None where the factors would be no smaller than the dense matrix: rank (rows + columns) >= rows columns. A
+        matrix whose components are all cut keeps one of zeros.
+        """
+        spectrum = self.spectrum()
+        left = spectrum.count_nonzero().clamp_min(1)
+        if left * (self.rows + self.columns) >= self.rows * self.columns:
+            return None
+        # What is cut counts as less than anything.
+        order = torch.where(spectrum != 0, self.singular_values(), -1).argsort(descending=True)[:left]
+        options = {"recurrent": self.recurrent, "thresholded": False, "dtype": self.u.dtype}
+        compact = LowRankWeight(*self.shape, len(order), device="meta", **options)
+        compact.u = nn.Parameter(self.u[:, order] * spectrum[order])
+        compact.v = nn.Parameter(self.v[:, order].clone())
+        return compact.train(self.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """W x over the last dimension: [..., columns] -> [..., rows]."""
+        return F.linear(F.linear(x, self.v.mT) * self.spectrum(), self.u)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        return super()._apply(keep_float32(fn, self.raw_threshold), recurse)
+
+    def extra_repr(self) -> str:
+        text = f"{self.rows}, {self.columns}, max_rank={self.max_rank}"
+        if self.m is None or self.u.is_meta:
+            return text
+        return f"{text}, rank={self.rank}, threshold={self.threshold.item():.4g}, g={self.g}, gradient={self.gradient}"
+
+
+@runtime_checkable
+class LowRankLayer(Protocol):
+    """What budgets and deployment know of a layer that holds matrices in factors."""
+
+    def factors(self) -> dict[str, LowRankWeight]:
+        """The factored matrices by their name in the layer; one that is dense is not among them."""
+
+    def ranks(self) -> dict[str, int]:
+        """The rank of each of `factors()`."""
+
+    def compact(self) -> nn.Module:
+        """The same layer without thresholds, of the surviving components alone; dense where that is not larger."""
+
+
+class LowRankLinear(nn.Module):
+    """nn.Linear whose weight is a `LowRankWeight`: [..., in_features] -> [..., out_features].
+
+    Args:
+        in_features, out_features, bias: as in nn.Linear.
+        max_rank, options: those of `LowRankWeight`.
+
+    Attributes:
+        weight: the LowRankWeight [out_features, in_features]; after `compact` a Parameter where dense is not larger.
+        bias: Parameter [out_features] or None.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, *, max_rank: int | None = None, **options
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight: LowRankWeight | nn.Parameter = LowRankWeight(out_features, in_features, max_rank, **options)
+        self.bias = None
+        if bias:
+            bound = in_features**-0.5
+            self.bias = nn.Parameter(self.weight.u.new_empty(out_features).uniform_(-bound, bound))
+
+    @classmethod
+    def from_dense(cls, dense: nn.Linear, *, max_rank: int | None = None, **options) -> Self:
+        """The layer with a dense layer's singular components, all of them unless max_rank says fewer; copies."""
+        weight = LowRankWeight.from_dense(dense.weight, max_rank, **options)
+        return cls._of(weight, None if dense.bias is None else nn.Parameter(dense.bias.detach().clone()))
+
+    @classmethod
+    def _of(cls, weight: LowRankWeight | nn.Parameter, bias: nn.Parameter | None) -> Self:
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.out_features, layer.in_features = weight.shape
+        layer.weight, layer.bias = weight, bias
+        return layer
+
+    def factors(self) -> dict[str, LowRankWeight]:
+        """{"weight": the matrix}, or {} where it is dense."""
+        return {"weight": self.weight} if isinstance(self.weight, LowRankWeight) else {}
+
+    def ranks(self) -> dict[str, int]:
+        """{"weight": its rank}, or {} where it is dense."""
+        return {name: factor.rank for name, factor in self.factors().items()}
+
+    def to_dense(self) -> nn.Linear:
+        """A new nn.Linear that computes the same."""
+        dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        dense.weight = nn.Parameter(self._dense_weight())
+        if self.bias is not None:
+            dense.bias = nn.Parameter(self.bias.detach().clone())
+        return dense.train(self.training)
+
+    def compact(self) -> "LowRankLinear":
+        """A new layer of the surviving components, without a threshold; dense where that is not larger."""
+        weight = self.weight.compact() if self.factors() else None
+        if weight is None:
+            weight = nn.Parameter(self._dense_weight())
+        bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone())
+        return self._of(weight, bias).train(self.training)
+
+    def _dense_weight(self) -> Tensor:
+        return (self.weight.weight() if self.factors() else self.weight).detach().clone()
+
+    def forward(self, input: Tensor) -> Tensor:
+        if isinstance(self.weight, LowRankWeight):
+            output = self.weight(input)
+            return output if self.bias is None else output + self.bias
+        return F.linear(input, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
