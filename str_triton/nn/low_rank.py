@@ -158,7 +158,7 @@ class LowRankWeight(nn.Module):
         return int(self.spectrum().detach().count_nonzero())
 
     def compact_cost(self, rank: int) -> int:
-        """Weights of the compact form at this rank, and its multiply-adds per vector; at most those of the dense one."""
+        """Weights of the compact form at this rank, and its multiply-adds per vector; at most the dense ones."""
         return min(rank * (self.rows + self.columns), self.rows * self.columns)
 
     def pruning_offsets(self) -> Tensor:
