@@ -1,0 +1,115 @@
+"""What every data set is here: labelled sequences, or one long text for a language model."""
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Examples(Protocol):
+    """A map-style set of labelled sequences, read a batch at a time."""
+
+    labels: Tensor
+    """int64 [N] on the CPU."""
+
+    def __len__(self) -> int: ...
+
+    def batch(
+        self, indices: Tensor, *, augment: bool, generator: torch.Generator, device: torch.device | str
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The sequences of `indices` (int64 [B] on the CPU), padded with zeros to the longest of them.
+
+        Returns x float32 [B, T, input_size] on `device`; the lengths, int64 [B] on the CPU, or None where all are T;
+        and the labels, int64 [B] on `device`. `generator` is drawn from only with `augment`.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Data:
+    """Labelled sequences of `input_size` numbers a step; label k stands for `class_names[k]`.
+
+    `notes` says what a report has to: where the data come from, how they were split, a hash.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    input_size: int
+    train: Examples
+    validation: Examples
+    test: Examples
+    notes: dict[str, str]
+    task: str = "classify"
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes."""
+        return len(self.class_names)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text in three parts, each int64 [N] on the CPU: the numbers of its characters in `vocabulary`."""
+
+    name: str
+    vocabulary: tuple[str, ...]
+    train: Tensor
+    validation: Tensor
+    test: Tensor
+    notes: dict[str, str]
+    task: str = "lm"
+
+
+@dataclass(frozen=True, eq=False)
+class Merged:
+    """The examples of `first`, then those of `second`. See `Examples`."""
+
+    first: Examples
+    second: Examples
+
+    @property
+    def labels(self) -> Tensor:
+        """int64 [N] on the CPU."""
+        return torch.cat([self.first.labels, self.second.labels])
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.second)
+
+    def batch(
+        self, indices: Tensor, *, augment: bool, generator: torch.Generator, device: torch.device | str
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        in_first = indices < len(self.first)
+        options = {"augment": augment, "generator": generator, "device": device}
+        if in_first.all():
+            return self.first.batch(indices, **options)
+        if not in_first.any():
+            return self.second.batch(indices - len(self.first), **options)
+        parts = [
+            self.first.batch(indices[in_first], **options),
+            self.second.batch(indices[~in_first] - len(self.first), **options),
+        ]
+        steps = max(x.shape[1] for x, _, _ in parts)
+        x = torch.cat([F.pad(x, (0, 0, 0, steps - x.shape[1])) for x, _, _ in parts])
+        lengths = torch.cat(
+            [torch.full((len(x),), x.shape[1]) if lengths is None else lengths for x, lengths, _ in parts]
+        )
+        labels = torch.cat([labels for _, _, labels in parts])
+        # Where each example of the batch stands in the two parts laid end to end.
+        places = torch.empty_like(indices)
+        places[torch.cat([torch.nonzero(in_first)[:, 0], torch.nonzero(~in_first)[:, 0]])] = torch.arange(len(indices))
+        lengths = None if bool((lengths == steps).all()) else lengths[places]
+        places = places.to(x.device)
+        return x[places], lengths, labels[places]
+
+
+def with_validation(data: Data) -> Data:
+    """`data` with the validation examples added to the training ones, for runs whose length was chosen before.
+
+    `validation` stays what it is, so that curves can still be drawn, but it now measures training: `notes["train"]`
+    says so. The standardisation stays that of the smaller training set.
+    """
+    count = len(data.train) + len(data.validation)
+    note = f"training and validation examples together ({count}): the validation score is no estimate"
+    return replace(data, train=Merged(data.train, data.validation), notes={**data.notes, "train": note})
