@@ -45,10 +45,7 @@ def load(
     Raises ValueError or OSError with one line that names what is wrong with the data or does not go together.
     """
     kind, _, place = spec.partition(":")
-    known = (
-        kind in ("speech-commands", "hub", "spoken", "har", "text") if place else spec in ("japanese-vowels", "text")
-    )
-    if not known or (colon and not place):
+    if spec not in BARE and not (kind in WITH_A_PLACE and place):
         raise ValueError(f"unknown data {spec!r}; known are {KNOWN}")
     of_text = kind == "text" or (kind == "hub" and ":" in place)
     _check(spec, kind, of_text, task, words, classes, noise)
