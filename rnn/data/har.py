@@ -1,0 +1,148 @@
+"""Human activity from a phone at the waist: the UCI HAR data set, read as it is published.
+
+J. Reyes-Ortiz, D. Anguita, A. Ghio, L. Oneto, X. Parra, UCI Machine Learning Repository, 2013, doi:10.24432/C54S4K.
+Windows of 128 steps (2.56 s at 50 Hz) of nine signals, six activities, 21 people for training and nine for testing.
+"""
+
+import io
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rnn.data.common import Data
+from rnn.data.vectors import Standardisation, VectorExamples, check_finite
+
+SIGNALS = tuple(f"{kind}_{axis}" for kind in ("total_acc", "body_acc", "body_gyro") for axis in "xyz")
+STEPS = 128
+ACTIVITIES = ("walking", "walking upstairs", "walking downstairs", "sitting", "standing", "laying")  # labels 1 ... 6
+# The two classes of Kusupati et al. (2020) and of the FastGRNN paper before them.
+TWO = (("sitting", "laying", "walking upstairs"), ("standing", "walking", "walking downstairs"))
+FOLDER = "UCI HAR Dataset"
+EVERY = 5
+
+
+def load_har(path: str, *, classes: int = 6, noise: float = 0.0, device: torch.device | str = "cpu") -> Data:
+    """Read the folder "UCI HAR Dataset", or one that holds it, or the zip file, even the one with a zip file in it.
+
+    classes: 6 activities, or 2: sitting, laying and walking upstairs against standing, walking and walking downstairs.
+    Every fifth of the people in the training part, in the order of their numbers, is for validation (`notes` names
+    them). Features [N, 128, 9] in the order of SIGNALS are standardised by the others; `noise`: see `VectorExamples`.
+
+    Raises ValueError with one line that names the file for one that is missing, is no table of numbers, has the wrong
+    shape, NaN, or a label outside 1 ... 6; OSError for one that cannot be read.
+    """
+    if classes not in (2, 6):
+        raise ValueError(f"har has 6 classes or 2, not {classes}")
+    root = _root(Path(path))
+    published, test = _part(root, "train"), _part(root, "test")
+    people = published.people.unique()
+    held_out = people[EVERY - 1 :: EVERY]
+    if not len(held_out):
+        raise ValueError(
+            f"{path}: {len(people)} subjects for training; it takes {EVERY} to hold one out for validation"
+        )
+    in_validation = torch.isin(published.people, held_out)
+    standardise = Standardisation.of(published.features[~in_validation], None)
+    numbers = torch.arange(6)
+    if classes == 2:
+        numbers = torch.tensor([int(activity in TWO[1]) for activity in ACTIVITIES])
+
+    def examples(part: "_Part", chosen: Tensor) -> VectorExamples:
+        features = standardise(part.features[chosen], None)
+        return VectorExamples(features.to(device), numbers[part.labels[chosen]], None, noise)
+
+    return Data(
+        name="har",
+        class_names=ACTIVITIES if classes == 6 else tuple(", ".join(group) for group in TWO),
+        input_size=len(SIGNALS),
+        train=examples(published, ~in_validation),
+        validation=examples(published, in_validation),
+        test=examples(test, torch.ones_like(test.labels, dtype=torch.bool)),
+        notes={
+            "source": "Reyes-Ortiz et al., doi:10.24432/C54S4K",
+            "validation": f"training subjects {', '.join(str(person) for person in held_out.tolist())}",
+        },
+    )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """features float32 [N, 128, 9], labels int64 [N] from 0, people int64 [N]."""
+
+    features: Tensor
+    labels: Tensor
+    people: Tensor
+
+
+def _root(path: Path) -> Path | zipfile.Path:
+    """The folder, on the disk or in a zip file, that holds "train" and "test"."""
+    if path.is_dir():
+        places: list[Path | zipfile.Path] = [path, path / FOLDER]
+    elif path.is_file():
+        outer = _opened(path.read_bytes(), path)
+        places = [outer, outer / FOLDER]
+        inner = outer / f"{FOLDER}.zip"
+        if inner.is_file():
+            places += [place := _opened(_content(inner), inner), place / FOLDER]
+    else:
+        raise ValueError(f"{path}: no such folder or zip file")
+    for place in places:
+        if (place / "train").is_dir():
+            return place
+    raise ValueError(f'{path}: no "{FOLDER}" in it (a folder with "train" and "test")')
+
+
+def _opened(content: bytes, name: Path | zipfile.Path) -> zipfile.Path:
+    """The inside of a zip file, whose own place in one shall show in messages as `name`."""
+    try:
+        archive = zipfile.ZipFile(io.BytesIO(content))
+    except zipfile.BadZipFile:
+        raise ValueError(f"{name}: neither a folder nor a whole zip file") from None
+    archive.filename = str(name)
+    return zipfile.Path(archive)
+
+
+def _content(file: Path | zipfile.Path) -> bytes:
+    if not file.is_file():
+        raise ValueError(f"{file}: missing")
+    try:
+        return file.read_bytes()
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"{file}: damaged inside the zip file ({error})") from None
+
+
+def _table(file: Path | zipfile.Path, columns: int) -> Tensor:
+    """float64 [rows, columns] of a file with a line per row."""
+    content = _content(file)
+    if not content.strip():
+        raise ValueError(f"{file}: empty")
+    try:
+        rows = torch.from_numpy(np.loadtxt(io.BytesIO(content), ndmin=2, comments=None))
+    except (ValueError, UnicodeDecodeError) as error:
+        reason = str(error).split(";")[0]  # behind it numpy advises the programmer
+        raise ValueError(f"{file}: not a table of numbers ({reason})") from None
+    if rows.shape[1] != columns:
+        raise ValueError(f"{file}: {rows.shape[1]} numbers in a row; a file of this name has {columns}")
+    check_finite(rows, file)
+    return rows
+
+
+def _part(root: Path | zipfile.Path, part: str) -> _Part:
+    """The windows of "train" or "test". Only the raw signals are read, not the 561 features made from them."""
+    activities = _table(root / part / f"y_{part}.txt", 1)[:, 0]
+    wrong = torch.nonzero(~torch.isin(activities, torch.arange(1, 7)))[:, 0]
+    if len(wrong):
+        file, row = root / part / f"y_{part}.txt", int(wrong[0])
+        raise ValueError(f"{file}: label {activities[row].item():g} in row {row + 1}; labels are 1 to 6")
+    people = _table(root / part / f"subject_{part}.txt", 1)[:, 0]
+    files = [root / part / "Inertial Signals" / f"{signal}_{part}.txt" for signal in SIGNALS]
+    tables = {file: _table(file, STEPS).float() for file in files}
+    for file, rows in {root / part / f"subject_{part}.txt": people, **tables}.items():
+        if len(rows) != len(activities):
+            raise ValueError(f"{file}: {len(rows)} rows, but y_{part}.txt has {len(activities)}")
+    return _Part(torch.stack(list(tables.values()), dim=2), activities.long() - 1, people.long())

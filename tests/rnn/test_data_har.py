@@ -1,0 +1,208 @@
+"""UCI HAR, from folders and zip files made up in its format."""
+
+import io
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rnn.data import Data, load
+from rnn.data.har import SIGNALS
+
+SUBJECTS = {"train": [1, 3, 5, 6, 7, 8, 11, 14, 15, 16, 17], "test": [2, 4]}
+Files = dict[str, str]
+
+
+def raw(part: str) -> np.ndarray:
+    """float64 [N, 128, 9]: two windows of each activity and subject."""
+    count = len(SUBJECTS[part]) * 6
+    signals = np.random.default_rng(len(part)).normal(size=(count, 128, 9))
+    return np.round(signals * np.arange(1, 10) + np.arange(9), 4)
+
+
+@pytest.fixture(scope="module")
+def published() -> Files:
+    """The files as published, by their path: a line starts with two blanks and numbers have exponents."""
+    files = {"README.txt": "made up"}
+    for part, people in SUBJECTS.items():
+        windows = raw(part)
+        files[f"{part}/y_{part}.txt"] = "".join(f"{row % 6 + 1}\n" for row in range(len(windows)))
+        files[f"{part}/subject_{part}.txt"] = "".join(f"{people[row // 6]}\n" for row in range(len(windows)))
+        for column, signal in enumerate(SIGNALS):
+            lines = ["".join(f" {value: .7e}" for value in row) + "\n" for row in windows[:, :, column]]
+            files[f"{part}/Inertial Signals/{signal}_{part}.txt"] = "".join(lines)
+    return files
+
+
+def write_folder(folder: Path, files: Files) -> Path:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+    return folder
+
+
+def zipped(files: dict[str, str | bytes], prefix: str = "") -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, text in files.items():
+            archive.writestr(prefix + name, text)
+    return content.getvalue()
+
+
+@pytest.fixture(scope="module")
+def folder(published: Files, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("har") / "UCI HAR Dataset", published)
+
+
+@pytest.fixture(scope="module")
+def data(folder: Path) -> Data:
+    return load(f"har:{folder}", noise=0.1)
+
+
+def everything(data: Data) -> list[torch.Tensor]:
+    return [tensor for part in (data.train, data.validation, data.test) for tensor in (part.features, part.labels)]
+
+
+def test_parts_are_split_by_subject(data: Data):
+    assert (data.name, data.task, data.input_size, data.num_classes) == ("har", "classify", 9, 6)
+    assert [len(part) for part in (data.train, data.validation, data.test)] == [9 * 6, 2 * 6, 2 * 6]
+    assert data.notes["validation"] == "training subjects 7, 16"
+    assert data.class_names[data.train.labels[1]] == "walking upstairs"
+    assert data.train.labels[:7].tolist() == [0, 1, 2, 3, 4, 5, 0]
+
+
+def test_features_are_the_nine_signals_standardised_by_the_training_subjects(data: Data):
+    windows = raw("train")
+    held_out = np.isin(np.repeat(SUBJECTS["train"], 6), [7, 16])
+    mean, std = (getattr(windows[~held_out], name)((0, 1)) for name in ("mean", "std"))
+    for part, expected in (
+        (data.train, windows[~held_out]),
+        (data.validation, windows[held_out]),
+        (data.test, raw("test")),
+    ):
+        assert part.features.dtype == torch.float32
+        torch.testing.assert_close(part.features, torch.from_numpy((expected - mean) / std).float())
+    assert SIGNALS[0] == "total_acc_x"
+    assert SIGNALS[8] == "body_gyro_z"
+
+
+def test_a_batch_needs_no_lengths_and_noise_is_for_training(data: Data):
+    generator = torch.Generator().manual_seed(0)
+    x, lengths, labels = data.train.batch(torch.tensor([3, 1]), augment=False, generator=generator, device="cpu")
+    assert (x.shape, lengths, labels.tolist()) == ((2, 128, 9), None, [3, 1])
+    noisy, _, _ = data.train.batch(torch.tensor([3, 1]), augment=True, generator=generator, device="cpu")
+    assert (noisy - x).std().item() == pytest.approx(0.1, rel=0.1)
+
+
+def test_two_classes_are_those_of_the_paper(folder: Path, data: Data):
+    two = load(f"har:{folder}", classes=2)
+    assert two.class_names == ("sitting, laying, walking upstairs", "standing, walking, walking downstairs")
+    # Labels 1 ... 6: walking, upstairs, downstairs, sitting, standing, laying.
+    assert torch.equal(two.test.labels, torch.tensor([1, 0, 1, 0, 1, 0])[data.test.labels])
+    assert torch.equal(two.train.features, data.train.features)
+
+
+@pytest.mark.parametrize("form", ["outer folder", "zip", "zip without a folder", "zip in a zip"])
+def test_every_published_form_gives_the_same(form: str, folder: Path, published: Files, data: Data, tmp_path: Path):
+    path = tmp_path / "har.zip"
+    if form == "outer folder":
+        path = folder.parent
+    elif form == "zip without a folder":
+        path.write_bytes(zipped(published))
+    else:
+        content = zipped(published, "UCI HAR Dataset/")
+        path.write_bytes(content if form == "zip" else zipped({"UCI HAR Dataset.zip": content}))
+    for got, expected in zip(everything(load(f"har:{path}")), everything(data), strict=True):
+        assert torch.equal(got, expected)
+
+
+def in_first_line(old: str, new: str) -> Callable[[str], str]:
+    return lambda content: content.replace(old, new, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("test/y_test.txt", None, r"test/y_test\.txt: missing$"),
+        ("train/Inertial Signals/body_acc_y_train.txt", None, r"Inertial Signals/body_acc_y_train\.txt: missing$"),
+        ("train/y_train.txt", lambda content: "", r"y_train\.txt: empty$"),
+        ("train/y_train.txt", in_first_line("3", "7"), r"y_train\.txt: label 7 in row 3; labels are 1 to 6$"),
+        ("train/y_train.txt", in_first_line("3", "2.5"), r"y_train\.txt: label 2.5 in row 3; labels are 1 to 6$"),
+        ("train/y_train.txt", in_first_line("1\n", ""), r"subject_train\.txt: 66 rows, but y_train\.txt has 65$"),
+        (
+            "test/Inertial Signals/body_gyro_z_test.txt",
+            lambda content: content[content.index("\n") + 1 :],
+            r"body_gyro_z_test\.txt: 11 rows, but y_test\.txt has 12$",
+        ),
+        (
+            "train/Inertial Signals/total_acc_x_train.txt",
+            lambda content: "".join(line.rsplit(" ", 1)[0] + "\n" for line in content.splitlines()),
+            r"total_acc_x_train\.txt: 127 numbers in a row; a file of this name has 128$",
+        ),
+        (
+            "train/Inertial Signals/total_acc_x_train.txt",
+            lambda content: content.replace("e+00 ", "e+00 \n", 1),
+            r"total_acc_x_train\.txt: not a table of numbers \(the number of columns changed from .*[0-9]\)$",
+        ),
+        (
+            "train/Inertial Signals/total_acc_x_train.txt",
+            in_first_line("e+00", "abc"),
+            r"total_acc_x_train\.txt: not a table of numbers \(could not convert string .*abc",
+        ),
+        (
+            "train/Inertial Signals/total_acc_z_train.txt",
+            lambda content: content[: content.rindex("\n", 0, -1)] + "\n" + "NaN " * 128 + "\n",
+            r"total_acc_z_train\.txt: NaN in column 1, row 66$",
+        ),
+        (
+            "train/subject_train.txt",
+            lambda content: "1\n" * 66,
+            r"1 subjects for training; it takes 5 to hold one out for validation$",
+        ),
+    ],
+)
+def test_bad_files_are_named(name: str, change, message: str, published: Files, tmp_path: Path):
+    files = dict(published)
+    content = files.pop(name)
+    if change is not None:
+        files[name] = change(content)
+    folder = write_folder(tmp_path / "UCI HAR Dataset", files)
+    for spec in (f"har:{folder}", f"har:{tmp_path / 'har.zip'}"):
+        (tmp_path / "har.zip").write_bytes(zipped(files, "UCI HAR Dataset/"))
+        with pytest.raises(ValueError, match=message) as caught:
+            load(spec)
+        assert "\n" not in str(caught.value)
+
+
+def test_bad_places_are_named(published: Files, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"nowhere: no such folder or zip file$"):
+        load(f"har:{tmp_path / 'nowhere'}")
+    with pytest.raises(ValueError, match='no "UCI HAR Dataset" in it'):
+        load(f"har:{tmp_path}")
+    (tmp_path / "empty.zip").write_bytes(zipped({"readme": "x"}))
+    with pytest.raises(ValueError, match='no "UCI HAR Dataset" in it'):
+        load(f"har:{tmp_path / 'empty.zip'}")
+    whole = zipped(published, "UCI HAR Dataset/")
+    (tmp_path / "half.zip").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"half\.zip: neither a folder nor a whole zip file$"):
+        load(f"har:{tmp_path / 'half.zip'}")
+    (tmp_path / "outer.zip").write_bytes(zipped({"UCI HAR Dataset.zip": whole[: len(whole) // 2]}))
+    with pytest.raises(ValueError, match=r"outer\.zip/UCI HAR Dataset\.zip: neither a folder nor a whole zip file$"):
+        load(f"har:{tmp_path / 'outer.zip'}")
+
+
+def test_a_damaged_member_is_named(published: Files, tmp_path: Path):
+    content = bytearray(zipped(published, "UCI HAR Dataset/"))
+    place = content.index(b"body_acc_x_train.txt") + 1000
+    content[place : place + 100] = bytes(100)
+    (tmp_path / "har.zip").write_bytes(content)
+    with pytest.raises(ValueError, match=r"body_acc_x_train\.txt: damaged inside the zip file"):
+        load(f"har:{tmp_path / 'har.zip'}")
+
+
+def test_other_numbers_of_classes_are_refused(folder: Path):
+    with pytest.raises(ValueError, match=r"^har has 6 classes or 2, not 3$"):
+        load(f"har:{folder}", classes=3)
