@@ -1,0 +1,282 @@
+"""Spoken words from nothing: a folder of clips made by eSpeak NG, whose voices for testing are unseen in training."""
+
+import csv
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from rnn.data import espeak_worker
+from rnn.data.audio import RATE, resample, to_int16, write_wav
+from rnn.data.common import Data
+from rnn.data.waiting import watched
+
+CLIPS_PER_WORD = 300
+VERSION = 1  # of the recipe below: a change of it makes new folders
+SHARES = {"train": 0.7, "validation": 0.1, "test": 0.2}
+
+ACCENTS = (
+    *("en", "en-us", "en-us-nyc", "en-029", "en-gb-scotland"),
+    *("en-gb-x-rp", "en-gb-x-gbclan", "en-gb-x-gbcwmd"),
+)
+# eSpeak's variants are its speakers. Robots and whispers are left out; variants of one family stay in one part.
+SPEAKERS = {
+    "train": (
+        *("f1", "f2", "f4", "m1", "m2", "m3", "m6", "m8", "klatt", "klatt2", "klatt3", "klatt4", "klatt5", "klatt6"),
+        *("Alex", "Denis", "Diogo", "Gene", "Gene2", "Henrique", "Hugo", "Lee", "Marco", "Mario", "Mike", "mike2"),
+        *("Nguyen", "Reed", "RicishayMax", "adam", "anika", "announcer", "antonio", "aunty", "belinda", "benjamin"),
+        *("caleb", "ed", "edward", "edward2", "grandpa", "gustave", "ian", "iven", "iven2", "iven3", "iven4", "john"),
+        *("kaukovalta", "marcelo", "max", "michel", "miguel", "norbert", "pablo", "pedro", "quincy", "robert"),
+        *("sandro", "steph", "steph2", "steph3"),
+    ),
+    "validation": ("f5", "m5", "Annie", "Michael", "david", "grandma", "rob", "victor"),
+    "test": (
+        "f3",
+        "m4",
+        "m7",
+        "Alicia",
+        "Andrea",
+        "Andy",
+        "Jacky",
+        "boris",
+        "linda",
+        "paul",
+        "shelby",
+        "travis",
+        "zac",
+    ),
+}
+SPEEDS, PITCHES, RANGES = (120, 240), (25, 75), (20, 80)  # words a minute; eSpeak's scales from 0 to 99
+FASTEST = 450
+NOISE_RATIOS = (0.0, 20.0)  # dB: the word's power over the noise's
+LEVELS = (-15.0, -1.0)  # dB: the loudest sample, of the loudest possible
+NOISES = ("white", "pink", "hum")
+NOISE_SECONDS = 30
+TRIM, TRIM_MARGIN = 0.01, RATE // 100  # silence is what stays under a hundredth of the peak; 10 ms of it are left
+
+
+class Clip(NamedTuple):
+    """How a clip was made: a line of clips.csv."""
+
+    file: str
+    part: str
+    voice: str
+    speed: int
+    pitch: int
+    pitch_range: int
+    noise: str
+    noise_ratio: float
+
+
+def load_spoken(
+    words: tuple[str, ...],
+    *,
+    seed: int = 0,
+    noise: float = 0.0,
+    device: torch.device | str = "cpu",
+    cache_dir: str | None = None,
+    clips_per_word: int = CLIPS_PER_WORD,
+) -> Data:
+    """`words` as classes, spoken by eSpeak NG: see `make_spoken` and `load_speech_commands`, whose folder it makes.
+
+    `noise`: standard deviation of noise on the standardised features of training batches.
+    """
+    from dataclasses import replace
+
+    from rnn.data.speech_commands import load_speech_commands
+
+    folder = make_spoken(words, seed=seed, cache_dir=cache_dir, clips_per_word=clips_per_word)
+    options = {"noise": noise, "device": device, "cache_dir": cache_dir}
+    data = load_speech_commands(str(folder), words=("all",), seed=seed, **options)
+    made = f"speech synthesised by eSpeak NG, seed {seed}; no speaker of one part is in another"
+    return replace(data, name=f"spoken:{','.join(data.class_names)}", notes={**data.notes, "made": made})
+
+
+def make_spoken(
+    words: tuple[str, ...], *, seed: int = 0, cache_dir: str | None = None, clips_per_word: int = CLIPS_PER_WORD
+) -> Path:
+    """Make a folder in the layout of Speech Commands in the cache, once for the same arguments; its path.
+
+    Each clip is a second at 16 kHz: a word by a random speaker, accent, speed, pitch and pitch range, at a random
+    place, with white noise, pink noise or mains hum 0 to 20 dB under it (the task would be too easy without), at a
+    random level. 70 % of a word's clips are for training, 10 % for validation, 20 % for testing, and no speaker of one
+    part is in another; accents are. `_background_noise_` holds half a minute of each noise, clips.csv how every clip
+    was made. The same words, seed and versions of eSpeak and numpy give the same files, bit for bit.
+
+    Raises ValueError for fewer than two words, one with other letters than a to z, one that takes longer than a second,
+    fewer than ten clips a word, and where there is no eSpeak NG.
+    """
+    words = _checked(words, clips_per_word)
+    root = cache_root(cache_dir) / "spoken"
+    key = hashlib.sha256(repr((VERSION, words, seed, clips_per_word)).encode()).hexdigest()[:12]
+    folder = root / f"{'-'.join(words)[:60]}-{key}"
+    if folder.is_dir():
+        return folder
+    found = espeak_worker.find_library()
+    if found is None:
+        raise ValueError("spoken: needs eSpeak NG: pip install espeakng-loader, or the system's espeak-ng")
+    root.mkdir(parents=True, exist_ok=True)
+    making = Path(tempfile.mkdtemp(prefix=".making-", dir=root))
+    try:
+        with Speaker(*found, seed) as speaker:
+            _fill(making, words, seed, clips_per_word, speaker)
+        making.chmod(0o755)
+        try:
+            making.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # otherwise another process was faster: its folder is the same
+                raise
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+    return folder
+
+
+def cache_root(cache_dir: str | None) -> Path:
+    """The folder for what is computed once: `cache_dir`, or str-triton in the user's cache folder."""
+    if cache_dir is not None:
+        return Path(cache_dir)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "str-triton"
+
+
+def _checked(words: tuple[str, ...], clips_per_word: int) -> tuple[str, ...]:
+    """The words in small letters and in alphabetic order, so that their order does not matter."""
+    words = tuple(word.strip().lower() for word in words)
+    for word in words:
+        if not re.fullmatch("[a-z]+", word):
+            raise ValueError(f"spoken: {word!r} is not a word of the letters a to z")
+    if len(set(words)) < len(words):
+        raise ValueError(f"spoken: {max(words, key=words.count)!r} is named twice")
+    if len(words) < 2:
+        raise ValueError(f"spoken: {len(words)} word is not enough to tell words apart: name two or more")
+    if clips_per_word < 10:
+        raise ValueError(f"spoken: {clips_per_word} clips a word: at least 10 make three parts")
+    return tuple(sorted(words))
+
+
+class Speaker:
+    """eSpeak NG in a process of its own; see espeak_worker.py."""
+
+    def __init__(self, library: str, data: str, seed: int) -> None:
+        # -I: the folder of the worker does not get onto its path, nor does the user's environment change it.
+        command = [sys.executable, "-I", espeak_worker.__file__, library, data, str(seed)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.library = library
+        self.rate = self._number()
+        if self.rate <= 0:
+            raise ValueError(f"spoken: eSpeak NG ({library}) found no data: is its package complete?")
+
+    def __enter__(self) -> "Speaker":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.process.stdin.close()
+        self.process.terminate()
+        self.process.wait()
+        self.process.stdout.close()
+        self.process.stderr.close()
+
+    def say(self, word: str, voice: str, speed: int, pitch: int, pitch_range: int) -> np.ndarray:
+        """The word without the silence around it, float64 [frames] at 16 kHz, peak 1."""
+        self.process.stdin.write(f"{voice} {speed} {pitch} {pitch_range} {word}\n".encode())
+        self.process.stdin.flush()
+        count = self._number()
+        if count < 0:
+            raise ValueError(
+                f"spoken: eSpeak NG ({self.library}) has no voice {voice!r}: version 1.51 or newer is needed"
+            )
+        samples = np.frombuffer(self.process.stdout.read(count), np.int16) / 32768
+        sound = resample(samples, self.rate)
+        peak = np.abs(sound).max(initial=0.0)
+        if peak == 0:
+            raise ValueError(f"spoken: eSpeak NG gives no sound for the word {word!r}")
+        loud = np.flatnonzero(np.abs(sound) > TRIM * peak)
+        return sound[max(0, loud[0] - TRIM_MARGIN) : loud[-1] + TRIM_MARGIN] / peak
+
+    def _number(self) -> int:
+        line = self.process.stdout.readline()
+        if not line:
+            causes = self.process.stderr.read().decode(errors="replace").split("\n")
+            cause = next((text.strip() for text in reversed(causes) if text.strip()), "it ended")
+            raise ValueError(f"spoken: eSpeak NG ({self.library}) does not work here: {cause}")
+        return int(line)
+
+
+def _fill(folder: Path, words: tuple[str, ...], seed: int, clips_per_word: int, speaker: Speaker) -> None:
+    """Write all of the folder's files."""
+    random = np.random.default_rng(seed)
+    noise_folder = folder / "_background_noise_"
+    noise_folder.mkdir()
+    for kind in NOISES:
+        write_wav(noise_folder / f"{kind}.wav", to_int16(0.1 * make_noise(kind, NOISE_SECONDS * RATE, random)))
+    plans = list(_plans(words, clips_per_word, random))
+    for clip in watched(plans, "speaking"):
+        word = clip.file.split("/")[0]
+        (folder / word).mkdir(exist_ok=True)
+        write_wav(folder / clip.file, _clip(word, clip, speaker, random))
+    for part, name in (("validation", "validation_list.txt"), ("test", "testing_list.txt")):
+        (folder / name).write_text("".join(f"{clip.file}\n" for clip in plans if clip.part == part))
+    with (folder / "clips.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(Clip._fields)
+        writer.writerows(plans)
+
+
+def _plans(words: tuple[str, ...], clips_per_word: int, random: np.random.Generator) -> Iterator[Clip]:
+    """What to say how. A part's speakers take turns, so that each of them says each word about as often."""
+    for word in words:
+        held_out = {part: round(SHARES[part] * clips_per_word) for part in ("validation", "test")}
+        counts = {"train": clips_per_word - sum(held_out.values()), **held_out}
+        for part, count in counts.items():
+            turns = [
+                speaker
+                for _ in range(-(-count // len(SPEAKERS[part])))
+                for speaker in random.permutation(SPEAKERS[part])
+            ]
+            for number, speaker in enumerate(turns[:count]):
+                voice = f"{random.choice(ACCENTS)}+{speaker}"
+                speed, pitch, pitch_range = (int(random.integers(*limits)) for limits in (SPEEDS, PITCHES, RANGES))
+                ratio = round(float(random.uniform(*NOISE_RATIOS)), 2)
+                file = f"{word}/{voice}_nohash_{number}.wav"
+                yield Clip(file, part, voice, speed, pitch, pitch_range, str(random.choice(NOISES)), ratio)
+
+
+def _clip(word: str, clip: Clip, speaker: Speaker, random: np.random.Generator) -> np.ndarray:
+    """The clip's samples, int16 [16000]."""
+    speed = clip.speed
+    sound = speaker.say(word, clip.voice, speed, clip.pitch, clip.pitch_range)
+    while len(sound) > RATE:
+        if speed == FASTEST:
+            raise ValueError(f"spoken: the word {word!r} takes longer than a second")
+        speed = min(FASTEST, round(1.3 * speed))
+        sound = speaker.say(word, clip.voice, speed, clip.pitch, clip.pitch_range)
+    power = np.mean(sound**2)
+    mixture = make_noise(clip.noise, RATE, random) * np.sqrt(power / 10 ** (clip.noise_ratio / 10))
+    start = random.integers(RATE - len(sound) + 1)
+    mixture[start : start + len(sound)] += sound
+    return to_int16(mixture / np.abs(mixture).max() * 10 ** (random.uniform(*LEVELS) / 20))
+
+
+def make_noise(kind: str, count: int, random: np.random.Generator) -> np.ndarray:
+    """float64 [count] of mean power 1: "white", "pink" (power as 1 / frequency above 20 Hz) or "hum" (of the mains)."""
+    noise = random.standard_normal(count)
+    if kind == "pink":
+        spectrum = np.fft.rfft(noise)
+        spectrum /= np.sqrt(np.maximum(np.fft.rfftfreq(count, 1 / RATE), 20.0))
+        noise = np.fft.irfft(spectrum, count)
+    elif kind == "hum":
+        noise *= 0.1
+        time = np.arange(count) / RATE
+        base = random.choice((50.0, 60.0)) * random.uniform(0.998, 1.002)
+        for harmonic in range(1, 9):
+            strength = random.uniform(0.3, 1.0) / harmonic**0.5
+            noise += strength * np.sin(2 * np.pi * (harmonic * base * time + random.uniform()))
+    return noise / np.sqrt(np.mean(noise**2))
