@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from str_triton.training.config import RunConfig, require
+from str_triton.training.config import TrainConfig, check_ranges, require
 from str_triton.training.errors import UserError
 
 DEFAULT_SPARSITY = 0.9
@@ -14,7 +14,7 @@ GRADIENTS = {"str-exact": "straight_through", "str": "masked", "dense": None}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(RunConfig):
+class Config(TrainConfig):
     """What is trained, on what, and how. Every field is an option of the command line; recipes set the defaults."""
 
     data: str = "digits"
@@ -40,14 +40,6 @@ class Config(RunConfig):
     raw_threshold_init: float = -5.0
     """Where the raw thresholds of --method str start; the threshold is their sigmoid."""
 
-    epochs: int = 30
-    """Passes over the training images."""
-    batch_size: int = 64
-    """Images in a step, of all processes together."""
-    lr: float = 0.1
-    """Peak learning rate: a linear rise, then half a cosine to zero."""
-    warmup_epochs: float = 2.0
-    """Length of the rise."""
     momentum: float = 0.9
     """Momentum of SGD."""
     weight_decay: float = 5e-4
@@ -105,15 +97,8 @@ def settle(config: Config) -> Config:
 
 
 def _check_ranges(config: Config) -> None:
-    for name in ("epochs", "batch_size", "checkpoint_steps"):
-        require(config, name, getattr(config, name) >= 1, "at least 1")
-    for name in ("workers", "threads", "seed"):
-        require(config, name, getattr(config, name) >= 0, "0 or more")
-    for name in ("warmup_epochs", "weight_decay"):
-        require(config, name, 0.0 <= getattr(config, name) < float("inf"), "0 or more")
-    require(config, "lr", 0.0 < config.lr < float("inf"), "above 0")
+    check_ranges(config)
     require(config, "momentum", 0.0 <= config.momentum < 1.0, "in 0..1, below 1")
-    require(config, "label_smoothing", 0.0 <= config.label_smoothing < 1.0, "in 0..1, below 1")
     if config.target_sparsity is not None:
         require(config, "target_sparsity", 0.0 <= config.target_sparsity < 1.0, "in 0..1, below 1")
     if config.target_flops is not None:

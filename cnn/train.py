@@ -5,14 +5,13 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import safetensors.torch
 import torch
 from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,8 +22,9 @@ from str_triton import Budget, SparsityController, Target, count, densify, param
 from str_triton.training.command_line import CommandLine
 from str_triton.training.config import make_accelerator
 from str_triton.training.errors import blame_input, run_program, warn
+from str_triton.training.loop import Loop, Outcome
 from str_triton.training.meter import Means, Meter
-from str_triton.training.metrics import read_metrics
+from str_triton.training.metrics import Record, read_metrics
 from str_triton.training.report import report
 from str_triton.training.run import Run
 from str_triton.training.run_folder import default_run_dir
@@ -32,8 +32,7 @@ from str_triton.training.schedules import decayed_threshold, warmup_cosine
 
 PROGRAM = "python cnn/train.py"
 PURPOSE = "Train a convolutional network to an exact sparsity or FLOP budget."
-COMMAND_LINE = CommandLine(PROGRAM, PURPOSE, RECIPES, recipe_for, RESUME_MAY_CHANGE)
-LOG_STEPS = 50
+COMMAND_LINE = CommandLine(PROGRAM, PURPOSE, RECIPES, recipe_for, RESUME_MAY_CHANGE, settle)
 ARRIVED = -10.0  # a raw threshold above this is a threshold of 5e-5 and more: from there its gradient moves it too
 
 
@@ -44,7 +43,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def program(args: Sequence[str]) -> None:
     """Train as ``args`` say. Nothing is written before all that can be wrong with them has been looked at."""
-    config = settle(COMMAND_LINE.read(args))
+    config = COMMAND_LINE.read(args)
     experiment = Experiment.prepare(config, make_accelerator(config))
     run_dir = config.run_dir or default_run_dir(config.recipe)
     plain = dataclasses.asdict(config)
@@ -53,18 +52,12 @@ def program(args: Sequence[str]) -> None:
         experiment.finish(run)
 
 
-@dataclass
-class Experiment:
-    """What is trained, on what. ``network`` is ``model`` as several processes share it, ``steps`` an epoch's steps."""
+@dataclass(kw_only=True)
+class Experiment(Loop):
+    """What is trained, on what. ``example`` is an input of the model, ``budget`` what it cost when last counted."""
 
     config: Config
-    accelerator: Accelerator
     data: Data
-    steps: int
-    model: nn.Module
-    network: nn.Module
-    optimizer: AcceleratedOptimizer
-    controller: SparsityController | None
     example: Tensor
     budget: Budget
 
@@ -84,42 +77,20 @@ class Experiment:
         groups = parameter_groups(model, config.weight_decay)
         optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
         network, optimizer = accelerator.prepare(model, optimizer)
-        budget = count(model, example)
-        return cls(config, accelerator, data, steps, model, network, optimizer, controller, example, budget)
+        return cls(
+            config=config,
+            accelerator=accelerator,
+            steps=steps,
+            model=model,
+            network=network,
+            optimizer=optimizer,
+            controller=controller,
+            data=data,
+            example=example,
+            budget=count(model, example),
+        )
 
-    def train(self, run: Run) -> None:
-        """Train from wherever the run stands to the last epoch, with a checkpoint and a budget at every epoch's end."""
-        total = self.config.epochs * self.steps
-        meter = Meter(self.accelerator.device)
-        step = self.restore(run, meter)
-        while step < total:
-            epoch = step // self.steps
-            self.network.train()
-            for images, labels in self.batches(epoch, start=step % self.steps):
-                rate = learning_rate(self.config, self.steps, step)
-                for group in self.optimizer.param_groups:
-                    group["lr"] = rate
-                outputs = self.network(images)
-                loss = F.cross_entropy(outputs, labels, label_smoothing=self.config.label_smoothing)
-                self.accelerator.backward(loss)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-                step += 1
-                if self.controller is not None:
-                    self.controller.step(step / total)
-                meter.add(loss, outputs, labels)
-                if run.due or step == total:
-                    run.show(step, self.status(epoch, meter))
-                if step % LOG_STEPS == 0:
-                    self.log_step(run, step, meter)
-                if step % self.steps != 0:
-                    self.pause(run, step, meter)
-            self.end_epoch(run, step, meter)
-            if run.stopping(step):
-                run.leave(step)
-
-    def batches(self, epoch: int, start: int = 0, *, training: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's part of an epoch's batches, on the device."""
+    def batches(self, epoch: int, start: int, *, training: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
         with blame_input(ValueError, OSError):
             for images, labels in batches(
                 self.data.train if training else self.data.test,
@@ -137,94 +108,43 @@ class Experiment:
                 device = self.accelerator.device
                 yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
-    def exact(self) -> AbstractContextManager:
-        """Where the schedule's value holds exactly: for evaluating and saving. Training is not touched."""
-        return nullcontext() if self.controller is None else self.controller.exact()
+    def forward(self, batch: tuple[Tensor, Tensor]) -> Outcome:
+        images, labels = batch
+        outputs = self.network(images)
+        loss = F.cross_entropy(outputs, labels, label_smoothing=self.config.label_smoothing)
+        return Outcome(loss, outputs, labels)
+
+    def learning_rate(self, step: int) -> float:
+        return learning_rate(self.config, self.steps, step)
 
     @torch.no_grad()
     def evaluate(self) -> Means:
         """Loss and accuracy on the test images."""
         self.model.eval()
         meter = Meter(self.accelerator.device)
-        for images, labels in self.batches(0, training=False):
+        for images, labels in self.batches(0, 0, training=False):
             if len(labels) > 0:  # a small last batch may leave nothing for some processes
                 outputs = self.model(images)
                 meter.add(F.cross_entropy(outputs, labels), outputs, labels)
         return meter.all_means(self.accelerator)
 
-    def log_step(self, run: Run, step: int, meter: Meter) -> None:
-        """Loss and accuracy of the epoch so far."""
-        means = meter.all_means(self.accelerator)
-        run.require_finite(step, means.loss)
-        rate = learning_rate(self.config, self.steps, step - 1)
-        run.log({"kind": "step", "step": step, "lr": rate, "loss": means.loss, "accuracy": means.accuracy})
-
-    def pause(self, run: Run, step: int, meter: Meter) -> None:
-        """Within an epoch: save where it is time to, and leave where the run was asked to."""
-        stopping = run.stopping(step)
-        if stopping or step % self.config.checkpoint_steps == 0:
-            run.require_finite(step, meter.all_means(self.accelerator).loss, self.model.state_dict().values())
-            with self.exact():
-                self.save(run, step, meter)
-        if stopping:
-            run.leave(step)
-
-    def end_epoch(self, run: Run, step: int, meter: Meter) -> None:
-        """Evaluate, and write budget, metrics and checkpoint, all at the schedule's exact value."""
-        training = meter.all_means(self.accelerator)
-        run.require_finite(step, training.loss, self.model.state_dict().values())
-        meter.reset()
-        with self.exact():
-            test = self.evaluate()
-            run.require_finite(step, test.loss)
-            self.budget = count(self.model, self.example)
-            run.log(
-                {
-                    "kind": "epoch",
-                    "step": step,
-                    "epoch": step // self.steps,
-                    "train_loss": training.loss,
-                    "train_accuracy": training.accuracy,
-                    "loss": test.loss,
-                    "accuracy": test.accuracy,
-                    **{key: getattr(self.budget, key) for key in ("sparsity", "nonzeros", "flops")},
-                    "layers": {r.name: {"sparsity": r.sparsity, "threshold": r.threshold} for r in self.budget.rows},
-                }
-            )
-            run.write_budget(self.budget)
-            self.save(run, step, meter)
-
-    def save(self, run: Run, step: int, meter: Meter) -> None:
-        """Write a checkpoint; to be called at the schedule's exact value, which is then what the file holds."""
-        scaler = self.accelerator.scaler
-        state = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "controller": None if self.controller is None else self.controller.state_dict(),
-            "scaler": None if scaler is None else scaler.state_dict(),
-            "meter": meter.reduced(self.accelerator),
-        }
-        run.save(step, state)
-
-    def restore(self, run: Run, meter: Meter) -> int:
-        """Put the state of the run's last checkpoint back and return its step; 0 at the beginning."""
-        state = run.restore(self.config.epochs * self.steps)
-        if state is None:
-            return 0
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.controller is not None:
-            self.controller.load_state_dict(state["controller"])
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        if self.accelerator.is_main_process:  # the sums of all processes
-            meter.totals.copy_(state["meter"])
+    def measure(self, run: Run, epoch: int) -> Record:
+        test = self.evaluate()
+        run.require_finite(epoch * self.steps, test.loss)
         self.budget = count(self.model, self.example)
-        return state["step"]
+        run.write_budget(self.budget)
+        return {
+            "loss": test.loss,
+            "accuracy": test.accuracy,
+            **{key: getattr(self.budget, key) for key in ("sparsity", "nonzeros", "flops")},
+            "layers": {r.name: {"sparsity": r.sparsity, "threshold": r.threshold} for r in self.budget.rows},
+        }
 
-    def status(self, epoch: int, meter: Meter) -> str:
-        """The progress bar's text: loss and accuracy of the epoch so far, sparsity when it was last counted."""
-        means = meter.means()
+    def load_state(self, state: dict[str, Any]) -> None:
+        super().load_state(state)
+        self.budget = count(self.model, self.example)
+
+    def status(self, epoch: int, means: Means) -> str:
         return (
             f"epoch {epoch + 1}/{self.config.epochs}  loss {means.loss:.3f}  accuracy {100 * means.accuracy:.1f} %  "
             f"sparsity {100 * self.budget.sparsity:.2f} %"

@@ -25,6 +25,8 @@ class CommandLine(Generic[ConfigT]):
         recipes: the recipes by name.
         recipe_for: the recipe's name where none is given, from what the options say with the first recipe's defaults.
         may_change: fields that may differ from the run to go on with, besides those of every run.
+        settle: the configuration with everything made definite; `UserError` where it makes no sense.
+        published: by recipe, what was published for it, lines of text for --describe.
     """
 
     program: str
@@ -32,13 +34,22 @@ class CommandLine(Generic[ConfigT]):
     recipes: Mapping[str, Callable[[], ConfigT]]
     recipe_for: Callable[[ConfigT], str]
     may_change: frozenset[str] = frozenset()
+    settle: Callable[[ConfigT], ConfigT] = lambda config: config
+    published: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def read(self, args: Sequence[str]) -> ConfigT:
         """The configuration that ``args`` ask for; with --resume that of the run to go on with.
 
-        Raises `UserError` for an unknown recipe and for what cannot be gone on with. Prints and raises ``SystemExit``
-        as parsers do for --help and for options that do not parse.
+        Raises `UserError` for an unknown recipe, for values that make no sense and for what cannot be gone on with.
+        Prints and raises ``SystemExit`` as parsers do for --help and --describe and for options that do not parse.
         """
+        config = self.settle(self._read(args))
+        if config.describe:
+            self._describe(config)
+            raise SystemExit(0)
+        return config
+
+    def _read(self, args: Sequence[str]) -> ConfigT:
         word, options = self._split(args)
         config = self._parse(self.recipes[word or next(iter(self.recipes))](), options)
         if config.resume:
@@ -59,6 +70,17 @@ class CommandLine(Generic[ConfigT]):
                     "an option that alters the result cannot change on the way"
                 )
         return wanted
+
+    def _describe(self, config: ConfigT) -> None:
+        """Print what a run of this configuration would be."""
+        print(f"{config.recipe}: {self.recipes[config.recipe].__doc__}\n")
+        values = {field.name.replace("_", "-"): getattr(config, field.name) for field in dataclasses.fields(config)}
+        width = max(map(len, values))
+        for name, value in values.items():
+            if name not in ("recipe", "describe", "resume", "run-dir"):
+                print(f"{name:{width}}  {'none' if value is None else value}")
+        if config.recipe in self.published:
+            print(f"\n{self.published[config.recipe]}")
 
     def _split(self, args: Sequence[str]) -> tuple[str | None, list[str]]:
         """The recipe, a leading word without a dash, and the options."""

@@ -21,6 +21,8 @@ class RunConfig:
     """Directory for everything that the run writes; a new one below runs/ by default."""
     resume: tyro.conf.FlagCreatePairsOff[bool] = False
     """Go on with the run in --run-dir, with the options that it was started with."""
+    describe: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print the whole configuration, and what was published for the recipe; train nothing."""
     checkpoint_steps: int = 500
     """Steps between checkpoints within an epoch; each epoch ends with one in any case."""
     workers: int = 0
@@ -33,7 +35,25 @@ class RunConfig:
     """Mixed precision."""
 
 
-RESUME_MAY_CHANGE = frozenset({"run_dir", "resume", "checkpoint_steps", "workers", "device"})
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(RunConfig):
+    """A run that trains in epochs."""
+
+    epochs: int = 30
+    """Passes over the training examples."""
+    batch_size: int = 64
+    """Examples in a step, of all processes together."""
+    lr: float = 0.1
+    """Peak learning rate: a linear rise, then half a cosine to zero."""
+    warmup_epochs: float = 2.0
+    """Length of the rise."""
+    weight_decay: float = 0.0
+    """Weight decay."""
+    label_smoothing: float = 0.0
+    """Share of the target that is spread over all classes."""
+
+
+RESUME_MAY_CHANGE = frozenset({"run_dir", "resume", "describe", "checkpoint_steps", "workers", "device"})
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
@@ -57,3 +77,15 @@ def require(config: RunConfig, name: str, holds: bool, range_: str) -> None:
     """Raise `UserError` that names the option and its value unless it ``holds`` that the field is in its range."""
     if not holds:
         raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: it must be {range_}")
+
+
+def check_ranges(config: TrainConfig) -> None:
+    """Raise `UserError` for a common option that is out of its range."""
+    for name in ("epochs", "batch_size", "checkpoint_steps"):
+        require(config, name, getattr(config, name) >= 1, "at least 1")
+    for name in ("workers", "threads", "seed"):
+        require(config, name, getattr(config, name) >= 0, "0 or more")
+    for name in ("warmup_epochs", "weight_decay"):
+        require(config, name, 0.0 <= getattr(config, name) < float("inf"), "0 or more")
+    require(config, "lr", 0.0 < config.lr < float("inf"), "above 0")
+    require(config, "label_smoothing", 0.0 <= config.label_smoothing < 1.0, "in 0..1, below 1")

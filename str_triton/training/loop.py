@@ -1,0 +1,194 @@
+"""The epoch loop that the training programs share: steps, logs, checkpoints, signals, and resuming bit for bit."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor, nn
+
+from str_triton.training.config import TrainConfig
+from str_triton.training.meter import Means, Meter
+from str_triton.training.metrics import Record
+from str_triton.training.run import Run
+
+LOG_STEPS = 50
+
+
+class Controller(Protocol):
+    """What drives thresholds to a target: a SparsityController or a RankController."""
+
+    def step(self, progress: float) -> None:
+        """After each optimizer step, with the share of training that is done."""
+
+    def exact(self) -> AbstractContextManager:
+        """Where the schedule's value holds exactly; training is not touched."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What to go on with."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with `state_dict()`."""
+
+
+class Outcome(NamedTuple):
+    """What a batch gives: its mean loss, scores [N, classes] and labels [N]."""
+
+    loss: Tensor
+    outputs: Tensor
+    labels: Tensor
+
+
+@dataclass(kw_only=True)
+class Loop(ABC):
+    """A model in training. Programs say what a batch is, what it gives, and what an epoch is measured by.
+
+    Attributes:
+        config, accelerator: the run's options; device, precision and processes.
+        steps: optimizer steps in an epoch.
+        model, network: the model, and the same as several processes share it.
+        optimizer, controller: of the model; no controller where nothing is driven to a target.
+        max_norm: the gradient's norm is cut to this, where it is not None.
+    """
+
+    config: TrainConfig
+    accelerator: Accelerator
+    steps: int
+    model: nn.Module
+    network: nn.Module
+    optimizer: AcceleratedOptimizer
+    controller: Controller | None
+    max_norm: ClassVar[float | None] = None
+
+    @abstractmethod
+    def batches(self, epoch: int, start: int) -> Iterator[Any]:
+        """This process's part of an epoch's batches from number ``start`` on, on the device."""
+
+    @abstractmethod
+    def forward(self, batch: Any) -> Outcome:
+        """What the network makes of a training batch."""
+
+    @abstractmethod
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of the step after ``step`` others."""
+
+    @abstractmethod
+    def measure(self, run: Run, epoch: int) -> Record:
+        """Evaluate after ``epoch`` epochs, write the budget, and return what else the metrics hold of the epoch.
+
+        Called at the schedule's exact value. Checks with ``run.require_finite`` what it has measured.
+        """
+
+    @abstractmethod
+    def status(self, epoch: int, means: Means) -> str:
+        """The progress bar's text, with the means of the epoch so far."""
+
+    def begin_epoch(self, epoch: int) -> None:  # noqa: B027 (most programs have nothing to do then)
+        """Called before an epoch's first step, and when a run is resumed within the epoch."""
+
+    def train(self, run: Run) -> None:
+        """Train from wherever the run stands to the last epoch, with a checkpoint and a budget at every epoch's end."""
+        total = self.config.epochs * self.steps
+        meter = Meter(self.accelerator.device)
+        step = self.restore(run, meter)
+        while step < total:
+            epoch = step // self.steps
+            self.begin_epoch(epoch)
+            self.network.train()
+            for batch in self.batches(epoch, step % self.steps):
+                outcome = self.descend(batch, step)
+                step += 1
+                if self.controller is not None:
+                    self.controller.step(step / total)
+                meter.add(*outcome)
+                if run.due or step == total:
+                    run.show(step, self.status(epoch, meter.means()))
+                if step % LOG_STEPS == 0:
+                    self.log_step(run, step, meter)
+                if step % self.steps != 0:
+                    self.pause(run, step, meter)
+            self.end_epoch(run, step, meter)
+            if run.stopping(step):
+                run.leave(step)
+
+    def descend(self, batch: Any, step: int) -> Outcome:
+        """One step of the optimizer."""
+        rate = self.learning_rate(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        outcome = self.forward(batch)
+        self.accelerator.backward(outcome.loss)
+        if self.max_norm is not None:
+            self.accelerator.clip_grad_norm_(self.network.parameters(), self.max_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return outcome
+
+    def exact(self) -> AbstractContextManager:
+        """Where the schedule's value holds exactly: for evaluating and saving. Training is not touched."""
+        return nullcontext() if self.controller is None else self.controller.exact()
+
+    def log_step(self, run: Run, step: int, meter: Meter) -> None:
+        """Loss and accuracy of the epoch so far."""
+        means = meter.all_means(self.accelerator)
+        run.require_finite(step, means.loss)
+        rate = self.learning_rate(step - 1)
+        run.log({"kind": "step", "step": step, "lr": rate, "loss": means.loss, "accuracy": means.accuracy})
+
+    def pause(self, run: Run, step: int, meter: Meter) -> None:
+        """Within an epoch: save where it is time to, and leave where the run was asked to."""
+        stopping = run.stopping(step)
+        if stopping or step % self.config.checkpoint_steps == 0:
+            run.require_finite(step, meter.all_means(self.accelerator).loss, self.model.state_dict().values())
+            with self.exact():
+                self.save(run, step, meter)
+        if stopping:
+            run.leave(step)
+
+    def end_epoch(self, run: Run, step: int, meter: Meter) -> None:
+        """Measure, and write metrics and checkpoint, all at the schedule's exact value."""
+        training = meter.all_means(self.accelerator)
+        run.require_finite(step, training.loss, self.model.state_dict().values())
+        meter.reset()
+        epoch = step // self.steps
+        means = {"train_loss": training.loss, "train_accuracy": training.accuracy}
+        with self.exact():
+            measured = self.measure(run, epoch)
+            run.log({"kind": "epoch", "step": step, "epoch": epoch, **means, **measured})
+            self.save(run, step, meter)
+
+    def save(self, run: Run, step: int, meter: Meter) -> None:
+        """Write a checkpoint; to be called at the schedule's exact value, which is then what the file holds."""
+        run.save(step, {**self.state(), "meter": meter.reduced(self.accelerator)})
+
+    def restore(self, run: Run, meter: Meter) -> int:
+        """Put the state of the run's last checkpoint back and return its step; 0 at the beginning."""
+        state = run.restore(self.config.epochs * self.steps)
+        if state is None:
+            return 0
+        self.load_state(state)
+        if self.accelerator.is_main_process:  # the sums of all processes
+            meter.totals.copy_(state["meter"])
+        return state["step"]
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of the training; tensors and plain values."""
+        scaler = self.accelerator.scaler
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "controller": None if self.controller is None else self.controller.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Put back what `state` returned."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.controller is not None:
+            self.controller.load_state_dict(state["controller"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
