@@ -24,12 +24,41 @@ class Target:
     flops: int | None = None
 
     def __post_init__(self) -> None:
-        given = {name: value for name, value in vars(self).items() if value is not None}
-        if len(given) != 1:
-            raise ValueError(f"give exactly one of sparsity, nonzeros, flops; got {given or 'none'}")
+        _require_one_of(self)
         if self.sparsity is not None and not 0 <= self.sparsity < 1:
             raise ValueError(f"target sparsity must be in [0, 1), got {self.sparsity}")
-        for name in ("nonzeros", "flops"):
-            value = getattr(self, name)
-            if value is not None and not value >= 1:
-                raise ValueError(f"target {name} must be at least 1, got {value}")
+        _require_at_least_1(self, "nonzeros", "flops")
+
+
+@dataclass(frozen=True)
+class RankTarget:
+    """What a model with matrices in factors shall cost at the end, at most; exactly one of four.
+
+    Attributes:
+        total_rank: sum of the ranks of all `LowRankWeight`s, >= 1.
+        params: parameters of the whole compact model, as in `RankBudget.params`, >= 1.
+        recurrent_flops: multiply-adds per time step of the recurrent matrices (`RankBudget.recurrent_flops`), >= 1.
+        compression: at least so many times fewer parameters than the dense model has, >= 1.
+    """
+
+    total_rank: int | None = None
+    params: int | None = None
+    recurrent_flops: int | None = None
+    compression: float | None = None
+
+    def __post_init__(self) -> None:
+        _require_one_of(self)
+        _require_at_least_1(self, "total_rank", "params", "recurrent_flops", "compression")
+
+
+def _require_one_of(target: Target | RankTarget) -> None:
+    given = {name: value for name, value in vars(target).items() if value is not None}
+    if len(given) != 1:
+        raise ValueError(f"give exactly one of {', '.join(vars(target))}; got {given or 'none'}")
+
+
+def _require_at_least_1(target: Target | RankTarget, *names: str) -> None:
+    for name in names:
+        value = getattr(target, name)
+        if value is not None and not value >= 1:
+            raise ValueError(f"target {name} must be at least 1, got {value}")

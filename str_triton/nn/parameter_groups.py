@@ -1,8 +1,9 @@
-"""Parameter groups for an optimizer: weights, thresholds, and normalization."""
+"""Parameter groups for an optimizer: weights, thresholds, spectra, and normalization."""
 
 from torch import nn
 
 from str_triton.nn.layers import STRLayer
+from str_triton.nn.low_rank import LowRankWeight
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)  # _NormBase: batch and instance norms
 
@@ -12,25 +13,31 @@ def parameter_groups(
     weight_decay: float,
     threshold_weight_decay: float | None = None,
     norm_weight_decay: float = 0.0,
+    spectrum_weight_decay: float | None = None,
 ) -> list[dict]:
     """The trainable parameters of a model in groups for a torch optimizer, each parameter once.
 
-    Membership follows module type, parameter identity and dimensions, never a name. Build the SparsityController, if
-    there is one, before.
+    Membership follows module type, parameter identity and dimensions, never a name. Build the controller, if there is
+    one, before.
 
     Args:
         weight_decay: for the weights, and for every parameter that is in no other group.
         threshold_weight_decay: for the raw thresholds. None: the weights' decay, as in the paper; 0 for thresholds
-            that a SparsityController holds.
+            that a controller holds.
         norm_weight_decay: for the parameters of normalization layers, and for vectors: biases and the like.
+        spectrum_weight_decay: for the spectra m of factored matrices. None: the weights' decay. The paper's way to a
+            low rank is decay on m and the raw thresholds, and no controller.
 
     Returns:
-        The non-empty groups {"params", "weight_decay", "name"}, in the order "weights", "thresholds", "norms". Two are
-        named "thresholds" if a controller holds only some of them.
+        The non-empty groups {"params", "weight_decay", "name"}, in the order "weights", "thresholds", "spectra",
+        "norms". Two are named "thresholds" if a controller holds only some of them.
     """
     special: dict[int, tuple[str, float]] = {}
     for module in model.modules():
-        if isinstance(module, STRLayer):
+        if isinstance(module, LowRankWeight) and module.m is not None:
+            decay = weight_decay if spectrum_weight_decay is None else spectrum_weight_decay
+            special[id(module.m)] = ("spectra", decay)
+        if isinstance(module, STRLayer | LowRankWeight) and module.raw_threshold is not None:
             default = 0.0 if module.controlled else weight_decay
             decay = default if threshold_weight_decay is None else threshold_weight_decay
             special[id(module.raw_threshold)] = ("thresholds", decay)
@@ -41,7 +48,7 @@ def parameter_groups(
         if parameter.requires_grad:
             default = ("norms", norm_weight_decay) if parameter.dim() < 2 else ("weights", weight_decay)
             groups.setdefault(special.get(id(parameter), default), []).append(parameter)
-    order = ["weights", "thresholds", "norms"]
+    order = ["weights", "thresholds", "spectra", "norms"]
     return [
         {"params": params, "weight_decay": decay, "name": name}
         for (name, decay), params in sorted(groups.items(), key=lambda group: order.index(group[0][0]))
