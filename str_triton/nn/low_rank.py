@@ -68,6 +68,7 @@ class LowRankWeight(nn.Module):
             raise ValueError(f"max_rank must be from 1 to {largest} for a {rows} x {columns} matrix, got {max_rank}")
         self.rows, self.columns, self.max_rank = rows, columns, max_rank
         self.g, self.gradient, self.recurrent = g, gradient, recurrent
+        self.raw_threshold_init = raw_threshold_init
         options = {"device": device, "dtype": dtype}
         self.u = nn.Parameter(torch.empty(rows, max_rank, **options))
         self.v = nn.Parameter(torch.empty(columns, max_rank, **options))
@@ -80,10 +81,14 @@ class LowRankWeight(nn.Module):
         self.reset_parameters()
 
     @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw a matrix as nn.Linear does, and hold its largest singular components."""
-        bound = self.columns**-0.5
-        self.set_weight(torch.empty(self.rows, self.columns, device=self.u.device).uniform_(-bound, bound))
+    def reset_parameters(self, weight: Tensor | None = None) -> None:
+        """Begin anew: the first threshold, and the components of a matrix; None: one drawn as in nn.Linear."""
+        if self.raw_threshold is not None:
+            self.raw_threshold.fill_(self.raw_threshold_init)
+        if weight is None:
+            bound = self.columns**-0.5
+            weight = torch.empty(self.rows, self.columns, device=self.u.device).uniform_(-bound, bound)
+        self.set_weight(weight)
 
     @torch.no_grad()
     def set_weight(self, weight: Tensor) -> None:
@@ -108,10 +113,7 @@ class LowRankWeight(nn.Module):
     def from_dense(cls, weight: Tensor, max_rank: int | None = None, **options) -> Self:
         """The max_rank largest singular components of a matrix [rows, columns]; `options` are those of the class."""
         layer = cls(*weight.shape, max_rank, device="meta", dtype=weight.dtype, **options)
-        layer = layer.to_empty(device=weight.device)
-        if layer.raw_threshold is not None:
-            nn.init.constant_(layer.raw_threshold, options.get("raw_threshold_init", RAW_THRESHOLD))
-        layer.set_weight(weight.detach())
+        layer.to_empty(device=weight.device).reset_parameters(weight.detach())
         return layer
 
     @property
@@ -130,23 +132,26 @@ class LowRankWeight(nn.Module):
         """s [max_rank], what stands between u and v; differentiable, of u's dtype."""
         if self.m is None:
             return self.u.new_ones(self.max_rank)
-        dtype = self.raw_threshold.dtype
-        norms = self._norms(self.u.to(dtype), self.v.to(dtype))
-        sizes = self.m.to(dtype) * norms
+        norms = self._norms()
+        sizes = self.m.to(norms.dtype) * norms
         return (soft_threshold(sizes, self.raw_threshold, g=self.g, gradient=self.gradient) / norms).to(self.u.dtype)
 
     @torch.no_grad()
     def singular_values(self) -> Tensor:
-        """The sizes |m_k| ||u_k|| ||v_k|| [max_rank] before the threshold, in the order of the components."""
-        norms = self._norms(self.u, self.v)
-        return norms if self.m is None else self.m.abs() * norms
+        """The sizes |m_k| ||u_k|| ||v_k|| [max_rank] before the threshold, in the order of the components.
 
-    @staticmethod
-    def _norms(u: Tensor, v: Tensor) -> Tensor:
-        # A component without a direction is none: its norm only must not divide by zero.
-        return (torch.linalg.vector_norm(u, dim=0) * torch.linalg.vector_norm(v, dim=0)).clamp_min(
-            torch.finfo(u.dtype).tiny
+        float32 (float64 if u is), as `spectrum` compares them with the threshold.
+        """
+        norms = self._norms()
+        return norms if self.m is None else self.m.to(norms.dtype).abs() * norms
+
+    def _norms(self) -> Tensor:
+        dtype = torch.promote_types(self.u.dtype, torch.float32)
+        norms = torch.linalg.vector_norm(self.u, dim=0, dtype=dtype) * torch.linalg.vector_norm(
+            self.v, dim=0, dtype=dtype
         )
+        # A component without a direction has no size, whatever its norm; the division by it must stay finite.
+        return norms.clamp_min(torch.finfo(dtype).tiny ** 0.5)
 
     def weight(self) -> Tensor:
         """The matrix [rows, columns]; differentiable."""
@@ -193,9 +198,9 @@ class LowRankWeight(nn.Module):
         compact.v = nn.Parameter(self.v[:, order].clone())
         return compact.train(self.training)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """W x over the last dimension: [..., columns] -> [..., rows]."""
-        return F.linear(F.linear(x, self.v.mT) * self.spectrum(), self.u)
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """W x + bias [rows] over the last dimension: [..., columns] -> [..., rows]."""
+        return F.linear(F.linear(x, self.v.mT), self.u * self.spectrum(), bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         return super()._apply(keep_float32(fn, self.raw_threshold), recurse)
@@ -287,8 +292,7 @@ class LowRankLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(self.weight, LowRankWeight):
-            output = self.weight(input)
-            return output if self.bias is None else output + self.bias
+            return self.weight(input, self.bias)
         return F.linear(input, self.weight, self.bias)
 
     def extra_repr(self) -> str:
