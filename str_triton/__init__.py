@@ -14,9 +14,11 @@ from str_triton.nn import (
     parameter_groups,
     sparsify,
 )
+from str_triton.ops.low_rank_gru import low_rank_gru
 from str_triton.ops.singular_value_threshold import singular_value_threshold
 from str_triton.ops.soft_threshold import soft_threshold
 from str_triton.ops.soft_threshold_many import soft_threshold_many
+from str_triton.ops.time_loop import Plan, low_rank_plan
 
 __all__ = [
     "Budget",
@@ -24,6 +26,7 @@ __all__ = [
     "LowRankLayer",
     "LowRankLinear",
     "LowRankWeight",
+    "Plan",
     "STRConv1d",
     "STRConv2d",
     "STRConv3d",
@@ -33,6 +36,8 @@ __all__ = [
     "Target",
     "count",
     "densify",
+    "low_rank_gru",
+    "low_rank_plan",
     "parameter_groups",
     "singular_value_threshold",
     "soft_threshold",

@@ -35,3 +35,63 @@ def singular_value_threshold(w: Tensor, alpha: Tensor) -> Tensor:
     """
     u, sigma, vh = torch.linalg.svd(w, full_matrices=False)
     return u @ torch.diag_embed(torch.relu(sigma - alpha)) @ vh
+
+
+def time_loop(
+    step, gates_x: Tensor, states: tuple[Tensor, ...], lengths: Tensor | None, reverse: bool
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """step(x, *states) -> states over each sequence by itself: the states' first [T, B, H], and the last states."""
+    time, batch, _ = gates_x.shape
+    outputs, finals = [], []
+    for index in range(batch):
+        length = time if lengths is None else int(lengths[index])
+        state = tuple(tensor[index] for tensor in states)
+        rows = [torch.zeros_like(state[0])] * time
+        for t in reversed(range(length)) if reverse else range(length):
+            state = step(gates_x[t, index], *state)
+            rows[t] = state[0]
+        outputs.append(torch.stack(rows))
+        finals.append(state)
+    return torch.stack(outputs, 1), tuple(torch.stack(final) for final in zip(*finals, strict=True))
+
+
+def low_rank_gru(gates_x, u, m, v, bias, h0, lengths=None, *, reverse=False) -> tuple[Tensor, Tensor]:
+    """Cho et al. 2014 as torch.nn.GRU has it, R = u diag(m) v^T (Kusupati et al. 2020, section 3.3)."""
+    recurrent = u @ torch.diag(m) @ v.T
+
+    def step(x: Tensor, h: Tensor) -> tuple[Tensor]:
+        x_r, x_z, x_n = x.chunk(3)
+        h_r, h_z, h_n = (recurrent @ h + (0 if bias is None else bias)).chunk(3)
+        r, z = torch.sigmoid(x_r + h_r), torch.sigmoid(x_z + h_z)
+        n = torch.tanh(x_n + r * h_n)
+        return ((1 - z) * n + z * h,)
+
+    outputs, (h,) = time_loop(step, gates_x, (h0,), lengths, reverse)
+    return outputs, h
+
+
+def low_rank_lstm(gates_x, u, m, v, bias, h0, c0, lengths=None, *, reverse=False) -> tuple[Tensor, tuple]:
+    """Hochreiter, Schmidhuber 1997 with the forget gate, as torch.nn.LSTM has it, R = u diag(m) v^T."""
+    recurrent = u @ torch.diag(m) @ v.T
+
+    def step(x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        i, f, g, o = (x + recurrent @ h + (0 if bias is None else bias)).chunk(4)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        return torch.sigmoid(o) * torch.tanh(c), c
+
+    return time_loop(step, gates_x, (h0, c0), lengths, reverse)
+
+
+def low_rank_fastgrnn(
+    gates_x, u, m, v, bias_gate, bias_update, zeta, nu, h0, lengths=None, *, reverse=False
+) -> tuple[Tensor, Tensor]:
+    """Kusupati et al. 2018, equations 3 to 5 (FastGRNN), R = u diag(m) v^T."""
+    recurrent = u @ torch.diag(m) @ v.T
+
+    def step(x: Tensor, h: Tensor) -> tuple[Tensor]:
+        z = torch.sigmoid(x + recurrent @ h + (0 if bias_gate is None else bias_gate))
+        candidate = torch.tanh(x + recurrent @ h + (0 if bias_update is None else bias_update))
+        return ((torch.sigmoid(zeta) * (1 - z) + torch.sigmoid(nu)) * candidate + z * h,)
+
+    outputs, (h,) = time_loop(step, gates_x, (h0,), lengths, reverse)
+    return outputs, h

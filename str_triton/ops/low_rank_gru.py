@@ -1,0 +1,253 @@
+"""The time loop of a GRU whose recurrent matrix is R = u diag(m) v^T, forward and backward in one op each.
+
+Source: Cho et al., "Learning Phrase Representations using RNN Encoder-Decoder", EMNLP 2014, in torch's variant (the
+reset gate after the product); the low-rank form: Kusupati et al., ICML 2020, section 3.3.
+Derivation of the backward: docs/derivations.md. Kernels: kernels/low_rank_gru.py.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from str_triton.ops.time_loop import Schedule, check, compute_dtype, grad_v, prepare
+
+# ---- CPU implementation -------------------------------------------------------------------------------------------
+
+
+def _forward(
+    gates_x: Tensor, w: Tensor, v: Tensor, bias: Tensor, h0: Tensor, lengths: Tensor | None, reverse: bool, save: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtype, compute = gates_x.dtype, compute_dtype(gates_x)
+    schedule = Schedule(lengths, *gates_x.shape[:2], reverse)
+    gates_x, h0 = schedule.sort(gates_x, 1).to(compute), schedule.sort(h0, 0).to(compute)
+    w, v, bias = (tensor.to(compute) for tensor in (w, v, bias))
+    hidden = len(v)
+    outputs = schedule.buffer(gates_x, hidden)
+    steps = None if save else 1
+    p, gates, n = (schedule.buffer(gates_x, width, steps) for width in (v.shape[1], 3 * hidden, hidden))
+    with torch.autocast("cpu", enabled=False):
+        _run(schedule, gates_x, w.t(), v, bias, h0, outputs, p, gates, n)
+    h = schedule.unsort(schedule.last(outputs), 0).to(dtype)
+    outputs = schedule.unsort(outputs, 1).to(dtype)
+    saved = (p, gates, n) if save else (p.new_empty(0), p.new_empty(0), p.new_empty(0))
+    return outputs, h, *(tensor.to(dtype) for tensor in saved)
+
+
+def _run(
+    schedule: Schedule, gates_x: Tensor, w_t: Tensor, v: Tensor, bias: Tensor, h0: Tensor,
+    outputs: Tensor, p: Tensor, gates: Tensor, n: Tensor,
+) -> None:  # fmt: skip
+    """The loop itself. gates becomes (r | z | hidden_n), hidden_n = R_n h + bias_n."""
+    hidden = len(v)
+    rz, r, z, hidden_n = (gates[..., a * hidden : b * hidden] for a, b in ((0, 2), (0, 1), (1, 2), (2, 3)))
+    xs = schedule.rows(gates_x[..., : 2 * hidden]), schedule.rows(gates_x[..., 2 * hidden :])
+    buffers = (schedule.rows(buffer) for buffer in (p, gates, rz, r, z, hidden_n, n, outputs))
+    steps = list(zip(*xs, *buffers, strict=True))
+    states = [step[-1] for step in steps]
+    for time in schedule.times:
+        x_rz, x_n, p_t, gates_t, rz_t, r_t, z_t, hidden_t, n_t, state = steps[time]
+        previous = schedule.previous(states, h0, time)
+        torch.mm(previous, v, out=p_t)
+        torch.addmm(bias, p_t, w_t, out=gates_t)
+        rz_t.add_(x_rz).sigmoid_()
+        torch.addcmul(x_n, r_t, hidden_t, out=n_t).tanh_()
+        torch.lerp(n_t, previous, z_t, out=state)
+
+
+def _backward(
+    grad_outputs: Tensor, grad_h: Tensor, outputs: Tensor, p: Tensor, gates: Tensor, n: Tensor,
+    w: Tensor, v: Tensor, h0: Tensor, lengths: Tensor | None, reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dtype, compute = outputs.dtype, compute_dtype(outputs)
+    schedule = Schedule(lengths, *outputs.shape[:2], reverse)
+    grad_outputs, outputs = (schedule.sort(tensor, 1).to(compute) for tensor in (grad_outputs, outputs))
+    grad_h, h0 = (schedule.sort(tensor, 0).to(compute) for tensor in (grad_h, h0))
+    p, gates, n, w, v = (tensor.to(compute) for tensor in (p, gates, n, w, v))
+    with torch.autocast("cpu", enabled=False):
+        grads = _run_backward(schedule, grad_outputs, grad_h, outputs, p, gates, n, w, v, h0)
+    grad_x, *others, grad_h0 = grads
+    grad_x, grad_h0 = schedule.unsort(grad_x, 1), schedule.unsort(grad_h0, 0)
+    return tuple(grad.to(dtype) for grad in (grad_x, *others, grad_h0))
+
+
+def _run_backward(
+    schedule: Schedule, grad_outputs: Tensor, grad_h: Tensor, outputs: Tensor, p: Tensor, gates: Tensor, n: Tensor,
+    w: Tensor, v: Tensor, h0: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Chunks of time: coefficients of dh for all steps of the chunk, the loop over them, and what needs no loop."""
+    hidden = len(v)
+    grad_x, grad_p = schedule.buffer(gates, 3 * hidden), schedule.buffer(p, v.shape[1])
+    grad_w, grad_bias, dh, v_t = torch.zeros_like(w), w.new_zeros(len(w)), grad_h.clone(), v.t()
+    size = schedule.chunk(hidden)
+    coefficients, a_n, dhs = (schedule.buffer(h0, width, size) for width in (3 * hidden, hidden, hidden))
+    z = gates[..., hidden : 2 * hidden]
+    rows = (grad_outputs, grad_x.unflatten(2, (3, hidden)), grad_x, grad_p, z)
+    steps = list(zip(*(schedule.rows(tensor) for tensor in rows), strict=True))
+    by_gate = coefficients.unflatten(2, (3, hidden))
+    for begin, end in schedule.chunks(hidden):
+        span = slice(0, end - begin)
+        if schedule.counts is not None:
+            dhs.zero_()  # of the chunk before, where no sequence runs in this one
+        previous = schedule.previous_chunk(outputs, h0, begin, end)
+        _coefficients(coefficients[span], a_n[span], gates[begin:end], n[begin:end], previous)
+        for time in schedule.backward_times(begin, end):
+            grad, grad_gates, grad_flat, grad_p_t, z_t = steps[time]
+            count = len(grad)
+            k, running = time - begin, dh[:count]
+            dh_t = torch.add(running, grad, out=dhs[k, :count])
+            torch.mul(by_gate[k, :count], dh_t.unsqueeze(1), out=grad_gates)
+            torch.mm(grad_flat, w, out=grad_p_t)
+            torch.mul(dh_t, z_t, out=running).addmm_(grad_p_t, v_t)
+        flat = grad_x[begin:end].flatten(0, 1)
+        grad_w.addmm_(flat.t(), p[begin:end].flatten(0, 1))
+        grad_bias += flat.sum(0)
+        torch.mul(dhs[span], a_n[span], out=grad_x[begin:end, :, 2 * hidden :])
+    return grad_x, grad_w, grad_v(outputs, h0, grad_p, schedule.lengths, schedule.reverse), grad_bias, dh
+
+
+def _coefficients(out: Tensor, a_n: Tensor, gates: Tensor, n: Tensor, previous: Tensor) -> None:
+    """What dh is multiplied by: `out` for the gradients of R h + bias (r | z | n), `a_n` for that of gates_x's n.
+
+    a_n = (1 - z)(1 - n^2)        out = a_n hidden_n r (1 - r)  |  (h_prev - n) z (1 - z)  |  a_n r
+    """
+    r, z, hidden_n = gates.chunk(3, 2)
+    out_r, out_z, out_n = out.chunk(3, 2)
+    torch.sub(torch.ones((), dtype=z.dtype), z, out=a_n)
+    torch.ops.aten.tanh_backward.grad_input(a_n, n, grad_input=a_n)
+    torch.mul(a_n, hidden_n, out=out_r)
+    torch.ops.aten.sigmoid_backward.grad_input(out_r, r, grad_input=out_r)
+    torch.sub(previous, n, out=out_z)
+    torch.ops.aten.sigmoid_backward.grad_input(out_z, z, grad_input=out_z)
+    torch.mul(a_n, r, out=out_n)
+
+
+# ---- Triton implementation ----------------------------------------------------------------------------------------
+
+
+def _forward_triton(*arguments: Tensor | bool | None) -> tuple[Tensor, ...]:
+    from str_triton.ops.low_rank_triton import gru_forward
+
+    return gru_forward(*arguments)
+
+
+def _backward_triton(*arguments: Tensor | bool | None) -> tuple[Tensor, ...]:
+    from str_triton.ops.low_rank_triton import gru_backward
+
+    return gru_backward(*arguments)
+
+
+# ---- registration -------------------------------------------------------------------------------------------------
+
+_LIBRARY = torch.library.Library("str_triton", "FRAGMENT")
+_LIBRARY.define(
+    "low_rank_gru(Tensor gates_x, Tensor w, Tensor v, Tensor bias, Tensor h0, Tensor? lengths, bool reverse, bool save)"
+    " -> (Tensor outputs, Tensor h, Tensor p, Tensor gates, Tensor n)"
+)
+_LIBRARY.define(
+    "low_rank_gru_backward(Tensor grad_outputs, Tensor grad_h, Tensor outputs, Tensor p, Tensor gates, Tensor n, "
+    "Tensor w, Tensor v, Tensor h0, Tensor? lengths, bool reverse)"
+    " -> (Tensor grad_gates_x, Tensor grad_w, Tensor grad_v, Tensor grad_bias, Tensor grad_h0)"
+)
+_LIBRARY.impl("low_rank_gru", _forward, "CPU")
+_LIBRARY.impl("low_rank_gru", _forward_triton, "CUDA")
+_LIBRARY.impl("low_rank_gru_backward", _backward, "CPU")
+_LIBRARY.impl("low_rank_gru_backward", _backward_triton, "CUDA")
+
+
+@torch.library.register_fake("str_triton::low_rank_gru")
+def _(gates_x, w, v, bias, h0, lengths, reverse, save):
+    steps, batch, _ = gates_x.shape
+    hidden, rank = v.shape
+    widths = (rank, 3 * hidden, hidden)
+    saved = [gates_x.new_empty((steps, batch, width) if save else 0) for width in widths]
+    return gates_x.new_empty(steps, batch, hidden), gates_x.new_empty(batch, hidden), *saved
+
+
+@torch.library.register_fake("str_triton::low_rank_gru_backward")
+def _(grad_outputs, grad_h, outputs, p, gates, n, w, v, h0, lengths, reverse):
+    new = outputs.new_empty
+    return new(gates.shape), new(w.shape), new(v.shape), new(len(w)), new(h0.shape)
+
+
+# ---- autograd -----------------------------------------------------------------------------------------------------
+
+
+class _LowRankGRU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gates_x, w, v, bias, h0, lengths, reverse):
+        outputs, h, p, gates, n = torch.ops.str_triton.low_rank_gru(gates_x, w, v, bias, h0, lengths, reverse, True)
+        ctx.save_for_backward(outputs, p, gates, n, w, v, h0, lengths)
+        ctx.reverse = reverse
+        return outputs, h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_outputs, grad_h):
+        grads = torch.ops.str_triton.low_rank_gru_backward(
+            grad_outputs.contiguous(), grad_h.contiguous(), *ctx.saved_tensors, ctx.reverse
+        )
+        return *grads, None, None
+
+
+# ---- public function ----------------------------------------------------------------------------------------------
+
+
+def low_rank_gru(
+    gates_x: Tensor,
+    u: Tensor,
+    m: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    h0: Tensor,
+    lengths: Tensor | None = None,
+    *,
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """A GRU over all time steps, its recurrent matrix R = u diag(m) v^T applied as u (m (v^T h)).
+
+    With gates_x_t = (x_r | x_z | x_n), R h + bias = (R_r h + b_r | R_z h + b_z | R_n h + b_n), h from the step before:
+
+        r = sigmoid(x_r + R_r h + b_r)
+        z = sigmoid(x_z + R_z h + b_z)
+        n = tanh(x_n + r (R_n h + b_n))
+        h' = (1 - z) n + z h
+
+    which are torch.nn.GRU's equations, gates in its order (r, z, n). Arithmetic is float64 if gates_x is, else
+    float32, under autocast too; on a GPU float32 products run in TF32 if `torch.backends.cuda.matmul.fp32_precision` is
+    "tf32". NaN at a step makes its sequence NaN from there on. The same inputs give the same bits.
+
+    Args:
+        gates_x: [T, B, 3 H], the input's part of the gates at all steps, torch's input bias b_ih included. float16,
+            bfloat16, float32 or float64. T is at least 1.
+        u: [3 H, r], rows in the order of the gates.
+        m: [r], the spectrum as it applies: already thresholded.
+        v: [H, r].
+        bias: [3 H], torch's recurrent bias b_hh; None for none.
+        h0: [B, H], the state before each sequence's first step, in gates_x's dtype.
+        lengths: int64 [B], each sequence's number of steps, 1 to T, in any order, on the CPU or gates_x's device;
+            None if all are T. What lies behind a sequence's end is not read.
+        reverse: run from each sequence's last step to its first. Outputs stay at their own time index.
+
+    u, m, v and bias may have other dtypes of these four; u m, v and bias are rounded to gates_x's.
+
+    Returns:
+        outputs [T, B, H], the state after every step, 0 behind a sequence's end, and h [B, H], the state after each
+        sequence's last processed step. Differentiable once with respect to every tensor but lengths.
+
+    Raises:
+        TypeError: an argument that is no tensor of one of these dtypes; h0 of another dtype than gates_x; lengths of
+            another dtype than int64.
+        ValueError: shapes that do not fit one another, no time step, tensors on different devices, lengths outside 1
+            to T (checked where that does not wait for a GPU).
+
+    Source: Cho et al., EMNLP 2014 (arXiv 1406.1078), in torch's variant; Kusupati et al., ICML 2020 (arXiv
+    2002.03231), section 3.3.
+    """
+    check(gates_x, {"u": u, "m": m, "v": v}, {"bias": bias}, {"h0": h0}, lengths, gates=3)
+    gates_x, w, v = prepare(gates_x, u, m, v)
+    bias = gates_x.new_zeros(len(w)) if bias is None else bias.to(gates_x.dtype).contiguous()
+    arguments = gates_x, w, v, bias, h0.contiguous(), lengths, reverse
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in arguments[:5]):
+        return _LowRankGRU.apply(*arguments)
+    outputs, h, *_ = torch.ops.str_triton.low_rank_gru(*arguments, False)
+    return outputs, h
