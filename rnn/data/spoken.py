@@ -2,13 +2,13 @@
 
 import csv
 import hashlib
-import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +17,9 @@ import torch
 
 from rnn.data import espeak_worker
 from rnn.data.audio import RATE, resample, to_int16, write_wav
+from rnn.data.clip_store import cache_root
 from rnn.data.common import Data
+from rnn.data.speech_commands import load_speech_commands
 from rnn.data.waiting import watched
 
 CLIPS_PER_WORD = 300
@@ -90,10 +92,6 @@ def load_spoken(
 
     `noise`: standard deviation of noise on the standardised features of training batches.
     """
-    from dataclasses import replace
-
-    from rnn.data.speech_commands import load_speech_commands
-
     folder = make_spoken(words, seed=seed, cache_dir=cache_dir, clips_per_word=clips_per_word)
     options = {"noise": noise, "device": device, "cache_dir": cache_dir}
     data = load_speech_commands(str(folder), words=("all",), seed=seed, **options)
@@ -138,13 +136,6 @@ def make_spoken(
     finally:
         shutil.rmtree(making, ignore_errors=True)
     return folder
-
-
-def cache_root(cache_dir: str | None) -> Path:
-    """The folder for what is computed once: `cache_dir`, or str-triton in the user's cache folder."""
-    if cache_dir is not None:
-        return Path(cache_dir)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "str-triton"
 
 
 def _checked(words: tuple[str, ...], clips_per_word: int) -> tuple[str, ...]:
