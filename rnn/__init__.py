@@ -1,1 +1,5 @@
-"""Recurrent networks that learn their rank (planned: GRU, LSTM and FastGRNN; see CHANGELOG.md)."""
+"""Recurrent networks that learn their rank."""
+
+from rnn.layers import LowRankGRU
+
+__all__ = ["LowRankGRU"]

@@ -1,0 +1,47 @@
+"""LowRankGRU: torch's recurrent layers with matrices whose rank is learned."""
+
+from torch import Tensor, nn
+
+from rnn.low_rank_rnn import LowRankRNN
+from str_triton import low_rank_gru
+
+
+class LowRankGRU(LowRankRNN):
+    """nn.GRU whose matrices are in factors, with a learned rank; the same arguments, inputs, outputs and messages.
+
+        r = sigmoid(x_r + R_r h + b_r)    z = sigmoid(x_z + R_z h + b_z)    n = tanh(x_n + r (R_n h + b_n))
+        h' = (1 - z) n + z h              x = W x_t + b_ih,  b = b_hh,  W and R each u diag(S(m)) v^T over all gates
+
+    Right after construction with the same seed it computes the same function as nn.GRU, at full rank.
+
+    Args:
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional: as in nn.GRU.
+        max_rank: components of each recurrent matrix; None: hidden_size.
+        input_max_rank: components of each input matrix, at most its smaller side; None: all.
+        factorize: "both" matrices, the "recurrent" ones, or "none".
+        ranks: the compact form instead, without thresholds: {"weight_hh_l0": 5, ...}; a matrix not named is dense.
+        g, gradient, raw_threshold_init: those of `LowRankWeight`.
+
+    Attributes:
+        weight_ih_l0, weight_hh_l0, weight_ih_l0_reverse, ...: LowRankWeight [3 * hidden_size, ...], or Parameter.
+        bias_ih_l0, bias_hh_l0, ...: Parameter [3 * hidden_size].
+
+    Inputs and outputs, as in nn.GRU: input [T, B, input_size], [B, T, input_size] with batch_first, [T, input_size], or
+    a PackedSequence; hx [num_layers * directions, B, hidden_size] or None. Returns output [T, B, directions *
+    hidden_size] in the input's form, and h of hx's shape.
+
+    Raises:
+        ValueError, RuntimeError, TypeError: as nn.GRU, with its messages; ranks out of range.
+    """
+
+    cell = "gru"
+    gates = 3
+    torch_class = nn.GRU
+
+    def _loop(
+        self, suffix: str, gates_x: Tensor, states: list[Tensor], lengths: Tensor | None, *, reverse: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        u, m, v = self._recurrent_factors(suffix)
+        bias = getattr(self, f"bias_hh_{suffix}", None)
+        outputs, h = low_rank_gru(gates_x, u, m, v, bias, *states, lengths, reverse=reverse)
+        return outputs, (h,)

@@ -1,0 +1,155 @@
+"""The forward of the recurrent layers: inputs as torch takes them, each layer by the op or by torch's own kernel."""
+
+from abc import abstractmethod
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from rnn.arguments import Packing, checked_input, checked_states
+from rnn.matrices import LowRankMatrices
+from str_triton import LowRankWeight, low_rank_plan
+
+
+class LowRankRNN(LowRankMatrices):
+    """Base of the layers; a subclass names its cell and runs one layer in one direction (`_loop`)."""
+
+    cell: ClassVar[str]  # As `low_rank_plan` names it; torch._VF's function too.
+    states: ClassVar[int] = 1  # h, or h and c.
+
+    @abstractmethod
+    def _loop(
+        self, suffix: str, gates_x: Tensor, states: list[Tensor], lengths: Tensor | None, *, reverse: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The cell's op over gates_x [T, B, gates * hidden_size]: outputs, and the last states [B, hidden_size]."""
+
+    def flatten_parameters(self) -> None:
+        """Nothing; torch's layers arrange their parameters for cuDNN here."""
+
+    def forward(
+        self, input: Tensor | PackedSequence, hx: Tensor | tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor | PackedSequence, Tensor | tuple[Tensor, Tensor]]:
+        """As torch's layer: (output, h), or (output, (h, c)) of an LSTM; see the class."""
+        x, batch_sizes = (input.data, input.batch_sizes) if isinstance(input, PackedSequence) else (input, None)
+        checked_input(self, x, self._dtype, packed=batch_sizes is not None)
+        unbatched = batch_sizes is None and x.dim() == 2
+        if unbatched:
+            x = x.unsqueeze(1)
+        elif batch_sizes is None and self.batch_first:
+            x = x.transpose(0, 1)
+        batch = x.shape[1] if batch_sizes is None else int(batch_sizes[0])
+        states = self._initial_states(hx, x, batch, unbatched=unbatched, packed=batch_sizes is not None)
+        if batch_sizes is None:
+            output, states = self._layers(x, states, None)
+            if unbatched:
+                output, states = output.squeeze(1), tuple(state.squeeze(1) for state in states)
+            elif self.batch_first:
+                output = output.transpose(0, 1)
+        else:
+            # The steps of a packed input are sorted by length; its states are not.
+            packing = Packing.of(input)
+            if input.sorted_indices is not None:
+                states = tuple(state.index_select(1, input.sorted_indices) for state in states)
+            output, states = self._layers(x, states, packing)
+            output = PackedSequence(packing.packed(output), batch_sizes, input.sorted_indices, input.unsorted_indices)
+            if input.unsorted_indices is not None:
+                states = tuple(state.index_select(1, input.unsorted_indices) for state in states)
+        return output, states if len(states) > 1 else states[0]
+
+    def _initial_states(
+        self, hx: Tensor | tuple[Tensor, ...] | None, x: Tensor, batch: int, *, unbatched: bool, packed: bool
+    ) -> tuple[Tensor, ...]:
+        """Each state as [num_layers * directions, B, hidden_size], zeros by default."""
+        shape = self.num_layers * (1 + self.bidirectional), batch, self.hidden_size
+        if hx is None:
+            return tuple(x.new_zeros(shape) for _ in range(self.states))
+        states = (hx,) if isinstance(hx, Tensor) else tuple(hx)
+        return checked_states(states, shape, unbatched=unbatched, packed=packed)
+
+    def _layers(
+        self, x: Tensor, states: tuple[Tensor, ...], packing: Packing | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """All layers, over steps in time order [T, B, input] (or packed, [sum of lengths, input])."""
+        directions = 1 + self.bidirectional
+        finals = []
+        for layer in range(self.num_layers):
+            own = tuple(state[layer * directions : (layer + 1) * directions] for state in states)
+            run = self._dense_layer if self._runs_dense(layer, x, own[0].shape[1]) else self._low_rank_layer
+            x, final = run(layer, x, own, packing)
+            finals.append(final)
+            if self.dropout and self.training and layer + 1 < self.num_layers:
+                x = F.dropout(x, self.dropout)
+        return x, tuple(torch.cat(parts) for parts in zip(*finals, strict=True))
+
+    def _runs_dense(self, layer: int, x: Tensor, batch: int) -> bool:
+        """Whether torch's own kernel, with the products formed once, runs this layer faster than the op."""
+        if not self.has_dense or torch.compiler.is_compiling():
+            return False
+        matrices = [getattr(self, f"weight_hh_{suffix}") for suffix in self._suffixes(layer)]
+        if not all(isinstance(matrix, LowRankWeight) for matrix in matrices):
+            return True
+        device = x.device.type
+        plan = low_rank_plan(
+            self.cell,
+            self.hidden_size,
+            max(matrix.max_rank for matrix in matrices),
+            batch,
+            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype,
+            shared_memory=(
+                torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin if x.is_cuda else None
+            ),
+            training=torch.is_grad_enabled(),
+        )
+        return plan.kind == "dense"
+
+    def _low_rank_layer(
+        self, layer: int, x: Tensor, states: tuple[Tensor, ...], packing: Packing | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """One layer by the op: x and outputs [T, B, ...], states [directions, B, hidden_size]."""
+        lengths = None
+        if packing is not None:
+            x, lengths = packing.padded(x), packing.lengths_on_device
+        outputs, finals = [], []
+        for direction, suffix in enumerate(self._suffixes(layer)):
+            gates_x = self._project(suffix, x)
+            own = [state[direction].to(gates_x.dtype) for state in states]
+            output, final = self._loop(suffix, gates_x, own, lengths, reverse=direction == 1)
+            outputs.append(output)
+            finals.append(final)
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        return output, tuple(torch.stack(parts) for parts in zip(*finals, strict=True))
+
+    def _project(self, suffix: str, x: Tensor) -> Tensor:
+        """The part of the gates that the input gives: [T, B, gates * hidden_size]."""
+        weight, bias = getattr(self, f"weight_ih_{suffix}"), getattr(self, f"bias_ih_{suffix}", None)
+        return weight(x, bias) if isinstance(weight, LowRankWeight) else F.linear(x, weight, bias)
+
+    def _recurrent_factors(self, suffix: str) -> tuple[Tensor, Tensor, Tensor]:
+        """u, m and v of the recurrent matrix for the op; one that is dense stands in u beside the identity."""
+        weight = getattr(self, f"weight_hh_{suffix}")
+        if isinstance(weight, LowRankWeight):
+            return weight.u, weight.spectrum(), weight.v
+        size = weight.shape[1]
+        return weight, weight.new_ones(size), torch.eye(size, dtype=weight.dtype, device=weight.device)
+
+    def _dense_layer(
+        self, layer: int, x: Tensor, states: tuple[Tensor, ...], packing: Packing | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """One layer by torch's own kernel: x and output [T, B, ...] or packed, states [directions, B, hidden_size]."""
+        weights = []
+        for suffix in self._suffixes(layer):
+            for name in ("weight_ih", "weight_hh", *(self.biases if self.bias else ())):
+                own = getattr(self, f"{name}_{suffix}")
+                # Autocast casts what enters the kernel; the products must be like the biases until then.
+                with torch.autocast(x.device.type, enabled=False):
+                    weights.append(own.weight() if isinstance(own, LowRankWeight) else own)
+        run = getattr(torch._VF, self.cell)
+        hx = states if len(states) > 1 else states[0]
+        options = self.bias, 1, 0.0, self.training, self.bidirectional
+        if packing is None:
+            output, *final = run(x, hx, weights, *options, False)
+        else:
+            output, *final = run(packing.packed(x), packing.batch_sizes, hx, weights, *options)
+        return output, tuple(final)
