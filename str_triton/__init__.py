@@ -1,6 +1,17 @@
 """Soft threshold reparameterization: networks that become sparse or low-rank while they train."""
 
-from str_triton.budget import Budget, LayerBudget, SparsityController, Target, count
+from str_triton.budget import (
+    Budget,
+    LayerBudget,
+    MatrixBudget,
+    RankBudget,
+    RankController,
+    RankTarget,
+    SparsityController,
+    Target,
+    count,
+    count_ranks,
+)
 from str_triton.nn import (
     LowRankLayer,
     LowRankLinear,
@@ -14,7 +25,9 @@ from str_triton.nn import (
     parameter_groups,
     sparsify,
 )
+from str_triton.ops.low_rank_fastgrnn import low_rank_fastgrnn
 from str_triton.ops.low_rank_gru import low_rank_gru
+from str_triton.ops.low_rank_lstm import low_rank_lstm
 from str_triton.ops.singular_value_threshold import singular_value_threshold
 from str_triton.ops.soft_threshold import soft_threshold
 from str_triton.ops.soft_threshold_many import soft_threshold_many
@@ -26,7 +39,11 @@ __all__ = [
     "LowRankLayer",
     "LowRankLinear",
     "LowRankWeight",
+    "MatrixBudget",
     "Plan",
+    "RankBudget",
+    "RankController",
+    "RankTarget",
     "STRConv1d",
     "STRConv2d",
     "STRConv3d",
@@ -35,8 +52,11 @@ __all__ = [
     "SparsityController",
     "Target",
     "count",
+    "count_ranks",
     "densify",
+    "low_rank_fastgrnn",
     "low_rank_gru",
+    "low_rank_lstm",
     "low_rank_plan",
     "parameter_groups",
     "singular_value_threshold",

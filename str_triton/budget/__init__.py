@@ -3,6 +3,19 @@
 from str_triton.budget.budget import Budget, LayerBudget
 from str_triton.budget.controller import SparsityController
 from str_triton.budget.count import count
-from str_triton.budget.target import Target
+from str_triton.budget.rank_budget import MatrixBudget, RankBudget, count_ranks
+from str_triton.budget.rank_controller import RankController
+from str_triton.budget.target import RankTarget, Target
 
-__all__ = ["Budget", "LayerBudget", "SparsityController", "Target", "count"]
+__all__ = [
+    "Budget",
+    "LayerBudget",
+    "MatrixBudget",
+    "RankBudget",
+    "RankController",
+    "RankTarget",
+    "SparsityController",
+    "Target",
+    "count",
+    "count_ranks",
+]

@@ -1,0 +1,177 @@
+"""Meets a named rank, size or cost per time step exactly: one offset common to the raw thresholds of factored matrices.
+
+A component of size a (its singular value) in a matrix whose raw threshold is r is cut from the offset g^-1(a) - r on.
+What its cut saves follows from its place in its matrix's order, since the smaller ones go before it. So one sort of
+the offsets of all matrices, and a running sum of what they save, give the cost of every possible cut, on the device.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from str_triton.budget.offset_controller import OffsetController
+from str_triton.budget.rank_budget import factored_matrices, other_costs
+from str_triton.budget.target import RankTarget
+from str_triton.nn import LowRankWeight
+
+# Offsets nearer than this many units of rounding count as equal: some ten roundings lie between an offset and the cut.
+TIE = 8
+
+
+class RankController(OffsetController):
+    """Drives the thresholds of a model's `LowRankWeight`s to an exact budget.
+
+        controller = RankController(model, RankTarget(compression=4))
+        for i in range(steps):
+            ...                             # forward, backward
+            optimizer.step()
+            controller.step((i + 1) / steps)
+
+    The solve runs every `interval` steps and at progress 1, without host synchronization. In between the survivors
+    drift a little: evaluate, and write checkpoints, inside `with controller.exact()`, or after `solve()`.
+
+    After a solve the model is the largest one, of those that one common offset gives, which does not cost more than
+    the schedule says. The largest component of a matrix survives in any case. Components whose offsets are the same up
+    to rounding, as those of an orthogonal matrix, cannot be cut one by one: `solve` scales their m apart, each by a few
+    times the rounding error. Where that is too little (m in 16 bits) or not allowed (`exact`), they go together, the
+    largest ones of a matrix not at all.
+
+    Args:
+        model: holds matrices in factors, on the device where it will train. Those without a threshold (compact) have a
+            fixed cost, and one that several modules share counts once.
+        target: what to reach, at most. Matrices count as compact, dense ones where the factors are no smaller. A target
+            in recurrent FLOPs controls the recurrent matrices, and the thresholds of the others stay where they are.
+        schedule: "cubic" (fast first), "linear" or "constant" from progress `begin` to `end`, in the target's unit and
+            beginning at the cost of all components; before, all survive, and after, the target holds.
+        distribution: "fixed": the thresholds keep the ratios (g = "exp") that they have now, and need no gradients.
+            "learned": the optimizer moves them, slowly and within bounds, in the first third of training.
+        interval: steps between solves.
+
+    With g = "sigmoid", whose thresholds stay below 1, components of size 1 and more are never cut.
+
+    Raises:
+        ValueError: a model without thresholded matrices (recurrent ones for such a target), a target above the cost of
+            all components or below that of one per matrix, a raw threshold for several matrices, or arguments out of
+            range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target: RankTarget,
+        *,
+        schedule: str = "cubic",
+        begin: float = 0.0,
+        end: float = 0.7,
+        distribution: str = "fixed",
+        interval: int = 20,
+    ) -> None:
+        super().__init__(schedule=schedule, begin=begin, end=end, distribution=distribution, interval=interval)
+        self.target = target
+        thresholded = [matrix for matrix in factored_matrices(model).values() if matrix.raw_threshold is not None]
+        self._matrices = [matrix for matrix in thresholded if target.recurrent_flops is None or matrix.recurrent]
+        if not self._matrices:
+            kind = "low-rank matrix" if target.recurrent_flops is None else "recurrent low-rank matrix"
+            raise ValueError(f"the model has no {kind} with a threshold for {target}")
+        if len({id(matrix.raw_threshold) for matrix in self._matrices}) < len(self._matrices):
+            raise ValueError(
+                "one raw threshold for several matrices cannot keep a component in each: give each its own"
+            )
+        self._full = sum(self._cost(matrix, matrix.max_rank) for matrix in self._matrices)
+        self._keep = self._final_cost(model)
+        savings = [
+            self._cost(matrix, rank) - self._cost(matrix, rank - 1)
+            for matrix in self._matrices
+            for rank in range(matrix.max_rank, 0, -1)
+        ]
+        self._savings = torch.tensor(savings, device=self._matrices[0].raw_threshold.device)
+        for matrix in thresholded:
+            matrix.raw_threshold.requires_grad_(False)
+        self._take((matrix.raw_threshold for matrix in self._matrices), self._matrices)
+
+    def _cost(self, matrix: LowRankWeight, rank: int) -> int:
+        return rank if self.target.total_rank is not None else matrix.compact_cost(rank)
+
+    def _final_cost(self, model: nn.Module) -> int:
+        """What the controlled matrices may cost at the end."""
+        matrices = list(factored_matrices(model).values())
+        controlled = set(map(id, self._matrices))
+        others, other_recurrent = other_costs(model)
+        ((name, value),) = ((name, value) for name, value in vars(self.target).items() if value is not None)
+        if name == "recurrent_flops":
+            matrices, fixed = [matrix for matrix in matrices if matrix.recurrent], other_recurrent
+        else:
+            fixed = 0 if name == "total_rank" else others
+        fixed += sum(self._cost(matrix, matrix.max_rank) for matrix in matrices if id(matrix) not in controlled)
+        least = fixed + sum(self._cost(matrix, 1) for matrix in self._matrices)
+        largest = fixed + self._full
+        if name == "compression":
+            dense = others + sum(matrix.rows * matrix.columns for matrix in matrices)
+            final = math.floor(dense / value * (1 + 1e-12))  # RankBudget.compression gives back its own parameters.
+            bounds = f"{math.ceil(dense / largest * 1e4) / 1e4} to {math.floor(dense / least * 1e4) / 1e4}"
+        else:
+            final, bounds = math.floor(value), f"{least} to {largest}"
+        if not least <= final <= largest:
+            problem = "above the maximum" if final > largest else "below one component per matrix"
+            raise ValueError(f"rank target {problem}: {name}={value}, possible are {bounds}")
+        return final - fixed
+
+    @torch.no_grad()
+    def solve(self) -> None:
+        """Move all raw thresholds by one offset so that the model costs what the schedule says now."""
+        self._separate()
+        super().solve()
+
+    def _cut(self) -> tuple[Tensor, Tensor, list[Tensor]]:
+        critical, tie = self._critical_offsets()
+        values, caps = zip(*(_keep_largest(offsets.sort().values, tie) for offsets in critical), strict=True)
+        ordered, order = torch.cat(values).sort(stable=True)
+        infinity = ordered.new_full((1,), torch.inf)
+        # At place n the first n are cut, which lie up to below[n], and the others, from above[n] on, are kept.
+        below, above = torch.cat([-infinity, ordered]), torch.cat([ordered, infinity])
+        saved = torch.cat([self._savings.new_zeros(1), self._savings[order].cumsum(0)])
+        enough = self._full - saved <= self._budget_now()
+        places = torch.arange(len(below), device=below.device)
+        place = torch.where(enough & (above - below > tie), places, places[-1:]).amin()
+        place = place.minimum((ordered < torch.inf).sum()).reshape(1)  # All that can be cut, where that is too little.
+        return below.gather(0, place).squeeze(0), above.gather(0, place).squeeze(0), list(caps)
+
+    def _critical_offsets(self) -> tuple[list[Tensor], Tensor]:
+        """The offset from which each component is cut, per matrix; and up to which distance two count as equal."""
+        critical = [
+            matrix.pruning_offsets() - held_back
+            for matrix, held_back in zip(self._matrices, self._held_back, strict=True)
+        ]
+        finite = torch.cat([*critical, *(raw.detach() for raw in self._raws)]).nan_to_num(0.0, 0.0, 0.0)
+        rounding = max(torch.finfo(raw.dtype).eps for raw in self._raws)
+        return critical, TIE * rounding * finite.abs().amax().clamp(min=1)
+
+    def _separate(self) -> None:
+        """Scale the m of components apart that no threshold tells apart, where there are any."""
+        critical, tie = self._critical_offsets()
+        ordered, order = torch.cat(critical).sort(stable=True)
+        steps = 2 * tie * torch.arange(len(ordered), device=ordered.device)
+        moves = (ordered - steps).cummax(0).values + steps - ordered
+        moves = torch.where((ordered.diff() <= tie).any() & (moves > tie / 4), moves, 0)
+        moves = torch.empty_like(moves).scatter_(0, order, moves)
+        for matrix, move in zip(
+            self._matrices, moves.split([matrix.max_rank for matrix in self._matrices]), strict=True
+        ):
+            matrix.m.mul_(move.exp())
+
+    def _budget_now(self) -> Tensor:
+        """What the controlled matrices may cost now; int64 on their device."""
+        keep = self._full - round(self._done() * (self._full - self._keep))
+        return torch.full((), keep, device=self._savings.device)
+
+
+def _keep_largest(offsets: Tensor, tie: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix's sorted offsets, inf for the largest and those equal to it; and the offset that keeps these."""
+    largest = offsets[-1]
+    kept = offsets > largest - tie
+    kept[-1:].fill_(True)  # The comparison of infinities is false.
+    lowest = torch.where(kept, offsets, torch.inf).amin()
+    below = torch.where(kept, -torch.inf, offsets).amax()
+    cap = torch.where(below.isinf(), lowest - 1, (lowest + below) / 2)
+    return torch.where(kept, torch.inf, offsets), torch.where(largest.isinf(), torch.inf, cap)
