@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
@@ -61,7 +61,7 @@ class Loop(ABC):
     network: nn.Module
     optimizer: AcceleratedOptimizer
     controller: Controller | None
-    max_norm: ClassVar[float | None] = None
+    max_norm: float | None = None
 
     @abstractmethod
     def batches(self, epoch: int, start: int) -> Iterator[Any]:

@@ -57,7 +57,7 @@ def progress_picture(epochs: Sequence[Record]) -> str:
         values = [100 * record["sparsity"] for record in epochs]
         sparsity.plot(numbers, values, color=ORANGE, marker=marker, markersize=4)
         sparsity.set(title="Sparsity (% of the weights that are zero)", xlabel="epoch", ylim=(-2, 102))
-        return _svg(figure)
+        return svg(figure)
 
 
 def sparsity_picture(budget: Budget) -> str:
@@ -70,7 +70,7 @@ def sparsity_picture(budget: Budget) -> str:
             axes.annotate(f"{100 * row.sparsity:.1f}", (101, index), (0, 0), **_BESIDE)
         axes.axvline(100 * budget.sparsity, color=ORANGE, linestyle="--", linewidth=1.4)
         axes.set(xlabel=f"sparsity (%); dashed: the network, {100 * budget.sparsity:.2f}", xlim=(0, 106))
-        return _svg(figure)
+        return svg(figure)
 
 
 def threshold_picture(epochs: Sequence[Record], budget: Budget) -> str | None:
@@ -96,7 +96,7 @@ def threshold_picture(epochs: Sequence[Record], budget: Budget) -> str | None:
         else:
             axes.set_title("dark: first layers, bright: last layers")
         axes.set(xlabel="epoch", ylabel="threshold", ylim=(0, None))
-        return _svg(figure)
+        return svg(figure)
 
 
 def flops_picture(budget: Budget) -> str:
@@ -114,7 +114,7 @@ def flops_picture(budget: Budget) -> str:
         axes.set(xlabel="multiply-adds for one input", xlim=(0, 1.12 * max(row.dense_flops for row in rows)))
         axes.xaxis.set_major_formatter(EngFormatter())
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
-        return _svg(figure)
+        return svg(figure)
 
 
 def size_picture(budget: Budget) -> str:
@@ -132,7 +132,7 @@ def size_picture(budget: Budget) -> str:
         )
         axes.xaxis.set_major_formatter(EngFormatter(unit="B"))
         axes.grid(axis="y", visible=False)
-        return _svg(figure)
+        return svg(figure)
 
 
 def size_text(size: float) -> str:
@@ -158,7 +158,7 @@ def _layers(rows: Sequence[LayerBudget]) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
     """The figure as an <svg> element without a background, which scales with the page."""
     text = io.StringIO()
     figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})

@@ -14,6 +14,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 from str_triton.budget.budget import Budget
+from str_triton.budget.rank_budget import RankBudget
 from str_triton.training.checkpoints import Checkpoints, random_state, set_random_state
 from str_triton.training.environment import describe_environment
 from str_triton.training.errors import Interrupted, UserError, blame_input
@@ -101,7 +102,7 @@ class Run:
             with blame_input(OSError):
                 self.folder.write(name, content)
 
-    def write_budget(self, budget: Budget) -> None:
+    def write_budget(self, budget: Budget | RankBudget) -> None:
         """Write budget.csv and budget.json, each atomically. Raises `UserError` when they cannot be written."""
         if self.folder is not None:
             with blame_input(OSError):

@@ -1,0 +1,73 @@
+"""The parts of a report: one HTML file with its style, tables and pictures in it."""
+
+import html
+from collections.abc import Iterable, Mapping, Sequence
+
+STYLE = """
+:root { color-scheme: light dark; --line: #d8dce1; --faint: #5f6872; --card: #f6f7f9; --text: #1c2229; --page: #fff; }
+@media (prefers-color-scheme: dark) {
+  :root { --line: #353c45; --faint: #9aa5b1; --card: #1c2128; --text: #e3e8ee; --page: #13171c; }
+}
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--text); font: 16px/1.5 system-ui, sans-serif; }
+main { max-width: 960px; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
+h1 { font-size: 1.7rem; margin: 0; }
+h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem; }
+p { margin: .25rem 0 .75rem; color: var(--faint); }
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(140px, 1fr)); gap: .75rem; margin-top: 1.5rem; }
+.facts div { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .75rem 1rem; }
+.facts b { display: block; font-size: 1.3rem; line-height: 1.3; white-space: nowrap; }
+.facts span { color: var(--faint); font-size: .85rem; }
+svg { display: block; max-width: 100%; height: auto; }
+svg text { font-family: system-ui, sans-serif !important; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; width: 100%; }
+th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+tr.total td { font-weight: 600; border-top: 2px solid var(--line); }
+table.plain td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+table.plain td:first-child { width: 14rem; color: var(--faint); }
+"""
+
+
+def page(title: str, subtitle: str, facts: Mapping[str, str], sections: Sequence[str]) -> str:
+    """The whole file: a heading, figures with what they stand for (``facts``: name to figure), and the sections."""
+    cells = "".join(f"<div><b>{value}</b><span>{name}</span></div>" for name, value in facts.items())
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f"<h1>{html.escape(title)}</h1>\n<p>{html.escape(subtitle)}</p>\n"
+        f'<div class="facts">{cells}</div>\n' + "\n".join(sections) + "\n</main>\n</body>\n</html>\n"
+    )
+
+
+def section(heading: str, body: str, caption: str = "") -> str:
+    """A heading, and a picture or table that scrolls where the window is narrower."""
+    words = f"<p>{caption}</p>\n" if caption else ""
+    return f'<section>\n<h2>{heading}</h2>\n{words}<div class="wide">{body}</div>\n</section>'
+
+
+def table(heads: Iterable[str], rows: Iterable[Iterable[str]], total: Iterable[str]) -> str:
+    """A table of texts, escaped, with a last line of totals."""
+    lines = [_line("th", heads), *(_line("td", cells) for cells in rows), _line("td", total, "total")]
+    return f"<table>{''.join(lines)}</table>"
+
+
+def plain_table(values: Mapping[str, object]) -> str:
+    """Names and values as two columns."""
+    rows = (_line("td", (key, _text(value))) for key, value in values.items())
+    return f'<table class="plain">{"".join(rows)}</table>'
+
+
+def _text(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_text(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return " ".join(map(_text, value))
+    return "none" if value is None else str(value)
+
+
+def _line(tag: str, cells: Iterable[str], kind: str = "") -> str:
+    row = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
+    return f'<tr class="{kind}">{row}</tr>' if kind else f"<tr>{row}</tr>"
