@@ -25,7 +25,9 @@ from str_triton.nn import (
     parameter_groups,
     sparsify,
 )
+from str_triton.ops.low_rank_fastgrnn import low_rank_fastgrnn
 from str_triton.ops.low_rank_gru import low_rank_gru
+from str_triton.ops.low_rank_lstm import low_rank_lstm
 from str_triton.ops.singular_value_threshold import singular_value_threshold
 from str_triton.ops.soft_threshold import soft_threshold
 from str_triton.ops.soft_threshold_many import soft_threshold_many
@@ -52,7 +54,9 @@ __all__ = [
     "count",
     "count_ranks",
     "densify",
+    "low_rank_fastgrnn",
     "low_rank_gru",
+    "low_rank_lstm",
     "low_rank_plan",
     "parameter_groups",
     "singular_value_threshold",

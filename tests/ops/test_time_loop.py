@@ -7,12 +7,13 @@ import torch
 
 from str_triton import Plan, low_rank_plan
 from str_triton.ops import time_loop
+from str_triton.ops.time_loop import CELLS
 from tests.ops.low_rank_cases import LENGTHS, TOLERANCE, assert_matches, differentiate, example, expected, op
 from tests.ops.soft_threshold_cases import poisoned_allocations
 
 OPS = torch.ops.str_triton
 DIRECTION = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
-EVERY_CELL = pytest.mark.parametrize("cell", ["gru"])
+EVERY_CELL = pytest.mark.parametrize("cell", CELLS)
 EVERY_LENGTHS = pytest.mark.parametrize("lengths", LENGTHS)
 
 

@@ -1,0 +1,257 @@
+"""The time loop of an LSTM whose recurrent matrix is R = u diag(m) v^T, forward and backward in one op each.
+
+Source: Hochreiter, Schmidhuber, "Long Short-Term Memory", Neural Computation 9(8), 1997, with the forget gate of Gers
+et al., 2000, as torch has it; the low-rank form: Kusupati et al., ICML 2020, section 3.3.
+Derivation of the backward: docs/derivations.md. Kernels: kernels/low_rank_lstm.py.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from str_triton.ops.time_loop import Schedule, check, compute_dtype, grad_v, prepare
+
+# ---- CPU implementation -------------------------------------------------------------------------------------------
+
+
+def _forward(
+    gates_x: Tensor, w: Tensor, v: Tensor, bias: Tensor, h0: Tensor, c0: Tensor,
+    lengths: Tensor | None, reverse: bool, save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dtype, compute = gates_x.dtype, compute_dtype(gates_x)
+    schedule = Schedule(lengths, *gates_x.shape[:2], reverse)
+    gates_x, h0, c0 = (schedule.sort(x, dim).to(compute) for x, dim in ((gates_x, 1), (h0, 0), (c0, 0)))
+    w, v, bias = (tensor.to(compute) for tensor in (w, v, bias))
+    hidden = len(v)
+    outputs, cells = schedule.buffer(gates_x, hidden), schedule.buffer(gates_x, hidden)
+    steps = None if save else 1
+    p, gates = (schedule.buffer(gates_x, width, steps) for width in (v.shape[1], 4 * hidden))
+    with torch.autocast("cpu", enabled=False):
+        _run(schedule, gates_x, w.t(), v, bias, h0, c0, outputs, cells, p, gates)
+    h, c = (schedule.unsort(schedule.last(states), 0).to(dtype) for states in (outputs, cells))
+    outputs = schedule.unsort(outputs, 1).to(dtype)
+    saved = (p, gates, cells) if save else (p.new_empty(0), p.new_empty(0), p.new_empty(0))
+    return outputs, h, c, *(tensor.to(dtype) for tensor in saved)
+
+
+def _run(
+    schedule: Schedule, gates_x: Tensor, w_t: Tensor, v: Tensor, bias: Tensor, h0: Tensor, c0: Tensor,
+    outputs: Tensor, cells: Tensor, p: Tensor, gates: Tensor,
+) -> None:  # fmt: skip
+    """The loop itself. gates becomes (i | f | g | o) after their activations."""
+    hidden = len(v)
+    slices = (gates[..., a * hidden : b * hidden] for a, b in ((0, 2), (0, 1), (1, 2), (2, 3), (3, 4)))
+    steps = list(zip(*(schedule.rows(tensor) for tensor in (gates_x, p, gates, *slices, cells, outputs)), strict=True))
+    states, cell_states = [step[-1] for step in steps], [step[-2] for step in steps]
+    for time in schedule.times:
+        x, p_t, gates_t, i_f, i, f, g, o, cell, state = steps[time]
+        torch.mm(schedule.previous(states, h0, time), v, out=p_t)
+        torch.addmm(bias, p_t, w_t, out=gates_t).add_(x)
+        i_f.sigmoid_()
+        g.tanh_()
+        o.sigmoid_()
+        torch.mul(f, schedule.previous(cell_states, c0, time), out=cell).addcmul_(i, g)
+        torch.tanh(cell, out=state).mul_(o)
+
+
+def _backward(
+    grad_outputs: Tensor, grad_h: Tensor, grad_c: Tensor, outputs: Tensor, p: Tensor, gates: Tensor, cells: Tensor,
+    w: Tensor, v: Tensor, h0: Tensor, c0: Tensor, lengths: Tensor | None, reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dtype, compute = outputs.dtype, compute_dtype(outputs)
+    schedule = Schedule(lengths, *outputs.shape[:2], reverse)
+    grad_outputs, outputs = (schedule.sort(tensor, 1).to(compute) for tensor in (grad_outputs, outputs))
+    grad_h, grad_c, h0, c0 = (schedule.sort(tensor, 0).to(compute) for tensor in (grad_h, grad_c, h0, c0))
+    p, gates, cells, w, v = (tensor.to(compute) for tensor in (p, gates, cells, w, v))
+    with torch.autocast("cpu", enabled=False):
+        grads = _run_backward(schedule, grad_outputs, grad_h, grad_c, outputs, p, gates, cells, w, v, h0, c0)
+    grad_x, *others, grad_h0, grad_c0 = grads
+    grad_x, grad_h0, grad_c0 = (schedule.unsort(x, dim) for x, dim in ((grad_x, 1), (grad_h0, 0), (grad_c0, 0)))
+    return tuple(grad.to(dtype) for grad in (grad_x, *others, grad_h0, grad_c0))
+
+
+def _run_backward(
+    schedule: Schedule, grad_outputs: Tensor, grad_h: Tensor, grad_c: Tensor, outputs: Tensor, p: Tensor,
+    gates: Tensor, cells: Tensor, w: Tensor, v: Tensor, h0: Tensor, c0: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Chunks of time: the coefficients of dh and dc for all steps of the chunk, then the loop over them."""
+    hidden = len(v)
+    grad_x, grad_p = schedule.buffer(gates, 4 * hidden), schedule.buffer(p, v.shape[1])
+    grad_w, grad_bias, v_t = torch.zeros_like(w), w.new_zeros(len(w)), v.t()
+    dh, dc = grad_h.clone(), grad_c.clone()
+    size = schedule.chunk(hidden)
+    coefficients, a_c = (schedule.buffer(h0, width, size) for width in (4 * hidden, hidden))
+    by_gate = grad_x.unflatten(2, (4, hidden))
+    f = gates[..., hidden : 2 * hidden]
+    rows = (grad_outputs, by_gate[:, :, :3], by_gate[:, :, 3], grad_x, grad_p, f)
+    steps = list(zip(*(schedule.rows(tensor) for tensor in rows), strict=True))
+    a_ifg, a_o = coefficients.unflatten(2, (4, hidden)).split((3, 1), 2)
+    for begin, end in schedule.chunks(hidden):
+        span = slice(0, end - begin)
+        previous = schedule.previous_chunk(cells, c0, begin, end)
+        _coefficients(coefficients[span], a_c[span], gates[begin:end], cells[begin:end], previous)
+        for time in schedule.backward_times(begin, end):
+            grad, grad_ifg, grad_o, grad_gates, grad_p_t, f_t = steps[time]
+            count, k = len(grad), time - begin
+            dh_t, dc_t = dh[:count], dc[:count]
+            dh_t += grad
+            dc_t.addcmul_(dh_t, a_c[k, :count])
+            torch.mul(a_ifg[k, :count], dc_t.unsqueeze(1), out=grad_ifg)
+            torch.mul(a_o[k, :count, 0], dh_t, out=grad_o)
+            torch.mm(grad_gates, w, out=grad_p_t)
+            torch.mm(grad_p_t, v_t, out=dh_t)
+            dc_t *= f_t
+        flat = grad_x[begin:end].flatten(0, 1)
+        grad_w.addmm_(flat.t(), p[begin:end].flatten(0, 1))
+        grad_bias += flat.sum(0)
+    grad_v_ = grad_v(outputs, h0, grad_p, schedule.lengths, schedule.reverse)
+    return grad_x, grad_w, grad_v_, grad_bias, dh, dc
+
+
+def _coefficients(out: Tensor, a_c: Tensor, gates: Tensor, cells: Tensor, previous: Tensor) -> None:
+    """What dc is multiplied by for the gradients of i, f and g, what dh is for that of o, and for dc itself (a_c).
+
+    a_c = o (1 - tanh(c)^2)    out = g i (1 - i)  |  c_prev f (1 - f)  |  i (1 - g^2)  |  tanh(c) o (1 - o)
+    """
+    i, f, g, o = gates.chunk(4, 2)
+    out_i, out_f, out_g, out_o = out.chunk(4, 2)
+    torch.tanh(cells, out=out_g)
+    torch.ops.aten.tanh_backward.grad_input(o, out_g, grad_input=a_c)
+    torch.ops.aten.sigmoid_backward.grad_input(out_g, o, grad_input=out_o)
+    torch.ops.aten.sigmoid_backward.grad_input(g, i, grad_input=out_i)
+    torch.ops.aten.sigmoid_backward.grad_input(previous, f, grad_input=out_f)
+    torch.ops.aten.tanh_backward.grad_input(i, g, grad_input=out_g)
+
+
+# ---- Triton implementation ----------------------------------------------------------------------------------------
+
+
+def _forward_triton(*arguments: Tensor | bool | None) -> tuple[Tensor, ...]:
+    from str_triton.ops.low_rank_triton import lstm_forward
+
+    return lstm_forward(*arguments)
+
+
+def _backward_triton(*arguments: Tensor | bool | None) -> tuple[Tensor, ...]:
+    from str_triton.ops.low_rank_triton import lstm_backward
+
+    return lstm_backward(*arguments)
+
+
+# ---- registration -------------------------------------------------------------------------------------------------
+
+_LIBRARY = torch.library.Library("str_triton", "FRAGMENT")
+_LIBRARY.define(
+    "low_rank_lstm(Tensor gates_x, Tensor w, Tensor v, Tensor bias, Tensor h0, Tensor c0, Tensor? lengths, "
+    "bool reverse, bool save)"
+    " -> (Tensor outputs, Tensor h, Tensor c, Tensor p, Tensor gates, Tensor cells)"
+)
+_LIBRARY.define(
+    "low_rank_lstm_backward(Tensor grad_outputs, Tensor grad_h, Tensor grad_c, Tensor outputs, Tensor p, Tensor gates, "
+    "Tensor cells, Tensor w, Tensor v, Tensor h0, Tensor c0, Tensor? lengths, bool reverse)"
+    " -> (Tensor grad_gates_x, Tensor grad_w, Tensor grad_v, Tensor grad_bias, Tensor grad_h0, Tensor grad_c0)"
+)
+_LIBRARY.impl("low_rank_lstm", _forward, "CPU")
+_LIBRARY.impl("low_rank_lstm", _forward_triton, "CUDA")
+_LIBRARY.impl("low_rank_lstm_backward", _backward, "CPU")
+_LIBRARY.impl("low_rank_lstm_backward", _backward_triton, "CUDA")
+
+
+@torch.library.register_fake("str_triton::low_rank_lstm")
+def _(gates_x, w, v, bias, h0, c0, lengths, reverse, save):
+    steps, batch, _ = gates_x.shape
+    hidden, rank = v.shape
+    saved = [gates_x.new_empty((steps, batch, width) if save else 0) for width in (rank, 4 * hidden, hidden)]
+    h, c = (gates_x.new_empty(batch, hidden) for _ in range(2))
+    return gates_x.new_empty(steps, batch, hidden), h, c, *saved
+
+
+@torch.library.register_fake("str_triton::low_rank_lstm_backward")
+def _(grad_outputs, grad_h, grad_c, outputs, p, gates, cells, w, v, h0, c0, lengths, reverse):
+    new = outputs.new_empty
+    return new(gates.shape), new(w.shape), new(v.shape), new(len(w)), new(h0.shape), new(c0.shape)
+
+
+# ---- autograd -----------------------------------------------------------------------------------------------------
+
+
+class _LowRankLSTM(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gates_x, w, v, bias, h0, c0, lengths, reverse):
+        outputs, h, c, p, gates, cells = torch.ops.str_triton.low_rank_lstm(
+            gates_x, w, v, bias, h0, c0, lengths, reverse, True
+        )
+        ctx.save_for_backward(outputs, p, gates, cells, w, v, h0, c0, lengths)
+        ctx.reverse = reverse
+        return outputs, h, c
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_outputs, grad_h, grad_c):
+        grads = (grad.contiguous() for grad in (grad_outputs, grad_h, grad_c))
+        return *torch.ops.str_triton.low_rank_lstm_backward(*grads, *ctx.saved_tensors, ctx.reverse), None, None
+
+
+# ---- public function ----------------------------------------------------------------------------------------------
+
+
+def low_rank_lstm(
+    gates_x: Tensor,
+    u: Tensor,
+    m: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    h0: Tensor,
+    c0: Tensor,
+    lengths: Tensor | None = None,
+    *,
+    reverse: bool = False,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """An LSTM over all time steps, its recurrent matrix R = u diag(m) v^T applied as u (m (v^T h)).
+
+    With gates_x_t + R h + bias = (a_i | a_f | a_g | a_o), h and c from the step before:
+
+        i = sigmoid(a_i),  f = sigmoid(a_f),  g = tanh(a_g),  o = sigmoid(a_o)
+        c' = f c + i g
+        h' = o tanh(c')
+
+    which are torch.nn.LSTM's equations, gates in its order (i, f, g, o). Arithmetic is float64 if gates_x is, else
+    float32, under autocast too; on a GPU float32 products run in TF32 if `torch.backends.cuda.matmul.fp32_precision` is
+    "tf32". NaN at a step makes its sequence NaN from there on. The same inputs give the same bits.
+
+    Args:
+        gates_x: [T, B, 4 H], the input's part of the gates at all steps, torch's input bias b_ih included. float16,
+            bfloat16, float32 or float64. T is at least 1.
+        u: [4 H, r], rows in the order of the gates.
+        m: [r], the spectrum as it applies: already thresholded.
+        v: [H, r].
+        bias: [4 H], torch's recurrent bias b_hh; None for none.
+        h0, c0: [B, H], the states before each sequence's first step, in gates_x's dtype.
+        lengths: int64 [B], each sequence's number of steps, 1 to T, in any order, on the CPU or gates_x's device;
+            None if all are T. What lies behind a sequence's end is not read.
+        reverse: run from each sequence's last step to its first. Outputs stay at their own time index.
+
+    u, m, v and bias may have other dtypes of these four; u m, v and bias are rounded to gates_x's.
+
+    Returns:
+        outputs [T, B, H], h after every step, 0 behind a sequence's end, and (h, c), each [B, H]: the states after each
+        sequence's last processed step. Differentiable once with respect to every tensor but lengths.
+
+    Raises:
+        TypeError: an argument that is no tensor of one of these dtypes; h0 or c0 of another dtype than gates_x;
+            lengths of another dtype than int64.
+        ValueError: shapes that do not fit one another, no time step, tensors on different devices, lengths outside 1
+            to T (checked where that does not wait for a GPU).
+
+    Source: Hochreiter, Schmidhuber, Neural Computation 9(8), 1997, as torch has it; Kusupati et al., ICML 2020 (arXiv
+    2002.03231), section 3.3.
+    """
+    check(gates_x, {"u": u, "m": m, "v": v}, {"bias": bias}, {"h0": h0, "c0": c0}, lengths, gates=4)
+    gates_x, w, v = prepare(gates_x, u, m, v)
+    bias = gates_x.new_zeros(len(w)) if bias is None else bias.to(gates_x.dtype).contiguous()
+    arguments = gates_x, w, v, bias, h0.contiguous(), c0.contiguous(), lengths, reverse
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in arguments[:6]):
+        outputs, h, c = _LowRankLSTM.apply(*arguments)
+    else:
+        outputs, h, c, *_ = torch.ops.str_triton.low_rank_lstm(*arguments, False)
+    return outputs, (h, c)
