@@ -1,11 +1,11 @@
-"""A matrix in factors, whose rank is learned: u diag(S(m)) v^T, and a linear layer made of it.
+"""A matrix in factors, whose rank is learned: u diag(S(m)) v^T.
 
 Source: Kusupati et al., ICML 2020, section 3.3 (W = (W1 * m) W2 with a soft threshold on m). Here the threshold acts on
 |m_k| ||u_k|| ||v_k||, the size of a component, whatever its share of it each factor holds (docs/derivations.md).
 """
 
 from collections.abc import Callable
-from typing import Protocol, Self, runtime_checkable
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +87,7 @@ class LowRankWeight(nn.Module):
             self.raw_threshold.fill_(self.raw_threshold_init)
         if weight is None:
             bound = self.columns**-0.5
-            weight = torch.empty(self.rows, self.columns, device=self.u.device).uniform_(-bound, bound)
+            weight = self.u.new_empty(self.rows, self.columns).uniform_(-bound, bound)
         self.set_weight(weight)
 
     @torch.no_grad()
@@ -210,90 +210,3 @@ class LowRankWeight(nn.Module):
         if self.m is None or self.u.is_meta:
             return text
         return f"{text}, rank={self.rank}, threshold={self.threshold.item():.4g}, g={self.g}, gradient={self.gradient}"
-
-
-@runtime_checkable
-class LowRankLayer(Protocol):
-    """What budgets and deployment know of a layer that holds matrices in factors."""
-
-    def factors(self) -> dict[str, LowRankWeight]:
-        """The factored matrices by their name in the layer; one that is dense is not among them."""
-
-    def ranks(self) -> dict[str, int]:
-        """The rank of each of `factors()`."""
-
-    def compact(self) -> nn.Module:
-        """The same layer without thresholds, of the surviving components alone; dense where that is not larger."""
-
-
-class LowRankLinear(nn.Module):
-    """nn.Linear whose weight is a `LowRankWeight`: [..., in_features] -> [..., out_features].
-
-    Args:
-        in_features, out_features, bias: as in nn.Linear.
-        max_rank, options: those of `LowRankWeight`.
-
-    Attributes:
-        weight: the LowRankWeight [out_features, in_features]; after `compact` a Parameter where dense is not larger.
-        bias: Parameter [out_features] or None.
-    """
-
-    def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, *, max_rank: int | None = None, **options
-    ) -> None:
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.weight: LowRankWeight | nn.Parameter = LowRankWeight(out_features, in_features, max_rank, **options)
-        self.bias = None
-        if bias:
-            bound = in_features**-0.5
-            self.bias = nn.Parameter(self.weight.u.new_empty(out_features).uniform_(-bound, bound))
-
-    @classmethod
-    def from_dense(cls, dense: nn.Linear, *, max_rank: int | None = None, **options) -> Self:
-        """The layer with a dense layer's singular components, all of them unless max_rank says fewer; copies."""
-        weight = LowRankWeight.from_dense(dense.weight, max_rank, **options)
-        return cls._of(weight, None if dense.bias is None else nn.Parameter(dense.bias.detach().clone()))
-
-    @classmethod
-    def _of(cls, weight: LowRankWeight | nn.Parameter, bias: nn.Parameter | None) -> Self:
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer.out_features, layer.in_features = weight.shape
-        layer.weight, layer.bias = weight, bias
-        return layer
-
-    def factors(self) -> dict[str, LowRankWeight]:
-        """{"weight": the matrix}, or {} where it is dense."""
-        return {"weight": self.weight} if isinstance(self.weight, LowRankWeight) else {}
-
-    def ranks(self) -> dict[str, int]:
-        """{"weight": its rank}, or {} where it is dense."""
-        return {name: factor.rank for name, factor in self.factors().items()}
-
-    def to_dense(self) -> nn.Linear:
-        """A new nn.Linear that computes the same."""
-        dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        dense.weight = nn.Parameter(self._dense_weight())
-        if self.bias is not None:
-            dense.bias = nn.Parameter(self.bias.detach().clone())
-        return dense.train(self.training)
-
-    def compact(self) -> "LowRankLinear":
-        """A new layer of the surviving components, without a threshold; dense where that is not larger."""
-        weight = self.weight.compact() if self.factors() else None
-        if weight is None:
-            weight = nn.Parameter(self._dense_weight())
-        bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone())
-        return self._of(weight, bias).train(self.training)
-
-    def _dense_weight(self) -> Tensor:
-        return (self.weight.weight() if self.factors() else self.weight).detach().clone()
-
-    def forward(self, input: Tensor) -> Tensor:
-        if isinstance(self.weight, LowRankWeight):
-            return self.weight(input, self.bias)
-        return F.linear(input, self.weight, self.bias)
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
