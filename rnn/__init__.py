@@ -1,5 +1,6 @@
 """Recurrent networks that learn their rank."""
 
-from rnn.layers import LowRankGRU
+from rnn.fastgrnn import LowRankFastGRNN
+from rnn.layers import LowRankGRU, LowRankLSTM
 
-__all__ = ["LowRankGRU"]
+__all__ = ["LowRankFastGRNN", "LowRankGRU", "LowRankLSTM"]

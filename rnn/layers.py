@@ -1,9 +1,9 @@
-"""LowRankGRU: torch's recurrent layers with matrices whose rank is learned."""
+"""LowRankGRU and LowRankLSTM: torch's recurrent layers, with matrices whose rank is learned."""
 
 from torch import Tensor, nn
 
 from rnn.low_rank_rnn import LowRankRNN
-from str_triton import low_rank_gru
+from str_triton import low_rank_gru, low_rank_lstm
 
 
 class LowRankGRU(LowRankRNN):
@@ -45,3 +45,40 @@ class LowRankGRU(LowRankRNN):
         bias = getattr(self, f"bias_hh_{suffix}", None)
         outputs, h = low_rank_gru(gates_x, u, m, v, bias, *states, lengths, reverse=reverse)
         return outputs, (h,)
+
+
+class LowRankLSTM(LowRankRNN):
+    """nn.LSTM whose matrices are in factors, with a learned rank; the same arguments, inputs, outputs and messages.
+
+        i = sigmoid(x_i + R_i h + b_i)    f = sigmoid(x_f + R_f h + b_f)    g = tanh(x_g + R_g h + b_g)
+        o = sigmoid(x_o + R_o h + b_o)    c' = f c + i g    h' = o tanh(c')
+        x = W x_t + b_ih,  b = b_hh,  W and R each u diag(S(m)) v^T over all gates
+
+    Right after construction with the same seed it computes the same function as nn.LSTM, at full rank. It has no
+    projections (proj_size).
+
+    Args:
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional: as in nn.LSTM.
+        max_rank, input_max_rank, factorize, ranks, g, gradient, raw_threshold_init: as in `LowRankGRU`.
+
+    Attributes:
+        weight_ih_l0, weight_hh_l0, weight_ih_l0_reverse, ...: LowRankWeight [4 * hidden_size, ...], or Parameter.
+        bias_ih_l0, bias_hh_l0, ...: Parameter [4 * hidden_size].
+
+    Inputs and outputs are those of `LowRankGRU`, except that hx is (h, c) or None, and (h, c) is returned.
+
+    Raises:
+        ValueError, RuntimeError, TypeError: as nn.LSTM, with its messages; ranks out of range.
+    """
+
+    cell = "lstm"
+    gates = 4
+    states = 2
+    torch_class = nn.LSTM
+
+    def _loop(
+        self, suffix: str, gates_x: Tensor, states: list[Tensor], lengths: Tensor | None, *, reverse: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        u, m, v = self._recurrent_factors(suffix)
+        bias = getattr(self, f"bias_hh_{suffix}", None)
+        return low_rank_lstm(gates_x, u, m, v, bias, *states, lengths, reverse=reverse)

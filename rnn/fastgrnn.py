@@ -1,0 +1,114 @@
+"""LowRankFastGRNN: a gated recurrent network of two small matrices, whose ranks are learned."""
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from rnn.low_rank_rnn import LowRankRNN
+from str_triton import low_rank_fastgrnn
+
+
+class LowRankFastGRNN(LowRankRNN):
+    """FastGRNN, whose gate and candidate share the matrices W and R; the arguments, inputs and outputs of nn.GRU.
+
+        a = W x_t + R h    z = sigmoid(a + b_gate)    c = tanh(a + b_update)
+        h' = (sigmoid(zeta) (1 - z) + sigmoid(nu)) c + z h        W and R each u diag(S(m)) v^T
+
+    At first W and R are 0.1 randn, the biases 1, zeta 1 and nu -4. torch has no kernel for this cell: a recurrent
+    matrix that is dense (factorize="none", or after `compact`) goes through the same op, beside the identity.
+
+    Args:
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional: as in nn.GRU.
+        max_rank, input_max_rank, factorize, ranks, g, gradient, raw_threshold_init: as in `LowRankGRU`.
+
+    Attributes:
+        weight_ih_l0 [hidden_size, input_size], weight_hh_l0 [hidden_size, hidden_size]: LowRankWeight or Parameter.
+        bias_gate_l0, bias_update_l0, ...: Parameter [hidden_size]. zeta_l0, nu_l0, ...: Parameter [1].
+
+    Inputs, outputs and errors are those of `LowRankGRU`.
+
+    Source: Kusupati et al., NeurIPS 2018 (arXiv 1901.02358); the low rank, Kusupati et al., ICML 2020, section 3.3.
+    """
+
+    cell = "fastgrnn"
+    gates = 1
+    biases = ("bias_gate", "bias_update")
+    scalars = ("zeta", "nu")
+    torch_class = nn.RNN
+    has_dense = False
+
+    def _initial(self, name: str, value: Tensor) -> Tensor:
+        if name.startswith("weight"):
+            return value.normal_(std=0.1)
+        return value.fill_(-4 if name.startswith("nu") else 1)
+
+    def _loop(
+        self, suffix: str, gates_x: Tensor, states: list[Tensor], lengths: Tensor | None, *, reverse: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        names = ("bias_gate", "bias_update", "zeta", "nu")
+        vectors = [getattr(self, f"{name}_{suffix}", None) for name in names]
+        u, m, v = self._recurrent_factors(suffix)
+        outputs, h = low_rank_fastgrnn(gates_x, u, m, v, *vectors, *states, lengths, reverse=reverse)
+        return outputs, (h,)
+
+    @classmethod
+    def from_edgeml(cls, parameters: Mapping[str, Any], *, layout: str = "cell", **options) -> Self:
+        """One layer from the parameters of an EdgeML cell: the same function, at the cell's own ranks.
+
+        Args:
+            parameters: the state dict of the cell, tensors or arrays of I inputs and H hidden units. With
+                layout="cell" (FastGRNNCell, row vectors): W [I, H], or W1 [I, r] and W2 [r, H]; U [H, H], or U1 [H, r]
+                and U2 [r, H]; bias_gate and bias_update [1, H]; zeta and nu [1, 1].
+            layout: "cuda" for a FastGRNNCUDACell, which holds the transposes of those matrices: W [H, I], or W1 [r, I]
+                and W2 [H, r]; U [H, H], or U1 [r, H] and U2 [H, r].
+            options: keyword-only arguments of the class; max_rank and input_max_rank are the cell's r by default.
+
+        Raises:
+            ValueError: a key that is missing or unknown, a shape that does not fit (the message names the key), or an
+                unknown layout.
+        """
+        if layout not in ("cell", "cuda"):
+            raise ValueError(f"layout must be 'cell' or 'cuda', got {layout!r}")
+        values = {key: torch.as_tensor(value).detach() for key, value in parameters.items()}
+        w, input_rank = _matrix(values, "W", transposed=layout == "cuda")
+        u, rank = _matrix(values, "U", transposed=layout == "cuda")
+        hidden, inputs = w.shape
+        if u.shape != (hidden, hidden):
+            key = "U" if "U" in values else "U1 and U2"
+            raise ValueError(f"{key} must make a matrix [{hidden}, {hidden}], as W does, got {list(u.shape)}")
+        options = {"max_rank": rank, "input_max_rank": input_rank, **options}
+        layer = cls(inputs, hidden, device="meta", dtype=w.dtype, **options).to_empty(device=w.device)
+        layer._set("weight_ih_l0", w)
+        layer._set("weight_hh_l0", u)
+        for key, size in {"bias_gate": hidden, "bias_update": hidden, "zeta": 1, "nu": 1}.items():
+            value = _value(values, key)
+            if value.numel() != size:
+                raise ValueError(f"{key} must have shape [1, {size}], got {list(value.shape)}")
+            layer._set(f"{key}_l0", value.flatten())
+        if values:
+            raise ValueError(f"no parameter of a FastGRNN cell: {', '.join(values)}")
+        return layer
+
+
+def _value(values: dict[str, Tensor], key: str) -> Tensor:
+    if key not in values:
+        raise ValueError(f"the parameters lack {key}; they have {', '.join(values)}")
+    return values.pop(key)
+
+
+def _matrix(values: dict[str, Tensor], key: str, *, transposed: bool) -> tuple[Tensor, int | None]:
+    """The matrix for column vectors that `key` or its two factors make, and the rank of the factors; taken out."""
+    if f"{key}1" not in values:
+        matrix = _value(values, key)
+        if matrix.dim() != 2:
+            raise ValueError(f"{key} must have 2 dimensions, got shape {list(matrix.shape)}")
+        return (matrix if transposed else matrix.mT), None
+    first, second = _value(values, f"{key}1"), _value(values, f"{key}2")
+    if not transposed:
+        first, second = first.mT, second.mT
+    if first.dim() != 2 or second.dim() != 2 or first.shape[0] != second.shape[1]:
+        shapes = [list((matrix if transposed else matrix.mT).shape) for matrix in (first, second)]
+        raise ValueError(f"{key}1 and {key}2 must share their inner dimension, got {shapes[0]} and {shapes[1]}")
+    return second @ first, min(first.shape[0], second.shape[0], first.shape[1])
