@@ -1,0 +1,133 @@
+"""The networks: a recurrent layer with a classifier, or between an embedding and a decoder."""
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+from rnn import LowRankFastGRNN, LowRankGRU, LowRankLSTM
+from str_triton import LowRankWeight
+
+CELLS = {"gru": LowRankGRU, "lstm": LowRankLSTM, "fastgrnn": LowRankFastGRNN}
+State = Tensor | tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a network is, except for the ranks of its matrices.
+
+    Attributes:
+        task: "classify" a sequence of vectors, or "lm", the next character of a text.
+        cell: "gru", "lstm" or "fastgrnn".
+        inputs, outputs: size of a step's vector and number of classes; for a text both are the size of the vocabulary.
+        hidden_size, layers, bidirectional, dropout: of the recurrent layers; dropout is before the scores too.
+    """
+
+    task: str
+    cell: str
+    inputs: int
+    outputs: int
+    hidden_size: int
+    layers: int = 1
+    bidirectional: bool = False
+    dropout: float = 0.0
+
+    def build(self, **options: Any) -> "SequenceClassifier | LanguageModel":
+        """A network with fresh weights; ``options`` are the keyword-only ones of the layers (`LowRankGRU`)."""
+        lm = self.task == "lm"
+        rnn = CELLS[self.cell](
+            self.hidden_size if lm else self.inputs,
+            self.hidden_size,
+            self.layers,
+            batch_first=True,
+            dropout=self.dropout if self.layers > 1 else 0.0,
+            bidirectional=self.bidirectional,
+            **options,
+        )
+        kind = LanguageModel if lm else SequenceClassifier
+        return kind(rnn, self.outputs, self.dropout)
+
+
+class SequenceClassifier(nn.Module):
+    """Scores from the last states of the last layer, of both directions where there are two.
+
+    Sequences [B, T, input_size], with lengths int64 [B] on the CPU where they are padded -> [B, num_classes].
+    """
+
+    def __init__(self, rnn: nn.Module, num_classes: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.rnn = rnn
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(rnn.hidden_size * (1 + rnn.bidirectional), num_classes)
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        sequences = x if lengths is None else pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        state = self.rnn(sequences)[1]
+        h = state[0] if isinstance(state, tuple) else state
+        last = h[-1 - self.rnn.bidirectional :]
+        return self.classifier(self.dropout(last.transpose(0, 1).flatten(1)))
+
+
+class LanguageModel(nn.Module):
+    """Scores of the next character at each step of a text.
+
+    Characters int64 [B, T] and the state before them (None: zeros) -> scores [B, T, characters] and the state after.
+    """
+
+    def __init__(self, rnn: nn.Module, characters: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(characters, rnn.input_size)
+        self.rnn = rnn
+        self.dropout = nn.Dropout(dropout)
+        self.decoder = nn.Linear(rnn.hidden_size, characters)
+
+    def forward(self, characters: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        outputs, state = self.rnn(self.dropout(self.embedding(characters)), state)
+        return self.decoder(self.dropout(outputs)), state
+
+
+def compact(model: SequenceClassifier | LanguageModel) -> SequenceClassifier | LanguageModel:
+    """A copy of ``model`` that holds the surviving components alone, without thresholds."""
+    small = copy.deepcopy(model)
+    small.rnn = model.rnn.compact()
+    return small
+
+
+@torch.no_grad()
+def copy_weights(source: nn.Module, target: nn.Module) -> None:
+    """Give ``target`` the weights of ``source``, the same network with dense matrices.
+
+    Where ``target`` holds a matrix in factors it takes the largest singular components, as many as it has.
+    """
+    factors = {name: module for name, module in target.named_modules() if isinstance(module, LowRankWeight)}
+    own = dict(target.named_parameters())
+    for name, weight in source.named_parameters():
+        if name in factors:
+            factors[name].reset_parameters(weight)
+        else:
+            own[name].copy_(weight)
+
+
+def architecture_of(config: Mapping[str, Any], inputs: int, outputs: int) -> Architecture:
+    """The architecture that a configuration asks for, for data of these sizes."""
+    given = {field.name: config[field.name] for field in fields(Architecture) if field.name in config}
+    return Architecture(**given, inputs=inputs, outputs=outputs)
+
+
+def load_trained(run_dir: str | Path) -> SequenceClassifier | LanguageModel:
+    """The compact network of a finished run of rnn/train.py, on the CPU, in evaluation mode."""
+    from safetensors import safe_open
+
+    config = json.loads((Path(run_dir) / "config.json").read_text())
+    with safe_open(Path(run_dir) / "model.safetensors", "pt") as file:
+        sizes = {name: json.loads(value) for name, value in file.metadata().items()}
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (the file is no dict)
+    model = architecture_of(config, sizes["inputs"], sizes["outputs"]).build(ranks=sizes["ranks"])
+    model.load_state_dict(weights)
+    return model.eval()

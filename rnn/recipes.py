@@ -1,0 +1,213 @@
+"""The configuration of a training run, and the named recipes that fill it in."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from str_triton.training.config import TrainConfig, check_ranges, require
+from str_triton.training.errors import UserError
+
+TARGETS = ("target_rank", "target_params", "target_compression")
+TARGETED = ("str-exact", "fixed", "svd-finetune")
+DEFAULT_COMPRESSION = 3.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(TrainConfig):
+    """What is trained, on what, and how. Every field is an option of the command line; recipes set the defaults."""
+
+    data: str = "japanese-vowels"
+    """Data: japanese-vowels, speech-commands:DIR, hub:NAME, spoken:WORD,WORD,..., har:PATH, text, text:FILE or
+    hub:NAME:COLUMN (text)."""
+    task: Literal["classify", "lm"] | None = None
+    """classify sequences, or guess the next character of a text (lm); by default what the data are for."""
+    words: str | None = None
+    """Words to tell apart, with commas between them, for speech-commands and hub; all by default."""
+    classes: int | None = None
+    """Classes of har: 6, or the paper's 2."""
+    noise: float = 0.0
+    """Deviation of the noise that is added to training inputs, which have a deviation of 1."""
+    cache_dir: str | None = None
+    """Directory for what is computed once from the data; the user's cache directory by default."""
+
+    cell: Literal["gru", "lstm", "fastgrnn"] = "gru"
+    """Recurrent cell."""
+    hidden_size: int = 128
+    """Numbers in a layer's state, of each direction."""
+    layers: int = 1
+    """Recurrent layers."""
+    bidirectional: bool = False
+    """A second direction in every layer, from the end to the beginning."""
+    dropout: float = 0.0
+    """Dropout between the layers and before the scores."""
+
+    method: Literal["str-exact", "str", "fixed", "svd-finetune", "dense"] = "str-exact"
+    """str-exact learns ranks that meet a target exactly; str is the paper's way, without a target; fixed gives every
+    matrix the same share of its full rank from the start; svd-finetune cuts a dense network halfway; dense cuts
+    nothing."""
+    target_rank: int | None = None
+    """Components of all matrices together at the end."""
+    target_params: int | None = None
+    """Parameters of the whole compact network at the end."""
+    target_compression: float | None = None
+    """How many times fewer parameters than the dense network's; 3 where a recipe names no target and none is given."""
+    spectrum_decay: float = 0.0
+    """Weight decay of the spectra; with --method str also that of the raw thresholds (lambda of the paper)."""
+    raw_threshold_init: float = -10.0
+    """Where the raw thresholds of --method str start; the threshold is their exponential."""
+    choose: Literal["validation", "last"] = "validation"
+    """validation: of the epochs in which the target holds (str: of the last tenth) the best one on validation data;
+    last: train on training and validation data together and take the last epoch."""
+
+    lr: float = 3e-3
+    """Peak learning rate of Adam."""
+    lr_schedule: Literal["cosine", "step"] = "cosine"
+    """cosine: a linear rise, then half a cosine to zero; step: constant, and a tenth after two thirds of the epochs.
+    svd-finetune goes through it twice, before the cut and after it."""
+    max_norm: float = 1.0
+    """Longer gradients are cut to this norm; 0 leaves them."""
+    bptt: int = 100
+    """Characters of each stream in a step of a text."""
+
+
+RESUME_MAY_CHANGE = frozenset({"cache_dir"})
+
+
+def japanese_vowels_gru() -> Config:
+    """Nine speakers saying one vowel, bundled: a bidirectional GRU, well under a minute on two cores."""
+    # The network is so small that a second thread costs more than it gives.
+    return Config(
+        recipe="japanese-vowels-gru",
+        threads=1,
+        bidirectional=True,
+        noise=0.6,
+        epochs=60,
+        batch_size=27,
+        dropout=0.1,
+        choose="last",
+    )
+
+
+def spoken_gru() -> Config:
+    """Twelve words, spoken by a speech synthesiser (needs eSpeak NG). Fits other labelled sequences too."""
+    return Config(
+        recipe="spoken-gru",
+        data="spoken:yes,no,up,down,left,right,on,off,stop,go,start,wait",
+        epochs=20,
+        batch_size=64,
+        hidden_size=128,
+        noise=0.2,
+        dropout=0.1,
+    )
+
+
+def text_lstm() -> Config:
+    """A language model of characters, on the help text that comes with Python."""
+    return Config(
+        recipe="text-lstm", data="text", cell="lstm", hidden_size=256, epochs=15, batch_size=32, lr=4e-3, dropout=0.2
+    )
+
+
+def google12_fastgrnn() -> Config:
+    """The paper's Google-12: FastGRNN on ten words, silence and unknown of the speech commands (give --data)."""
+    return _of_the_paper(
+        recipe="google12-fastgrnn",
+        data="speech-commands:DIR",
+        words="yes,no,up,down,left,right,on,off,stop,go",
+        hidden_size=100,
+    )
+
+
+def har2_fastgrnn() -> Config:
+    """The paper's HAR-2: FastGRNN on the motion data of UCI HAR in two classes (give --data)."""
+    return _of_the_paper(recipe="har2-fastgrnn", data="har:DIR", classes=2, hidden_size=80)
+
+
+def _of_the_paper(**own: object) -> Config:
+    return Config(
+        cell="fastgrnn",
+        method="str",
+        epochs=300,
+        batch_size=100,
+        lr=1e-2,
+        lr_schedule="step",
+        warmup_epochs=0.0,
+        spectrum_decay=1e-3,
+        raw_threshold_init=-10.0,
+        max_norm=0.0,
+        **own,
+    )
+
+
+RECIPES: dict[str, Callable[[], Config]] = {
+    "japanese-vowels-gru": japanese_vowels_gru,
+    "spoken-gru": spoken_gru,
+    "text-lstm": text_lstm,
+    "google12-fastgrnn": google12_fastgrnn,
+    "har2-fastgrnn": har2_fastgrnn,
+}
+
+# What a recipe aims at where no target is given.
+DEFAULT_TARGETS: dict[str, dict[str, int]] = {"japanese-vowels-gru": {"target_rank": 40}}
+
+_SOURCE = "published (Kusupati et al., ICML 2020), accuracy in %; full rank (rank W, rank U)"
+PUBLISHED = {
+    "google12-fastgrnn": f"""{_SOURCE} (32, 100): 92.30
+(rank W, rank U)  lambda  fixed rank  STR
+(12, 40)          0.001   92.79       94.45
+(11, 35)          0.001   92.86       94.42
+(10, 31)          0.002   92.86       94.25
+(9, 24)           0.005   93.18       94.45""",
+    "har2-fastgrnn": f"""{_SOURCE} (9, 80): 96.10
+(rank W, rank U)  lambda  fixed rank  STR
+(9, 8)            0.001   94.06       95.76
+(9, 7)            0.001   93.15       95.62
+(8, 7)            0.001   94.88       95.59""",
+}
+
+
+def recipe_for(config: Config) -> str:
+    """The recipe where none is named: by the data."""
+    if config.data == "japanese-vowels":
+        return "japanese-vowels-gru"
+    return "text-lstm" if _task_of(config.data) == "lm" and config.task != "classify" else "spoken-gru"
+
+
+def _task_of(data: str) -> Literal["classify", "lm"]:
+    """What the data are for: text has no labels, though a text file may hold some."""
+    kind, _, place = data.partition(":")
+    return "lm" if kind == "text" or (kind == "hub" and ":" in place) else "classify"
+
+
+def settle(config: Config) -> Config:
+    """``config`` with task and target made definite; `UserError` for values or combinations that make no sense."""
+    if config.task is None:
+        config = replace(config, task=_task_of(config.data))
+    given = [name for name in TARGETS if getattr(config, name) is not None]
+    options = [f"--{name.replace('_', '-')} {getattr(config, name)}" for name in given]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(options)} are both given: choose one")
+    if given and config.method not in TARGETED:
+        raise UserError(f"{options[0]}: --method {config.method} meets no target; {', '.join(TARGETED)} do")
+    if not given and config.method in TARGETED:
+        config = replace(config, **DEFAULT_TARGETS.get(config.recipe, {"target_compression": DEFAULT_COMPRESSION}))
+    if config.bidirectional and config.task == "lm":
+        raise UserError("--bidirectional: a language model (--task lm) must not see what follows")
+    _check_ranges(config)
+    return config
+
+
+def _check_ranges(config: Config) -> None:
+    check_ranges(config)
+    least = 2 if config.method == "svd-finetune" else 1
+    require(config, "epochs", config.epochs >= least, f"at least {least} with --method {config.method}")
+    for name in ("hidden_size", "layers", "bptt"):
+        require(config, name, getattr(config, name) >= 1, "at least 1")
+    for name in ("noise", "spectrum_decay", "max_norm"):
+        require(config, name, 0.0 <= getattr(config, name) < float("inf"), "0 or more")
+    require(config, "dropout", 0.0 <= config.dropout < 1.0, "in 0..1, below 1")
+    require(config, "raw_threshold_init", abs(config.raw_threshold_init) < float("inf"), "finite")
+    for name in ("target_rank", "target_params"):
+        require(config, name, (getattr(config, name) or 1) >= 1 and getattr(config, name) != 0, "at least 1")
+    compression = config.target_compression
+    require(config, "target_compression", compression is None or 1.0 <= compression < float("inf"), "1 or more")

@@ -1,0 +1,217 @@
+"""What a training step is: classifying sequences, or guessing a text's next character with the state carried over.
+
+Order and augmentation are functions of (seed, epoch, step), so that a resumed run meets the same examples.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rnn.data import Data, Text, with_validation
+from rnn.models import State
+from rnn.recipes import Config
+from str_triton.training.loop import Outcome
+from str_triton.training.meter import Means, Meter
+
+
+class Task(ABC):
+    """The part of a training run that depends on the kind of data.
+
+    Attributes:
+        data: what is trained on.
+        figure: the name of what is reported, and `sign`: 1 where more of it is better, -1 where less is.
+        inputs, outputs: sizes for the network.
+        steps: optimizer steps in an epoch.
+    """
+
+    figure: ClassVar[str]
+    sign: ClassVar[int]
+    inputs: int
+    outputs: int
+    steps: int
+
+    def __init__(self, config: Config, data: Data | Text, accelerator: Accelerator) -> None:
+        if config.batch_size % accelerator.num_processes:
+            raise ValueError(
+                f"batch size {config.batch_size} cannot be divided over {accelerator.num_processes} processes: "
+                "choose a multiple"
+            )
+        self.config, self.data, self.accelerator = config, data, accelerator
+
+    @abstractmethod
+    def batches(self, epoch: int, start: int) -> Iterator[Any]:
+        """This process's part of the training batches of an epoch from number ``start`` on."""
+
+    @abstractmethod
+    def forward(self, network: nn.Module, batch: Any) -> Outcome:
+        """The training loss of a batch."""
+
+    @abstractmethod
+    def evaluate(self, model: nn.Module, part: str) -> Means:
+        """Loss and accuracy of the whole "validation" or "test" part."""
+
+    @abstractmethod
+    def value(self, means: Means) -> float:
+        """The reported figure."""
+
+    @abstractmethod
+    def text(self, value: float) -> str:
+        """The figure as people read it."""
+
+    def carried(self) -> Any:
+        """What a checkpoint holds of the epoch besides the model: tensors and plain values."""
+        return None
+
+    def carry(self, state: Any) -> None:  # noqa: B027 (most tasks carry nothing)
+        """Put back what `carried` returned."""
+
+
+class Classify(Task):
+    """Labelled sequences; accuracy."""
+
+    figure, sign = "accuracy", 1
+
+    def __init__(self, config: Config, data: Data, accelerator: Accelerator) -> None:
+        super().__init__(config, with_validation(data) if config.choose == "last" else data, accelerator)
+        examples = len(self.data.train)
+        if config.batch_size > examples:
+            raise ValueError(
+                f"batch size {config.batch_size} is larger than the {examples} training sequences: choose a smaller one"
+            )
+        self.steps = examples // config.batch_size
+        self.inputs, self.outputs = data.input_size, data.num_classes
+
+    def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+        size, seed = self.config.batch_size, self.config.seed
+        order = torch.randperm(len(self.data.train), generator=_generator(seed, epoch))
+        for step in range(start, self.steps):
+            part = self._part(order[step * size : (step + 1) * size])
+            generator = _generator(seed, epoch, step, self.accelerator.process_index)
+            yield self.data.train.batch(part, augment=True, generator=generator, device=self.accelerator.device)
+
+    def forward(self, network: nn.Module, batch: tuple[Tensor, Tensor | None, Tensor]) -> Outcome:
+        x, lengths, labels = batch
+        outputs = network(x, lengths)
+        return Outcome(F.cross_entropy(outputs, labels, label_smoothing=self.config.label_smoothing), outputs, labels)
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, part: str) -> Means:
+        model.eval()
+        examples = getattr(self.data, part)
+        meter = Meter(self.accelerator.device)
+        for members in torch.arange(len(examples)).split(self.config.batch_size):
+            own = self._part(members)
+            if len(own) > 0:  # a small last batch may leave nothing for some processes
+                options = {"augment": False, "generator": _generator(0), "device": self.accelerator.device}
+                x, lengths, labels = examples.batch(own, **options)
+                outputs = model(x, lengths)
+                meter.add(F.cross_entropy(outputs, labels), outputs, labels)
+        return meter.all_means(self.accelerator)
+
+    def _part(self, members: Tensor) -> Tensor:
+        return members.tensor_split(self.accelerator.num_processes)[self.accelerator.process_index]
+
+    def value(self, means: Means) -> float:
+        return means.accuracy
+
+    def text(self, value: float) -> str:
+        return f"accuracy {100 * value:.2f} %"
+
+
+class Language(Task):
+    """A text as ``batch_size`` streams that are read side by side, ``bptt`` characters a step; bits per character.
+
+    The state goes on from step to step (its gradient does not), and starts from zero with each epoch.
+    """
+
+    figure, sign = "bits_per_character", -1
+
+    def __init__(self, config: Config, data: Text, accelerator: Accelerator) -> None:
+        if config.choose == "last":
+            note = "training and validation text together: the validation score is no estimate"
+            train = torch.cat([data.train, data.validation])
+            data = replace(data, train=train, notes={**data.notes, "train": note})
+        super().__init__(config, data, accelerator)
+        self.steps = (len(data.train) // config.batch_size - 1) // config.bptt
+        if self.steps < 1:
+            raise ValueError(
+                f"the training text of {len(data.train)} characters is too short for a batch size of "
+                f"{config.batch_size} and --bptt {config.bptt}: choose smaller ones"
+            )
+        self.inputs = self.outputs = len(data.vocabulary)
+        self._state: State | None = None
+
+    def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        if start == 0:
+            self._state = None
+        windows = self._windows(self.data.train)
+        for step in range(start, self.steps):
+            yield windows[step]
+
+    def forward(self, network: nn.Module, batch: tuple[Tensor, Tensor]) -> Outcome:
+        characters, following = batch
+        outputs, state = network(characters, self._state)
+        self._state = tuple(part.detach() for part in state) if isinstance(state, tuple) else state.detach()
+        outputs, labels = outputs.flatten(0, 1), following.flatten()
+        return Outcome(F.cross_entropy(outputs, labels, label_smoothing=self.config.label_smoothing), outputs, labels)
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, part: str) -> Means:
+        model.eval()
+        meter, state = Meter(self.accelerator.device), None
+        for characters, following in self._windows(getattr(self.data, part)):
+            outputs, state = model(characters, state)
+            outputs, labels = outputs.flatten(0, 1), following.flatten()
+            meter.add(F.cross_entropy(outputs, labels), outputs, labels)
+        return meter.all_means(self.accelerator)
+
+    def _windows(self, text: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """This process's streams in pieces: characters [streams, bptt] and the ones that follow them."""
+        count = self.config.batch_size
+        if len(text) < 2 * count:  # a short text for evaluation: one stream a process
+            count = self.accelerator.num_processes
+        streams = text[: len(text) // count * count].view(count, -1)
+        own = streams.tensor_split(self.accelerator.num_processes)[self.accelerator.process_index]
+        own = own.to(self.accelerator.device)
+        pieces = zip(own[:, :-1].split(self.config.bptt, 1), own[:, 1:].split(self.config.bptt, 1), strict=True)
+        return list(pieces)
+
+    def value(self, means: Means) -> float:
+        return means.loss / math.log(2)
+
+    def text(self, value: float) -> str:
+        return f"{value:.4f} bits per character"
+
+    def carried(self) -> tuple[Tensor, ...] | None:
+        if self._state is None:
+            return None
+        parts = self._state if isinstance(self._state, tuple) else (self._state,)
+        # The streams of all processes, which are what `gather` puts beside each other.
+        return tuple(self.accelerator.gather(part.transpose(0, 1).contiguous()).transpose(0, 1) for part in parts)
+
+    def carry(self, state: tuple[Tensor, ...] | None) -> None:
+        processes, index = self.accelerator.num_processes, self.accelerator.process_index
+        if state is None:
+            self._state = None
+            return
+        own = tuple(part.tensor_split(processes, 1)[index].to(self.accelerator.device) for part in state)
+        self._state = tuple(part.contiguous() for part in own) if len(own) > 1 else own[0].contiguous()
+
+
+def make_task(config: Config, data: Data | Text, accelerator: Accelerator) -> Task:
+    """The task that the data are for; ``ValueError`` where the configuration does not fit them."""
+    return (Language if isinstance(data, Text) else Classify)(config, data, accelerator)
+
+
+def _generator(*numbers: int) -> torch.Generator:
+    """Random numbers that depend on ``numbers`` alone."""
+    seed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(seed >> np.uint64(1)))
