@@ -107,7 +107,7 @@ def resample(samples: np.ndarray, source: int, target: int = RATE) -> np.ndarray
     padded = -(-(len(samples) + source // 10) // step) * step
     count = padded * target // source
     spectrum = np.fft.rfft(samples, padded)
-    kept = min(len(spectrum), count // 2 + 1)
+    kept = (min(padded, count) + 1) // 2  # a Nyquist frequency itself stands for two, and is left out
     out = np.fft.irfft(spectrum[:kept], count) * (count / padded)
     return out[: round(len(samples) * target / source)]
 

@@ -1,0 +1,206 @@
+"""Speech and text in the format of the Hugging Face hub, from local files only."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rnn.data import load
+from rnn.data.audio import RATE, read_wav, write_wav
+from rnn.data.hub import hub_text
+
+datasets = pytest.importorskip("datasets")
+datasets.disable_progress_bars()
+
+NAMES = ["bed", "cat", "dog", "_silence_"]
+COUNTS = {"train": 6, "validation": 3, "test": 3}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+
+def sound(number: int, frames: int = RATE) -> np.ndarray:
+    return np.random.default_rng(number).integers(-8000, 8000, frames, np.int16)
+
+
+def wav(tmp_path: Path, samples: np.ndarray) -> bytes:
+    write_wav(tmp_path / "one.wav", samples)
+    return (tmp_path / "one.wav").read_bytes()
+
+
+def first_of(part: str) -> int:
+    return {"train": 0, "validation": 100, "test": 200}[part]
+
+
+def folder(tmp_path: Path, change: object = None, strings: bool = False, silence: bool = True) -> Path:
+    """Parquet files as the hub converts Speech Commands; `change(part, columns)` may spoil them."""
+    root = tmp_path / "set"
+    root.mkdir()
+    for part, count in COUNTS.items():
+        numbers = [first_of(part) + k for k in range(count)]
+        sounds = [{"bytes": wav(tmp_path, sound(number)), "path": f"{number}.wav"} for number in numbers]
+        labels = [k % 3 for k in range(count)]
+        if silence and part == "train":
+            sounds.append({"bytes": wav(tmp_path, sound(999, 20 * RATE)), "path": None})
+            labels.append(3)
+        columns = {"audio": sounds, "label": [NAMES[k] for k in labels] if strings else labels}
+        label = datasets.Value("string") if strings else datasets.ClassLabel(names=NAMES)
+        audio = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+        features = {"audio": audio, "label": label}
+        if change is not None:
+            change(part, columns)
+        features = datasets.Features({name: features.get(name, datasets.Value("string")) for name in columns})
+        rows = datasets.Dataset.from_dict(columns, features=features)
+        if "audio" in columns:  # not above: encoding takes torchcodec, even for what is encoded
+            rows = rows.cast_column("audio", datasets.Audio(sampling_rate=RATE))
+        rows.to_parquet(root / f"{part}-00000-of-00001.parquet")
+    return root
+
+
+def read(root: Path | str, words: tuple[str, ...] | None = ("all",)) -> object:
+    return load(f"hub:{root}", words=words, cache_dir=str(Path(datasets.config.HF_DATASETS_CACHE).parent / "clips"))
+
+
+def refuse(root: Path | str, message: str, words: tuple[str, ...] | None = ("all",)) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        read(root, words)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("strings", [False, True])
+def test_parquet_with_the_bytes_of_wav_files(tmp_path: Path, strings: bool):
+    data = read(folder(tmp_path, strings=strings))
+    assert (data.class_names, data.input_size) == (("bed", "cat", "dog"), 32)
+    for part, count in COUNTS.items():
+        examples = getattr(data, part)
+        assert examples.labels.tolist() == [k % 3 for k in range(count)]
+        expected = [torch.from_numpy(sound(first_of(part) + k)) for k in range(count)]
+        assert torch.equal(examples.clips(torch.arange(count)), torch.stack(expected))
+    x, lengths, labels = data.test.batch(torch.tensor([1]), augment=False, generator=torch.Generator(), device="cpu")
+    assert (x.shape, lengths, labels.tolist()) == ((1, 99, 32), None, [1])
+
+
+def test_silence_comes_from_the_recordings_of_that_label(tmp_path: Path):
+    data = read(folder(tmp_path), ("bed", "cat"))
+    assert data.class_names == ("bed", "cat", "silence", "unknown")
+    assert torch.bincount(data.train.labels).tolist() == [2, 2, 2, 2]
+    assert len(data.train.background) == 16 * RATE
+
+
+def test_without_them_there_is_no_silence(tmp_path: Path):
+    refuse(folder(tmp_path, silence=False), "no background noise", ("bed",))
+
+
+def test_flac_is_decoded_by_soundfile(tmp_path: Path):
+    soundfile = pytest.importorskip("soundfile", exc_type=(ImportError, OSError))
+
+    def to_flac(part: str, columns: dict) -> None:
+        for value in columns["audio"]:
+            (tmp_path / "two.wav").write_bytes(value["bytes"])
+            samples, rate = read_wav(tmp_path / "two.wav")
+            file = io.BytesIO()
+            soundfile.write(file, samples, rate, format="FLAC", subtype="PCM_16")
+            value["bytes"] = file.getvalue()
+
+    data = read(folder(tmp_path, to_flac))
+    assert torch.equal(data.test.clips(torch.tensor([0]))[0], torch.from_numpy(sound(200)))
+
+
+def spoil(content: object) -> object:
+    def change(part: str, columns: dict) -> None:
+        if part == "test":
+            columns["audio"][1] = content(columns["audio"][1]) if callable(content) else content
+
+    return change
+
+
+def test_damaged_recordings_are_named(tmp_path: Path):
+    for number, (content, message) in enumerate(
+        [
+            (lambda value: {**value, "bytes": value["bytes"][:1000]}, r"test\[1\] is truncated: its header promises"),
+            (lambda value: {**value, "bytes": b""}, r"test\[1\] is empty"),
+            (lambda value: {**value, "bytes": b"fLaC" + bytes(50)}, r"test\[1\] (cannot be decoded|is no WAV file)"),
+            ({"bytes": None, "path": None}, r"test\[1\]: column 'audio' has neither the bytes nor the path"),
+        ]
+    ):
+        place = tmp_path / str(number)
+        place.mkdir()
+        refuse(folder(place, spoil(content)), message)
+
+
+def test_other_tables_are_refused(tmp_path: Path):
+    def rename(old: str, new: str) -> object:
+        return lambda part, columns: columns.update({new: [str(k) for k in range(len(columns.pop(old)))]})
+
+    for number, (change, message) in enumerate(
+        [
+            (
+                rename("label", "speaker"),
+                r"train has no column 'label' or 'labels' or 'word'; its columns are audio, sp",
+            ),
+            (rename("audio", "sound"), r"train has no column 'audio'; its columns are label, sound"),
+            (lambda part, columns: columns["label"].__setitem__(0, None), r"train\[0\]: column 'label' holds None"),
+        ]
+    ):
+        place = tmp_path / str(number)
+        place.mkdir()
+        refuse(folder(place, change), message)
+    root = folder(tmp_path)
+    (root / "test-00000-of-00001.parquet").unlink()
+    refuse(root, "has no split 'test', only train, validation")
+    (root / "train-00000-of-00001.parquet").write_bytes(b"PAR1")
+    refuse(root, f"hub:{root}: .")
+
+
+def test_a_set_made_by_a_script_is_read_in_the_hubs_own_conversion(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+):
+    converted = {"root": folder(tmp_path)}
+    load_dataset, asked = datasets.load_dataset, []
+
+    def hub(name: str, configuration: str | None = None, revision: str | None = None) -> object:
+        asked.append((name, configuration, revision))
+        if revision is None:
+            raise RuntimeError("Dataset scripts are no longer supported, but found speech_commands.py\nmore")
+        if converted["root"] is None:
+            raise ConnectionError("cannot be reached\nmore")
+        return load_dataset(str(converted["root"]))
+
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    monkeypatch.setattr(datasets, "get_dataset_config_names", lambda name, revision: ["v0.02", "v0.01"])
+    assert read("google/speech_commands").class_names == ("bed", "cat", "dog")
+    assert asked[-1] == ("google/speech_commands", "v0.02", "refs/convert/parquet")
+    assert "hub:google/speech_commands has v0.01, v0.02: taking v0.02" in capfd.readouterr().err
+    read("google/speech_commands@v0.01")
+    assert asked[-1] == ("google/speech_commands", "v0.01", "refs/convert/parquet")
+    converted["root"] = None
+    refuse(
+        "google/speech_commands",
+        "made by a script, which is not run, and its revision refs/convert/parquet cannot be read: cannot be reached$",
+    )
+
+
+def test_text_is_the_column_of_all_splits(tmp_path: Path):
+    root = tmp_path / "set"
+    root.mkdir()
+    for part, texts in (("test", ["four"]), ("train", ["one", None, "two"]), ("validation", ["three"])):
+        rows = datasets.Dataset.from_dict({"text": texts, "number": list(range(len(texts)))})
+        rows.to_parquet(root / f"{part}-00000-of-00001.parquet")
+    assert hub_text(f"{root}:text") == "one\n\ntwo\nthree\nfour"
+    with pytest.raises(ValueError, match=r"train has no column 'words'; its columns are text, number"):
+        hub_text(f"{root}:words")
+    with pytest.raises(ValueError, match=r"train: column 'number' holds 0, which is no text"):
+        hub_text(f"{root}:number")
+
+
+def test_text_goes_to_the_language_model(tmp_path: Path):
+    text = "the quick brown fox jumps over the lazy dog. " * 200
+    (tmp_path / "set").mkdir()
+    datasets.Dataset.from_dict({"text": [text]}).to_parquet(tmp_path / "set" / "train-00000-of-00001.parquet")
+    data = load(f"hub:{tmp_path / 'set'}:text", task="lm")
+    assert sum(map(len, (data.train, data.validation, data.test))) == len(text)
