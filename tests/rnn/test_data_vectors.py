@@ -2,6 +2,8 @@
 
 import dataclasses
 import gzip
+import importlib
+import inspect
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,37 @@ def test_what_does_not_go_together_is_one_error(spec: str, options: dict, messag
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("spec", "options", "loader", "place", "passed"),
+    [
+        ("speech-commands:a/b:c", {"words": ("yes",)}, "speech_commands.load_speech_commands", "a/b:c", "words"),
+        ("hub:a/b", {"words": ("yes",)}, "hub.load_hub", "a/b", "words"),
+        ("spoken:yes,no", {"seed": 3}, "spoken.load_spoken", ("yes", "no"), "seed"),
+        ("har:x:y", {"classes": 2}, "har.load_har", "x:y", "classes"),
+        ("text:x:y", {}, "text.load_snippets", "x:y", None),
+        ("text:x", {"task": "lm"}, "text.load_text", "x", None),
+        ("text", {"task": "lm"}, "text.load_text", None, None),
+    ],
+)
+def test_a_name_reaches_its_loader(
+    spec: str, options: dict, loader: str, place: object, passed: str | None, monkeypatch: pytest.MonkeyPatch
+):
+    module_name, function_name = loader.split(".")
+    source = importlib.import_module(f"rnn.data.{module_name}")
+    signature = inspect.signature(getattr(source, function_name))
+    monkeypatch.setattr(source, function_name, lambda *args, **keywords: signature.bind(*args, **keywords))
+    call = load(spec, **options)
+    assert call.args[0] == place
+    assert passed is None or call.kwargs[passed] == options[passed]
+
+
+def test_a_column_of_the_hub_is_a_text(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("rnn.data.hub.hub_text", lambda place: f"{place}\n" * 200)
+    text = load("hub:a/b:story", task="lm")
+    assert (text.name, text.task) == ("hub:a/b:story", "lm")
+    assert "".join(text.vocabulary[number] for number in text.train[:12]) == "a/b:story\na/"
+
+
 def test_japanese_vowels_are_all_there_in_the_published_split(vowels: Data):
     assert (vowels.name, vowels.task, vowels.input_size, vowels.num_classes) == ("japanese-vowels", "classify", 12, 9)
     assert torch.bincount(vowels.train.labels).tolist() == [24] * 9
@@ -76,6 +109,8 @@ def test_japanese_vowels_are_the_published_numbers():
     assert (int(labels[-1]), int(lengths[-1])) == (8, 11)
     assert features[-1, [0, 10], 0].tolist() == torch.tensor([1.421622, 1.177449]).tolist()
     assert not features[-1, 11:].any()
+    # The fifth training utterance of each speaker is the first for validation.
+    assert lengths[4::5][:54].tolist() == load("japanese-vowels").validation.lengths.tolist()
 
 
 def test_japanese_vowels_are_standardised_by_their_training_part(vowels: Data):
