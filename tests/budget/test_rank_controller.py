@@ -1,0 +1,476 @@
+"""The rank controller: the largest model not above the target, schedules, ties, and a training left undisturbed."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from str_triton import LowRankLinear, LowRankWeight, RankController, RankTarget, count_ranks, parameter_groups
+
+SHAPES = [(12, 9, None), (9, 9, None), (30, 10, 7), (8, 1, None), (6, 40, 6)]
+
+
+def matrices(model):
+    return [module for module in model.modules() if isinstance(module, LowRankWeight)]
+
+
+def set_sizes(matrix, sizes):
+    """Components of these sizes in any directions, split at random between the factors and m."""
+    with torch.no_grad():
+        matrix.u.copy_(nn.functional.normalize(torch.randn_like(matrix.u), dim=0) * (torch.rand(len(sizes)) + 0.5))
+        matrix.v.copy_(nn.functional.normalize(torch.randn_like(matrix.v), dim=0) * (torch.rand(len(sizes)) + 0.5))
+        matrix.m.copy_(sizes / (matrix.u.norm(dim=0) * matrix.v.norm(dim=0)))
+        matrix.m.mul_(torch.randint(2, matrix.m.shape) * 2 - 1)
+
+
+def random_model(seed=0, g="exp", shapes=SHAPES):
+    torch.manual_seed(seed)
+    model = nn.Sequential()
+    for i, (rows, columns, max_rank) in enumerate(shapes):
+        raw = {"identity": 0.005, "sigmoid": -7.0}.get(g, -9.0) * (1 + 0.1 * i)
+        layer = LowRankLinear(columns, rows, max_rank=max_rank, g=g, raw_threshold_init=raw, recurrent=i % 2 == 1)
+        set_sizes(layer.weight, (torch.rand(layer.weight.max_rank) * 0.9 + 0.05) * 0.7**i)
+        model.append(layer)
+    return model.append(nn.BatchNorm1d(6)).append(nn.GRU(6, 5))
+
+
+def ranks(model):
+    return [matrix.rank for matrix in matrices(model)]
+
+
+def cost(model, own_ranks, kind):
+    """By its definition, from shapes and ranks alone."""
+    others = 12 + 9 + 30 + 8 + 6 + 2 * 6 + 3 * 5 * (6 + 5 + 2)  # Biases, the norm, the GRU.
+    factored = [
+        min(rank * (matrix.rows + matrix.columns), matrix.rows * matrix.columns)
+        for matrix, rank in zip(matrices(model), own_ranks, strict=True)
+    ]
+    if kind == "total_rank":
+        return sum(own_ranks)
+    if kind == "recurrent_flops":
+        return factored[1] + factored[3] + 3 * 5 * 5
+    return others + sum(factored)
+
+
+def brute_force(model, kind, most):
+    """The ranks of the largest model not above `most`, of all that one common offset gives."""
+    every = [
+        matrix.pruning_offsets().double() if kind != "recurrent_flops" or matrix.recurrent else None
+        for matrix in matrices(model)
+    ]
+    edges = torch.cat([offsets for offsets in every if offsets is not None]).sort().values
+    best = None
+    for offset in [edges[0] - 1, *((edges[1:] + edges[:-1]) / 2), edges[-1] + 1]:
+        found = [
+            matrix.max_rank if offsets is None else max(1, int((offsets > offset).sum()))
+            for matrix, offsets in zip(matrices(model), every, strict=True)
+        ]
+        key = (cost(model, found, kind), sum(found))
+        if key[0] <= most and (best is None or key > best[0]):
+            best = (key, found)
+    return best[1]
+
+
+@pytest.mark.parametrize("kind", ["total_rank", "params", "recurrent_flops", "compression"])
+@pytest.mark.parametrize("g", ["exp", "sigmoid", "softplus", "identity"])
+def test_the_result_is_the_largest_model_not_above_the_target(kind, g):
+    for seed in range(3):
+        model = random_model(seed, g)
+        full, ones = [m.max_rank for m in matrices(model)], [1] * len(SHAPES)
+        free = ones if kind != "recurrent_flops" else [1 if m.recurrent else m.max_rank for m in matrices(model)]
+        least, largest = cost(model, free, kind), cost(model, full, kind)
+        dense = cost(model, [10**6] * len(SHAPES), "params")
+        targets = [least, largest, largest - 1, *torch.randint(least, largest, (3,)).tolist()]
+        for most in targets:
+            expected = brute_force(model, kind, most)
+            value = dense / most if kind == "compression" else most
+            tried = copy.deepcopy(model)
+            RankController(tried, RankTarget(**{kind: value})).step(1.0)
+            assert ranks(tried) == expected, (seed, most)
+            for before, after in zip(matrices(model), matrices(tried), strict=True):
+                assert torch.equal(before.m, after.m)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes(dtype):
+    model = random_model(1).to(dtype)
+    expected = brute_force(model, "params", 700)
+    RankController(model, RankTarget(params=700)).step(1.0)
+    assert ranks(model) == expected
+
+
+def test_the_parameters_are_those_of_the_compact_model():
+    for params in (500, 640, 808):
+        model = random_model(2)
+        RankController(model, RankTarget(params=params)).step(1.0)
+        compact = nn.Sequential(*[m.compact() if isinstance(m, LowRankLinear) else m for m in model])
+        size = sum(parameter.numel() for parameter in compact.parameters())
+        assert size == count_ranks(model).params == count_ranks(compact).params
+        assert params - (30 + 10) < size <= params
+
+
+def test_a_compression_that_was_counted_gives_the_same_model():
+    """dense / params, and back by a division of floats."""
+    model = random_model(3)
+    for total in range(5, 30):
+        RankController(model, RankTarget(total_rank=total)).step(1.0)
+        budget = count_ranks(model)
+        RankController(model, RankTarget(compression=budget.compression)).step(1.0)
+        assert count_ranks(model).params == budget.params
+
+
+def test_a_full_matrix_costs_no_more_than_the_dense_one():
+    model = nn.Sequential(LowRankLinear(10, 10, bias=False))
+    for params, rank in [(100, 10), (99, 4), (80, 4), (79, 3), (20, 1)]:
+        RankController(model, RankTarget(params=params)).step(1.0)
+        assert ranks(model) == [rank]
+
+
+def test_one_offset_moves_all_thresholds():
+    model = random_model()
+    before = torch.cat([matrix.raw_threshold.detach() for matrix in matrices(model)])
+    RankController(model, RankTarget(total_rank=25)).step(1.0)
+    after = torch.cat([matrix.raw_threshold.detach() for matrix in matrices(model)])
+    assert (after - before).std() < 1e-6 < (after - before).mean()
+
+
+@pytest.mark.parametrize(("schedule", "expected"), [("cubic", 32 - 24 * 0.875), ("linear", 20), ("constant", 8)])
+def test_schedules(schedule, expected):
+    model = random_model()
+    controller = RankController(model, RankTarget(total_rank=8), schedule=schedule, begin=0.2, end=0.6)
+    for progress, total in [(0.0, 32), (0.19, 32), (0.4, expected), (0.6, 8), (1.0, 8)]:
+        controller.step(progress)
+        controller.solve()
+        assert sum(ranks(model)) == total
+    controller.progress = 0.0
+    controller.solve()  # And back.
+    assert sum(ranks(model)) == 32
+
+
+def test_the_schedule_begins_at_the_cost_of_all_components():
+    model, untouched = random_model(), random_model()
+    controller = RankController(model, RankTarget(params=500), schedule="linear", end=1.0)
+    full = count_ranks(model).params
+    for progress in (0.25, 0.5, 0.75):
+        controller.progress = progress
+        controller.solve()
+        most = full - round(progress * (full - 500))
+        assert ranks(model) == brute_force(untouched, "params", most)
+
+
+def test_no_matrix_is_emptied():
+    model = random_model(shapes=[(20, 20, None)] * 6)  # Sizes fall by 0.7 from one to the next.
+    set_sizes(matrices(model)[-1], torch.rand(20) * 1e-4)
+    for total in (6, 7, 40):
+        tried = copy.deepcopy(model)
+        RankController(tried, RankTarget(total_rank=total)).step(1.0)
+        assert sum(ranks(tried)) == total
+        assert min(ranks(tried)) == ranks(tried)[-1] == 1
+
+
+def test_a_threshold_is_held_back_no_longer_than_it_must():
+    model = random_model(shapes=[(20, 20, None)] * 3)
+    for matrix in matrices(model):
+        matrix.raw_threshold.data.fill_(-5.0)
+    set_sizes(matrices(model)[-1], torch.rand(20) * 1e-2)
+    controller = RankController(model, RankTarget(total_rank=3), schedule="linear", end=1.0, begin=0.0)
+    controller.step(1.0)
+    assert ranks(model) == [1, 1, 1]
+    assert raw_thresholds(model).diff().abs().max() > 1
+    for _ in range(3):
+        controller.step(1.0)  # What is held back stays where it is.
+    assert ranks(model) == [1, 1, 1]
+    controller.progress = 0.0
+    controller.solve()
+    assert ranks(model) == [20, 20, 20]
+    assert raw_thresholds(model).diff().abs().max() < 1e-5
+
+
+def raw_thresholds(model):
+    return torch.cat([matrix.raw_threshold.detach() for matrix in matrices(model)])
+
+
+@pytest.mark.parametrize("g", ["exp", "sigmoid", "softplus"])
+@pytest.mark.parametrize("twins", [1, 3])
+def test_equal_components_are_cut_one_by_one(g, twins):
+    """Orthogonal matrices, whose singular values are equal up to rounding, and copies of them."""
+    dense = 0.5 * nn.init.orthogonal_(torch.empty(64, 16))
+    model = nn.Sequential(*[LowRankLinear.from_dense(linear(dense), g=g) for _ in range(twins)])
+    weights = [matrix.weight().detach() for matrix in matrices(model)]
+    for total in range(16 * twins, twins - 1, -1):
+        tried = copy.deepcopy(model)
+        controller = RankController(tried, RankTarget(total_rank=total))
+        controller.step(1.0)
+        assert sum(ranks(tried)) == total
+        assert min(ranks(tried)) >= 1
+        separated = [matrix.m.clone() for matrix in matrices(tried)]
+        controller.solve()
+        assert all(torch.equal(matrix.m, m) for matrix, m in zip(matrices(tried), separated, strict=True))
+        for matrix, weight, m in zip(matrices(tried), weights, separated, strict=True):
+            matrix.raw_threshold.data.fill_(-30.0)  # All of them again: the function is the same.
+            matrix.m.data.copy_(m)
+            torch.testing.assert_close(matrix.weight(), weight, rtol=0, atol=1e-3)
+
+
+def linear(weight):
+    dense = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    dense.weight.data.copy_(weight)
+    return dense
+
+
+def test_equal_components_inside_exact_go_together_and_m_stays():
+    model = nn.Sequential(LowRankLinear.from_dense(linear(torch.eye(8))), LowRankLinear(8, 8))
+    set_sizes(matrices(model)[0], torch.tensor([4.0, 3, 3, 3, 2, 1, 1, 1]))
+    set_sizes(matrices(model)[1], torch.tensor([0.1] * 8))
+    controller = RankController(model, RankTarget(total_rank=11))
+    controller.progress = 1.0
+    before = copy.deepcopy(model.state_dict())
+    with controller.exact():
+        assert ranks(model) == [1, 8]  # The eight equal largest of the second stay, and leave 3, not 4 and 3, 3, 3.
+        assert all(torch.equal(matrix.m, before[f"{i}.weight.m"]) for i, matrix in enumerate(matrices(model)))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    controller.solve()
+    assert sum(ranks(model)) == 11
+
+
+def test_components_of_size_zero_do_not_confuse_the_solve():
+    model = random_model()
+    with torch.no_grad():
+        matrices(model)[0].m[2:] = 0
+        matrices(model)[2].m.zero_()
+    controller = RankController(model, RankTarget(total_rank=12))
+    controller.step(1.0)
+    # One of the matrix of zeros is kept as any matrix keeps one, though it is nothing.
+    assert sum(ranks(model)) == 11
+    assert raw_thresholds(model).isfinite().all()
+    controller.target, controller._keep = RankTarget(total_rank=30), 30  # More than there are.
+    controller.step(1.0)
+    assert ranks(model) == [2, 9, 0, 1, 6]
+    assert raw_thresholds(model).isfinite().all()
+
+
+def test_components_that_no_threshold_reaches_are_kept():
+    model = random_model(g="sigmoid")
+    set_sizes(matrices(model)[0], torch.arange(9) + 0.5)
+    RankController(model, RankTarget(total_rank=5)).step(1.0)
+    assert ranks(model) == [8, 1, 1, 1, 1]
+    assert raw_thresholds(model).isfinite().all()
+
+
+def test_shared_matrices_count_once():
+    model = random_model(shapes=[(9, 9, None)] * 2)
+    model[1].weight = model[0].weight
+    controller = RankController(model, RankTarget(total_rank=4))
+    controller.step(1.0)
+    assert ranks(model) == [4]
+    tied = LowRankLinear(9, 9)
+    tied.weight.u, tied.weight.v, tied.weight.m = model[0].weight.u, model[0].weight.v, model[0].weight.m
+    tied.weight.raw_threshold = model[0].weight.raw_threshold
+    assert count_ranks(model.append(tied)).total_rank == 4
+    RankController(model, RankTarget(total_rank=3)).step(1.0)
+    assert ranks(model) == [3, 3]
+
+
+def test_compact_matrices_have_a_fixed_cost():
+    model = random_model()
+    RankController(model, RankTarget(total_rank=12)).step(1.0)
+    model[2] = model[2].compact()
+    fixed = count_ranks(model).rows[2].rank
+    model[1].weight = nn.Parameter(model[1].weight.weight().detach())
+    RankController(model, RankTarget(total_rank=fixed + 4)).step(1.0)
+    assert count_ranks(model).total_rank == fixed + 4
+    assert count_ranks(model).rows[1].rank == fixed
+    with pytest.raises(ValueError, match=f"possible are {fixed + 3} to {fixed + 9 + 1 + 6}"):
+        RankController(model, RankTarget(total_rank=2))
+
+
+@pytest.mark.parametrize("distribution", ["fixed", "learned"])
+def test_a_target_in_recurrent_flops_leaves_other_thresholds_alone(distribution):
+    model = random_model()
+    before = raw_thresholds(model)
+    RankController(model, RankTarget(recurrent_flops=140), distribution=distribution).step(1.0)
+    assert torch.equal(raw_thresholds(model)[::2], before[::2])
+    assert ranks(model)[::2] == [9, 7, 6]
+    learns = [matrix.raw_threshold.requires_grad for matrix in matrices(model)]
+    assert learns == [False, distribution == "learned"] * 2 + [False]
+    assert [matrix.controlled for matrix in matrices(model)] == [False, True, False, True, False]
+
+
+def train(model, controller, optimizer, begin, end, steps=30):
+    for i in range(begin, end):
+        torch.manual_seed(i)
+        loss = (model(torch.randn(8, 12)) - torch.randn(8, 6)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        controller.step((i + 1) / steps)
+
+
+def make_run(distribution="learned"):
+    torch.manual_seed(0)
+    model = nn.Sequential(LowRankLinear(12, 16), nn.Tanh(), LowRankLinear(16, 16), nn.Tanh(), LowRankLinear(16, 6))
+    nn.init.orthogonal_(dense := torch.empty(16, 16))
+    matrices(model)[1].set_weight(dense)
+    controller = RankController(model, RankTarget(compression=2), interval=4, distribution=distribution)
+    groups = parameter_groups(model, 5e-4)
+    return model, controller, torch.optim.SGD(groups, lr=0.05, momentum=0.9)
+
+
+@pytest.mark.parametrize("inside_exact", [True, False])
+@pytest.mark.parametrize("distribution", ["fixed", "learned"])
+def test_state_dict_resumes_bit_for_bit(distribution, inside_exact):
+    model, controller, optimizer = make_run(distribution)
+    train(model, controller, optimizer, 0, 14)
+    if inside_exact:
+        with controller.exact():
+            state = copy.deepcopy((model.state_dict(), controller.state_dict(), optimizer.state_dict()))
+    else:
+        own = controller.state_dict()
+        state = copy.deepcopy((model.state_dict(), own, optimizer.state_dict()))
+    train(model, controller, optimizer, 14, 30)
+    other, other_controller, other_optimizer = make_run(distribution)
+    other.load_state_dict(state[0])
+    other_controller.load_state_dict(state[1])
+    other_optimizer.load_state_dict(state[2])
+    train(other, other_controller, other_optimizer, 14, 30)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, other.state_dict()[key]), key
+    assert 2 <= count_ranks(model).compression < 2.3
+
+
+def test_exact_leaves_training_as_it_was():
+    model, controller, optimizer = make_run()
+    train(model, controller, optimizer, 0, 27)
+    with torch.no_grad():
+        for matrix in matrices(model):
+            matrix.m.mul_(torch.rand_like(matrix.m) + 0.2)
+    before, drifted = copy.deepcopy(model.state_dict()), count_ranks(model).params
+    with controller.exact():
+        inside = count_ranks(model).params
+        state = controller.state_dict()
+    assert inside <= count_ranks(model).dense_params / 2 < inside + 32
+    assert drifted != inside
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    for raw, matrix in zip(state["raw_thresholds"], matrices(model), strict=True):
+        assert torch.equal(raw, matrix.raw_threshold)
+
+
+def test_a_learned_distribution_is_the_optimizers():
+    ratios = []
+    for distribution in ("fixed", "learned"):
+        model, controller, optimizer = make_run(distribution)
+        train(model, controller, optimizer, 0, 30)
+        ratios.append((raw_thresholds(model) + torch.stack(controller._held_back)).diff())
+    assert ratios[0].abs().max() < 1e-5  # All began at the same.
+    assert 1e-4 < ratios[1].abs().max() <= 1
+
+
+def test_a_solve_reads_no_value():
+    """A fake tensor has none: whatever decides by one raises."""
+    with FakeTensorMode():
+        model = nn.Sequential(*[LowRankLinear(6, 5, recurrent=True) for _ in range(3)])
+        for kind, value in [("total_rank", 7), ("params", 70), ("recurrent_flops", 50), ("compression", 1.5)]:
+            controller = RankController(model, RankTarget(**{kind: value}), distribution="learned")
+            controller.step(0.3)
+            controller.step(1.0)
+            with controller.exact():
+                controller.state_dict()
+        with pytest.raises(RuntimeError):
+            ranks(model)  # The test can fail.
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["total_rank", "params", "recurrent_flops", "compression"])
+def test_a_step_does_not_wait_for_the_gpu(kind):
+    model, twin = random_model().cuda(), random_model()
+    value = {"total_rank": 11, "params": 600, "recurrent_flops": 140, "compression": 1.8}[kind]
+    controllers = [RankController(m, RankTarget(**{kind: value}), distribution="learned") for m in (model, twin)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        controllers[0].step(1.0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    controllers[1].step(1.0)
+    assert ranks(model) == ranks(twin)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "exactly one of total_rank, params, recurrent_flops, compression; got none"),
+        ({"total_rank": 3, "params": 4}, "exactly one"),
+        ({"total_rank": 0}, "target total_rank must be at least 1, got 0"),
+        ({"params": -1}, "target params must be at least 1, got -1"),
+        ({"recurrent_flops": 0.5}, "target recurrent_flops must be at least 1, got 0.5"),
+        ({"compression": 0.9}, "target compression must be at least 1, got 0.9"),
+        ({"compression": float("nan")}, "got nan"),
+    ],
+)
+def test_targets_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        RankTarget(**options)
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ({"total_rank": 33}, "rank target above the maximum: total_rank=33, possible are 5 to 32"),
+        ({"total_rank": 4}, "rank target below one component per matrix: total_rank=4, possible are 5 to 32"),
+        ({"params": 1002}, "rank target above the maximum: params=1002, possible are 405 to 989"),
+        ({"params": 404}, "below one component per matrix: params=404, possible are 405 to 989"),
+        ({"recurrent_flops": 10**6}, "above the maximum: recurrent_flops=1000000, possible are 101 to 164"),
+        ({"recurrent_flops": 100}, "below one component per matrix: recurrent_flops=100, possible are 101 to 164"),
+        ({"compression": 1}, r"above the maximum: compression=1, possible are 1\.0203 to 2\.4913"),
+        ({"compression": 2.56}, r"below one component per matrix: compression=2.56, possible are 1\.0203 to 2\.4913"),
+        ({"compression": float("inf")}, "below one component per matrix: compression=inf"),
+    ],
+)
+def test_targets_out_of_reach(target, message):
+    with pytest.raises(ValueError, match=message):
+        RankController(random_model(), RankTarget(**target))
+
+
+@pytest.mark.parametrize("kind", ["total_rank", "params", "recurrent_flops", "compression"])
+def test_the_bounds_that_a_message_names_are_possible(kind):
+    for end in (0, 1):
+        with pytest.raises(ValueError, match="possible are") as error:
+            RankController(random_model(), RankTarget(**{kind: 1 if kind != "compression" else 10**6}))
+        bound = str(error.value).split("possible are ")[1].split(" to ")[end]
+        RankController(random_model(), RankTarget(**{kind: float(bound)})).step(1.0)
+
+
+def test_models_that_cannot_be_controlled():
+    plain = nn.Sequential(nn.Linear(3, 3))
+    with pytest.raises(ValueError, match="no low-rank matrix with a threshold for RankTarget"):
+        RankController(plain, RankTarget(total_rank=3))
+    with pytest.raises(ValueError, match="no recurrent low-rank matrix"):
+        RankController(nn.Sequential(LowRankLinear(3, 3)), RankTarget(recurrent_flops=3))
+    model = random_model()
+    matrices(model)[0].raw_threshold = matrices(model)[1].raw_threshold
+    with pytest.raises(ValueError, match="give each its own"):
+        RankController(model, RankTarget(total_rank=10))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"schedule": "quadratic"}, "'cubic', 'linear', 'constant', got 'quadratic'"),
+        ({"begin": 0.5, "end": 0.2}, "got 0.5 and 0.2"),
+        ({"distribution": "flop-aware"}, "'fixed', 'learned', got 'flop-aware'"),
+        ({"interval": 0}, "at least 1, got 0"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        RankController(random_model(), RankTarget(total_rank=10), **options)
+
+
+def test_steps_out_of_range_and_foreign_states_are_refused():
+    controller, other = make_run()[1], RankController(random_model(), RankTarget(total_rank=10))
+    for progress in (-0.1, 1.5):
+        with pytest.raises(ValueError, match=f"got {progress}"):
+            controller.step(progress)
+    with pytest.raises(ValueError, match="raw thresholds of shapes"):
+        controller.load_state_dict(other.state_dict())
