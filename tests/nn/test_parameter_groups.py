@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from str_triton import parameter_groups, sparsify
+from str_triton import LowRankLinear, RankController, RankTarget, parameter_groups, sparsify
 from str_triton.nn import str_layers
 
 
@@ -116,3 +116,34 @@ def test_only_the_thresholds_that_a_controller_holds_go_without_decay():
         ([model[0].raw_threshold], 1e-4),
         ([model[1].raw_threshold], 0.0),
     ]
+
+
+def test_factored_matrices():
+    model = nn.Sequential(LowRankLinear(4, 5), nn.LayerNorm(5), LowRankLinear(5, 3, bias=False))
+    groups = parameter_groups(model, 1e-4, norm_weight_decay=1e-6)
+    assert [group["name"] for group in groups] == ["weights", "thresholds", "spectra", "norms"]
+    assert names_by_group(model, groups) == {
+        "weights": {"0.weight.u", "0.weight.v", "2.weight.u", "2.weight.v"},
+        "thresholds": {"0.weight.raw_threshold", "2.weight.raw_threshold"},
+        "spectra": {"0.weight.m", "2.weight.m"},
+        "norms": {"0.bias", "1.weight", "1.bias"},
+    }
+    assert decays(groups) == {"weights": 1e-4, "thresholds": 1e-4, "spectra": 1e-4, "norms": 1e-6}
+    torch.optim.SGD(groups, lr=0.1)
+
+
+def test_decay_of_spectra_and_their_thresholds():
+    model = nn.Sequential(LowRankLinear(4, 5), LowRankLinear(5, 5, recurrent=True))
+    groups = parameter_groups(model, 0.0, 5e-3, spectrum_weight_decay=1e-3)  # the paper's lambda on m and s
+    assert decays(groups) == {"weights": 0.0, "thresholds": 5e-3, "spectra": 1e-3, "norms": 0.0}
+    assert decays(parameter_groups(model, 1e-4, spectrum_weight_decay=0.0))["spectra"] == 0.0
+    RankController(model, RankTarget(total_rank=4), distribution="learned")
+    groups = parameter_groups(model, 1e-4)
+    assert decays(groups) == {"weights": 1e-4, "thresholds": 0.0, "spectra": 1e-4, "norms": 0.0}
+    RankController(model, RankTarget(total_rank=4))  # which freezes the thresholds
+    assert [group["name"] for group in parameter_groups(model, 1e-4)] == ["weights", "spectra", "norms"]
+
+
+def test_compact_matrices_are_weights():
+    groups = parameter_groups(LowRankLinear(9, 9, max_rank=2).compact(), 1e-4)
+    assert [(group["name"], len(group["params"])) for group in groups] == [("weights", 2), ("norms", 1)]
