@@ -72,43 +72,48 @@ class LowRankFastGRNN(LowRankRNN):
         if layout not in ("cell", "cuda"):
             raise ValueError(f"layout must be 'cell' or 'cuda', got {layout!r}")
         values = {key: torch.as_tensor(value).detach() for key, value in parameters.items()}
-        w, input_rank = _matrix(values, "W", transposed=layout == "cuda")
-        u, rank = _matrix(values, "U", transposed=layout == "cuda")
+        w, input_rank = _matrix(values, "W", None, transposed=layout == "cuda")
         hidden, inputs = w.shape
-        if u.shape != (hidden, hidden):
-            key = "U" if "U" in values else "U1 and U2"
-            raise ValueError(f"{key} must make a matrix [{hidden}, {hidden}], as W does, got {list(u.shape)}")
+        u, rank = _matrix(values, "U", hidden, transposed=layout == "cuda")
         options = {"max_rank": rank, "input_max_rank": input_rank, **options}
         layer = cls(inputs, hidden, device="meta", dtype=w.dtype, **options).to_empty(device=w.device)
         layer._set("weight_ih_l0", w)
         layer._set("weight_hh_l0", u)
         for key, size in {"bias_gate": hidden, "bias_update": hidden, "zeta": 1, "nu": 1}.items():
-            value = _value(values, key)
+            value = _taken(values, key)
             if value.numel() != size:
                 raise ValueError(f"{key} must have shape [1, {size}], got {list(value.shape)}")
             layer._set(f"{key}_l0", value.flatten())
         if values:
-            raise ValueError(f"no parameter of a FastGRNN cell: {', '.join(values)}")
+            raise ValueError(f"no parameter of a FastGRNN cell beside the others: {', '.join(values)}")
         return layer
 
 
-def _value(values: dict[str, Tensor], key: str) -> Tensor:
+def _taken(values: dict[str, Tensor], key: str) -> Tensor:
     if key not in values:
         raise ValueError(f"the parameters lack {key}; they have {', '.join(values)}")
     return values.pop(key)
 
 
-def _matrix(values: dict[str, Tensor], key: str, *, transposed: bool) -> tuple[Tensor, int | None]:
-    """The matrix for column vectors that `key` or its two factors make, and the rank of the factors; taken out."""
+def _oriented(
+    values: dict[str, Tensor], key: str, rows: int | None, columns: int | None, *, transposed: bool
+) -> Tensor:
+    """The matrix of this shape (None: any) for column vectors, from one for row vectors unless it is `transposed`."""
+    value = _taken(values, key)
+    if value.dim() != 2:
+        raise ValueError(f"{key} must have 2 dimensions, got shape {list(value.shape)}")
+    matrix = value if transposed else value.mT
+    shape = [size if size is not None else own for size, own in zip((rows, columns), matrix.shape, strict=True)]
+    if list(matrix.shape) != shape:
+        raise ValueError(f"{key} must have shape {shape if transposed else shape[::-1]}, got {list(value.shape)}")
+    return matrix
+
+
+def _matrix(values: dict[str, Tensor], key: str, size: int | None, *, transposed: bool) -> tuple[Tensor, int | None]:
+    """The matrix [H, I] under `key` and None, or the product of its two factors and their rank; `size`: H and I."""
     if f"{key}1" not in values:
-        matrix = _value(values, key)
-        if matrix.dim() != 2:
-            raise ValueError(f"{key} must have 2 dimensions, got shape {list(matrix.shape)}")
-        return (matrix if transposed else matrix.mT), None
-    first, second = _value(values, f"{key}1"), _value(values, f"{key}2")
-    if not transposed:
-        first, second = first.mT, second.mT
-    if first.dim() != 2 or second.dim() != 2 or first.shape[0] != second.shape[1]:
-        shapes = [list((matrix if transposed else matrix.mT).shape) for matrix in (first, second)]
-        raise ValueError(f"{key}1 and {key}2 must share their inner dimension, got {shapes[0]} and {shapes[1]}")
-    return second @ first, min(first.shape[0], second.shape[0], first.shape[1])
+        return _oriented(values, key, size, size, transposed=transposed), None
+    first = _oriented(values, f"{key}1", None, size, transposed=transposed)
+    second = _oriented(values, f"{key}2", size, len(first), transposed=transposed)
+    product = second @ first
+    return product, min(len(first), *product.shape)

@@ -65,7 +65,8 @@ class LowRankLinear(nn.Module):
     def from_dense(cls, dense: nn.Linear, *, max_rank: int | None = None, **options) -> Self:
         """The layer with a dense layer's singular components, all of them unless max_rank says fewer; copies."""
         weight = LowRankWeight.from_dense(dense.weight, max_rank, **options)
-        return cls._of(weight, None if dense.bias is None else nn.Parameter(dense.bias.detach().clone()))
+        bias = None if dense.bias is None else nn.Parameter(dense.bias.detach().clone())
+        return cls._of(weight, bias).train(dense.training)
 
     @classmethod
     def _of(cls, weight: LowRankWeight | nn.Parameter, bias: nn.Parameter | None) -> Self:
