@@ -207,10 +207,11 @@ def count_ranks(model: nn.Module) -> RankBudget:
 
 def factored_matrices(model: nn.Module) -> dict[str, LowRankWeight]:
     """The `LowRankWeight`s of a model by name, in its order; one that is shared under its first name."""
-    first: dict[tuple[int, int, int], tuple[str, LowRankWeight]] = {}
+    first: dict[tuple[int, ...], tuple[str, LowRankWeight]] = {}
     for name, module in model.named_modules():
         if isinstance(module, LowRankWeight):
-            first.setdefault((id(module.u), id(module.v), id(module.m)), (name, module))
+            key = tuple(map(id, (module.u, module.v, module.m, module.raw_threshold)))
+            first.setdefault(key, (name, module))
     return dict(first.values())
 
 

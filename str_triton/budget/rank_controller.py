@@ -88,7 +88,9 @@ class RankController(OffsetController):
         self._savings = torch.tensor(savings, device=self._matrices[0].raw_threshold.device)
         for matrix in thresholded:
             matrix.raw_threshold.requires_grad_(False)
-        self._take((matrix.raw_threshold for matrix in self._matrices), self._matrices)
+        held = {id(matrix.raw_threshold) for matrix in self._matrices}
+        modules = [m for m in model.modules() if isinstance(m, LowRankWeight) and id(m.raw_threshold) in held]
+        self._take((matrix.raw_threshold for matrix in self._matrices), modules)
 
     def _cost(self, matrix: LowRankWeight, rank: int) -> int:
         return rank if self.target.total_rank is not None else matrix.compact_cost(rank)
@@ -122,6 +124,16 @@ class RankController(OffsetController):
         """Move all raw thresholds by one offset so that the model costs what the schedule says now."""
         self._separate()
         super().solve()
+
+    @torch.no_grad()
+    def _temper(self) -> None:
+        # The bounds are for where thresholds would be if none were held back: else they empty a matrix that is.
+        moved = list(zip((*self._raws, *self._before), self._held_back * 2, strict=True))
+        for raw, held in moved:
+            raw.add_(held)
+        super()._temper()
+        for raw, held in moved:
+            raw.sub_(held)
 
     def _cut(self) -> tuple[Tensor, Tensor, list[Tensor]]:
         critical, tie = self._critical_offsets()

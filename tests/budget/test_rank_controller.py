@@ -170,6 +170,20 @@ def test_no_matrix_is_emptied():
         assert min(ranks(tried)) == ranks(tried)[-1] == 1
 
 
+def test_the_bounds_of_learned_thresholds_empty_no_matrix():
+    model = random_model(shapes=[(20, 20, None)] * 3)
+    set_sizes(matrices(model)[-1], torch.rand(20) * 1e-3)
+    controller = RankController(model, RankTarget(total_rank=20), distribution="learned", interval=5, end=0)
+    for progress in (0.1, 0.2, 0.3, 0.4, 0.5):  # One solve, at the first.
+        controller.step(progress)
+        assert ranks(model)[-1] == 1
+        assert sum(ranks(model)) == 20
+    controller.step(1.0)
+    held_back = torch.stack(controller._held_back)
+    assert held_back[-1] > 1
+    assert (raw_thresholds(model) + held_back).diff().abs().max() <= 1
+
+
 def test_a_threshold_is_held_back_no_longer_than_it_must():
     model = random_model(shapes=[(20, 20, None)] * 3)
     for matrix in matrices(model):
@@ -271,6 +285,7 @@ def test_shared_matrices_count_once():
     assert count_ranks(model.append(tied)).total_rank == 4
     RankController(model, RankTarget(total_rank=3)).step(1.0)
     assert ranks(model) == [3, 3]
+    assert all(matrix.controlled for matrix in matrices(model))
 
 
 def test_compact_matrices_have_a_fixed_cost():
