@@ -126,7 +126,7 @@ def load_trained(run_dir: str | Path) -> SequenceClassifier | LanguageModel:
 
     config = json.loads((Path(run_dir) / "config.json").read_text())
     with safe_open(Path(run_dir) / "model.safetensors", "pt") as file:
-        sizes = {name: json.loads(value) for name, value in file.metadata().items()}
+        sizes = json.loads(file.metadata()["network"])
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (the file is no dict)
     model = architecture_of(config, sizes["inputs"], sizes["outputs"]).build(ranks=sizes["ranks"])
     model.load_state_dict(weights)

@@ -126,7 +126,8 @@ class Experiment(Loop):
     def cut(self, ranks: dict[str, int]) -> None:
         """Go on with the ``ranks`` largest singular components of the dense matrices, and a new optimizer."""
         self.accelerator.free_memory()  # which forgets the dense network's optimizer
-        model = self.architecture.build(ranks=ranks).to(self.accelerator.device)
+        with torch.random.fork_rng(devices=[]):  # first weights are drawn, which a resumed run draws once more
+            model = self.architecture.build(ranks=ranks).to(self.accelerator.device)
         copy_weights(self.model, model)
         self.model, self.cut_ranks = model, ranks
         self.network, self.optimizer = self.accelerator.prepare(model, make_optimizer(self.config, model))
@@ -236,7 +237,7 @@ def build(config: Config, architecture: Architecture) -> tuple[nn.Module, RankCo
         return model, controller
     torch.set_rng_state(random)  # the model above was for the controller's checks alone
     if config.method == "fixed":
-        return architecture.build(ranks=common_ranks(model.rnn, rank_target(config))), None
+        return architecture.build(ranks=common_ranks(model, rank_target(config))), None
     return architecture.build(factorize="none"), None
 
 
@@ -288,7 +289,7 @@ def packed(model: nn.Module, architecture: Architecture) -> bytes:
     """The compact model's weights as safetensors, with the sizes that `rnn.models.load_trained` needs."""
     sizes = {"inputs": architecture.inputs, "outputs": architecture.outputs, "ranks": model.rnn.ranks()}
     weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
-    return safetensors.torch.save(weights, {name: json.dumps(value) for name, value in sizes.items()})
+    return safetensors.torch.save(weights, {"network": json.dumps(sizes)})  # one entry: several have no order
 
 
 if __name__ == "__main__":

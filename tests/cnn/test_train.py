@@ -14,7 +14,8 @@ from cnn import data, train
 from cnn.models import build
 from str_triton import Budget, count, sparsify
 from str_triton.training.metrics import read_metrics
-from tests.cnn.train_runs import begin, last_checkpoint, run
+from tests.cnn.train_runs import begin, run
+from tests.runs import last_checkpoint
 
 SUMMARY = ["accuracy", "sparsity", "nonzeros", "params", "flops", "dense_flops", "epochs", "seconds", "seed", "recipe"]
 

@@ -7,60 +7,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from cnn import train
 from str_triton.training.checkpoints import Checkpoints
-from str_triton.training.metrics import read_metrics
-from tests.cnn.train_runs import TINY, begin, last_checkpoint, resume
+from tests.cnn.train_runs import TINY, begin, resume
+from tests.runs import Killed, after_calls, assert_same_result, kill, last_checkpoint
 
 ROOT = Path(__file__).parents[2]
-
-
-class Killed(BaseException):
-    """Ends a run where it stands, as kill -9 does: nothing catches it."""
-
-
-def same_bits(a: object, b: object) -> bool:
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same_bits(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same_bits, a, b))
-    return a == b
-
-
-def assert_same_result(folder: Path, whole: Path) -> None:
-    ours, theirs = last_checkpoint(folder), last_checkpoint(whole)
-    for key in ("step", "model", "optimizer", "controller"):
-        assert same_bits(ours[key], theirs[key]), key
-    assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-    assert (folder / "budget.csv").read_text() == (whole / "budget.csv").read_text()
-    ours, theirs = ([{**record, "seconds": 0} for record in read_metrics(place)] for place in (folder, whole))
-    assert ours == theirs
-
-
-def after_calls(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, number: int, act: Callable) -> None:
-    """Call ``act`` when ``owner.name`` is called for the ``number``-th time, before it does its work."""
-    original, calls = getattr(owner, name), 0
-
-    def wrapped(*args: object, **kwargs: object) -> object:
-        nonlocal calls
-        calls += 1
-        if calls == number:
-            act()
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, wrapped)
-
-
-def kill() -> None:
-    raise Killed
 
 
 @pytest.mark.parametrize(("owner", "name", "number"), [(os, "replace", 3), (os, "fsync", 12), (Checkpoints, "save", 3)])

@@ -1,0 +1,127 @@
+"""The training program killed, interrupted and resumed: it ends in the same bits as if nothing had been."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rnn import train
+from tests.rnn.train_runs import RANK, TINY, begin, resume, text_options
+from tests.runs import Killed, after_calls, assert_same_result, kill, last_checkpoint
+
+ROOT = Path(__file__).parents[2]
+SVD = ["--method", "svd-finetune", "--choose", "validation", "--batch-size", "50", "--epochs", "3", "--dropout", "0.3"]
+
+
+@pytest.fixture(scope="module")
+def whole_text_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """An undisturbed run of a language model, and its options."""
+    folder = tmp_path_factory.mktemp("text")
+    options = [*text_options(folder), "--cell", "lstm", "--dropout", "0.2", "--choose", "validation"]
+    assert begin(folder / "run", *options) == 0
+    return folder / "run", options
+
+
+@pytest.fixture(scope="module")
+def whole_svd_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run that is cut after its first epoch of three, of four steps each."""
+    folder = tmp_path_factory.mktemp("svd") / "run"
+    assert begin(folder, *SVD, *RANK) == 0
+    return folder
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
+    """Have a signal come in the course of a step."""
+    after_calls(monkeypatch, train, "learning_rate", step, lambda: os.kill(os.getpid(), number))
+
+
+@pytest.mark.parametrize(("number", "step", "code"), [(signal.SIGINT, 3, 130), (signal.SIGTERM, 5, 143)])
+def test_a_signal_saves_the_step_and_says_how_to_go_on(
+    tmp_path: Path,
+    quick: None,
+    whole_run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    number: int,
+    step: int,
+    code: int,
+):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_at(patch, step, number)
+        assert begin(folder, *RANK) == code
+    assert capsys.readouterr().err == (
+        f"stopped after step {step}, which is saved; go on with: python rnn/train.py --resume --run-dir {folder}\n"
+    )
+    assert last_checkpoint(folder)["step"] == step
+    assert resume(folder) == 0
+    assert_same_result(folder, whole_run)
+
+
+@pytest.mark.parametrize(("owner", "name", "number"), [(os, "replace", 3), (os, "fsync", 12)])
+def test_a_run_killed_while_it_writes_ends_in_the_same_bits(
+    tmp_path: Path, quick: None, whole_run: Path, monkeypatch: pytest.MonkeyPatch, owner: object, name: str, number: int
+):
+    with monkeypatch.context() as patch:
+        after_calls(patch, owner, name, number, kill)
+        with pytest.raises(Killed):
+            begin(tmp_path / "run", *RANK)
+    assert resume(tmp_path / "run") == 0
+    assert_same_result(tmp_path / "run", whole_run)
+
+
+def test_kill_9_and_resume(tmp_path: Path, quick: None, whole_run: Path):
+    """A real process, killed at whatever moment comes after its first checkpoint."""
+    folder = tmp_path / "run"
+    command = [sys.executable, "rnn/train.py", *TINY, *RANK, "--run-dir", folder]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        while not list(folder.glob("checkpoints/*.pt")):
+            assert process.poll() is None, process.stderr.read().decode()
+            time.sleep(0.01)
+        process.kill()
+    assert resume(folder) == 0
+    assert_same_result(folder, whole_run)
+
+
+@pytest.mark.parametrize("step", [3, 7])
+def test_a_language_model_goes_on_with_the_state_that_it_had(
+    tmp_path: Path, quick: None, whole_text_run: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch, step: int
+):
+    whole, options = whole_text_run
+    with monkeypatch.context() as patch:
+        stop_at(patch, step)
+        assert begin(tmp_path / "run", *options) == 143
+    h, c = last_checkpoint(tmp_path / "run")["carried"]
+    assert h.shape == c.shape == (1, 4, 8)
+    assert h.abs().min() > 0
+    assert resume(tmp_path / "run") == 0
+    assert_same_result(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("step", [2, 4, 6])
+def test_svd_finetune_goes_on_before_at_and_after_the_cut(
+    tmp_path: Path, quick: None, whole_svd_run: Path, monkeypatch: pytest.MonkeyPatch, step: int
+):
+    with monkeypatch.context() as patch:
+        stop_at(patch, step)
+        assert begin(tmp_path / "run", *SVD, *RANK) == 143
+    assert (last_checkpoint(tmp_path / "run")["cut_ranks"] is None) == (step <= 4)
+    assert resume(tmp_path / "run") == 0
+    assert_same_result(tmp_path / "run", whole_svd_run)
+
+
+@pytest.mark.parametrize("change", [["--seed", "1"], ["text-lstm"], ["--target-rank", "20"], ["--method", "dense"]])
+def test_resume_with_other_options_is_refused(whole_run: Path, change: list[str], capsys: pytest.CaptureFixture):
+    assert resume(whole_run, *change) == 2
+    assert capsys.readouterr().err.startswith("error: --")
+
+
+def test_resume_of_a_finished_run_writes_the_end_again(whole_run: Path, quick: None):
+    before = {name: (whole_run / name).read_bytes() for name in ("model.safetensors", "budget.json")}
+    (whole_run / "model.safetensors").unlink()
+    assert resume(whole_run) == 0
+    assert before == {name: (whole_run / name).read_bytes() for name in before}

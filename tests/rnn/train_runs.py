@@ -1,0 +1,31 @@
+"""What the tests of the training program share: tiny runs."""
+
+from pathlib import Path
+
+from rnn import train
+from tests.runs import run_main
+
+# 2 epochs of 5 steps.
+TINY = ["--epochs", "2", "--batch-size", "54", "--hidden-size", "8", "--checkpoint-steps", "2", "--device", "cpu"]
+RANK = ["--target-rank", "10"]  # of 2 x (12 + 8)
+
+
+def begin(folder: Path, *options: str) -> int:
+    """A tiny run in ``folder``; its exit code."""
+    return run(*TINY, *options, "--run-dir", str(folder))
+
+
+def resume(folder: Path, *options: str) -> int:
+    return run(*options, "--resume", "--run-dir", str(folder))
+
+
+def run(*args: str) -> int:
+    return run_main(train.main, list(args))
+
+
+def text_options(folder: Path) -> list[str]:
+    """Options for a language model on a small text, which is written to ``folder``: 2 epochs of 5 steps."""
+    file = folder / "text.txt"
+    sentences = (f"the {n}th of {n * n % 17} numbers is {n * 7 % 13}, or so they say.\n" for n in range(70))
+    file.write_text("".join(sentences))
+    return ["--data", f"text:{file}", "--batch-size", "4", "--bptt", "100", "--target-compression", "1.2"]
