@@ -234,6 +234,21 @@ def linear(weight):
     return dense
 
 
+def test_components_that_a_threshold_tells_apart_keep_their_m():
+    """Down to differences of 1.3e-5, hardly more than what counts as equal; and also where others are equal."""
+    for ties, step in [(0, 1.3e-5), (3, 1e-3)]:
+        model = nn.Sequential(LowRankLinear(40, 40))
+        offsets = step * torch.arange(40)
+        offsets[:ties] = 0
+        set_sizes(matrices(model)[0], 0.5 * offsets.exp())
+        before = matrices(model)[0].m.clone()
+        for total in (39, 38, 21, 2, 1):
+            RankController(model, RankTarget(total_rank=total)).step(1.0)
+            assert ranks(model) == [total]
+        assert torch.equal(matrices(model)[0].m[ties:], before[ties:])
+        assert torch.equal(matrices(model)[0].m, before) == (ties == 0)
+
+
 def test_equal_components_inside_exact_go_together_and_m_stays():
     model = nn.Sequential(LowRankLinear.from_dense(linear(torch.eye(8))), LowRankLinear(8, 8))
     set_sizes(matrices(model)[0], torch.tensor([4.0, 3, 3, 3, 2, 1, 1, 1]))
