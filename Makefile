@@ -16,8 +16,9 @@ help: ## list these commands
 	@echo "Usage: make TARGET [PYTHON=python3.12] [PIP_ARGS='options for pip install, such as another index']"
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' Makefile
 
-demo: .venv/.train ## train a small CNN to 90 % sparsity on real images, and say where the report is
+demo: .venv/.train ## train a small CNN and a small GRU to exact budgets on real data, and say where the reports are
 	$(BIN)/python cnn/train.py
+	$(BIN)/python rnn/train.py
 
 test: .venv/.dev ## run the whole test suite
 	$(BIN)/python -m pytest

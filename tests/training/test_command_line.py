@@ -115,3 +115,19 @@ def test_what_needs_a_gpu_says_so(option: str, value: str, monkeypatch: pytest.M
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UserError, match=f"--{option} {value}"):
         make_accelerator(dataclasses.replace(small(), **{option: value}))
+
+
+def test_describe_prints_the_settled_configuration_and_what_was_published(capsys: pytest.CaptureFixture):
+    described = dataclasses.replace(
+        COMMAND_LINE,
+        settle=lambda config: dataclasses.replace(config, lr=2 * config.lr),
+        published={"large": "accuracy 99"},
+    )
+    for name, rate, ends in (("large", "1.0", "\naccuracy 99\n"), ("small", "0.2", "data-dir          none\n")):
+        with pytest.raises(SystemExit) as leaving:
+            described.read([name, "--describe"])
+        assert leaving.value.code == 0
+        text = capsys.readouterr().out
+        assert text.startswith(f"{name}: A {name} one.\n")
+        assert f"\nlr                {rate}\n" in text
+        assert text.endswith(ends)

@@ -1,0 +1,53 @@
+import pytest
+import torch
+
+from rnn.baselines import common_ranks, svd_ranks
+from rnn.models import Architecture
+from str_triton import RankTarget, count_ranks
+
+ARCHITECTURE = Architecture(
+    task="classify", cell="gru", inputs=4, outputs=3, hidden_size=12, layers=2, bidirectional=True
+)
+
+
+@pytest.mark.parametrize(
+    ("target", "figure"),
+    [
+        (RankTarget(total_rank=20), "total_rank"),
+        (RankTarget(params=2500), "params"),
+        (RankTarget(recurrent_flops=700), "recurrent_flops"),
+        (RankTarget(compression=2.0), "compression"),
+    ],
+)
+def test_common_ranks_are_the_largest_at_one_share_that_meet_the_target(target: RankTarget, figure: str):
+    ranks = common_ranks(ARCHITECTURE.build(), target)
+    full = {name: factor.max_rank for name, factor in ARCHITECTURE.build().rnn.factors().items()}
+    assert ranks.keys() == full.keys()
+    share = max(rank / full[name] for name, rank in ranks.items() if rank > 1)  # one is kept at any share
+    assert all(rank == max(1, int(share * full[name] + 1e-9)) for name, rank in ranks.items())
+
+    def cost(ranks: dict[str, int]) -> float:
+        budget = count_ranks(ARCHITECTURE.build(ranks=ranks))
+        return 1 / budget.compression if figure == "compression" else getattr(budget, figure)
+
+    wanted = 1 / target.compression if figure == "compression" else getattr(target, figure)
+    assert cost(ranks) <= wanted
+    following = min((rank + 1) / full[name] for name, rank in ranks.items() if rank < full[name])
+    larger = {name: max(1, int(following * whole + 1e-9)) for name, whole in full.items()}
+    assert cost(larger) > wanted
+
+
+def test_the_whole_rank_is_a_share_too():
+    ranks = common_ranks(ARCHITECTURE.build(), RankTarget(compression=1.0))
+    assert ranks == {name: factor.max_rank for name, factor in ARCHITECTURE.build().rnn.factors().items()}
+
+
+def test_svd_ranks_cut_at_one_singular_value_of_all_matrices():
+    torch.manual_seed(3)
+    dense = ARCHITECTURE.build(factorize="none")
+    ranks = svd_ranks(dense, ARCHITECTURE, RankTarget(total_rank=30))
+    assert sum(ranks.values()) == 30
+    sigmas = {name: torch.linalg.svdvals(getattr(dense.rnn, name).detach()) for name in ranks}
+    kept = min(sigmas[name][rank - 1] for name, rank in ranks.items())
+    cut = max(sigmas[name][rank] for name, rank in ranks.items() if rank < len(sigmas[name]))
+    assert kept > cut

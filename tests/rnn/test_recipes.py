@@ -1,0 +1,104 @@
+import dataclasses
+
+import pytest
+
+from rnn.recipes import PUBLISHED, RECIPES, Config, recipe_for, settle
+from rnn.train import COMMAND_LINE, first_candidate, learning_rate
+from str_triton.training.errors import UserError
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_whole(name: str):
+    config = settle(RECIPES[name]())
+    assert config.recipe == name
+    assert config.task == ("lm" if name == "text-lstm" else "classify")
+    assert RECIPES[name].__doc__
+
+
+@pytest.mark.parametrize(
+    ("options", "recipe"),
+    [
+        ([], "japanese-vowels-gru"),
+        (["--data", "text:file"], "text-lstm"),
+        (["--data", "hub:NAME:COLUMN"], "text-lstm"),
+        (["--data", "text", "--task", "classify"], "spoken-gru"),
+        (["--data", "hub:NAME"], "spoken-gru"),
+        (["--data", "har:file"], "spoken-gru"),
+    ],
+)
+def test_the_data_choose_the_recipe(options: list[str], recipe: str):
+    assert COMMAND_LINE.read(options).recipe == recipe
+
+
+def test_the_papers_recipes_have_its_settings():
+    for name, hidden in (("google12-fastgrnn", 100), ("har2-fastgrnn", 80)):
+        config = settle(RECIPES[name]())
+        assert (config.epochs, config.batch_size, config.lr, config.hidden_size) == (300, 100, 1e-2, hidden)
+        assert (config.method, config.cell, config.raw_threshold_init) == ("str", "fastgrnn", -10.0)
+        assert [learning_rate(config, 10, step) for step in (0, 1999, 2000, 2999)] == [1e-2, 1e-2, 1e-3, 1e-3]
+
+
+def test_describe_prints_everything_and_trains_nothing(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as leaving:
+        COMMAND_LINE.read(["har2-fastgrnn", "--epochs", "9", "--describe"])
+    assert leaving.value.code == 0
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(Config):
+        if field.name not in ("recipe", "describe", "resume", "run_dir"):
+            assert f"\n{field.name.replace('_', '-')} " in text
+    assert "epochs              9\n" in text
+    assert PUBLISHED["har2-fastgrnn"] in text
+    assert "(8, 7)            0.001   94.88       95.59" in text
+
+
+def test_a_target_is_made_definite():
+    assert settle(Config(recipe="spoken-gru")).target_compression == 3.0
+    given = settle(Config(recipe="spoken-gru", target_params=9000))
+    assert (given.target_params, given.target_compression, given.target_rank) == (9000, None, None)
+    assert settle(RECIPES["japanese-vowels-gru"]()).target_rank
+    assert settle(Config(recipe="spoken-gru", method="dense")).target_compression is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"method": "str", "target_rank": 9}, "--target-rank 9: --method str meets no target; str-exact, fixed, "),
+        ({"target_rank": 9, "target_compression": 2.0}, "--target-rank 9 and --target-compression 2.0 are both given"),
+        ({"task": "lm", "bidirectional": True}, "--bidirectional"),
+        ({"method": "svd-finetune", "epochs": 1}, "--epochs 1: it must be at least 2 with --method svd-finetune"),
+        ({"target_params": 0}, "--target-params 0: it must be at least 1"),
+        ({"max_norm": float("nan")}, "--max-norm nan: it must be 0 or more"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(fields: dict, message: str):
+    with pytest.raises(UserError) as refusal:
+        settle(Config(recipe="spoken-gru", **fields))
+    assert str(refusal.value).startswith(message)
+
+
+def test_the_recipe_for_a_configuration_does_not_depend_on_its_recipe():
+    assert recipe_for(Config(recipe="text-lstm", data="japanese-vowels")) == "japanese-vowels-gru"
+
+
+@pytest.mark.parametrize(
+    ("method", "epochs", "first"),
+    [
+        ("str-exact", 10, 7),
+        ("str-exact", 1, 1),
+        ("str-exact", 31, 22),
+        ("str", 300, 270),
+        ("dense", 5, 0),
+        ("fixed", 5, 0),
+        ("svd-finetune", 5, 3),
+    ],
+)
+def test_epochs_that_may_be_chosen(method: str, epochs: int, first: int):
+    assert first_candidate(Config(recipe="spoken-gru", method=method, epochs=epochs)) == first
+
+
+def test_svd_finetune_goes_through_the_learning_rate_twice():
+    config = Config(recipe="spoken-gru", method="svd-finetune", epochs=6, warmup_epochs=1.0, lr=1.0)
+    rates = [learning_rate(config, 10, step) for step in range(60)]
+    assert rates[:30] == pytest.approx(rates[30:])
+    assert max(rates) == pytest.approx(1.0, abs=0.01)
+    assert max(rates[29], rates[0], rates[30]) < 0.06
