@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from str_triton.ops.time_loop import Schedule, check, compute_dtype, grad_v, prepare
+from str_triton.ops.time_loop import Schedule, check, compute_dtype, grad_v, kept, prepare, saved_shape
 
 # ---- CPU implementation -------------------------------------------------------------------------------------------
 
@@ -24,99 +24,103 @@ def _forward(
     schedule = Schedule(lengths, *gates_x.shape[:2], reverse)
     gates_x, h0 = schedule.sort(gates_x, 1).to(compute), schedule.sort(h0, 0).to(compute)
     w, v, bias = (tensor.to(compute) for tensor in (w, v, bias))
-    outputs = schedule.buffer(gates_x, len(v))
-    steps = None if save else 1
-    p, gates = (schedule.buffer(gates_x, width, steps) for width in (v.shape[1], 2 * len(v)))
     with torch.autocast("cpu", enabled=False):
-        _run(schedule, gates_x, w.t(), v, bias, scale, h0, outputs, p, gates)
+        outputs = _run(schedule, gates_x, w, v, bias, scale, h0)
     h = schedule.unsort(schedule.last(outputs), 0).to(dtype)
-    outputs = schedule.unsort(outputs, 1).to(dtype)
-    saved = (p, gates) if save else (p.new_empty(0), p.new_empty(0))
-    return outputs, h, *(tensor.to(dtype) for tensor in saved)
+    p, gates = (gates_x.new_empty(0, dtype=dtype) for _ in range(2))
+    return schedule.unsort(outputs, 1).to(dtype), h, p, gates
 
 
-def _run(
-    schedule: Schedule, gates_x: Tensor, w_t: Tensor, v: Tensor, bias: Tensor, scale: Tensor, h0: Tensor,
-    outputs: Tensor, p: Tensor, gates: Tensor,
-) -> None:  # fmt: skip
-    """The loop itself. gates becomes (z | c) after their activations."""
-    hidden = len(v)
-    by_gate, bias = gates.unflatten(2, (2, hidden)), bias.unflatten(0, (2, hidden))
-    tensors = (gates_x, p, by_gate, by_gate[:, :, 0], by_gate[:, :, 1], outputs)
+def _run(schedule: Schedule, gates_x: Tensor, w: Tensor, v: Tensor, bias: Tensor, scale: Tensor, h0: Tensor) -> Tensor:
+    """The loop itself."""
+    hidden, rank = v.shape
+    w_t, bias, (zeta, nu) = w.t(), bias.unflatten(0, (2, hidden)), scale.tolist()
+    outputs = schedule.buffer(gates_x, hidden)
+    p, a, gates = schedule.scratch(v, rank), schedule.scratch(v, hidden), schedule.scratch(v, 2, hidden)
+    tensors = gates_x, p, a, a.unsqueeze(2), gates, *gates.unbind(2), outputs
     steps = list(zip(*(schedule.rows(tensor) for tensor in tensors), strict=True))
     states = [step[-1] for step in steps]
-    zeta, nu = scale.tolist()
     for time in schedule.times:
-        x, p_t, gates_t, z, c, state = steps[time]
+        x, p_t, a_t, a_both, gates_t, z, c, state = steps[time]
         previous = schedule.previous(states, h0, time)
         torch.mm(previous, v, out=p_t)
-        torch.addmm(x, p_t, w_t, out=state)  # for a moment: what both gates have in common
-        torch.add(state.unsqueeze(1), bias, out=gates_t)
+        torch.addmm(x, p_t, w_t, out=a_t)
+        torch.add(a_both, bias, out=gates_t)
         z.sigmoid_()
         c.tanh_()
         # h' = (zeta (1 - z) + nu) c + z h = (zeta + nu) c + z (h - zeta c)
-        torch.mul(c, zeta + nu, out=state).addcmul_(z, torch.sub(previous, c, alpha=zeta))
+        torch.sub(previous, c, alpha=zeta, out=a_t)
+        torch.mul(c, zeta + nu, out=state).addcmul_(z, a_t)
+    return outputs
 
 
 def _backward(
-    grad_outputs: Tensor, grad_h: Tensor, outputs: Tensor, p: Tensor, gates: Tensor,
-    w: Tensor, v: Tensor, scale: Tensor, h0: Tensor, lengths: Tensor | None, reverse: bool,
+    grad_outputs: Tensor, grad_h: Tensor, gates_x: Tensor, outputs: Tensor, p: Tensor, gates: Tensor,
+    w: Tensor, v: Tensor, bias: Tensor, scale: Tensor, h0: Tensor, lengths: Tensor | None, reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dtype, compute = outputs.dtype, compute_dtype(outputs)
     schedule = Schedule(lengths, *outputs.shape[:2], reverse)
-    grad_outputs, outputs = (schedule.sort(tensor, 1).to(compute) for tensor in (grad_outputs, outputs))
-    grad_h, h0 = (schedule.sort(tensor, 0).to(compute) for tensor in (grad_h, h0))
-    p, gates, w, v = (tensor.to(compute) for tensor in (p, gates, w, v))
+    by_time = (schedule.sort(tensor, 1).to(compute) for tensor in (grad_outputs, gates_x, outputs))
+    by_sequence = (schedule.sort(tensor, 0).to(compute) for tensor in (grad_h, h0))
+    w, v, bias = (tensor.to(compute) for tensor in (w, v, bias))
     with torch.autocast("cpu", enabled=False):
-        grads = _run_backward(schedule, grad_outputs, grad_h, outputs, p, gates, w, v, scale, h0)
+        grads = _run_backward(schedule, *by_time, *by_sequence, w, v, bias, scale)
     grad_x, *others, grad_scale, grad_h0 = grads
     grad_x, grad_h0 = schedule.unsort(grad_x, 1), schedule.unsort(grad_h0, 0)
     return *(grad.to(dtype) for grad in (grad_x, *others)), grad_scale.to(scale.dtype), grad_h0.to(dtype)
 
 
 def _run_backward(
-    schedule: Schedule, grad_outputs: Tensor, grad_h: Tensor, outputs: Tensor, p: Tensor, gates: Tensor,
-    w: Tensor, v: Tensor, scale: Tensor, h0: Tensor,
+    schedule: Schedule, grad_outputs: Tensor, gates_x: Tensor, outputs: Tensor, grad_h: Tensor, h0: Tensor,
+    w: Tensor, v: Tensor, bias: Tensor, scale: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Chunks of time: coefficients of dh for all steps of the chunk, the loop over them, and what needs no loop."""
-    hidden = len(v)
-    grad_x, grad_p = schedule.buffer(gates, hidden), schedule.buffer(p, v.shape[1])
-    grad_w, grad_bias, grad_scale = torch.zeros_like(w), w.new_zeros(2, hidden), w.new_zeros(2)
-    dh, v_t = grad_h.clone(), v.t()
+    """Chunks of time: the gates again, coefficients of dh, the loop over the steps, and what needs no loop."""
+    hidden, rank = v.shape
+    grad_x, grad_p, v_t, dh = schedule.buffer(v, hidden), schedule.buffer(v, rank), v.t(), grad_h.clone()
+    grad_w, grad_bias, grad_scale = torch.zeros_like(w), v.new_zeros(2, hidden), v.new_zeros(2)
     size = schedule.chunk(hidden)
-    a_z, a, dhs = (schedule.buffer(h0, hidden, size) for _ in range(3))
-    rows = (grad_outputs, grad_x, grad_p, gates[..., :hidden])
-    steps = list(zip(*(schedule.rows(tensor) for tensor in rows), strict=True))
+    x, a, a_z, dhs = (v.new_empty(size, schedule.batch, hidden) for _ in range(4))
+    gates, p = v.new_empty(size, schedule.batch, 2, hidden), v.new_empty(size, schedule.batch, rank)
+    z = gates[:, :, 0]
+    steps = list(zip(*(schedule.rows(tensor) for tensor in (grad_outputs, grad_x, grad_p)), strict=True))
     for begin, end in schedule.chunks(hidden):
         span = slice(0, end - begin)
-        if schedule.counts is not None:
-            dhs.zero_()  # of the chunk before, where no sequence runs in this one
-        z, c = gates[begin:end].chunk(2, 2)
-        _coefficients(a[span], a_z[span], z, c, schedule.previous_chunk(outputs, h0, begin, end), scale)
+        previous, p_flat = schedule.previous_chunk(outputs, h0, begin, end), p[span].flatten(0, 1)
+        torch.mm(previous.flatten(0, 1), v, out=p_flat)
+        torch.mm(p_flat, w.t(), out=x[span].flatten(0, 1))
+        x[span].add_(gates_x[begin:end])
+        schedule.blank(x[span], begin)
+        torch.add(x[span].unsqueeze(2), bias.unflatten(0, (2, hidden)), out=gates[span])
+        _coefficients(a[span], a_z[span], gates[span], previous, scale)
         for time in schedule.backward_times(begin, end):
-            grad, grad_x_t, grad_p_t, z_t = steps[time]
+            grad, grad_x_t, grad_p_t = steps[time]
             count, k = len(grad), time - begin
             dh_t = torch.add(dh[:count], grad, out=dhs[k, :count])
             torch.mul(a[k, :count], dh_t, out=grad_x_t)
             torch.mm(grad_x_t, w, out=grad_p_t)
-            torch.mul(dh_t, z_t, out=dh[:count]).addmm_(grad_p_t, v_t)
+            torch.mul(dh_t, z[k, :count], out=dh[:count]).addmm_(grad_p_t, v_t)
+        schedule.blank(dhs[span], begin)
         flat = grad_x[begin:end].flatten(0, 1)
-        grad_w.addmm_(flat.t(), p[begin:end].flatten(0, 1))
+        grad_w.addmm_(flat.t(), p_flat)
         grad_z = a_z[span].mul_(dhs[span]).flatten(0, 1).sum(0)
         grad_bias += torch.stack((grad_z, flat.sum(0) - grad_z))
-        dh_c = dhs[span].mul_(c)
-        total = dh_c.sum()
-        grad_scale += torch.stack((total - torch.sum(dh_c.mul_(z)), total))
+        dh_c = dhs[span].mul_(gates[span, :, 1])
+        grad_nu = dh_c.sum()
+        grad_scale += torch.stack((grad_nu - dh_c.mul_(z[span]).sum(), grad_nu))
     grad_v_ = grad_v(outputs, h0, grad_p, schedule.lengths, schedule.reverse)
     return grad_x, grad_w, grad_v_, grad_bias.flatten(), grad_scale, dh
 
 
-def _coefficients(a: Tensor, a_z: Tensor, z: Tensor, c: Tensor, previous: Tensor, scale: Tensor) -> None:
+def _coefficients(a: Tensor, a_z: Tensor, gates: Tensor, previous: Tensor, scale: Tensor) -> None:
     """What dh is multiplied by: a_z for the gradient of z before its activation, a for that plus c's.
 
-    a_z = (h_prev - zeta c) z (1 - z)        a = a_z + (zeta (1 - z) + nu)(1 - c^2)
+        a_z = (h_prev - zeta c) z (1 - z)        a = a_z + (zeta (1 - z) + nu)(1 - c^2)
+
+    gates comes as gates_x + R h + (bias_gate | bias_update) and becomes (z | c).
     """
-    zeta, nu = scale.tolist()
+    (z, c), (zeta, nu) = gates.unbind(2), scale.tolist()
+    z.sigmoid_()
+    c.tanh_()
     torch.sub(previous, c, alpha=zeta, out=a_z)
     torch.ops.aten.sigmoid_backward.grad_input(a_z, z, grad_input=a_z)
     torch.mul(z, -zeta, out=a).add_(zeta + nu)
@@ -133,10 +137,13 @@ def _forward_triton(*arguments: Tensor | bool | None) -> tuple[Tensor, ...]:
     return fastgrnn_forward(*arguments)
 
 
-def _backward_triton(*arguments: Tensor | bool | None) -> tuple[Tensor, ...]:
+def _backward_triton(
+    grad_outputs: Tensor, grad_h: Tensor, gates_x: Tensor, outputs: Tensor, p: Tensor, gates: Tensor,
+    w: Tensor, v: Tensor, bias: Tensor, scale: Tensor, h0: Tensor, lengths: Tensor | None, reverse: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     from str_triton.ops.low_rank_triton import fastgrnn_backward
 
-    return fastgrnn_backward(*arguments)
+    return fastgrnn_backward(grad_outputs, grad_h, outputs, p, gates, w, v, scale, h0, lengths, reverse)
 
 
 # ---- registration -------------------------------------------------------------------------------------------------
@@ -148,8 +155,8 @@ _LIBRARY.define(
     " -> (Tensor outputs, Tensor h, Tensor p, Tensor gates)"
 )
 _LIBRARY.define(
-    "low_rank_fastgrnn_backward(Tensor grad_outputs, Tensor grad_h, Tensor outputs, Tensor p, Tensor gates, "
-    "Tensor w, Tensor v, Tensor scale, Tensor h0, Tensor? lengths, bool reverse)"
+    "low_rank_fastgrnn_backward(Tensor grad_outputs, Tensor grad_h, Tensor gates_x, Tensor outputs, Tensor p, "
+    "Tensor gates, Tensor w, Tensor v, Tensor bias, Tensor scale, Tensor h0, Tensor? lengths, bool reverse)"
     " -> (Tensor grad_gates_x, Tensor grad_w, Tensor grad_v, Tensor grad_bias, Tensor grad_scale, Tensor grad_h0)"
 )
 _LIBRARY.impl("low_rank_fastgrnn", _forward, "CPU")
@@ -161,15 +168,14 @@ _LIBRARY.impl("low_rank_fastgrnn_backward", _backward_triton, "CUDA")
 @torch.library.register_fake("str_triton::low_rank_fastgrnn")
 def _(gates_x, w, v, bias, scale, h0, lengths, reverse, save):
     steps, batch, hidden = gates_x.shape
-    saved = [gates_x.new_empty((steps, batch, width) if save else 0) for width in (v.shape[1], 2 * hidden)]
+    saved = [gates_x.new_empty(saved_shape(gates_x, width, save)) for width in (v.shape[1], 2 * hidden)]
     return gates_x.new_empty(steps, batch, hidden), gates_x.new_empty(batch, hidden), *saved
 
 
 @torch.library.register_fake("str_triton::low_rank_fastgrnn_backward")
-def _(grad_outputs, grad_h, outputs, p, gates, w, v, scale, h0, lengths, reverse):
+def _(grad_outputs, grad_h, gates_x, outputs, p, gates, w, v, bias, scale, h0, lengths, reverse):
     new = outputs.new_empty
-    grad_scale = torch.empty_like(scale)
-    return new(outputs.shape), new(w.shape), new(v.shape), new(2 * len(v)), grad_scale, new(h0.shape)
+    return *(new(tensor.shape) for tensor in (outputs, w, v, bias)), torch.empty_like(scale), new(h0.shape)
 
 
 # ---- autograd -----------------------------------------------------------------------------------------------------
@@ -181,7 +187,7 @@ class _LowRankFastGRNN(torch.autograd.Function):
         outputs, h, p, gates = torch.ops.str_triton.low_rank_fastgrnn(
             gates_x, w, v, bias, scale, h0, lengths, reverse, True
         )
-        ctx.save_for_backward(outputs, p, gates, w, v, scale, h0, lengths)
+        ctx.save_for_backward(kept(gates_x), outputs, p, gates, w, v, bias, scale, h0, lengths)
         ctx.reverse = reverse
         return outputs, h
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from str_triton.ops.time_loop import Schedule, check, compute_dtype, grad_v, prepare
+from str_triton.ops.time_loop import Schedule, check, compute_dtype, grad_v, kept, prepare, saved_shape, with_ones
 
 # ---- CPU implementation -------------------------------------------------------------------------------------------
 
@@ -21,104 +21,105 @@ def _forward(
     schedule = Schedule(lengths, *gates_x.shape[:2], reverse)
     gates_x, h0 = schedule.sort(gates_x, 1).to(compute), schedule.sort(h0, 0).to(compute)
     w, v, bias = (tensor.to(compute) for tensor in (w, v, bias))
-    hidden = len(v)
-    outputs = schedule.buffer(gates_x, hidden)
-    steps = None if save else 1
-    p, gates, n = (schedule.buffer(gates_x, width, steps) for width in (v.shape[1], 3 * hidden, hidden))
     with torch.autocast("cpu", enabled=False):
-        _run(schedule, gates_x, w.t(), v, bias, h0, outputs, p, gates, n)
+        outputs = _run(schedule, gates_x, w, v, bias, h0)
     h = schedule.unsort(schedule.last(outputs), 0).to(dtype)
-    outputs = schedule.unsort(outputs, 1).to(dtype)
-    saved = (p, gates, n) if save else (p.new_empty(0), p.new_empty(0), p.new_empty(0))
-    return outputs, h, *(tensor.to(dtype) for tensor in saved)
+    p, gates, n = (gates_x.new_empty(0, dtype=dtype) for _ in range(3))
+    return schedule.unsort(outputs, 1).to(dtype), h, p, gates, n
 
 
-def _run(
-    schedule: Schedule, gates_x: Tensor, w_t: Tensor, v: Tensor, bias: Tensor, h0: Tensor,
-    outputs: Tensor, p: Tensor, gates: Tensor, n: Tensor,
-) -> None:  # fmt: skip
-    """The loop itself. gates becomes (r | z | hidden_n), hidden_n = R_n h + bias_n."""
-    hidden = len(v)
-    rz, r, z, hidden_n = (gates[..., a * hidden : b * hidden] for a, b in ((0, 2), (0, 1), (1, 2), (2, 3)))
-    xs = schedule.rows(gates_x[..., : 2 * hidden]), schedule.rows(gates_x[..., 2 * hidden :])
-    buffers = (schedule.rows(buffer) for buffer in (p, gates, rz, r, z, hidden_n, n, outputs))
-    steps = list(zip(*xs, *buffers, strict=True))
+def _run(schedule: Schedule, gates_x: Tensor, w: Tensor, v: Tensor, bias: Tensor, h0: Tensor) -> Tensor:
+    """The loop itself."""
+    hidden, rank = v.shape
+    outputs = schedule.buffer(gates_x, hidden)
+    p_1, w_bias = with_ones((1, schedule.batch, rank), v), torch.cat((w, bias[:, None]), 1).t()
+    gates, n = schedule.scratch(v, 3 * hidden), schedule.scratch(v, hidden)
+    r, z, hidden_n = gates.chunk(3, 2)
+    tensors = gates_x[..., : 2 * hidden], gates_x[..., 2 * hidden :], p_1, p_1[..., :rank], gates
+    tensors = *tensors, gates[..., : 2 * hidden], r, z, hidden_n, n, outputs
+    steps = list(zip(*(schedule.rows(tensor) for tensor in tensors), strict=True))
     states = [step[-1] for step in steps]
     for time in schedule.times:
-        x_rz, x_n, p_t, gates_t, rz_t, r_t, z_t, hidden_t, n_t, state = steps[time]
+        x_rz, x_n, p_1t, p_t, gates_t, rz_t, r_t, z_t, hidden_t, n_t, state = steps[time]
         previous = schedule.previous(states, h0, time)
         torch.mm(previous, v, out=p_t)
-        torch.addmm(bias, p_t, w_t, out=gates_t)
+        torch.mm(p_1t, w_bias, out=gates_t)
         rz_t.add_(x_rz).sigmoid_()
         torch.addcmul(x_n, r_t, hidden_t, out=n_t).tanh_()
         torch.lerp(n_t, previous, z_t, out=state)
+    return outputs
 
 
 def _backward(
-    grad_outputs: Tensor, grad_h: Tensor, outputs: Tensor, p: Tensor, gates: Tensor, n: Tensor,
-    w: Tensor, v: Tensor, h0: Tensor, lengths: Tensor | None, reverse: bool,
+    grad_outputs: Tensor, grad_h: Tensor, gates_x: Tensor, outputs: Tensor, p: Tensor, gates: Tensor, n: Tensor,
+    w: Tensor, v: Tensor, bias: Tensor, h0: Tensor, lengths: Tensor | None, reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dtype, compute = outputs.dtype, compute_dtype(outputs)
     schedule = Schedule(lengths, *outputs.shape[:2], reverse)
-    grad_outputs, outputs = (schedule.sort(tensor, 1).to(compute) for tensor in (grad_outputs, outputs))
-    grad_h, h0 = (schedule.sort(tensor, 0).to(compute) for tensor in (grad_h, h0))
-    p, gates, n, w, v = (tensor.to(compute) for tensor in (p, gates, n, w, v))
+    by_time = (schedule.sort(tensor, 1).to(compute) for tensor in (grad_outputs, gates_x, outputs))
+    by_sequence = (schedule.sort(tensor, 0).to(compute) for tensor in (grad_h, h0))
+    w, v, bias = (tensor.to(compute) for tensor in (w, v, bias))
     with torch.autocast("cpu", enabled=False):
-        grads = _run_backward(schedule, grad_outputs, grad_h, outputs, p, gates, n, w, v, h0)
-    grad_x, *others, grad_h0 = grads
+        grad_x, *others, grad_h0 = _run_backward(schedule, *by_time, *by_sequence, w, v, bias)
     grad_x, grad_h0 = schedule.unsort(grad_x, 1), schedule.unsort(grad_h0, 0)
     return tuple(grad.to(dtype) for grad in (grad_x, *others, grad_h0))
 
 
 def _run_backward(
-    schedule: Schedule, grad_outputs: Tensor, grad_h: Tensor, outputs: Tensor, p: Tensor, gates: Tensor, n: Tensor,
-    w: Tensor, v: Tensor, h0: Tensor,
+    schedule: Schedule, grad_outputs: Tensor, gates_x: Tensor, outputs: Tensor, grad_h: Tensor, h0: Tensor,
+    w: Tensor, v: Tensor, bias: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Chunks of time: coefficients of dh for all steps of the chunk, the loop over them, and what needs no loop."""
-    hidden = len(v)
-    grad_x, grad_p = schedule.buffer(gates, 3 * hidden), schedule.buffer(p, v.shape[1])
-    grad_w, grad_bias, dh, v_t = torch.zeros_like(w), w.new_zeros(len(w)), grad_h.clone(), v.t()
+    """Chunks of time: the gates again, coefficients of dh, the loop over the steps, and what needs no loop."""
+    hidden, rank = v.shape
+    grad_x, grad_p = schedule.buffer(v, 3 * hidden), schedule.buffer(v, rank)
+    w_bias, v_t, dh = torch.cat((w, bias[:, None]), 1), v.t(), grad_h.clone()
+    grad_w_bias = torch.zeros_like(w_bias)
     size = schedule.chunk(hidden)
-    coefficients, a_n, dhs = (schedule.buffer(h0, width, size) for width in (3 * hidden, hidden, hidden))
-    z = gates[..., hidden : 2 * hidden]
-    rows = (grad_outputs, grad_x.unflatten(2, (3, hidden)), grad_x, grad_p, z)
+    p_1 = with_ones((size, schedule.batch, rank), v)
+    gates, a, a_n, dhs = (v.new_empty(size, schedule.batch, width * hidden) for width in (3, 3, 1, 1))
+    a_by_gate, z = a.unflatten(2, (3, hidden)), gates[..., hidden : 2 * hidden]
+    rows = (grad_outputs, grad_x.unflatten(2, (3, hidden)), grad_x, grad_p)
     steps = list(zip(*(schedule.rows(tensor) for tensor in rows), strict=True))
-    by_gate = coefficients.unflatten(2, (3, hidden))
     for begin, end in schedule.chunks(hidden):
         span = slice(0, end - begin)
-        if schedule.counts is not None:
-            dhs.zero_()  # of the chunk before, where no sequence runs in this one
-        previous = schedule.previous_chunk(outputs, h0, begin, end)
-        _coefficients(coefficients[span], a_n[span], gates[begin:end], n[begin:end], previous)
+        previous, p_flat = schedule.previous_chunk(outputs, h0, begin, end), p_1[span].flatten(0, 1)
+        torch.mm(previous.flatten(0, 1), v, out=p_flat[:, :rank])
+        torch.mm(p_flat, w_bias.t(), out=gates[span].flatten(0, 1))
+        _coefficients(a[span], a_n[span], gates[span], gates_x[begin:end], previous)
         for time in schedule.backward_times(begin, end):
-            grad, grad_gates, grad_flat, grad_p_t, z_t = steps[time]
-            count = len(grad)
-            k, running = time - begin, dh[:count]
-            dh_t = torch.add(running, grad, out=dhs[k, :count])
-            torch.mul(by_gate[k, :count], dh_t.unsqueeze(1), out=grad_gates)
+            grad, grad_gates, grad_flat, grad_p_t = steps[time]
+            count, k = len(grad), time - begin
+            dh_t = torch.add(dh[:count], grad, out=dhs[k, :count])
+            torch.mul(a_by_gate[k, :count], dh_t.unsqueeze(1), out=grad_gates)
             torch.mm(grad_flat, w, out=grad_p_t)
-            torch.mul(dh_t, z_t, out=running).addmm_(grad_p_t, v_t)
-        flat = grad_x[begin:end].flatten(0, 1)
-        grad_w.addmm_(flat.t(), p[begin:end].flatten(0, 1))
-        grad_bias += flat.sum(0)
+            torch.mul(dh_t, z[k, :count], out=dh[:count]).addmm_(grad_p_t, v_t)
+        grad_w_bias.addmm_(grad_x[begin:end].flatten(0, 1).t(), p_flat)
         torch.mul(dhs[span], a_n[span], out=grad_x[begin:end, :, 2 * hidden :])
-    return grad_x, grad_w, grad_v(outputs, h0, grad_p, schedule.lengths, schedule.reverse), grad_bias, dh
+        schedule.blank(grad_x[begin:end], begin)
+    grad_v_ = grad_v(outputs, h0, grad_p, schedule.lengths, schedule.reverse)
+    return grad_x, grad_w_bias[:, :-1].contiguous(), grad_v_, grad_w_bias[:, -1].clone(), dh
 
 
-def _coefficients(out: Tensor, a_n: Tensor, gates: Tensor, n: Tensor, previous: Tensor) -> None:
-    """What dh is multiplied by: `out` for the gradients of R h + bias (r | z | n), `a_n` for that of gates_x's n.
+def _coefficients(a: Tensor, a_n: Tensor, gates: Tensor, gates_x: Tensor, previous: Tensor) -> None:
+    """What dh is multiplied by: a for the gradients of R h + bias (r | z | n), a_n for that of gates_x's n.
 
-    a_n = (1 - z)(1 - n^2)        out = a_n hidden_n r (1 - r)  |  (h_prev - n) z (1 - z)  |  a_n r
+        a_n = (1 - z)(1 - n^2)        a = a_n hidden_n r (1 - r)  |  (h_prev - n) z (1 - z)  |  a_n r
+
+    gates comes as R h + bias and becomes (r | z | hidden_n).
     """
-    r, z, hidden_n = gates.chunk(3, 2)
-    out_r, out_z, out_n = out.chunk(3, 2)
+    hidden = previous.shape[2]
+    rz, hidden_n = gates.split((2 * hidden, hidden), 2)
+    a_r, a_z, n = a.chunk(3, 2)  # n keeps the place of the coefficient that is formed last.
+    rz.add_(gates_x[..., : 2 * hidden]).sigmoid_()
+    r, z = rz.chunk(2, 2)
+    torch.addcmul(gates_x[..., 2 * hidden :], r, hidden_n, out=n).tanh_()
     torch.sub(torch.ones((), dtype=z.dtype), z, out=a_n)
     torch.ops.aten.tanh_backward.grad_input(a_n, n, grad_input=a_n)
-    torch.mul(a_n, hidden_n, out=out_r)
-    torch.ops.aten.sigmoid_backward.grad_input(out_r, r, grad_input=out_r)
-    torch.sub(previous, n, out=out_z)
-    torch.ops.aten.sigmoid_backward.grad_input(out_z, z, grad_input=out_z)
-    torch.mul(a_n, r, out=out_n)
+    torch.mul(a_n, hidden_n, out=a_r)
+    torch.ops.aten.sigmoid_backward.grad_input(a_r, r, grad_input=a_r)
+    torch.sub(previous, n, out=a_z)
+    torch.ops.aten.sigmoid_backward.grad_input(a_z, z, grad_input=a_z)
+    torch.mul(a_n, r, out=n)
 
 
 # ---- Triton implementation ----------------------------------------------------------------------------------------
@@ -130,10 +131,13 @@ def _forward_triton(*arguments: Tensor | bool | None) -> tuple[Tensor, ...]:
     return gru_forward(*arguments)
 
 
-def _backward_triton(*arguments: Tensor | bool | None) -> tuple[Tensor, ...]:
+def _backward_triton(
+    grad_outputs: Tensor, grad_h: Tensor, gates_x: Tensor, outputs: Tensor, p: Tensor, gates: Tensor, n: Tensor,
+    w: Tensor, v: Tensor, bias: Tensor, h0: Tensor, lengths: Tensor | None, reverse: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     from str_triton.ops.low_rank_triton import gru_backward
 
-    return gru_backward(*arguments)
+    return gru_backward(grad_outputs, grad_h, outputs, p, gates, n, w, v, h0, lengths, reverse)
 
 
 # ---- registration -------------------------------------------------------------------------------------------------
@@ -144,8 +148,8 @@ _LIBRARY.define(
     " -> (Tensor outputs, Tensor h, Tensor p, Tensor gates, Tensor n)"
 )
 _LIBRARY.define(
-    "low_rank_gru_backward(Tensor grad_outputs, Tensor grad_h, Tensor outputs, Tensor p, Tensor gates, Tensor n, "
-    "Tensor w, Tensor v, Tensor h0, Tensor? lengths, bool reverse)"
+    "low_rank_gru_backward(Tensor grad_outputs, Tensor grad_h, Tensor gates_x, Tensor outputs, Tensor p, Tensor gates, "
+    "Tensor n, Tensor w, Tensor v, Tensor bias, Tensor h0, Tensor? lengths, bool reverse)"
     " -> (Tensor grad_gates_x, Tensor grad_w, Tensor grad_v, Tensor grad_bias, Tensor grad_h0)"
 )
 _LIBRARY.impl("low_rank_gru", _forward, "CPU")
@@ -158,15 +162,14 @@ _LIBRARY.impl("low_rank_gru_backward", _backward_triton, "CUDA")
 def _(gates_x, w, v, bias, h0, lengths, reverse, save):
     steps, batch, _ = gates_x.shape
     hidden, rank = v.shape
-    widths = (rank, 3 * hidden, hidden)
-    saved = [gates_x.new_empty((steps, batch, width) if save else 0) for width in widths]
+    saved = [gates_x.new_empty(saved_shape(gates_x, width, save)) for width in (rank, 3 * hidden, hidden)]
     return gates_x.new_empty(steps, batch, hidden), gates_x.new_empty(batch, hidden), *saved
 
 
 @torch.library.register_fake("str_triton::low_rank_gru_backward")
-def _(grad_outputs, grad_h, outputs, p, gates, n, w, v, h0, lengths, reverse):
+def _(grad_outputs, grad_h, gates_x, outputs, p, gates, n, w, v, bias, h0, lengths, reverse):
     new = outputs.new_empty
-    return new(gates.shape), new(w.shape), new(v.shape), new(len(w)), new(h0.shape)
+    return new(*outputs.shape[:2], len(w)), new(w.shape), new(v.shape), new(bias.shape), new(h0.shape)
 
 
 # ---- autograd -----------------------------------------------------------------------------------------------------
@@ -176,7 +179,7 @@ class _LowRankGRU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gates_x, w, v, bias, h0, lengths, reverse):
         outputs, h, p, gates, n = torch.ops.str_triton.low_rank_gru(gates_x, w, v, bias, h0, lengths, reverse, True)
-        ctx.save_for_backward(outputs, p, gates, n, w, v, h0, lengths)
+        ctx.save_for_backward(kept(gates_x), outputs, p, gates, n, w, v, bias, h0, lengths)
         ctx.reverse = reverse
         return outputs, h
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from str_triton.ops.time_loop import Schedule, check, compute_dtype, grad_v, prepare
+from str_triton.ops.time_loop import Schedule, check, compute_dtype, grad_v, kept, prepare, saved_shape, with_ones
 
 # ---- CPU implementation -------------------------------------------------------------------------------------------
 
@@ -22,105 +22,113 @@ def _forward(
     schedule = Schedule(lengths, *gates_x.shape[:2], reverse)
     gates_x, h0, c0 = (schedule.sort(x, dim).to(compute) for x, dim in ((gates_x, 1), (h0, 0), (c0, 0)))
     w, v, bias = (tensor.to(compute) for tensor in (w, v, bias))
-    hidden = len(v)
-    outputs, cells = schedule.buffer(gates_x, hidden), schedule.buffer(gates_x, hidden)
-    steps = None if save else 1
-    p, gates = (schedule.buffer(gates_x, width, steps) for width in (v.shape[1], 4 * hidden))
+    cells = schedule.buffer(v, len(v)) if save else schedule.scratch(v, len(v))
     with torch.autocast("cpu", enabled=False):
-        _run(schedule, gates_x, w.t(), v, bias, h0, c0, outputs, cells, p, gates)
-    h, c = (schedule.unsort(schedule.last(states), 0).to(dtype) for states in (outputs, cells))
-    outputs = schedule.unsort(outputs, 1).to(dtype)
-    saved = (p, gates, cells) if save else (p.new_empty(0), p.new_empty(0), p.new_empty(0))
-    return outputs, h, c, *(tensor.to(dtype) for tensor in saved)
+        outputs = _run(schedule, gates_x, w, v, bias, h0, c0, cells)
+    h, c = schedule.last(outputs), schedule.last(cells) if save else cells[0]
+    h, c = (schedule.unsort(state, 0).to(dtype) for state in (h, c))
+    p, gates = (gates_x.new_empty(0, dtype=dtype) for _ in range(2))
+    return schedule.unsort(outputs, 1).to(dtype), h, c, p, gates, cells.to(dtype) if save else p.clone()
 
 
 def _run(
-    schedule: Schedule, gates_x: Tensor, w_t: Tensor, v: Tensor, bias: Tensor, h0: Tensor, c0: Tensor,
-    outputs: Tensor, cells: Tensor, p: Tensor, gates: Tensor,
-) -> None:  # fmt: skip
-    """The loop itself. gates becomes (i | f | g | o) after their activations."""
-    hidden = len(v)
-    slices = (gates[..., a * hidden : b * hidden] for a, b in ((0, 2), (0, 1), (1, 2), (2, 3), (3, 4)))
-    steps = list(zip(*(schedule.rows(tensor) for tensor in (gates_x, p, gates, *slices, cells, outputs)), strict=True))
+    schedule: Schedule, gates_x: Tensor, w: Tensor, v: Tensor, bias: Tensor, h0: Tensor, c0: Tensor, cells: Tensor
+) -> Tensor:
+    """The loop itself."""
+    hidden, rank = v.shape
+    outputs = schedule.buffer(gates_x, hidden)
+    p_1, w_bias = with_ones((1, schedule.batch, rank), v), torch.cat((w, bias[:, None]), 1).t()
+    gates = schedule.scratch(v, 4 * hidden)
+    tensors = gates_x, p_1, p_1[..., :rank], gates, gates[..., : 2 * hidden], *gates.chunk(4, 2), cells, outputs
+    steps = list(zip(*(schedule.rows(tensor) for tensor in tensors), strict=True))
     states, cell_states = [step[-1] for step in steps], [step[-2] for step in steps]
     for time in schedule.times:
-        x, p_t, gates_t, i_f, i, f, g, o, cell, state = steps[time]
+        x, p_1t, p_t, gates_t, i_f, i, f, g, o, cell, state = steps[time]
         torch.mm(schedule.previous(states, h0, time), v, out=p_t)
-        torch.addmm(bias, p_t, w_t, out=gates_t).add_(x)
+        torch.mm(p_1t, w_bias, out=gates_t).add_(x)
         i_f.sigmoid_()
         g.tanh_()
         o.sigmoid_()
         torch.mul(f, schedule.previous(cell_states, c0, time), out=cell).addcmul_(i, g)
         torch.tanh(cell, out=state).mul_(o)
+    return outputs
 
 
 def _backward(
-    grad_outputs: Tensor, grad_h: Tensor, grad_c: Tensor, outputs: Tensor, p: Tensor, gates: Tensor, cells: Tensor,
-    w: Tensor, v: Tensor, h0: Tensor, c0: Tensor, lengths: Tensor | None, reverse: bool,
+    grad_outputs: Tensor, grad_h: Tensor, grad_c: Tensor, gates_x: Tensor, outputs: Tensor, p: Tensor, gates: Tensor,
+    cells: Tensor, w: Tensor, v: Tensor, bias: Tensor, h0: Tensor, c0: Tensor, lengths: Tensor | None, reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dtype, compute = outputs.dtype, compute_dtype(outputs)
     schedule = Schedule(lengths, *outputs.shape[:2], reverse)
-    grad_outputs, outputs = (schedule.sort(tensor, 1).to(compute) for tensor in (grad_outputs, outputs))
-    grad_h, grad_c, h0, c0 = (schedule.sort(tensor, 0).to(compute) for tensor in (grad_h, grad_c, h0, c0))
-    p, gates, cells, w, v = (tensor.to(compute) for tensor in (p, gates, cells, w, v))
+    by_time = (schedule.sort(tensor, 1).to(compute) for tensor in (grad_outputs, gates_x, outputs))
+    by_sequence = (schedule.sort(tensor, 0).to(compute) for tensor in (grad_h, grad_c, h0, c0))
+    cells, w, v, bias = (tensor.to(compute) for tensor in (cells, w, v, bias))  # cells is in the schedule's order.
     with torch.autocast("cpu", enabled=False):
-        grads = _run_backward(schedule, grad_outputs, grad_h, grad_c, outputs, p, gates, cells, w, v, h0, c0)
+        grads = _run_backward(schedule, *by_time, cells, *by_sequence, w, v, bias)
     grad_x, *others, grad_h0, grad_c0 = grads
     grad_x, grad_h0, grad_c0 = (schedule.unsort(x, dim) for x, dim in ((grad_x, 1), (grad_h0, 0), (grad_c0, 0)))
     return tuple(grad.to(dtype) for grad in (grad_x, *others, grad_h0, grad_c0))
 
 
 def _run_backward(
-    schedule: Schedule, grad_outputs: Tensor, grad_h: Tensor, grad_c: Tensor, outputs: Tensor, p: Tensor,
-    gates: Tensor, cells: Tensor, w: Tensor, v: Tensor, h0: Tensor, c0: Tensor,
+    schedule: Schedule, grad_outputs: Tensor, gates_x: Tensor, outputs: Tensor, cells: Tensor,
+    grad_h: Tensor, grad_c: Tensor, h0: Tensor, c0: Tensor, w: Tensor, v: Tensor, bias: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Chunks of time: the coefficients of dh and dc for all steps of the chunk, then the loop over them."""
-    hidden = len(v)
-    grad_x, grad_p = schedule.buffer(gates, 4 * hidden), schedule.buffer(p, v.shape[1])
-    grad_w, grad_bias, v_t = torch.zeros_like(w), w.new_zeros(len(w)), v.t()
-    dh, dc = grad_h.clone(), grad_c.clone()
+    """Chunks of time: the gates again, coefficients of dh and dc, the loop over the steps, and what needs no loop."""
+    hidden, rank = v.shape
+    grad_x, grad_p = schedule.buffer(v, 4 * hidden), schedule.buffer(v, rank)
+    w_bias, v_t, dh, dc = torch.cat((w, bias[:, None]), 1), v.t(), grad_h.clone(), grad_c.clone()
+    grad_w_bias = torch.zeros_like(w_bias)
     size = schedule.chunk(hidden)
-    coefficients, a_c = (schedule.buffer(h0, width, size) for width in (4 * hidden, hidden))
-    by_gate = grad_x.unflatten(2, (4, hidden))
+    p_1 = with_ones((size, schedule.batch, rank), v)
+    gates, a, a_c = (v.new_empty(size, schedule.batch, width * hidden) for width in (4, 4, 1))
+    a_ifg, a_o = a[..., : 3 * hidden].unflatten(2, (3, hidden)), a[..., 3 * hidden :]
     f = gates[..., hidden : 2 * hidden]
-    rows = (grad_outputs, by_gate[:, :, :3], by_gate[:, :, 3], grad_x, grad_p, f)
-    steps = list(zip(*(schedule.rows(tensor) for tensor in rows), strict=True))
-    a_ifg, a_o = coefficients.unflatten(2, (4, hidden)).split((3, 1), 2)
+    grad_ifg, grad_o = grad_x[..., : 3 * hidden].unflatten(2, (3, hidden)), grad_x[..., 3 * hidden :]
+    rows = (schedule.rows(tensor) for tensor in (grad_outputs, grad_ifg, grad_o, grad_x, grad_p))
+    steps = list(zip(*rows, strict=True))
     for begin, end in schedule.chunks(hidden):
         span = slice(0, end - begin)
-        previous = schedule.previous_chunk(cells, c0, begin, end)
-        _coefficients(coefficients[span], a_c[span], gates[begin:end], cells[begin:end], previous)
+        previous, p_flat = schedule.previous_chunk(outputs, h0, begin, end), p_1[span].flatten(0, 1)
+        torch.mm(previous.flatten(0, 1), v, out=p_flat[:, :rank])
+        torch.mm(p_flat, w_bias.t(), out=gates[span].flatten(0, 1))
+        gates[span].add_(gates_x[begin:end])
+        cell_chunks = cells[begin:end], schedule.previous_chunk(cells, c0, begin, end)
+        _coefficients(a[span], a_c[span], gates[span], *cell_chunks)
         for time in schedule.backward_times(begin, end):
-            grad, grad_ifg, grad_o, grad_gates, grad_p_t, f_t = steps[time]
+            grad, grad_ifg_t, grad_o_t, grad_gates, grad_p_t = steps[time]
             count, k = len(grad), time - begin
-            dh_t, dc_t = dh[:count], dc[:count]
-            dh_t += grad
+            dh_t, dc_t = dh[:count].add_(grad), dc[:count]
             dc_t.addcmul_(dh_t, a_c[k, :count])
-            torch.mul(a_ifg[k, :count], dc_t.unsqueeze(1), out=grad_ifg)
-            torch.mul(a_o[k, :count, 0], dh_t, out=grad_o)
+            torch.mul(a_ifg[k, :count], dc_t.unsqueeze(1), out=grad_ifg_t)
+            torch.mul(a_o[k, :count], dh_t, out=grad_o_t)
             torch.mm(grad_gates, w, out=grad_p_t)
             torch.mm(grad_p_t, v_t, out=dh_t)
-            dc_t *= f_t
-        flat = grad_x[begin:end].flatten(0, 1)
-        grad_w.addmm_(flat.t(), p[begin:end].flatten(0, 1))
-        grad_bias += flat.sum(0)
+            dc_t.mul_(f[k, :count])
+        grad_w_bias.addmm_(grad_x[begin:end].flatten(0, 1).t(), p_flat)
     grad_v_ = grad_v(outputs, h0, grad_p, schedule.lengths, schedule.reverse)
-    return grad_x, grad_w, grad_v_, grad_bias, dh, dc
+    return grad_x, grad_w_bias[:, :-1].contiguous(), grad_v_, grad_w_bias[:, -1].clone(), dh, dc
 
 
-def _coefficients(out: Tensor, a_c: Tensor, gates: Tensor, cells: Tensor, previous: Tensor) -> None:
+def _coefficients(a: Tensor, a_c: Tensor, gates: Tensor, cells: Tensor, previous: Tensor) -> None:
     """What dc is multiplied by for the gradients of i, f and g, what dh is for that of o, and for dc itself (a_c).
 
-    a_c = o (1 - tanh(c)^2)    out = g i (1 - i)  |  c_prev f (1 - f)  |  i (1 - g^2)  |  tanh(c) o (1 - o)
+        a_c = o (1 - tanh(c)^2)    a = g i (1 - i)  |  c_prev f (1 - f)  |  i (1 - g^2)  |  tanh(c) o (1 - o)
+
+    gates comes as gates_x + R h + bias and becomes (i | f | g | o); previous are the cells before each step.
     """
+    hidden = cells.shape[2]
     i, f, g, o = gates.chunk(4, 2)
-    out_i, out_f, out_g, out_o = out.chunk(4, 2)
-    torch.tanh(cells, out=out_g)
-    torch.ops.aten.tanh_backward.grad_input(o, out_g, grad_input=a_c)
-    torch.ops.aten.sigmoid_backward.grad_input(out_g, o, grad_input=out_o)
-    torch.ops.aten.sigmoid_backward.grad_input(g, i, grad_input=out_i)
-    torch.ops.aten.sigmoid_backward.grad_input(previous, f, grad_input=out_f)
-    torch.ops.aten.tanh_backward.grad_input(i, g, grad_input=out_g)
+    a_i, a_f, a_g, a_o = a.chunk(4, 2)
+    gates[..., : 2 * hidden].sigmoid_()
+    g.tanh_()
+    o.sigmoid_()
+    torch.tanh(cells, out=a_g)
+    torch.ops.aten.tanh_backward.grad_input(o, a_g, grad_input=a_c)
+    torch.ops.aten.sigmoid_backward.grad_input(a_g, o, grad_input=a_o)
+    torch.ops.aten.sigmoid_backward.grad_input(g, i, grad_input=a_i)
+    torch.ops.aten.sigmoid_backward.grad_input(previous, f, grad_input=a_f)
+    torch.ops.aten.tanh_backward.grad_input(i, g, grad_input=a_g)
 
 
 # ---- Triton implementation ----------------------------------------------------------------------------------------
@@ -132,10 +140,13 @@ def _forward_triton(*arguments: Tensor | bool | None) -> tuple[Tensor, ...]:
     return lstm_forward(*arguments)
 
 
-def _backward_triton(*arguments: Tensor | bool | None) -> tuple[Tensor, ...]:
+def _backward_triton(
+    grad_outputs: Tensor, grad_h: Tensor, grad_c: Tensor, gates_x: Tensor, outputs: Tensor, p: Tensor, gates: Tensor,
+    cells: Tensor, w: Tensor, v: Tensor, bias: Tensor, h0: Tensor, c0: Tensor, lengths: Tensor | None, reverse: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     from str_triton.ops.low_rank_triton import lstm_backward
 
-    return lstm_backward(*arguments)
+    return lstm_backward(grad_outputs, grad_h, grad_c, outputs, p, gates, cells, w, v, h0, c0, lengths, reverse)
 
 
 # ---- registration -------------------------------------------------------------------------------------------------
@@ -147,8 +158,9 @@ _LIBRARY.define(
     " -> (Tensor outputs, Tensor h, Tensor c, Tensor p, Tensor gates, Tensor cells)"
 )
 _LIBRARY.define(
-    "low_rank_lstm_backward(Tensor grad_outputs, Tensor grad_h, Tensor grad_c, Tensor outputs, Tensor p, Tensor gates, "
-    "Tensor cells, Tensor w, Tensor v, Tensor h0, Tensor c0, Tensor? lengths, bool reverse)"
+    "low_rank_lstm_backward(Tensor grad_outputs, Tensor grad_h, Tensor grad_c, Tensor gates_x, Tensor outputs, "
+    "Tensor p, Tensor gates, Tensor cells, Tensor w, Tensor v, Tensor bias, Tensor h0, Tensor c0, Tensor? lengths, "
+    "bool reverse)"
     " -> (Tensor grad_gates_x, Tensor grad_w, Tensor grad_v, Tensor grad_bias, Tensor grad_h0, Tensor grad_c0)"
 )
 _LIBRARY.impl("low_rank_lstm", _forward, "CPU")
@@ -161,15 +173,16 @@ _LIBRARY.impl("low_rank_lstm_backward", _backward_triton, "CUDA")
 def _(gates_x, w, v, bias, h0, c0, lengths, reverse, save):
     steps, batch, _ = gates_x.shape
     hidden, rank = v.shape
-    saved = [gates_x.new_empty((steps, batch, width) if save else 0) for width in (rank, 4 * hidden, hidden)]
+    saved = [gates_x.new_empty(saved_shape(gates_x, width, save)) for width in (rank, 4 * hidden)]
+    cells = gates_x.new_empty((steps, batch, hidden) if save else 0)
     h, c = (gates_x.new_empty(batch, hidden) for _ in range(2))
-    return gates_x.new_empty(steps, batch, hidden), h, c, *saved
+    return gates_x.new_empty(steps, batch, hidden), h, c, *saved, cells
 
 
 @torch.library.register_fake("str_triton::low_rank_lstm_backward")
-def _(grad_outputs, grad_h, grad_c, outputs, p, gates, cells, w, v, h0, c0, lengths, reverse):
+def _(grad_outputs, grad_h, grad_c, gates_x, outputs, p, gates, cells, w, v, bias, h0, c0, lengths, reverse):
     new = outputs.new_empty
-    return new(gates.shape), new(w.shape), new(v.shape), new(len(w)), new(h0.shape), new(c0.shape)
+    return new(*outputs.shape[:2], len(w)), *(new(tensor.shape) for tensor in (w, v, bias, h0, c0))
 
 
 # ---- autograd -----------------------------------------------------------------------------------------------------
@@ -181,7 +194,7 @@ class _LowRankLSTM(torch.autograd.Function):
         outputs, h, c, p, gates, cells = torch.ops.str_triton.low_rank_lstm(
             gates_x, w, v, bias, h0, c0, lengths, reverse, True
         )
-        ctx.save_for_backward(outputs, p, gates, cells, w, v, h0, c0, lengths)
+        ctx.save_for_backward(kept(gates_x), outputs, p, gates, cells, w, v, bias, h0, c0, lengths)
         ctx.reverse = reverse
         return outputs, h, c
 

@@ -2,7 +2,11 @@
 
 The registered ops see one dtype and contiguous tensors: w = u m, so that R h = w (v^T h), and v, both in gates_x's
 dtype. On the CPU a batch of unequal lengths is put in order of falling length: then the sequences that are still (or,
-in reverse, already) running are the first few rows of every buffer, and nothing is computed at the padding.
+in reverse, already) running are the first few rows of every buffer, and no step computes anything at the padding.
+
+The CPU keeps no gates for the backward, which computes them again from gates_x and the states, a piece of time at a
+time: two products and three activations in the caches cost less than to write 4 H numbers a step to fresh memory and
+to read them back.
 """
 
 from collections.abc import Iterator
@@ -14,7 +18,7 @@ from torch import Tensor
 from str_triton.ops.soft_threshold import DTYPES
 
 CELLS = {"gru": 3, "lstm": 4, "fastgrnn": 1}  # and how many rows of the recurrent matrix belong to a hidden unit
-CHUNK = 1 << 18  # Elements of a [time, batch, hidden] block whose coefficients the backward forms at once.
+CHUNK = 1 << 16  # Elements of the [time, batch, hidden] blocks of a piece of the backward: a dozen stay in the caches.
 
 
 # ---- sequences of unequal length, on the CPU ----------------------------------------------------------------------
@@ -44,17 +48,27 @@ class Schedule:
     def unsort(self, x: Tensor, dim: int) -> Tensor:
         return x if self.order is None else x.index_select(dim, self.order.argsort())
 
-    def buffer(self, like: Tensor, width: int, steps: int | None = None) -> Tensor:
+    def buffer(self, like: Tensor, width: int) -> Tensor:
         """[steps, batch, width] to be written where sequences run; zero elsewhere."""
         new = like.new_empty if self.counts is None else like.new_zeros
-        return new((self.steps if steps is None else steps, self.batch, width))
+        return new((self.steps, self.batch, width))
+
+    def scratch(self, like: Tensor, *widths: int) -> Tensor:
+        """[1, batch, ...]: what one step leaves to itself."""
+        return like.new_empty((1, self.batch, *widths))
 
     def rows(self, buffer: Tensor) -> list[Tensor]:
-        """By time: the rows of a [steps, batch, ...] buffer that run; of a [1, batch, ...] one, again and again."""
+        """By time: the rows of a [steps, batch, ...] buffer that run; those of a scratch again and again."""
         slices = buffer.unbind(0) if len(buffer) == self.steps else buffer.unbind(0) * self.steps
         if self.counts is None:
             return list(slices)
         return [rows[:count] for rows, count in zip(slices, self.counts, strict=True)]
+
+    def blank(self, chunk: Tensor, begin: int) -> None:
+        """Zeros at the padding of a piece [time, batch, ...] that begins at a step."""
+        if self.counts is not None:
+            for rows, count in zip(chunk, self.counts[begin : begin + len(chunk)], strict=True):
+                rows[count:].zero_()
 
     def previous(self, rows: list[Tensor], first: Tensor, time: int) -> Tensor:
         """The state before a step, from the states after each step: `first` where a sequence begins."""
@@ -117,6 +131,23 @@ def grad_v(outputs: Tensor, h0: Tensor, grad_p: Tensor, lengths: Tensor | None, 
         begin = grad_p[lengths.to(grad_p.device) - 1, torch.arange(grad_p.shape[1], device=grad_p.device)]
     total = h0.t() @ begin
     return total.addmm_(earlier.flatten(0, 1).t(), later.flatten(0, 1))
+
+
+def with_ones(size: tuple[int, ...], like: Tensor) -> Tensor:
+    """[*size, r + 1] whose last column is 1: times (w | bias)^T it adds the bias, and dw | dbias is one product."""
+    ones = like.new_empty(*size[:-1], size[-1] + 1)
+    ones[..., -1] = 1
+    return ones
+
+
+def kept(gates_x: Tensor) -> Tensor:
+    """gates_x for the backward: of a GPU, which saves the gates themselves, it need not live on."""
+    return gates_x if gates_x.device.type == "cpu" else gates_x.new_empty(0)
+
+
+def saved_shape(gates_x: Tensor, width: int, save: bool) -> tuple[int, ...]:
+    """Of what the forward saves on a GPU, and the CPU does not."""
+    return (*gates_x.shape[:2], width) if save and gates_x.device.type != "cpu" else (0,)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
