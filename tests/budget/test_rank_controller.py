@@ -280,6 +280,24 @@ def test_components_of_size_zero_do_not_confuse_the_solve():
     assert raw_thresholds(model).isfinite().all()
 
 
+def test_nothing_to_cut():
+    model = nn.Sequential(LowRankLinear(8, 8, max_rank=1), LowRankLinear(8, 8, max_rank=1))
+    before = raw_thresholds(model)
+    RankController(model, RankTarget(total_rank=2)).step(1.0)
+    assert ranks(model) == [1, 1]
+    assert torch.equal(raw_thresholds(model), before)
+
+
+def test_rounding_is_that_of_the_largest_offset():
+    model = nn.Sequential(LowRankLinear.from_dense(linear(nn.init.orthogonal_(torch.empty(32, 32)))))
+    model.append(LowRankLinear(8, 8, max_rank=2))
+    set_sizes(matrices(model)[1], torch.tensor([1.0, 1 + 1e-6]) * matrices(model)[1].threshold.detach())
+    for total in range(31, 2, -7):
+        tried = copy.deepcopy(model)
+        RankController(tried, RankTarget(total_rank=total)).step(1.0)
+        assert ranks(tried) == [total - 1, 1]
+
+
 def test_components_that_no_threshold_reaches_are_kept():
     model = random_model(g="sigmoid")
     set_sizes(matrices(model)[0], torch.arange(9) + 0.5)
@@ -395,6 +413,19 @@ def test_a_learned_distribution_is_the_optimizers():
         ratios.append((raw_thresholds(model) + torch.stack(controller._held_back)).diff())
     assert ratios[0].abs().max() < 1e-5  # All began at the same.
     assert 1e-4 < ratios[1].abs().max() <= 1
+
+
+def test_a_learned_distribution_moves_slowly_and_then_stays():
+    model, controller, _ = make_run()
+    controller.step(0.0)
+    before = raw_thresholds(model)
+    for progress, expected in [(0.1, [0.04, -0.04, 0.02]), (0.6, [0.0, 0.0, 0.0])]:
+        with torch.no_grad():
+            for matrix, move in zip(matrices(model), (0.4, -0.4, 0.2), strict=True):
+                matrix.raw_threshold.add_(move)
+        controller.step(progress)
+        torch.testing.assert_close(raw_thresholds(model) - before, torch.tensor(expected), rtol=0, atol=1e-5)
+        before = raw_thresholds(model)
 
 
 def test_a_solve_reads_no_value():
