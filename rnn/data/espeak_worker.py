@@ -12,6 +12,7 @@ eSpeak NG is under the GPL-3. Only this process loads its library; the process t
 import ctypes
 import ctypes.util
 import importlib.util
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -53,7 +54,7 @@ def main(library: str, data: str, seed: int) -> None:
     rate = espeak.espeak_Initialize(SYNCHRONOUS, 0, data.encode() or None, DO_NOT_EXIT)
     sys.stdout.buffer.write(b"%d\n" % rate)
     sys.stdout.buffer.flush()
-    # Breath and whisper are random. Before 1.51 eSpeak drew from the C library alone.
+    # Breath and whisper are random. An eSpeak without a generator of its own draws from the C library.
     set_seed = getattr(espeak, "espeak_ng_SetRandSeed", None) or ctypes.CDLL(None).srand
     set_seed(ctypes.c_long(seed))
     spoken = bytearray()
@@ -65,10 +66,15 @@ def main(library: str, data: str, seed: int) -> None:
         return 0
 
     espeak.espeak_SetSynthCallback(hear)
+    place = ctypes.c_char_p()
+    espeak.espeak_Info(ctypes.byref(place))
+    variants = Path(os.fsdecode(place.value or b"")) / "voices" / "!v"
     for line in sys.stdin:
         voice, speed, pitch, spread, word = line.split()
         spoken.clear()
-        if espeak.espeak_SetVoiceByName(voice.encode()) != 0:
+        variant = voice.partition("+")[2]
+        # eSpeak itself passes over a variant that it does not know: two speakers would then be one.
+        if not (variants / variant).exists() or espeak.espeak_SetVoiceByName(voice.encode()) != 0:
             sys.stdout.buffer.write(b"-1\n")
         else:
             for parameter, value in ((RATE, speed), (PITCH, pitch), (RANGE, spread)):

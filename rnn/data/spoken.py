@@ -1,5 +1,6 @@
 """Spoken words from nothing: a folder of clips made by eSpeak NG, whose voices for testing are unseen in training."""
 
+import contextlib
 import csv
 import hashlib
 import re
@@ -157,33 +158,35 @@ class Speaker:
     """eSpeak NG in a process of its own; see espeak_worker.py."""
 
     def __init__(self, library: str, data: str, seed: int) -> None:
+        self.library = library
+        self.complaints = tempfile.TemporaryFile()  # a pipe that nobody reads would stop the process when it is full
         # -I: the folder of the worker does not get onto its path, nor does the user's environment change it.
         command = [sys.executable, "-I", espeak_worker.__file__, library, data, str(seed)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        self.library = library
-        self.rate = self._number()
-        if self.rate <= 0:
-            raise ValueError(f"spoken: eSpeak NG ({library}) found no data: is its package complete?")
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.complaints)
+        try:
+            self.rate = self._number()
+            if self.rate <= 0:
+                raise ValueError(f"spoken: eSpeak NG ({library}) found no data: is its package complete?")
+        except BaseException:
+            self.__exit__()
+            raise
 
     def __enter__(self) -> "Speaker":
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.process.stdin.close()
-        self.process.terminate()
-        self.process.wait()
-        self.process.stdout.close()
-        self.process.stderr.close()
+        self.process.kill()
+        self.process.communicate()
+        self.complaints.close()
 
     def say(self, word: str, voice: str, speed: int, pitch: int, pitch_range: int) -> np.ndarray:
         """The word without the silence around it, float64 [frames] at 16 kHz, peak 1."""
-        self.process.stdin.write(f"{voice} {speed} {pitch} {pitch_range} {word}\n".encode())
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended: the missing answer tells
+            self.process.stdin.write(f"{voice} {speed} {pitch} {pitch_range} {word}\n".encode())
+            self.process.stdin.flush()
         count = self._number()
         if count < 0:
-            raise ValueError(
-                f"spoken: eSpeak NG ({self.library}) has no voice {voice!r}: version 1.51 or newer is needed"
-            )
+            raise ValueError(f"spoken: eSpeak NG ({self.library}) has no voice {voice!r}: it may be too old")
         samples = np.frombuffer(self.process.stdout.read(count), np.int16) / 32768
         sound = resample(samples, self.rate)
         peak = np.abs(sound).max(initial=0.0)
@@ -195,7 +198,9 @@ class Speaker:
     def _number(self) -> int:
         line = self.process.stdout.readline()
         if not line:
-            causes = self.process.stderr.read().decode(errors="replace").split("\n")
+            self.process.wait()
+            self.complaints.seek(0)
+            causes = self.complaints.read().decode(errors="replace").split("\n")
             cause = next((text.strip() for text in reversed(causes) if text.strip()), "it ended")
             raise ValueError(f"spoken: eSpeak NG ({self.library}) does not work here: {cause}")
         return int(line)
