@@ -36,7 +36,7 @@ class Packing(NamedTuple):
         return pack_padded_sequence(x, self.lengths).data if x.dim() == 3 else x
 
 
-def checked_input(layer: nn.Module, x: Tensor, dtype: torch.dtype, *, packed: bool) -> None:
+def check_input(layer: nn.Module, x: Tensor, dtype: torch.dtype, *, packed: bool) -> None:
     """Raise what torch's layer would for an input of the wrong dtype or shape."""
     if not packed and x.dim() not in (2, 3):
         raise ValueError(f"{type(layer).__name__}: Expected input to be 2D or 3D, got {x.dim()}D instead")

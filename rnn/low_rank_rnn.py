@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from rnn.arguments import Packing, checked_input, checked_states
+from rnn.arguments import Packing, check_input, checked_states
 from rnn.matrices import LowRankMatrices
 from str_triton import LowRankWeight, low_rank_plan
 
@@ -33,7 +33,7 @@ class LowRankRNN(LowRankMatrices):
     ) -> tuple[Tensor | PackedSequence, Tensor | tuple[Tensor, Tensor]]:
         """As torch's layer: (output, h), or (output, (h, c)) of an LSTM; see the class."""
         x, batch_sizes = (input.data, input.batch_sizes) if isinstance(input, PackedSequence) else (input, None)
-        checked_input(self, x, self._dtype, packed=batch_sizes is not None)
+        check_input(self, x, self._dtype, packed=batch_sizes is not None)
         unbatched = batch_sizes is None and x.dim() == 2
         if unbatched:
             x = x.unsqueeze(1)
@@ -66,6 +66,9 @@ class LowRankRNN(LowRankMatrices):
         if hx is None:
             return tuple(x.new_zeros(shape) for _ in range(self.states))
         states = (hx,) if isinstance(hx, Tensor) else tuple(hx)
+        if len(states) != self.states or not all(isinstance(state, Tensor) for state in states):
+            wanted = "a tensor" if self.states == 1 else "a pair of tensors (h, c)"
+            raise TypeError(f"{type(self).__name__}: hx must be {wanted}, got {type(hx).__name__} of {len(states)}")
         return checked_states(states, shape, unbatched=unbatched, packed=packed)
 
     def _layers(
@@ -138,18 +141,27 @@ class LowRankRNN(LowRankMatrices):
         self, layer: int, x: Tensor, states: tuple[Tensor, ...], packing: Packing | None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """One layer by torch's own kernel: x and output [T, B, ...] or packed, states [directions, B, hidden_size]."""
-        weights = []
-        for suffix in self._suffixes(layer):
-            for name in ("weight_ih", "weight_hh", *(self.biases if self.bias else ())):
-                own = getattr(self, f"{name}_{suffix}")
-                # Autocast casts what enters the kernel; the products must be like the biases until then.
-                with torch.autocast(x.device.type, enabled=False):
-                    weights.append(own.weight() if isinstance(own, LowRankWeight) else own)
+        names = "weight_ih", "weight_hh", *(self.biases if self.bias else ())
+        owns = [getattr(self, f"{name}_{suffix}") for suffix in self._suffixes(layer) for name in names]
+        # Autocast casts what enters the kernel; until then the products must be like the biases.
+        with torch.autocast(x.device.type, enabled=False):
+            weights = [own.weight() if isinstance(own, LowRankWeight) else own for own in owns]
+            if x.is_cuda:
+                weights = _in_one_buffer(weights)
         run = getattr(torch._VF, self.cell)
         hx = states if len(states) > 1 else states[0]
-        options = self.bias, 1, 0.0, self.training, self.bidirectional
+        # In training mode whenever a backward may follow, which cuDNN and oneDNN have in that mode only.
+        options = self.bias, 1, 0.0, torch.is_grad_enabled(), self.bidirectional
         if packing is None:
             output, *final = run(x, hx, weights, *options, False)
         else:
             output, *final = run(packing.packed(x), packing.batch_sizes, hx, weights, *options)
         return output, tuple(final)
+
+
+def _in_one_buffer(weights: list[Tensor]) -> list[Tensor]:
+    """The same weights as views of one buffer, matrices before biases: where cuDNN expects them, and copies no more."""
+    order = sorted(range(len(weights)), key=lambda i: weights[i].dim(), reverse=True)
+    pieces = torch.cat([weights[i].flatten() for i in order]).split([weights[i].numel() for i in order])
+    views = {i: piece.view_as(weights[i]) for i, piece in zip(order, pieces, strict=True)}
+    return [views[i] for i in range(len(weights))]

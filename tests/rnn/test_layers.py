@@ -202,6 +202,23 @@ def test_a_longer_state_than_the_packed_batch_is_refused(torch_class: type) -> N
         LOW_RANK[torch_class](INPUT, HIDDEN)(x, states_of(torch_class, 1, 3, HIDDEN))
 
 
+def test_states_of_the_wrong_kind_are_refused() -> None:
+    x, state = torch.randn(STEPS, 2, INPUT), torch.zeros(1, 2, HIDDEN)
+    with pytest.raises(TypeError, match="LowRankGRU: hx must be a tensor, got tuple of 2"):
+        LowRankGRU(INPUT, HIDDEN)(x, (state, state))
+    with pytest.raises(TypeError, match=r"LowRankLSTM: hx must be a pair of tensors \(h, c\), got Tensor of 1"):
+        LowRankLSTM(INPUT, HIDDEN)(x, state)
+
+
+def test_weights_in_one_buffer_are_the_same_in_cudnns_order() -> None:
+    weights = list(nn.LSTM(INPUT, HIDDEN, bidirectional=True).parameters())
+    views = rnn.low_rank_rnn._in_one_buffer(weights)
+    assert all(torch.equal(view, weight) for view, weight in zip(views, weights, strict=True))
+    offsets = [view.storage_offset() for view in (*views[:2], *views[4:6], *views[2:4], *views[6:])]
+    sizes = [weight.numel() for weight in (*weights[:2], *weights[4:6], *weights[2:4], *weights[6:])]
+    assert offsets == [0, *torch.tensor(sizes).cumsum(0)[:-1].tolist()]
+
+
 def test_options_out_of_range_are_named() -> None:
     for options, message in (
         ({"factorize": "all"}, "factorize must be one of 'both', 'recurrent', 'none', got 'all'"),
