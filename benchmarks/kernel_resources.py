@@ -30,7 +30,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from str_triton.ops import singular_value_threshold, soft_threshold, soft_threshold_many
+from str_triton.ops import low_rank_triton, singular_value_threshold, soft_threshold, soft_threshold_many
+from str_triton.ops.time_loop import CELLS
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -66,7 +67,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def launches(all_variants: bool = True) -> list[Launch]:
     """Every kernel in its variants, or in those that differ most: a name, and a call of the launcher."""
-    return [*soft_threshold_launches(all_variants), *singular_value_threshold_launches()]
+    return [
+        *soft_threshold_launches(all_variants),
+        *singular_value_threshold_launches(),
+        *low_rank_launches(all_variants),
+    ]
 
 
 def soft_threshold_launches(all_variants: bool) -> Iterator[Launch]:
@@ -99,6 +104,47 @@ def singular_value_threshold_launches() -> Iterator[Launch]:
     for dtype, size in product(("float32", "float64"), (16, 256)):
         u, s, vh = (torch.zeros(shape, dtype=DTYPES[dtype]) for shape in ((2, size, size), (2, size), (2, size, size)))
         yield f"{dtype}, {size} x {size}", partial(singular_value_threshold._recombine_triton, u, s, vh, DTYPES[dtype])
+
+
+def low_rank_launches(all_variants: bool) -> Iterator[Launch]:
+    sizes = [("gru", 512, 32, "bfloat16"), ("gru", 1024, 64, "bfloat16")]
+    sizes += [("lstm", 256, 16, "bfloat16"), ("fastgrnn", 256, 16, "bfloat16")]
+    if all_variants:
+        hiddens, dtypes = (128, 256, 512, 1024), ("bfloat16", "float32")
+        sizes = [(cell, hidden, hidden // 16, dtype) for cell, hidden, dtype in product(CELLS, hiddens, dtypes)]
+        sizes += [("gru", 100, 10, "float32"), ("gru", 1024, 128, "bfloat16"), ("gru", 256, 16, "float64")]
+    for cell, hidden, rank, dtype in sizes:
+        yield from _low_rank_launches(cell, hidden, rank, dtype)
+
+
+def _low_rank_launches(cell: str, hidden: int, rank: int, dtype: str, steps: int = 2, batch: int = 2) -> list[Launch]:
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=DTYPES[dtype])
+
+    rows, state, v = CELLS[cell] * hidden, zeros(batch, hidden), zeros(hidden, rank)
+    gates_x, w, outputs, p = (
+        zeros(steps, batch, rows),
+        zeros(rows, rank),
+        zeros(steps, batch, hidden),
+        zeros(steps, batch, rank),
+    )
+    scale = torch.zeros(2, dtype=torch.promote_types(DTYPES[dtype], torch.float32))
+    gates = zeros(steps, batch, 2 * hidden) if cell == "fastgrnn" else gates_x
+    forward = {
+        "gru": (gates_x, w, v, zeros(rows), state),
+        "lstm": (gates_x, w, v, zeros(rows), state, state),
+        "fastgrnn": (gates_x, w, v, zeros(2 * hidden), scale, state),
+    }[cell]
+    backward = {
+        "gru": (outputs, state, outputs, p, gates, outputs, w, v, state),
+        "lstm": (outputs, state, state, outputs, p, gates, outputs, w, v, state, state),
+        "fastgrnn": (outputs, state, outputs, p, gates, w, v, scale, state),
+    }[cell]
+    variant = f"{cell}, {hidden} x {rank}, {dtype}"
+    return [
+        (variant, partial(getattr(low_rank_triton, f"{cell}_forward"), *forward, None, False, True)),
+        (variant, partial(getattr(low_rank_triton, f"{cell}_backward"), *backward, None, False)),
+    ]
 
 
 def _tensor(shape: tuple[int, ...], dtype: torch.dtype, aligned: bool) -> Tensor:
@@ -135,7 +181,11 @@ def compiling_for(target: str) -> Iterator[list[CompiledKernel]]:
         compiled.append(launch(kernel, *args, **options | {"warmup": True}))
 
     no_gpu = SimpleNamespace(active=_Driver(target))
-    with mock.patch("triton.runtime.jit.driver", no_gpu), mock.patch.object(JITFunction, "run", compile_only):
+    with (
+        mock.patch("triton.runtime.jit.driver", no_gpu),
+        mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(low_rank_triton, "_shared_memory", return_value=SHARED_MEMORY[target]),
+    ):
         yield compiled
 
 
