@@ -66,7 +66,7 @@ def test_the_masked_gradient_is_the_formulas() -> None:
 
 def test_the_straight_through_gradient_is_the_derivations() -> None:
     """docs/derivations.md, "Low-rank weight"; the sizes of what is cut move, its directions do not."""
-    matrix = scrambled(6, 4)
+    matrix = scrambled(6, 4, gradient="straight_through")
     grad = torch.randn(6, 4, dtype=torch.float64)
     matrix.weight().backward(grad)
     u, v, m, s = matrix.u.detach(), matrix.v.detach(), matrix.m.detach(), matrix.spectrum().detach()
