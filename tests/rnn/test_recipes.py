@@ -83,9 +83,9 @@ def test_the_recipe_for_a_configuration_does_not_depend_on_its_recipe():
 @pytest.mark.parametrize(
     ("method", "epochs", "first"),
     [
-        ("str-exact", 10, 7),
+        ("str-exact", 10, 5),
         ("str-exact", 1, 1),
-        ("str-exact", 31, 22),
+        ("str-exact", 31, 16),
         ("str", 300, 270),
         ("dense", 5, 0),
         ("fixed", 5, 0),

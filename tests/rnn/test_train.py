@@ -58,13 +58,6 @@ def test_the_saved_model_is_compact_and_has_the_measured_accuracy(whole_run: Pat
     assert accuracy_on_test(model) == pytest.approx(summary["accuracy"], abs=0.003)
 
 
-def test_evaluation_and_checkpoints_see_the_schedules_exact_value(whole_run: Path):
-    """With ten steps the thresholds of training itself are solved for at the first and the last alone."""
-    first = next(record for record in read_metrics(whole_run) if record["kind"] == "epoch")
-    assert first["total_rank"] == 40 - round(30 * (1 - (1 - 0.5 / 0.7) ** 3))
-    assert sum(first["layers"][name]["rank"] for name in first["layers"]) == first["total_rank"]
-
-
 @pytest.mark.parametrize("method", ["str-exact", "fixed", "svd-finetune"])
 @pytest.mark.parametrize("target", [("--target-params", "600"), ("--target-compression", "1.4")])
 def test_other_targets_are_met(tmp_path: Path, quick: None, method: str, target: tuple[str, str]):
@@ -111,7 +104,10 @@ def test_the_chosen_epoch_is_the_best_on_validation_data_among_those_at_the_targ
     options = ["--epochs", "10", "--choose", "validation", "--lr", "0.02", *RANK]
     assert begin(folder, *options) == 0
     epochs = [record for record in read_metrics(folder) if record["kind"] == "epoch"]
-    candidates = [record for record in epochs if record["epoch"] >= 7]
+    # Epochs are measured at the schedule's exact value, though training itself solves every twentieth step alone.
+    cut = [1 - (1 - record["epoch"] / 5) ** 3 for record in epochs[:4]]
+    assert [record["total_rank"] for record in epochs[:4]] == [40 - round(30 * done) for done in cut]
+    candidates = [record for record in epochs if record["epoch"] >= 5]
     best = max(candidates, key=lambda record: (record["accuracy"], record["epoch"]))
     summary = summary_of(folder)
     assert (summary["chosen_epoch"], summary["validation_accuracy"]) == (best["epoch"], best["accuracy"])
