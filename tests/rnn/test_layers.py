@@ -253,6 +253,11 @@ def test_it_is_a_low_rank_layer(torch_class: type) -> None:
         "weight_hh_l1": True,
     }
     assert layer.flatten_parameters() is None
+    for g, gradient in (("sigmoid", "masked"), ("softplus", "straight_through")):
+        layer = LOW_RANK[torch_class](INPUT, HIDDEN, g=g, gradient=gradient, raw_threshold_init=-2.0)
+        for factor in layer.factors().values():
+            assert (factor.g, factor.gradient, factor.raw_threshold.item()) == (g, gradient, -2)
+    layer = LOW_RANK[torch_class](INPUT, HIDDEN, 2)
     assert repr(layer).startswith(f"{type(layer).__name__}(\n  3, 4, num_layers=2\n  (weight_ih_l0): LowRankWeight(")
 
 
