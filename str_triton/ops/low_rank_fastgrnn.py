@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from str_triton.ops.time_loop import Schedule, check, compute_dtype, grad_v, kept, prepare, saved_shape
+from str_triton.ops.schedule import Schedule
+from str_triton.ops.time_loop import check, compute_dtype, grad_v, kept, prepare, saved_shape
 
 # ---- CPU implementation -------------------------------------------------------------------------------------------
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from str_triton.ops.time_loop import Schedule, check, compute_dtype, grad_v, kept, prepare, saved_shape, with_ones
+from str_triton.ops.schedule import Schedule, with_ones
+from str_triton.ops.time_loop import check, compute_dtype, grad_v, kept, prepare, saved_shape
 
 # ---- CPU implementation -------------------------------------------------------------------------------------------
 

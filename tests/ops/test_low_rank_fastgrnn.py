@@ -1,4 +1,4 @@
-"""low_rank_fastgrnn on the CPU: the cell's scalars and biases; what holds for every cell is in test_time_loop.py."""
+"""low_rank_fastgrnn on the CPU: the cell's scalars and biases. Every cell: test_low_rank_cells.py."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""low_rank_gru on the CPU against torch.nn.GRU at full rank; what holds for every cell is in test_time_loop.py."""
+"""low_rank_gru on the CPU against torch.nn.GRU at full rank. Every cell: test_low_rank_cells.py."""
 
 import pytest
 import torch
