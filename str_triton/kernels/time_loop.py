@@ -63,11 +63,11 @@ def down(factor, x, total, PRECISION: tl.constexpr, COMPUTE: tl.constexpr):
 def sequence_lengths(p_lengths, first, row, batch, steps, HAS_LENGTHS: tl.constexpr):
     """[1, BLOCK_B]: how many steps each sequence has; 0 for one that does not exist."""
     exists = first + row < batch
-    lengths = tl.full(exists.shape, steps, tl.int64)
     if HAS_LENGTHS:
-        # Lengths that came on the GPU are not checked: wrong ones must at least stay within the tensors.
-        lengths = tl.minimum(tl.maximum(tl.load(p_lengths + first + row, mask=exists, other=0), 1), lengths)
-    return tl.where(exists, lengths, 0)
+        lengths = tl.load(p_lengths + first + row, mask=exists, other=0)
+    else:
+        lengths = tl.where(exists, steps, 0).to(tl.int64)
+    return lengths
 
 
 @triton.jit

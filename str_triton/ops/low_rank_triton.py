@@ -71,7 +71,8 @@ def _power_of_two(size: int) -> int:
 def _shared_memory(x: Tensor) -> int:
     """Bytes that one program may use on x's GPU."""
     properties = torch.cuda.get_device_properties(x.device)
-    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+    # What a program has to ask for; ROCm knows no such thing.
+    return getattr(properties, "shared_memory_per_block_optin", 0) or properties.shared_memory_per_block
 
 
 # ---- what the launchers share -------------------------------------------------------------------------------------
@@ -98,12 +99,13 @@ def _options(cell: str, v: Tensor, lengths: Tensor | None, reverse: bool, backwa
 
 
 def _lengths(lengths: Tensor | None, x: Tensor) -> Tensor | None:
-    """On x's device; checked where that does not wait for a GPU."""
+    """On x's device. Those that come on a GPU are not checked, which would wait for it, but kept within the tensors."""
     if lengths is None:
         return None
     if lengths.device.type == "cpu":
         check_lengths(lengths, len(x))
-    return lengths.to(x.device)
+        return lengths.to(x.device)
+    return lengths.clamp(1, len(x))
 
 
 def _buffers(like: Tensor, lengths: Tensor | None, *widths: int) -> list[Tensor]:
