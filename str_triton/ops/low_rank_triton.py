@@ -25,12 +25,12 @@ def plan_gpu(
     streams its factors reads all of them from the L2 cache in every step, at about 64 bytes a clock: 512 KiB take 5 us,
     as long as the two dependent kernels of a dense step. Above a quarter of full rank the two products save less than
     two thirds of the dense one's operations, which cuDNN spreads over the whole GPU. The batch changes neither.
+    FastGRNN has no dense kernel to leave it to.
     """
+    plan = layout(cell, hidden, min(rank, LARGEST_RANK), dtype, shared_memory, training)
     factors = (CELLS[cell] + 1) * hidden * rank * dtype.itemsize
-    if hidden > 1024 or rank > 128 or 4 * rank > hidden:
-        return Plan("dense")
-    plan = layout(cell, hidden, rank, dtype, shared_memory, training)
-    return Plan("dense") if plan.kind == "streamed" and factors > 512 * 1024 else plan
+    too_large = hidden > 1024 or rank > 128 or (plan.kind == "streamed" and factors > 512 * 1024)
+    return Plan("dense") if cell != "fastgrnn" and (too_large or 4 * rank > hidden) else plan
 
 
 def layout(cell: str, hidden: int, rank: int, dtype: torch.dtype, shared_memory: int, backward: bool) -> Plan:
@@ -50,7 +50,8 @@ def layout(cell: str, hidden: int, rank: int, dtype: torch.dtype, shared_memory:
             if _resident_bytes(gates, block_hidden, block_rank, itemsize, warps, stages, backward) <= shared_memory:
                 return Plan("resident", BLOCK_BATCH, block_hidden, block_rank, warps, stages)
     block_hidden = min(block_hidden, 128, max(16, TILE_BYTES // (block_rank * itemsize)))
-    return Plan("streamed", BLOCK_BATCH, block_hidden, block_rank, 8, 2 if shared_memory > 64 * 1024 else 1)
+    tiles = (gates + 1) * block_hidden * block_rank * itemsize
+    return Plan("streamed", BLOCK_BATCH, block_hidden, block_rank, 8, 2 if 2 * tiles < shared_memory / 2 else 1)
 
 
 def _resident_bytes(
