@@ -41,7 +41,7 @@ class LowRankMatrices(nn.Module):
         factorize: str = "both",
         ranks: Mapping[str, int] | None = None,
         g: str = "exp",
-        gradient: str = "straight_through",
+        gradient: str = "masked",
         raw_threshold_init: float = -10.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,

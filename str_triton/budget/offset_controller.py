@@ -65,14 +65,17 @@ class OffsetController:
 
     def step(self, progress: float) -> None:
         """Call after `optimizer.step()`, with the share of training that is done, 0 to 1; at 1 the target is met."""
-        if not 0 <= progress <= 1:
-            raise ValueError(f"progress must be in [0, 1], got {progress}")
-        self.progress = progress
+        self._advance(progress)
         if self.distribution == "learned":
             self._temper()
         if self.steps % self.interval == 0 or progress == 1:
             self.solve()
         self.steps += 1
+
+    def _advance(self, progress: float) -> None:
+        if not 0 <= progress <= 1:
+            raise ValueError(f"progress must be in [0, 1], got {progress}")
+        self.progress = progress
 
     @torch.no_grad()
     def solve(self) -> None:

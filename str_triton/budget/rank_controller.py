@@ -6,6 +6,8 @@ the offsets of all matrices, and a running sum of what they save, give the cost 
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from str_triton.nn import LowRankWeight
 
 # Offsets nearer than this many units of rounding count as equal: some ten roundings lie between an offset and the cut.
 TIE = 8
+REFACTOR = 5  # solves between one re-factoring and the next: a decomposition costs much more than a solve.
 
 
 class RankController(OffsetController):
@@ -28,8 +31,11 @@ class RankController(OffsetController):
             optimizer.step()
             controller.step((i + 1) / steps)
 
-    The solve runs every `interval` steps and at progress 1, without host synchronization. In between the survivors
-    drift a little: evaluate, and write checkpoints, inside `with controller.exact()`, or after `solve()`.
+    The solve runs every `interval` steps until progress reaches `end`. In between the survivors drift a little:
+    evaluate, and write checkpoints, inside `with controller.exact()`, or after `solve()`. Before every fifth solve the
+    survivors are factored anew (`LowRankWeight.refactor`), so that their sizes are singular values, which is what a cut
+    should go by. At `end` the ranks are settled: the thresholds go back to where they began, m takes up the difference,
+    and what is cut stays cut, while the optimizer goes on with the rest (docs/learned-rank.md has the measurements).
 
     After a solve the model is the largest one, of those that one common offset gives, which does not cost more than
     the schedule says. The largest component of a matrix survives in any case. Components whose offsets are the same up
@@ -63,7 +69,7 @@ class RankController(OffsetController):
         *,
         schedule: str = "cubic",
         begin: float = 0.0,
-        end: float = 0.7,
+        end: float = 0.5,
         distribution: str = "fixed",
         interval: int = 20,
     ) -> None:
@@ -91,6 +97,8 @@ class RankController(OffsetController):
         held = {id(matrix.raw_threshold) for matrix in self._matrices}
         modules = [m for m in model.modules() if isinstance(m, LowRankWeight) and id(m.raw_threshold) in held]
         self._take((matrix.raw_threshold for matrix in self._matrices), modules)
+        self._first = [raw.detach().clone() for raw in self._raws]
+        self._survivors: list[Tensor] | None = None  # The components that are left, once the ranks are settled.
 
     def _cost(self, matrix: LowRankWeight, rank: int) -> int:
         return rank if self.target.total_rank is not None else matrix.compact_cost(rank)
@@ -119,11 +127,59 @@ class RankController(OffsetController):
             raise ValueError(f"rank target {problem}: {name}={value}, possible are {bounds}")
         return final - fixed
 
+    def step(self, progress: float) -> None:
+        """Call after `optimizer.step()`, with the share of training that is done, 0 to 1; from `end` the target is met.
+
+        Solving does not wait for a GPU; factoring anew does.
+        """
+        if self._survivors is not None:
+            self._advance(progress)
+            self._hold()
+            return
+        ends = progress >= self.end
+        if ends or self.steps % (self.interval * REFACTOR) == 0:
+            for matrix in self._matrices:
+                matrix.refactor()
+        super().step(progress)
+        if ends:
+            self._settle()
+
     @torch.no_grad()
     def solve(self) -> None:
         """Move all raw thresholds by one offset so that the model costs what the schedule says now."""
+        if self._survivors is not None:
+            self._hold()
+            return
         self._separate()
         super().solve()
+
+    def exact(self) -> AbstractContextManager[None]:
+        return super().exact() if self._survivors is None else nullcontext()
+
+    def _settle(self) -> None:
+        """Let the ranks be what they are now, from here on."""
+        self.solve()
+        for matrix, raw in zip(self._matrices, self._first, strict=True):
+            matrix.settle(raw)
+        self._survivors = [matrix.m != 0 for matrix in self._matrices]
+        for raw in self._raws:
+            raw.requires_grad_(False)
+
+    @torch.no_grad()
+    def _hold(self) -> None:
+        """Undo what an optimizer's momentum did to the components that are cut."""
+        for matrix, survivors in zip(self._matrices, self._survivors, strict=True):
+            matrix.m.mul_(survivors)
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"survivors": self._survivors}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        survivors = state["survivors"]
+        if survivors is not None:
+            survivors = [mask.to(matrix.m.device) for mask, matrix in zip(survivors, self._matrices, strict=True)]
+        self._survivors = survivors
 
     @torch.no_grad()
     def _temper(self) -> None:

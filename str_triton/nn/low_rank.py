@@ -54,7 +54,7 @@ class LowRankWeight(nn.Module):
         max_rank: int | None = None,
         *,
         g: str = "exp",
-        gradient: str = "straight_through",
+        gradient: str = "masked",
         raw_threshold_init: float = RAW_THRESHOLD,
         recurrent: bool = False,
         thresholded: bool = True,
@@ -178,6 +178,33 @@ class LowRankWeight(nn.Module):
     def scale_threshold(self, factor: float) -> None:
         """Multiply the threshold, in place: raw_threshold becomes g^-1(factor * threshold)."""
         self.raw_threshold.copy_(threshold_function(self.g).inverse(factor * self.threshold))
+
+    @torch.no_grad()
+    def refactor(self) -> None:
+        """Hold what the threshold leaves as its singular value decomposition, in place: the same matrix to rounding.
+
+        The sizes of the survivors become its singular values, plus the threshold; what is cut stays as it is. Reads
+        the rank, and so waits for a GPU.
+        """
+        spectrum = self.spectrum()
+        left = spectrum.nonzero().flatten()
+        dtype = torch.promote_types(self.u.dtype, torch.float32)
+        (qu, ru), (qv, rv) = (
+            torch.linalg.qr(factor.to(dtype)) for factor in (self.u[:, left] * spectrum[left], self.v[:, left])
+        )
+        p, sigma, qh = torch.linalg.svd(ru @ rv.mT)
+        for parameter, value in ((self.u, qu @ p), (self.v, qv @ qh.mT), (self.m, sigma + self.threshold.to(dtype))):
+            parameter.index_copy_(parameter.dim() - 1, left, value.to(parameter.dtype))
+
+    @torch.no_grad()
+    def settle(self, raw_threshold: Tensor) -> None:
+        """Lower the threshold to g(raw_threshold), in place, and leave the matrix as it is: m takes up the difference.
+
+        What the threshold has cut gets m = 0, so that it stays cut.
+        """
+        spectrum = self.spectrum()
+        self.raw_threshold.copy_(raw_threshold)
+        self.m.copy_(spectrum + spectrum.sign() * self.threshold / self._norms())
 
     @torch.no_grad()
     def compact(self) -> "LowRankWeight | None":

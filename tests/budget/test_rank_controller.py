@@ -36,6 +36,12 @@ def random_model(seed=0, g="exp", shapes=SHAPES):
     return model.append(nn.BatchNorm1d(6)).append(nn.GRU(6, 5))
 
 
+def solve(controller, progress=1.0):
+    """What a step does without new factors and settled ranks, which have tests of their own."""
+    controller.progress = progress
+    controller.solve()
+
+
 def ranks(model):
     return [matrix.rank for matrix in matrices(model)]
 
@@ -87,7 +93,7 @@ def test_the_result_is_the_largest_model_not_above_the_target(kind, g):
             expected = brute_force(model, kind, most)
             value = dense / most if kind == "compression" else most
             tried = copy.deepcopy(model)
-            RankController(tried, RankTarget(**{kind: value})).step(1.0)
+            solve(RankController(tried, RankTarget(**{kind: value})))
             assert ranks(tried) == expected, (seed, most)
             for before, after in zip(matrices(model), matrices(tried), strict=True):
                 assert torch.equal(before.m, after.m)
@@ -97,14 +103,14 @@ def test_the_result_is_the_largest_model_not_above_the_target(kind, g):
 def test_other_dtypes(dtype):
     model = random_model(1).to(dtype)
     expected = brute_force(model, "params", 700)
-    RankController(model, RankTarget(params=700)).step(1.0)
+    solve(RankController(model, RankTarget(params=700)))
     assert ranks(model) == expected
 
 
 def test_the_parameters_are_those_of_the_compact_model():
     for params in (500, 640, 808):
         model = random_model(2)
-        RankController(model, RankTarget(params=params)).step(1.0)
+        solve(RankController(model, RankTarget(params=params)))
         compact = nn.Sequential(*[m.compact() if isinstance(m, LowRankLinear) else m for m in model])
         size = sum(parameter.numel() for parameter in compact.parameters())
         assert size == count_ranks(model).params == count_ranks(compact).params
@@ -115,23 +121,23 @@ def test_a_compression_that_was_counted_gives_the_same_model():
     """dense / params, and back by a division of floats."""
     model = random_model(3)
     for total in range(5, 30):
-        RankController(model, RankTarget(total_rank=total)).step(1.0)
+        solve(RankController(model, RankTarget(total_rank=total)))
         budget = count_ranks(model)
-        RankController(model, RankTarget(compression=budget.compression)).step(1.0)
+        solve(RankController(model, RankTarget(compression=budget.compression)))
         assert count_ranks(model).params == budget.params
 
 
 def test_a_full_matrix_costs_no_more_than_the_dense_one():
     model = nn.Sequential(LowRankLinear(10, 10, bias=False))
     for params, rank in [(100, 10), (99, 4), (80, 4), (79, 3), (20, 1)]:
-        RankController(model, RankTarget(params=params)).step(1.0)
+        solve(RankController(model, RankTarget(params=params)))
         assert ranks(model) == [rank]
 
 
 def test_one_offset_moves_all_thresholds():
     model = random_model()
     before = torch.cat([matrix.raw_threshold.detach() for matrix in matrices(model)])
-    RankController(model, RankTarget(total_rank=25)).step(1.0)
+    solve(RankController(model, RankTarget(total_rank=25)))
     after = torch.cat([matrix.raw_threshold.detach() for matrix in matrices(model)])
     assert (after - before).std() < 1e-6 < (after - before).mean()
 
@@ -141,7 +147,7 @@ def test_schedules(schedule, expected):
     model = random_model()
     controller = RankController(model, RankTarget(total_rank=8), schedule=schedule, begin=0.2, end=0.6)
     for progress, total in [(0.0, 32), (0.19, 32), (0.4, expected), (0.6, 8), (1.0, 8)]:
-        controller.step(progress)
+        solve(controller, progress)
         controller.solve()
         assert sum(ranks(model)) == total
     controller.progress = 0.0
@@ -165,7 +171,7 @@ def test_no_matrix_is_emptied():
     set_sizes(matrices(model)[-1], torch.rand(20) * 1e-4)
     for total in (6, 7, 40):
         tried = copy.deepcopy(model)
-        RankController(tried, RankTarget(total_rank=total)).step(1.0)
+        solve(RankController(tried, RankTarget(total_rank=total)))
         assert sum(ranks(tried)) == total
         assert min(ranks(tried)) == ranks(tried)[-1] == 1
 
@@ -175,10 +181,10 @@ def test_the_bounds_of_learned_thresholds_empty_no_matrix():
     set_sizes(matrices(model)[-1], torch.rand(20) * 1e-3)
     controller = RankController(model, RankTarget(total_rank=20), distribution="learned", interval=5, end=0)
     for progress in (0.1, 0.2, 0.3, 0.4, 0.5):  # One solve, at the first.
-        controller.step(progress)
+        solve(controller, progress)
         assert ranks(model)[-1] == 1
         assert sum(ranks(model)) == 20
-    controller.step(1.0)
+    solve(controller)
     held_back = torch.stack(controller._held_back)
     assert held_back[-1] > 1
     assert (raw_thresholds(model) + held_back).diff().abs().max() <= 1
@@ -190,11 +196,11 @@ def test_a_threshold_is_held_back_no_longer_than_it_must():
         matrix.raw_threshold.data.fill_(-5.0)
     set_sizes(matrices(model)[-1], torch.rand(20) * 1e-2)
     controller = RankController(model, RankTarget(total_rank=3), schedule="linear", end=1.0, begin=0.0)
-    controller.step(1.0)
+    solve(controller)
     assert ranks(model) == [1, 1, 1]
     assert raw_thresholds(model).diff().abs().max() > 1
     for _ in range(3):
-        controller.step(1.0)  # What is held back stays where it is.
+        solve(controller)  # What is held back stays where it is.
     assert ranks(model) == [1, 1, 1]
     controller.progress = 0.0
     controller.solve()
@@ -216,7 +222,7 @@ def test_equal_components_are_cut_one_by_one(g, twins):
     for total in range(16 * twins, twins - 1, -1):
         tried = copy.deepcopy(model)
         controller = RankController(tried, RankTarget(total_rank=total))
-        controller.step(1.0)
+        solve(controller)
         assert sum(ranks(tried)) == total
         assert min(ranks(tried)) >= 1
         separated = [matrix.m.clone() for matrix in matrices(tried)]
@@ -243,7 +249,7 @@ def test_components_that_a_threshold_tells_apart_keep_their_m():
         set_sizes(matrices(model)[0], 0.5 * offsets.exp())
         before = matrices(model)[0].m.clone()
         for total in (39, 38, 21, 2, 1):
-            RankController(model, RankTarget(total_rank=total)).step(1.0)
+            solve(RankController(model, RankTarget(total_rank=total)))
             assert ranks(model) == [total]
         assert torch.equal(matrices(model)[0].m[ties:], before[ties:])
         assert torch.equal(matrices(model)[0].m, before) == (ties == 0)
@@ -270,12 +276,12 @@ def test_components_of_size_zero_do_not_confuse_the_solve():
         matrices(model)[0].m[2:] = 0
         matrices(model)[2].m.zero_()
     controller = RankController(model, RankTarget(total_rank=12))
-    controller.step(1.0)
+    solve(controller)
     # One of the matrix of zeros is kept as any matrix keeps one, though it is nothing.
     assert sum(ranks(model)) == 11
     assert raw_thresholds(model).isfinite().all()
     controller.target, controller._keep = RankTarget(total_rank=30), 30  # More than there are.
-    controller.step(1.0)
+    solve(controller)
     assert ranks(model) == [2, 9, 0, 1, 6]
     assert raw_thresholds(model).isfinite().all()
 
@@ -283,7 +289,7 @@ def test_components_of_size_zero_do_not_confuse_the_solve():
 def test_nothing_to_cut():
     model = nn.Sequential(LowRankLinear(8, 8, max_rank=1), LowRankLinear(8, 8, max_rank=1))
     before = raw_thresholds(model)
-    RankController(model, RankTarget(total_rank=2)).step(1.0)
+    solve(RankController(model, RankTarget(total_rank=2)))
     assert ranks(model) == [1, 1]
     assert torch.equal(raw_thresholds(model), before)
 
@@ -294,14 +300,14 @@ def test_rounding_is_that_of_the_largest_offset():
     set_sizes(matrices(model)[1], torch.tensor([1.0, 1 + 1e-6]) * matrices(model)[1].threshold.detach())
     for total in range(31, 2, -7):
         tried = copy.deepcopy(model)
-        RankController(tried, RankTarget(total_rank=total)).step(1.0)
+        solve(RankController(tried, RankTarget(total_rank=total)))
         assert ranks(tried) == [total - 1, 1]
 
 
 def test_components_that_no_threshold_reaches_are_kept():
     model = random_model(g="sigmoid")
     set_sizes(matrices(model)[0], torch.arange(9) + 0.5)
-    RankController(model, RankTarget(total_rank=5)).step(1.0)
+    solve(RankController(model, RankTarget(total_rank=5)))
     assert ranks(model) == [8, 1, 1, 1, 1]
     assert raw_thresholds(model).isfinite().all()
 
@@ -310,24 +316,24 @@ def test_shared_matrices_count_once():
     model = random_model(shapes=[(9, 9, None)] * 2)
     model[1].weight = model[0].weight
     controller = RankController(model, RankTarget(total_rank=4))
-    controller.step(1.0)
+    solve(controller)
     assert ranks(model) == [4]
     tied = LowRankLinear(9, 9)
     tied.weight.u, tied.weight.v, tied.weight.m = model[0].weight.u, model[0].weight.v, model[0].weight.m
     tied.weight.raw_threshold = model[0].weight.raw_threshold
     assert count_ranks(model.append(tied)).total_rank == 4
-    RankController(model, RankTarget(total_rank=3)).step(1.0)
+    solve(RankController(model, RankTarget(total_rank=3)))
     assert ranks(model) == [3, 3]
     assert all(matrix.controlled for matrix in matrices(model))
 
 
 def test_compact_matrices_have_a_fixed_cost():
     model = random_model()
-    RankController(model, RankTarget(total_rank=12)).step(1.0)
+    solve(RankController(model, RankTarget(total_rank=12)))
     model[2] = model[2].compact()
     fixed = count_ranks(model).rows[2].rank
     model[1].weight = nn.Parameter(model[1].weight.weight().detach())
-    RankController(model, RankTarget(total_rank=fixed + 4)).step(1.0)
+    solve(RankController(model, RankTarget(total_rank=fixed + 4)))
     assert count_ranks(model).total_rank == fixed + 4
     assert count_ranks(model).rows[1].rank == fixed
     with pytest.raises(ValueError, match=f"possible are {fixed + 3} to {fixed + 9 + 1 + 6}"):
@@ -338,7 +344,7 @@ def test_compact_matrices_have_a_fixed_cost():
 def test_a_target_in_recurrent_flops_leaves_other_thresholds_alone(distribution):
     model = random_model()
     before = raw_thresholds(model)
-    RankController(model, RankTarget(recurrent_flops=140), distribution=distribution).step(1.0)
+    solve(RankController(model, RankTarget(recurrent_flops=140), distribution=distribution))
     assert torch.equal(raw_thresholds(model)[::2], before[::2])
     assert ranks(model)[::2] == [9, 7, 6]
     learns = [matrix.raw_threshold.requires_grad for matrix in matrices(model)]
@@ -356,12 +362,12 @@ def train(model, controller, optimizer, begin, end, steps=30):
         controller.step((i + 1) / steps)
 
 
-def make_run(distribution="learned"):
+def make_run(distribution="learned", **options):
     torch.manual_seed(0)
     model = nn.Sequential(LowRankLinear(12, 16), nn.Tanh(), LowRankLinear(16, 16), nn.Tanh(), LowRankLinear(16, 6))
     nn.init.orthogonal_(dense := torch.empty(16, 16))
     matrices(model)[1].set_weight(dense)
-    controller = RankController(model, RankTarget(compression=2), interval=4, distribution=distribution)
+    controller = RankController(model, RankTarget(compression=2), interval=4, distribution=distribution, **options)
     groups = parameter_groups(model, 5e-4)
     return model, controller, torch.optim.SGD(groups, lr=0.05, momentum=0.9)
 
@@ -389,7 +395,7 @@ def test_state_dict_resumes_bit_for_bit(distribution, inside_exact):
 
 
 def test_exact_leaves_training_as_it_was():
-    model, controller, optimizer = make_run()
+    model, controller, optimizer = make_run(schedule="constant", end=0.95)
     train(model, controller, optimizer, 0, 27)
     with torch.no_grad():
         for matrix in matrices(model):
@@ -405,18 +411,64 @@ def test_exact_leaves_training_as_it_was():
         assert torch.equal(raw, matrix.raw_threshold)
 
 
+def test_settled_ranks_stay_while_the_rest_trains():
+    model, controller, optimizer = make_run(end=0.5)
+    train(model, controller, optimizer, 0, 14)
+    cut = matrices(model)[0].weight().detach()
+    controller.step(0.5)
+    settled = [matrix.spectrum() != 0 for matrix in matrices(model)]
+    assert torch.equal(raw_thresholds(model), torch.full((3,), -10.0))
+    budget = count_ranks(model)
+    assert 2 <= budget.compression < 2.3
+    train(model, controller, optimizer, 15, 30)
+    with controller.exact():
+        assert count_ranks(model).params == budget.params
+    for matrix, survivors in zip(matrices(model), settled, strict=True):
+        assert torch.equal(matrix.m != 0, survivors)
+    assert not torch.allclose(matrices(model)[0].weight(), cut)
+
+
+def test_settling_does_not_change_the_function():
+    model = random_model()
+    controller = RankController(model, RankTarget(total_rank=15), end=0.4)
+    for progress in (0.0, 0.2, 0.3):
+        controller.step(progress)
+    twin = copy.deepcopy(model)
+    solved = RankController(twin, RankTarget(total_rank=15), schedule="constant")
+    for matrix in matrices(twin):
+        matrix.refactor()
+    solve(solved)
+    controller.step(0.4)
+    assert ranks(model) == ranks(twin)
+    for before, after in zip(matrices(twin), matrices(model), strict=True):
+        torch.testing.assert_close(after.weight(), before.weight())
+
+
+def test_survivors_are_factored_anew_before_every_fifth_solve(monkeypatch):
+    model = random_model()
+    controller = RankController(model, RankTarget(total_rank=15), interval=3)
+    steps, refactor = [], LowRankWeight.refactor
+    monkeypatch.setattr(LowRankWeight, "refactor", lambda self: (steps.append(controller.steps), refactor(self)))
+    for i in range(40):
+        controller.step(i / 80)
+    assert sorted(set(steps)) == [0, 15, 30]
+    for matrix in matrices(model):
+        left = matrix.u[:, matrix.spectrum() != 0]
+        torch.testing.assert_close(left.mT @ left, torch.eye(left.shape[1]), rtol=0, atol=1e-5)
+
+
 def test_a_learned_distribution_is_the_optimizers():
     ratios = []
     for distribution in ("fixed", "learned"):
-        model, controller, optimizer = make_run(distribution)
-        train(model, controller, optimizer, 0, 30)
+        model, controller, optimizer = make_run(distribution, end=0.95)
+        train(model, controller, optimizer, 0, 27)
         ratios.append((raw_thresholds(model) + torch.stack(controller._held_back)).diff())
     assert ratios[0].abs().max() < 1e-5  # All began at the same.
     assert 1e-4 < ratios[1].abs().max() <= 1
 
 
 def test_a_learned_distribution_moves_slowly_and_then_stays():
-    model, controller, _ = make_run()
+    model, controller, _ = make_run(end=0.95)
     controller.step(0.0)
     before = raw_thresholds(model)
     for progress, expected in [(0.1, [0.04, -0.04, 0.02]), (0.6, [0.0, 0.0, 0.0])]:
@@ -434,8 +486,8 @@ def test_a_solve_reads_no_value():
         model = nn.Sequential(*[LowRankLinear(6, 5, recurrent=True) for _ in range(3)])
         for kind, value in [("total_rank", 7), ("params", 70), ("recurrent_flops", 50), ("compression", 1.5)]:
             controller = RankController(model, RankTarget(**{kind: value}), distribution="learned")
-            controller.step(0.3)
-            controller.step(1.0)
+            solve(controller, 0.3)
+            solve(controller)
             with controller.exact():
                 controller.state_dict()
         with pytest.raises(RuntimeError):
@@ -444,16 +496,16 @@ def test_a_solve_reads_no_value():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["total_rank", "params", "recurrent_flops", "compression"])
-def test_a_step_does_not_wait_for_the_gpu(kind):
+def test_a_solve_does_not_wait_for_the_gpu(kind):
     model, twin = random_model().cuda(), random_model()
     value = {"total_rank": 11, "params": 600, "recurrent_flops": 140, "compression": 1.8}[kind]
     controllers = [RankController(m, RankTarget(**{kind: value}), distribution="learned") for m in (model, twin)]
     torch.cuda.set_sync_debug_mode("error")
     try:
-        controllers[0].step(1.0)
+        solve(controllers[0])
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    controllers[1].step(1.0)
+    solve(controllers[1])
     assert ranks(model) == ranks(twin)
 
 
@@ -499,7 +551,7 @@ def test_the_bounds_that_a_message_names_are_possible(kind):
         with pytest.raises(ValueError, match="possible are") as error:
             RankController(random_model(), RankTarget(**{kind: 1 if kind != "compression" else 10**6}))
         bound = str(error.value).split("possible are ")[1].split(" to ")[end]
-        RankController(random_model(), RankTarget(**{kind: float(bound)})).step(1.0)
+        solve(RankController(random_model(), RankTarget(**{kind: float(bound)})))
 
 
 def test_models_that_cannot_be_controlled():

@@ -198,6 +198,7 @@ def test_a_component_without_direction_is_none() -> None:
 def test_sixteen_bits_keep_the_threshold_in_float32(dtype: torch.dtype) -> None:
     for matrix in (LowRankWeight(7, 5).to(dtype), LowRankWeight(7, 5, dtype=dtype)):
         assert matrix.raw_threshold.dtype == torch.float32
+        assert matrix.singular_values().dtype == torch.float32
         assert {matrix.u.dtype, matrix.m.dtype, matrix.v.dtype, matrix.spectrum().dtype} == {dtype}
         x = torch.randn(3, 5, dtype=dtype)
         assert matrix(x).dtype == dtype
@@ -309,3 +310,36 @@ def test_linear_compact(rank: int) -> None:
 def test_linear_ranks_names_its_weight_only() -> None:
     with pytest.raises(ValueError, match="ranks may name weight; got bias"):
         LowRankLinear(5, 7, ranks={"bias": 1})
+
+
+def test_refactor_keeps_the_matrix_and_finds_its_singular_values():
+    torch.manual_seed(0)
+    matrix = LowRankWeight(12, 9)
+    with torch.no_grad():
+        matrix.u.add_(0.2 * torch.randn_like(matrix.u)).mul_(torch.rand(9) + 0.5)
+        matrix.m[2].neg_()
+        matrix.raw_threshold.fill_(-1.2)
+    weight, cut = matrix.weight().detach(), matrix.spectrum() == 0
+    columns = matrix.u[:, cut].detach().clone()
+    assert 0 < cut.sum() < 8
+    matrix.refactor()
+    torch.testing.assert_close(matrix.weight(), weight)
+    sizes = matrix.singular_values()[~cut] - matrix.threshold
+    torch.testing.assert_close(sizes, torch.linalg.svdvals(weight)[: len(sizes)])
+    assert torch.equal(matrix.u[:, cut], columns)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_settle_lowers_the_threshold_and_keeps_the_matrix(dtype):
+    torch.manual_seed(0)
+    matrix = LowRankWeight(12, 9, raw_threshold_init=-1.2, dtype=dtype)
+    with torch.no_grad():
+        matrix.m.sub_(matrix.threshold)
+        matrix.m[0].neg_()
+    weight, spectrum = matrix.weight().detach(), matrix.spectrum().detach()
+    assert 0 < matrix.rank < 9
+    matrix.settle(torch.tensor([-10.0]))
+    assert matrix.threshold.item() == pytest.approx(4.54e-5, rel=1e-3)
+    rounding = 0.02 if dtype == torch.bfloat16 else 1e-6
+    torch.testing.assert_close(matrix.weight(), weight, rtol=rounding, atol=rounding)
+    assert torch.equal(matrix.m == 0, spectrum == 0)
