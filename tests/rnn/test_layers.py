@@ -308,3 +308,19 @@ def test_autocast(torch_class: type, path: str) -> None:
         output.float().sum().backward()
     torch.testing.assert_close(output.float(), expected, rtol=5e-2, atol=5e-2)
     assert layer.weight_hh_l0.m.grad.abs().sum() > 0
+
+
+@each_cell
+def test_autocast_leaves_the_weights_to_torchs_kernel(torch_class: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels that cast want all weights in one dtype, products and biases."""
+    kernel, dtypes = getattr(torch._VF, torch_class.__name__.lower()), set()
+
+    def spy(x, hx, weights, *options):
+        dtypes.update(weight.dtype for weight in weights)
+        return kernel(x, hx, weights, *options)
+
+    monkeypatch.setattr(torch._VF, torch_class.__name__.lower(), spy)
+    set_path(monkeypatch, "dense")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        LOW_RANK[torch_class](INPUT, HIDDEN)(torch.randn(STEPS, 2, INPUT))
+    assert dtypes == {torch.float32}
