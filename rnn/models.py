@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from rnn import LowRankFastGRNN, LowRankGRU, LowRankLSTM
 from str_triton import LowRankWeight
@@ -27,6 +27,7 @@ class Architecture:
         cell: "gru", "lstm" or "fastgrnn".
         inputs, outputs: size of a step's vector and number of classes; for a text both are the size of the vocabulary.
         hidden_size, layers, bidirectional, dropout: of the recurrent layers; dropout is before the scores too.
+        pooling: what of a sequence the classifier sees, the "last" states or the "mean" output of the last layer.
     """
 
     task: str
@@ -37,6 +38,7 @@ class Architecture:
     layers: int = 1
     bidirectional: bool = False
     dropout: float = 0.0
+    pooling: str = "last"
 
     def build(self, **options: Any) -> "SequenceClassifier | LanguageModel":
         """A network with fresh weights; ``options`` are the keyword-only ones of the layers (`LowRankGRU`)."""
@@ -50,28 +52,35 @@ class Architecture:
             bidirectional=self.bidirectional,
             **options,
         )
-        kind = LanguageModel if lm else SequenceClassifier
-        return kind(rnn, self.outputs, self.dropout)
+        if lm:
+            return LanguageModel(rnn, self.outputs, self.dropout)
+        return SequenceClassifier(rnn, self.outputs, self.dropout, self.pooling)
 
 
 class SequenceClassifier(nn.Module):
-    """Scores from the last states of the last layer, of both directions where there are two.
+    """Scores from the last layer's last states, or from the mean of its outputs; of both directions where there are two.
 
     Sequences [B, T, input_size], with lengths int64 [B] on the CPU where they are padded -> [B, num_classes].
     """
 
-    def __init__(self, rnn: nn.Module, num_classes: int, dropout: float = 0.0) -> None:
+    def __init__(self, rnn: nn.Module, num_classes: int, dropout: float = 0.0, pooling: str = "last") -> None:
         super().__init__()
         self.rnn = rnn
+        self.pooling = pooling
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(rnn.hidden_size * (1 + rnn.bidirectional), num_classes)
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         sequences = x if lengths is None else pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
-        state = self.rnn(sequences)[1]
-        h = state[0] if isinstance(state, tuple) else state
-        last = h[-1 - self.rnn.bidirectional :]
-        return self.classifier(self.dropout(last.transpose(0, 1).flatten(1)))
+        outputs, state = self.rnn(sequences)
+        if self.pooling == "mean":
+            steps = outputs if lengths is None else pad_packed_sequence(outputs, batch_first=True)[0]
+            count = steps.shape[1] if lengths is None else lengths.to(steps.device)[:, None]
+            pooled = steps.sum(1) / count
+        else:
+            h = state[0] if isinstance(state, tuple) else state
+            pooled = h[-1 - self.rnn.bidirectional :].transpose(0, 1).flatten(1)
+        return self.classifier(self.dropout(pooled))
 
 
 class LanguageModel(nn.Module):

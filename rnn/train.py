@@ -80,7 +80,7 @@ class Experiment(Loop):
             data = load(
                 config.data,
                 task=config.task,
-                seed=config.seed,
+                seed=config.data_seed,
                 words=None if config.words is None else tuple(config.words.split(",")),
                 classes=config.classes,
                 noise=config.noise,

@@ -83,3 +83,14 @@ def test_weights_of_a_dense_network_are_copied_as_their_largest_components():
     assert torch.equal(cut.classifier.weight, dense.classifier.weight)
     u, sigma, vh = torch.linalg.svd(dense.rnn.weight_hh_l0.detach(), full_matrices=False)
     torch.testing.assert_close(cut.rnn.weight_hh_l0.weight().detach(), (u[:, :2] * sigma[:2]) @ vh[:2])
+
+
+def test_mean_pooling_leaves_padding_out():
+    torch.manual_seed(0)
+    model = Architecture("classify", "gru", 3, 4, 5, bidirectional=True, pooling="mean").build().eval()
+    x, lengths = torch.randn(3, 6, 3), torch.tensor([6, 2, 4])
+    for row, length in enumerate(lengths):
+        alone = model(x[row : row + 1, :length])
+        outputs = model.rnn(x[row : row + 1, :length])[0]
+        torch.testing.assert_close(alone, model.classifier(outputs.mean(1)))
+        torch.testing.assert_close(model(x, lengths)[row : row + 1], alone)

@@ -21,7 +21,7 @@ def test_every_recipe_is_whole(name: str):
         ([], "japanese-vowels-gru"),
         (["--data", "text:file"], "text-lstm"),
         (["--data", "hub:NAME:COLUMN"], "text-lstm"),
-        (["--data", "text", "--task", "classify"], "spoken-gru"),
+        (["--data", "text", "--task", "classify"], "text-lstm"),
         (["--data", "hub:NAME"], "spoken-gru"),
         (["--data", "har:file"], "spoken-gru"),
     ],

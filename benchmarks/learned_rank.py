@@ -1,0 +1,158 @@
+"""Learned ranks beside fixed ranks, the SVD of a dense network, and smaller dense networks, at equal parameters.
+
+    python -m benchmarks.learned_rank DATA [--tune] [--compressions 2 4 8] [--seeds 0 1 2] [--jobs 2] [OPTIONS]
+
+DATA is a key of `DATA_SETS`; what follows a `--` goes to rnn/train.py. Every run is one of rnn/train.py, with one
+thread and the data set's recipe; a line per run is appended to benchmarks/results/learned_rank.jsonl, and runs that
+stand there are skipped. `--tune` tries the learning rates of `RATES` with every method on the seeds 5 to 7, and writes
+the validation figures, never the test's, to benchmarks/results/learned_rank_tuning.jsonl; the runs then use the best
+rate of each method. A data set that was not tuned takes the multiple of its recipe's rate that was best on the tuned.
+"""
+
+import argparse
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+
+from benchmarks.timing import RESULTS
+from rnn.recipes import RECIPES
+from rnn.train import main as train
+from str_triton.training.metrics import read_metrics
+
+RUNS, TUNING = RESULTS / "learned_rank.jsonl", RESULTS / "learned_rank_tuning.jsonl"
+METHODS = ("str-exact", "fixed", "svd-finetune", "small dense")
+RATES = (0.5, 1.0, 2.0, 4.0)  # times the recipe's
+TUNING_SEEDS = (5, 6, 7)
+TUNED = "japanese-vowels"
+# name: recipe, and options of rnn/train.py besides
+DATA_SETS = {
+    "japanese-vowels": ("japanese-vowels-gru", []),
+    "spoken": ("spoken-gru", []),
+    "text": ("text-lstm", []),
+}
+
+
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    """Train once; `job` names data, method, compression (None: the whole dense network), seed, rate and options."""
+    torch.set_num_threads(1)
+    recipe, options = DATA_SETS[job["data"]]
+    config = RECIPES[recipe]()
+    method = "dense" if "dense" in job["method"] else job["method"]
+    arguments = [recipe, *options, "--method", method, "--seed", str(job["seed"]), "--threads", "1"]
+    arguments += ["--lr", str(config.lr * job["rate"]), *job["options"]]
+    if job["method"] == "small dense":
+        arguments += ["--hidden-size", str(job["hidden_size"])]
+    elif job["compression"] is not None:
+        arguments += ["--target-params", str(job["params"])]
+    folder = Path(tempfile.mkdtemp())
+    try:
+        code = train([*arguments, "--run-dir", str(folder / "run")])
+        if code:
+            raise RuntimeError(f"rnn/train.py {' '.join(arguments)} ended with exit code {code}")
+        summary = json.loads((folder / "run" / "summary.json").read_text())
+        last = [record for record in read_metrics(folder / "run") if record["kind"] == "epoch"][-1]
+    finally:
+        shutil.rmtree(folder)
+    return {**job, **{key: value for key, value in summary.items() if key != "seed"}, "validation_loss": last["loss"]}
+
+
+def hidden_size(data: str, params: int, sizes: dict[str, Any]) -> int:
+    """The largest dense network of the same kind that has no more than `params` parameters."""
+    hidden = 1
+    while dense_params(data, hidden + 1, sizes) <= params:
+        hidden += 1
+    return hidden
+
+
+def dense_params(data: str, hidden: int, sizes: dict[str, Any]) -> int:
+    from rnn.models import Architecture
+
+    config = RECIPES[DATA_SETS[data][0]]()
+    architecture = Architecture(
+        sizes["task"], config.cell, sizes["inputs"], sizes["outputs"], hidden, config.layers, config.bidirectional
+    )
+    with torch.device("meta"):
+        return sum(p.numel() for p in architecture.build(factorize="none").parameters())
+
+
+SIZES = {
+    "japanese-vowels": {"task": "classify", "inputs": 12, "outputs": 9},
+    "spoken": {"task": "classify", "inputs": 32, "outputs": 12},
+    "text": {"task": "lm", "inputs": 100, "outputs": 100},
+}
+
+
+def jobs(data: str, compressions: Iterable[float], seeds: Iterable[int], options: Sequence[str]) -> list[dict]:
+    config = RECIPES[DATA_SETS[data][0]]()
+    whole = dense_params(data, config.hidden_size, SIZES[data])
+    found = []
+    for seed in seeds:
+        for compression in (None, *compressions):
+            params = None if compression is None else int(whole / compression)
+            for method in ("dense",) if compression is None else METHODS:
+                size = hidden_size(data, params, SIZES[data]) if method == "small dense" else config.hidden_size
+                found.append(
+                    {"data": data, "method": method, "compression": compression, "params": params, "hidden_size": size}
+                    | {"seed": seed, "options": list(options)}
+                )
+    return found
+
+
+def best_rate(method: str) -> float:
+    """The rate with the least validation loss in the tuning; that of "dense" for the smaller dense networks."""
+    lines = [json.loads(line) for line in TUNING.read_text().splitlines()] if TUNING.exists() else []
+    losses: dict[float, list[float]] = {}
+    for line in lines:
+        if line["method"] == ("dense" if "dense" in method else method):
+            losses.setdefault(line["rate"], []).append(line["validation_loss"])
+    return min(losses, key=lambda rate: mean(losses[rate]), default=1.0)
+
+
+def tuning_jobs(compression: float) -> list[dict]:
+    own = jobs(TUNED, [compression], TUNING_SEEDS, ["--choose", "validation"])
+    return [job | {"rate": rate} for job in own if job["method"] != "small dense" for rate in RATES]
+
+
+KEY = ("data", "method", "compression", "seed", "rate")
+
+
+def do(todo: Iterable[dict], path: Path, count: int, keep_test: bool) -> None:
+    done = (
+        {tuple(json.loads(line)[k] for k in KEY) for line in path.read_text().splitlines()} if path.exists() else set()
+    )
+    todo = [job for job in todo if tuple(job[k] for k in KEY) not in done]
+    with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
+        for result in pool.map(run, todo):
+            if not keep_test:
+                result = {k: v for k, v in result.items() if k not in ("accuracy", "bits_per_character")}
+            with path.open("a") as file:
+                file.write(json.dumps(result) + "\n")
+            print({k: result.get(k) for k in (*KEY, "accuracy", "bits_per_character", "validation_loss", "seconds")})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", choices=DATA_SETS)
+    parser.add_argument("--tune", action="store_true", help=f"find each method's learning rate, on {TUNED}")
+    parser.add_argument("--compressions", nargs="+", type=float, default=[2.0, 4.0, 8.0])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("options", nargs="*", help="for rnn/train.py, after --")
+    args = parser.parse_args()
+    if args.tune:
+        do(tuning_jobs(args.compressions[0]), TUNING, args.jobs, keep_test=False)
+        return
+    todo = jobs(args.data, args.compressions, args.seeds, args.options)
+    do([job | {"rate": best_rate(job["method"])} for job in todo], RUNS, args.jobs, keep_test=True)
+
+
+if __name__ == "__main__":
+    main()
