@@ -58,7 +58,7 @@ class Architecture:
 
 
 class SequenceClassifier(nn.Module):
-    """Scores from the last layer's last states, or from the mean of its outputs; of both directions where there are two.
+    """Scores from the last layer's last states or from the mean of its outputs, of both directions where there are two.
 
     Sequences [B, T, input_size], with lengths int64 [B] on the CPU where they are padded -> [B, num_classes].
     """
