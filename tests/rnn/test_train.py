@@ -161,7 +161,7 @@ def test_a_language_model_is_measured_in_bits_per_character(tmp_path: Path):
         (["--target-params", "10"], "possible are 4257 to 65097"),
         (["--target-compression", "0.5"], "--target-compression 0.5"),
         (["--target-compression", "nan"], "--target-compression nan"),
-        (["--target-compression", "1000"], "possible are 1.0 to 15.2919"),
+        (["--target-compression", "1000"], "possible are 1.0 to 15.2917"),
         (["--target-params", "9000", "--target-rank", "20"], "choose one"),
         (["--method", "str", "--target-rank", "20"], "--target-rank 20: --method str meets no target"),
         (["--method", "dense", "--target-params", "20"], "--target-params 20: --method dense meets no target"),
