@@ -147,11 +147,11 @@ class LowRankWeight(nn.Module):
 
     def _norms(self) -> Tensor:
         dtype = torch.promote_types(self.u.dtype, torch.float32)
-        norms = torch.linalg.vector_norm(self.u, dim=0, dtype=dtype) * torch.linalg.vector_norm(
-            self.v, dim=0, dtype=dtype
-        )
+        tiny = torch.finfo(dtype).tiny
+        # Not vector_norm, which walks down the columns: ten times slower on the CPU at 1536 x 512.
+        u, v = (factor.to(dtype).square().sum(0).clamp_min(tiny).sqrt() for factor in (self.u, self.v))
         # A component without a direction has no size, whatever its norm; the division by it must stay finite.
-        return norms.clamp_min(torch.finfo(dtype).tiny ** 0.5)
+        return (u * v).clamp_min(tiny**0.5)
 
     def weight(self) -> Tensor:
         """The matrix [rows, columns]; differentiable."""

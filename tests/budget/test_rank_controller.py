@@ -179,9 +179,10 @@ def test_no_matrix_is_emptied():
 def test_the_bounds_of_learned_thresholds_empty_no_matrix():
     model = random_model(shapes=[(20, 20, None)] * 3)
     set_sizes(matrices(model)[-1], torch.rand(20) * 1e-3)
-    controller = RankController(model, RankTarget(total_rank=20), distribution="learned", interval=5, end=0)
+    options = {"distribution": "learned", "schedule": "constant", "interval": 5, "end": 1.0}
+    controller = RankController(model, RankTarget(total_rank=20), **options)
     for progress in (0.1, 0.2, 0.3, 0.4, 0.5):  # One solve, at the first.
-        solve(controller, progress)
+        controller.step(progress)
         assert ranks(model)[-1] == 1
         assert sum(ranks(model)) == 20
     solve(controller)
