@@ -42,14 +42,16 @@ def layout(cell: str, hidden: int, rank: int, dtype: torch.dtype, shared_memory:
     gates, itemsize, block_rank = CELLS[cell], dtype.itemsize, _power_of_two(rank)
     block_hidden = _power_of_two(hidden)
     factors = (gates + 1) * block_hidden * block_rank * itemsize
-    # More than 1024 bytes of hidden units, or of the factors, and what the compiler keeps in registers would spill.
-    if block_hidden * itemsize <= 1024 and factors <= 0.6 * shared_memory:
+    # Of more hidden units, and of larger factors, what the compiler keeps in registers would spill; to read the factors
+    # again costs less (by count: benchmarks/results/kernel_resources.json).
+    largest = 512 if backward and (itemsize > 2 or cell == "fastgrnn") else 1024
+    if block_hidden * itemsize <= largest and factors <= 0.6 * shared_memory:
         warps = min(16, max(4, block_hidden * itemsize // 64))
         # Fetched a step ahead, the backward's many 16-bit tiles of so many hidden units would spill.
         for stages in (1,) if backward and itemsize == 2 and block_hidden == 512 else (2, 1):
             if _resident_bytes(gates, block_hidden, block_rank, itemsize, warps, stages, backward) <= shared_memory:
                 return Plan("resident", BLOCK_BATCH, block_hidden, block_rank, warps, stages)
-    block_hidden = min(block_hidden, 128, max(16, TILE_BYTES // (block_rank * itemsize)))
+    block_hidden = min(block_hidden, 256 // itemsize, max(16, TILE_BYTES // (block_rank * itemsize)))
     tiles = (gates + 1) * block_hidden * block_rank * itemsize
     return Plan("streamed", BLOCK_BATCH, block_hidden, block_rank, 8, 2 if 2 * tiles < shared_memory / 2 else 1)
 

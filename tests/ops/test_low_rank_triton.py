@@ -22,7 +22,8 @@ def kind(hidden: int, rank: int, dtype: torch.dtype, shared_memory: int, cell: s
         (512, 32, torch.bfloat16, H100, "resident"),
         (512, 32, torch.bfloat16, A100, "streamed"),
         (512, 32, torch.float32, H100, "streamed"),
-        (256, 16, torch.float32, H100, "resident"),
+        (128, 8, torch.float32, H100, "resident"),
+        (256, 16, torch.float32, H100, "streamed"),
         (256, 16, torch.bfloat16, MI300, "resident"),
         (256, 16, torch.float32, MI300, "streamed"),
         (1024, 64, torch.bfloat16, H100, "streamed"),
@@ -36,6 +37,12 @@ def kind(hidden: int, rank: int, dtype: torch.dtype, shared_memory: int, cell: s
 )
 def test_kind(hidden, rank, dtype, shared_memory, expected):
     assert kind(hidden, rank, dtype, shared_memory) == expected
+
+
+def test_the_backward_asks_for_more():
+    sizes = "gru", 256, 16, 64, torch.float32
+    kinds = [low_rank_plan(*sizes, shared_memory=H100, training=training).kind for training in (False, True)]
+    assert kinds == ["resident", "streamed"]
 
 
 def test_fastgrnn_has_no_dense_kernel():
