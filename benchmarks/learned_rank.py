@@ -1,23 +1,24 @@
 """Learned ranks beside fixed ranks, the SVD of a dense network, and smaller dense networks, at equal parameters.
 
-    python -m benchmarks.learned_rank DATA [--tune] [--compressions 2 4 8] [--seeds 0 1 2] [--jobs 2] [OPTIONS]
+    python -m benchmarks.learned_rank DATA [--tune] [--compressions 2 4 8] [--seeds 0 1 2] [--jobs 2] [--picture FILE]
 
-DATA is a key of `DATA_SETS`; what follows a `--` goes to rnn/train.py. Every run is one of rnn/train.py, with one
-thread and the data set's recipe; a line per run is appended to benchmarks/results/learned_rank.jsonl, and runs that
-stand there are skipped. `--tune` tries the learning rates of `RATES` with every method on the seeds 5 to 7, and writes
-the validation figures, never the test's, to benchmarks/results/learned_rank_tuning.jsonl; the runs then use the best
-rate of each method. A data set that was not tuned takes the multiple of its recipe's rate that was best on the tuned.
+DATA is a key of `DATA_SETS`. Every run is one of rnn/train.py, with one thread and the data set's recipe; a line per
+run is appended to benchmarks/results/learned_rank.jsonl, and runs that stand there are skipped. `--tune` tries the
+learning rates of `RATES` with every method on the seeds 5 to 7, and writes the validation figures, never the test's, to
+benchmarks/results/learned_rank_tuning.jsonl; the runs then use the best rate of each method. A data set that was not
+tuned takes the multiple of its recipe's rate that was best on the tuned one.
 """
 
 import argparse
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -32,25 +33,24 @@ METHODS = ("str-exact", "fixed", "svd-finetune", "small dense")
 RATES = (0.5, 1.0, 2.0, 4.0)  # times the recipe's
 TUNING_SEEDS = (5, 6, 7)
 TUNED = "japanese-vowels"
-# name: recipe, and options of rnn/train.py besides
+FIGURE = ("accuracy", 100, "test accuracy, %")
+# The data's recipes; that of text is shrunk to what a study on two cores can carry.
 DATA_SETS = {
-    "japanese-vowels": ("japanese-vowels-gru", []),
-    "spoken": ("spoken-gru", []),
-    "text": ("text-lstm", []),
+    "japanese-vowels": RECIPES["japanese-vowels-gru"](),
+    "spoken": RECIPES["spoken-gru"](),
+    "text": replace(RECIPES["text-lstm"](), hidden_size=128, epochs=6),
 }
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    """Train once; `job` names data, method, compression (None: the whole dense network), seed, rate and options."""
+    """Train once; `job` names data, method, compression (None: the whole dense network), size, seed and rate."""
     torch.set_num_threads(1)
-    recipe, options = DATA_SETS[job["data"]]
-    config = RECIPES[recipe]()
+    config = DATA_SETS[job["data"]]
     method = "dense" if "dense" in job["method"] else job["method"]
-    arguments = [recipe, *options, "--method", method, "--seed", str(job["seed"]), "--threads", "1"]
-    arguments += ["--lr", str(config.lr * job["rate"]), *job["options"]]
-    if job["method"] == "small dense":
-        arguments += ["--hidden-size", str(job["hidden_size"])]
-    elif job["compression"] is not None:
+    arguments = [config.recipe, "--method", method, "--seed", str(job["seed"]), "--threads", "1"]
+    arguments += ["--epochs", str(config.epochs), "--hidden-size", str(job["hidden_size"])]
+    arguments += ["--lr", str(config.lr * job["rate"]), "--choose", job["choose"]]
+    if job["compression"] is not None and method != "dense":
         arguments += ["--target-params", str(job["params"])]
     folder = Path(tempfile.mkdtemp())
     try:
@@ -65,7 +65,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def hidden_size(data: str, params: int, sizes: dict[str, Any]) -> int:
-    """The largest dense network of the same kind that has no more than `params` parameters."""
+    """The units of the largest dense network of the same kind with no more than `params` parameters."""
     hidden = 1
     while dense_params(data, hidden + 1, sizes) <= params:
         hidden += 1
@@ -75,7 +75,7 @@ def hidden_size(data: str, params: int, sizes: dict[str, Any]) -> int:
 def dense_params(data: str, hidden: int, sizes: dict[str, Any]) -> int:
     from rnn.models import Architecture
 
-    config = RECIPES[DATA_SETS[data][0]]()
+    config = DATA_SETS[data]
     architecture = Architecture(
         sizes["task"], config.cell, sizes["inputs"], sizes["outputs"], hidden, config.layers, config.bidirectional
     )
@@ -90,8 +90,8 @@ SIZES = {
 }
 
 
-def jobs(data: str, compressions: Iterable[float], seeds: Iterable[int], options: Sequence[str]) -> list[dict]:
-    config = RECIPES[DATA_SETS[data][0]]()
+def jobs(data: str, compressions: Iterable[float], seeds: Iterable[int]) -> list[dict]:
+    config = DATA_SETS[data]
     whole = dense_params(data, config.hidden_size, SIZES[data])
     found = []
     for seed in seeds:
@@ -101,7 +101,7 @@ def jobs(data: str, compressions: Iterable[float], seeds: Iterable[int], options
                 size = hidden_size(data, params, SIZES[data]) if method == "small dense" else config.hidden_size
                 found.append(
                     {"data": data, "method": method, "compression": compression, "params": params, "hidden_size": size}
-                    | {"seed": seed, "options": list(options)}
+                    | {"seed": seed, "choose": config.choose}
                 )
     return found
 
@@ -117,8 +117,10 @@ def best_rate(method: str) -> float:
 
 
 def tuning_jobs(compression: float) -> list[dict]:
-    own = jobs(TUNED, [compression], TUNING_SEEDS, ["--choose", "validation"])
-    return [job | {"rate": rate} for job in own if job["method"] != "small dense" for rate in RATES]
+    own = jobs(TUNED, [compression], TUNING_SEEDS)
+    return [
+        job | {"choose": "validation", "rate": rate} for job in own if job["method"] != "small dense" for rate in RATES
+    ]
 
 
 KEY = ("data", "method", "compression", "seed", "rate")
@@ -138,6 +140,36 @@ def do(todo: Iterable[dict], path: Path, count: int, keep_test: bool) -> None:
             print({k: result.get(k) for k in (*KEY, "accuracy", "bits_per_character", "validation_loss", "seconds")})
 
 
+def picture(runs: list[dict], path: Path) -> None:
+    """Test figures against parameters as SVG: a part per data set, a curve per method, mean and deviation."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams["svg.hashsalt"] = "learned_rank"  # with no date: the same lines give the same file
+    names = list(dict.fromkeys(run["data"] for run in runs))
+    figure, parts = plt.subplots(1, len(names), figsize=(4.5 * len(names), 4), constrained_layout=True, squeeze=False)
+    for name, axes in zip(names, parts[0], strict=True):
+        own = [run for run in runs if run["data"] == name]
+        key, scale, label = ("bits_per_character", 1, "bits per character") if name == "text" else FIGURE
+        whole = [run[key] * scale for run in own if run["method"] == "dense"]
+        axes.axhline(mean(whole), color="grey", linestyle="--", label="dense, whole")
+        for method in METHODS:
+            chosen = [run for run in own if run["method"] == method]
+            points = [[run for run in chosen if run["compression"] == c] for c in {r["compression"]: 0 for r in chosen}]
+            params = [mean(run["params"] for run in point) for point in points]
+            figures = [[run[key] * scale for run in point] for point in points]
+            deviations = [stdev(values) if len(values) > 1 else 0.0 for values in figures]
+            axes.errorbar(
+                params, list(map(mean, figures)), deviations, marker="o", markersize=4, capsize=3, label=method
+            )
+        axes.set(xscale="log", xlabel="parameters", ylabel=label, title=name)
+        axes.grid(alpha=0.3, which="both")
+    parts[0][0].legend()
+    figure.savefig(path, format="svg", metadata={"Date": None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", choices=DATA_SETS)
@@ -145,12 +177,15 @@ def main() -> None:
     parser.add_argument("--compressions", nargs="+", type=float, default=[2.0, 4.0, 8.0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("options", nargs="*", help="for rnn/train.py, after --")
+    parser.add_argument("--picture", type=Path, help="draw all lines as SVG, run nothing")
     args = parser.parse_args()
+    if args.picture:
+        picture([json.loads(line) for line in RUNS.read_text().splitlines()], args.picture)
+        return
     if args.tune:
         do(tuning_jobs(args.compressions[0]), TUNING, args.jobs, keep_test=False)
         return
-    todo = jobs(args.data, args.compressions, args.seeds, args.options)
+    todo = jobs(args.data, args.compressions, args.seeds)
     do([job | {"rate": best_rate(job["method"])} for job in todo], RUNS, args.jobs, keep_test=True)
 
 
