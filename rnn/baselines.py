@@ -9,33 +9,29 @@ from str_triton import LowRankWeight, RankController, RankTarget
 
 
 def common_ranks(model: nn.Module, target: RankTarget) -> dict[str, int]:
-    """The rank of each matrix of ``model.rnn`` where all have the same share of their full rank.
+    """The rank of each matrix of ``model.rnn`` where all have the same, or their full one where that is less.
 
-    The share is the largest that meets ``target``; a matrix has one component at least. ``model`` holds all matrices at
-    full rank.
+    The rank is the largest that meets ``target``; ``model`` holds all matrices at full rank. Equal ranks beat equal
+    shares of the full ranks by far where the inputs are few (docs/learned-rank.md).
     """
     factors = model.rnn.factors()
-    shares = sorted({rank / factor.max_rank for factor in factors.values() for rank in range(1, factor.max_rank + 1)})
     dense = sum(factor.rows * factor.columns for factor in factors.values())
     others = _parameters_beside(model, factors)
 
-    def meets(share: float) -> bool:
-        ranks = _at_share(factors, share)
-        weights = sum(factors[name].compact_cost(rank) for name, rank in ranks.items())
+    def meets(rank: int) -> bool:
+        ranks = _at_rank(factors, rank)
+        weights = sum(factors[name].compact_cost(own) for name, own in ranks.items())
         if target.total_rank is not None:
             return sum(ranks.values()) <= target.total_rank
         if target.params is not None:
             return others + weights <= target.params
         if target.recurrent_flops is not None:
-            steps = (factors[name].compact_cost(rank) for name, rank in ranks.items() if factors[name].recurrent)
+            steps = (factors[name].compact_cost(own) for name, own in ranks.items() if factors[name].recurrent)
             return sum(steps) <= target.recurrent_flops
         return (others + dense) >= target.compression * (others + weights)
 
-    low, high = 0, len(shares)  # the first meets the target, as a controller has checked
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if meets(shares[middle]) else (low, middle)
-    return _at_share(factors, shares[low])
+    # The first meets the target, as a controller has checked.
+    return _at_rank(factors, max(filter(meets, range(1, max(f.max_rank for f in factors.values()) + 1))))
 
 
 def svd_ranks(model: nn.Module, architecture: Architecture, target: RankTarget) -> dict[str, int]:
@@ -46,9 +42,8 @@ def svd_ranks(model: nn.Module, architecture: Architecture, target: RankTarget) 
     return factored.rnn.ranks()
 
 
-def _at_share(factors: Mapping[str, LowRankWeight], share: float) -> dict[str, int]:
-    # The share of a whole rank may lie a rounding below it.
-    return {name: max(1, int(share * factor.max_rank + 1e-9)) for name, factor in factors.items()}
+def _at_rank(factors: Mapping[str, LowRankWeight], rank: int) -> dict[str, int]:
+    return {name: min(rank, factor.max_rank) for name, factor in factors.items()}
 
 
 def _parameters_beside(model: nn.Module, factors: Mapping[str, LowRankWeight]) -> int:

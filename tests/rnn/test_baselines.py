@@ -19,12 +19,12 @@ ARCHITECTURE = Architecture(
         (RankTarget(compression=2.0), "compression"),
     ],
 )
-def test_common_ranks_are_the_largest_at_one_share_that_meet_the_target(target: RankTarget, figure: str):
+def test_common_ranks_are_the_largest_that_meet_the_target(target: RankTarget, figure: str):
     ranks = common_ranks(ARCHITECTURE.build(), target)
     full = {name: factor.max_rank for name, factor in ARCHITECTURE.build().rnn.factors().items()}
     assert ranks.keys() == full.keys()
-    share = max(rank / full[name] for name, rank in ranks.items() if rank > 1)  # one is kept at any share
-    assert all(rank == max(1, int(share * full[name] + 1e-9)) for name, rank in ranks.items())
+    common = max(ranks.values())
+    assert ranks == {name: min(common, whole) for name, whole in full.items()}
 
     def cost(ranks: dict[str, int]) -> float:
         budget = count_ranks(ARCHITECTURE.build(ranks=ranks))
@@ -32,12 +32,10 @@ def test_common_ranks_are_the_largest_at_one_share_that_meet_the_target(target: 
 
     wanted = 1 / target.compression if figure == "compression" else getattr(target, figure)
     assert cost(ranks) <= wanted
-    following = min((rank + 1) / full[name] for name, rank in ranks.items() if rank < full[name])
-    larger = {name: max(1, int(following * whole + 1e-9)) for name, whole in full.items()}
-    assert cost(larger) > wanted
+    assert cost({name: min(common + 1, whole) for name, whole in full.items()}) > wanted
 
 
-def test_the_whole_rank_is_a_share_too():
+def test_the_common_rank_may_be_the_whole_one():
     ranks = common_ranks(ARCHITECTURE.build(), RankTarget(compression=1.0))
     assert ranks == {name: factor.max_rank for name, factor in ARCHITECTURE.build().rnn.factors().items()}
 
