@@ -184,7 +184,7 @@ def compiling_for(target: str) -> Iterator[list[CompiledKernel]]:
     with (
         mock.patch("triton.runtime.jit.driver", no_gpu),
         mock.patch.object(JITFunction, "run", compile_only),
-        mock.patch.object(low_rank_triton, "_shared_memory", return_value=SHARED_MEMORY[target]),
+        mock.patch.object(low_rank_triton, "shared_memory_limit", return_value=SHARED_MEMORY[target]),
     ):
         yield compiled
 

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 
 from benchmarks.timing import alternating, median_ratio, write
 from rnn import LowRankGRU
-from str_triton import low_rank_plan
-from str_triton.ops.low_rank_triton import _shared_memory
+from str_triton import low_rank_plan, shared_memory_limit
 from str_triton.ops.time_loop import Plan
 
 INPUT_SIZE = 32
@@ -97,7 +96,7 @@ def measure(hidden_size: int, steps: int, batch: int, name: str, rounds: int, pe
         "steps": steps,
         "batch_size": batch,
         "dtype": name,
-        "plan": low_rank_plan("gru", hidden_size, rank, batch, dtype, shared_memory=_shared_memory(x)).kind,
+        "plan": low_rank_plan("gru", hidden_size, rank, batch, dtype, shared_memory=shared_memory_limit(x.device)).kind,
         **{f"{key}_ms": 1e3 * median(times) for key, times in seconds.items()},
         "cudnn_over_layer": median_ratio(seconds, "cudnn", "layer"),
         "cudnn_over_kernels": median_ratio(seconds, "cudnn", "kernels"),

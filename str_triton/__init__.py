@@ -31,7 +31,7 @@ from str_triton.ops.low_rank_lstm import low_rank_lstm
 from str_triton.ops.singular_value_threshold import singular_value_threshold
 from str_triton.ops.soft_threshold import soft_threshold
 from str_triton.ops.soft_threshold_many import soft_threshold_many
-from str_triton.ops.time_loop import Plan, low_rank_plan
+from str_triton.ops.time_loop import Plan, low_rank_plan, shared_memory_limit
 
 __all__ = [
     "Budget",
@@ -59,6 +59,7 @@ __all__ = [
     "low_rank_lstm",
     "low_rank_plan",
     "parameter_groups",
+    "shared_memory_limit",
     "singular_value_threshold",
     "soft_threshold",
     "soft_threshold_many",

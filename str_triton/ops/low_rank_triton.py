@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from str_triton.ops.singular_value_threshold import _dot_precision, _no_autocast
-from str_triton.ops.time_loop import CELLS, Plan, check_lengths, compute_dtype, grad_v
+from str_triton.ops.time_loop import CELLS, Plan, check_lengths, compute_dtype, grad_v, shared_memory_limit
 
 # ---- the plan -----------------------------------------------------------------------------------------------------
 
@@ -71,13 +71,6 @@ def _power_of_two(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def _shared_memory(x: Tensor) -> int:
-    """Bytes that one program may use on x's GPU."""
-    properties = torch.cuda.get_device_properties(x.device)
-    # What a program has to ask for; ROCm knows no such thing.
-    return getattr(properties, "shared_memory_per_block_optin", 0) or properties.shared_memory_per_block
-
-
 # ---- what the launchers share -------------------------------------------------------------------------------------
 
 
@@ -85,7 +78,7 @@ def _options(cell: str, v: Tensor, lengths: Tensor | None, reverse: bool, backwa
     """The constants and the launch options of a kernel."""
     import triton.language as tl
 
-    plan = layout(cell, *v.shape, v.dtype, _shared_memory(v), backward)
+    plan = layout(cell, *v.shape, v.dtype, shared_memory_limit(v.device), backward)
     return {
         "HAS_LENGTHS": lengths is not None,
         "REVERSE": reverse,

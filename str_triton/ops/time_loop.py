@@ -64,6 +64,16 @@ class Plan:
     stages: int = 0
 
 
+@torch.compiler.assume_constant_result
+def shared_memory_limit(device: torch.device) -> int | None:
+    """Bytes that one program may use on this GPU, for `low_rank_plan`; None for the CPU."""
+    if device.type == "cpu":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    # What a program has to ask for; ROCm knows no such thing.
+    return getattr(properties, "shared_memory_per_block_optin", 0) or properties.shared_memory_per_block
+
+
 def low_rank_plan(
     cell: str,
     hidden_size: int,
@@ -80,7 +90,7 @@ def low_rank_plan(
         cell: "gru", "lstm" or "fastgrnn".
         hidden_size, rank, batch_size: of one layer and direction.
         dtype: float16, bfloat16, float32 or float64.
-        shared_memory: bytes that one GPU program may use; None for the CPU.
+        shared_memory: bytes that one GPU program may use (`shared_memory_limit(device)`); None for the CPU.
         training: whether a backward follows.
 
     Raises:

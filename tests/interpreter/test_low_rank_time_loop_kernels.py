@@ -32,7 +32,7 @@ def _launchers(monkeypatch: pytest.MonkeyPatch) -> None:
         module = importlib.import_module(f"str_triton.ops.low_rank_{cell}")
         monkeypatch.setattr(torch.ops.str_triton, f"low_rank_{cell}", module._forward_triton)
         monkeypatch.setattr(torch.ops.str_triton, f"low_rank_{cell}_backward", module._backward_triton)
-    monkeypatch.setattr(launchers, "_shared_memory", lambda x: 227 * 1024)
+    monkeypatch.setattr(launchers, "shared_memory_limit", lambda device: 227 * 1024)
 
 
 @pytest.fixture(autouse=True)

@@ -63,7 +63,7 @@ def test_lengths_and_direction(size, lengths, reverse, cell):
 def test_streamed_as_resident(dtype, cell, monkeypatch):
     case = on_gpu(example(cell, 50, 40, 128, 16, lengths="any order", dtype=dtype))
     resident = differentiate(op(cell), case)
-    monkeypatch.setattr(low_rank_triton, "_shared_memory", lambda x: 1024)
+    monkeypatch.setattr(low_rank_triton, "shared_memory_limit", lambda device: 1024)
     assert low_rank_triton.layout(cell, 128, 16, dtype, 1024, backward=True).kind == "streamed"
     streamed = differentiate(op(cell), case)
     want = {name: value.cpu().double() for name, value in resident.items()}

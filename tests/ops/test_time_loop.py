@@ -1,11 +1,12 @@
 """The arguments of the low-rank recurrent ops that are wrong, and the plan."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from str_triton import Plan, low_rank_plan
+from str_triton import Plan, low_rank_plan, shared_memory_limit
 from str_triton.ops.time_loop import CELLS
 from tests.ops.low_rank_cases import example, op
 
@@ -87,3 +88,11 @@ def test_plan_of_what_there_is_not():
         low_rank_plan("gru", 512, 0, 64, torch.float32)
     with pytest.raises(TypeError, match=r"dtype must be float16, .*, got torch.int8"):
         low_rank_plan("gru", 512, 32, 64, torch.int8)
+
+
+def test_shared_memory_limit(monkeypatch):
+    assert shared_memory_limit(torch.device("cpu")) is None
+    nvidia = SimpleNamespace(shared_memory_per_block=48 * 1024, shared_memory_per_block_optin=227 * 1024)
+    for properties, limit in ((nvidia, 227 * 1024), (SimpleNamespace(shared_memory_per_block=65536), 65536)):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, known=properties: known)
+        assert shared_memory_limit(torch.device("cuda")) == limit
