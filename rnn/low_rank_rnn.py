@@ -9,14 +9,15 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from rnn.arguments import Packing, check_input, checked_states
+from rnn.dense_kernel import dense_layer
 from rnn.matrices import LowRankMatrices
-from str_triton import LowRankWeight, low_rank_plan
+from str_triton import LowRankWeight, low_rank_plan, shared_memory_limit
 
 
 class LowRankRNN(LowRankMatrices):
     """Base of the layers; a subclass names its cell and runs one layer in one direction (`_loop`)."""
 
-    cell: ClassVar[str]  # As `low_rank_plan` names it; torch._VF's function too.
+    cell: ClassVar[str]  # As `low_rank_plan` and `dense_layer` name it.
     states: ClassVar[int] = 1  # h, or h and c.
 
     @abstractmethod
@@ -88,7 +89,8 @@ class LowRankRNN(LowRankMatrices):
 
     def _runs_dense(self, layer: int, x: Tensor, batch: int) -> bool:
         """Whether torch's own kernel, with the products formed once, runs this layer faster than the op."""
-        if not self.has_dense or torch.compiler.is_compiling():
+        # In a graph torch's kernel runs twice for a backward, and the CPU's op takes matrices of any rank.
+        if not self.has_dense or (torch.compiler.is_compiling() and not x.is_cuda):
             return False
         matrices = [getattr(self, f"weight_hh_{suffix}") for suffix in self._suffixes(layer)]
         if not all(isinstance(matrix, LowRankWeight) for matrix in matrices):
@@ -98,11 +100,9 @@ class LowRankRNN(LowRankMatrices):
             self.cell,
             self.hidden_size,
             max(matrix.max_rank for matrix in matrices),
-            batch,
+            max(batch, 1),
             torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype,
-            shared_memory=(
-                torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin if x.is_cuda else None
-            ),
+            shared_memory=shared_memory_limit(x.device),
             training=torch.is_grad_enabled(),
         )
         return plan.kind == "dense"
@@ -146,22 +146,10 @@ class LowRankRNN(LowRankMatrices):
         # Autocast casts what enters the kernel; until then the products must be like the biases.
         with torch.autocast(x.device.type, enabled=False):
             weights = [own.weight() if isinstance(own, LowRankWeight) else own for own in owns]
-            if x.is_cuda:
-                weights = _in_one_buffer(weights)
-        run = getattr(torch._VF, self.cell)
-        hx = states if len(states) > 1 else states[0]
-        # In training mode whenever a backward may follow, which cuDNN and oneDNN have in that mode only.
-        options = self.bias, 1, 0.0, torch.is_grad_enabled(), self.bidirectional
-        if packing is None:
-            output, *final = run(x, hx, weights, *options, False)
-        else:
-            output, *final = run(packing.packed(x), packing.batch_sizes, hx, weights, *options)
+        batch_sizes = None
+        if packing is not None:
+            x, batch_sizes = packing.packed(x), packing.batch_sizes
+        output, *final = dense_layer(
+            self.cell, x, states, weights, bias=self.bias, bidirectional=self.bidirectional, batch_sizes=batch_sizes
+        )
         return output, tuple(final)
-
-
-def _in_one_buffer(weights: list[Tensor]) -> list[Tensor]:
-    """The same weights as views of one buffer, matrices before biases: where cuDNN expects them, and copies no more."""
-    order = sorted(range(len(weights)), key=lambda i: weights[i].dim(), reverse=True)
-    pieces = torch.cat([weights[i].flatten() for i in order]).split([weights[i].numel() for i in order])
-    views = {i: piece.view_as(weights[i]) for i, piece in zip(order, pieces, strict=True)}
-    return [views[i] for i in range(len(weights))]

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import rnn.low_rank_rnn
@@ -210,15 +211,6 @@ def test_states_of_the_wrong_kind_are_refused() -> None:
         LowRankLSTM(INPUT, HIDDEN)(x, state)
 
 
-def test_weights_in_one_buffer_are_the_same_in_cudnns_order() -> None:
-    weights = list(nn.LSTM(INPUT, HIDDEN, bidirectional=True).parameters())
-    views = rnn.low_rank_rnn._in_one_buffer(weights)
-    assert all(torch.equal(view, weight) for view, weight in zip(views, weights, strict=True))
-    offsets = [view.storage_offset() for view in (*views[:2], *views[4:6], *views[2:4], *views[6:])]
-    sizes = [weight.numel() for weight in (*weights[:2], *weights[4:6], *weights[2:4], *weights[6:])]
-    assert offsets == [0, *torch.tensor(sizes).cumsum(0)[:-1].tolist()]
-
-
 def test_options_out_of_range_are_named() -> None:
     for options, message in (
         ({"factorize": "all"}, "factorize must be one of 'both', 'recurrent', 'none', got 'all'"),
@@ -234,7 +226,10 @@ def test_options_out_of_range_are_named() -> None:
 
 
 @each_cell
-def test_an_empty_batch(torch_class: type, path: str) -> None:
+@pytest.mark.parametrize("kind", ["loop", "dense", None])
+def test_an_empty_batch(torch_class: type, kind: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kind is not None:  # else as planned
+        set_path(monkeypatch, kind)
     layer = LOW_RANK[torch_class](INPUT, HIDDEN, 2, bidirectional=True)
     output, final = layer(torch.randn(STEPS, 0, INPUT))
     assert output.shape == (STEPS, 0, 2 * HIDDEN)
@@ -283,6 +278,23 @@ def test_a_model_compiles_in_one_graph(torch_class: type, factorize: str) -> Non
         grads.append([parameter.grad for parameter in model.parameters()])
     torch.testing.assert_close(compiled(x), model(x))
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+
+@each_cell
+def test_a_graph_on_a_gpu_follows_the_plan(torch_class: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One on the CPU holds the op, whose backward needs no second run."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(rnn.low_rank_rnn, "shared_memory_limit", lambda device: {"cuda": 227 * 1024}.get(device.type))
+    with FakeTensorMode():
+        inputs = {device: torch.empty(STEPS, 4, INPUT, device=device) for device in ("cpu", "cuda")}
+    for hidden_size, options, on_gpu in (
+        (128, {"factorize": "none"}, True),
+        (128, {}, True),
+        (128, {"max_rank": 8}, False),
+    ):
+        layer = LOW_RANK[torch_class](INPUT, hidden_size, device="meta", **options)
+        for device, expected in (("cuda", on_gpu), ("cpu", False)):
+            assert layer._runs_dense(0, inputs[device], 4) is expected
 
 
 @each_cell
