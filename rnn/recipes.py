@@ -52,8 +52,7 @@ class Config(TrainConfig):
 
     method: Literal["str-exact", "str", "fixed", "svd-finetune", "dense"] = "str-exact"
     """str-exact learns ranks that meet a target exactly; str is the paper's way, without a target; fixed gives every
-    matrix the same rank from the start; svd-finetune cuts a dense network halfway; dense cuts
-    nothing."""
+    matrix the same rank from the start; svd-finetune cuts a dense network halfway; dense cuts nothing."""
     target_rank: int | None = None
     """Components of all matrices together at the end."""
     target_params: int | None = None

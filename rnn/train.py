@@ -178,10 +178,8 @@ class Experiment(Loop):
         self.budget = count_ranks(self.model)
 
     def status(self, epoch: int, means: Means) -> str:
-        return (
-            f"epoch {epoch + 1}/{self.config.epochs}  loss {means.loss:.3f}  "
-            f"{self.task.text(self.task.value(means))}  rank {self.budget.total_rank}"
-        )
+        text = self.task.text(self.task.value(means))
+        return f"epoch {epoch + 1}/{self.config.epochs}  loss {means.loss:.3f}  {text}{rank_text(self.budget)}"
 
     def finish(self, run: Run) -> None:
         """Test the chosen epoch's model, write it with summary.json and the report, and print what it costs."""
@@ -215,7 +213,7 @@ class Experiment(Loop):
         run.write("report.html", report(run.path))
         run.say(str(budget))
         run.say(
-            f"{self.task.text(figure)}  rank {budget.total_rank}  parameters {budget.params:,} of "
+            f"{self.task.text(figure)}{rank_text(budget)}  parameters {budget.params:,} of "
             f"{budget.dense_params:,} ({100 * budget.params / budget.dense_params:.1f} % of dense)  {seconds:.0f} s"
         )
         run.say(f"report: {run.path / 'report.html'}")
@@ -276,6 +274,11 @@ def learning_rate(config: Config, steps: int, step: int) -> float:
     if config.lr_schedule == "step":
         return config.lr * (1.0 if progress < 2 / 3 else 0.1)
     return config.lr * warmup_cosine(progress, min(1.0, config.warmup_epochs / (end - begin)))
+
+
+def rank_text(budget: RankBudget) -> str:
+    """The ranks as a line about a network ends with; nothing where all of its matrices are dense."""
+    return f"  rank {budget.total_rank}" if budget.rows else ""
 
 
 def thinned(values: Tensor) -> list[float]:

@@ -21,9 +21,9 @@ from str_triton.training.errors import warn
 VERSION = 1  # of what is kept: a change of it makes new files
 NOISE_BOUNDS = (0.0, 0.8, 0.9, 1.0)  # each part's background noise is a stretch of its own of every recording
 REMARKS = {
-    "rate": f"not at {RATE} Hz: resampled",
-    "channels": "in stereo: mixed to one channel",
-    "length": "longer than a second: cut",
+    "rate": f"not at {RATE} Hz, resampled",
+    "channels": "in stereo, mixed to one channel",
+    "length": "longer than a second, cut",
 }
 
 Item = TypeVar("Item")
@@ -97,7 +97,7 @@ def _write(
                 content = one_second(recorded, rate, found).tobytes()
                 digest.update(content)
                 file.write(content)
-        remarks = [f"{name}: {found[kind]} recordings are {text}" for kind, text in REMARKS.items() if found[kind]]
+        remarks = [f"{name}: recordings {text}: {found[kind]}" for kind, text in REMARKS.items() if found[kind]]
         note = {"sha256": digest.hexdigest(), "remarks": remarks}
         os.replace(making, samples)
         Path(making).write_text(json.dumps(note))

@@ -90,11 +90,11 @@ def _root(path: Path) -> Path | zipfile.Path:
         if inner.is_file():
             places += [place := _opened(_content(inner), inner), place / FOLDER]
     else:
-        raise ValueError(f"{path}: no such folder or zip file")
+        raise ValueError(f"har:{path}: no such folder or zip file")
     for place in places:
         if (place / "train").is_dir():
             return place
-    raise ValueError(f'{path}: no "{FOLDER}" in it (a folder with "train" and "test")')
+    raise ValueError(f'har:{path}: no "{FOLDER}" in it (a folder with "train" and "test")')
 
 
 def _opened(content: bytes, name: Path | zipfile.Path) -> zipfile.Path:

@@ -1,7 +1,11 @@
 """Speech and text of the Hugging Face hub, and of local folders in its format."""
 
+import contextlib
 import io
+import logging
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -93,6 +97,24 @@ def _read(place: str) -> "DatasetDict | dict[str, Dataset]":
         import datasets
     except ImportError:
         raise ValueError(f"hub:{place} needs the package datasets: pip install 'str-triton[train]'") from None
+    with _without_its_warnings():
+        return _loaded(place, datasets)
+
+
+@contextlib.contextmanager
+def _without_its_warnings() -> Iterator[None]:
+    """Keep the hub's library from telling of each attempt to reach it; the error that follows says it once."""
+    logger = logging.getLogger("huggingface_hub")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _loaded(place: str, datasets: ModuleType) -> "DatasetDict | dict[str, Dataset]":
+    """What the library makes of `place`; ValueError, in one line, for what it reports."""
     folder = Path(place)
     try:
         if (folder / "dataset_dict.json").is_file():

@@ -178,7 +178,7 @@ def test_bad_files_are_named(name: str, change, message: str, published: Files, 
 
 
 def test_bad_places_are_named(published: Files, tmp_path: Path):
-    with pytest.raises(ValueError, match=r"nowhere: no such folder or zip file$"):
+    with pytest.raises(ValueError, match=r"^har:.*nowhere: no such folder or zip file$"):
         load(f"har:{tmp_path / 'nowhere'}")
     with pytest.raises(ValueError, match='no "UCI HAR Dataset" in it'):
         load(f"har:{tmp_path}")

@@ -1,6 +1,7 @@
 """Speech and text in the format of the Hugging Face hub, from local files only."""
 
 import io
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -183,6 +184,19 @@ def test_a_set_made_by_a_script_is_read_in_the_hubs_own_conversion(
         "google/speech_commands",
         "made by a script, which is not run, and its revision refs/convert/parquet cannot be read: cannot be reached$",
     )
+
+
+def test_a_hub_that_cannot_be_reached_is_one_message(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    def hub(name: str, configuration: str | None = None) -> object:
+        logger.warning("retrying")
+        raise ConnectionError("cannot be reached")
+
+    logger = logging.getLogger("huggingface_hub.utils._http")
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    refuse("no/such", "^hub:no/such: cannot be reached$")
+    assert caplog.text == ""
+    logger.warning("said again")
+    assert "said again" in caplog.text
 
 
 def test_text_is_the_column_of_all_splits(tmp_path: Path):

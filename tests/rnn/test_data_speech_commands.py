@@ -213,9 +213,9 @@ def test_odd_clips_are_made_fit_and_named_once(small: Path, capfd: pytest.Captur
         clips = read(small).test.clips(torch.arange(6))
         name = f"warning: speech-commands:{small}: "
         assert capfd.readouterr().err.splitlines() == [
-            f"{name}2 recordings are not at 16000 Hz: resampled",
-            f"{name}1 recordings are in stereo: mixed to one channel",
-            f"{name}1 recordings are longer than a second: cut",
+            f"{name}recordings not at 16000 Hz, resampled: 2",
+            f"{name}recordings in stereo, mixed to one channel: 1",
+            f"{name}recordings longer than a second, cut: 1",
         ]
     near = torch.from_numpy(rate8).float()
     assert (clips[0, ::2].float() - near)[100:-100].abs().max() < 20  # every second sample is one of the old ones
