@@ -133,6 +133,8 @@ class LowRankWeight(nn.Module):
         if self.m is None:
             return self.u.new_ones(self.max_rank)
         norms = self._norms()
+        if self.gradient == "straight_through":
+            norms = norms.detach()  # Else three factors would move the size of what is cut (docs/derivations.md).
         sizes = self.m.to(norms.dtype) * norms
         return (soft_threshold(sizes, self.raw_threshold, g=self.g, gradient=self.gradient) / norms).to(self.u.dtype)
 
