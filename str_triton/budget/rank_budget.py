@@ -170,8 +170,10 @@ class RankBudget:
         Raises `ValueError` that names the file and the column where the file is damaged or lacks a column.
         """
         content, records = read_json(path, TOTALS)
-        rest = [_count(content, column, 0, str(path)) for column in ("other_params", "other_recurrent_flops")]
-        budget = cls([_parse(record, where) for record, where in records], *rest)
+        others, recurrent = (_count(content, key, 0, str(path)) for key in ("other_params", "other_recurrent_flops"))
+        if recurrent > others:
+            raise ValueError(f"{path}, column 'other_recurrent_flops': {recurrent}, but other_params is {others}")
+        budget = cls([_parse(record, where) for record, where in records], others, recurrent)
         check_totals(path, content, budget._totals())
         return budget
 

@@ -242,6 +242,12 @@ def test_json_total_that_is_missing_or_wrong_is_named(tmp_path, budget, key):
         read(path, "json")
 
 
+def test_json_with_more_recurrent_than_other_parameters_is_refused(tmp_path):
+    write(path := tmp_path / "b.json", "json", RankBudget([], 3, 4))
+    with pytest.raises(ValueError, match=r"b\.json, column 'other_recurrent_flops': 4, but other_params is 3"):
+        read(path, "json")
+
+
 @pytest.mark.parametrize(
     ("column", "value"),
     [
