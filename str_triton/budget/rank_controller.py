@@ -121,7 +121,8 @@ class RankController(OffsetController):
             final = math.floor(dense / value * (1 + 1e-12))  # RankBudget.compression gives back its own parameters.
             bounds = f"{math.ceil(dense / largest * 1e4) / 1e4} to {math.floor(dense / least * 1e4) / 1e4}"
         else:
-            final, bounds = math.floor(value), f"{least} to {largest}"
+            # No more than the first that is too large: infinity has no floor.
+            final, bounds = math.floor(min(value, largest + 1)), f"{least} to {largest}"
         if not least <= final <= largest:
             problem = "above the maximum" if final > largest else "below one component per matrix"
             raise ValueError(f"rank target {problem}: {name}={value}, possible are {bounds}")
@@ -172,14 +173,17 @@ class RankController(OffsetController):
             matrix.m.mul_(survivors)
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"survivors": self._survivors}
+        return super().state_dict() | {"survivors": self._survivors, "first": [raw.clone() for raw in self._first]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         survivors = state["survivors"]
         if survivors is not None:
             survivors = [mask.to(matrix.m.device) for mask, matrix in zip(survivors, self._matrices, strict=True)]
+        for raw in self._raws:
+            raw.requires_grad_(survivors is None and self.distribution == "learned")
         self._survivors = survivors
+        self._first = [first.to(raw) for first, raw in zip(state["first"], self._raws, strict=True)]
 
     @torch.no_grad()
     def _temper(self) -> None:

@@ -374,22 +374,25 @@ def make_run(distribution="learned", **options):
 
 
 @pytest.mark.parametrize("inside_exact", [True, False])
+@pytest.mark.parametrize("at", [14, 20])  # before the ranks are settled, and after
 @pytest.mark.parametrize("distribution", ["fixed", "learned"])
-def test_state_dict_resumes_bit_for_bit(distribution, inside_exact):
+def test_state_dict_resumes_bit_for_bit(distribution, at, inside_exact):
     model, controller, optimizer = make_run(distribution)
-    train(model, controller, optimizer, 0, 14)
+    train(model, controller, optimizer, 0, at)
     if inside_exact:
         with controller.exact():
             state = copy.deepcopy((model.state_dict(), controller.state_dict(), optimizer.state_dict()))
     else:
         own = controller.state_dict()
         state = copy.deepcopy((model.state_dict(), own, optimizer.state_dict()))
-    train(model, controller, optimizer, 14, 30)
-    other, other_controller, other_optimizer = make_run(distribution)
+    train(model, controller, optimizer, at, 30)
+    other, _, other_optimizer = make_run(distribution)
     other.load_state_dict(state[0])
+    # Made now, where the thresholds are no longer the first ones.
+    other_controller = RankController(other, RankTarget(compression=2), interval=4, distribution=distribution)
     other_controller.load_state_dict(state[1])
     other_optimizer.load_state_dict(state[2])
-    train(other, other_controller, other_optimizer, 14, 30)
+    train(other, other_controller, other_optimizer, at, 30)
     for key, value in model.state_dict().items():
         assert torch.equal(value, other.state_dict()[key]), key
     assert 2 <= count_ranks(model).compression < 2.3
@@ -534,6 +537,7 @@ def test_targets_out_of_range(options, message):
         ({"total_rank": 4}, "rank target below one component per matrix: total_rank=4, possible are 5 to 32"),
         ({"params": 1002}, "rank target above the maximum: params=1002, possible are 405 to 989"),
         ({"params": 404}, "below one component per matrix: params=404, possible are 405 to 989"),
+        ({"params": float("inf")}, "rank target above the maximum: params=inf, possible are 405 to 989"),
         ({"recurrent_flops": 10**6}, "above the maximum: recurrent_flops=1000000, possible are 101 to 164"),
         ({"recurrent_flops": 100}, "below one component per matrix: recurrent_flops=100, possible are 101 to 164"),
         ({"compression": 1}, r"above the maximum: compression=1, possible are 1\.0203 to 2\.4913"),
