@@ -1,9 +1,13 @@
 """The networks: plain PyTorch models, chosen by name."""
 
+import math
 from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from cnn.mobilenet import MobileNetV1
+from cnn.resnet import resnet18, resnet20, resnet34, resnet50, resnet101
 
 
 class ResidualBlock(nn.Module):
@@ -63,11 +67,52 @@ def resnet_small(num_classes: int, in_channels: int) -> nn.Module:
 MODELS: dict[str, Callable[[int, int], nn.Module]] = {
     "resnet-digits": resnet_digits,
     "resnet-small": resnet_small,
+    "resnet18": resnet18,
+    "resnet20": resnet20,
+    "resnet34": resnet34,
+    "resnet50": resnet50,
+    "resnet101": resnet101,
+    "mobilenetv1": MobileNetV1,
 }
 
 
-def build(name: str, *, num_classes: int, in_channels: int) -> nn.Module:
-    """The model called ``name`` with fresh weights; ``ValueError`` that lists the names when there is none."""
+def build(name: str, *, num_classes: int = 1000, in_channels: int = 3) -> nn.Module:
+    """A plain dense network with fresh weights: images [B, in_channels, H, W] -> scores [B, num_classes].
+
+    Args:
+        name: a name in `MODELS`; "mobilenetv1:WIDTH" for a MobileNetV1 whose layers have WIDTH times the channels; or
+            "timm:NAME" for the network that timm, if it is installed, calls NAME.
+
+    Raises:
+        ValueError: no such name, a width that is no positive number, or timm absent.
+    """
+    kind, colon, detail = name.partition(":")
+    if kind == "timm" and detail:
+        return _from_timm(detail, num_classes, in_channels)
+    if kind == "mobilenetv1" and colon:
+        return MobileNetV1(num_classes, in_channels, width=_width(detail))
     if name not in MODELS:
-        raise ValueError(f"there is no model {name!r}; the models are {', '.join(MODELS)}")
+        names = ", ".join([*MODELS, "mobilenetv1:WIDTH", "timm:NAME"])
+        raise ValueError(f"there is no model {name!r}; the models are {names}")
     return MODELS[name](num_classes, in_channels)
+
+
+def _width(text: str) -> float:
+    try:
+        width = float(text)
+    except ValueError:
+        width = math.nan
+    if not 0 < width < math.inf:
+        raise ValueError(f"model 'mobilenetv1:{text}': the width must be a number above 0, such as mobilenetv1:0.5")
+    return width
+
+
+def _from_timm(name: str, num_classes: int, in_channels: int) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:  # timm itself, or torchvision, which it needs
+        raise ValueError(f"model 'timm:{name}' needs timm ({error}): pip install timm torchvision") from error
+    try:
+        return timm.create_model(name, num_classes=num_classes, in_chans=in_channels)
+    except RuntimeError as error:  # what timm raises for a name that it does not know
+        raise ValueError(f"model 'timm:{name}': {error}; timm.list_models() lists the names") from error

@@ -22,7 +22,8 @@ class Config(TrainConfig):
     data_dir: str | None = None
     """Directory of the IDX files of mnist, fashion-mnist, kmnist and emnist, as published, gzipped or not."""
     model: str = "resnet-digits"
-    """Network: resnet-digits (8x8 images) or resnet-small (about 28x28)."""
+    """Network: resnet-digits (8x8 images), resnet-small (about 28x28), resnet20 (32x32), resnet18, resnet34, resnet50,
+    resnet101, mobilenetv1[:WIDTH] or timm:NAME."""
 
     method: Literal["str-exact", "str", "dense"] = "str-exact"
     """str-exact meets a target exactly; str is the paper's way, without a target; dense prunes nothing."""
