@@ -2,7 +2,8 @@
 
 The layers' thresholds relative to each other are the *distribution*; the offset is the *amount*. A weight w whose raw
 threshold is r is pruned from the offset g^-1(|w|) - r on, so that the offset for a given number of survivors (or their
-cost in FLOPs) is the k-th of these values: `select` finds it in two passes over the weights, on the device.
+cost in FLOPs) is the k-th of these values: `select` finds it in two passes over the weights, on the device. Where the
+target names each layer's share, every layer has an offset of its own, and no distribution is left to choose.
 """
 
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ FLOP_EXPONENT = 0.2  # More costs accuracy (docs/exact-budgets.md).
 class _Layer:
     """A thresholded weight, by the first of the layers that use it."""
 
+    name: str
     module: STRLayer
     cost: int  # of one surviving weight towards the target: 1, or its multiply-adds
     flops: int  # multiply-adds of one weight; 0 if they were not counted
@@ -54,6 +56,7 @@ class SparsityController(OffsetController):
     Args:
         model: a sparsified model.
         target: what to reach. Sparsity is met to within one weight, FLOPs to within one weight's FLOPs, at every solve.
+            Of a layer with a share of its own round(share * weights) are zero at the end.
         schedule: "cubic" (fast first, as in magnitude pruning), "linear" or "constant" from progress `begin` to `end`;
             before, all weights survive, and after, the target holds.
         example_input: for a target in FLOPs, as in `count`.
@@ -62,12 +65,13 @@ class SparsityController(OffsetController):
             larger in proportion to (FLOPs per weight of example_input) ** 0.2. "learned": the optimizer moves them,
             slowly and within bounds, in the first third of training.
         floor: share of the survivors that a layer would have if all were pruned alike, which it keeps in any case (but
-            never more than one weight per filter, and at least one weight), so that no layer is emptied. 0: no floor.
+            never more than one weight per filter, and at least one weight), so that no layer is emptied. 0: no floor,
+            and none where the target names each layer's share.
         interval: steps between solves.
 
     Raises:
-        ValueError: a model without thresholds, a target that excluded layers make impossible, a target in FLOPs
-            without example_input, or arguments out of range.
+        ValueError: a model without thresholds, a target that excluded layers make impossible or that names other
+            layers than the thresholded ones, a target in FLOPs without example_input, or arguments out of range.
     """
 
     DISTRIBUTIONS = ("fixed", "flop-aware", "learned")
@@ -91,17 +95,29 @@ class SparsityController(OffsetController):
             model, target, example_input, count_flops=target.flops is not None or distribution == "flop-aware"
         )
         shared = len({id(layer.raw) for layer in self._layers}) < len(self._layers)
-        if shared and (floor or distribution == "flop-aware"):
+        if shared and (floor or distribution == "flop-aware" or target.layers is not None):
             raise ValueError(
-                "one raw threshold for several weights can neither keep a floor in each nor be flop-aware: "
-                "sparsify with another granularity, or pass floor=0 and distribution='fixed'"
+                "one raw threshold for several weights can neither keep a floor or a share in each nor be flop-aware: "
+                "sparsify with another granularity, or pass floor=0, distribution='fixed' and no target by layers"
             )
-        self._keep = self._final_cost()
-        self._set_floors(floor)
+        if target.layers is None:
+            self._keep = self._final_cost()
+            self._set_floors(floor)
+        else:
+            self._check_layers(target.layers)
         if distribution == "flop-aware":
             for layer in self._layers:
                 layer.module.scale_threshold(max(layer.flops, 1) ** FLOP_EXPONENT)
         self._take((layer.raw for layer in self._layers), str_layers(model).values())
+
+    def _check_layers(self, shares: Mapping[str, float]) -> None:
+        if self.distribution != "fixed":
+            raise ValueError(f"the target names each layer's share, which leaves no distribution {self.distribution!r}")
+        names = {layer.name for layer in self._layers}
+        if missing := sorted(names - shares.keys()):
+            raise ValueError(f"the target names no share for the thresholded layer {missing[0]!r}")
+        if unknown := sorted(shares.keys() - names):
+            raise ValueError(f"the target names {unknown[0]!r}, which is no thresholded layer of the model")
 
     def _final_cost(self) -> int:
         """What the thresholded weights may cost at the end."""
@@ -130,6 +146,8 @@ class SparsityController(OffsetController):
             )
 
     def _cut(self) -> tuple[Tensor, Tensor, list[Tensor]]:
+        if self.target.layers is not None:
+            return self._cut_each(self.target.layers)
         held_back = {id(raw): held for raw, held in zip(self._raws, self._held_back, strict=True)}
         critical, caps = [], {}
         for layer in self._layers:
@@ -138,6 +156,16 @@ class SparsityController(OffsetController):
             caps[id(layer.raw)] = cap
         below, above = select(critical, [layer.cost for layer in self._layers], self._budget_now())
         return below, above, [caps[id(raw)] for raw in self._raws]
+
+    def _cut_each(self, shares: Mapping[str, float]) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Each layer on its own; the raw thresholds are one per layer and stand in the layers' order."""
+        done, device, cuts = self._done(), self._raws[0].device, []
+        for layer in self._layers:
+            values = layer.module.pruning_offsets().flatten().to(torch.float32)
+            keep = layer.size - round(done * round(shares[layer.name] * layer.size))
+            cuts.append(select([values], [1], torch.full((), keep, device=device)))
+        below, above = (torch.stack(cut) for cut in zip(*cuts, strict=True))
+        return below, above, [torch.full((), torch.inf, device=device)] * len(cuts)
 
     def _budget_now(self) -> Tensor:
         """What the thresholded weights may cost now; int64 on their device."""
@@ -167,7 +195,7 @@ def _inventory(
     for name, module, attribute in counted_layers(model):
         if isinstance(module, STRLayer):
             flops = costs.get(name, 0)
-            layers.append(_Layer(module, 1 if target.flops is None else flops, flops))
+            layers.append(_Layer(name, module, 1 if target.flops is None else flops, flops))
         else:
             others.append((module, attribute))
     dense = sum(layer.cost * layer.size for layer in layers)

@@ -57,7 +57,8 @@ class OffsetController:
     def _cut(self) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Between which two offsets to cut, and for each raw threshold the largest one that it may take.
 
-        Scalars on the device of the raw thresholds. Offsets count from where a raw threshold would be if nothing had
+        Scalars on the device of the raw thresholds, or a value for each, where each has an offset of its own: [raw
+        thresholds]. Offsets count from where a raw threshold would be if nothing had
         held it back (`_held_back`). (below, above): what has an offset up to `below` is cut, from `above` on kept;
         -inf for `below` where nothing need be cut.
         """
@@ -91,8 +92,10 @@ class OffsetController:
         # Halfway, where rounding cannot move a weight across; nothing to cut, or nothing to keep, is one step away.
         offset = torch.where(below.isinf(), above - 1, torch.where(above.isinf(), below + 1, (below + above) / 2))
         offset = offset.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-        held = [(offset - cap).clamp(min=0) for cap in caps]
-        return [offset - now + before for now, before in zip(held, self._held_back, strict=True)], held
+        offsets = offset.expand(len(caps)).unbind()
+        held = [(own - cap).clamp(min=0) for own, cap in zip(offsets, caps, strict=True)]
+        shifts = [own - now + before for own, now, before in zip(offsets, held, self._held_back, strict=True)]
+        return shifts, held
 
     @torch.no_grad()
     def _temper(self) -> None:

@@ -1,5 +1,6 @@
 """What a model shall cost at the end, and how it gets there."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 SCHEDULES = {
@@ -11,20 +12,25 @@ SCHEDULES = {
 
 @dataclass(frozen=True)
 class Target:
-    """What the model shall cost at the end; exactly one of three.
+    """What the model shall cost at the end; exactly one of four.
 
     Attributes:
         sparsity: share of the counted weights that are zero, 0 to 1 (1 excluded).
         nonzeros: number of counted weights that are not zero, >= 1.
         flops: multiply-adds of a forward pass of the controller's example_input, >= 1.
+        layers: share of each thresholded layer's weights that are zero, 0 to 1, by the layer's name in `Budget.rows`.
     """
 
     sparsity: float | None = None
     nonzeros: int | None = None
     flops: int | None = None
+    layers: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
         _require_one_of(self)
+        for name, sparsity in (self.layers or {}).items():
+            if not 0 <= sparsity <= 1:
+                raise ValueError(f"target sparsity of layer {name!r} must be in [0, 1], got {sparsity}")
         if self.sparsity is not None and not 0 <= self.sparsity < 1:
             raise ValueError(f"target sparsity must be in [0, 1), got {self.sparsity}")
         _require_at_least_1(self, "nonzeros", "flops")

@@ -396,3 +396,58 @@ def test_a_single_weight_and_a_bare_layer():
     controller = SparsityController(layer, Target(sparsity=0.5))
     controller.step(1.0)
     assert layer.sparse_weight != 0
+
+
+# Targets that name each layer's share.
+
+SHARES = {"0": 0.5, "3": 0.9, "6": 0.0, "10": 0.987}
+
+
+@pytest.mark.parametrize("granularity", ["layer", "filter"])
+@pytest.mark.parametrize("shares", [SHARES, SHARES | {"6": 1.0}])
+def test_each_layer_meets_its_own_share(granularity, shares):
+    model = sparsify(convolutional_net(), granularity=granularity)
+    controller = SparsityController(model, Target(layers=shares), begin=0.0, end=0.5, schedule="linear", interval=1)
+    controller.step(0.25)
+    halfway = {row.name: row.params - row.nonzeros for row in count(model, IMAGES).rows if row.params}
+    controller.step(1.0)
+    zeros = {row.name: row.params - row.nonzeros for row in count(model, IMAGES).rows if row.params}
+    sizes = {name: module.weight.numel() for name, module in str_layers(model).items()}
+    assert zeros == {name: round(share * sizes[name]) for name, share in shares.items()}
+    assert halfway == {name: round(0.5 * number) for name, number in zeros.items()}
+
+
+def test_the_shares_hold_in_exact_and_after_a_resume():
+    def make():
+        model = sparsify(convolutional_net())
+        return model, SparsityController(model, Target(layers=SHARES), interval=100)
+
+    model, controller = make()
+    controller.step(0.1)
+    controller.step(0.8)
+    before = {name: layer.raw_threshold.clone() for name, layer in str_layers(model).items()}
+    with controller.exact():
+        assert count(model, IMAGES).rows[1].nonzeros == 4608 - round(0.9 * 4608)
+        state = copy.deepcopy(controller.state_dict())
+    after = {name: layer.raw_threshold for name, layer in str_layers(model).items()}
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    other, resumed = make()
+    resumed.load_state_dict(state)
+    assert all(torch.equal(layer.raw_threshold, before[name]) for name, layer in str_layers(other).items())
+
+
+@pytest.mark.parametrize(
+    ("shares", "options", "sparse", "message"),
+    [
+        ({"0": 0.5}, {}, {}, "names no share for the thresholded layer '10'"),
+        (SHARES | {"9": 0.5}, {}, {}, "'9', which is no thresholded layer"),
+        (SHARES, {"distribution": "learned"}, {}, "no distribution 'learned'"),
+        (SHARES, {}, {"granularity": "global"}, "no target by layers"),
+        (SHARES | {"0": 1.01}, {}, {}, r"layer '0' must be in \[0, 1\], got 1.01"),
+        (SHARES | {"0": float("nan")}, {}, {}, "got nan"),
+    ],
+)
+def test_shares_that_do_not_fit_are_refused(shares, options, sparse, message):
+    model = sparsify(convolutional_net(), **sparse)
+    with pytest.raises(ValueError, match=message):
+        SparsityController(model, Target(layers=shares), **options)
