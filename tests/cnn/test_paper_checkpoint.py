@@ -1,0 +1,349 @@
+"""Files in the original code's format, written here from its description, against the module that reads them."""
+
+import copy
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cnn.models import build
+from cnn.paper_checkpoint import load, main, save
+from str_triton import Budget, STRConv2d, STRLinear, count, densify, sparsify
+from tests import oracle
+
+State = dict[str, Tensor]
+
+
+def add_convolution(state: State, name: str, norm: str | None, *shape: int) -> None:
+    state[f"{name}.weight"] = torch.randn(shape) * (2 / (shape[1] * shape[2] * shape[3])) ** 0.5
+    state[f"{name}.sparseThreshold"] = torch.empty(1, 1).uniform_(-6, -4)
+    if norm is not None:
+        width = shape[0]
+        state[f"{norm}.weight"] = 0.2 + 0.3 * torch.rand(width)
+        state[f"{norm}.bias"] = 0.1 * torch.randn(width)
+        state[f"{norm}.running_mean"] = 0.1 * torch.randn(width)
+        state[f"{norm}.running_var"] = 0.5 + torch.rand(width)
+        state[f"{norm}.num_batches_tracked"] = torch.tensor(500_400)
+
+
+def resnet50_state() -> State:
+    state: State = {}
+    add_convolution(state, "conv1", "bn1", 64, 3, 7, 7)
+    inputs = 64
+    for stage, (width, blocks) in enumerate(((64, 3), (128, 4), (256, 6), (512, 3)), 1):
+        for block in range(blocks):
+            at = f"layer{stage}.{block}"
+            add_convolution(state, f"{at}.conv1", f"{at}.bn1", width, inputs, 1, 1)
+            add_convolution(state, f"{at}.conv2", f"{at}.bn2", width, width, 3, 3)
+            add_convolution(state, f"{at}.conv3", f"{at}.bn3", 4 * width, width, 1, 1)
+            if block == 0:
+                add_convolution(state, f"{at}.downsample.0", f"{at}.downsample.1", 4 * width, inputs, 1, 1)
+            inputs = 4 * width
+    add_convolution(state, "fc", None, 1000, 2048, 1, 1)
+    return state
+
+
+STRIDES = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1)
+
+
+def mobilenet_state(classes: int = 1000) -> State:
+    state: State = {}
+    add_convolution(state, "model.0.0", "model.0.1", 32, 3, 3, 3)
+    inputs = 32
+    for k, outputs in enumerate((64, 128, 128, 256, 256, *[512] * 6, 1024, 1024), 1):
+        add_convolution(state, f"model.{k}.0", f"model.{k}.1", inputs, 1, 3, 3)
+        add_convolution(state, f"model.{k}.3", f"model.{k}.4", outputs, inputs, 1, 1)
+        inputs = outputs
+    add_convolution(state, "fc", None, classes, 1024, 1, 1)
+    return state
+
+
+def convolve(state: State, name: str, x: Tensor, **options) -> Tensor:
+    weight = state[f"{name}.weight"]
+    if f"{name}.sparseThreshold" in state:
+        weight = oracle.soft_threshold(weight, state[f"{name}.sparseThreshold"])
+    return F.conv2d(x, weight, **options)
+
+
+def normalize(state: State, name: str, x: Tensor) -> Tensor:
+    mean, var = state[f"{name}.running_mean"], state[f"{name}.running_var"]
+    return F.batch_norm(x, mean, var, state[f"{name}.weight"], state[f"{name}.bias"])
+
+
+def literal_resnet50(state: State, x: Tensor) -> Tensor:
+    x = F.relu(normalize(state, "bn1", convolve(state, "conv1", x, stride=2, padding=3)))
+    x = F.max_pool2d(x, 3, 2, 1)
+    for stage, blocks in enumerate((3, 4, 6, 3), 1):
+        for block in range(blocks):
+            at, stride = f"layer{stage}.{block}", 2 if stage > 1 and block == 0 else 1
+            y = F.relu(normalize(state, f"{at}.bn1", convolve(state, f"{at}.conv1", x)))
+            y = F.relu(normalize(state, f"{at}.bn2", convolve(state, f"{at}.conv2", y, stride=stride, padding=1)))
+            y = normalize(state, f"{at}.bn3", convolve(state, f"{at}.conv3", y))
+            if block == 0:
+                x = normalize(state, f"{at}.downsample.1", convolve(state, f"{at}.downsample.0", x, stride=stride))
+            x = F.relu(x + y)
+    return convolve(state, "fc", x.mean((2, 3), keepdim=True)).flatten(1)
+
+
+def literal_mobilenet(state: State, x: Tensor) -> Tensor:
+    x = F.relu(normalize(state, "model.0.1", convolve(state, "model.0.0", x, stride=2, padding=1)))
+    for k, stride in enumerate(STRIDES, 1):
+        x = convolve(state, f"model.{k}.0", x, stride=stride, padding=1, groups=x.shape[1])
+        x = F.relu(normalize(state, f"model.{k}.1", x))
+        x = F.relu(normalize(state, f"model.{k}.4", convolve(state, f"model.{k}.3", x)))
+    return convolve(state, "fc", x.mean((2, 3), keepdim=True)).flatten(1)
+
+
+METADATA = {
+    "epoch": 100,
+    "best_acc1": 74.31,
+    "best_acc5": 92.0,
+    "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]},
+}
+NETWORKS = {
+    "ResNet50": (resnet50_state, literal_resnet50, "module."),
+    "MobileNetV1": (mobilenet_state, literal_mobilenet, ""),
+}
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, State, Callable, Path]:
+    """Architecture, state dict without prefix, the literal network, and the file; ResNet50's is of several GPUs."""
+    torch.manual_seed(1)
+    make, literal, prefix = NETWORKS[request.param]
+    state = make()
+    path = tmp_path_factory.mktemp("original") / "model_best.pth"
+    write(path, {prefix + key: tensor for key, tensor in state.items()}, arch=request.param)
+    return request.param, state, literal, path
+
+
+def write(path: Path, state: State, **entries) -> Path:
+    torch.save({**METADATA, **entries, "state_dict": state}, path)
+    return path
+
+
+def equal_bits(ours: State, theirs: State) -> bool:
+    return ours.keys() == theirs.keys() and all(
+        ours[key].dtype == theirs[key].dtype
+        and ours[key].shape == theirs[key].shape
+        and ours[key].reshape(-1).view(torch.uint8).equal(theirs[key].reshape(-1).view(torch.uint8))
+        for key in ours
+    )
+
+
+@torch.no_grad()
+def test_a_loaded_network_computes_what_the_literal_formula_does(case):
+    arch, state, literal, path = case
+    model, metadata = load(path)
+    assert metadata == {**METADATA, "arch": arch, "data_parallel": arch == "ResNet50"}
+    layers = [module for module in model.modules() if isinstance(module, STRConv2d | STRLinear)]
+    assert len(layers) == {"ResNet50": 54, "MobileNetV1": 28}[arch]
+    assert {(layer.g, layer.gradient) for layer in layers} == {("sigmoid", "masked")}
+    assert not model.fc.bias.any()
+    assert not model.fc.bias.requires_grad
+    images = torch.randn(2, 3, 64, 64)
+    expected = literal(state, images)
+    outputs = model.eval()(images)
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(outputs, expected, atol=1e-5, rtol=0)
+
+    # What becomes of it: a plain network with torchvision's names and the literal formula's weights.
+    dense = densify(model).state_dict()
+    for name in ("conv1", "layer3.5.conv2", "layer4.0.downsample.0", "fc") if arch == "ResNet50" else ("model.7.3",):
+        literal_weight = oracle.soft_threshold(
+            state[f"{name}.weight"].double(), state[f"{name}.sparseThreshold"].double()
+        )
+        torch.testing.assert_close(
+            dense[f"{name}.weight"].double(), literal_weight.reshape(dense[f"{name}.weight"].shape), atol=1e-7, rtol=0
+        )
+    again = build("resnet50" if arch == "ResNet50" else "mobilenetv1")
+    again.load_state_dict(safetensors.torch.load(safetensors.torch.save(dense)))
+    assert equal_bits(again.state_dict(), dense)
+    torch.testing.assert_close(again.eval()(images), expected, atol=1e-5, rtol=0)
+
+
+def test_saving_what_was_loaded_gives_every_tensor_bit_for_bit(case, tmp_path: Path):
+    arch, _, _, path = case
+    model, metadata = load(path)
+    save(model, tmp_path / "again.pth", **metadata)
+    before, after = (torch.load(file, weights_only=True) for file in (path, tmp_path / "again.pth"))
+    assert equal_bits(after.pop("state_dict"), before["state_dict"])
+    assert after == METADATA | {"arch": arch}
+
+
+def small_file(folder: Path, change: Callable[[State], object] = lambda state: None, **entries) -> Path:
+    state = mobilenet_state(classes=10)
+    changed = change(state)
+    return write(
+        folder / "file.pth", changed if isinstance(changed, dict) else state, **{"arch": "MobileNetV1", **entries}
+    )
+
+
+def test_a_dense_compatible_file_is_a_plain_network(tmp_path: Path):
+    def plain(state: State) -> State:
+        kept = {key: tensor for key, tensor in state.items() if not key.endswith("sparseThreshold")}
+        kept["fc.weight"][0] = 0
+        return kept
+
+    path = small_file(tmp_path, plain)
+    model, metadata = load(path)
+    assert not any(isinstance(module, STRConv2d | STRLinear) for module in model.modules())
+    assert count(model, torch.zeros(1, 3, 32, 32)).rows[27].nonzeros == 9 * 1024
+    save(model, tmp_path / "again.pth", **metadata)
+    before, after = (torch.load(file, weights_only=True)["state_dict"] for file in (path, tmp_path / "again.pth"))
+    assert equal_bits(after, before)
+
+
+def test_a_network_trained_here_goes_into_the_format(tmp_path: Path):
+    model = sparsify(build("mobilenetv1", num_classes=10), g="sigmoid", gradient="masked", raw_threshold_init=-5.0)
+    save(model, tmp_path / "file.pth", epoch=3)
+    content = torch.load(tmp_path / "file.pth", weights_only=True)
+    assert (content["arch"], content["epoch"]) == ("MobileNetV1", 3)
+    assert list(content["state_dict"]) == list(mobilenet_state(10))
+    loaded, _ = load(tmp_path / "file.pth")
+    assert equal_bits(loaded.state_dict(), model.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(loaded(images), model(images))
+    loaded(images).sum().backward()
+    assert loaded.model[3][0].weight.grad is not None
+    assert loaded.model[3][0].raw_threshold.grad is not None
+
+
+def without(key: str) -> Callable[[State], object]:
+    return lambda state: state.pop(key)
+
+
+def with_(key: str, value: object) -> Callable[[State], object]:
+    return lambda state: state.update({key: value})
+
+
+@pytest.mark.parametrize(
+    ("change", "entries", "message"),
+    [
+        (lambda state: None, {"arch": "ResNet50"}, "ResNet50 has no key 'model.0.0.weight'"),
+        (lambda state: None, {"arch": "ResNet18"}, "key 'arch' is 'ResNet18'; it must be 'ResNet50' or 'MobileNetV1'"),
+        (without("model.3.4.running_var"), {}, "MobileNetV1: key 'model.3.4.running_var' is missing"),
+        (without("model.2.3.sparseThreshold"), {}, "MobileNetV1: key 'model.2.3.sparseThreshold' is missing"),
+        (with_("fc.bias", torch.zeros(10)), {}, "MobileNetV1 has no key 'fc.bias'"),
+        (with_("fc.weight", torch.zeros(10, 1024)), {}, "key 'fc.weight' has the shape [10, 1024], expected"),
+        (
+            with_("model.5.0.sparseThreshold", torch.zeros(1)),
+            {},
+            "'model.5.0.sparseThreshold' has the shape [1], expected [1, 1]",
+        ),
+        (
+            with_("model.0.1.bias", torch.zeros(32).half()),
+            {},
+            "'model.0.1.bias' has the dtype torch.float16, expected torch.f",
+        ),
+        (with_("model.0.1.bias", 3), {}, "key 'model.0.1.bias' must be a tensor, got int"),
+        (
+            lambda state: {f"module.{k}" if "fc" not in k else k: v for k, v in state.items()},
+            {},
+            "has no key 'fc.weight'",
+        ),
+        (lambda state: {**state, 3: torch.zeros(1)}, {}, "key 3 is not a text"),
+        (lambda state: {"": torch.zeros(1)}, {}, "has no key ''"),
+    ],
+)
+def test_what_does_not_fit_is_named(change, entries, message, tmp_path: Path, capsys: pytest.CaptureFixture):
+    path = small_file(tmp_path, change, **entries)
+    with pytest.raises(ValueError, match=re.escape(message)) as refusal:
+        load(path)
+    assert main([str(path)]) == 2
+    assert capsys.readouterr() == ("", f"error: {refusal.value}\n")
+
+
+class NotATensor:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"no torch file", "no torch file of tensors, numbers and texts alone"),
+        (b"", "no torch file of tensors, numbers and texts alone"),
+        (
+            {"state_dict": {}, "arch": "ResNet50", "args": NotATensor()},
+            "no torch file of tensors, numbers and texts alone",
+        ),
+        ({"conv1.weight": torch.zeros(3)}, "no state dict under the key 'state_dict'; the first key is 'conv1.weight'"),
+        ({}, "no state dict under the key 'state_dict'; it is empty"),
+        ({"state_dict": {}}, "key 'arch' is None"),
+        ({"state_dict": {}, "arch": ["ResNet50"]}, "key 'arch' is ['ResNet50']"),
+        ({"state_dict": {}, "arch": "ResNet50"}, "ResNet50: key 'conv1.weight' is missing"),
+        (torch.zeros(3), "expected a dictionary with the key 'state_dict', got Tensor"),
+    ],
+)
+def test_another_file_is_refused(content, message, tmp_path: Path, capsys: pytest.CaptureFixture):
+    path = tmp_path / "file.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    assert main([str(path)]) == 2
+    output = capsys.readouterr()
+    assert output.err.startswith(f"error: {path}: ")
+    assert message in output.err
+    assert (output.err.count("\n"), output.out) == (1, "")
+
+
+def test_a_cut_file_and_none_at_all(tmp_path: Path, capsys: pytest.CaptureFixture):
+    path = small_file(tmp_path)
+    path.write_bytes(path.read_bytes()[:100_000])
+    assert main([str(path)]) == 2
+    assert main([str(tmp_path / "nothing.pth")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert "no torch file" in lines[0]
+    assert lines[1:] == [f"error: {tmp_path / 'nothing.pth'}: No such file or directory"]
+
+
+def test_what_the_format_has_no_place_for_is_not_saved(tmp_path: Path):
+    def refused(model: nn.Module, message: str, **metadata) -> None:
+        with pytest.raises(ValueError, match=message):
+            save(model, tmp_path / "file.pth", **metadata)
+
+    plain = build("mobilenetv1", num_classes=10)
+    refused(sparsify(copy.deepcopy(plain)), r"key 'model.0.0.sparseThreshold': g is 'exp'")
+    refused(
+        sparsify(copy.deepcopy(plain), g="sigmoid", granularity="filter"),
+        r"'model.0.0.sparseThreshold' has the shape \[32, 1, 1, 1\], expected \[1, 1\]",
+    )
+    refused(sparsify(copy.deepcopy(plain), g="sigmoid", exclude="fc"), "key 'fc.sparseThreshold' is missing")
+    refused(plain, "arch='ResNet50': the network is MobileNetV1", arch="ResNet50")
+    refused(plain, "state_dict is the network's own", state_dict={})
+    refused(build("resnet18"), r"key 'layer1.0.conv1.weight' has the shape \[64, 64, 3, 3\], expected \[64, 64, 1, 1\]")
+    refused(nn.Linear(2, 2), "Linear: the format holds resnet50 and mobilenetv1")
+    refused(copy.deepcopy(plain).half(), "key 'model.0.0.weight' has the dtype torch.float16")
+    nn.init.ones_(plain.fc.bias)
+    refused(plain, "key 'fc.bias' is not zero")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_program_prints_and_converts(tmp_path: Path, capsys: pytest.CaptureFixture):
+    path = small_file(tmp_path)
+    dense, csv, json = (tmp_path / name for name in ("dense.safetensors", "budget.csv", "budget.json"))
+    assert main([str(path), "--to", str(dense), "--budget", str(csv)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{path}: epoch 100, best_acc1 74.31, best_acc5 92.0, arch MobileNetV1, data_parallel False"
+    assert main([str(path), "--budget", str(json)]) == 0
+    model, _ = load(path)
+    budget = count(model, torch.zeros(1, 3, 224, 224))
+    assert Budget.from_csv(csv) == Budget.from_json(json) == budget
+    assert "\n".join(lines[2:]) == str(budget)
+    assert 0.05 < budget.sparsity < 0.95
+    assert budget.rows[3].threshold == pytest.approx(torch.sigmoid(model.model[2][0].raw_threshold).item())
+    plain = build("mobilenetv1", num_classes=10)
+    plain.load_state_dict(safetensors.torch.load_file(dense))
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(plain.eval()(images), model.eval()(images))
+    assert main([str(path), "--to", "dense.pt"]) == 2
+    assert main([str(path), "--budget", str(tmp_path / "nowhere" / "x.csv")]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert errors[0] == "error: --to dense.pt: the name must end in .safetensors"
+    assert "No such file or directory" in errors[1]
