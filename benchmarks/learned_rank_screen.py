@@ -38,6 +38,18 @@ class Unscaled(LowRankWeight):
         return self.m.abs()
 
 
+class Unbalanced(LowRankWeight):
+    """Factored anew with all of the size in m, beside unit vectors."""
+
+    @torch.no_grad()
+    def refactor(self) -> None:
+        super().refactor()
+        for factor in (self.u, self.v):
+            norms = factor.norm(dim=0)
+            factor.div_(norms)
+            self.m.mul_(norms)
+
+
 class Unsettled(RankController):
     """Thresholds that go on moving to the end of training, with or without new factors."""
 
@@ -80,6 +92,7 @@ class Unfactored(RankController):
 # name: class of the matrices, their gradient, class of the controller, its end, other
 VARIANTS = {
     "default": {},
+    "default, the size in m": {"matrix": Unbalanced},
     "no fix": {"matrix": Unscaled, "controller": Drifting, "end": 0.7},
     "norm-scaled": {"controller": Drifting, "end": 0.7},
     "norm-scaled, straight-through": {"controller": Drifting, "end": 0.7, "gradient": "straight_through"},

@@ -185,8 +185,9 @@ class LowRankWeight(nn.Module):
     def refactor(self) -> None:
         """Hold what the threshold leaves as its singular value decomposition, in place: the same matrix to rounding.
 
-        The sizes of the survivors become its singular values, plus the threshold; what is cut stays as it is. Reads
-        the rank, and so waits for a GPU.
+        The sizes of the survivors become its singular values plus the threshold, in equal parts u and v, and their m
+        becomes 1: so an optimizer moves large components no faster than small ones in proportion, where m with all of
+        the size would let them run away. What is cut stays as it is. Reads the rank, and so waits for a GPU.
         """
         spectrum = self.spectrum()
         left = spectrum.nonzero().flatten()
@@ -195,7 +196,12 @@ class LowRankWeight(nn.Module):
             torch.linalg.qr(factor.to(dtype)) for factor in (self.u[:, left] * spectrum[left], self.v[:, left])
         )
         p, sigma, qh = torch.linalg.svd(ru @ rv.mT)
-        for parameter, value in ((self.u, qu @ p), (self.v, qv @ qh.mT), (self.m, sigma + self.threshold.to(dtype))):
+        root = (sigma + self.threshold.to(dtype)).sqrt()
+        for parameter, value in (
+            (self.u, qu @ p * root),
+            (self.v, qv @ qh.mT * root),
+            (self.m, torch.ones_like(sigma)),
+        ):
             parameter.index_copy_(parameter.dim() - 1, left, value.to(parameter.dtype))
 
     @torch.no_grad()

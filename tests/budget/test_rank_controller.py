@@ -457,8 +457,11 @@ def test_survivors_are_factored_anew_before_every_fifth_solve(monkeypatch):
         controller.step(i / 80)
     assert sorted(set(steps)) == [0, 15, 30]
     for matrix in matrices(model):
-        left = matrix.u[:, matrix.spectrum() != 0]
-        torch.testing.assert_close(left.mT @ left, torch.eye(left.shape[1]), rtol=0, atol=1e-5)
+        left = matrix.spectrum() != 0
+        u, v = matrix.u[:, left], matrix.v[:, left]
+        torch.testing.assert_close(u.mT @ u, torch.diag(matrix.singular_values()[left]))
+        torch.testing.assert_close(v.mT @ v, u.mT @ u)
+        torch.testing.assert_close(matrix.m[left], torch.ones(int(left.sum())))
 
 
 def test_a_learned_distribution_is_the_optimizers():
