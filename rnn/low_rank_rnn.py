@@ -70,6 +70,9 @@ class LowRankRNN(LowRankMatrices):
         if len(states) != self.states or not all(isinstance(state, Tensor) for state in states):
             wanted = "a tensor" if self.states == 1 else "a pair of tensors (h, c)"
             raise TypeError(f"{type(self).__name__}: hx must be {wanted}, got {type(hx).__name__} of {len(states)}")
+        other = next((state.dtype for state in states if state.dtype != x.dtype), None)
+        if other is not None and not torch.is_autocast_enabled(x.device.type):
+            raise RuntimeError(f"{type(self).__name__}: hx must have the input's dtype {x.dtype}, got {other}")
         return checked_states(states, shape, unbatched=unbatched, packed=packed)
 
     def _layers(

@@ -209,6 +209,10 @@ def test_states_of_the_wrong_kind_are_refused() -> None:
         LowRankGRU(INPUT, HIDDEN)(x, (state, state))
     with pytest.raises(TypeError, match=r"LowRankLSTM: hx must be a pair of tensors \(h, c\), got Tensor of 1"):
         LowRankLSTM(INPUT, HIDDEN)(x, state)
+    with pytest.raises(RuntimeError, match=r"hx must have the input's dtype torch.float32, got torch.float64"):
+        LowRankLSTM(INPUT, HIDDEN)(x, (state, state.double()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        LowRankLSTM(INPUT, HIDDEN)(x, (state, state.bfloat16()))
 
 
 def test_options_out_of_range_are_named() -> None:
