@@ -90,24 +90,9 @@ def low_rank_fastgrnn_forward_kernel(
         p_x, p_g, p_out = p_gates_x + at * hidden, p_gates + at * (2 * hidden), p_outputs + at * hidden
         if RESIDENT:
             h = _step(
-                h,
-                p,
-                w,
-                zeta,
-                nu,
-                p_x,
-                p_bias,
-                p_out,
-                p_g,
-                i_h,
-                row,
-                hidden,
-                active,
-                HAS_LENGTHS,
-                SAVE,
-                PRECISION,
-                COMPUTE,
-            )
+                h, p, w, zeta, nu, p_x, p_bias, p_out, p_g, i_h, row, hidden, active,
+                HAS_LENGTHS, SAVE, PRECISION, COMPUTE,
+            )  # fmt: skip
             p = tl.sum(down(v, h, zero, PRECISION, COMPUTE), axis=0)
         else:
             pieces = zero
@@ -117,24 +102,9 @@ def low_rank_fastgrnn_forward_kernel(
                 o_h, m_h = row * hidden + i_h[:, None], (lengths > 0) & (i_h < hidden)[:, None]
                 h = load(p_state + o_h, m_h, COMPUTE)
                 h = _step(
-                    h,
-                    p,
-                    w,
-                    zeta,
-                    nu,
-                    p_x,
-                    p_bias,
-                    p_out,
-                    p_g,
-                    i_h,
-                    row,
-                    hidden,
-                    active,
-                    HAS_LENGTHS,
-                    SAVE,
-                    PRECISION,
-                    COMPUTE,
-                )
+                    h, p, w, zeta, nu, p_x, p_bias, p_out, p_g, i_h, row, hidden, active,
+                    HAS_LENGTHS, SAVE, PRECISION, COMPUTE,
+                )  # fmt: skip
                 store(p_state + o_h, h, m_h)
                 pieces = down(v, h, pieces, PRECISION, COMPUTE)
             p = tl.sum(pieces, axis=0)

@@ -83,12 +83,8 @@ def low_rank_lstm_forward_kernel(
     row = tl.arange(0, BLOCK_B)[None, :]
     i_r = tl.arange(0, BLOCK_R)[:, None]
     lengths = sequence_lengths(p_lengths, first, row, batch, steps, HAS_LENGTHS)
-    p_h0, p_c0, p_c, p_state = (
-        p_h0 + first * hidden,
-        p_c0 + first * hidden,
-        p_c + first * hidden,
-        p_state + first * hidden,
-    )
+    p_h0, p_c0 = p_h0 + first * hidden, p_c0 + first * hidden
+    p_c, p_state = p_c + first * hidden, p_state + first * hidden
     zero = tl.zeros([SPLIT, BLOCK_R, BLOCK_B], COMPUTE)
 
     # The state c and p = V^T h, which each step leaves for the next.
