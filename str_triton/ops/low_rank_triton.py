@@ -37,7 +37,7 @@ def layout(cell: str, hidden: int, rank: int, dtype: torch.dtype, shared_memory:
     """How a cell's forward or backward kernel runs, for any size that it can."""
     if rank > LARGEST_RANK:
         raise ValueError(
-            f"rank {rank} is more than the GPU kernels take ({LARGEST_RANK}): use a dense layer, as low_rank_plan says"
+            f"rank {rank} is more than the GPU kernels take ({LARGEST_RANK}): use fewer, or a dense layer"
         )
     gates, itemsize, block_rank = CELLS[cell], dtype.itemsize, _power_of_two(rank)
     block_hidden = _power_of_two(hidden)
