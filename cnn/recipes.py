@@ -4,13 +4,23 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from cnn.published import BASELINES, DENSE, DENSE_WEIGHT_DECAY, POINTS, Dense, Point
 from str_triton.training.config import TrainConfig, check_ranges, require
 from str_triton.training.errors import UserError
 
 DEFAULT_SPARSITY = 0.9
 
 
-GRADIENTS = {"str-exact": "straight_through", "str": "masked", "dense": None}
+GRADIENTS = {"str-exact": "straight_through", "str": "masked"}
+# The methods, and how each can spread the zeros over the layers; the first way is its default.
+METHODS = {
+    "str-exact": ("fixed", "flop-aware", "learned"),
+    "str": (),
+    "gmp": ("uniform", "erk", "global"),
+    "dnw": ("uniform", "erk"),
+    "rigl": ("erk", "uniform"),
+    "dense": (),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,22 +35,33 @@ class Config(TrainConfig):
     """Network: resnet-digits (8x8 images), resnet-small (about 28x28), resnet20 (32x32), resnet18, resnet34, resnet50,
     resnet101, mobilenetv1[:WIDTH] or timm:NAME."""
 
-    method: Literal["str-exact", "str", "dense"] = "str-exact"
-    """str-exact meets a target exactly; str is the paper's way, without a target; dense prunes nothing."""
+    method: str = "str-exact"
+    """str-exact: soft thresholds that meet a target exactly; str: the paper's way, without a target; gmp: gradual
+    magnitude pruning; dnw: the largest weights of a dense network in training; rigl: connections that move, sparse from
+    the start; dense: prunes nothing."""
     target_sparsity: float | None = None
-    """Share of the weights that are zero at the end, 0 to 1; 0.9 where neither target is given."""
+    """Share of the weights that are zero at the end, 0 to 1; 0.9 where no target is given."""
     target_flops: float | None = None
-    """Multiply-adds at the end as a share of the dense network's, 0 to 1; in place of --target-sparsity."""
+    """Multiply-adds at the end as a share of the dense network's, 0 to 1; in place of --target-sparsity (str-exact)."""
+    budget: str | None = None
+    """The sparsity of every layer, in place of a target: the folder of a finished run, its budget.json or budget.csv,
+    or a JSON object or a CSV file of layers and sparsities in %."""
     gradient: Literal["masked", "straight_through"] | None = None
     """What moves a pruned weight: its sparse value's gradient (default of str-exact) or weight decay alone (of str)."""
     granularity: Literal["layer", "filter", "weight", "global"] = "layer"
     """What shares one learned threshold."""
-    distribution: Literal["fixed", "flop-aware", "learned"] = "fixed"
-    """How str-exact spreads the zeros over the layers: equal thresholds (fixed), larger ones where a weight costs more
-    FLOPs (flop-aware), or thresholds that the optimizer moves (learned)."""
+    distribution: Literal["fixed", "flop-aware", "learned", "uniform", "erk", "global"] | None = None
+    """How the zeros are spread over the layers. str-exact: equal thresholds (fixed, the default), larger ones where a
+    weight costs more FLOPs (flop-aware), or thresholds that the optimizer moves (learned). gmp, dnw and rigl: the same
+    share of each layer (uniform), by the sum of its dimensions (erk, the default of rigl), or, gmp alone, wherever the
+    smallest weights are (global)."""
+    mask_interval: int | None = None
+    """Steps between prunings of gmp (default 10) and between updates of rigl's connections (default 100)."""
     raw_threshold_init: float = -5.0
     """Where the raw thresholds of --method str start; the threshold is their sigmoid."""
 
+    lr_schedule: Literal["cosine", "epoch-cosine"] = "cosine"
+    """cosine moves the learning rate at every step, epoch-cosine once per epoch, as the paper does."""
     momentum: float = 0.9
     """Momentum of SGD."""
     weight_decay: float = 5e-4
@@ -71,7 +92,48 @@ def fashion_mnist() -> Config:
     )
 
 
-RECIPES: dict[str, Callable[[], Config]] = {"digits": digits, "fashion-mnist": fashion_mnist}
+def _imagenet(name: str, description: str, **own: object) -> tuple[str, Callable[[], Config]]:
+    """A recipe's name, and the recipe: the paper's training with ``own`` on top."""
+
+    def recipe() -> Config:
+        paper = {"lr": 0.256, "momentum": 0.875, "warmup_epochs": 5.0, "label_smoothing": 0.1}
+        return Config(recipe=name, data="hub:ILSVRC/imagenet-1k", epochs=100, batch_size=256, **paper, **own)
+
+    recipe.__doc__ = description
+    return name, recipe
+
+
+def _published(point: Point) -> tuple[str, Callable[[], Config]]:
+    return _imagenet(
+        point.name,
+        f"{DENSE[point.model].title} on ImageNet as published: {point.sparsity:.2f} % sparse, {point.top1:.2f} % top-1.",
+        model=point.model,
+        method="str",
+        lr_schedule="epoch-cosine",
+        weight_decay=point.weight_decay,
+        raw_threshold_init=point.raw_threshold_init,
+    )
+
+
+def _dense(model: str, dense: Dense) -> tuple[str, Callable[[], Config]]:
+    description = f"{dense.title} on ImageNet, dense, as published: {dense.top1:.2f} % top-1."
+    options = {"method": "dense", "lr_schedule": "epoch-cosine", "weight_decay": DENSE_WEIGHT_DECAY}
+    return _imagenet(f"{model}-dense", description, model=model, **options)
+
+
+def _exact(percent: int) -> tuple[str, Callable[[], Config]]:
+    description = f"ResNet50 on ImageNet, {percent} % sparse exactly."
+    options = {"target_sparsity": percent / 100, "weight_decay": DENSE_WEIGHT_DECAY}
+    return _imagenet(f"resnet50-str-exact-{percent}", description, model="resnet50", **options)
+
+
+RECIPES: dict[str, Callable[[], Config]] = {
+    "digits": digits,
+    "fashion-mnist": fashion_mnist,
+    **dict(_published(point) for point in POINTS),
+    **dict(_dense(model, dense) for model, dense in DENSE.items()),
+    **dict(_exact(percent) for percent in BASELINES),
+}
 
 
 def recipe_for(config: Config) -> str:
@@ -80,20 +142,44 @@ def recipe_for(config: Config) -> str:
 
 
 def settle(config: Config) -> Config:
-    """``config`` with target and gradient made definite; `UserError` for values or combinations that make no sense."""
-    given = [name for name in ("target_sparsity", "target_flops") if getattr(config, name) is not None]
-    if config.method != "str-exact" and given:
-        option = f"--{given[0].replace('_', '-')} {getattr(config, given[0])}"
-        raise UserError(f"{option}: --method {config.method} meets no target; only --method str-exact does")
-    if config.distribution != "fixed" and (config.method != "str-exact" or config.granularity == "global"):
-        raise UserError(f"--distribution {config.distribution} needs --method str-exact and no --granularity global")
-    if len(given) == 2:
-        raise UserError("--target-sparsity and --target-flops are both given: choose one")
-    if config.method == "str-exact" and not given:
-        config = replace(config, target_sparsity=DEFAULT_SPARSITY)
+    """``config`` with target, gradient and distribution made definite; `UserError` for what makes no sense."""
+    if config.method not in METHODS:
+        raise UserError(f"--method {config.method}: there is no such method; the methods are {', '.join(METHODS)}")
+    config = _settle_target(config)
+    distributions = METHODS[config.method]
+    if config.distribution is None and distributions and config.budget is None:
+        config = replace(config, distribution=distributions[0])
+    if config.distribution is not None and config.distribution not in distributions:
+        ways = f"takes {', '.join(distributions)}" if distributions else "has none to choose"
+        raise UserError(f"--distribution {config.distribution}: --method {config.method} {ways}")
+    if config.distribution not in (None, "fixed") and config.granularity == "global":
+        raise UserError(f"--distribution {config.distribution} and --granularity global exclude each other")
+    if config.mask_interval is not None and config.method not in ("gmp", "rigl"):
+        raise UserError(f"--mask-interval {config.mask_interval}: --method {config.method} has none; gmp and rigl have")
     if config.gradient is None:
-        config = replace(config, gradient=GRADIENTS[config.method])
+        config = replace(config, gradient=GRADIENTS.get(config.method))
     _check_ranges(config)
+    return config
+
+
+def _settle_target(config: Config) -> Config:
+    """``config`` with exactly one target, or with none where the method meets none."""
+    given = [name for name in ("target_sparsity", "target_flops", "budget") if getattr(config, name) is not None]
+    options = [f"--{name.replace('_', '-')}" for name in given]
+    if config.method in ("str", "dense") and given:
+        others = ", ".join(name for name, distributions in METHODS.items() if distributions)
+        value = getattr(config, given[0])
+        raise UserError(f"{options[0]} {value}: --method {config.method} meets no target; {others} do")
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(options)} are given: choose one ({options[0]} None takes back a recipe's)")
+    if config.target_flops is not None and config.method != "str-exact":
+        raise UserError(f"--target-flops {config.target_flops}: --method {config.method} takes --target-sparsity")
+    if config.budget is not None and config.distribution is not None:
+        raise UserError(f"--distribution {config.distribution}: with --budget the file says how the zeros are spread")
+    if config.budget is not None and config.granularity == "global":
+        raise UserError("--granularity global: with --budget every layer needs a threshold of its own")
+    if METHODS[config.method] and not given:
+        config = replace(config, target_sparsity=DEFAULT_SPARSITY)
     return config
 
 
@@ -102,5 +188,7 @@ def _check_ranges(config: Config) -> None:
     require(config, "momentum", 0.0 <= config.momentum < 1.0, "in 0..1, below 1")
     if config.target_sparsity is not None:
         require(config, "target_sparsity", 0.0 <= config.target_sparsity < 1.0, "in 0..1, below 1")
+    if config.mask_interval is not None:
+        require(config, "mask_interval", config.mask_interval >= 1, "at least 1")
     if config.target_flops is not None:
         require(config, "target_flops", 0.0 < config.target_flops <= 1.0, "in 0..1, above 0")

@@ -12,23 +12,24 @@ from typing import Any
 import safetensors.torch
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from cnn.data import Data, batches, load, steps_per_epoch
+from cnn.methods import Masked, prepare
 from cnn.models import build
 from cnn.recipes import RECIPES, RESUME_MAY_CHANGE, Config, recipe_for, settle
-from str_triton import Budget, SparsityController, Target, count, densify, parameter_groups, sparsify
+from str_triton import Budget, count, densify, parameter_groups
 from str_triton.training.command_line import CommandLine
 from str_triton.training.config import make_accelerator
-from str_triton.training.errors import blame_input, run_program, warn
+from str_triton.training.errors import blame_input, run_program, tell, warn
 from str_triton.training.loop import Loop, Outcome
 from str_triton.training.meter import Means, Meter
 from str_triton.training.metrics import Record, read_metrics
 from str_triton.training.report import report
 from str_triton.training.run import Run
 from str_triton.training.run_folder import default_run_dir
-from str_triton.training.schedules import decayed_threshold, warmup_cosine
+from str_triton.training.schedules import decayed_thresholds, warmup_cosine
 
 PROGRAM = "python cnn/train.py"
 PURPOSE = "Train a convolutional network to an exact sparsity or FLOP budget."
@@ -71,11 +72,13 @@ class Experiment(Loop):
             model = build(config.model, num_classes=data.num_classes, in_channels=data.image_shape[0])
             model.to(accelerator.device)
             example = torch.zeros(1, *data.image_shape, device=accelerator.device)
-            controller = make_sparse(config, model, example)
+            controller = prepare(config, model, example)
         if config.method == "str":
-            warn_if_late(config, steps)
+            announce_pruning(config, steps)
         groups = parameter_groups(model, config.weight_decay)
         optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+        if isinstance(controller, Masked):
+            controller.attach(optimizer)
         network, optimizer = accelerator.prepare(model, optimizer)
         return cls(
             config=config,
@@ -177,37 +180,46 @@ class Experiment(Loop):
         run.say(f"report: {run.path / 'report.html'}")
 
 
-def make_sparse(config: Config, model: nn.Module, example: Tensor) -> SparsityController | None:
-    """Put thresholds in front of the model's weights, in place, and a controller over them where a target is given."""
-    if config.method == "dense":
-        return None
-    options = {"granularity": config.granularity, "gradient": config.gradient}
-    if config.method == "str":
-        sparsify(model, g="sigmoid", raw_threshold_init=config.raw_threshold_init, **options)
-        return None
-    if config.target_flops is None:
-        target = Target(sparsity=config.target_sparsity)
-    else:
-        target = Target(flops=round(config.target_flops * count(model, example).dense_flops))
-    sparsify(model, **options)
-    floor = {"floor": 0.0} if config.granularity == "global" else {}  # one threshold cannot keep a floor in each layer
-    return SparsityController(model, target, distribution=config.distribution, example_input=example, **floor)
-
-
 def learning_rate(config: Config, steps: int, step: int) -> float:
-    """The learning rate of the step after ``step`` others: the schedule at its middle, which is never quite zero."""
-    return config.lr * warmup_cosine((step + 0.5) / (config.epochs * steps), config.warmup_epochs / config.epochs)
+    """The learning rate of the step after ``step`` others: the schedule at its middle, which is never quite zero.
+
+    That of the paper stands still within an epoch: while the rate rises where the schedule is at the epoch's end, then
+    where it is at its beginning.
+    """
+    progress = (step + 0.5) / (config.epochs * steps)
+    if config.lr_schedule == "epoch-cosine":
+        epoch = step // steps
+        progress = (epoch + 1 if epoch < config.warmup_epochs else epoch) / config.epochs
+    return config.lr * warmup_cosine(progress, config.warmup_epochs / config.epochs)
 
 
-def warn_if_late(config: Config, steps: int) -> None:
-    """Say so when weight decay, which alone moves a very negative raw threshold, cannot bring it up in time."""
+def pruning_start(config: Config, steps: int) -> tuple[int | None, float]:
+    """When weight decay, which alone moves a very negative raw threshold, has brought it so far that weights go.
+
+    Returns:
+        The epoch, from 1; None where it takes longer than training. And the raw threshold then, or at the end.
+    """
     rates = (learning_rate(config, steps, step) for step in range(config.epochs * steps))
-    end = decayed_threshold(config.raw_threshold_init, rates, config.weight_decay, config.momentum)
-    if end < ARRIVED:
+    value = config.raw_threshold_init
+    for step, value in enumerate(decayed_thresholds(value, rates, config.weight_decay, config.momentum)):
+        if value > ARRIVED:
+            return step // steps + 1, value
+    return None, value
+
+
+def announce_pruning(config: Config, steps: int) -> None:
+    """Say in which epoch pruning will start, or warn that it never will."""
+    epoch, end = pruning_start(config, steps)
+    if epoch is None:
         warn(
             f"nothing will be pruned: weight decay takes the raw thresholds from {config.raw_threshold_init:g} to "
             f"{end:.4g} in {config.epochs} epochs, and they must come above {ARRIVED:g}; "
             "train longer, or raise --weight-decay or --raw-threshold-init"
+        )
+    elif config.raw_threshold_init < ARRIVED:
+        tell(
+            f"pruning will start in epoch {epoch} of {config.epochs}, when weight decay has brought the raw thresholds "
+            f"from {config.raw_threshold_init:g} to {ARRIVED:g}"
         )
 
 

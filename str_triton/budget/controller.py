@@ -177,6 +177,14 @@ class SparsityController(OffsetController):
                 keep += weight.numel() - weight.count_nonzero()
         return keep
 
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"layers": None if self.target.layers is None else dict(self.target.layers)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state.get("layers") != self.target.layers:
+            raise ValueError("the state was made for another target by layers; has the file that names it changed?")
+        super().load_state_dict(state)
+
 
 def _inventory(
     model: nn.Module, target: Target, example_input: Any, count_flops: bool

@@ -11,6 +11,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
 from str_triton.training.config import TrainConfig
+from str_triton.training.errors import blame_input
 from str_triton.training.meter import Means, Meter
 from str_triton.training.metrics import Record
 from str_triton.training.run import Run
@@ -189,6 +190,7 @@ class Loop(ABC):
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.controller is not None:
-            self.controller.load_state_dict(state["controller"])
+            with blame_input(ValueError):  # another target, from a file that has changed since
+                self.controller.load_state_dict(state["controller"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])

@@ -100,7 +100,7 @@ def test_other_thresholds_meet_the_target_too(tmp_path: Path, quick: None, optio
     [
         (["cifar"], "there is no recipe 'cifar'; the recipes are digits, fashion-mnist"),
         (["--target-sparsity", "1.2"], "--target-sparsity 1.2"),
-        (["--distribution", "learned", "--method", "dense"], "--distribution learned needs --method str-exact"),
+        (["--distribution", "learned", "--method", "dense"], "--method dense has none to choose"),
         (["--target-sparsity", "-0.1"], "--target-sparsity -0.1"),
         (["--target-sparsity", "nan"], "--target-sparsity nan"),
         (["--target-flops", "1.2"], "--target-flops 1.2"),

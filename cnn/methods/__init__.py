@@ -1,0 +1,75 @@
+"""The methods that make a network sparse, side by side: each prepares a model and gives what the training loop drives.
+
+`prepare` is the only way in. What it returns steps with the loop (`step`), is evaluated in `exact()`, and resumes from
+its `state_dict()`; methods with masks also `attach` to the optimizer.
+"""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from cnn.methods.budget_file import layer_sparsities
+from cnn.methods.distributions import DISTRIBUTIONS, uniform
+from cnn.methods.dnw import DNW
+from cnn.methods.gmp import GMP
+from cnn.methods.masks import Masked
+from cnn.methods.rigl import RigL
+from cnn.methods.soft import str_as_published, str_exact
+from cnn.recipes import Config
+from str_triton import SparsityController, count
+
+__all__ = ["Masked", "prepare"]
+
+FLOOR = 0.5  # share of a uniform layer's survivors that a global choice leaves to each; as in SparsityController
+
+
+def prepare(config: Config, model: nn.Module, example: Tensor) -> SparsityController | Masked | None:
+    """Make the model ready for ``config.method``, in place, and return what drives it to its target, if it has one.
+
+    The weights that count are those that `count` lists: of convolution, linear and embedding layers, the first and the
+    last included.
+
+    Args:
+        config: a settled configuration.
+        model: a plain model with the weights to start from.
+        example: an input of the model.
+
+    Raises:
+        ValueError: a target that cannot be met, or a --budget that does not fit the model.
+        OSError: a --budget that cannot be read.
+    """
+    if config.method == "dense":
+        return None
+    if config.method == "str":
+        return str_as_published(config, model)
+    weights = counted_weights(model, example)
+    shares = None if config.budget is None else layer_sparsities(config.budget, weights)
+    if config.method == "str-exact":
+        return str_exact(config, model, example, shares)
+    return masked(config, weights, shares)
+
+
+def counted_weights(model: nn.Module, example: Tensor) -> dict[str, nn.Parameter]:
+    """The weights that `count` lists, by its names, in its order."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    names = [row.name for row in count(model, example).rows if row.params]
+    # The projections of nn.MultiheadAttention are listed by their own names, all others by their layers'.
+    return {name: parameters[name if name in parameters else f"{name}.weight".lstrip(".")] for name in names}
+
+
+def masked(config: Config, weights: Mapping[str, nn.Parameter], shares: Mapping[str, float] | None) -> Masked:
+    """GMP, DNW or RigL over the weights; each layer keeps what its share leaves, or the distribution gives it."""
+    shapes = [weight.shape for weight in weights.values()]
+    sizes = [weight.numel() for weight in weights.values()]
+    total = sum(sizes) - round((config.target_sparsity or 0.0) * sum(sizes))
+    options = {} if config.mask_interval is None else {"interval": config.mask_interval}
+    if shares is not None:
+        keep = [size - round(shares[name] * size) for name, size in zip(weights, sizes, strict=True)]
+    elif config.distribution == "global":
+        filters = [shape[0] for shape in shapes]
+        even = uniform(shapes, total)
+        keep = [max(1, min(int(FLOOR * number), width)) for number, width in zip(even, filters, strict=True)]
+        options["total"] = total
+    else:
+        keep = DISTRIBUTIONS[config.distribution](shapes, total)
+    return {"gmp": GMP, "dnw": DNW, "rigl": RigL}[config.method](weights, keep, **options)

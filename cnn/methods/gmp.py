@@ -1,0 +1,78 @@
+"""GMP, gradual magnitude pruning (Zhu and Gupta, 2017): the smallest weights go, more and more of them, for good."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cnn.methods.masks import Masked, largest
+
+INTERVAL = 10  # steps between prunings
+
+
+class GMP(Masked):
+    """Prunes along a cubic schedule from the beginning to `END` of training, as `SparsityController` does by default.
+
+    What is pruned stays zero. The target holds from `END` on.
+
+    Args:
+        weights: the Parameters, by the names of their layers.
+        keep: for each of them how many elements survive; or, with ``total``, how many do in any case.
+        total: how many survive of all weights together, the largest wherever they are ("global"); None: each layer
+            keeps its own number.
+        interval: steps between prunings.
+    """
+
+    END = 0.7
+
+    def __init__(
+        self,
+        weights: Mapping[str, nn.Parameter],
+        keep: Sequence[int],
+        *,
+        total: int | None = None,
+        interval: int = INTERVAL,
+    ) -> None:
+        super().__init__(weights, keep)
+        self.total, self.interval = total, interval
+        self.pruned = -1.0  # how much of the way the last pruning went
+
+    def step(self, progress: float) -> None:
+        done = 1 - (1 - min(progress / self.END, 1)) ** 3
+        if (self.steps % self.interval == 0 or done == 1) and done != self.pruned:
+            self.prune(done)
+        self.apply()
+        super().step(progress)
+
+    @torch.no_grad()
+    def prune(self, done: float) -> None:
+        """Choose the survivors; ``done``: the share of the way from all weights to the target, 0 to 1."""
+        # What is pruned ranks behind a survivor of value 0.
+        scores = [weight.abs().where(mask, -1.0) for weight, mask in zip(self.weights, self.masks, strict=True)]
+        if self.total is None:
+            numbers = [_between(done, s.numel(), keep) for s, keep in zip(scores, self.keep, strict=True)]
+            masks = [largest(s, number) for s, number in zip(scores, numbers, strict=True)]
+        else:
+            masks = self._choose_globally(scores, done)
+        for mask, value in zip(self.masks, masks, strict=True):
+            mask.copy_(value)
+        self.pruned = done
+
+    def _choose_globally(self, scores: Sequence[Tensor], done: float) -> list[Tensor]:
+        """The largest of all layers, and of each layer in any case the `keep` largest."""
+        sizes = [s.numel() for s in scores]
+        held = [s.masked_fill(largest(s, keep), torch.inf) for s, keep in zip(scores, self.keep, strict=True)]
+        chosen = largest(torch.cat([s.flatten() for s in held]), _between(done, sum(sizes), self.total))
+        return [part.view(s.shape) for part, s in zip(chosen.split(sizes), scores, strict=True)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"total": self.total, "pruned": self.pruned}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.pruned = state["pruned"]
+
+
+def _between(done: float, size: int, keep: int) -> int:
+    return size - round(done * (size - keep))

@@ -1,0 +1,62 @@
+"""RigL (Evci et al., 2020): sparse from the start; now and then the smallest weights give way to the steepest zeros."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from cnn.methods.masks import Masked, largest
+
+INTERVAL = 100  # optimizer steps between updates of the connections
+FRACTION = 0.3  # of the connections, dropped by the first update; a cosine takes it to 0 at END
+END = 0.75  # share of training after which the connections stay
+
+
+class RigL(Masked):
+    """Moves connections every ``interval`` steps; each layer has ``keep`` of them, chosen at random at first.
+
+    An update stands in for that step of the optimizer, as in the paper: of a layer's connections int(fraction * keep)
+    are dropped, those of least magnitude, and as many grow among all that are none then, those with the gradient of
+    most magnitude. One that grows where there was none starts at zero, without the optimizer's memory (momentum). The
+    model holds so many zeros more until the next step.
+    """
+
+    def __init__(self, weights: Mapping[str, nn.Parameter], keep: Sequence[int], *, interval: int = INTERVAL) -> None:
+        super().__init__(weights, keep)
+        self.interval = interval
+        for mask, number in zip(self.masks, self.keep, strict=True):
+            mask.copy_(largest(torch.rand(mask.shape, device="cpu"), number))  # the CPU's: on any device the same
+        self.apply()
+
+    @property
+    def fraction(self) -> float:
+        """Share of the connections that an update would drop now, before rounding down."""
+        return FRACTION / 2 * (1 + math.cos(math.pi * min(self.progress / END, 1)))
+
+    def attach(self, optimizer: Optimizer) -> None:
+        optimizer.register_step_pre_hook(lambda optimizer, *_: self._before_step(optimizer))
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: Optimizer) -> None:
+        if self.steps > 0 and self.steps % self.interval == 0 and self.progress < END:
+            for weight, mask, keep in zip(self.weights, self.masks, self.keep, strict=True):
+                if weight.grad is not None:
+                    self._move(weight, mask, keep, optimizer)
+            optimizer.zero_grad()  # without gradients the step leaves everything as it is
+            return
+        for weight, mask in zip(self.weights, self.masks, strict=True):
+            if weight.grad is not None:
+                weight.grad.mul_(mask)
+
+    def _move(self, weight: nn.Parameter, mask: Tensor, keep: int, optimizer: Optimizer) -> None:
+        dropped = int(self.fraction * keep)
+        kept = largest(weight.abs().where(mask, -1.0), keep - dropped)
+        grown = largest(weight.grad.abs().masked_fill(kept, -1.0), dropped)
+        new = grown & ~mask
+        mask.copy_(kept | grown)
+        weight.mul_(mask)
+        for memory in optimizer.state.get(weight, {}).values():
+            if isinstance(memory, Tensor) and memory.shape == weight.shape:
+                memory.mul_(mask & ~new)

@@ -1,0 +1,38 @@
+"""STR, soft thresholds in front of the weights (Kusupati et al., 2020): to an exact target, and as published."""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from cnn.recipes import Config
+from str_triton import SparsityController, Target, count, sparsify
+
+
+def str_exact(
+    config: Config, model: nn.Module, example: Tensor, shares: Mapping[str, float] | None
+) -> SparsityController:
+    """Thresholds in front of the model's weights, in place, and the controller that drives them to the target.
+
+    ``shares``: the share of zeros of each layer, where --budget names them.
+    """
+    if shares is not None:
+        target = Target(layers=shares)
+    elif config.target_flops is not None:
+        target = Target(flops=round(config.target_flops * count(model, example).dense_flops))
+    else:
+        target = Target(sparsity=config.target_sparsity)
+    sparsify(model, granularity=config.granularity, gradient=config.gradient)
+    distribution = config.distribution or "fixed"  # none is configured where --budget says it all
+    floor = {"floor": 0.0} if config.granularity == "global" else {}  # one threshold cannot keep a floor in each layer
+    return SparsityController(model, target, distribution=distribution, example_input=example, **floor)
+
+
+def str_as_published(config: Config, model: nn.Module) -> None:
+    """Thresholds that weight decay and the gradient move; there is no target and nothing that drives them to one."""
+    sparsify(
+        model,
+        g="sigmoid",
+        granularity=config.granularity,
+        gradient=config.gradient,
+        raw_threshold_init=config.raw_threshold_init,
+    )
