@@ -26,8 +26,8 @@ class Config(TrainConfig):
     task: Literal["classify", "lm"] | None = None
     """classify sequences, or guess the next character of a text (lm); by default what the data are for."""
     words: str | None = None
-    """Words to tell apart besides silence and unknown, with commas between them, for speech-commands and hub; by default
-    the ten of the published task, and 'all' takes every word, without these two."""
+    """Words to tell apart besides silence and unknown, with commas between them, for speech-commands and hub; by
+    default the ten of the published task, and 'all' takes every word, without these two."""
     classes: int | None = None
     """Classes of har: 6, or the paper's 2."""
     noise: float = 0.0
