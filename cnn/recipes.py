@@ -104,9 +104,10 @@ def _imagenet(name: str, description: str, **own: object) -> tuple[str, Callable
 
 
 def _published(point: Point) -> tuple[str, Callable[[], Config]]:
+    title = DENSE[point.model].title
     return _imagenet(
         point.name,
-        f"{DENSE[point.model].title} on ImageNet as published: {point.sparsity:.2f} % sparse, {point.top1:.2f} % top-1.",
+        f"{title} on ImageNet as published: {point.sparsity:.2f} % sparse, {point.top1:.2f} % top-1.",
         model=point.model,
         method="str",
         lr_schedule="epoch-cosine",

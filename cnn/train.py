@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from cnn.data import Data, batches, load, steps_per_epoch
 from cnn.methods import Masked, prepare
 from cnn.models import build
+from cnn.published import PUBLISHED
 from cnn.recipes import RECIPES, RESUME_MAY_CHANGE, Config, recipe_for, settle
 from str_triton import Budget, count, densify, parameter_groups
 from str_triton.training.command_line import CommandLine
@@ -33,7 +34,7 @@ from str_triton.training.schedules import decayed_thresholds, warmup_cosine
 
 PROGRAM = "python cnn/train.py"
 PURPOSE = "Train a convolutional network to an exact sparsity or FLOP budget."
-COMMAND_LINE = CommandLine(PROGRAM, PURPOSE, RECIPES, recipe_for, RESUME_MAY_CHANGE, settle)
+COMMAND_LINE = CommandLine(PROGRAM, PURPOSE, RECIPES, recipe_for, RESUME_MAY_CHANGE, settle, PUBLISHED)
 ARRIVED = -10.0  # a raw threshold above this is a threshold of 5e-5 and more: from there its gradient moves it too
 
 
@@ -200,11 +201,11 @@ def pruning_start(config: Config, steps: int) -> tuple[int | None, float]:
         The epoch, from 1; None where it takes longer than training. And the raw threshold then, or at the end.
     """
     rates = (learning_rate(config, steps, step) for step in range(config.epochs * steps))
-    value = config.raw_threshold_init
-    for step, value in enumerate(decayed_thresholds(value, rates, config.weight_decay, config.momentum)):
-        if value > ARRIVED:
-            return step // steps + 1, value
-    return None, value
+    start = end = config.raw_threshold_init
+    for step, end in enumerate(decayed_thresholds(start, rates, config.weight_decay, config.momentum)):
+        if end > ARRIVED:
+            return step // steps + 1, end
+    return None, end
 
 
 def announce_pruning(config: Config, steps: int) -> None:

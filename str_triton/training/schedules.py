@@ -1,7 +1,7 @@
 """Learning rates as pure functions of training's progress, and what they do to a threshold that only decays."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 def warmup_cosine(progress: float, warmup: float) -> float:
@@ -11,8 +11,8 @@ def warmup_cosine(progress: float, warmup: float) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * min(1.0, (progress - warmup) / max(1e-12, 1.0 - warmup))))
 
 
-def decayed_threshold(start: float, rates: Iterable[float], weight_decay: float, momentum: float) -> float:
-    """Where SGD's weight decay alone takes a raw threshold that starts at ``start``.
+def decayed_thresholds(start: float, rates: Iterable[float], weight_decay: float, momentum: float) -> Iterator[float]:
+    """Where SGD's weight decay alone takes a raw threshold that starts at ``start``: its value after each step.
 
     While sigmoid(s) and its gradient are 0 in float32, decay is all that moves s: with momentum m the buffer follows
     v <- m v + lambda s and s <- s - lr v, which shrinks s by the factor prod(1 - lr lambda / (1 - m)) to first order.
@@ -21,4 +21,4 @@ def decayed_threshold(start: float, rates: Iterable[float], weight_decay: float,
     for rate in rates:
         buffer = momentum * buffer + weight_decay * value
         value -= rate * buffer
-    return value
+        yield value

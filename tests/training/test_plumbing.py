@@ -11,7 +11,7 @@ from rich.console import Console
 from str_triton.training.errors import Interrupted, UserError, blame_input, run_program
 from str_triton.training.meter import Meter
 from str_triton.training.progress import ProgressBar
-from str_triton.training.schedules import decayed_threshold, warmup_cosine
+from str_triton.training.schedules import decayed_thresholds, warmup_cosine
 from str_triton.training.signals import StopRequest
 
 
@@ -75,15 +75,17 @@ def test_warmup_cosine():
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_decayed_threshold_is_what_sgd_does(momentum: float):
+def test_decayed_thresholds_are_what_sgd_does(momentum: float):
     raw = torch.nn.Parameter(torch.tensor([-3200.0], dtype=torch.float64))
     optimizer = torch.optim.SGD([raw], lr=1.0, momentum=momentum, weight_decay=2e-3)
     rates = [0.1 * warmup_cosine(step / 200, 0.1) for step in range(200)]
+    expected = []
     for rate in rates:
         raw.grad = torch.zeros_like(raw)
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
-    assert decayed_threshold(-3200.0, rates, 2e-3, momentum) == pytest.approx(raw.item(), rel=1e-9)
+        expected.append(raw.item())
+    assert list(decayed_thresholds(-3200.0, rates, 2e-3, momentum)) == pytest.approx(expected, rel=1e-9)
 
 
 def test_meter_weighs_batches_by_their_size():

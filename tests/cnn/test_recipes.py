@@ -1,0 +1,144 @@
+import dataclasses
+
+import pytest
+
+from cnn.models import build
+from cnn.published import DENSE, POINTS, PUBLISHED
+from cnn.recipes import RECIPES, Config, recipe_for, settle
+from cnn.train import COMMAND_LINE, announce_pruning, learning_rate, pruning_start
+
+IMAGES = 1_281_167
+STEPS = IMAGES // 256
+EXACT = [f"resnet50-str-exact-{percent}" for percent in (80, 90, 95, 98, 99)]
+
+
+def describe(capsys: pytest.CaptureFixture, *args: str) -> str:
+    with pytest.raises(SystemExit) as leaving:
+        COMMAND_LINE.read([*args, "--describe"])
+    assert leaving.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_there_is_a_recipe_for_every_published_point():
+    points = [name for name in RECIPES if "-str-" in name and "exact" not in name]
+    assert [name for name in points if name.startswith("resnet50-")] == [
+        f"resnet50-str-{sparsity}"
+        for sparsity in (
+            *("79.55", "81.27", "87.70", "90.23", "90.55", "94.80", "95.03", "95.15"),
+            *("96.11", "96.53", "97.78", "98.05", "98.22", "98.79", "98.98", "99.10"),
+        )
+    ]
+    assert [name for name in points if name.startswith("mobilenetv1-")] == [
+        f"mobilenetv1-str-{sparsity}" for sparsity in ("75.28", "79.07", "85.80", "89.01", "89.62")
+    ]
+    others = {"digits", "fashion-mnist", "resnet50-dense", "mobilenetv1-dense", *EXACT}
+    assert set(RECIPES) == {*points, *others}
+    assert set(PUBLISHED) == set(RECIPES) - {"digits", "fashion-mnist"}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_whole(name: str):
+    config = settle(RECIPES[name]())
+    assert config.recipe == name
+    assert RECIPES[name].__doc__
+    assert "\n" not in RECIPES[name].__doc__.strip()
+    if name in PUBLISHED:
+        assert (config.epochs, config.batch_size, config.lr, config.momentum) == (100, 256, 0.256, 0.875)
+        assert (config.warmup_epochs, config.label_smoothing) == (5.0, 0.1)
+        assert config.data == "hub:ILSVRC/imagenet-1k"
+
+
+@pytest.mark.parametrize("point", POINTS, ids=lambda point: point.name)
+def test_every_published_point_describes_itself(point, capsys: pytest.CaptureFixture):
+    text = describe(capsys, point.name)
+    options = dict(line.split(maxsplit=1) for line in text.splitlines()[2:] if line)
+    for field in dataclasses.fields(Config):
+        assert field.name in ("recipe", "describe", "resume", "run_dir") or field.name.replace("_", "-") in options
+    assert float(options["weight-decay"]) == point.weight_decay
+    assert float(options["raw-threshold-init"]) == point.raw_threshold_init
+    assert (options["method"], options["gradient"], options["model"]) == ("str", "masked", point.model)
+    assert (options["target-sparsity"], options["lr-schedule"]) == ("none", "epoch-cosine")
+    assert f"{DENSE[point.model].title} on ImageNet as published: {point.sparsity:.2f} % sparse" in text
+    assert text.endswith(f"{point.sparsity:.2f} %  {point.top1:.2f} %  {point.params:>9.2f}M  {point.flops}M\n")
+
+
+def test_descriptions_by_hand(capsys: pytest.CaptureFixture):
+    assert describe(capsys, "resnet50-str-90.23").endswith(
+        """
+published (Kusupati et al., ICML 2020), ResNet50 on ImageNet-1K, FLOPs at 224x224:
+        sparsity  top-1    parameters  FLOPs
+dense    0.00 %  77.01 %  25,502,912  4,089,284,608
+STR     90.23 %  74.31 %       2.49M  343M
+"""
+    )
+    assert "71.95 % top-1, 4,209,088 parameters, 568,740,352 FLOPs" in describe(capsys, "mobilenetv1-dense")
+    text = describe(capsys, "resnet50-str-exact-98", "--epochs", "9")
+    assert "and top-1 at 98 %: GMP 57.90 %, DNW 58.20 %; 510,058 parameters are left at 98 %" in text
+    assert "STR     98.05 %  61.46 %" in text
+    assert {"9", "0.98"} <= set(text.split())
+
+
+def test_a_few_settings_by_hand():
+    config = settle(RECIPES["mobilenetv1-str-89.01"]())
+    assert (config.weight_decay, config.raw_threshold_init) == (3.751757813e-5, -12800.0)
+    config = settle(RECIPES["resnet50-str-97.78"]())
+    assert (config.weight_decay, config.raw_threshold_init) == (5.217578125e-5, -12800.0)
+    for name, target in zip(EXACT, (0.8, 0.9, 0.95, 0.98, 0.99), strict=True):
+        config = settle(RECIPES[name]())
+        assert (config.method, config.target_sparsity, config.weight_decay) == ("str-exact", target, 3.0517578125e-5)
+        assert (config.distribution, config.gradient, config.lr_schedule) == ("fixed", "straight_through", "cosine")
+    config = settle(RECIPES["mobilenetv1-dense"]())
+    assert (config.method, config.model, config.weight_decay) == ("dense", "mobilenetv1", 2**-15)
+    assert build(config.model).fc.out_features == 1000
+
+
+def test_help_lists_the_recipes(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit):
+        COMMAND_LINE.read(["--help"])
+    text = capsys.readouterr().out
+    assert all(name in text for name in RECIPES)
+
+
+def test_the_recipe_where_none_is_named():
+    assert recipe_for(Config(recipe="digits")) == "digits"
+    assert recipe_for(Config(recipe="digits", data="mnist")) == "fashion-mnist"
+
+
+# From the paper's lambda, s_init and schedule alone.
+STARTS = [39, 37, 31, 28, 24, 21, 24, 19, 10, 20, 16, 15, 14, 12, 11, 10, 17, 8, 21, 21, 18]
+
+
+@pytest.mark.parametrize("number", range(21), ids=lambda number: POINTS[number].name)
+def test_pruning_starts_in_the_papers_epoch(number: int):
+    assert len(STARTS) == len(POINTS)
+    assert pruning_start(RECIPES[POINTS[number].name](), STEPS)[0] == STARTS[number]
+
+
+def test_a_last_small_batch_changes_no_start():
+    for point, start in zip(POINTS, STARTS, strict=True):
+        if point.sparsity in (81.27, 90.23, 89.01):  # the closest
+            assert pruning_start(RECIPES[point.name](), STEPS + 1)[0] == start
+
+
+def test_the_start_is_announced(capsys: pytest.CaptureFixture):
+    config = RECIPES["resnet50-str-90.23"]()
+    announce_pruning(config, STEPS)
+    assert capsys.readouterr().err == (
+        "pruning will start in epoch 28 of 100, when weight decay has brought the raw thresholds from -3200 to -10\n"
+    )
+    announce_pruning(dataclasses.replace(config, epochs=10), STEPS)
+    error = capsys.readouterr().err
+    assert error.startswith("warning: nothing will be pruned: weight decay takes the raw thresholds from -3200 to -")
+    assert "in 10 epochs" in error
+    announce_pruning(dataclasses.replace(config, raw_threshold_init=-5.0), STEPS)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_papers_learning_rate_stands_still_within_an_epoch():
+    config = Config(recipe="digits", epochs=9, warmup_epochs=3.0, lr=3.0, lr_schedule="epoch-cosine")
+    rates = [learning_rate(config, 4, step) for step in range(36)]
+    by_epoch = rates[::4]
+    assert rates == [rate for rate in by_epoch for _ in range(4)]
+    assert by_epoch[:4] == pytest.approx([1.0, 2.0, 3.0, 3.0])
+    assert by_epoch[6] == pytest.approx(1.5)  # halfway down
+    assert by_epoch[8] == pytest.approx(1.5 * (1 - 0.75**0.5))
