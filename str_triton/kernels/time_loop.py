@@ -22,16 +22,19 @@ def sigmoid(x):
 
 @triton.jit
 def tanh(x):
+    """Where exp overflows to infinity it is 1, as it should be."""
     return 1 - 2 / (1 + tl.exp(2 * x))
 
 
 @triton.jit
 def load(pointers, mask, COMPUTE: tl.constexpr):
+    """In the dtype of the arithmetic; 0 where the mask is off."""
     return tl.load(pointers, mask=mask, other=0).to(COMPUTE)
 
 
 @triton.jit
 def store(pointers, values, mask):
+    """In the dtype of the memory."""
     tl.store(pointers, values.to(pointers.dtype.element_ty), mask=mask)
 
 
