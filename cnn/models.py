@@ -110,7 +110,7 @@ def _width(text: str) -> float:
 def _from_timm(name: str, num_classes: int, in_channels: int) -> nn.Module:
     try:
         import timm
-    except ImportError as error:  # timm itself, or torchvision, which it needs
+    except (ImportError, RuntimeError) as error:  # timm itself, or torchvision, or one made for another PyTorch
         raise ValueError(f"model 'timm:{name}' needs timm ({error}): pip install timm torchvision") from error
     try:
         return timm.create_model(name, num_classes=num_classes, in_chans=in_channels)

@@ -1,5 +1,6 @@
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -215,4 +216,12 @@ def test_a_network_of_timm(monkeypatch: pytest.MonkeyPatch):
 def test_timm_that_is_absent(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ValueError, match=r"model 'timm:resnet50d' needs timm \(.*\): pip install timm torchvision"):
+        build("timm:resnet50d")
+
+
+def test_timm_with_a_torchvision_for_another_pytorch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    (tmp_path / "timm.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.delitem(sys.modules, "timm", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=r"needs timm \(operator torchvision::nms does not exist\): pip install timm"):
         build("timm:resnet50d")
