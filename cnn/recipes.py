@@ -44,8 +44,8 @@ class Config(TrainConfig):
     target_flops: float | None = None
     """Multiply-adds at the end as a share of the dense network's, 0 to 1; in place of --target-sparsity (str-exact)."""
     budget: str | None = None
-    """The sparsity of every layer, in place of a target: the folder of a finished run, its budget.json or budget.csv,
-    or a JSON object or a CSV file of layers and sparsities in %."""
+    """The sparsity of every layer, in place of a target: the folder of a finished run, its budget.json or budget.csv, a
+    JSON object or a CSV file of layers and sparsities in %, or the recipe of a published point."""
     gradient: Literal["masked", "straight_through"] | None = None
     """What moves a pruned weight: its sparse value's gradient (default of str-exact) or weight decay alone (of str)."""
     granularity: Literal["layer", "filter", "weight", "global"] = "layer"

@@ -1,4 +1,4 @@
-"""--budget: the sparsity of each layer, from a finished run or from a file of percentages."""
+"""--budget: the sparsity of each layer, from a finished run, a file of percentages, or the paper's tables."""
 
 import csv
 import json
@@ -6,20 +6,26 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from cnn import published
 from str_triton import Budget
 
 
 def layer_sparsities(path: str, layers: Iterable[str]) -> dict[str, float]:
     """The share of zeros, 0 to 1, that a file names for each of the model's layers, in the model's order.
 
-    ``path`` is the folder of a finished run; its budget.json or budget.csv; a JSON object {layer: sparsity in %}; or a
-    CSV file of two columns, layer and sparsity in %, with or without a heading.
+    ``path`` is the folder of a finished run; its budget.json or budget.csv; a JSON object {layer: sparsity in %}; a CSV
+    file of two columns, layer and sparsity in %, with or without a heading; or the name of a published point.
 
     Raises:
         ValueError: a damaged file, a value outside 0 to 100 %, a layer that is missing, unknown or named twice.
         OSError: a file that cannot be read.
     """
-    found, layers = read_sparsities(Path(path)), list(layers)
+    point = next((point for point in published.POINTS if point.name == path), None)
+    if point is not None:
+        found = {n: p / 100 for n, p in published.layer_sparsities(point.model, point.sparsity).items()}
+    else:
+        found = read_sparsities(Path(path))
+    layers = list(layers)
     for name in layers:
         if name not in found:
             raise ValueError(f"--budget {path}: the model's layer {name!r} is missing; the file must name every layer")

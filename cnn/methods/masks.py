@@ -66,7 +66,10 @@ def largest(scores: Tensor, number: int) -> Tensor:
     if not 0 < number < scores.numel():
         return torch.full_like(scores, number > 0, dtype=torch.bool)
     flat = scores.flatten()
-    cut = flat.topk(number, sorted=False).values.amin()
+    if flat.is_cpu:
+        cut = flat.kthvalue(flat.numel() - number + 1).values  # several times as fast as topk there
+    else:
+        cut = flat.topk(number, sorted=False).values.amin()
     above, equal = flat > cut, flat == cut
     chosen = above | (equal & (equal.cumsum(0) <= number - above.sum()))
     return chosen.view(scores.shape)

@@ -1,0 +1,354 @@
+"""The pruning methods on tiny nets: exact counts, what each does to weights, gradients and momentum, and resuming."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cnn.methods import prepare
+from cnn.methods.budget_file import layer_sparsities
+from cnn.methods.distributions import apportion, erdos_renyi_kernel, uniform
+from cnn.methods.dnw import DNW
+from cnn.methods.gmp import GMP
+from cnn.methods.masks import largest
+from cnn.methods.rigl import RigL
+from cnn.models import build
+from cnn.recipes import METHODS, Config, digits, settle
+from str_triton import count
+from tests.runs import same_bits
+
+IMAGE = torch.zeros(1, 1, 6, 6)
+MASKED = [(method, way) for method in ("gmp", "dnw", "rigl") for way in METHODS[method]]
+
+
+def net(seed: int = 0) -> nn.Module:
+    """Two convolutions and a linear layer: 72, 1152 and 64 weights."""
+    torch.manual_seed(seed)
+    layers = [nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4))
+
+
+def configure(method: str, **options) -> Config:
+    return settle(replace(digits(), method=method, **options))
+
+
+def train(model: nn.Module, controller, optimizer, first: int, last: int, total: int) -> None:
+    """Steps ``first`` to ``last`` of ``total``; the data follow from the step alone."""
+    for step in range(first, last):
+        generator = torch.Generator().manual_seed(step)
+        images = torch.randn(32, 1, 6, 6, generator=generator)
+        labels = torch.randint(0, 4, (32,), generator=generator)
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        controller.step((step + 1) / total)
+
+
+def begin(method: str, seed: int = 0, **options):
+    model = net(seed)
+    controller = prepare(configure(method, **options), model, IMAGE)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+    if hasattr(controller, "attach"):
+        controller.attach(optimizer)
+    return model, controller, optimizer
+
+
+def zeros(model: nn.Module) -> dict[str, int]:
+    return {row.name: row.params - row.nonzeros for row in count(model, IMAGE).rows if row.params}
+
+
+# Exact counts.
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9, 0.97])
+@pytest.mark.parametrize(("method", "way"), MASKED)
+def test_the_target_is_met_to_the_weight(method: str, way: str, sparsity: float):
+    model, controller, optimizer = begin(method, distribution=way, target_sparsity=sparsity, mask_interval=None)
+    train(model, controller, optimizer, 0, 12, 12)
+    assert count(model, IMAGE).nonzeros == 1288 - round(sparsity * 1288)
+    assert min(row.nonzeros for row in count(model, IMAGE).rows if row.params) >= 1
+
+
+@pytest.mark.parametrize("method", ["str-exact", "gmp", "dnw", "rigl"])
+def test_a_budget_gives_each_layer_its_share(method: str, tmp_path):
+    (tmp_path / "budget.csv").write_text("layer,sparsity\n0,12.5\n3,93.3\n7,50\n")
+    model, controller, optimizer = begin(method, budget=str(tmp_path / "budget.csv"))
+    train(model, controller, optimizer, 0, 12, 12)
+    assert zeros(model) == {"0": 9, "3": 1075, "7": 32}
+
+
+def test_a_published_point_is_a_budget():
+    with torch.device("meta"):
+        weights = {n.removesuffix(".weight"): p for n, p in build("resnet50").named_parameters() if p.dim() > 1}
+    shares = layer_sparsities("resnet50-str-90.23", weights)
+    assert list(shares) == list(weights)
+    assert shares["conv1"] == pytest.approx(0.598)
+    nonzeros = sum((1 - shares[name]) * weight.numel() for name, weight in weights.items())
+    assert 1 - nonzeros / 25_502_912 == pytest.approx(0.9023, abs=1e-4)
+    with pytest.raises(ValueError, match="no layers were published for mobilenetv1 at 75"):
+        layer_sparsities("mobilenetv1-str-75.28", weights)
+
+
+@pytest.mark.parametrize("method", ["gmp", "dnw", "rigl"])
+def test_a_target_that_leaves_a_layer_nothing_is_refused(method: str):
+    message = r"it leaves 2 of 1,288 weights to 3 layers"
+    with pytest.raises(ValueError, match=message):
+        prepare(configure(method, target_sparsity=0.9985), net(), IMAGE)
+
+
+@pytest.mark.parametrize("number", [0, 1, 3, 4, 5, 6])
+def test_largest_is_exact_with_equal_scores(number: int):
+    scores = torch.tensor([[1.0, 2.0, 2.0], [2.0, 0.0, 5.0]])
+    order = [5, 1, 2, 3, 0, 4]  # of equal ones the first
+    assert largest(scores, number).flatten().nonzero().flatten().tolist() == sorted(order[:number])
+
+
+def test_largest_agrees_with_a_sort():
+    scores = torch.randn(10_000, generator=torch.Generator().manual_seed(0)).round(decimals=2)
+    for number in (1, 17, 5000, 9999):
+        expected = scores.sort(descending=True, stable=True).indices[:number]
+        assert torch.equal(largest(scores, number).nonzero().flatten(), expected.sort().values)
+
+
+# Distributions.
+
+
+def shapes(*sizes: tuple[int, ...]) -> list[torch.Size]:
+    return [torch.Size(size) for size in sizes]
+
+
+def test_erk_by_hand():
+    """Sums of dimensions 10, 18, 20; sizes 36, 180, 100; 96 of 316 weights.
+
+    All sparse: scale 96 / 48 = 2, so 20, 36 and 40 weights.
+    """
+    assert erdos_renyi_kernel(shapes((2, 2, 3, 3), (2, 10, 3, 3), (10, 10)), 96) == [20, 36, 40]
+
+
+def test_erk_caps_dense_layers_in_turn():
+    """Sums 8, 22, 40; sizes 9, 120, 400; 200 weights. Scale 200 / 70: 22.9 > 9, dense; then 191 / 62 = 3.08.
+
+    67.8 of 120 and 123.2 of 400: the weight that rounding leaves goes to the larger remainder.
+    """
+    assert erdos_renyi_kernel(shapes((1, 1, 3, 3), (10, 12), (20, 20)), 200) == [9, 68, 123]
+
+
+def test_erk_caps_twice():
+    """Sums 8, 10, 100; sizes 9, 25, 2500; 320 weights. First 2.71 * 8 = 21.7 of 9 and 27.1 of 25.
+
+    Only the densest is capped at first (21.7 / 9 > 27.1 / 25); then 311 / 110 = 2.83: 28.3 of 25, capped; 286 are left.
+    """
+    assert erdos_renyi_kernel(shapes((1, 1, 3, 3), (5, 5), (50, 50)), 320) == [9, 25, 286]
+
+
+def test_erk_of_resnet50_is_the_published_one():
+    """Sparsities in % at 90 % (Kusupati et al., ICML 2020, appendix): the first twelve layers and the last three."""
+    with torch.device("meta"):
+        weights = [p for p in build("resnet50").parameters() if p.dim() > 1]
+    keep = erdos_renyi_kernel([weight.shape for weight in weights], 2_550_291)
+    sparsity = [100 - 100 * number / weight.numel() for number, weight in zip(keep, weights, strict=True)]
+    published = [58, 0, 82, 4, 4, 4, 82, 4, 4, 82, 4, 43]
+    assert sparsity[:12] == pytest.approx(published, abs=0.51)
+    assert sparsity[-3:] == pytest.approx([98, 88, 93], abs=0.51)
+    assert sum(keep) == 2_550_291
+
+
+def test_uniform_by_largest_remainders():
+    """A tenth of 72, 1152, 64: 7.2, 115.2, 6.4, together 129 of 1288 (128.8 rounded): the remainder .4 is largest."""
+    assert uniform(shapes((8, 1, 3, 3), (16, 8, 3, 3), (4, 16)), 129) == [7, 115, 7]
+
+
+def test_apportion_gives_every_layer_a_weight():
+    assert apportion([0.02, 0.03, 9.95], [4, 4, 20], 10) == [1, 1, 8]
+    assert sum(apportion([3.0, 3.0], [3, 3], 6)) == 6
+
+
+@pytest.mark.parametrize("total", [2, 20])
+def test_apportion_refuses_what_cannot_be(total: int):
+    with pytest.raises(ValueError, match="cannot be met"):
+        apportion([1.0, 1.0, 1.0], [4, 4, 4], total)
+
+
+# GMP.
+
+
+def test_gmp_keeps_the_largest_on_a_cubic_schedule():
+    weight = nn.Parameter(torch.tensor([0.1, -0.9, 0.3, -0.4, 0.5, -0.6, 0.7, 0.8]))
+    controller = GMP({"w": weight}, [2], interval=1)
+    controller.step(0.35)  # 1 - 0.5 ** 3 of the way: 5.25 of 6
+    assert weight.detach().tolist() == pytest.approx([0, -0.9, 0, 0, 0, 0, 0.7, 0.8])
+    with torch.no_grad():
+        weight += 10  # what is pruned stays so, whatever the optimizer does to it
+    controller.step(0.7)
+    assert weight.nonzero().flatten().tolist() == [6, 7]
+    controller.step(1.0)
+    assert int(weight.count_nonzero()) == 2
+
+
+def test_gmp_prunes_at_intervals_and_when_the_schedule_ends():
+    weight = nn.Parameter(torch.linspace(0.1, 1, 100))
+    controller = GMP({"w": weight}, [10], interval=4)
+    left = []
+    for step in range(10):
+        controller.step((step + 1) / 10)
+        left.append(int(weight.count_nonzero()))
+    cubic = [100 - round(90 * (1 - (1 - p / 7) ** 3)) for p in (1, 5)]
+    assert left == [cubic[0]] * 4 + [cubic[1]] * 2 + [10] * 4
+
+
+def test_global_gmp_takes_the_smallest_anywhere_but_leaves_each_layer_its_floor():
+    weights = {"large": nn.Parameter(torch.linspace(1, 2, 40)), "small": nn.Parameter(torch.linspace(0.01, 0.02, 40))}
+    GMP(weights, [3, 3], total=20).step(1.0)
+    left = {name: weight.nonzero().flatten().tolist() for name, weight in weights.items()}
+    assert left == {"large": list(range(23, 40)), "small": [37, 38, 39]}
+
+
+# DNW.
+
+
+def test_dnw_is_the_literal_straight_through_estimator():
+    """Beside SGD on dense weights whose forward is masked, with the gradient passed on as it is."""
+    sparse = nn.Parameter(torch.randn(6, 5, generator=torch.Generator().manual_seed(1)))
+    dense = nn.Parameter(sparse.detach().clone())
+    ours = torch.optim.SGD([sparse], lr=0.3, momentum=0.9, weight_decay=0.01)
+    theirs = torch.optim.SGD([dense], lr=0.3, momentum=0.9, weight_decay=0.01)
+    DNW({"w": sparse}, [7]).attach(ours)
+    supports = set()
+    for step in range(30):
+        x = torch.randn(4, 5, generator=torch.Generator().manual_seed(step))
+        cut = dense.detach().abs().flatten().sort(descending=True).values[6]
+        masked = dense.detach() * (dense.detach().abs() >= cut)
+        assert torch.equal(sparse, masked)
+        supports.add(tuple(masked.flatten().nonzero().flatten().tolist()))
+        F.linear(x, sparse).square().sum().backward()
+        F.linear(x, dense + (masked - dense).detach()).square().sum().backward()
+        for optimizer in (ours, theirs):
+            optimizer.step()
+            optimizer.zero_grad()
+    assert len(supports) > 1  # else the zeros never came into play
+
+
+def test_dnw_keeps_its_dense_weights_when_a_step_is_skipped():
+    """As a gradient scaler does: neither hook runs, and the dense weights are not taken from the sparse ones."""
+    model, controller, optimizer = begin("dnw")
+    before = [weight.clone() for weight in controller.dense]
+    controller.step(0.1)
+    train(model, controller, optimizer, 0, 1, 10)
+    moved = [(now - then).abs().max() for now, then in zip(controller.dense, before, strict=True)]
+    assert all(0 < float(change) < 0.2 for change in moved)
+    assert all(int((dense == 0).sum()) == 0 for dense in controller.dense)
+
+
+# RigL.
+
+
+def rigl() -> tuple[nn.Parameter, RigL, torch.optim.SGD]:
+    """Ten weights of which five are connected, before the update that comes with the second step."""
+    weight = nn.Parameter(torch.ones(10))
+    controller = RigL({"w": weight}, [5], interval=1)
+    controller.masks[0].copy_(torch.arange(10) < 5)
+    with torch.no_grad():
+        weight.copy_(torch.tensor([0.1, 0.5, -0.2, 0.9, 0.8, 0, 0, 0, 0, 0]))
+    optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
+    controller.attach(optimizer)
+    controller.steps = 1
+    return weight, controller, optimizer
+
+
+@pytest.mark.parametrize(("progress", "number"), [(0.0, 30), (0.3, 19), (0.5, 7), (0.74, 0), (0.9, 0)])
+def test_rigl_drops_and_grows_as_many_by_a_cosine(progress: float, number: int):
+    """int(100 * 0.3 / 2 * (1 + cos(pi * progress / 0.75))): of 30, 19.6, 7.5, 0.01; none after the end."""
+    weight = nn.Parameter(torch.linspace(1, 2, 200))
+    controller = RigL({"w": weight}, [100], interval=1)
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    controller.attach(optimizer)
+    controller.progress, controller.steps = progress, 1
+    before, values = controller.masks[0].clone(), weight.detach().clone()
+    weight.grad = (~before).float() * torch.linspace(1, 2, 200)
+    optimizer.step()
+    after = controller.masks[0]
+    gone, new = (before & ~after).nonzero().flatten(), (after & ~before).nonzero().flatten()
+    assert torch.equal(gone, before.nonzero().flatten()[:number])  # the smallest
+    assert torch.equal(new, (~before).nonzero().flatten()[100 - number :])  # the steepest
+    assert not weight[gone].any()
+    assert not weight[new].any()
+    assert torch.equal(weight[before & after], values[before & after])
+
+
+def test_rigl_update_by_hand():
+    """Of five connections one is dropped (0.1, the smallest) and the steepest of the zeros grows (-7)."""
+    weight, controller, optimizer = rigl()
+    optimizer.state[weight]["momentum_buffer"] = torch.ones(10)
+    weight.grad = torch.tensor([1.0, 9, 9, 9, 9, 2, 0, -7, 3, 0])
+    optimizer.step()
+    assert controller.masks[0].nonzero().flatten().tolist() == [1, 2, 3, 4, 7]
+    assert weight.detach().tolist() == pytest.approx([0, 0.5, -0.2, 0.9, 0.8, 0, 0, 0, 0, 0])  # no gradient step
+    assert optimizer.state[weight]["momentum_buffer"].tolist() == [0, 1, 1, 1, 1, 0, 0, 0, 0, 0]
+    controller.steps, controller.interval = 2, 3  # a step without an update
+    weight.grad = torch.ones(10)
+    optimizer.step()
+    moved = [0.5 - 0.19, -0.2 - 0.19, 0.9 - 0.19, 0.8 - 0.19]
+    assert weight.detach().tolist() == pytest.approx([0, *moved, 0, 0, -0.1, 0, 0])
+
+
+def test_rigl_lets_a_dropped_connection_that_grows_again_keep_its_value():
+    weight, controller, optimizer = rigl()
+    optimizer.state[weight]["momentum_buffer"] = torch.ones(10)
+    weight.grad = torch.tensor([8.0, 0, 0, 0, 0, 2, 0, -7, 3, 0])
+    optimizer.step()
+    assert controller.masks[0].nonzero().flatten().tolist() == [0, 1, 2, 3, 4]
+    assert weight[0].item() == pytest.approx(0.1)
+    assert float(optimizer.state[weight]["momentum_buffer"][0]) == 1
+
+
+def test_rigl_starts_as_the_seed_says_and_masks_momentum():
+    model, controller, optimizer = begin("rigl", target_sparsity=0.9, mask_interval=4)
+    first = [mask.clone() for mask in controller.masks]
+    assert same_bits(first, begin("rigl", target_sparsity=0.9)[1].masks)
+    assert not same_bits(first, begin("rigl", seed=1, target_sparsity=0.9)[1].masks)
+    changed = []
+    for step in range(20):
+        before = [mask.clone() for mask in controller.masks]
+        train(model, controller, optimizer, step, step + 1, 20)
+        changed.append(not same_bits(before, controller.masks))
+        for weight, mask, keep in zip(controller.weights, controller.masks, controller.keep, strict=True):
+            assert int(mask.sum()) == keep
+            assert not weight[~mask].any()
+            assert not optimizer.state[weight]["momentum_buffer"][~mask].any()
+    assert [step for step in range(20) if changed[step]] == [4, 8, 12]  # until 0.75, never before the first interval
+
+
+# Resuming.
+
+
+@pytest.mark.parametrize(("method", "way"), MASKED)
+@pytest.mark.parametrize("stop", [3, 9])
+def test_a_resumed_run_ends_in_the_same_bits(method: str, way: str, stop: int):
+    interval = {} if method == "dnw" else {"mask_interval": 2}
+    options = {"distribution": way, "target_sparsity": 0.8} | interval
+    whole = begin(method, **options)
+    train(*whole, 0, 12, 12)
+    model, controller, optimizer = begin(method, **options)
+    train(model, controller, optimizer, 0, stop, 12)
+    with controller.exact():
+        state = copy.deepcopy([part.state_dict() for part in (model, controller, optimizer)])
+    train(model, controller, optimizer, stop, 12, 12)  # what has been taken is the state's own
+    resumed = begin(method, seed=5, **options)
+    for part, saved in zip(resumed, state, strict=True):
+        part.load_state_dict(saved)
+    train(*resumed, stop, 12, 12)
+    for ours, theirs in zip(resumed, whole, strict=True):
+        assert same_bits(ours.state_dict(), theirs.state_dict())
+
+
+@pytest.mark.parametrize("method", ["str-exact", "gmp", "dnw", "rigl"])
+def test_a_budget_that_has_changed_is_noticed(method: str, tmp_path):
+    file = tmp_path / "budget.json"
+    file.write_text('{"0": 50, "3": 90, "7": 50}')
+    state = begin(method, budget=str(file))[1].state_dict()
+    file.write_text('{"0": 50, "3": 91, "7": 50}')
+    with pytest.raises(ValueError, match="another target by layers"):
+        begin(method, budget=str(file))[1].load_state_dict(state)
