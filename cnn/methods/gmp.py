@@ -1,7 +1,6 @@
 """GMP, gradual magnitude pruning (Zhu and Gupta, 2017): the smallest weights go, more and more of them, for good."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +35,7 @@ class GMP(Masked):
     ) -> None:
         super().__init__(weights, keep)
         self.total, self.interval = total, interval
-        self.pruned = -1.0  # how much of the way the last pruning went
+        self.pruned = -1.0  # how much of the way the last pruning went; pruning so far twice changes nothing
 
     def step(self, progress: float) -> None:
         done = 1 - (1 - min(progress / self.END, 1)) ** 3
@@ -65,13 +64,6 @@ class GMP(Masked):
         held = [s.masked_fill(largest(s, keep), torch.inf) for s, keep in zip(scores, self.keep, strict=True)]
         chosen = largest(torch.cat([s.flatten() for s in held]), _between(done, sum(sizes), self.total))
         return [part.view(s.shape) for part, s in zip(chosen.split(sizes), scores, strict=True)]
-
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"total": self.total, "pruned": self.pruned}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.pruned = state["pruned"]
 
 
 def _between(done: float, size: int, keep: int) -> int:

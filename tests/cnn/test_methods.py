@@ -163,6 +163,7 @@ def test_uniform_by_largest_remainders():
 
 def test_apportion_gives_every_layer_a_weight():
     assert apportion([0.02, 0.03, 9.95], [4, 4, 20], 10) == [1, 1, 8]
+    assert apportion([0.1, 0.1, 4.0, 5.8], [9, 9, 9, 9], 10) == [1, 1, 3, 5]  # from those that lost least
     assert sum(apportion([3.0, 3.0], [3, 3], 6)) == 6
 
 
@@ -181,9 +182,9 @@ def test_gmp_keeps_the_largest_on_a_cubic_schedule():
     controller.step(0.35)  # 1 - 0.5 ** 3 of the way: 5.25 of 6
     assert weight.detach().tolist() == pytest.approx([0, -0.9, 0, 0, 0, 0, 0.7, 0.8])
     with torch.no_grad():
-        weight += 10  # what is pruned stays so, whatever the optimizer does to it
+        weight[[0, 2]] = 99.0  # what is pruned stays so, whatever the optimizer does to it
     controller.step(0.7)
-    assert weight.nonzero().flatten().tolist() == [6, 7]
+    assert weight.nonzero().flatten().tolist() == [1, 7]
     controller.step(1.0)
     assert int(weight.count_nonzero()) == 2
 
@@ -276,6 +277,14 @@ def test_rigl_drops_and_grows_as_many_by_a_cosine(progress: float, number: int):
     assert not weight[gone].any()
     assert not weight[new].any()
     assert torch.equal(weight[before & after], values[before & after])
+
+
+def test_rigl_steps_on_after_its_last_update():
+    weight, controller, optimizer = rigl()
+    controller.progress = 0.75
+    weight.grad = torch.ones(10)
+    optimizer.step()
+    assert weight.detach().tolist() == pytest.approx([0.0, 0.4, -0.3, 0.8, 0.7, 0, 0, 0, 0, 0], abs=1e-6)
 
 
 def test_rigl_update_by_hand():
