@@ -74,7 +74,7 @@ def test_the_target_is_met_to_the_weight(method: str, way: str, sparsity: float)
 
 @pytest.mark.parametrize("method", ["str-exact", "gmp", "dnw", "rigl"])
 def test_a_budget_gives_each_layer_its_share(method: str, tmp_path):
-    (tmp_path / "budget.csv").write_text("layer,sparsity\n0,12.5\n3,93.3\n7,50\n")
+    (tmp_path / "budget.csv").write_text("layer,sparsity\n0,12.5\n3,93.333\n7,50\n")
     model, controller, optimizer = begin(method, budget=str(tmp_path / "budget.csv"))
     train(model, controller, optimizer, 0, 12, 12)
     assert zeros(model) == {"0": 9, "3": 1075, "7": 32}
