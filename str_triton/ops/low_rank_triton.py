@@ -36,9 +36,7 @@ def plan_gpu(
 def layout(cell: str, hidden: int, rank: int, dtype: torch.dtype, shared_memory: int, backward: bool) -> Plan:
     """How a cell's forward or backward kernel runs, for any size that it can."""
     if rank > LARGEST_RANK:
-        raise ValueError(
-            f"rank {rank} is more than the GPU kernels take ({LARGEST_RANK}): use fewer, or a dense layer"
-        )
+        raise ValueError(f"rank {rank} is more than the GPU kernels take ({LARGEST_RANK}): use fewer, or a dense layer")
     gates, itemsize, block_rank = CELLS[cell], dtype.itemsize, _power_of_two(rank)
     block_hidden = _power_of_two(hidden)
     factors = (gates + 1) * block_hidden * block_rank * itemsize
