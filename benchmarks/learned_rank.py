@@ -153,19 +153,19 @@ def picture(runs: list[dict], path: Path) -> None:
     for name, axes in zip(names, parts[0], strict=True):
         own = [run for run in runs if run["data"] == name]
         key, scale, label = ("bits_per_character", 1, "bits per character") if name == "text" else FIGURE
-        whole = [run[key] * scale for run in own if run["method"] == "dense"]
-        axes.axhline(mean(whole), color="grey", linestyle="--", label="dense, whole")
+        dense = [run for run in own if run["method"] == "dense"]
+        axes.axhline(mean(run[key] * scale for run in dense), color="grey", linestyle="--", label="dense, whole")
         for method in METHODS:
             chosen = [run for run in own if run["method"] == method]
             points = [[run for run in chosen if run["compression"] == c] for c in {r["compression"]: 0 for r in chosen}]
-            params = [mean(run["params"] for run in point) for point in points]
+            shares = [100 * mean(run["params"] for run in point) / dense[0]["params"] for point in points]
             figures = [[run[key] * scale for run in point] for point in points]
             deviations = [stdev(values) if len(values) > 1 else 0.0 for values in figures]
             axes.errorbar(
-                params, list(map(mean, figures)), deviations, marker="o", markersize=4, capsize=3, label=method
+                shares, list(map(mean, figures)), deviations, marker="o", markersize=4, capsize=3, label=method
             )
-        axes.set(xscale="log", xlabel="parameters", ylabel=label, title=name)
-        axes.grid(alpha=0.3, which="both")
+        axes.set(xlim=(0, 40), xlabel="parameters, % of the dense network's", ylabel=label, title=name)
+        axes.grid(alpha=0.3)
     parts[0][0].legend()
     figure.savefig(path, format="svg", metadata={"Date": None})
 
