@@ -93,7 +93,7 @@ def japanese_vowels_gru() -> Config:
         dropout=0.1,
         epochs=60,
         batch_size=27,
-        lr=5e-3,
+        lr=1e-2,
         choose="last",
     )
 
@@ -109,14 +109,14 @@ def spoken_gru() -> Config:
         noise=0.2,
         dropout=0.1,
         pooling="mean",
-        lr=5e-3,
+        lr=1e-2,
     )
 
 
 def text_lstm() -> Config:
     """A language model of characters, on the help text that comes with Python."""
     return Config(
-        recipe="text-lstm", data="text", cell="lstm", hidden_size=256, epochs=15, batch_size=32, lr=3e-3, dropout=0.2
+        recipe="text-lstm", data="text", cell="lstm", hidden_size=256, epochs=15, batch_size=32, lr=6e-3, dropout=0.2
     )
 
 
