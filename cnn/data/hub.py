@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from cnn.data.common import Data, stratified_split
 from cnn.data.counter_random import order_keys
 from cnn.data.encoded import encoded_data
+from str_triton.training.hub import read_splits
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -51,7 +51,7 @@ def load_hub(place: str) -> Data:
     where test is missing or hides its labels); without either a fifth of train, stratified and always the same, is held
     out. Raises ValueError, in one line, also for what the `datasets` library reports.
     """
-    splits = _read(place)
+    splits = read_splits(place, ":")
     name = f"hub:{place}"
     if "train" not in splits:
         raise ValueError(f"{name} has no split 'train', only {', '.join(map(repr, splits)) or 'none'}")
@@ -80,26 +80,6 @@ def load_hub(place: str) -> Data:
         Column(_encoded(rows, image), image, part, root) for rows, part in ((train, f"{name} train"), (test, test_name))
     ]
     return encoded_data(sources[0], labels, sources[1], test_labels, len(classes), name)
-
-
-def _read(place: str) -> "DatasetDict | dict[str, Dataset]":
-    try:
-        import datasets
-    except ImportError:
-        raise ValueError(f"hub:{place} needs the package datasets: pip install 'str-triton[train]'") from None
-    folder = Path(place)
-    try:
-        if (folder / "dataset_dict.json").is_file():
-            return datasets.load_from_disk(place)
-        if (folder / "state.json").is_file():
-            return {"train": datasets.load_from_disk(place)}
-        if folder.is_dir():
-            return datasets.load_dataset(place)
-        name, _, configuration = place.partition(":")
-        return datasets.load_dataset(name, configuration or None)
-    except Exception as error:  # the library, the network, a damaged file: no common base class
-        causes = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise ValueError(f"hub:{place}: {causes[0].strip()}") from error
 
 
 def _one_of(names: tuple[str, ...], columns: list[str], place: str) -> str:

@@ -1,11 +1,7 @@
 """Speech and text of the Hugging Face hub, and of local folders in its format."""
 
-import contextlib
 import io
-import logging
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,14 +11,14 @@ from rnn.data.audio import mono, parse_wav
 from rnn.data.clip_store import background_parts, kept_clips
 from rnn.data.clips import PARTS, Recordings, speech_data
 from rnn.data.common import Data
-from str_triton.training.errors import one_line, warn
+from str_triton.training.errors import one_line
+from str_triton.training.hub import read_splits
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict
+    from datasets import Dataset
 
 AUDIO_COLUMN, LABEL_COLUMNS = "audio", ("label", "labels", "word")
 SILENT = ("_silence_", "_background_noise_")  # recordings of these labels are background noise, not words
-PARQUET = "refs/convert/parquet"  # where the hub keeps its own conversion of a data set that is made by a script
 
 
 def load_hub(
@@ -44,7 +40,7 @@ def load_hub(
     Raises ValueError, in one line, also for what the `datasets` library reports.
     """
     name = f"hub:{place}"
-    splits = _read(place)
+    splits = read_splits(place, "@")
     missing = [part for part in PARTS if part not in splits]
     if missing:
         raise ValueError(f"{name} has no split {' and no split '.join(map(repr, missing))}, only {', '.join(splits)}")
@@ -79,7 +75,7 @@ def hub_text(place: str) -> str:
     missing or holds no text, and for what the `datasets` library reports.
     """
     source, _, column = place.rpartition(":")
-    splits = _read(source)
+    splits = read_splits(source, "@")
     texts = []
     for part in sorted(splits, key=lambda part: (PARTS.index(part) if part in PARTS else len(PARTS), part)):
         rows, where = splits[part], f"hub:{source} {part}"
@@ -90,63 +86,6 @@ def hub_text(place: str) -> str:
                 raise ValueError(f"{where}: column {column!r} holds {text!r}, which is no text")
             texts.append(text or "")
     return "\n".join(texts)
-
-
-def _read(place: str) -> "DatasetDict | dict[str, Dataset]":
-    try:
-        import datasets
-    except ImportError:
-        raise ValueError(f"hub:{place} needs the package datasets: pip install 'str-triton[train]'") from None
-    with _without_its_warnings():
-        return _loaded(place, datasets)
-
-
-@contextlib.contextmanager
-def _without_its_warnings() -> Iterator[None]:
-    """Keep the hub's library from telling of each attempt to reach it; the error that follows says it once."""
-    logger = logging.getLogger("huggingface_hub")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
-
-
-def _loaded(place: str, datasets: ModuleType) -> "DatasetDict | dict[str, Dataset]":
-    """What the library makes of `place`; ValueError, in one line, for what it reports."""
-    folder = Path(place)
-    try:
-        if (folder / "dataset_dict.json").is_file():
-            return datasets.load_from_disk(place)
-        if (folder / "state.json").is_file():
-            return {"train": datasets.load_from_disk(place)}
-        if folder.is_dir():
-            return datasets.load_dataset(place)
-    except Exception as error:  # the library, a damaged file: no common base class
-        raise ValueError(f"hub:{place}: {_first_line(error)}") from error
-    name, _, configuration = place.partition("@")
-    try:
-        return datasets.load_dataset(name, configuration or None)
-    except Exception as error:
-        if "scripts are no longer supported" not in str(error):
-            raise ValueError(f"hub:{place}: {_first_line(error)}") from error
-    try:
-        if not configuration:
-            known = sorted(datasets.get_dataset_config_names(name, revision=PARQUET))
-            configuration = known[-1]
-            if len(known) > 1:
-                warn(f"hub:{place} has {', '.join(known)}: taking {configuration}; hub:{name}@{known[0]} takes another")
-        return datasets.load_dataset(name, configuration, revision=PARQUET)
-    except Exception as error:
-        raise ValueError(
-            f"hub:{place} is made by a script, which is not run, and its revision {PARQUET} cannot be read: "
-            f"{_first_line(error)}"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _labels(rows: "Dataset", place: str) -> list[str]:

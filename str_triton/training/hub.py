@@ -1,0 +1,78 @@
+"""Data sets of the Hugging Face hub, and local folders in its format, as the `datasets` library reads them."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from str_triton.training.errors import warn
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+PARQUET = "refs/convert/parquet"  # where the hub keeps its own conversion of a data set that is made by a script
+
+
+def read_splits(place: str, separator: str) -> "DatasetDict | dict[str, Dataset]":
+    """The splits of NAME or NAME + separator + CONFIGURATION, or of a local folder of parquet or arrow files or of
+    `save_to_disk`.
+
+    A data set that is made by a script is read in the hub's own conversion. Raises ValueError, in one line, also for
+    what the library reports.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(f"hub:{place} needs the package datasets: pip install 'str-triton[train]'") from None
+    with _without_its_warnings():
+        return _read(place, separator, datasets)
+
+
+@contextlib.contextmanager
+def _without_its_warnings() -> Iterator[None]:
+    """Keep the hub's library from telling of each attempt to reach it; the error that follows says it once."""
+    logger = logging.getLogger("huggingface_hub")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _read(place: str, separator: str, datasets: ModuleType) -> "DatasetDict | dict[str, Dataset]":
+    folder = Path(place)
+    try:
+        if (folder / "dataset_dict.json").is_file():
+            return datasets.load_from_disk(place)
+        if (folder / "state.json").is_file():
+            return {"train": datasets.load_from_disk(place)}
+        if folder.is_dir():
+            return datasets.load_dataset(place)
+    except Exception as error:  # the library, a damaged file: no common base class
+        raise ValueError(f"hub:{place}: {_first_line(error)}") from error
+    name, _, configuration = place.partition(separator)
+    try:
+        return datasets.load_dataset(name, configuration or None)
+    except Exception as error:
+        if "scripts are no longer supported" not in str(error):
+            raise ValueError(f"hub:{place}: {_first_line(error)}") from error
+    try:
+        if not configuration:
+            known = sorted(datasets.get_dataset_config_names(name, revision=PARQUET))
+            configuration = known[-1]
+            if len(known) > 1:
+                other = f"hub:{name}{separator}{known[0]}"
+                warn(f"hub:{place} has {', '.join(known)}: taking {configuration}; {other} takes another")
+        return datasets.load_dataset(name, configuration, revision=PARQUET)
+    except Exception as error:
+        raise ValueError(
+            f"hub:{place} is made by a script, which is not run, and its revision {PARQUET} cannot be read: "
+            f"{_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
