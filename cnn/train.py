@@ -1,12 +1,10 @@
 """Train a convolutional network to an exact sparsity or FLOP budget: python cnn/train.py [RECIPE] [OPTIONS]."""
 
 import copy
-import dataclasses
 import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import safetensors.torch
@@ -22,14 +20,12 @@ from cnn.published import PUBLISHED
 from cnn.recipes import RECIPES, RESUME_MAY_CHANGE, Config, recipe_for, settle
 from str_triton import Budget, count, densify, parameter_groups
 from str_triton.training.command_line import CommandLine
-from str_triton.training.config import make_accelerator
-from str_triton.training.errors import blame_input, run_program, tell, warn
+from str_triton.training.errors import blame_input, tell, warn
 from str_triton.training.loop import Loop, Outcome
 from str_triton.training.meter import Means, Meter
 from str_triton.training.metrics import Record, read_metrics
 from str_triton.training.report import report
 from str_triton.training.run import Run
-from str_triton.training.run_folder import default_run_dir
 from str_triton.training.schedules import decayed_thresholds, warmup_cosine
 
 PROGRAM = "python cnn/train.py"
@@ -40,18 +36,7 @@ ARRIVED = -10.0  # a raw threshold above this is a threshold of 5e-5 and more: f
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the program with ``args`` (default: those of the command line) and return its exit code."""
-    return run_program(partial(program, list(sys.argv[1:] if args is None else args)))
-
-
-def program(args: Sequence[str]) -> None:
-    """Train as ``args`` say. Nothing is written before all that can be wrong with them has been looked at."""
-    config = COMMAND_LINE.read(args)
-    experiment = Experiment.prepare(config, make_accelerator(config))
-    run_dir = config.run_dir or default_run_dir(config.recipe)
-    plain = dataclasses.asdict(config)
-    with Run.open(experiment.accelerator, plain, run_dir, resume=config.resume, program=PROGRAM) as run:
-        experiment.train(run)
-        experiment.finish(run)
+    return Experiment.main(COMMAND_LINE, args)
 
 
 @dataclass(kw_only=True)
@@ -65,7 +50,6 @@ class Experiment(Loop):
 
     @classmethod
     def prepare(cls, config: Config, accelerator: Accelerator) -> "Experiment":
-        """Read the data and build model, controller and optimizer. Raises `UserError` for what they cannot take."""
         with blame_input(ValueError, OSError):
             data = load(config.data, config.data_dir)
             steps = steps_per_epoch(data.train, config.batch_size, drop_last=True, world_size=accelerator.num_processes)

@@ -5,7 +5,6 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import safetensors.torch
@@ -20,14 +19,12 @@ from rnn.recipes import PUBLISHED, RECIPES, RESUME_MAY_CHANGE, TARGETED, Config,
 from rnn.tasks import Task, make_task
 from str_triton import RankBudget, RankController, RankTarget, count_ranks, parameter_groups
 from str_triton.training.command_line import CommandLine
-from str_triton.training.config import make_accelerator
-from str_triton.training.errors import blame_input, run_program
+from str_triton.training.errors import blame_input
 from str_triton.training.loop import Loop, Outcome
 from str_triton.training.meter import Means
 from str_triton.training.metrics import Record
 from str_triton.training.report import report
 from str_triton.training.run import Run
-from str_triton.training.run_folder import default_run_dir
 from str_triton.training.schedules import warmup_cosine
 
 PROGRAM = "python rnn/train.py"
@@ -40,18 +37,7 @@ SPECTRUM = 64  # singular values of a matrix that the metrics hold of an epoch
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the program with ``args`` (default: those of the command line) and return its exit code."""
-    return run_program(partial(program, list(sys.argv[1:] if args is None else args)))
-
-
-def program(args: Sequence[str]) -> None:
-    """Train as ``args`` say. Nothing is written before all that can be wrong with them has been looked at."""
-    config = COMMAND_LINE.read(args)
-    experiment = Experiment.prepare(config, make_accelerator(config))
-    run_dir = config.run_dir or default_run_dir(config.recipe)
-    plain = dataclasses.asdict(config)
-    with Run.open(experiment.accelerator, plain, run_dir, resume=config.resume, program=PROGRAM) as run:
-        experiment.train(run)
-        experiment.finish(run)
+    return Experiment.main(COMMAND_LINE, args)
 
 
 @dataclass(kw_only=True)
@@ -75,7 +61,6 @@ class Experiment(Loop):
 
     @classmethod
     def prepare(cls, config: Config, accelerator: Accelerator) -> "Experiment":
-        """Read the data and build model, controller and optimizer. Raises `UserError` for what they cannot take."""
         with blame_input(ValueError, OSError):
             data = load(
                 config.data,

@@ -1,20 +1,25 @@
 """The epoch loop that the training programs share: steps, logs, checkpoints, signals, and resuming bit for bit."""
 
+import dataclasses
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from functools import partial
+from typing import Any, NamedTuple, Protocol, Self
 
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
-from str_triton.training.config import TrainConfig
-from str_triton.training.errors import blame_input
+from str_triton.training.command_line import CommandLine
+from str_triton.training.config import TrainConfig, make_accelerator
+from str_triton.training.errors import blame_input, run_program
 from str_triton.training.meter import Means, Meter
 from str_triton.training.metrics import Record
 from str_triton.training.run import Run
+from str_triton.training.run_folder import default_run_dir
 
 LOG_STEPS = 50
 
@@ -64,6 +69,28 @@ class Loop(ABC):
     controller: Controller | None
     max_norm: float | None = None
 
+    @classmethod
+    @abstractmethod
+    def prepare(cls, config: TrainConfig, accelerator: Accelerator) -> Self:
+        """Read the data and build model, controller and optimizer. Raises `UserError` for what they cannot take."""
+
+    @classmethod
+    def main(cls, command_line: CommandLine, args: Sequence[str] | None = None) -> int:
+        """Train as ``args`` (default: those of the process) say, and return the program's exit code."""
+        return run_program(partial(cls._main, command_line, sys.argv[1:] if args is None else list(args)))
+
+    @classmethod
+    def _main(cls, command_line: CommandLine, args: Sequence[str]) -> None:
+        # Nothing is written before all that can be wrong with the arguments has been looked at.
+        config = command_line.read(args)
+        experiment = cls.prepare(config, make_accelerator(config))
+        run_dir, plain = config.run_dir or default_run_dir(config.recipe), dataclasses.asdict(config)
+        with Run.open(
+            experiment.accelerator, plain, run_dir, resume=config.resume, program=command_line.program
+        ) as run:
+            experiment.train(run)
+            experiment.finish(run)
+
     @abstractmethod
     def batches(self, epoch: int, start: int) -> Iterator[Any]:
         """This process's part of an epoch's batches from number ``start`` on, on the device."""
@@ -86,6 +113,10 @@ class Loop(ABC):
     @abstractmethod
     def status(self, epoch: int, means: Means) -> str:
         """The progress bar's text, with the means of the epoch so far."""
+
+    @abstractmethod
+    def finish(self, run: Run) -> None:
+        """After the last epoch: write what is left of the run, and print the result."""
 
     def begin_epoch(self, epoch: int) -> None:  # noqa: B027 (most programs have nothing to do then)
         """Called before an epoch's first step, and when a run is resumed within the epoch."""
