@@ -1,11 +1,11 @@
 """What learned ranks are compared with: ranks fixed from the start, and the SVD of a trained dense network."""
 
-from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import nn
 
 from rnn.models import Architecture, copy_weights
-from str_triton import LowRankWeight, RankController, RankTarget
+from str_triton import RankController, RankTarget, count_ranks
 
 
 def common_ranks(model: nn.Module, target: RankTarget) -> dict[str, int]:
@@ -14,24 +14,17 @@ def common_ranks(model: nn.Module, target: RankTarget) -> dict[str, int]:
     The rank is the largest that meets ``target``; ``model`` holds all matrices at full rank. Equal ranks beat equal
     shares of the full ranks by far where the inputs are few (docs/learned-rank.md).
     """
-    factors = model.rnn.factors()
-    dense = sum(factor.rows * factor.columns for factor in factors.values())
-    others = _parameters_beside(model, factors)
+    factors, budget = model.rnn.factors(), count_ranks(model)
+    ((name, value),) = ((name, value) for name, value in vars(target).items() if value is not None)
 
     def meets(rank: int) -> bool:
-        ranks = _at_rank(factors, rank)
-        weights = sum(factors[name].compact_cost(own) for name, own in ranks.items())
-        if target.total_rank is not None:
-            return sum(ranks.values()) <= target.total_rank
-        if target.params is not None:
-            return others + weights <= target.params
-        if target.recurrent_flops is not None:
-            steps = (factors[name].compact_cost(own) for name, own in ranks.items() if factors[name].recurrent)
-            return sum(steps) <= target.recurrent_flops
-        return (others + dense) >= target.compression * (others + weights)
+        at_rank = replace(budget, rows=[replace(row, rank=min(rank, row.max_rank)) for row in budget.rows])
+        cost = getattr(at_rank, name)
+        return cost >= value if name == "compression" else cost <= value
 
     # The first meets the target, as a controller has checked.
-    return _at_rank(factors, max(filter(meets, range(1, max(f.max_rank for f in factors.values()) + 1))))
+    common = max(filter(meets, range(1, max(factor.max_rank for factor in factors.values()) + 1)))
+    return {name: min(common, factor.max_rank) for name, factor in factors.items()}
 
 
 def svd_ranks(model: nn.Module, architecture: Architecture, target: RankTarget) -> dict[str, int]:
@@ -40,12 +33,3 @@ def svd_ranks(model: nn.Module, architecture: Architecture, target: RankTarget) 
     copy_weights(model, factored)
     RankController(factored, target, schedule="constant", end=0.0).solve()
     return factored.rnn.ranks()
-
-
-def _at_rank(factors: Mapping[str, LowRankWeight], rank: int) -> dict[str, int]:
-    return {name: min(rank, factor.max_rank) for name, factor in factors.items()}
-
-
-def _parameters_beside(model: nn.Module, factors: Mapping[str, LowRankWeight]) -> int:
-    own = {id(parameter) for factor in factors.values() for parameter in factor.parameters()}
-    return sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in own)
