@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks.timing import RESULTS
+from rnn.models import Architecture
 from rnn.recipes import RECIPES
 from rnn.train import main as train
 from str_triton.training.metrics import read_metrics
@@ -74,8 +75,6 @@ def hidden_size(data: str, params: int, sizes: dict[str, Any]) -> int:
 
 
 def dense_params(data: str, hidden: int, sizes: dict[str, Any]) -> int:
-    from rnn.models import Architecture
-
     config = DATA_SETS[data]
     architecture = Architecture(
         sizes["task"], config.cell, sizes["inputs"], sizes["outputs"], hidden, config.layers, config.bidirectional

@@ -249,16 +249,13 @@ def learned_rank_tuning() -> str:
     """Validation loss of every method at every learning rate."""
     runs = lines("learned_rank_tuning.jsonl")
     rates = sorted({run["rate"] for run in runs})
-    rows = [
-        [
-            method,
-            *(
-                spread((r["validation_loss"] for r in runs if (r["method"], r["rate"]) == (method, rate)), digits=3)
-                for rate in rates
-            ),
-        ]
-        for method in dict.fromkeys(run["method"] for run in runs)
-    ]
+
+    def cell(method: str, rate: float) -> str:
+        losses = [run["validation_loss"] for run in runs if (run["method"], run["rate"]) == (method, rate)]
+        return spread(losses, digits=3)
+
+    methods = dict.fromkeys(run["method"] for run in runs)
+    rows = [[method, *(cell(method, rate) for rate in rates)] for method in methods]
     return markdown(["method; rate", *(f"x {rate:g}" for rate in rates)], rows)
 
 
