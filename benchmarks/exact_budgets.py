@@ -13,6 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -43,10 +44,11 @@ class Block(nn.Module):
         return x + y if self.residual else y
 
 
-def network() -> nn.Module:
+def network(widths: tuple[int, int, int] = (24, 48, 96)) -> nn.Module:
     """Seven layers, 239,640 weights, 3.3 million multiply-adds: what two cores train in a minute or two."""
-    blocks = [Block(1, 24, 2), Block(24, 48, 2), Block(48, 48, 1), Block(48, 96, 2), Block(96, 96, 1), Block(96, 96, 1)]
-    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(96, 10))
+    a, b, c = widths
+    blocks = [Block(1, a, 2), Block(a, b, 2), Block(b, b, 1), Block(b, c, 2), Block(c, c, 1), Block(c, c, 1)]
+    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, 10))
 
 
 class Dense:
@@ -120,40 +122,49 @@ def accuracy(model: nn.Module, data, seed: int) -> float:
     return sum(hits) / len(data)
 
 
-def train(method: str, target: float, seed: int, data, epochs: int) -> dict:
-    """One run: what it reached, and the density of each layer."""
-    torch.manual_seed(seed)
-    model = network().to(memory_format=torch.channels_last)
-    pruner = METHODS[method](model, target)
-    optimizer = torch.optim.SGD(parameter_groups(model, WEIGHT_DECAY), lr=LR, momentum=0.9, nesterov=True)
-    steps, step, begin = epochs * (len(data.train) // BATCH), 0, time.perf_counter()
-    for epoch in range(epochs):
+def fit(model: nn.Module, pruner, optimizer: torch.optim.Optimizer, data, seed: int, epochs: float) -> None:
+    """Train in `epochs` passes, or part of one: a linear rise, then half a cosine; `pruner.step` follows each step."""
+    lr, per_epoch = optimizer.param_groups[0]["lr"], len(data.train) // BATCH
+    steps, step = round(epochs * per_epoch), 0
+    for epoch in range(math.ceil(epochs)):
         stream = batches(
             data.train, batch_size=BATCH, seed=seed, epoch=epoch, augment=False, shuffle=True, workers=0, drop_last=True
         )
-        for images, labels in stream:
+        for images, labels in islice(stream, steps - step):
             progress = step / steps
             for group in optimizer.param_groups:
-                group["lr"] = LR * min(1, progress / 0.1) * 0.5 * (1 + math.cos(math.pi * progress))
+                group["lr"] = lr * min(1, progress / 0.1) * 0.5 * (1 + math.cos(math.pi * progress))
             loss = F.cross_entropy(model(images.to(memory_format=torch.channels_last)), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             step += 1
             pruner.step(step / steps)
+
+
+def measured(model: nn.Module, data, seed: int) -> dict:
+    """Accuracy on the test images, sparsity, FLOPs as a share of the dense network's, density of each layer."""
     budget = count(model, IMAGE)
     return {
-        "method": method,
-        "target": target,
-        "seed": seed,
-        "images": len(data.train),
-        "epochs": epochs,
         "accuracy": accuracy(model, data.test, seed),
         "sparsity": budget.sparsity,
         "flops": budget.flops / budget.dense_flops,
         "density": [1 - row.sparsity for row in budget.rows if row.params],
-        "seconds": time.perf_counter() - begin,
     }
+
+
+def sgd(model: nn.Module, lr: float = LR, weight_decay: float = WEIGHT_DECAY) -> torch.optim.SGD:
+    return torch.optim.SGD(parameter_groups(model, weight_decay), lr=lr, momentum=0.9, nesterov=True)
+
+
+def train(method: str, target: float, seed: int, data, epochs: int) -> dict:
+    """One run: what it reached, and the density of each layer."""
+    torch.manual_seed(seed)
+    model, begin = network().to(memory_format=torch.channels_last), time.perf_counter()
+    pruner = METHODS[method](model, target)
+    fit(model, pruner, sgd(model), data, seed, epochs)
+    run = {"method": method, "target": target, "seed": seed, "images": len(data.train), "epochs": epochs}
+    return run | measured(model, data, seed) | {"seconds": time.perf_counter() - begin}
 
 
 def picture(lines: list[dict], path: Path) -> None:

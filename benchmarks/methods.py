@@ -1,0 +1,221 @@
+"""The methods of cnn/train.py side by side on Fashion-MNIST: accuracy and FLOPs at equal sparsity.
+
+    python -m benchmarks.methods --data-dir DIR [--lines ...] [--targets 0.9 0.95 0.98 0.99] [--seeds 0 1 2]
+    python -m benchmarks.methods --picture FILE
+
+Appends a line per run to benchmarks/results/methods.jsonl and skips runs that stand there. All lines share the network,
+the 60,000 images (without augmentation), their order, the optimizer and the passes over them. The zeros count over all
+weights, the first and the last layer's too.
+
+`str`, the paper's way, has no target: its lambda (the weight decay, of weights and thresholds alike) is bisected with
+the first seed until the sparsity is within a tenth of the weights that the target leaves; the trials stand in
+methods_lambda.jsonl, and the other seeds take the lambda that came nearest. "budget of str-exact" hands the layers'
+sparsities of str-exact, same seed and target, to another method. "fine-tuned" starts from the trained dense network of
+the same seed and takes as many epochs as its name says.
+"""
+
+import argparse
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from benchmarks.exact_budgets import IMAGE, WEIGHT_DECAY, fit, measured, network, sgd
+from benchmarks.timing import RESULTS, machine
+from cnn.data import load
+from cnn.methods import Masked, prepare
+from cnn.recipes import Config, settle
+from str_triton import count
+
+WIDTHS, EPOCHS = (16, 32, 64), 4
+LINES: dict[str, dict] = {
+    "dense": {"method": "dense"},
+    "str-exact": {"method": "str-exact"},
+    "str-exact, FLOP-aware": {"method": "str-exact", "distribution": "flop-aware"},
+    "str-exact, learned": {"method": "str-exact", "distribution": "learned"},
+    "str": {"method": "str"},
+    "gmp, uniform": {"method": "gmp", "distribution": "uniform"},
+    "gmp, ERK": {"method": "gmp", "distribution": "erk"},
+    "gmp, global": {"method": "gmp", "distribution": "global"},
+    "gmp, budget of str-exact": {"method": "gmp", "budget": "str-exact"},
+    "dnw, uniform": {"method": "dnw", "distribution": "uniform"},
+    "dnw, ERK": {"method": "dnw", "distribution": "erk"},
+    "dnw, budget of str-exact": {"method": "dnw", "budget": "str-exact"},
+    "rigl, ERK": {"method": "rigl", "distribution": "erk"},
+    "rigl, uniform": {"method": "rigl", "distribution": "uniform"},
+    **{
+        f"{name}, fine-tuned {epochs:g}": options | {"epochs": epochs, "lr": 0.05}
+        for epochs in (0.4, 1.0)
+        for name, options in (
+            ("str-exact", {"method": "str-exact"}),
+            ("gmp, global", {"method": "gmp", "distribution": "global"}),
+        )
+    },
+}
+OUTPUT, TRIALS = RESULTS / "methods.jsonl", RESULTS / "methods_lambda.jsonl"
+LAMBDAS, TRIALS_AT_MOST = (1e-4, 1e-2), 6
+
+
+class Nothing:
+    """What steps where nothing is driven to a target."""
+
+    def step(self, progress: float) -> None:
+        pass
+
+
+def names_of_layers() -> list[str]:
+    return [row.name for row in count(network(WIDTHS), IMAGE).rows if row.params]
+
+
+def train(
+    data,
+    seed: int,
+    *,
+    target: float = 0.0,
+    epochs: float = EPOCHS,
+    lr: float = 0.1,
+    weight_decay: float = WEIGHT_DECAY,
+    start: dict | None = None,
+    density: list[float] | None = None,
+    **options,
+) -> tuple[nn.Module, dict]:
+    """One run: the model, and what it reached. `start`: weights; `density`: of each layer, for a budget handed over."""
+    torch.manual_seed(seed)
+    model = network(WIDTHS)
+    if start is not None:
+        model.load_state_dict(start)
+    model.to(memory_format=torch.channels_last)
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        if density is not None:
+            shares = {name: 100 * (1 - d) for name, d in zip(names_of_layers(), density, strict=True)}
+            Path(file.name).write_text(json.dumps(shares))
+            options["budget"] = file.name
+        elif options["method"] not in ("dense", "str"):
+            options["target_sparsity"] = target
+        config = settle(Config(recipe="methods", weight_decay=weight_decay, **options))
+        pruner = prepare(config, model, IMAGE)
+    optimizer, begin = sgd(model, lr, weight_decay), time.perf_counter()
+    if isinstance(pruner, Masked):
+        pruner.attach(optimizer)
+    fit(model, pruner or Nothing(), optimizer, data, seed, epochs)
+    run = {"target": target, "seed": seed, "images": len(data.train), "epochs": epochs, "weight_decay": weight_decay}
+    run |= measured(model, data, seed) | {"seconds": time.perf_counter() - begin}
+    return model, run
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def append(path: Path, run: dict) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(run | {"machine": machine()}) + "\n")
+    print(f"{run['line']:32s} {run['target']} seed {run['seed']}: {run['accuracy']:.4f}, FLOPs {run['flops']:.4f}")
+
+
+def lambda_for(target: float, data, seed: int) -> float:
+    """The trial's lambda whose sparsity is nearest the target, after as many trials as that takes."""
+    for _ in range(TRIALS_AT_MOST):
+        trials = read(TRIALS)
+        near = min(trials, key=lambda run: abs(run["sparsity"] - target), default=None)
+        if near and abs(near["sparsity"] - target) <= 0.1 * (1 - target):
+            break
+        low = max((r["weight_decay"] for r in trials if r["sparsity"] < target), default=LAMBDAS[0])
+        high = min((r["weight_decay"] for r in trials if r["sparsity"] >= target), default=LAMBDAS[1])
+        _, run = train(data, seed, method="str", weight_decay=math.sqrt(low * high))
+        append(TRIALS, {"line": "str", **run, "target": target})
+    return min(read(TRIALS), key=lambda run: abs(run["sparsity"] - target))["weight_decay"]
+
+
+def run_line(line: str, target: float, seed: int, data, dense: Callable[[int], dict]) -> dict | None:
+    """One line's run; None where it needs another's that is missing."""
+    options = dict(LINES[line])
+    if options["method"] == "str":
+        options["weight_decay"] = lambda_for(target, data, 0)
+    if "budget" in options:
+        source = (options.pop("budget"), target, seed)
+        found = [run for run in read(OUTPUT) if (run["line"], run["target"], run["seed"]) == source]
+        if not found:
+            return None
+        options["density"] = found[0]["density"]
+    if "fine-tuned" in line:
+        options["start"] = dense(seed)
+    return {"line": line, **train(data, seed, target=target, **options)[1]}
+
+
+def picture(runs: list[dict], path: Path, shown: list[str]) -> None:
+    """Accuracy against FLOPs, and the density of each layer at two sparsities, as SVG; means over the seeds."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams["svg.hashsalt"] = "methods"  # with no date: the same lines give the same file
+    figure, (front, layers) = plt.subplots(1, 2, figsize=(12, 4.5), constrained_layout=True)
+    names = names_of_layers()
+    for line in shown:
+        mine = [run for run in runs if run["line"] == line]
+        points = [[run for run in mine if run["target"] == t] for t in sorted({run["target"] for run in mine})]
+        if line == "dense":
+            front.axhline(100 * average(points[0], "accuracy"), color="grey", linestyle="--", label="dense")
+            continue
+        flops = [100 * average(point, "flops") for point in points]
+        front.plot(flops, [100 * average(p, "accuracy") for p in points], marker="o", markersize=4, label=line)
+        sparse = [run for run in mine if run["target"] == 0.98]
+        if sparse:
+            density = [100 * sum(run["density"][i] for run in sparse) / len(sparse) for i in range(len(names))]
+            layers.plot(range(len(names)), density, marker="o", markersize=4, label=line)
+    front.set(xscale="log", xlabel="FLOPs, % of dense", ylabel="test accuracy, %", title="Fashion-MNIST")
+    front.set_xticks([0.5, 1, 2, 5, 10, 20], ["0.5", "1", "2", "5", "10", "20"])
+    front.minorticks_off()
+    layers.set(yscale="log", ylabel="weights left, %", title="by layer, at 98 %")
+    layers.set_xticks(range(len(names)), [f"layer {i + 1}" for i in range(len(names))], rotation=30)
+    for axes in (front, layers):
+        axes.grid(alpha=0.3)
+    front.legend(fontsize="small")
+    figure.savefig(path, format="svg", metadata={"Date": None})
+
+
+def average(runs: list[dict], key: str) -> float:
+    return sum(run[key] for run in runs) / len(runs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", help="the four IDX files of Fashion-MNIST")
+    parser.add_argument("--lines", nargs="*", default=list(LINES), choices=list(LINES), metavar="LINE")
+    parser.add_argument("--targets", nargs="*", type=float, default=[0.9, 0.95, 0.98, 0.99])
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--picture", type=Path, help="draw the lines that were measured as SVG, run nothing")
+    options = parser.parse_args()
+    if options.picture:
+        runs = read(OUTPUT)
+        picture(runs, options.picture, [line for line in options.lines if any(run["line"] == line for run in runs)])
+        return
+    torch.set_num_threads(options.threads)
+    data = load("fashion-mnist", options.data_dir)
+
+    @cache
+    def dense(seed: int) -> dict:
+        return train(data, seed, **LINES["dense"])[0].state_dict()
+
+    for seed in options.seeds:
+        for target in options.targets:
+            for line in options.lines:
+                key = (line, 0.0 if line == "dense" else target, seed)
+                done = {(run["line"], run["target"], run["seed"]) for run in read(OUTPUT)}
+                run = None if key in done else run_line(*key, data, dense)
+                if run is not None:
+                    append(OUTPUT, run)
+
+
+if __name__ == "__main__":
+    main()
