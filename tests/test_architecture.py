@@ -36,8 +36,13 @@ ROOMS = {
     "cnn": ({"str_triton", "str_triton.training"}, {"torch", "numpy", "einops"} | TRAINING_EXTRAS),
     "rnn": ({"str_triton", "str_triton.training"}, {"torch", "numpy", "einops"} | TRAINING_EXTRAS),
 }
-# Only inside functions: the launcher's kernels arrive with the first GPU tensor, timm with the first of its networks.
-LATE = {"str_triton.ops": ({"str_triton.kernels"}, {"triton"}), "cnn": (set(), {"timm"})}
+# Only inside functions: the launcher's kernels arrive with the first GPU tensor, timm with the first of its networks,
+# the ONNX extra with the first exported network.
+LATE = {
+    "str_triton.ops": ({"str_triton.kernels"}, {"triton"}),
+    "cnn": (set(), {"timm", "onnx", "onnxruntime"}),
+    "rnn": (set(), {"onnx", "onnxruntime"}),
+}
 
 
 class Import(NamedTuple):
