@@ -44,7 +44,11 @@ def load(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]:
         ValueError: anything else than such a file; the message names the first key that does not fit.
         OSError: the file cannot be opened.
     """
-    content = _read(path)
+    return from_content(_read(path), path)
+
+
+def from_content(content: Mapping[str, Any], path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]:
+    """`load` of a file that is read already: its dictionary, with a state dict in it. ``path`` is where it lies."""
     arch, state = content.get("arch"), content["state_dict"]
     if not isinstance(arch, str) or arch not in ARCHITECTURES:
         raise ValueError(f"{path}: key 'arch' is {arch!r}; it must be {' or '.join(map(repr, ARCHITECTURES))}")

@@ -1,0 +1,183 @@
+"""Weight files of every kind, read as the plain network's tensors."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from cnn import paper_checkpoint
+from cnn.models import build
+from cnn.weights import load_weights, read_weights
+from str_triton import densify, sparsify
+from str_triton.training.errors import UserError
+from tests.cnn.train_runs import begin
+from tests.runs import same_bits
+
+State = dict[str, Tensor]
+
+
+@pytest.fixture
+def state() -> State:
+    return build("resnet20").state_dict()
+
+
+def saved(path: Path, content: object) -> Path:
+    torch.save(content, path)
+    return path
+
+
+def prefixed(prefix: str) -> Callable[[State], object]:
+    return lambda state: {prefix + key: tensor for key, tensor in state.items()}
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        dict,
+        lambda state: {
+            key: nn.Parameter(tensor) if tensor.is_floating_point() else tensor for key, tensor in state.items()
+        },
+        lambda state: {"state_dict": state, "arch": "resnet20", "best_acc1": 90.0},
+        lambda state: {"model": state, "epoch": 3},
+        prefixed("module."),
+        prefixed("_orig_mod."),
+        prefixed("module._orig_mod."),
+    ],
+    ids=["bare", "parameters", "state_dict", "model", "module.", "_orig_mod.", "module._orig_mod."],
+)
+def test_torch_files(tmp_path: Path, state: State, wrap: Callable[[State], object]):
+    weights = read_weights(saved(tmp_path / "file.pth", wrap(state)))
+    assert same_bits(weights, dict(state))
+    assert not any(tensor.requires_grad for tensor in weights.values())
+
+
+def test_safetensors_whatever_the_name_and_without_the_counts_of_batches(tmp_path: Path, state: State):
+    kept = {key: tensor for key, tensor in state.items() if not key.endswith("num_batches_tracked")}
+    safetensors.torch.save_file(kept, tmp_path / "weights.bin")
+    assert same_bits(read_weights(tmp_path / "weights.bin"), kept)
+    model = build("resnet20")
+    load_weights(model, tmp_path / "weights.bin")
+    assert same_bits(dict(model.state_dict()), dict(state))
+
+
+@pytest.mark.parametrize("method", ["str-exact", "str", "gmp"])
+def test_a_run_and_its_checkpoint_hold_the_same_plain_weights(tmp_path: Path, quick: None, method: str):
+    options = {"str-exact": ["--distribution", "learned"], "str": ["--raw-threshold-init", "-2"], "gmp": []}
+    assert begin(tmp_path / "run", "--method", method, *options[method]) == 0
+    weights = read_weights(tmp_path / "run")
+    assert 0.2 < (weights["blocks.1.conv1.weight"] == 0).double().mean() < 1
+    checkpoint = max((tmp_path / "run" / "checkpoints").iterdir())
+    assert same_bits(read_weights(checkpoint), weights)
+    (tmp_path / "run" / "model.safetensors").unlink()  # as before a run's end
+    assert same_bits(read_weights(tmp_path / "run"), weights)
+
+
+def test_an_unfinished_run_is_read_from_the_newest_whole_checkpoint(
+    whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    copy = shutil.copytree(whole_run, tmp_path / "run")
+    (copy / "model.safetensors").unlink()
+    before, newest = sorted((copy / "checkpoints").iterdir())
+    newest.write_bytes(newest.read_bytes()[:1000])
+    assert same_bits(read_weights(copy), read_weights(before))
+    assert "is damaged" in capsys.readouterr().err
+    before.write_bytes(b"")
+    with pytest.raises(UserError, match=r"no checkpoint in .* is whole"):
+        read_weights(copy)
+    assert sorted((copy / "checkpoints").iterdir()) == [before, newest]  # reading moves nothing
+
+
+@pytest.mark.parametrize("thresholded", [True, False])
+def test_a_checkpoint_of_the_original_code(tmp_path: Path, thresholded: bool):
+    model = build("mobilenetv1", num_classes=10)
+    if thresholded:
+        sparsify(model, g="sigmoid", gradient="masked", raw_threshold_init=-3.0)
+    paper_checkpoint.save(model, tmp_path / "file.pth", data_parallel=True, epoch=3)
+    weights = read_weights(tmp_path / "file.pth")
+    assert same_bits(weights, dict(densify(model).state_dict()))
+    assert weights["fc.weight"].shape == (10, 1024)
+    again = build("mobilenetv1", num_classes=10)
+    again.load_state_dict(weights)
+
+
+class Harm:
+    def __reduce__(self) -> tuple:
+        return os.mkdir, ("harm",)
+
+
+THRESHOLDED = sparsify(nn.Conv2d(3, 4, 1)).state_dict()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"no weights", "no file of weights alone: "),
+        (b"", "no file of weights alone: "),
+        (b"\xff\0\0\0\0\0\0\0{'a'", "no file of weights alone: "),
+        (Harm(), "no file of weights alone: "),
+        (nn.Linear(2, 2), "no file of weights alone: "),
+        (torch.zeros(3), "expected a state dict, got Tensor"),
+        ({}, "the state dict is empty"),
+        ({"epoch": 3, "weights": {}}, "no state dict: key 'epoch' is int, not a tensor"),
+        ({"state_dict": {0: torch.zeros(3)}}, "no state dict: key 0 is not a text"),
+        ({"arch": "ResNet50", "state_dict": {"conv1.weight": torch.zeros(3)}}, "ResNet50: key 'conv1.weight' has the"),
+        ({"arch": "vgg", "state_dict": {"a.sparseThreshold": torch.zeros(1, 1)}}, "key 'arch' is 'vgg'; it must be"),
+        (THRESHOLDED, "key 'raw_threshold' is a raw threshold, but nothing says which g"),
+        (
+            {"model": {"raw_threshold": torch.zeros(1)}, "controller": None},
+            "key 'raw_threshold' has no 'weight' beside",
+        ),
+    ],
+)
+def test_another_file_is_refused_and_nothing_in_it_is_run(
+    tmp_path: Path, content: object, message: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    if isinstance(content, bytes):
+        Path("file").write_bytes(content)
+    else:
+        torch.save(content, "file")
+    with pytest.raises(ValueError, match=r"^file: ") as refusal:
+        read_weights("file")
+    assert message in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    assert os.listdir() == ["file"]
+
+
+def test_a_missing_file_and_a_folder_without_a_run(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match="none"):
+        read_weights(tmp_path / "none")
+    with pytest.raises(ValueError, match="no run with weights"):
+        read_weights(tmp_path)
+
+
+def without(key: str) -> Callable[[State], object]:
+    return lambda state: {name: tensor for name, tensor in state.items() if name != key}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without("layer2.0.bn1.bias"), "the model's key 'layer2.0.bn1.bias' is missing"),
+        (lambda state: {"extra": torch.zeros(1), **state}, "the model has no key 'extra'"),
+        (
+            lambda state: state | {"fc.weight": torch.zeros(10, 64), "fc.bias": torch.zeros(10)},
+            "key 'fc.weight' has the shape [10, 64], the model's is [1000, 64]",
+        ),
+    ],
+)
+def test_weights_of_another_network_name_the_first_key_that_does_not_fit(
+    tmp_path: Path, state: State, change: Callable[[State], object], message: str
+):
+    path = saved(tmp_path / "file.pth", change(dict(state)))
+    model = build("resnet20")
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match="^" + str(path)) as refusal:
+        load_weights(model, path)
+    assert str(refusal.value) == f"{path}: {message}"
+    assert same_bits(dict(model.state_dict()), before)
