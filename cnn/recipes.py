@@ -11,7 +11,6 @@ from str_triton.training.errors import UserError
 DEFAULT_SPARSITY = 0.9
 
 
-GRADIENTS = {"str-exact": "straight_through", "str": "masked"}
 # The methods, and how each can spread the zeros over the layers; the first way is its default.
 METHODS = {
     "str-exact": ("fixed", "flop-aware", "learned"),
@@ -20,6 +19,14 @@ METHODS = {
     "dnw": ("uniform", "erk"),
     "rigl": ("erk", "uniform"),
     "dense": (),
+}
+TARGETS = ("target_sparsity", "target_flops", "budget")
+# Options that only some methods take, with their defaults there.
+TAKEN_BY = {
+    "gradient": {"str-exact": "straight_through", "str": "masked"},
+    "granularity": {"str-exact": "layer", "str": "layer"},
+    "raw_threshold_init": {"str": -5.0},
+    "mask_interval": {"gmp": 10, "rigl": 100},
 }
 
 
@@ -48,8 +55,8 @@ class Config(TrainConfig):
     JSON object or a CSV file of layers and sparsities in %, or the recipe of a published point."""
     gradient: Literal["masked", "straight_through"] | None = None
     """What moves a pruned weight: its sparse value's gradient (default of str-exact) or weight decay alone (of str)."""
-    granularity: Literal["layer", "filter", "weight", "global"] = "layer"
-    """What shares one learned threshold."""
+    granularity: Literal["layer", "filter", "weight", "global"] | None = None
+    """What shares one threshold of str-exact and str: a layer (the default), a filter, nothing or everything."""
     distribution: Literal["fixed", "flop-aware", "learned", "uniform", "erk", "global"] | None = None
     """How the zeros are spread over the layers. str-exact: equal thresholds (fixed, the default), larger ones where a
     weight costs more FLOPs (flop-aware), or thresholds that the optimizer moves (learned). gmp, dnw and rigl: the same
@@ -57,8 +64,8 @@ class Config(TrainConfig):
     smallest weights are (global)."""
     mask_interval: int | None = None
     """Steps between prunings of gmp (default 10) and between updates of rigl's connections (default 100)."""
-    raw_threshold_init: float = -5.0
-    """Where the raw thresholds of --method str start; the threshold is their sigmoid."""
+    raw_threshold_init: float | None = None
+    """Where the raw thresholds of --method str start (default -5); the threshold is their sigmoid."""
 
     lr_schedule: Literal["cosine", "epoch-cosine"] = "cosine"
     """cosine moves the learning rate at every step, epoch-cosine once per epoch, as the paper does."""
@@ -137,16 +144,32 @@ RECIPES: dict[str, Callable[[], Config]] = {
 }
 
 
+IMAGENET = ("imagenet", "imagenet-1k", "imagenet1k", "ilsvrc2012")
+
+
 def recipe_for(config: Config) -> str:
-    """The recipe where none is named: the one for 28x28 images unless the data are the bundled digits."""
-    return "digits" if config.data == "digits" else "fashion-mnist"
+    """The recipe where none is named, from the data's name; `UserError` where that does not tell the images' size."""
+    kind, _, place = config.data.partition(":")
+    if kind not in ("imagefolder", "hub"):
+        return "digits" if config.data == "digits" else "fashion-mnist"
+    if place.rstrip("/").rpartition("/")[2].lower() in IMAGENET:
+        return "resnet50-str-exact-90"
+    raise UserError(
+        f"--data {config.data}: name a recipe in front of the options: fashion-mnist for images of about 28x28 pixels, "
+        "resnet50-str-exact-90 for photographs, or another of those that --help lists"
+    )
 
 
 def settle(config: Config) -> Config:
-    """``config`` with target, gradient and distribution made definite; `UserError` for what makes no sense."""
+    """``config`` with target, distribution and the method's other options made definite.
+
+    What the recipe itself says of a target, or of options that the chosen method does not take, gives way to the
+    command line. Raises `UserError` for what makes no sense.
+    """
     if config.method not in METHODS:
         raise UserError(f"--method {config.method}: there is no such method; the methods are {', '.join(METHODS)}")
-    config = _settle_target(config)
+    recipe = RECIPES[config.recipe]() if config.recipe in RECIPES else Config(recipe=config.recipe)
+    config = _settle_options(_settle_target(config, recipe), recipe)
     distributions = METHODS[config.method]
     if config.distribution is None and distributions and config.budget is None:
         config = replace(config, distribution=distributions[0])
@@ -155,32 +178,48 @@ def settle(config: Config) -> Config:
         raise UserError(f"--distribution {config.distribution}: --method {config.method} {ways}")
     if config.distribution not in (None, "fixed") and config.granularity == "global":
         raise UserError(f"--distribution {config.distribution} and --granularity global exclude each other")
-    if config.mask_interval is not None and config.method not in ("gmp", "rigl"):
-        raise UserError(f"--mask-interval {config.mask_interval}: --method {config.method} has none; gmp and rigl have")
-    if config.gradient is None:
-        config = replace(config, gradient=GRADIENTS.get(config.method))
     _check_ranges(config)
     return config
 
 
-def _settle_target(config: Config) -> Config:
+def _settle_target(config: Config, recipe: Config) -> Config:
     """``config`` with exactly one target, or with none where the method meets none."""
-    given = [name for name in ("target_sparsity", "target_flops", "budget") if getattr(config, name) is not None]
-    options = [f"--{name.replace('_', '-')}" for name in given]
-    if config.method in ("str", "dense") and given:
-        others = ", ".join(name for name, distributions in METHODS.items() if distributions)
-        value = getattr(config, given[0])
-        raise UserError(f"{options[0]} {value}: --method {config.method} meets no target; {others} do")
-    if len(given) > 1:
-        raise UserError(f"{' and '.join(options)} are given: choose one ({options[0]} None takes back a recipe's)")
+    given = {name: value for name in TARGETS if (value := getattr(config, name)) is not None}
+    asked = {name: value for name, value in given.items() if value != getattr(recipe, name)}
+    options = [f"--{name.replace('_', '-')}" for name in asked]
+    if not METHODS[config.method]:
+        if asked:
+            others = ", ".join(name for name, distributions in METHODS.items() if distributions)
+            value = asked.popitem()[1]
+            raise UserError(f"{options[-1]} {value}: --method {config.method} meets no target; {others} do")
+        return replace(config, **dict.fromkeys(given))
+    if len(asked) > 1:
+        raise UserError(f"{' and '.join(options)} are given: choose one")
+    if asked:
+        config = replace(config, **dict.fromkeys(given.keys() - asked.keys()))
+    if not given:
+        config = replace(config, target_sparsity=DEFAULT_SPARSITY)
     if config.target_flops is not None and config.method != "str-exact":
         raise UserError(f"--target-flops {config.target_flops}: --method {config.method} takes --target-sparsity")
     if config.budget is not None and config.distribution is not None:
         raise UserError(f"--distribution {config.distribution}: with --budget the file says how the zeros are spread")
     if config.budget is not None and config.granularity == "global":
         raise UserError("--granularity global: with --budget every layer needs a threshold of its own")
-    if METHODS[config.method] and not given:
-        config = replace(config, target_sparsity=DEFAULT_SPARSITY)
+    return config
+
+
+def _settle_options(config: Config, recipe: Config) -> Config:
+    """``config`` with defaults for the options that its method takes, and without the others."""
+    for name, defaults in TAKEN_BY.items():
+        value = getattr(config, name)
+        if config.method in defaults:
+            value = defaults[config.method] if value is None else value
+        elif value not in (None, getattr(recipe, name)):
+            option, takers = name.replace("_", "-"), " and ".join(defaults)
+            raise UserError(f"--{option} {value}: --method {config.method} does not take it; {takers} would")
+        else:
+            value = None
+        config = replace(config, **{name: value})
     return config
 
 

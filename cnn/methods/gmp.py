@@ -7,8 +7,6 @@ from torch import Tensor, nn
 
 from cnn.methods.masks import Masked, largest
 
-INTERVAL = 10  # steps between prunings
-
 
 class GMP(Masked):
     """Prunes along a cubic schedule from the beginning to `END` of training, as `SparsityController` does by default.
@@ -18,9 +16,9 @@ class GMP(Masked):
     Args:
         weights: the Parameters, by the names of their layers.
         keep: for each of them how many elements survive; or, with ``total``, how many do in any case.
+        interval: steps between prunings.
         total: how many survive of all weights together, the largest wherever they are ("global"); None: each layer
             keeps its own number.
-        interval: steps between prunings.
     """
 
     END = 0.7
@@ -30,8 +28,8 @@ class GMP(Masked):
         weights: Mapping[str, nn.Parameter],
         keep: Sequence[int],
         *,
+        interval: int,
         total: int | None = None,
-        interval: int = INTERVAL,
     ) -> None:
         super().__init__(weights, keep)
         self.total, self.interval = total, interval

@@ -9,7 +9,6 @@ from torch.optim import Optimizer
 
 from cnn.methods.masks import Masked, largest
 
-INTERVAL = 100  # optimizer steps between updates of the connections
 FRACTION = 0.3  # of the connections, dropped by the first update; a cosine takes it to 0 at END
 END = 0.75  # share of training after which the connections stay
 
@@ -23,7 +22,7 @@ class RigL(Masked):
     model holds so many zeros more until the next step.
     """
 
-    def __init__(self, weights: Mapping[str, nn.Parameter], keep: Sequence[int], *, interval: int = INTERVAL) -> None:
+    def __init__(self, weights: Mapping[str, nn.Parameter], keep: Sequence[int], *, interval: int) -> None:
         super().__init__(weights, keep)
         self.interval = interval
         for mask, number in zip(self.masks, self.keep, strict=True):

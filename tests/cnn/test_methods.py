@@ -202,7 +202,7 @@ def test_gmp_prunes_at_intervals_and_when_the_schedule_ends():
 
 def test_global_gmp_takes_the_smallest_anywhere_but_leaves_each_layer_its_floor():
     weights = {"large": nn.Parameter(torch.linspace(1, 2, 40)), "small": nn.Parameter(torch.linspace(0.01, 0.02, 40))}
-    GMP(weights, [3, 3], total=20).step(1.0)
+    GMP(weights, [3, 3], interval=10, total=20).step(1.0)
     left = {name: weight.nonzero().flatten().tolist() for name, weight in weights.items()}
     assert left == {"large": list(range(23, 40)), "small": [37, 38, 39]}
 

@@ -6,6 +6,7 @@ from cnn.models import build
 from cnn.published import DENSE, POINTS, PUBLISHED
 from cnn.recipes import RECIPES, Config, recipe_for, settle
 from cnn.train import COMMAND_LINE, announce_pruning, learning_rate, pruning_start
+from str_triton.training.errors import UserError
 
 IMAGES = 1_281_167
 STEPS = IMAGES // 256
@@ -99,9 +100,61 @@ def test_help_lists_the_recipes(capsys: pytest.CaptureFixture):
     assert all(name in text for name in RECIPES)
 
 
-def test_the_recipe_where_none_is_named():
-    assert recipe_for(Config(recipe="digits")) == "digits"
-    assert recipe_for(Config(recipe="digits", data="mnist")) == "fashion-mnist"
+@pytest.mark.parametrize(
+    ("data", "recipe"),
+    [
+        ("digits", "digits"),
+        ("mnist", "fashion-mnist"),
+        ("emnist:letters", "fashion-mnist"),
+        ("hub:ILSVRC/imagenet-1k", "resnet50-str-exact-90"),
+        ("imagefolder:/data/ImageNet/", "resnet50-str-exact-90"),
+    ],
+)
+def test_the_recipe_where_none_is_named(data: str, recipe: str):
+    assert recipe_for(Config(recipe="digits", data=data)) == recipe
+
+
+@pytest.mark.parametrize("data", ["imagefolder:flowers", "hub:zh-plus/tiny-imagenet", "imagefolder:imagenet/val"])
+def test_images_of_unknown_size_need_a_recipe(data: str):
+    with pytest.raises(UserError, match=f"--data {data}: name a recipe in front of the options: fashion-mnist for"):
+        COMMAND_LINE.read(["--data", data, "--target-flops", "0.1"])
+    assert COMMAND_LINE.read(["fashion-mnist", "--data", data, "--target-flops", "0.1"]).target_flops == 0.1
+
+
+def targets(*args: str) -> tuple:
+    config = COMMAND_LINE.read(list(args))
+    return config.target_sparsity, config.target_flops, config.budget
+
+
+def test_a_target_on_the_command_line_replaces_the_recipes():
+    assert targets("resnet50-str-exact-95") == (0.95, None, None)
+    assert targets("resnet50-str-exact-95", "--target-sparsity", "0.5") == (0.5, None, None)
+    assert targets("resnet50-str-exact-95", "--target-flops", "0.1") == (None, 0.1, None)
+    budget = ("--budget", "resnet50-str-95.03", "--method", "gmp")
+    assert targets("resnet50-str-exact-95", *budget) == (None, None, "resnet50-str-95.03")
+    assert targets("resnet50-str-exact-95", "--method", "dense") == (None, None, None)
+    for more in (("--target-flops", "0.1"), ("--target-sparsity", "0.5")):
+        with pytest.raises(UserError, match=r"and --budget are given: choose one$"):
+            targets("resnet50-str-exact-95", *budget, *more)
+    with pytest.raises(UserError, match=r"--target-sparsity 0.5: --method dense meets no target; str-exact, gmp, dnw"):
+        targets("resnet50-str-exact-95", "--method", "dense", "--target-sparsity", "0.5")
+
+
+def test_what_a_recipe_says_of_its_own_method_gives_way_to_another():
+    config = COMMAND_LINE.read(["resnet50-str-90.23", "--method", "gmp"])
+    assert (config.raw_threshold_init, config.gradient, config.granularity) == (None, None, None)
+    assert (config.mask_interval, config.distribution, config.target_sparsity) == (10, "uniform", 0.9)
+    config = COMMAND_LINE.read(["resnet50-str-90.23"])
+    assert (config.raw_threshold_init, config.gradient, config.granularity) == (-3200.0, "masked", "layer")
+    assert COMMAND_LINE.read(["--method", "str"]).raw_threshold_init == -5.0
+    assert COMMAND_LINE.read(["--method", "rigl"]).mask_interval == 100
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_is_settled_stays_so(name: str):
+    """A resumed run settles its saved configuration again."""
+    config = settle(RECIPES[name]())
+    assert settle(config) == config
 
 
 # From the paper's lambda, s_init and schedule alone.
