@@ -17,3 +17,23 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the pictures, which take longer than a tiny run's training."""
     monkeypatch.setattr("cnn.train.report", lambda folder: "")
+
+
+@pytest.fixture(scope="session")
+def imagenet_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A made-up ImageNet of 20 classes with 240 training and 60 validation images: a folder per class."""
+    from tests.cnn.made_up_imagenet import write_imagefolder
+
+    root = tmp_path_factory.mktemp("imagenet") / "folder"
+    write_imagefolder(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def imagenet_parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same images in shards of the hub's layout."""
+    from tests.cnn.made_up_imagenet import write_parquet
+
+    root = tmp_path_factory.mktemp("imagenet") / "hub"
+    write_parquet(root)
+    return root
