@@ -33,7 +33,7 @@ from torch.func import functional_call
 
 from benchmarks.exact_budgets import BATCH, END, IMAGE, LR, WEIGHT_DECAY, network
 from benchmarks.exact_budgets_rules import INTERVAL, Fisher, Rule, Sgd, Static, Surface
-from benchmarks.readme_tables import screen_table
+from benchmarks.tables_cnn import screen_table
 from benchmarks.timing import RESULTS, machine
 from cnn.data import Data, Images, load
 from str_triton import count, soft_threshold

@@ -1,4 +1,4 @@
-"""The study of exact budgets: its document is up to date, its screen meets the sparsity, its picture draws."""
+"""The study of exact budgets: its screen meets the sparsity, its picture draws."""
 
 import json
 from pathlib import Path
@@ -6,18 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import exact_budgets, readme_tables
+from benchmarks import exact_budgets
+from benchmarks.documents import RESULTS
 from benchmarks.exact_budgets_screen import VARIANTS, train
 from cnn.data import Data
 from cnn.data.arrays import ArrayImages, Augmentation, Normalisation
 
-SCREEN = readme_tables.RESULTS / "exact_budgets_screen.jsonl"
-
-
-def test_the_document_is_up_to_date() -> None:
-    text = readme_tables.EXACT_BUDGETS.read_text()
-    tables = readme_tables.DOCUMENTS[readme_tables.EXACT_BUDGETS]
-    assert readme_tables.fill(text, tables) == text, "run python -m benchmarks.readme_tables"
+SCREEN = RESULTS / "exact_budgets_screen.jsonl"
 
 
 def test_every_line_of_the_screen_can_be_run_again() -> None:

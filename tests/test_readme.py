@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import readme_tables
+from benchmarks import documents, readme_tables
 from tests.check_readme import check_for, commands, run
 
 ROOT = Path(__file__).parents[1]
@@ -19,10 +19,10 @@ def test_tables_are_up_to_date() -> None:
 
 def test_a_table_is_made_anew() -> None:
     def missing() -> str:
-        return readme_tables.markdown(["a"], [[str(len(readme_tables.results("no-such-result-*.json")))]])
+        return documents.markdown(["a"], [[str(len(documents.results("no-such-result-*.json")))]])
 
     text = "x\n<!-- table:one -->\nold\n<!-- /table -->\ny\n<!-- table:two -->\n<!-- /table -->\n"
-    made = readme_tables.fill(text, {"one": lambda: readme_tables.markdown(["a", "b"], [["c", "1"]]), "two": missing})
+    made = documents.fill(text, {"one": lambda: documents.markdown(["a", "b"], [["c", "1"]]), "two": missing})
     assert made == (
         "x\n<!-- table:one -->\n| a | b |\n| --- | ---: |\n| c | 1 |\n<!-- /table -->\n"
         "y\n<!-- table:two -->\nNot measured.\n<!-- /table -->\n"
@@ -32,12 +32,12 @@ def test_a_table_is_made_anew() -> None:
 @pytest.mark.parametrize("text", ["", "<!-- table:other -->\n<!-- /table -->\n", "<!-- table:one -->\nnever closed\n"])
 def test_markers_and_tables_must_correspond(text: str) -> None:
     with pytest.raises(ValueError, match="one"):
-        readme_tables.fill(text, {"one": str})
+        documents.fill(text, {"one": str})
 
 
 def test_a_spread_is_the_mean_and_the_sample_deviation() -> None:
-    assert readme_tables.spread([0.5, 0.6, 0.7], scale=100, digits=1) == "60.0 ± 10.0"
-    assert readme_tables.spread([0.25]) == "0.25"
+    assert documents.spread([0.5, 0.6, 0.7], scale=100, digits=1) == "60.0 ± 10.0"
+    assert documents.spread([0.25]) == "0.25"
 
 
 def test_links_lead_somewhere() -> None:

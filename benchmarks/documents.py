@@ -1,0 +1,83 @@
+"""What the documents' tables are made with: a registry by document, result files, Markdown.
+
+A table stands in a document between <!-- table:NAME --> and <!-- /table -->, and is the text that the function
+registered as NAME returns.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+
+EXACT_BUDGETS = ROOT / "docs" / "exact-budgets.md"
+LEARNED_RANK = ROOT / "docs" / "learned-rank.md"
+DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {README: {}, EXACT_BUDGETS: {}, LEARNED_RANK: {}}
+TABLES = DOCUMENTS[README]
+
+
+class NotMeasured(Exception):
+    """There is no result file for a table: the README says so in its place."""
+
+
+def table(name: str, document: Path = README) -> Callable[[Callable[[], str]], Callable[[], str]]:
+    """Register a function that returns a table's Markdown as the document's table `name`."""
+
+    def register(function: Callable[[], str]) -> Callable[[], str]:
+        DOCUMENTS[document][name] = function
+        return function
+
+    return register
+
+
+def results(pattern: str) -> list[dict[str, Any]]:
+    """The result files whose names match, in order; NotMeasured when there are none."""
+    files = sorted(RESULTS.glob(pattern))
+    if not files:
+        raise NotMeasured(pattern)
+    return [json.loads(file.read_text()) for file in files]
+
+
+def lines(name: str) -> list[dict[str, Any]]:
+    """The lines of a result file with a line per run; NotMeasured when it is absent or empty."""
+    file = RESULTS / name
+    runs = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    if not runs:
+        raise NotMeasured(name)
+    return runs
+
+
+def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table; the first column is text, the others are numbers and stand to the right."""
+    header = list(header)
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def spread(values: Iterable[float], scale: float = 1, digits: int = 2) -> str:
+    """Mean ± sample standard deviation; a single value stands alone."""
+    scaled = [value * scale for value in values]
+    text = f"{mean(scaled):.{digits}f}"
+    return f"{text} ± {stdev(scaled):.{digits}f}" if len(scaled) > 1 else text
+
+
+def fill(text: str, tables: dict[str, Callable[[], str]], document: str = "README.md") -> str:
+    """`text` with every marked table made anew; ValueError when markers and tables do not correspond."""
+    marked = [name for _, name, _ in MARKED.findall(text)]
+    if sorted(marked) != sorted(tables) or len(marked) != text.count("<!-- table:"):
+        raise ValueError(f"{document} marks the tables {sorted(marked)}, the scripts have {sorted(tables)}")
+
+    def made(match: re.Match[str]) -> str:
+        try:
+            body = tables[match[2]]()
+        except NotMeasured:
+            body = "Not measured."
+        return f"{match[1]}{body}\n{match[3]}"
+
+    return MARKED.sub(made, text)
