@@ -113,7 +113,7 @@ def _of_exact(percent: int) -> str:
 PUBLISHED = {
     **{point.name: _of_point(point) for point in POINTS},
     **{f"{model}-dense": _of_dense(dense) for model, dense in DENSE.items()},
-    **{f"resnet50-str-exact-{percent}": _of_exact(percent) for percent in BASELINES},
+    **{f"resnet50-str-exact-{percent}{way}": _of_exact(percent) for percent in BASELINES for way in ("", "-finetune")},
 }
 
 

@@ -4,12 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import tyro
+
 from cnn.published import BASELINES, DENSE, DENSE_WEIGHT_DECAY, POINTS, Dense, Point
 from str_triton.training.config import TrainConfig, check_ranges, require
 from str_triton.training.errors import UserError
 
 DEFAULT_SPARSITY = 0.9
-
+FINETUNING_LR = 0.064  # with batch 256, a quarter of what training from scratch takes
 
 # The methods, and how each can spread the zeros over the layers; the first way is its default.
 METHODS = {
@@ -76,8 +78,18 @@ class Config(TrainConfig):
     label_smoothing: float = 0.1
     """Share of the target that is spread over all classes."""
 
+    pretrained: str | None = None
+    """Start from a trained network: a state dict (.pth, .pt, .safetensors) with the names of torchvision or of the
+    model at hand, the folder of a run, or a checkpoint of the paper's original code."""
+    new_classifier: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Take all of --pretrained but its classifier: for data with other classes."""
+    compile: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Train through torch.compile; evaluation runs without it."""
+    channels_last: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Keep images and weights with the channels innermost in memory, which suits convolutions on GPUs."""
 
-RESUME_MAY_CHANGE = frozenset({"data_dir"})
+
+RESUME_MAY_CHANGE = frozenset({"data_dir", "compile", "channels_last"})
 
 
 def digits() -> Config:
@@ -103,8 +115,8 @@ def _imagenet(name: str, description: str, **own: object) -> tuple[str, Callable
     """A recipe's name, and the recipe: the paper's training with ``own`` on top."""
 
     def recipe() -> Config:
-        paper = {"lr": 0.256, "momentum": 0.875, "warmup_epochs": 5.0, "label_smoothing": 0.1}
-        return Config(recipe=name, data="hub:ILSVRC/imagenet-1k", epochs=100, batch_size=256, **paper, **own)
+        paper = {"epochs": 100, "lr": 0.256, "momentum": 0.875, "warmup_epochs": 5.0, "label_smoothing": 0.1}
+        return Config(recipe=name, data="hub:ILSVRC/imagenet-1k", batch_size=256, **paper | own)
 
     recipe.__doc__ = description
     return name, recipe
@@ -131,8 +143,17 @@ def _dense(model: str, dense: Dense) -> tuple[str, Callable[[], Config]]:
 
 def _exact(percent: int) -> tuple[str, Callable[[], Config]]:
     description = f"ResNet50 on ImageNet, {percent} % sparse exactly."
-    options = {"target_sparsity": percent / 100, "weight_decay": DENSE_WEIGHT_DECAY}
-    return _imagenet(f"resnet50-str-exact-{percent}", description, model="resnet50", **options)
+    return _imagenet(f"resnet50-str-exact-{percent}", description, **_exact_options(percent))
+
+
+def _finetuning(percent: int) -> tuple[str, Callable[[], Config]]:
+    description = f"ResNet50 from dense to {percent} % sparse exactly, in a tenth of the epochs; needs --pretrained."
+    schedule = {"epochs": 10, "lr": FINETUNING_LR, "warmup_epochs": 1.0}
+    return _imagenet(f"resnet50-str-exact-{percent}-finetune", description, **_exact_options(percent), **schedule)
+
+
+def _exact_options(percent: int) -> dict[str, object]:
+    return {"model": "resnet50", "target_sparsity": percent / 100, "weight_decay": DENSE_WEIGHT_DECAY}
 
 
 RECIPES: dict[str, Callable[[], Config]] = {
@@ -141,7 +162,9 @@ RECIPES: dict[str, Callable[[], Config]] = {
     **dict(_published(point) for point in POINTS),
     **dict(_dense(model, dense) for model, dense in DENSE.items()),
     **dict(_exact(percent) for percent in BASELINES),
+    **dict(_finetuning(percent) for percent in BASELINES),
 }
+FINETUNING = frozenset(name for name in RECIPES if name.endswith("-finetune"))  # each needs --pretrained
 
 
 IMAGENET = ("imagenet", "imagenet-1k", "imagenet1k", "ilsvrc2012")
@@ -178,6 +201,8 @@ def settle(config: Config) -> Config:
         raise UserError(f"--distribution {config.distribution}: --method {config.method} {ways}")
     if config.distribution not in (None, "fixed") and config.granularity == "global":
         raise UserError(f"--distribution {config.distribution} and --granularity global exclude each other")
+    if config.new_classifier and config.pretrained is None:
+        raise UserError("--new-classifier says what to leave of a trained network: name one with --pretrained FILE")
     _check_ranges(config)
     return config
 

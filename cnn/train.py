@@ -5,22 +5,25 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cnn.data import Data, batches, load, steps_per_epoch
 from cnn.methods import Masked, prepare
 from cnn.models import build
+from cnn.pretrained import start_from
 from cnn.published import PUBLISHED
-from cnn.recipes import RECIPES, RESUME_MAY_CHANGE, Config, recipe_for, settle
+from cnn.recipes import FINETUNING, RECIPES, RESUME_MAY_CHANGE, Config, recipe_for, settle
 from str_triton import Budget, count, densify, parameter_groups
+from str_triton.training.checkpoints import Checkpoints
 from str_triton.training.command_line import CommandLine
-from str_triton.training.errors import blame_input, tell, warn
+from str_triton.training.errors import UserError, blame_input, tell, warn
 from str_triton.training.loop import Loop, Outcome
 from str_triton.training.meter import Means, Meter
 from str_triton.training.metrics import Record, read_metrics
@@ -54,8 +57,8 @@ class Experiment(Loop):
             data = load(config.data, config.data_dir)
             steps = steps_per_epoch(data.train, config.batch_size, drop_last=True, world_size=accelerator.num_processes)
             torch.manual_seed(config.seed)
-            model = build(config.model, num_classes=data.num_classes, in_channels=data.image_shape[0])
-            model.to(accelerator.device)
+            model = initial_model(config, data)
+            model.to(accelerator.device, memory_format=memory_format(config))
             example = torch.zeros(1, *data.image_shape, device=accelerator.device)
             controller = prepare(config, model, example)
         if config.method == "str":
@@ -65,6 +68,8 @@ class Experiment(Loop):
         if isinstance(controller, Masked):
             controller.attach(optimizer)
         network, optimizer = accelerator.prepare(model, optimizer)
+        if config.compile:
+            network = torch.compile(network)
         return cls(
             config=config,
             accelerator=accelerator,
@@ -98,7 +103,7 @@ class Experiment(Loop):
 
     def forward(self, batch: tuple[Tensor, Tensor]) -> Outcome:
         images, labels = batch
-        outputs = self.network(images)
+        outputs = self.network(images.contiguous(memory_format=memory_format(self.config)))
         loss = F.cross_entropy(outputs, labels, label_smoothing=self.config.label_smoothing)
         return Outcome(loss, outputs, labels)
 
@@ -112,7 +117,7 @@ class Experiment(Loop):
         meter = Meter(self.accelerator.device)
         for images, labels in self.batches(0, 0, training=False):
             if len(labels) > 0:  # a small last batch may leave nothing for some processes
-                outputs = self.model(images)
+                outputs = self.model(images.contiguous(memory_format=memory_format(self.config)))
                 meter.add(F.cross_entropy(outputs, labels), outputs, labels)
         return meter.all_means(self.accelerator)
 
@@ -163,6 +168,28 @@ class Experiment(Loop):
             f"FLOPs {100 * budget.flops / budget.dense_flops:.2f} % of dense  {summary['seconds']:.0f} s"
         )
         run.say(f"report: {run.path / 'report.html'}")
+
+
+def initial_model(config: Config, data: Data) -> nn.Module:
+    """The network to start from, on the CPU; where a resumed run has a checkpoint, that is yet to be put in its place.
+
+    Raises as `build` and `start_from` do, and `UserError` where the recipe is for trained networks and none is named.
+    """
+    in_channels = data.image_shape[0]
+    model = build(config.model, num_classes=data.num_classes, in_channels=in_channels)
+    if config.pretrained is None:
+        if config.recipe in FINETUNING:
+            raise UserError(f"{config.recipe} starts from a trained dense network: name it with --pretrained FILE")
+        return model
+    saved = config.resume and Checkpoints(Path(config.run_dir) / "checkpoints").steps()
+    if not saved:  # or the file, which may be gone by then, would be needed for nothing
+        start_from(config.pretrained, model, config.model, in_channels, new_classifier=config.new_classifier)
+    return model
+
+
+def memory_format(config: Config) -> torch.memory_format:
+    """How images and the weights of convolutions lie in memory."""
+    return torch.channels_last if config.channels_last else torch.contiguous_format
 
 
 def learning_rate(config: Config, steps: int, step: int) -> float:

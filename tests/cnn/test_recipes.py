@@ -11,6 +11,7 @@ from str_triton.training.errors import UserError
 IMAGES = 1_281_167
 STEPS = IMAGES // 256
 EXACT = [f"resnet50-str-exact-{percent}" for percent in (80, 90, 95, 98, 99)]
+FINETUNING = [f"{name}-finetune" for name in EXACT]
 
 
 def describe(capsys: pytest.CaptureFixture, *args: str) -> str:
@@ -32,7 +33,7 @@ def test_there_is_a_recipe_for_every_published_point():
     assert [name for name in points if name.startswith("mobilenetv1-")] == [
         f"mobilenetv1-str-{sparsity}" for sparsity in ("75.28", "79.07", "85.80", "89.01", "89.62")
     ]
-    others = {"digits", "fashion-mnist", "resnet50-dense", "mobilenetv1-dense", *EXACT}
+    others = {"digits", "fashion-mnist", "resnet50-dense", "mobilenetv1-dense", *EXACT, *FINETUNING}
     assert set(RECIPES) == {*points, *others}
     assert set(PUBLISHED) == set(RECIPES) - {"digits", "fashion-mnist"}
 
@@ -44,8 +45,9 @@ def test_every_recipe_is_whole(name: str):
     assert RECIPES[name].__doc__
     assert "\n" not in RECIPES[name].__doc__.strip()
     if name in PUBLISHED:
-        assert (config.epochs, config.batch_size, config.lr, config.momentum) == (100, 256, 0.256, 0.875)
-        assert (config.warmup_epochs, config.label_smoothing) == (5.0, 0.1)
+        assert (config.batch_size, config.momentum, config.label_smoothing) == (256, 0.875, 0.1)
+        schedule = (10, 0.064, 1.0) if name in FINETUNING else (100, 0.256, 5.0)
+        assert (config.epochs, config.lr, config.warmup_epochs) == schedule
         assert config.data == "hub:ILSVRC/imagenet-1k"
 
 
@@ -84,7 +86,7 @@ def test_a_few_settings_by_hand():
     assert (config.weight_decay, config.raw_threshold_init) == (3.751757813e-5, -12800.0)
     config = settle(RECIPES["resnet50-str-97.78"]())
     assert (config.weight_decay, config.raw_threshold_init) == (5.217578125e-5, -12800.0)
-    for name, target in zip(EXACT, (0.8, 0.9, 0.95, 0.98, 0.99), strict=True):
+    for name, target in zip(EXACT + FINETUNING, 2 * (0.8, 0.9, 0.95, 0.98, 0.99), strict=True):
         config = settle(RECIPES[name]())
         assert (config.method, config.target_sparsity, config.weight_decay) == ("str-exact", target, 3.0517578125e-5)
         assert (config.distribution, config.gradient, config.lr_schedule) == ("fixed", "straight_through", "cosine")

@@ -1,0 +1,52 @@
+"""Training that starts from a trained network: --pretrained."""
+
+import os
+
+import torch
+from torch import nn
+
+from cnn.models import build
+from cnn.weights import fill, read_weights
+
+
+def start_from(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    name: str,
+    in_channels: int,
+    *,
+    new_classifier: bool,
+) -> None:
+    """Give a plain network the weights and buffers of a trained one, in place.
+
+    Args:
+        path: a file or run folder of any kind that `cnn.weights.read_weights` takes. All must fit but the counts of
+            batches (num_batches_tracked), which old files lack.
+        model: `build(name, in_channels=in_channels)` with any number of classes.
+        new_classifier: leave the classifier as it is, whatever the file holds of one.
+
+    Raises:
+        ValueError: no file of weights, or those of another network (names the first key that does not fit), or of one
+            that knows another number of classes.
+        OSError: the file cannot be read.
+        UserError: ``path`` is a run without a whole checkpoint.
+    """
+    weights, own = read_weights(path), model.state_dict()
+    for key in classifier_keys(name, in_channels):
+        theirs, ours = weights.get(key), own[key]
+        if new_classifier:
+            weights[key] = ours
+        elif theirs is not None and theirs.dim() == ours.dim() and len(theirs) != len(ours):
+            raise ValueError(
+                f"--pretrained {path}: the network in it knows {len(theirs)} classes, the data have {len(ours)} "
+                f"({key}); --new-classifier trains a classifier of its own on the rest of the network"
+            )
+    fill(model, weights, f"--pretrained {path}, model {name}")
+
+
+def classifier_keys(name: str, in_channels: int) -> list[str]:
+    """The entries of a network's state dict whose shape follows the number of classes."""
+    # timm's networks compute with values while they are built, which meta tensors have not.
+    with torch.device("cpu" if name.startswith("timm:") else "meta"):
+        two, three = (build(name, num_classes=number, in_channels=in_channels).state_dict() for number in (2, 3))
+    return [key for key in two if two[key].shape != three[key].shape]
