@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cnn import paper_checkpoint
+from cnn.models import MODELS
 from str_triton import densify, soft_threshold
 from str_triton.training.checkpoints import Checkpoints
 
@@ -31,9 +32,14 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         OSError: the file cannot be read.
         UserError: no checkpoint of the run is whole.
     """
+    return read_named_weights(path)[0]
+
+
+def read_named_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], str | None]:
+    """What `read_weights` returns, and the network's name in `cnn.models` where the file itself says it."""
     path = Path(path)
     if path.is_dir():
-        return _from_run(path)
+        return _from_run(path), None
     with open(path, "rb") as file:
         is_safetensors = file.read(9)[8:] == b"{"
     try:
@@ -44,7 +50,9 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     except Exception as error:  # what either raises for a damaged file is anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path}: no file of weights alone: {reason}") from error
-    return _weights(path, content)
+    arch = content.get("arch") if isinstance(content, dict) else None
+    name = paper_checkpoint.ARCHITECTURES.get(arch, arch) if isinstance(arch, str) else None
+    return _weights(path, content), name if name in MODELS else None
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:

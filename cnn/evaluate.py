@@ -1,0 +1,199 @@
+"""Accuracy, budget and throughput of a trained network: python cnn/evaluate.py RUN|FILE [OPTIONS]."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cnn.data import Data, batches, load
+from cnn.rebuild import Network, rebuild
+from str_triton import Budget, count
+from str_triton.training.environment import describe_environment
+from str_triton.training.errors import UserError, blame_input, run_program
+from str_triton.training.files import write_atomically
+from str_triton.training.meter import Meter
+
+PROGRAM = "python cnn/evaluate.py"
+PURPOSE = "Accuracy, budget and throughput of a trained network."
+TOP = 5
+ROUNDS = range(3, 20)  # of the network alone: so many at least and at most,
+SECONDS = 3.0  # and none is begun after so long
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is evaluated, on what."""
+
+    path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN|FILE")]
+    """A run's folder, one of its checkpoints, a checkpoint of the paper's original code, or a file of weights
+    (safetensors, or a state dict that torch.save wrote)."""
+    model: str | None = None
+    """The network, by a name that python cnn/train.py knows, for a file that does not say it."""
+    data: str | None = None
+    """Data set, as in python cnn/train.py; by default the run's own."""
+    data_dir: str | None = None
+    """Directory of IDX files, as in python cnn/train.py."""
+    batch_size: int = 64
+    """Images in a batch."""
+    workers: int = 0
+    """Processes that read images; 0 reads in this process."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto takes a GPU where there is one."""
+    json: str | None = None
+    """Write everything to this file too."""
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Over all test images: their number, the mean loss, and the shares whose label is the first, among the first five.
+
+    ``top5`` is None where there are five classes or fewer. ``images_per_second`` is of the whole: reading, decoding,
+    moving to the device, the network.
+    """
+
+    images: int
+    loss: float
+    top1: float
+    top5: float | None
+    images_per_second: float
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the program with ``args`` (default: those of the command line) and return its exit code."""
+    return run_program(partial(program, args))
+
+
+def program(args: Sequence[str] | None) -> None:
+    """Evaluate what ``args`` name, print a table, and write it where they say."""
+    options = tyro.cli(Options, args=args, prog=PROGRAM, description=PURPOSE)
+    device = check(options)
+    with blame_input(ValueError, OSError):
+        network = rebuild(options.path, options.model)
+        name, data = read_data(options, network)
+    model = network.model.to(device)
+    budget = count(model, torch.zeros(1, *data.image_shape, device=device))
+    alone = throughput(model, data.image_shape, options.batch_size, device)
+    accuracy = measure(model, partial(examples, data, options, device), device, data.num_classes > TOP)
+    print(f"{options.path}: {network.name} on {name}, {accuracy.images:,} images\n\n{budget}\n")
+    print("\n".join(lines(accuracy, alone, budget, options.batch_size, device)))
+    if options.json is not None:
+        content = {"path": options.path, "model": network.name, "data": name, **asdict(accuracy)}
+        content |= {"model_images_per_second": alone, "batch_size": options.batch_size}
+        content |= {"budget": totals(budget), "environment": describe_environment(device)}
+        with blame_input(OSError):
+            write_atomically(Path(options.json), json.dumps(content, indent=2) + "\n")
+
+
+def check(options: Options) -> torch.device:
+    """The device to compute on. Raises `UserError` for options that are out of their range, before anything is read."""
+    if options.batch_size < 1:
+        raise UserError(f"--batch-size {options.batch_size}: it must be at least 1")
+    if options.workers < 0:
+        raise UserError(f"--workers {options.workers}: it must be 0 or more")
+    if options.json is not None and not Path(options.json).parent.is_dir():
+        raise UserError(f"--json {options.json}: there is no such directory")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch finds no GPU here")
+    gpu = options.device != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if gpu else "cpu")
+
+
+def read_data(options: Options, network: Network) -> tuple[str, Data]:
+    """The data set and its name: the options' one, or that of the network's run. It must fit the network."""
+    if options.data is not None:
+        name, data_dir = options.data, options.data_dir
+    elif network.config is not None:
+        name, data_dir = network.config.data, options.data_dir or network.config.data_dir
+    else:
+        raise UserError(f"{options.path} is of no run, which would say its data: name them with --data")
+    data = load(name, data_dir)
+    for what, of_data, of_model in (
+        ("classes", data.num_classes, network.num_classes),
+        ("colour channels", data.image_shape[0], network.in_channels),
+    ):
+        if of_data != of_model:
+            raise UserError(f"--data {name} has {of_data} {what}, the network in {options.path} {of_model}")
+    return name, data
+
+
+def examples(data: Data, options: Options, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """The test images and their labels on the device, each once."""
+    with blame_input(ValueError, OSError):
+        for images, labels in batches(
+            data.test,
+            batch_size=options.batch_size,
+            seed=0,
+            epoch=0,
+            augment=False,
+            shuffle=False,
+            workers=options.workers,
+        ):
+            yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+
+@torch.inference_mode()
+def measure(
+    model: nn.Module, all_batches: Callable[[], Iterator[tuple[Tensor, Tensor]]], device: torch.device, with_top5: bool
+) -> Accuracy:
+    """Go once through the test images."""
+    meter, among_first = Meter(device), torch.zeros((), dtype=torch.int64, device=device)
+    begin, images = time.perf_counter(), 0
+    for batch, labels in all_batches():
+        outputs = model(batch)
+        meter.add(F.cross_entropy(outputs, labels), outputs, labels)
+        if with_top5:
+            among_first += (outputs.topk(TOP, dim=1).indices == labels[:, None]).sum()
+        images += len(labels)
+    means = meter.means()  # waits for the device
+    seconds = time.perf_counter() - begin
+    top5 = among_first.item() / images if with_top5 else None
+    return Accuracy(images, means.loss, means.accuracy, top5, images / seconds)
+
+
+@torch.inference_mode()
+def throughput(model: nn.Module, image_shape: tuple[int, int, int], batch_size: int, device: torch.device) -> float:
+    """Images per second of the network alone: the median over batches after the first, which lies on the device."""
+    images = torch.randn(batch_size, *image_shape, device=device)
+    seconds: list[float] = []
+    model(images)
+    while len(seconds) < ROUNDS.start or (len(seconds) < ROUNDS.stop and sum(seconds) < SECONDS):
+        begin = time.perf_counter()
+        model(images)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begin)
+    return batch_size / median(seconds)
+
+
+def lines(accuracy: Accuracy, alone: float, budget: Budget, batch_size: int, device: torch.device) -> Iterator[str]:
+    """The result for people, below the table."""
+    top5 = "" if accuracy.top5 is None else f"top-5 {100 * accuracy.top5:.2f} %  "
+    yield f"accuracy {100 * accuracy.top1:.2f} %  {top5}loss {accuracy.loss:.4f}"
+    share = 100 * budget.flops / budget.dense_flops
+    yield f"sparsity {100 * budget.sparsity:.2f} %  FLOPs {share:.2f} % of dense, {budget.flops:,} an image"
+    where = f"cpu, threads: {torch.get_num_threads()}" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    yield (
+        f"throughput {alone:,.0f} images/s (the network alone, batches of {batch_size}, {where}), "
+        f"{accuracy.images_per_second:,.0f} images/s with reading"
+    )
+
+
+def totals(budget: Budget) -> dict[str, Any]:
+    """The budget as plain values."""
+    keys = ("params", "nonzeros", "sparsity", "dense_flops", "flops")
+    rows = [{"name": row.name, **{key: getattr(row, key) for key in keys}} for row in budget.rows]
+    return {**{key: getattr(budget, key) for key in keys}, "rows": rows}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""A network from where it lies: a run folder, one of its files, or any weight file and the network's name."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cnn.models import build
+from cnn.recipes import Config
+from cnn.weights import fill, read_named_weights
+from str_triton.training.command_line import saved_config
+from str_triton.training.run_folder import CONFIG
+
+
+@dataclass(frozen=True)
+class Network:
+    """A plain network with its weights, in evaluation mode, on the CPU.
+
+    Attributes:
+        model: images [B, in_channels, H, W] -> scores [B, num_classes].
+        name: what `cnn.models.build` knows it by.
+        config: of the run that it comes from, None where it comes from none.
+    """
+
+    model: nn.Module
+    name: str
+    num_classes: int
+    in_channels: int
+    config: Config | None
+
+
+def rebuild(path: str | os.PathLike[str], name: str | None = None) -> Network:
+    """The network in a run folder or a file of any kind that `cnn.weights.read_weights` takes.
+
+    Args:
+        name: the network's name in `cnn.models`; by default what the run or the file itself says. How many classes and
+            channels it has is seen from the weights.
+
+    Raises:
+        ValueError: no such file of weights, or weights of another network (names the first key that does not fit).
+        OSError: the file cannot be read.
+        UserError: the run's configuration or all its checkpoints are damaged.
+    """
+    path = Path(path)
+    folder = _run_of(path)
+    config = None if folder is None else saved_config(folder, Config)
+    weights, said = read_named_weights(path)
+    name = name or (said if config is None else config.model)
+    if name is None:
+        raise ValueError(f"{path}: neither a run nor the file says which network this is: give --model")
+    num_classes, in_channels = _size(name, weights)
+    model = build(name, num_classes=num_classes, in_channels=in_channels)
+    fill(model, weights, f"{path}, model {name}")
+    return Network(model.eval(), name, num_classes, in_channels, config)
+
+
+def _run_of(path: Path) -> Path | None:
+    """The folder of the run that ``path`` is, or is a file of; None where it is of no run."""
+    if path.is_dir():
+        folder = path
+    elif path.parent.name == "checkpoints":
+        folder = path.parent.parent
+    elif path.name == "model.safetensors":
+        folder = path.parent
+    else:
+        return None
+    return folder if (folder / CONFIG).is_file() else None
+
+
+def _size(name: str, weights: Mapping[str, Tensor]) -> tuple[int, int]:
+    """The classes and the input channels of the network that ``weights`` are of: the dimensions that follow them."""
+    small, classes, channels = (_shapes(name, *size) for size in ((2, 1), (3, 1), (2, 2)))
+    return _followed(small, classes, weights, 1000), _followed(small, channels, weights, 3)
+
+
+def _shapes(name: str, num_classes: int, in_channels: int) -> dict[str, torch.Size]:
+    # timm's networks compute with values while they are built, which meta tensors have not.
+    with torch.device("cpu" if name.startswith("timm:") else "meta"):
+        state = build(name, num_classes=num_classes, in_channels=in_channels).state_dict()
+    return {key: tensor.shape for key, tensor in state.items()}
+
+
+def _followed(
+    small: Mapping[str, torch.Size], large: Mapping[str, torch.Size], weights: Mapping[str, Tensor], default: int
+) -> int:
+    """In ``weights`` the first dimension in which two networks differ."""
+    for key, shape in small.items():
+        if key in weights and shape != large[key] and weights[key].dim() == len(shape):
+            dimension = next(i for i, (a, b) in enumerate(zip(shape, large[key], strict=True)) if a != b)
+            return weights[key].shape[dimension]
+    return default

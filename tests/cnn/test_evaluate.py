@@ -1,0 +1,164 @@
+"""The evaluating program from outside: what it measures, and what it refuses."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+from cnn import data, evaluate, paper_checkpoint
+from cnn.evaluate import main
+from cnn.models import build
+from str_triton import Budget, sparsify
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time the network alone no longer than a test needs."""
+    monkeypatch.setattr(evaluate, "SECONDS", 0.0)
+
+
+def evaluated(folder: Path, *args: str) -> dict:
+    """What the program writes of ``args``."""
+    assert main([*args, "--device", "cpu", "--json", str(folder / "result.json")]) == 0
+    return json.loads((folder / "result.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of five images each, of which two are for testing."""
+    folder = tmp_path_factory.mktemp("pictures")
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 40, 50, 3), dtype=np.uint8)
+    for number, image in enumerate(pixels):
+        name = folder / ("cats", "dogs")[number % 2] / f"{number}.png"
+        name.parent.mkdir(exist_ok=True)
+        Image.fromarray(image).save(name)
+    return folder
+
+
+def test_a_run_gives_what_its_summary_says(whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    result = evaluated(tmp_path, str(whole_run))
+    summary, config = (json.loads((whole_run / f"{name}.json").read_text()) for name in ("summary", "config"))
+    assert (result["model"], result["data"], result["images"]) == (config["model"], config["data"], 359)
+    assert result["top1"] == pytest.approx(summary["accuracy"], abs=0.003)
+    assert result["top1"] < result["top5"] <= 1
+    budget = Budget.from_json(whole_run / "budget.json")
+    assert result["budget"]["rows"] == [
+        {key: getattr(row, key) for key in ("name", "params", "nonzeros", "sparsity", "dense_flops", "flops")}
+        for row in budget.rows
+    ]
+    for key in ("params", "nonzeros", "sparsity", "dense_flops", "flops"):
+        assert result["budget"][key] == getattr(budget, key)
+    assert result["images_per_second"] > 0
+    assert result["model_images_per_second"] > 0
+    assert (result["batch_size"], result["environment"]["device"]) == (64, "cpu")
+    output = capsys.readouterr().out
+    assert f"{whole_run}: resnet-digits on digits, 359 images" in output
+    assert re.search(rf"total +{budget.params:,} +{budget.nonzeros:,} ", output)
+    assert f"accuracy {100 * result['top1']:.2f} %  top-5 {100 * result['top5']:.2f} %  loss" in output
+    assert re.search(
+        r"throughput [\d,]+ images/s \(the network alone, batches of 64, cpu, threads: \d+\), [\d,]+", output
+    )
+
+
+def test_the_measures_are_those_of_all_images_whatever_the_batches(whole_run: Path, tmp_path: Path):
+    model = build("resnet-digits", num_classes=10, in_channels=1)
+    model.load_state_dict(safetensors.torch.load_file(whole_run / "model.safetensors"))
+    torch.save({"model": model.state_dict()}, tmp_path / "weights.pth")
+    test = data.load("digits").test
+    (images, labels), *rest = list(
+        data.batches(test, batch_size=359, seed=0, epoch=0, augment=False, shuffle=False, workers=0)
+    )
+    assert not rest
+    with torch.inference_mode():
+        order = model.eval()(images).argsort(1, descending=True)
+    hits = order == labels[:, None]
+    result = evaluated(
+        tmp_path, str(tmp_path / "weights.pth"), "--model", "resnet-digits", "--data", "digits", "--batch-size", "100"
+    )
+    assert result["top1"] == pytest.approx(hits[:, 0].double().mean().item(), abs=0.003)
+    assert result["top5"] == pytest.approx(hits[:, :5].double().sum(1).mean().item(), abs=0.003)
+
+
+@pytest.mark.parametrize("file", ["checkpoints/step-000000010.pt", "model.safetensors"])
+def test_the_files_of_a_run_know_model_and_data_too(whole_run: Path, tmp_path: Path, file: str):
+    result, whole = evaluated(tmp_path, str(whole_run / file)), evaluated(tmp_path, str(whole_run))
+    assert (result["top1"], result["loss"], result["budget"]) == (whole["top1"], whole["loss"], whole["budget"])
+
+
+def test_a_checkpoint_of_the_original_code_on_a_folder_of_images(tmp_path: Path, pictures: Path):
+    """Of two classes: there is no top-5."""
+    model = sparsify(build("mobilenetv1", num_classes=2), g="sigmoid", gradient="masked", raw_threshold_init=-3.0)
+    paper_checkpoint.save(model, tmp_path / "best.pth")
+    result = evaluated(tmp_path, str(tmp_path / "best.pth"), "--data", f"imagefolder:{pictures}", "--batch-size", "1")
+    assert (result["model"], result["images"], result["top5"]) == ("mobilenetv1", 2, None)
+    assert result["top1"] in (0.0, 0.5, 1.0)
+    assert result["budget"]["nonzeros"] == sum(
+        int(module.sparse_weight.count_nonzero()) for module in model.modules() if hasattr(module, "sparse_weight")
+    )
+
+
+def test_the_process_ends_with_the_exit_code():
+    command = [sys.executable, "cnn/evaluate.py", "nowhere"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "error: nowhere: No such file or directory\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["nowhere"], "nowhere: No such file or directory"),
+        (["empty"], "empty: no run with weights"),
+        (["text"], "text: no file of weights alone"),
+        (["state.pth", "--data", "digits"], "state.pth: neither a run nor the file says which network this is"),
+        (["state.pth", "--model", "resnet-digits"], "state.pth is of no run, which would say its data"),
+        (["state.pth", "--model", "resnet20"], "state.pth, model resnet20: the model has no key 'stem.weight'"),
+        (["run", "--model", "resnet-small"], "run, model resnet-small: key 'head.weight' has the shape [10, 64], the"),
+        (["run", "--model", "vgg"], "there is no model 'vgg'"),
+        (
+            ["five.pth", "--data", "digits", "--model", "resnet-digits"],
+            "digits has 10 classes, the network in five.pth 5",
+        ),
+        (["color.pth", "--data", "digits", "--model", "resnet-digits"], "digits has 1 colour channels, the network in"),
+        (["run", "--data", "imagefolder:empty"], "empty"),
+        (["run", "--data", "cifar"], "unknown data set 'cifar'"),
+        (["run", "--data-dir", "there"], "--data-dir there"),
+        (["run", "--batch-size", "0"], "--batch-size 0"),
+        (["run", "--workers", "-1"], "--workers -1"),
+        (["run", "--json", "nowhere/x.json"], "--json nowhere/x.json"),
+        (["damaged"], "config.json is not a configuration of this program"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    whole_run: Path,
+    tmp_path: Path,
+    args: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Path("text").write_text("Here be weights.")
+    Path("run").symlink_to(whole_run)
+    shutil.copytree(whole_run, "damaged")
+    Path("damaged/config.json").write_text("{")
+    for name, classes, channels in (("state", 10, 1), ("five", 5, 1), ("color", 10, 3)):
+        model = build("resnet-digits", num_classes=classes, in_channels=channels)
+        torch.save(model.state_dict(), f"{name}.pth")
+    assert main([*args, "--device", "cpu"]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("error: ")
+    assert message in output.err
+    assert output.err.count("\n") == 1
