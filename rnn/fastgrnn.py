@@ -53,6 +53,16 @@ class LowRankFastGRNN(LowRankRNN):
         outputs, h = low_rank_fastgrnn(gates_x, u, m, v, *vectors, *states, lengths, reverse=reverse)
         return outputs, (h,)
 
+    def _cell(self, suffix: str, gates_x: Tensor, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        (h,) = states
+        a = gates_x + self._recur(suffix, h)
+        z, c = a, a
+        if self.bias:
+            z, c = a + getattr(self, f"bias_gate_{suffix}"), a + getattr(self, f"bias_update_{suffix}")
+        z, c = z.sigmoid(), c.tanh()
+        zeta, nu = (getattr(self, f"{name}_{suffix}").sigmoid() for name in self.scalars)
+        return ((zeta * (1 - z) + nu) * c + z * h,)
+
     @classmethod
     def from_edgeml(cls, parameters: Mapping[str, Any], *, layout: str = "cell", **options) -> Self:
         """One layer from the parameters of an EdgeML cell: the same function, at the cell's own ranks.

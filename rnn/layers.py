@@ -1,5 +1,6 @@
 """LowRankGRU and LowRankLSTM: torch's recurrent layers, with matrices whose rank is learned."""
 
+import torch
 from torch import Tensor, nn
 
 from rnn.low_rank_rnn import LowRankRNN
@@ -46,6 +47,14 @@ class LowRankGRU(LowRankRNN):
         outputs, h = low_rank_gru(gates_x, u, m, v, bias, *states, lengths, reverse=reverse)
         return outputs, (h,)
 
+    def _cell(self, suffix: str, gates_x: Tensor, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        (h,) = states
+        gates_h = self._recur(suffix, h, getattr(self, f"bias_hh_{suffix}", None))
+        (x_rz, x_n), (h_rz, h_n) = (x.tensor_split([2 * self.hidden_size], 1) for x in (gates_x, gates_h))
+        r, z = torch.sigmoid(x_rz + h_rz).chunk(2, 1)
+        n = torch.tanh(torch.addcmul(x_n, r, h_n))
+        return (torch.lerp(n, h, z),)
+
 
 class LowRankLSTM(LowRankRNN):
     """nn.LSTM whose matrices are in factors, with a learned rank; the same arguments, inputs, outputs and messages.
@@ -82,3 +91,10 @@ class LowRankLSTM(LowRankRNN):
         u, m, v = self._recurrent_factors(suffix)
         bias = getattr(self, f"bias_hh_{suffix}", None)
         return low_rank_lstm(gates_x, u, m, v, bias, *states, lengths, reverse=reverse)
+
+    def _cell(self, suffix: str, gates_x: Tensor, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        h, c = states
+        gates = gates_x + self._recur(suffix, h, getattr(self, f"bias_hh_{suffix}", None))
+        i, f, g, o = gates.chunk(4, 1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        return o.sigmoid() * c.tanh(), c

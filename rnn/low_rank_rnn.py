@@ -26,6 +26,10 @@ class LowRankRNN(LowRankMatrices):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The cell's op over gates_x [T, B, gates * hidden_size]: outputs, and the last states [B, hidden_size]."""
 
+    @abstractmethod
+    def _cell(self, suffix: str, gates_x: Tensor, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """One step of the cell: gates_x [B, gates * hidden_size] and the states [B, hidden_size] to the next states."""
+
     def flatten_parameters(self) -> None:
         """Nothing; torch's layers arrange their parameters for cuDNN here."""
 
@@ -58,6 +62,43 @@ class LowRankRNN(LowRankMatrices):
             if input.unsorted_indices is not None:
                 states = tuple(state.index_select(1, input.unsorted_indices) for state in states)
         return output, states if len(states) > 1 else states[0]
+
+    @torch.no_grad()
+    def step(
+        self, x: Tensor, state: Tensor | tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor]]:
+        """One time step, for input that goes on without an end: what the forward computes, in constant memory.
+
+        Without gradients, and without dropout as in evaluation mode. After `compact` it is the fastest.
+
+        Args:
+            x: [B, input_size], whatever batch_first says.
+            state: what the step before returned; None: zeros, as at the beginning of a sequence.
+
+        Returns:
+            The last layer's output [B, hidden_size], and the state: h [num_layers, B, hidden_size], or (h, c) of an
+            LSTM, as the forward returns them.
+
+        Raises:
+            RuntimeError: the layer is bidirectional; an input or state of the wrong shape. ValueError, TypeError: as
+            the forward.
+        """
+        if self.bidirectional:
+            raise RuntimeError(
+                f"{type(self).__name__}: a bidirectional layer cannot go step by step: its second direction begins at "
+                "the end of the sequence"
+            )
+        check_input(self, x, self._dtype, packed=True)
+        states = self._initial_states(state, x, len(x), unbatched=False, packed=True)
+        finals = []
+        for layer in range(self.num_layers):
+            (suffix,) = self._suffixes(layer)
+            gates_x = self._project(suffix, x)
+            final = self._cell(suffix, gates_x, tuple(own[layer].to(gates_x.dtype) for own in states))
+            finals.append(tuple(own.to(gates_x.dtype) for own in final))
+            x = finals[-1][0]
+        states = tuple(torch.stack(parts) for parts in zip(*finals, strict=True))
+        return x, states if len(states) > 1 else states[0]
 
     def _initial_states(
         self, hx: Tensor | tuple[Tensor, ...] | None, x: Tensor, batch: int, *, unbatched: bool, packed: bool
@@ -131,6 +172,11 @@ class LowRankRNN(LowRankMatrices):
         """The part of the gates that the input gives: [T, B, gates * hidden_size]."""
         weight, bias = getattr(self, f"weight_ih_{suffix}"), getattr(self, f"bias_ih_{suffix}", None)
         return weight(x, bias) if isinstance(weight, LowRankWeight) else F.linear(x, weight, bias)
+
+    def _recur(self, suffix: str, h: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The recurrent part of the gates at one step: h [B, hidden_size] -> [B, gates * hidden_size]."""
+        weight = getattr(self, f"weight_hh_{suffix}")
+        return weight(h, bias) if isinstance(weight, LowRankWeight) else F.linear(h, weight, bias)
 
     def _recurrent_factors(self, suffix: str) -> tuple[Tensor, Tensor, Tensor]:
         """u, m and v of the recurrent matrix for the op; one that is dense stands in u beside the identity."""

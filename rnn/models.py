@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,20 @@ class Architecture:
         return SequenceClassifier(rnn, self.outputs, self.dropout, self.pooling)
 
 
+class Streamed(NamedTuple):
+    """What a `SequenceClassifier` keeps of a sequence whose steps come one by one.
+
+    Attributes:
+        rnn: the state of the recurrent layers.
+        total: with mean pooling the sum of the outputs so far, float64 [B, hidden_size], or rounding would add up.
+        steps: how many there were.
+    """
+
+    rnn: State
+    total: Tensor | None
+    steps: int
+
+
 class SequenceClassifier(nn.Module):
     """Scores from the last layer's last states or from the mean of its outputs, of both directions where there are two.
 
@@ -82,6 +96,19 @@ class SequenceClassifier(nn.Module):
             pooled = h[-1 - self.rnn.bidirectional :].transpose(0, 1).flatten(1)
         return self.classifier(self.dropout(pooled))
 
+    @torch.no_grad()
+    def step(self, x: Tensor, state: Streamed | None = None) -> tuple[Tensor, Streamed]:
+        """The scores of the sequence up to here: a step [B, input_size] and the state before it -> scores and state.
+
+        In constant memory, without gradients and dropout; see `LowRankRNN.step`. state None: the sequence begins.
+        """
+        rnn, total, steps = (None, None, 0) if state is None else state
+        pooled, rnn = self.rnn.step(x, rnn)
+        if self.pooling == "mean":
+            total = pooled.double() if total is None else total + pooled
+            pooled = (total / (steps + 1)).to(pooled.dtype)
+        return self.classifier(pooled), Streamed(rnn, total, steps + 1)
+
 
 class LanguageModel(nn.Module):
     """Scores of the next character at each step of a text.
@@ -99,6 +126,15 @@ class LanguageModel(nn.Module):
     def forward(self, characters: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         outputs, state = self.rnn(self.dropout(self.embedding(characters)), state)
         return self.decoder(self.dropout(outputs)), state
+
+    @torch.no_grad()
+    def step(self, characters: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """One character of each text, int64 [B], and the state before it -> scores [B, characters] and the state.
+
+        In constant memory, without gradients and dropout; see `LowRankRNN.step`.
+        """
+        output, state = self.rnn.step(self.embedding(characters), state)
+        return self.decoder(output), state
 
 
 def compact(model: SequenceClassifier | LanguageModel) -> SequenceClassifier | LanguageModel:
