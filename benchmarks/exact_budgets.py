@@ -96,7 +96,8 @@ def controlled(
         with torch.no_grad():
             for name, cost in costs.items():
                 model.get_submodule(name).raw_threshold.add_(flop_exponent * math.log(cost))
-        return SparsityController(model, Target(sparsity=target), end=END, interval=10, **options)
+        throughout = {"straight_through_until": 1.0} | options
+        return SparsityController(model, Target(sparsity=target), end=END, interval=10, **throughout)
 
     return make
 
@@ -105,6 +106,7 @@ METHODS: dict[str, Callable] = {
     "dense": Dense,
     "magnitude": Magnitude,
     "global": controlled("straight_through", distribution="fixed"),
+    "global, switched": controlled("straight_through", distribution="fixed", straight_through_until=0.35),
     "learned": controlled("straight_through", distribution="learned"),
     "FLOP-aware": controlled("straight_through", 0.2, distribution="fixed"),
 }

@@ -37,6 +37,8 @@ WIDTHS, EPOCHS = (16, 32, 64), 4
 LINES: dict[str, dict] = {
     "dense": {"method": "dense"},
     "str-exact": {"method": "str-exact"},
+    "str-exact, masked": {"method": "str-exact", "gradient": "masked"},
+    "str-exact, straight-through": {"method": "str-exact", "gradient": "straight_through"},
     "str-exact, FLOP-aware": {"method": "str-exact", "distribution": "flop-aware"},
     "str-exact, learned": {"method": "str-exact", "distribution": "learned"},
     "str": {"method": "str"},

@@ -25,7 +25,7 @@ METHODS = {
 TARGETS = ("target_sparsity", "target_flops", "budget")
 # Options that only some methods take, with their defaults there.
 TAKEN_BY = {
-    "gradient": {"str-exact": "straight_through", "str": "masked"},
+    "gradient": {"str-exact": "switched", "str": "masked"},
     "granularity": {"str-exact": "layer", "str": "layer"},
     "raw_threshold_init": {"str": -5.0},
     "mask_interval": {"gmp": 10, "rigl": 100},
@@ -55,8 +55,9 @@ class Config(TrainConfig):
     budget: str | None = None
     """The sparsity of every layer, in place of a target: the folder of a finished run, its budget.json or budget.csv, a
     JSON object or a CSV file of layers and sparsities in %, or the recipe of a published point."""
-    gradient: Literal["masked", "straight_through"] | None = None
-    """What moves a pruned weight: its sparse value's gradient (default of str-exact) or weight decay alone (of str)."""
+    gradient: Literal["masked", "straight_through", "switched"] | None = None
+    """What moves a pruned weight: weight decay alone (masked; default of str), its sparse value's gradient as well
+    (straight_through), or, str-exact alone and its default, that gradient in the first 35 % of training (switched)."""
     granularity: Literal["layer", "filter", "weight", "global"] | None = None
     """What shares one threshold of str-exact and str: a layer (the default), a filter, nothing or everything."""
     distribution: Literal["fixed", "flop-aware", "learned", "uniform", "erk", "global"] | None = None
@@ -201,6 +202,10 @@ def settle(config: Config) -> Config:
         raise UserError(f"--distribution {config.distribution}: --method {config.method} {ways}")
     if config.distribution not in (None, "fixed") and config.granularity == "global":
         raise UserError(f"--distribution {config.distribution} and --granularity global exclude each other")
+    if config.gradient == "switched" and config.method != "str-exact":
+        raise UserError(
+            f"--gradient switched: it is --method str-exact that switches; {config.method} takes the others"
+        )
     if config.new_classifier and config.pretrained is None:
         raise UserError("--new-classifier says what to leave of a trained network: name one with --pretrained FILE")
     _check_ranges(config)

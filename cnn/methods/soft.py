@@ -21,10 +21,16 @@ def str_exact(
         target = Target(flops=round(config.target_flops * count(model, example).dense_flops))
     else:
         target = Target(sparsity=config.target_sparsity)
-    sparsify(model, granularity=config.granularity, gradient=config.gradient)
+    gradient, options = config.gradient, {}
+    if gradient == "switched":  # the controller's default
+        gradient = "straight_through"
+    else:
+        options["straight_through_until"] = 1.0
+    if config.granularity == "global":
+        options["floor"] = 0.0  # one threshold cannot keep a floor in each layer
+    sparsify(model, granularity=config.granularity, gradient=gradient)
     distribution = config.distribution or "fixed"  # none is configured where --budget says it all
-    floor = {"floor": 0.0} if config.granularity == "global" else {}  # one threshold cannot keep a floor in each layer
-    return SparsityController(model, target, distribution=distribution, example_input=example, **floor)
+    return SparsityController(model, target, distribution=distribution, example_input=example, **options)
 
 
 def str_as_published(config: Config, model: nn.Module) -> None:

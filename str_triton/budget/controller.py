@@ -68,6 +68,9 @@ class SparsityController(OffsetController):
             never more than one weight per filter, and at least one weight), so that no layer is emptied. 0: no floor,
             and none where the target names each layer's share.
         interval: steps between solves.
+        straight_through_until: progress until which layers with the straight-through gradient keep it. From then on
+            theirs is the masked one: at high sparsity the steps of the pruned weights, noise for the most part, would
+            otherwise drown the survivors (docs/exact-budgets.md). 1: they keep it throughout.
 
     Raises:
         ValueError: a model without thresholds, a target that excluded layers make impossible or that names other
@@ -88,8 +91,12 @@ class SparsityController(OffsetController):
         distribution: str = "fixed",
         floor: float = 0.5,
         interval: int = 20,
+        straight_through_until: float = 0.35,
     ) -> None:
         super().__init__(schedule=schedule, begin=begin, end=end, distribution=distribution, interval=interval)
+        if not 0 <= straight_through_until <= 1:
+            raise ValueError(f"straight_through_until must be in [0, 1], got {straight_through_until}")
+        self.straight_through_until = straight_through_until
         self.target = target
         self._layers, self._others, self._fixed, self._dense = _inventory(
             model, target, example_input, count_flops=target.flops is not None or distribution == "flop-aware"
@@ -108,7 +115,19 @@ class SparsityController(OffsetController):
         if distribution == "flop-aware":
             for layer in self._layers:
                 layer.module.scale_threshold(max(layer.flops, 1) ** FLOP_EXPONENT)
-        self._take((layer.raw for layer in self._layers), str_layers(model).values())
+        modules = str_layers(model).values()
+        self._straight_through = [module for module in modules if module.gradient == "straight_through"]
+        self._take((layer.raw for layer in self._layers), modules)
+        self._set_gradient()
+
+    def _advance(self, progress: float) -> None:
+        super()._advance(progress)
+        self._set_gradient()
+
+    def _set_gradient(self) -> None:
+        gradient = "straight_through" if self.progress < self.straight_through_until else "masked"
+        for module in self._straight_through:
+            module.gradient = gradient
 
     def _check_layers(self, shares: Mapping[str, float]) -> None:
         if self.distribution != "fixed":
@@ -184,6 +203,7 @@ class SparsityController(OffsetController):
         if state.get("layers") != self.target.layers:
             raise ValueError("the state was made for another target by layers; has the file that names it changed?")
         super().load_state_dict(state)
+        self._set_gradient()
 
 
 def _inventory(

@@ -224,6 +224,34 @@ def test_state_dict_resumes_bit_for_bit(inside_exact):
     assert count(model, IMAGES).sparsity == pytest.approx(0.95, abs=1e-4)
 
 
+def test_pruned_weights_are_left_to_weight_decay_after_a_while():
+    """The gradient follows the progress, in a resumed run too; layers that were masked from the start stay so."""
+    model = sparsify(convolutional_net())
+    model[0].gradient = "masked"
+    controller = SparsityController(model, Target(sparsity=0.95), straight_through_until=0.5)
+    seen, states = [], []
+    for progress in (0.25, 0.5, 1.0):
+        controller.step(progress)
+        seen.append([layer.gradient for layer in str_layers(model).values()])
+        states.append(copy.deepcopy(controller.state_dict()))
+    assert seen == [["masked", *["straight_through"] * 3], *[["masked"] * 4] * 2]
+    for state, gradients in zip(states[::-1], seen[::-1], strict=True):
+        controller.load_state_dict(state)
+        assert [layer.gradient for layer in str_layers(model).values()] == gradients
+
+
+@pytest.mark.parametrize("until", [0.0, 0.5, 1.0])
+def test_the_gradient_of_pruned_weights_stops_where_it_is_told_to(until):
+    model = sparsify(nn.Linear(64, 8, bias=False))
+    controller = SparsityController(model, Target(sparsity=0.9), end=0.0, straight_through_until=until)
+    for progress in (0.4, 0.6):
+        controller.step(progress)
+        model.zero_grad()
+        model(torch.randn(4, 64)).square().sum().backward()
+        reaches = (model.weight.grad[model.sparse_weight == 0] != 0).any()
+        assert bool(reaches) == (progress < until)
+
+
 def model_size(model):
     return sum(layer.dense_weight.numel() for layer in str_layers(model).values())
 
@@ -352,6 +380,7 @@ def test_targets_out_of_range(make, message):
         ({"distribution": "flop-aware"}, "needs example_input"),
         ({"interval": 0}, "at least 1, got 0"),
         ({"floor": 1.5}, r"\[0, 1\], got 1.5"),
+        ({"straight_through_until": -0.1}, r"\[0, 1\], got -0.1"),
         ({"target": Target(flops=10**6)}, "needs example_input"),
         ({"target": Target(nonzeros=3)}, "cannot be met"),
         ({"target": Target(flops=20), "example_input": IMAGES}, "cannot be met"),
