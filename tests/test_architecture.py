@@ -17,6 +17,7 @@ from typing import NamedTuple
 import pytest
 
 import str_triton
+from str_triton import deploy
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("str_triton", "cnn", "rnn")
@@ -31,10 +32,16 @@ ROOMS = {
     "str_triton.ops": (set(), {"torch"}),
     "str_triton.nn": ({"str_triton.ops"}, {"torch", "numpy"}),
     "str_triton.budget": ({"str_triton.nn"}, {"torch", "numpy"}),
-    "str_triton.deploy": ({"str_triton.nn", "str_triton.budget"}, {"torch", "numpy"}),
+    "str_triton.deploy": ({"str_triton.nn", "str_triton.budget"}, {"torch", "numpy", "safetensors"}),
     "str_triton.training": ({"str_triton.budget"}, {"torch", "numpy"} | TRAINING_EXTRAS),
-    "cnn": ({"str_triton", "str_triton.training"}, {"torch", "numpy", "einops"} | TRAINING_EXTRAS),
-    "rnn": ({"str_triton", "str_triton.training"}, {"torch", "numpy", "einops"} | TRAINING_EXTRAS),
+    "cnn": (
+        {"str_triton", "str_triton.deploy", "str_triton.training"},
+        {"torch", "numpy", "einops", "safetensors"} | TRAINING_EXTRAS,
+    ),
+    "rnn": (
+        {"str_triton", "str_triton.deploy", "str_triton.training"},
+        {"torch", "numpy", "einops", "safetensors"} | TRAINING_EXTRAS,
+    ),
 }
 # Only inside functions: the launcher's kernels arrive with the first GPU tensor, timm with the first of its networks,
 # the ONNX extra with the first exported network.
@@ -43,6 +50,8 @@ LATE = {
     "cnn": (set(), {"timm", "onnx", "onnxruntime"}),
     "rnn": (set(), {"onnx", "onnxruntime"}),
 }
+# What cnn and rnn take from these rooms are their public names.
+PUBLIC = {"str_triton": str_triton.__all__, "str_triton.deploy": deploy.__all__}
 
 
 class Import(NamedTuple):
@@ -112,8 +121,11 @@ def violations(source: str, path: Path) -> list[str]:
         target = room_of(module)
         if target not in rooms | {room} | (late_rooms if late else set()):
             found.append(f"{where}: {room} may not import {target}" + (" here" if target in late_rooms else ""))
-        elif room in ("cnn", "rnn") and target == "str_triton" and name not in (None, *str_triton.__all__):
-            found.append(f"{where}: str_triton.{name} is not a public name")
+        elif room in ("cnn", "rnn") and target in PUBLIC:
+            if module != target:
+                found.append(f"{where}: {module} is not public: take its names from {target}")
+            elif name not in (None, *PUBLIC[target]):
+                found.append(f"{where}: {target}.{name} is not a public name")
     return found
 
 
@@ -137,6 +149,9 @@ def test_imports_follow_the_arrows(path: Path) -> None:
         ("str_triton/nn/x.py", "def f():\n    from str_triton.budget import count"),
         ("str_triton/nn/x.py", "def f():\n    from str_triton import kernels"),
         ("str_triton/budget/x.py", "import str_triton.deploy"),
+        ("str_triton/training/x.py", "import str_triton.deploy"),
+        ("str_triton/deploy/x.py", "from str_triton.training.files import write_atomically"),
+        ("str_triton/deploy/x.py", "import cnn.models"),
         ("str_triton/training/x.py", "import cnn.data"),
         ("str_triton/__init__.py", "from str_triton import training"),
         ("str_triton/__init__.py", "from . import training"),
@@ -144,6 +159,9 @@ def test_imports_follow_the_arrows(path: Path) -> None:
         ("cnn/x.py", "import timm"),
         ("cnn/x.py", "from str_triton.nn import STRConv2d"),
         ("cnn/x.py", "from str_triton import _private"),
+        ("cnn/x.py", "from str_triton.deploy.pack import unpack"),
+        ("cnn/x.py", "from str_triton.deploy import packed_file"),
+        ("cnn/x.py", "from str_triton.deploy import _private"),
         ("cnn/x.py", "import recipes"),
         ("rnn/x.py", "__import__('cnn.models')"),
     ],
@@ -159,6 +177,7 @@ def test_a_forbidden_import_is_found(path: str, source: str) -> None:
         ("str_triton/ops/x.py", "def f():\n    from str_triton.kernels import soft_threshold\n    import triton"),
         ("str_triton/nn/x.py", "import math\nfrom str_triton.ops.soft_threshold import f\nfrom . import y"),
         ("cnn/x.py", "from str_triton import soft_threshold\nfrom str_triton.training.loop import f\nimport cnn.data"),
+        ("cnn/x.py", "from str_triton import deploy\nfrom str_triton.deploy import unpack"),
     ],
 )
 def test_an_allowed_import_is_not(path: str, source: str) -> None:
@@ -172,8 +191,11 @@ def test_cnn_and_rnn_reach_no_hidden_name_through_the_package() -> None:
             for node in ast.walk(ast.parse((ROOT / path).read_text())):
                 match node:
                     case ast.Attribute(value=ast.Name(id="str_triton"), attr=name):
-                        if name not in (*str_triton.__all__, "training", "__version__"):
+                        if name not in (*str_triton.__all__, "deploy", "training", "__version__"):
                             found.append(f"{path}:{node.lineno}: str_triton.{name} is not a public name")
+                    case ast.Attribute(value=ast.Name(id="deploy"), attr=name):
+                        if name not in deploy.__all__:
+                            found.append(f"{path}:{node.lineno}: str_triton.deploy.{name} is not a public name")
     assert not found
 
 
@@ -232,14 +254,14 @@ import sys
 
 class Block:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {{"triton", *{sorted(TRAINING_EXTRAS)}}}:
+        if name.split(".")[0] in {{"triton", "safetensors", *{sorted(TRAINING_EXTRAS)}}}:
             raise ModuleNotFoundError(f"blocked: {{name}}", name=name)
 
 sys.meta_path.insert(0, Block())
 import str_triton, cnn, rnn
 
 assert str_triton.__all__ and all(hasattr(str_triton, name) for name in str_triton.__all__)
-assert not any(name.startswith("str_triton.training") for name in sys.modules)
+assert not any(name.startswith(("str_triton.training", "str_triton.deploy")) for name in sys.modules)
 assert not sys.modules["torch"].cuda.is_initialized()
 """
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -82,8 +82,12 @@ class Budget:
         return sum(row.flops for row in self.rows)
 
     def __str__(self) -> str:
+        return aligned(self.lines())
+
+    def lines(self) -> list[tuple[str, ...]]:
+        """The table's cells: a heading, a line per row, and the totals."""
         body = [_cells(row.name or "(model)", row, row.threshold) for row in self.rows]
-        return aligned([HEADINGS, *body, _cells("total", self, None)])
+        return [HEADINGS, *body, _cells("total", self, None)]
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write a line per row under a heading; an absent threshold is an empty cell."""

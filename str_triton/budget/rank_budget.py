@@ -111,7 +111,11 @@ class RankBudget:
         return sum(row.dense_params for row in self.rows if row.recurrent) + self.other_recurrent_flops
 
     def __str__(self) -> str:
-        return aligned([HEADINGS, *map(_cells, self.rows), *self._rest_cells(), self._total_cells()])
+        return aligned(self.lines())
+
+    def lines(self) -> list[tuple[str, ...]]:
+        """The table's cells: a heading, a line per matrix, one or two for the rest, and the totals."""
+        return [HEADINGS, *map(_cells, self.rows), *self._rest_cells(), self._total_cells()]
 
     def _rest_cells(self) -> Iterator[tuple[str, ...]]:
         recurrent = f"{self.other_recurrent_flops:,}"

@@ -1,0 +1,7 @@
+"""What was learned makes the network smaller and faster where it runs."""
+
+from str_triton.deploy.model_card import model_card
+from str_triton.deploy.pack import inspect, pack, unpack
+from str_triton.deploy.summary import PackedSummary, PackedTensor
+
+__all__ = ["PackedSummary", "PackedTensor", "inspect", "model_card", "pack", "unpack"]

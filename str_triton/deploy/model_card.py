@@ -1,0 +1,78 @@
+"""A model card beside a packed file: Markdown with the budget layer by layer, for the Hugging Face hub."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from str_triton.deploy.pack import inspect
+from str_triton.deploy.packed_file import write_beside
+
+LOAD = """from str_triton import deploy
+
+state_dict = deploy.unpack("{name}")  # plain dense tensors; damaged bytes raise
+model.load_state_dict(state_dict)  # the plain network that was trained"""
+
+
+def model_card(
+    path: str | os.PathLike[str],
+    *,
+    title: str,
+    description: str,
+    facts: Mapping[str, str] | None = None,
+    code: str | None = None,
+    tags: Sequence[str] = (),
+    license: str | None = None,
+    datasets: Sequence[str] = (),
+    pipeline_tag: str | None = None,
+) -> Path:
+    """Write a model card beside a packed file, under its name with the suffix .md, and return its path.
+
+    On the hub a model's card is the README.md beside its files.
+
+    Args:
+        path: of a packed file; what the card says of sizes and budget is read from it.
+        title: the heading.
+        description: what the model is, one or more paragraphs of Markdown.
+        facts: a table of what else is known: {"accuracy": "97.5 % on the test set", ...}.
+        code: Python lines that load the model; None: those for the plain network's `load_state_dict`.
+        tags, license, datasets, pipeline_tag: the hub's own fields; an absent one is left out.
+
+    Raises:
+        ValueError: the packed file is damaged, or is itself named .md.
+        OSError: a file cannot be read or written.
+    """
+    path = Path(path)
+    card = path.with_suffix(".md")
+    if card == path:
+        raise ValueError(f"{path}: the card would take this name; give the packed file another suffix")
+    summary = inspect(path)
+    kind = "low-rank" if summary.products else "sparse"
+    fields = {
+        "library_name": "pytorch",
+        "license": license,
+        "pipeline_tag": pipeline_tag,
+        "datasets": list(datasets),
+        "tags": list(dict.fromkeys(["str-triton", *([kind] if summary.is_smaller else []), *tags])),
+    }
+    code = LOAD.format(name=path.name) if code is None else code.strip("\n")
+    sections = [
+        "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in fields.items() if value), "---"]),
+        f"# {title}",
+        description.strip("\n"),
+        *([_table(("", ""), *facts.items())] if facts else []),
+        f"## Files\n\n`{path.name}`: {' '.join(summary.remarks())}",
+        f"## Load\n\nWith str-triton installed:\n\n```python\n{code}\n```\n\n"
+        "`python -m str_triton inspect` lists what the file holds, `python -m str_triton unpack` writes it as plain "
+        "safetensors. It is readable without str-triton, whose docs/packed-format.md says how.",
+        f"## Budget\n\n{_table(*(summary if summary.budget is None else summary.budget).lines())}",
+    ]
+    write_beside(card, ("\n\n".join(sections) + "\n").encode())
+    return card
+
+
+def _table(heading: Sequence[str], *lines: Iterable[str]) -> str:
+    """A Markdown table: the first column is text, the others stand to the right."""
+    rule = [":--", *["--:"] * (len(heading) - 1)]
+    escaped = ([cell.replace("|", "\\|") for cell in line] for line in (heading, rule, *lines))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in escaped)

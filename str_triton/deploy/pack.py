@@ -1,0 +1,216 @@
+"""pack, unpack, inspect: a model as a packed file, and back (docs/packed-format.md)."""
+
+import dataclasses
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from str_triton.budget.budget import Budget, LayerBudget
+from str_triton.budget.rank_budget import MatrixBudget, RankBudget, count_ranks
+from str_triton.deploy.encoding import NAMES, decode, dtype_name, encode, rounded
+from str_triton.deploy.packed_file import (
+    DTYPES,
+    VERSION,
+    PackedFile,
+    Part,
+    digest,
+    own_parts,
+    part_names,
+    read_packed,
+    write_packed,
+)
+from str_triton.deploy.plain_state import plain_state
+from str_triton.deploy.summary import PackedSummary, PackedTensor
+
+VALUES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+BUDGETS = {"Budget": (Budget, LayerBudget), "RankBudget": (RankBudget, MatrixBudget)}
+
+
+def pack(
+    model: nn.Module | Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    values: str = "float32",
+    *,
+    budget: Budget | RankBudget | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    plain_zeros: bool = False,
+) -> PackedSummary:
+    """Write a model's tensors to `path`, and to nowhere else, without their zeros (docs/packed-format.md).
+
+    The zeros decide, whatever the layer: a tensor is stored as its other values and their positions where that is
+    smaller, else as it is. Thresholded layers store what their forward uses, matrices with a learned rank the surviving
+    components (as `compact()` gives them), shared tensors are stored once. The model stays as it is.
+
+    Args:
+        model: a module, or the state dict of one.
+        path: of the file, a safetensors file; an old one is replaced once the new one is whole.
+        values: "float32": every tensor keeps its dtype and every bit, float64 too. "float16" or "bfloat16": tensors of
+            two or more dimensions whose floating-point dtype is wider are rounded to it; vectors and scalars (biases,
+            norms, running statistics) stay.
+        budget: from `count` or `count_ranks`, kept in the file for `inspect` and `model_card`. None: a model with
+            matrices in factors is counted here, which takes no example input.
+        metadata: further facts to keep, of JSON's types.
+        plain_zeros: store -0.0 as 0.0. Its sign costs a bit per zero where many are negative, as weight * mask leaves
+            them; it alters no output of a network.
+
+    Returns:
+        What the file holds, as `inspect` does.
+
+    Raises:
+        ValueError: unknown `values`, an entry that is no tensor or has no values, a dtype that safetensors lacks, or a
+            value too large for `values`; the message names the tensor. Nothing is written.
+        TypeError: a model, budget or metadata of another type.
+        OSError: the file cannot be written (a full disk); `path` is as it was, and nothing is left beside it.
+
+    Warns:
+        UserWarning: no tensor got smaller; the file is whole, and stores all of them dense.
+    """
+    if values not in VALUES:
+        raise ValueError(f"values must be one of {', '.join(map(repr, VALUES))}, got {values!r}")
+    state, products = plain_state(model)
+    if budget is None and products:
+        budget = count_ranks(model)
+    content = {
+        "values": values,
+        "budget": _budget_record(budget),
+        "metadata": _metadata_record(metadata),
+        "products": products,
+    }
+    parts, content["tensors"] = _encoded(state, VALUES[values], plain_zeros)
+    nbytes = write_packed(path, parts, content)
+    summary = _summary(PackedFile(content, parts, nbytes))
+    if not summary.is_smaller:
+        warnings.warn(f"pack: {path}: {summary.remarks()[-1]}", stacklevel=2)
+    return summary
+
+
+def unpack(path: str | os.PathLike[str], *, factors: bool = False) -> dict[str, Tensor]:
+    """The tensors in a packed file, on the CPU, as a state dict: for `load_state_dict(..., strict=True)`.
+
+    They have the shapes and dtypes that they had in the model, and equal what was stored bit for bit; shared ones are
+    one object under several names.
+
+    Args:
+        path: of the file.
+        factors: what to do with a matrix P that is stored in factors. False: P itself, the product u v^T, under the
+            name that it has in the plain model (nn.GRU's weight_hh_l0 for one). True: P.u and P.v, as stored: the state
+            dict of the `compact()` model, which a product, rounded as matrix products are, cannot give back.
+
+    Raises:
+        ValueError: any byte of the file has changed, it is cut off, not packed, or of another version; the message
+            names the tensor that is damaged, or the version. Nothing is returned of such a file.
+        OSError: the file cannot be read.
+    """
+    file = read_packed(path)
+    state: dict[str, Tensor] = {}
+    for name, entry in file.content["tensors"].items():
+        if "same_as" in entry:
+            state[name] = state[entry["same_as"]]
+        else:
+            state[name] = decode(name, entry, file.parts).to(DTYPES[entry["dtype"]])
+    return state if factors else _multiplied_out(state, file.content["products"])
+
+
+def inspect(path: str | os.PathLike[str]) -> PackedSummary:
+    """What a packed file holds, every byte of it checked; raises as `unpack` does."""
+    return _summary(read_packed(path))
+
+
+def _encoded(state: Mapping[str, Tensor], dtype: torch.dtype, plain_zeros: bool) -> tuple[dict[str, Part], dict]:
+    """The parts of all tensors, and an entry for each tensor."""
+    parts: dict[str, Part] = {}
+    entries: dict[str, dict[str, Any]] = {}
+    first: dict[tuple, str] = {}
+    for name, tensor in state.items():
+        if taken := {"__metadata__", *part_names(name)} & state.keys():
+            raise ValueError(f"tensor {min(taken)!r}: this name is taken by what the file stores; rename it")
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if tensor.numel() and first.setdefault(place, name) != name:
+            entries[name] = {"same_as": first[place]}
+            continue
+        own, entry = encode(name, rounded(name, tensor, dtype), plain_zeros=plain_zeros)
+        parts |= own
+        hashed = digest(*(part.data for part in own_parts(name, own).values()))
+        entries[name] = {"dtype": NAMES[tensor.dtype], **entry, "sha256": hashed}
+    return parts, entries
+
+
+def _multiplied_out(state: dict[str, Tensor], products: Mapping[str, tuple[str, str]]) -> dict[str, Tensor]:
+    """Each matrix in the place of its first factor, none of the factors; what is shared stays so."""
+    matrix_of = {u: (name, v) for name, (u, v) in products.items()}
+    second = {v for _, v in products.values()}
+    made: dict[tuple[int, int], Tensor] = {}
+    plain = {}
+    for name, tensor in state.items():
+        if name in matrix_of:
+            matrix, v = matrix_of[name]
+            key = (id(tensor), id(state[v]))
+            if key not in made:
+                made[key] = tensor @ state[v].mT
+            plain[matrix] = made[key]
+        elif name not in second:
+            plain[name] = tensor
+    return plain
+
+
+def _summary(file: PackedFile) -> PackedSummary:
+    content = file.content
+    return PackedSummary(
+        version=VERSION,
+        values=content["values"],
+        nbytes=file.size,
+        tensors=tuple(_packed_tensor(name, content["tensors"], file.parts) for name in content["tensors"]),
+        products={name: tuple(pair) for name, pair in content["products"].items()},
+        budget=_budget(content["budget"]),
+        metadata=content["metadata"],
+    )
+
+
+def _packed_tensor(name: str, entries: Mapping[str, dict[str, Any]], parts: Mapping[str, Part]) -> PackedTensor:
+    source = entries[name].get("same_as", name)
+    entry, own = entries[source], own_parts(source, parts)
+    sizes = {key: part.data.size for key, part in own.items()}
+    dtype, stored = DTYPES[entry["dtype"]], DTYPES[next(iter(own.values())).dtype]
+    plain = PackedTensor(
+        name=name,
+        shape=tuple(entry["shape"]),
+        dtype=dtype_name(dtype),
+        stored_dtype=dtype_name(stored),
+        encoding="dense" if source in own else "gaps" if entry["low_bits"] else "bitmask",
+        nonzeros=entry["nonzeros"],
+        nbytes=sum(sizes.values()),
+        sign_nbytes=sizes.get(part_names(source)[2], 0),
+        dense_nbytes=0,
+    )
+    if source != name:
+        return dataclasses.replace(plain, encoding="shared", nbytes=0, sign_nbytes=0)
+    return dataclasses.replace(plain, dense_nbytes=plain.elements * dtype.itemsize)
+
+
+def _budget_record(budget: Budget | RankBudget | None) -> dict[str, Any] | None:
+    if budget is None:
+        return None
+    if type(budget).__name__ not in BUDGETS:
+        raise TypeError(f"budget must be a Budget or a RankBudget, got {type(budget).__name__}")
+    return {"kind": type(budget).__name__, **dataclasses.asdict(budget)}
+
+
+def _budget(record: dict[str, Any] | None) -> Budget | RankBudget | None:
+    if record is None:
+        return None
+    kind, row = BUDGETS[record["kind"]]
+    rest = {key: value for key, value in record.items() if key not in ("kind", "rows")}
+    return kind([row(**values) for values in record["rows"]], **rest)
+
+
+def _metadata_record(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
+    """As it will be read."""
+    try:
+        return json.loads(json.dumps(dict(metadata or {}), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"metadata must be a mapping of names to values of JSON's types: {error}") from None

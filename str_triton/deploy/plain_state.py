@@ -1,0 +1,89 @@
+"""What of a model is stored: thresholds applied, matrices in factors compact, everything else as it is."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from str_triton.nn import LowRankWeight, STRLayer
+
+State = dict[str, Tensor]
+Products = dict[str, tuple[str, str]]  # the name of a matrix -> the names of u and v, where it is u v^T
+
+
+def plain_state(model: nn.Module | Mapping[str, Tensor]) -> tuple[State, Products]:
+    """The tensors to store, detached, in the model's order, and which of them are factors of which matrix.
+
+    The names are the plain model's: a thresholded layer gives the `weight` that its forward uses and no raw threshold.
+    A `LowRankWeight` P with a threshold gives P.u and P.v of its surviving components, or P where dense is not larger,
+    as `compact()` does; one without gives its factors as they are. Shared tensors stay shared. Wrappers for several
+    devices and for torch.compile are looked through. The model stays as it is.
+
+    Raises:
+        TypeError: neither a module nor a mapping.
+        ValueError: an entry that is no dense tensor with values; the message names it.
+    """
+    if isinstance(model, nn.Module):
+        state, products = _state_of_module(_unwrapped(model))
+    elif isinstance(model, Mapping):
+        state, products = dict(model), {}
+    else:
+        raise TypeError(f"model must be a module or a mapping of names to tensors, got {type(model).__name__}")
+    for name, tensor in state.items():
+        if not isinstance(name, str):
+            raise ValueError(f"the names of tensors must be texts, got {name!r}")
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name!r} is {type(tensor).__name__}, not a tensor")
+        if nn.parameter.is_lazy(tensor):
+            raise ValueError(f"tensor {name!r} is lazy and has no values yet: run the model once before packing it")
+        if tensor.is_meta:
+            raise ValueError(f"tensor {name!r} is on the meta device and has no values")
+        if tensor.layout is not torch.strided or tensor.is_quantized:
+            kind = "quantized" if tensor.is_quantized else f"of layout {tensor.layout}"
+            raise ValueError(f"tensor {name!r} is {kind}: only plain dense tensors can be packed")
+    return {name: tensor.detach() for name, tensor in state.items()}, products
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):  # torch.compile
+            model = model._orig_mod
+        else:
+            return model
+
+
+@torch.no_grad()
+def _state_of_module(model: nn.Module) -> tuple[State, Products]:
+    replaced: dict[str, State] = {}  # a key of the state dict -> what stands in its place
+    products: Products = {}
+    made: dict[tuple, Tensor | LowRankWeight] = {}  # by the parameters it is computed from
+    for path, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        if isinstance(module, STRLayer):
+            sources = (id(module.dense_weight), id(module.raw_threshold), module.g)
+            if sources not in made:
+                made[sources] = module.sparse_weight
+            replaced[f"{prefix}weight"] = {f"{prefix}weight": made[sources]}
+            replaced[f"{prefix}raw_threshold"] = {}
+        elif isinstance(module, LowRankWeight):
+            u, v, matrix = f"{prefix}u", f"{prefix}v", path or "weight"
+            sources = tuple(map(id, (module.u, module.v, module.m, module.raw_threshold)))
+            if sources not in made:
+                made[sources] = module if module.m is None else _compact(module)
+            stored = made[sources]
+            replaced |= {f"{prefix}{own}": {} for own in ("v", "m", "raw_threshold")}
+            if isinstance(stored, Tensor):
+                replaced[u] = {matrix: stored}
+            else:
+                replaced[u] = {u: stored.u, v: stored.v}
+                products[matrix] = u, v
+    own = model.state_dict()
+    state = {name: value for key in own for name, value in replaced.get(key, {key: own[key]}).items()}
+    return state, products
+
+
+def _compact(matrix: LowRankWeight) -> Tensor | LowRankWeight:
+    compact = matrix.compact()
+    return matrix.weight() if compact is None else compact
