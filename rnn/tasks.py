@@ -5,6 +5,7 @@ Order and augmentation are functions of (seed, epoch, step), so that a resumed r
 
 import math
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -147,19 +148,20 @@ class Language(Task):
                 f"{config.batch_size} and --bptt {config.bptt}: choose smaller ones"
             )
         self.inputs = self.outputs = len(data.vocabulary)
-        self._state: State | None = None
+        # The streams' states, in order, of each part of a step (--accumulate) on its own: the first is the next one's.
+        self._states: deque[State | None] = deque([None] * config.accumulate)
 
     def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         if start == 0:
-            self._state = None
+            self.carry(None)
         windows = self._windows(self.data.train)
         for step in range(start, self.steps):
             yield windows[step]
 
     def forward(self, network: nn.Module, batch: tuple[Tensor, Tensor]) -> Outcome:
         characters, following = batch
-        outputs, state = network(characters, self._state)
-        self._state = tuple(part.detach() for part in state) if isinstance(state, tuple) else state.detach()
+        outputs, state = network(characters, self._states.popleft())
+        self._states.append(tuple(part.detach() for part in state) if isinstance(state, tuple) else state.detach())
         outputs, labels = outputs.flatten(0, 1), following.flatten()
         return Outcome(F.cross_entropy(outputs, labels, label_smoothing=self.config.label_smoothing), outputs, labels)
 
@@ -191,19 +193,22 @@ class Language(Task):
         return f"{value:.4f} bits per character"
 
     def carried(self) -> tuple[Tensor, ...] | None:
-        if self._state is None:
+        if self._states[0] is None:
             return None
-        parts = self._state if isinstance(self._state, tuple) else (self._state,)
+        states = [state if isinstance(state, tuple) else (state,) for state in self._states]
+        parts = [torch.cat(pieces, 1) for pieces in zip(*states, strict=True)]
         # The streams of all processes, which are what `gather` puts beside each other.
         return tuple(self.accelerator.gather(part.transpose(0, 1).contiguous()).transpose(0, 1) for part in parts)
 
     def carry(self, state: tuple[Tensor, ...] | None) -> None:
-        processes, index = self.accelerator.num_processes, self.accelerator.process_index
+        number, processes = len(self._states), self.accelerator.num_processes
         if state is None:
-            self._state = None
+            self._states = deque([None] * number)
             return
-        own = tuple(part.tensor_split(processes, 1)[index].to(self.accelerator.device) for part in state)
-        self._state = tuple(part.contiguous() for part in own) if len(own) > 1 else own[0].contiguous()
+        mine = range(number * self.accelerator.process_index, number * (self.accelerator.process_index + 1))
+        pieces = [part.to(self.accelerator.device).tensor_split(number * processes, 1) for part in state]
+        owns = [[column[place].contiguous() for column in pieces] for place in mine]
+        self._states = deque(tuple(own) if len(own) > 1 else own[0] for own in owns)
 
 
 def make_task(config: Config, data: Data | Text, accelerator: Accelerator) -> Task:

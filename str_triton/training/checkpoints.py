@@ -5,6 +5,7 @@ import os
 import random
 import re
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,3 +112,19 @@ def set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]):
         torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def set_random_state_of(process: int, states: Sequence[dict[str, Any]]) -> None:
+    """Put back the state of process number ``process``, whose place in ``states`` it is.
+
+    Where there are fewer, it gets one of its own, which follows from the first of them and its number.
+    """
+    if process < len(states):
+        set_random_state(states[process])
+        return
+    set_random_state(states[0])
+    common = torch.randint(2**62, (), device="cpu").item()
+    seeds = np.random.SeedSequence((common, process)).generate_state(3).tolist()
+    random.seed(seeds[0])
+    np.random.seed(seeds[1])
+    torch.manual_seed(seeds[2])  # the GPUs' too

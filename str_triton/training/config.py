@@ -1,13 +1,15 @@
 """The options that every training program has."""
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import tyro
 from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin
 
-from str_triton.training.errors import UserError
+from str_triton.training.errors import UserError, one_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,9 @@ class TrainConfig(RunConfig):
     """Passes over the training examples."""
     batch_size: int = 64
     """Examples in a step, of all processes together."""
+    accumulate: int = 1
+    """Parts that each process computes its examples of a step in, one after the other, for less memory. Batch norm sees
+    each part on its own; without it the results are the same but for rounding."""
     lr: float = 0.1
     """Peak learning rate: a linear rise, then half a cosine to zero."""
     warmup_epochs: float = 2.0
@@ -53,13 +58,13 @@ class TrainConfig(RunConfig):
     """Share of the target that is spread over all classes."""
 
 
-RESUME_MAY_CHANGE = frozenset({"run_dir", "resume", "describe", "checkpoint_steps", "workers", "device"})
+RESUME_MAY_CHANGE = frozenset({"run_dir", "resume", "describe", "checkpoint_steps", "workers", "device", "accumulate"})
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
     """Device, precision and processes. cuDNN is told to give equal bits for equal inputs.
 
-    Raises `UserError` when there is no GPU for what needs one.
+    Raises `UserError` when there is no GPU for what needs one, or when processes cannot reach each other.
     """
     gpu = torch.cuda.is_available()
     if config.device == "cuda" and not gpu:
@@ -70,7 +75,18 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.backends.cudnn.deterministic = True
-    return Accelerator(cpu=cpu, mixed_precision=config.amp)
+    # Accumulation is the loop's: what `accelerate config` may say of it would only scale the loss once more.
+    whole_steps = GradientAccumulationPlugin(num_steps=1)
+    try:
+        return Accelerator(cpu=cpu, mixed_precision=config.amp, gradient_accumulation_plugin=whole_steps)
+    except RuntimeError as error:
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            raise
+        variable = "GLOO_SOCKET_IFNAME" if cpu else "NCCL_SOCKET_IFNAME"
+        raise UserError(
+            f"the processes cannot reach each other: {one_line(error)}; {variable} names the network interface to use, "
+            "such as eth0"
+        ) from error
 
 
 def require(config: RunConfig, name: str, holds: bool, range_: str) -> None:
@@ -79,9 +95,19 @@ def require(config: RunConfig, name: str, holds: bool, range_: str) -> None:
         raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: it must be {range_}")
 
 
+def check_parts(config: TrainConfig, processes: int) -> None:
+    """Raise `UserError` unless the processes have equal shares of a batch, and --accumulate divides these too."""
+    parts = processes * config.accumulate
+    if config.batch_size % parts:
+        raise UserError(
+            f"--batch-size {config.batch_size} cannot be divided over {processes} processes with --accumulate "
+            f"{config.accumulate}: choose a multiple of {parts}"
+        )
+
+
 def check_ranges(config: TrainConfig) -> None:
     """Raise `UserError` for a common option that is out of its range."""
-    for name in ("epochs", "batch_size", "checkpoint_steps"):
+    for name in ("epochs", "batch_size", "accumulate", "checkpoint_steps"):
         require(config, name, getattr(config, name) >= 1, "at least 1")
     for name in ("workers", "threads", "seed"):
         require(config, name, getattr(config, name) >= 0, "0 or more")

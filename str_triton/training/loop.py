@@ -11,12 +11,14 @@ from typing import Any, NamedTuple, Protocol, Self
 
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from str_triton.training.command_line import CommandLine
-from str_triton.training.config import TrainConfig, make_accelerator
-from str_triton.training.errors import blame_input, run_program
-from str_triton.training.meter import Means, Meter
+from str_triton.training.config import TrainConfig, check_parts, make_accelerator
+from str_triton.training.errors import blame_input
+from str_triton.training.job import first_process_speaks, run_job
+from str_triton.training.meter import Means, Meter, Pace
 from str_triton.training.metrics import Record
 from str_triton.training.run import Run
 from str_triton.training.run_folder import default_run_dir
@@ -77,17 +79,18 @@ class Loop(ABC):
     @classmethod
     def main(cls, command_line: CommandLine, args: Sequence[str] | None = None) -> int:
         """Train as ``args`` (default: those of the process) say, and return the program's exit code."""
-        return run_program(partial(cls._main, command_line, sys.argv[1:] if args is None else list(args)))
+        return run_job(partial(cls._main, command_line, sys.argv[1:] if args is None else list(args)))
 
     @classmethod
     def _main(cls, command_line: CommandLine, args: Sequence[str]) -> None:
         # Nothing is written before all that can be wrong with the arguments has been looked at.
-        config = command_line.read(args)
-        experiment = cls.prepare(config, make_accelerator(config))
+        with first_process_speaks():
+            config = command_line.read(args)
+        accelerator = make_accelerator(config)
+        check_parts(config, accelerator.num_processes)
+        experiment = cls.prepare(config, accelerator)
         run_dir, plain = config.run_dir or default_run_dir(config.recipe), dataclasses.asdict(config)
-        with Run.open(
-            experiment.accelerator, plain, run_dir, resume=config.resume, program=command_line.program
-        ) as run:
+        with Run.open(accelerator, plain, run_dir, resume=config.resume, program=command_line.program) as run:
             experiment.train(run)
             experiment.finish(run)
 
@@ -97,7 +100,7 @@ class Loop(ABC):
 
     @abstractmethod
     def forward(self, batch: Any) -> Outcome:
-        """What the network makes of a training batch."""
+        """What the network makes of a training batch, or of a part of one."""
 
     @abstractmethod
     def learning_rate(self, step: int) -> float:
@@ -124,40 +127,47 @@ class Loop(ABC):
     def train(self, run: Run) -> None:
         """Train from wherever the run stands to the last epoch, with a checkpoint and a budget at every epoch's end."""
         total = self.config.epochs * self.steps
-        meter = Meter(self.accelerator.device)
+        meter, pace = Meter(self.accelerator.device), Pace()
         step = self.restore(run, meter)
         while step < total:
             epoch = step // self.steps
             self.begin_epoch(epoch)
             self.network.train()
+            pace.reset()
             for batch in self.batches(epoch, step % self.steps):
-                outcome = self.descend(batch, step)
+                self.descend(batch, step, meter)
                 step += 1
                 if self.controller is not None:
                     self.controller.step(step / total)
-                meter.add(*outcome)
+                pace.add(self.config.batch_size)
                 if run.due or step == total:
-                    run.show(step, self.status(epoch, meter.means()))
+                    text = self.status(epoch, meter.means())
+                    run.show(step, f"{text}  {pace.per_second():,.0f} examples/s")
                 if step % LOG_STEPS == 0:
                     self.log_step(run, step, meter)
                 if step % self.steps != 0:
-                    self.pause(run, step, meter)
-            self.end_epoch(run, step, meter)
+                    with pace.halted():
+                        self.pause(run, step, meter)
+            self.end_epoch(run, step, meter, pace)
             if run.stopping(step):
                 run.leave(step)
 
-    def descend(self, batch: Any, step: int) -> Outcome:
-        """One step of the optimizer."""
+    def descend(self, batch: Any, step: int, meter: Meter) -> None:
+        """One step of the optimizer; ``meter`` counts what the batch gave."""
         rate = self.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        outcome = self.forward(batch)
-        self.accelerator.backward(outcome.loss)
+        parts = split(batch, self.config.accumulate)
+        for number, part in enumerate(parts, start=1):
+            last = number == len(parts)  # the processes' gradients meet in the last backward alone
+            with nullcontext() if last else self.accelerator.no_sync(self.network):
+                outcome = self.forward(part)
+                self.accelerator.backward(outcome.loss / len(parts))
+            meter.add(*outcome)
         if self.max_norm is not None:
             self.accelerator.clip_grad_norm_(self.network.parameters(), self.max_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return outcome
 
     def exact(self) -> AbstractContextManager:
         """Where the schedule's value holds exactly: for evaluating and saving. Training is not touched."""
@@ -180,17 +190,26 @@ class Loop(ABC):
         if stopping:
             run.leave(step)
 
-    def end_epoch(self, run: Run, step: int, meter: Meter) -> None:
+    def end_epoch(self, run: Run, step: int, meter: Meter, pace: Pace) -> None:
         """Measure, and write metrics and checkpoint, all at the schedule's exact value."""
-        training = meter.all_means(self.accelerator)
+        training, speed = meter.all_means(self.accelerator), pace.per_second()
         run.require_finite(step, training.loss, self.model.state_dict().values())
         meter.reset()
         epoch = step // self.steps
         means = {"train_loss": training.loss, "train_accuracy": training.accuracy}
+        means["examples_per_second"] = round(speed, 1)
+        self.share_buffers()
         with self.exact():
             measured = self.measure(run, epoch)
             run.log({"kind": "epoch", "step": step, "epoch": epoch, **means, **measured})
             self.save(run, step, meter)
+
+    def share_buffers(self) -> None:
+        """Give all processes the buffers of process 0: a batch norm's running statistics are those of its share.
+
+        Each training step begins so too, which is why a checkpoint of process 0's is enough to go on in the same bits.
+        """
+        broadcast(list(self.model.buffers()))
 
     def save(self, run: Run, step: int, meter: Meter) -> None:
         """Write a checkpoint; to be called at the schedule's exact value, which is then what the file holds."""
@@ -225,3 +244,11 @@ class Loop(ABC):
                 self.controller.load_state_dict(state["controller"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+
+
+def split(batch: Any, number: int) -> list[Any]:
+    """``batch``, a tuple of tensors [examples, ...] (or None), in ``number`` equal parts."""
+    if number == 1:
+        return [batch]
+    columns = [[None] * number if entry is None else entry.chunk(number) for entry in batch]
+    return list(zip(*columns, strict=True))

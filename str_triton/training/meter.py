@@ -1,5 +1,8 @@
-"""Mean loss and accuracy, summed on the device so that a training step waits for nothing."""
+"""Mean loss and accuracy, summed on the device so that a training step waits for nothing; and examples per second."""
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -41,6 +44,32 @@ class Meter:
     def all_means(self, accelerator: Accelerator) -> Means:
         """The means over all processes. A meeting point of the processes; waits for the device."""
         return _means(self.reduced(accelerator))
+
+
+class Pace:
+    """Examples per second of training. What a clock of the wall says: wait for the device before asking."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Start again from nothing."""
+        self._examples, self._halted, self._began = 0, 0.0, time.monotonic()
+
+    def add(self, examples: int) -> None:
+        """Count so many more."""
+        self._examples += examples
+
+    @contextmanager
+    def halted(self) -> Iterator[None]:
+        """The time that the block takes is not training's."""
+        began = time.monotonic()
+        yield
+        self._halted += time.monotonic() - began
+
+    def per_second(self) -> float:
+        """Examples per second since `reset`."""
+        return self._examples / max(time.monotonic() - self._began - self._halted, 1e-9)
 
 
 def _means(totals: Tensor) -> Means:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from str_triton.budget.budget import Budget
 from str_triton.budget.rank_budget import RankBudget
-from str_triton.training.checkpoints import Checkpoints, random_state, set_random_state
+from str_triton.training.checkpoints import Checkpoints, random_state, set_random_state_of
 from str_triton.training.environment import describe_environment
 from str_triton.training.errors import Interrupted, UserError, blame_input
 from str_triton.training.metrics import Metrics, Record
@@ -24,7 +24,10 @@ from str_triton.training.run_folder import CONFIG, RunFolder
 from str_triton.training.signals import StopRequest
 
 ENVIRONMENT = "environment.json"
-SIGNAL_STEPS = 10  # jobs of several processes agree on a signal this often: agreeing costs a round of messages
+# Jobs of several processes agree on signals about this often: agreeing costs a round of messages, and a launcher that
+# was told to stop kills them after 30 seconds.
+MEETING_SECONDS, MEETING_STEPS = 2.0, 100
+PATIENCE = 10.0  # seconds in which a signal may come again through the launcher
 
 
 class Run:
@@ -40,8 +43,9 @@ class Run:
         self.path = Path(broadcast_object_list([str(folder.path) if folder else ""])[0])
         self._program = program
         self._checkpoints = Checkpoints(self.path / "checkpoints")
-        self._stop = StopRequest()
+        self._stop = StopRequest(0.0 if accelerator.num_processes == 1 else PATIENCE)
         self._signum = 0
+        self._met, self._meeting = (0, time.monotonic()), 0  # step and time of the last agreement; step of the next one
         self._began = time.monotonic()
         self._metrics: Metrics | None = None
         self._bar: ProgressBar | None = None
@@ -64,15 +68,23 @@ class Run:
         return cls(accelerator, folder, program)
 
     def restore(self, total_steps: int) -> dict[str, Any] | None:
-        """The state in the newest whole checkpoint, random states put back; None at the very beginning of a run."""
+        """The state in the newest whole checkpoint; None at the very beginning of a run.
+
+        Random states are put back; a process that had none gets one of its own, so that no two draw the same numbers.
+        """
         state = self._checkpoints.load() if self.folder else None
         step = broadcast_object_list([state["step"] if state else 0])[0]
         if step and not self.folder:
             state = self._checkpoints.load(owner=False)
+        if not self.folder and (state["step"] if state else 0) != step:
+            raise UserError(
+                f"process {self.accelerator.process_index} finds no checkpoint of step {step} in {self.path}: "
+                "keep the run in a directory that all machines share"
+            )
+        set_random_state_of(self.accelerator.process_index, state["random"] if state else [random_state()])
         if state is not None:
-            self._match_processes(state)
-            set_random_state(state["random"][self.accelerator.process_index])
             self._began -= state["seconds"]
+        self._met = step, time.monotonic()
         if self.folder is not None:
             with blame_input(OSError):
                 self._metrics = Metrics(self.path, step)
@@ -110,13 +122,20 @@ class Run:
                 budget.to_json(self.path / "budget.json")
 
     def stopping(self, step: int) -> bool:
-        """Whether SIGINT or SIGTERM came to any process. Jobs of several processes meet here every tenth step."""
+        """Whether SIGINT or SIGTERM came to any process. Those of a job agree on it now and then, at the same steps."""
         if self.accelerator.num_processes == 1:
             self._signum = self._stop.signum or 0
-        elif step % SIGNAL_STEPS == 0:
-            own = torch.tensor([self._stop.signum or 0], device=self.accelerator.device)
-            self._signum = int(self.accelerator.gather(own).max())
+        elif step >= self._meeting:
+            self._agree(step)
         return self._signum != 0
+
+    def _agree(self, step: int) -> None:
+        (before, then), now = self._met, time.monotonic()
+        seconds = (now - then) / max(1, step - before)
+        own = torch.tensor([[self._stop.signum or 0, seconds]], device=self.accelerator.device)
+        signum, seconds = self.accelerator.gather(own).amax(0).tolist()
+        self._signum = int(signum)
+        self._met, self._meeting = (step, now), step + max(1, min(MEETING_STEPS, int(MEETING_SECONDS / seconds)))
 
     def leave(self, step: int) -> NoReturn:
         """Raise `Interrupted`; to be called when `stopping`, and ``step`` is saved."""
@@ -170,11 +189,6 @@ class Run:
         self.end_training()
         if self.folder is not None:
             self.folder.close()
-
-    def _match_processes(self, state: dict[str, Any]) -> None:
-        before, now = len(state["random"]), self.accelerator.num_processes
-        if before != now:
-            raise UserError(f"--resume: the run in {self.path} has {before} processes, not {now}")
 
     def _record_session(self, step: int) -> None:
         """Add this session's environment to environment.json: it may not be the one that the run began in."""

@@ -1,16 +1,22 @@
 """SIGINT and SIGTERM as a request that the training loop looks at between steps."""
 
 import signal
+import time
 from types import FrameType, TracebackType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """While the block runs, the first SIGINT or SIGTERM is noted in `signum`; a second one acts at once."""
+    """While the block runs, the first SIGINT or SIGTERM is noted in `signum`; a second one acts at once.
 
-    def __init__(self) -> None:
+    ``patience``: seconds after the first in which more of them are the same request. A launcher passes on what it gets
+    itself, so that a signal to a whole job comes twice to its processes.
+    """
+
+    def __init__(self, patience: float = 0.0) -> None:
         self.signum: int | None = None
+        self._patience, self._noted = patience, 0.0
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -24,8 +30,13 @@ class StopRequest:
         self._restore()
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        self.signum = signum
-        self._restore()
+        if self.signum is None:
+            self.signum, self._noted = signum, time.monotonic()
+            if self._patience == 0:
+                self._restore()
+        elif time.monotonic() - self._noted > self._patience:
+            self._restore()
+            signal.raise_signal(signum)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
