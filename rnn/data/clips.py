@@ -174,7 +174,8 @@ def speech_data(
     sample = torch.cat([chunk.cpu() for chunk in features(clips["train"], LogMel(device), device, every)])
     standardise = Standardisation.of(sample, None)
     examples = {part: Speech(clips[part], labels[part], recordings.background[0], standardise, noise) for part in PARTS}
-    return Data(name=name, class_names=class_names, input_size=BANDS, notes={"sha256": recordings.digest}, **examples)
+    options = {"notes": {"sha256": recordings.digest}, "standardisation": standardise, **examples}
+    return Data(name=name, class_names=class_names, input_size=BANDS, **options)
 
 
 def _chosen(recordings: Recordings, name: str, words: tuple[str, ...]) -> tuple[str, ...]:

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rnn.data.vectors import Standardisation
+
 
 class Examples(Protocol):
     """A map-style set of labelled sequences, read a batch at a time."""
@@ -31,7 +33,8 @@ class Examples(Protocol):
 class Data:
     """Labelled sequences of `input_size` numbers a step; label k stands for `class_names[k]`.
 
-    `notes` says what a report has to: where the data come from, how they were split, a hash.
+    `notes` says what a report has to: where the data come from, how they were split, a hash. `standardisation` is what
+    was done to the vectors of the steps last; None: nothing.
     """
 
     name: str
@@ -41,6 +44,7 @@ class Data:
     validation: Examples
     test: Examples
     notes: dict[str, str]
+    standardisation: Standardisation | None = None
     task: str = "classify"
 
     @property

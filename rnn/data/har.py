@@ -67,6 +67,7 @@ def load_har(path: str, *, classes: int = 6, noise: float = 0.0, device: torch.d
             "source": "Reyes-Ortiz et al., doi:10.24432/C54S4K",
             "validation": f"training subjects {', '.join(str(person) for person in held_out.tolist())}",
         },
+        standardisation=standardise,
     )
 
 

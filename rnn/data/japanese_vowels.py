@@ -57,6 +57,7 @@ def load_japanese_vowels(*, noise: float = 0.0, device: torch.device | str = "cp
             "validation": "every fifth training utterance of each speaker",
             "sha256": hashlib.sha256(content).hexdigest(),
         },
+        standardisation=standardise,
         **examples,
     )
 

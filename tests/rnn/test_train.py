@@ -30,7 +30,7 @@ def accuracy_on_test(model: torch.nn.Module) -> float:
 
 def test_a_run_writes_everything(whole_run: Path):
     expected = {"budget.csv", "budget.json", "checkpoints", "config.json", "data.json", "environment.json", "events"}
-    expected |= {"lock", "metrics.jsonl", "model.safetensors", "report.html", "summary.json"}
+    expected |= {"interface.json", "lock", "metrics.jsonl", "model.safetensors", "report.html", "summary.json"}
     assert {path.name for path in whole_run.iterdir()} == expected
     summary = summary_of(whole_run)
     assert list(summary) == SUMMARY

@@ -1,0 +1,70 @@
+"""A finished run of rnn/train.py, as the programs that go on with it read it."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rnn.data import Data, Text
+from rnn.models import LanguageModel, SequenceClassifier, load_trained
+from str_triton.training.errors import UserError, one_line
+
+
+@dataclass(frozen=True, eq=False)
+class FinishedRun:
+    """What training left.
+
+    Attributes:
+        folder: of the run.
+        config: its options, as config.json has them.
+        model: the compact network, on the CPU, in evaluation mode.
+        outputs: what its scores are for: names of classes, or the characters of a language model.
+        mean, std: float32 [inputs]; the network takes (features - mean) / std. None: the features as they are.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    model: SequenceClassifier | LanguageModel
+    outputs: tuple[str, ...]
+    mean: Tensor | None
+    std: Tensor | None
+
+    @property
+    def name(self) -> str:
+        """The network in a few words."""
+        rnn, cell = self.model.rnn, {"gru": "GRU", "lstm": "LSTM", "fastgrnn": "FastGRNN"}[self.model.rnn.cell]
+        layers = f"{rnn.num_layers} layers of " if rnn.num_layers > 1 else ""
+        direction = "bidirectional " if rnn.bidirectional else ""
+        return f"{direction}{cell}, {layers}{rnn.hidden_size} units, trained on {self.config['data']}"
+
+
+def interface(data: Data | Text) -> str:
+    """interface.json of a run on `data`: what stands around the network where it is used."""
+    if isinstance(data, Text):
+        return json.dumps({"outputs": data.vocabulary, "standardisation": None}) + "\n"
+    numbers = data.standardisation and {name: value.tolist() for name, value in vars(data.standardisation).items()}
+    return json.dumps({"outputs": data.class_names, "standardisation": numbers}) + "\n"
+
+
+def open_run(folder: str | Path) -> FinishedRun:
+    """Read the folder of a finished run; `UserError` for one that is missing, unfinished, damaged or no such run."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give one of rnn/train.py's runs")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is no run of rnn/train.py: it has no config.json")
+    for name in ("model.safetensors", "interface.json"):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} has no {name}: the run is not finished, or an older version made it")
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        known = json.loads((folder / "interface.json").read_text())
+        numbers = known["standardisation"] or {"mean": None, "std": None}
+        mean, std = (None if numbers[name] is None else torch.tensor(numbers[name]) for name in ("mean", "std"))
+        return FinishedRun(folder, config, load_trained(folder), tuple(known["outputs"]), mean, std)
+    except Exception as error:  # whatever a file that training did not write so can cause
+        raise UserError(f"{folder} is no run of rnn/train.py, or damaged: {one_line(error)}") from error
