@@ -2,6 +2,16 @@
 
 from str_triton.deploy.model_card import model_card
 from str_triton.deploy.pack import inspect, pack, unpack
+from str_triton.deploy.sparse import SparseModel, compile_sparse
 from str_triton.deploy.summary import PackedSummary, PackedTensor
 
-__all__ = ["PackedSummary", "PackedTensor", "inspect", "model_card", "pack", "unpack"]
+__all__ = [
+    "PackedSummary",
+    "PackedTensor",
+    "SparseModel",
+    "compile_sparse",
+    "inspect",
+    "model_card",
+    "pack",
+    "unpack",
+]

@@ -1,0 +1,111 @@
+"""The memory of the images between layers: which share a frame, where each lies, who may reuse whose place."""
+
+import math
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from str_triton.deploy.sparse.layout import Frame, Window, plane_sizes
+from str_triton.deploy.sparse.structs import View
+
+FLOAT = 4
+
+
+class Key(NamedTuple):
+    """A value in padded form: its name and its phases."""
+
+    value: str
+    phases: tuple[int, int]
+
+
+@dataclass
+class _Place:
+    """Memory that images of one frame and number of planes use in turn, so that their zeros lie in the same places."""
+
+    floats: int
+    begin: int = 0
+
+
+@dataclass
+class Buffers:
+    """Images by key. First connect and widen everything, then take and release in the order of use, then allocate."""
+
+    shapes: dict[str, tuple[int, ...]]
+    _groups: dict[Key, Key] = field(default_factory=dict)
+    _frames: dict[Key, Frame] = field(default_factory=dict)
+    _places: dict[Key, _Place] = field(default_factory=dict)
+    _free: dict[tuple[Key, int], list[_Place]] = field(default_factory=dict)
+    _all: list[_Place] = field(default_factory=list)
+    _memory: np.ndarray | None = None
+
+    def group(self, key: Key) -> Key:
+        """The key that stands for all those with the same frame."""
+        root = key
+        while self._groups.setdefault(root, root) != root:
+            root = self._groups[root]
+        self._groups[key] = root
+        return root
+
+    def frame(self, key: Key) -> Frame:
+        return self._frames.setdefault(self.group(key), Frame())
+
+    def connect(self, window: Window, x: Key, y: Key, residual: Key | None) -> None:
+        """Give what a window reads and writes the same frame."""
+        for other in filter(None, (x, residual)):
+            self._groups[self.group(other)] = self.group(y)
+
+    def widen(self, window: Window, x: Key, y: Key) -> None:
+        """Make room for the images and for the zeros around x, once all are connected."""
+        frame = self.frame(y)
+        for key in (x, y):
+            sizes = plane_sizes(self.shapes[key.value][2:], key.phases)
+            frame.rows = max(frame.rows, *(rows for rows, _ in sizes))
+            frame.columns = max(frame.columns, *(columns for _, columns in sizes))
+        window.widen(frame, self.shapes[x.value][2:], self.shapes[y.value][2:])
+
+    def take(self, key: Key) -> None:
+        """Find a place for an image that is written next."""
+        if key in self._places:
+            return
+        images, channels = self.shapes[key.value][:2]
+        floats = images * channels * self.frame(key).channel(math.prod(key.phases))
+        free = self._free.get((self.group(key), math.prod(key.phases)), [])
+        # The smallest that is large enough, or else the largest, which grows.
+        fitting = [place for place in free if place.floats >= floats]
+        place = min(fitting, key=lambda p: p.floats) if fitting else max(free, key=lambda p: p.floats, default=None)
+        if place is None:
+            place = _Place(floats)
+            self._all.append(place)
+        else:
+            free.remove(place)
+        place.floats = max(place.floats, floats)
+        self._places[key] = place
+
+    def release(self, key: Key) -> None:
+        """Nobody reads this image any more."""
+        self._free.setdefault((self.group(key), math.prod(key.phases)), []).append(self._places[key])
+
+    def allocate(self) -> None:
+        """Get the memory, all zeros. Around it there is room for what strips read beyond their image."""
+        slack = max((2 * frame.plane for frame in self._frames.values()), default=0) + 1024
+        total = slack
+        for place in self._all:
+            place.begin = total
+            total += place.floats
+        memory = np.zeros(total + slack + 16, np.float32)
+        misaligned = memory.ctypes.data % 64 // FLOAT
+        self._memory = memory[(16 - misaligned) % 16 :]
+
+    def view(self, key: Key, plane: int = 0) -> View:
+        """Pointer and strides of an image, from the first pixel of one of its planes."""
+        frame, channel = self.frame(key), self.frame(key).channel(math.prod(key.phases))
+        begin = self._places[key].begin + plane * frame.plane + frame.origin
+        return View(
+            data=self._memory.ctypes.data + FLOAT * begin,
+            image=self.shapes[key.value][1] * channel,
+            channel=channel,
+            plane=frame.plane,
+            row=frame.pitch,
+            column=1,
+        )

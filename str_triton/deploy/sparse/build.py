@@ -1,0 +1,122 @@
+"""Compiles kernels.c once per machine with the system's compiler; the user's cache folder keeps the library."""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("kernels.c")
+COMPILERS = ("cc", "gcc", "clang")
+_BASE = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-ffp-contract=fast")
+# The first set that the compiler takes and whose library loads. OpenMP first: without it there is one thread.
+FLAGS = (
+    (*_BASE, "-march=native", "-mprefer-vector-width=512", "-fopenmp"),
+    (*_BASE, "-march=native", "-fopenmp"),
+    (*_BASE, "-mcpu=native", "-fopenmp"),
+    (*_BASE, "-fopenmp"),
+    (*_BASE, "-march=native"),
+    (*_BASE,),
+)
+
+
+class BuildError(RuntimeError):
+    """No compiler, or none that compiles kernels.c."""
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels; None, with one warning, where they cannot be compiled."""
+    try:
+        return load(build(cache_folder()))
+    except BuildError as error:
+        warnings.warn(f"sparse layers run by torch alone, without the kernels in C: {error}", stacklevel=2)
+        return None
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: $XDG_CACHE_HOME/str_triton, else ~/.cache/str_triton."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "str_triton"
+
+
+def build(folder: Path, flag_sets: tuple[tuple[str, ...], ...] = FLAGS) -> Path:
+    """The path of a library in `folder`, compiled now if there is none for this source, compiler and processor.
+
+    Several processes may build at once: each writes beside, and the last rename wins.
+
+    Raises:
+        BuildError: no compiler is found ($CC, cc, gcc, clang), or it fails with every set of flags.
+    """
+    compiler = _compiler()
+    key = hashlib.sha256()
+    for part in (SOURCE.read_bytes(), _version(compiler), repr((compiler, flag_sets)), _processor()):
+        key.update(part if isinstance(part, bytes) else part.encode())
+    path = folder / f"kernels-{key.hexdigest()[:20]}.so"
+    if path.is_file():
+        return path
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            os.replace(_compile(compiler, flag_sets, Path(scratch)), path)
+    except OSError as error:
+        raise BuildError(f"{folder} cannot hold the compiled kernels: {error}") from error
+    return path
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """The library with its functions' types declared."""
+    lib = ctypes.CDLL(str(path))
+    lib.str_triton_run.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+    lib.str_triton_run.restype = None
+    lib.str_triton_lanes.argtypes = ()
+    lib.str_triton_lanes.restype = ctypes.c_int64
+    return lib
+
+
+def _compiler() -> list[str]:
+    if chosen := os.environ.get("CC"):
+        return shlex.split(chosen)
+    for name in COMPILERS:
+        if path := shutil.which(name):
+            return [path]
+    raise BuildError(f"no C compiler was found ($CC, {', '.join(COMPILERS)})")
+
+
+def _version(compiler: list[str]) -> str:
+    try:
+        return subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise BuildError(f"the C compiler {shlex.join(compiler)!r} does not run: {error}") from error
+
+
+def _processor() -> str:
+    """What -march=native depends on: a cache folder may be shared by machines that differ."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    kept = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
+    return "\n".join([platform.machine(), platform.processor(), *sorted(kept)])
+
+
+def _compile(compiler: list[str], flag_sets: tuple[tuple[str, ...], ...], folder: Path) -> Path:
+    said = ""
+    for number, flags in enumerate(flag_sets):
+        path = folder / f"{number}.so"
+        command = [*compiler, *flags, str(SOURCE), "-o", str(path), "-lm"]
+        try:
+            result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+            said = said or result.stderr.strip()
+            if result.returncode == 0:
+                load(path)
+                return path
+        except (OSError, AttributeError, subprocess.SubprocessError) as error:
+            said = said or str(error)
+    raise BuildError(
+        f"{shlex.join(compiler)!r} fails on {SOURCE.name}: {said.splitlines()[0] if said else 'no output'}"
+    )

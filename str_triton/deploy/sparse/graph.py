@@ -1,0 +1,288 @@
+"""A traced network as a short list of nodes, batch norms folded, activations and residual sums fused: plain data.
+
+A node is a layer that this package executes itself (a convolution, a linear layer, a max pool, a global mean) or a call
+of torch's, which runs as it stands.
+"""
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FREE = (-math.inf, math.inf)
+
+
+@dataclass(frozen=True)
+class Ref:
+    """An argument that is another node's value."""
+
+    name: str
+
+
+@dataclass
+class Node:
+    """One value of the network: `inputs` are names of nodes before it."""
+
+    name: str
+    inputs: list[str]
+
+
+@dataclass
+class Input(Node):
+    """What the network is given."""
+
+
+@dataclass
+class Constant(Node):
+    """A tensor that the network holds."""
+
+    value: Tensor
+
+
+@dataclass
+class Call(Node):
+    """A function of torch's (by its name in `trace.FUNCTIONS`) or a module, called as the network calls it."""
+
+    target: str | nn.Module
+    args: tuple = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def run(self, values: dict[str, Any], functions: dict[str, Any]) -> Any:
+        call = functions[self.target] if isinstance(self.target, str) else self.target
+        args, kwargs = substitute((self.args, self.kwargs), values)
+        return call(*args, **kwargs)
+
+
+@dataclass
+class Layer(Node):
+    """A weight layer: inputs are x and, if a sum is fused, the residual that is added before the clamp.
+
+    Attributes:
+        weight: float32, batch norm folded in; bias: [out].
+        clamp: the activation, as lowest and highest value.
+        label: the module's name in the model, for people.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    clamp: tuple[float, float] = FREE
+    label: str = ""
+
+    def finish(self, y: Tensor, values: dict[str, Any]) -> Tensor:
+        """Residual and activation for an output that has neither, in place where that is possible."""
+        if len(self.inputs) > 1:
+            y = y + values[self.inputs[1]]
+        if self.clamp == (0.0, math.inf):
+            return y.relu_()
+        return y if self.clamp == FREE else y.clamp_(*self.clamp)
+
+
+@dataclass
+class Convolution(Layer):
+    """A 2-d convolution with zero padding: weight [out, in / groups, height, width]."""
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    @property
+    def kernel(self) -> tuple[int, int]:
+        return self.weight.shape[2], self.weight.shape[3]
+
+    @property
+    def is_pointwise(self) -> bool:
+        return self.kernel == (1, 1) and self.stride == (1, 1) and self.padding == (0, 0)
+
+    def run(self, values: dict[str, Any]) -> Tensor:
+        y = F.conv2d(
+            values[self.inputs[0]], self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
+        )
+        return self.finish(y, values)
+
+
+@dataclass
+class Linear(Layer):
+    """A linear layer on the last dimension: weight [out, in]."""
+
+    def run(self, values: dict[str, Any]) -> Tensor:
+        return self.finish(F.linear(values[self.inputs[0]], self.weight, self.bias), values)
+
+
+@dataclass
+class MaxPool(Node):
+    """A 2-d max pool without ceil_mode and indices."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+
+    def run(self, values: dict[str, Any]) -> Tensor:
+        return F.max_pool2d(values[self.inputs[0]], self.kernel, self.stride, self.padding, self.dilation)
+
+
+@dataclass
+class Mean(Node):
+    """The mean over the last two dimensions, [B, C, H, W] -> [B, C]."""
+
+    def run(self, values: dict[str, Any]) -> Tensor:
+        return values[self.inputs[0]].mean((-2, -1))
+
+
+@dataclass
+class Norm(Node):
+    """A batch norm as y = x * scale + shift by channel: folded into the layer before it, if nothing else reads that."""
+
+    scale: Tensor
+    shift: Tensor
+
+
+@dataclass
+class Clamp(Node):
+    """An activation that clamps, not fused yet."""
+
+    clamp: tuple[float, float]
+
+
+@dataclass
+class Add(Node):
+    """A sum of two values, not fused yet."""
+
+
+@dataclass
+class Graph:
+    """The nodes in the order in which they run; the last value is `output`."""
+
+    nodes: list[Node]
+    output: Any
+
+    def layers(self) -> list[Layer]:
+        return [node for node in self.nodes if isinstance(node, Layer)]
+
+
+def substitute(tree: Any, values: dict[str, Any]) -> Any:
+    """Nested arguments with every Ref replaced by its value."""
+    match tree:
+        case Ref(name):
+            return values[name]
+        case dict():
+            return {key: substitute(value, values) for key, value in tree.items()}
+        case list() | tuple():
+            return type(tree)(substitute(value, values) for value in tree)
+        case slice():
+            return slice(*(substitute(part, values) for part in (tree.start, tree.stop, tree.step)))
+    return tree
+
+
+def references(tree: Any) -> list[str]:
+    """The names of the nodes in nested arguments."""
+    match tree:
+        case Ref(name):
+            return [name]
+        case dict():
+            return [name for value in tree.values() for name in references(value)]
+        case list() | tuple():
+            return [name for value in tree for name in references(value)]
+        case slice():
+            return references((tree.start, tree.stop, tree.step))
+    return []
+
+
+def rename(tree: Any, names: dict[str, str]) -> Any:
+    """Nested arguments with the names of nodes replaced."""
+    return substitute(tree, {name: Ref(names.get(name, name)) for name in references(tree)})
+
+
+def fuse(graph: Graph) -> Graph:
+    """Fold norms, fuse sums and activations, and turn what could not be fused into calls."""
+    for pass_ in (_fold_norms, _fuse_sums, _fuse_clamps):
+        graph = pass_(graph)
+    return Graph([_as_call(node) for node in graph.nodes], graph.output)
+
+
+def _as_call(node: Node) -> Node:
+    args = tuple(Ref(name) for name in node.inputs)
+    match node:
+        case Norm():
+            return Call(node.name, node.inputs, "affine", (*args, node.scale, node.shift))
+        case Clamp():
+            return Call(node.name, node.inputs, "clamp", (*args, *node.clamp))
+        case Add():
+            return Call(node.name, node.inputs, "add", args)
+    return node
+
+
+def _users(graph: Graph) -> Counter[str]:
+    return Counter([name for node in graph.nodes for name in node.inputs] + references(graph.output))
+
+
+def _without(graph: Graph, merged: dict[str, Node]) -> Graph:
+    """The graph after every node that is named in `merged` became part of the given one, which keeps its place."""
+    names = {name: node.name for name, node in merged.items()}
+    nodes = []
+    for node in graph.nodes:
+        if node.name in merged:
+            continue
+        node.inputs = [names.get(name, name) for name in node.inputs]
+        if isinstance(node, Call):
+            node.args, node.kwargs = rename((node.args, node.kwargs), names)
+        nodes.append(node)
+    return Graph(nodes, rename(graph.output, names))
+
+
+def _producer(nodes: dict[str, Node], merged: dict[str, Node], name: str) -> Node:
+    return merged.get(name) or nodes[name]
+
+
+def _fold_norms(graph: Graph) -> Graph:
+    users, nodes = _users(graph), {node.name: node for node in graph.nodes}
+    merged: dict[str, Node] = {}
+    for node in graph.nodes:
+        layer = _producer(nodes, merged, node.inputs[0]) if isinstance(node, Norm) else None
+        if isinstance(layer, Layer) and users[node.inputs[0]] == 1:
+            scale = node.scale.double()
+            weight = layer.weight.double() * scale.view(-1, *[1] * (layer.weight.dim() - 1))
+            # A weight that is zero stays zero, whatever the scale: 0 * inf would fill the layer.
+            layer.weight = torch.where(layer.weight == 0, 0.0, weight).float()
+            layer.bias = (layer.bias.double() * scale + node.shift.double()).float()
+            merged[node.name] = layer
+    return _without(graph, merged)
+
+
+def _fuse_sums(graph: Graph) -> Graph:
+    users, nodes = _users(graph), {node.name: node for node in graph.nodes}
+    place = {node.name: index for index, node in enumerate(graph.nodes)}
+    merged: dict[str, Node] = {}
+    for node in graph.nodes:
+        if not isinstance(node, Add):
+            continue
+        producers = [_producer(nodes, merged, name) for name in node.inputs]
+        first, last = sorted(producers, key=lambda producer: place[producer.name])
+        sole = users[node.inputs[producers.index(last)]] == 1
+        if first is not last and sole and isinstance(last, Convolution) and len(last.inputs) == 1:
+            last.inputs = [last.inputs[0], first.name]
+            merged[node.name] = last
+    return _without(graph, merged)
+
+
+def _fuse_clamps(graph: Graph) -> Graph:
+    users, nodes = _users(graph), {node.name: node for node in graph.nodes}
+    merged: dict[str, Node] = {}
+    for node in graph.nodes:
+        layer = _producer(nodes, merged, node.inputs[0]) if isinstance(node, Clamp) else None
+        if isinstance(layer, Layer) and users[node.inputs[0]] == 1:
+            low, high = layer.clamp
+            clamp = (min(max(low, node.clamp[0]), node.clamp[1]), max(min(high, node.clamp[1]), node.clamp[0]))
+            layer.clamp = clamp
+            merged[node.name] = layer
+    return _without(graph, merged)
+
+
+def on_shared_data(graph: Graph) -> Graph:
+    """The same nodes as new objects, which share the tensors."""
+    return Graph([replace(node, inputs=list(node.inputs)) for node in graph.nodes], graph.output)

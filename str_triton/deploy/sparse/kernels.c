@@ -1,0 +1,242 @@
+/* Sparse convolutions on images padded in their pitch: the operations that plan.py lists.
+
+   An image lies as planes of rows, each row followed by zeros (its right padding and the next row's left padding), with
+   rows of zeros above and below. A convolution then is, for every output pixel q of the flat plane, a sum over the
+   weights that are not zero of value * x[q + offset]: a "tap". A strip of pixels stays in registers while the taps of
+   an output channel run. Pixels of the padding are computed like others and masked to zero when they are stored. A
+   strided convolution reads an image that is split into its phases (for stride 2: even and odd rows and columns), one
+   plane each, so that its taps are plain offsets, too. Depthwise convolutions are lists of a few taps like any other.
+
+   Vector extensions of gcc and clang, no intrinsics; without OpenMP everything runs on the calling thread. */
+
+#include <math.h>
+#include <stdint.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+
+typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef int32_t bits __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+
+enum { CONVOLUTION, MAX_POOL, COPY, MEAN, LINEAR };
+
+typedef struct {
+    float value;
+    int32_t offset; /* in floats, from the pixel's place in the first input channel */
+} tap;
+
+typedef struct {
+    float *data; /* the first pixel of the first image, channel and plane; NULL: absent */
+    int64_t image, channel, plane, row, column; /* strides in floats */
+} view;
+
+typedef struct {
+    int64_t kind;
+    int64_t items; /* what the threads share out among themselves */
+    view x, y, residual;
+    int64_t images, channels, planes;
+    int64_t length;               /* floats of a plane that are computed, a multiple of 16 */
+    int64_t rows, columns;        /* COPY and MEAN: pixels of a plane */
+    int64_t tiles, blocks, width; /* a plane in tiles, the channels in blocks, a strip in vectors */
+    int64_t tables;               /* 1, or as many as planes: each plane has taps of its own */
+    const tap *taps;
+    const int32_t *first;       /* [tables][channels + 1]: where each channel's taps begin */
+    const int32_t *block_first; /* [blocks + 1]: where each block of channels begins */
+    const float *bias;          /* [channels] */
+    const int32_t *mask;        /* [planes][length]: -1 or 0; NULL: every pixel is real */
+    float low, high;            /* the activation clamps to them */
+} operation;
+
+typedef struct {
+    const operation *operations;
+    int64_t count;
+    int64_t chained; /* item by item through all operations, instead of operation by operation */
+} stage;
+
+typedef struct {
+    const float *x, *residual;
+    float *y;
+    const int32_t *mask, *first;
+    int64_t begin, end; /* channels */
+} strip;
+
+static inline vec splat(float value) { return value - (vec){0}; }
+
+static inline vec choose(bits where, vec a, vec b) { return (vec)((where & (bits)a) | (~where & (bits)b)); }
+
+static inline vec at(const float *x, int64_t index) { return *(const vec *)(x + index * LANES); }
+
+/* NaN stays: both comparisons are false for it. */
+static inline vec clamp(vec v, vec low, vec high) {
+    v = choose(low > v, low, v);
+    return choose(v > high, high, v);
+}
+
+/* `width` is a constant in each copy that the compiler makes of these two, so that the sums live in registers. */
+#define WIDEST 16
+#define EACH(j) for (int j = 0; j < width; j++)
+
+static inline __attribute__((always_inline)) void convolve(const operation *op, strip s, const int width) {
+    const vec low = splat(op->low), high = splat(op->high);
+    for (int64_t i = s.begin; i < s.end; i++) {
+        vec sum[WIDEST];
+        EACH(j) sum[j] = splat(op->bias[i]);
+        const tap *end = op->taps + s.first[i + 1];
+        for (const tap *t = op->taps + s.first[i]; t < end; t++) {
+            const float *x = s.x + t->offset;
+            const vec value = splat(t->value);
+            EACH(j) sum[j] += value * at(x, j);
+        }
+        if (s.residual) {
+            const float *residual = s.residual + i * op->residual.channel;
+            EACH(j) sum[j] += at(residual, j);
+        }
+        EACH(j) sum[j] = clamp(sum[j], low, high);
+        if (s.mask) EACH(j) sum[j] = (vec)((bits)sum[j] & (bits)at((const float *)s.mask, j));
+        float *y = s.y + i * op->y.channel;
+        EACH(j) *(vec *)(y + j * LANES) = sum[j];
+    }
+}
+
+static inline __attribute__((always_inline)) void max_pool(const operation *op, strip s, const int width) {
+    for (int64_t i = s.begin; i < s.end; i++) {
+        vec most[WIDEST];
+        EACH(j) most[j] = splat(-INFINITY);
+        const tap *end = op->taps + s.first[i + 1];
+        for (const tap *t = op->taps + s.first[i]; t < end; t++) EACH(j) {
+                const vec v = at(s.x + t->offset, j);
+                most[j] = choose((v > most[j]) | (v != v), v, most[j]);
+            }
+        if (s.mask) EACH(j) most[j] = (vec)((bits)most[j] & (bits)at((const float *)s.mask, j));
+        float *y = s.y + i * op->y.channel;
+        EACH(j) *(vec *)(y + j * LANES) = most[j];
+    }
+}
+
+#define CASE(n) case n: if (op->kind == CONVOLUTION) convolve(op, s, n); else max_pool(op, s, n); break;
+
+static __attribute__((noinline)) void run_strip(const operation *op, strip s, int64_t width) {
+    switch (width) {
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
+#if LANES == 16 || defined(__aarch64__)
+        CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14) CASE(15) CASE(16)
+#endif
+    }
+}
+
+/* One tile of one plane, all channels of one block. */
+static void strips(const operation *op, int64_t item) {
+    const int64_t tile = item % op->tiles, plane = item / op->tiles % op->planes;
+    const int64_t image = item / op->tiles / op->planes % op->images, block = item / op->tiles / op->planes / op->images;
+    const int64_t vectors = op->length / LANES;
+    const int64_t end = vectors * (tile + 1) / op->tiles;
+    for (int64_t v = vectors * tile / op->tiles; v < end; v += op->width) {
+        const int64_t q = v * LANES;
+        const strip s = {
+            .x = op->x.data + image * op->x.image + plane * op->x.plane + q,
+            .y = op->y.data + image * op->y.image + plane * op->y.plane + q,
+            .residual = !op->residual.data ? 0
+                : op->residual.data + image * op->residual.image + plane * op->residual.plane + q,
+            .mask = op->mask ? op->mask + plane * op->length + q : 0,
+            .first = op->first + (op->tables > 1 ? plane * (op->channels + 1) : 0),
+            .begin = op->block_first[block],
+            .end = op->block_first[block + 1],
+        };
+        run_strip(op, s, end - v < op->width ? end - v : op->width);
+    }
+}
+
+/* One plane of one channel, from any strides to any strides. */
+static void copy(const operation *op, int64_t item) {
+    const int64_t plane = item % op->planes, channel = item / op->planes % op->channels;
+    const int64_t image = item / op->planes / op->channels;
+    const float *x = op->x.data + image * op->x.image + channel * op->x.channel + plane * op->x.plane;
+    float *y = op->y.data + image * op->y.image + channel * op->y.channel + plane * op->y.plane;
+    for (int64_t i = 0; i < op->rows; i++, x += op->x.row, y += op->y.row) {
+        if (op->x.column == 1 && op->y.column == 1)
+            for (int64_t j = 0; j < op->columns; j++) y[j] = x[j];
+        else if (op->x.column == 2 && op->y.column == 1)
+            for (int64_t j = 0; j < op->columns; j++) y[j] = x[2 * j];
+        else
+            for (int64_t j = 0; j < op->columns; j++) y[j * op->y.column] = x[j * op->x.column];
+    }
+}
+
+/* The mean of one channel of one image; y has no rows and columns. */
+static void mean(const operation *op, int64_t item) {
+    const int64_t channel = item % op->channels, image = item / op->channels;
+    const float *x = op->x.data + image * op->x.image + channel * op->x.channel;
+    double sum = 0;
+    for (int64_t i = 0; i < op->rows; i++, x += op->x.row) {
+        float row = 0;
+        for (int64_t j = 0; j < op->columns; j++) row += x[j];
+        sum += row;
+    }
+    op->y.data[image * op->y.image + channel] = (float)(sum / (double)(op->rows * op->columns));
+}
+
+/* One block of outputs for every row: x [images, inputs], y [images, channels]. */
+static void linear(const operation *op, int64_t block) {
+    for (int64_t i = op->block_first[block]; i < op->block_first[block + 1]; i++) {
+        const tap *begin = op->taps + op->first[i], *end = op->taps + op->first[i + 1];
+        for (int64_t image = 0; image < op->images; image++) {
+            const float *x = op->x.data + image * op->x.image;
+            float sum[4] = {op->bias[i], 0, 0, 0};
+            const tap *t = begin;
+            for (; t + 4 <= end; t += 4)
+                for (int j = 0; j < 4; j++) sum[j] += t[j].value * x[t[j].offset];
+            for (; t < end; t++) sum[0] += t->value * x[t->offset];
+            float value = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+            if (op->low > value) value = op->low;
+            if (value > op->high) value = op->high;
+            op->y.data[image * op->y.image + i] = value;
+        }
+    }
+}
+
+static void run_item(const operation *op, int64_t item) {
+    switch (op->kind) {
+        case COPY: copy(op, item); break;
+        case MEAN: mean(op, item); break;
+        case LINEAR: linear(op, item); break;
+        default: strips(op, item);
+    }
+}
+
+static void run_share(const stage *s, int64_t thread, int64_t threads) {
+    if (s->chained) {
+        const int64_t items = s->operations->items;
+        for (int64_t item = items * thread / threads; item < items * (thread + 1) / threads; item++)
+            for (int64_t i = 0; i < s->count; i++) run_item(s->operations + i, item);
+        return;
+    }
+    for (const operation *op = s->operations; op < s->operations + s->count; op++)
+        for (int64_t item = op->items * thread / threads; item < op->items * (thread + 1) / threads; item++)
+            run_item(op, item);
+}
+
+/* Runs the stages in turn; each waits for the one before. */
+void str_triton_run(const stage *stages, int64_t count, int64_t threads) {
+#ifdef _OPENMP
+    if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+        for (int64_t i = 0; i < count; i++) {
+            run_share(stages + i, omp_get_thread_num(), omp_get_num_threads());
+#pragma omp barrier
+        }
+        return;
+    }
+#endif
+    (void)threads;
+    for (int64_t i = 0; i < count; i++) run_share(stages + i, 0, 1);
+}
+
+int64_t str_triton_lanes(void) { return LANES; }

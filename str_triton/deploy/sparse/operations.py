@@ -1,0 +1,156 @@
+"""Operations of kernels.c on the buffers of a plan."""
+
+import ctypes
+import math
+from collections.abc import Iterable
+
+import numpy as np
+from torch import Tensor
+
+from str_triton.deploy.sparse.buffers import FLOAT, Buffers, Key
+from str_triton.deploy.sparse.choice import Choice
+from str_triton.deploy.sparse.graph import Convolution, Linear, MaxPool
+from str_triton.deploy.sparse.layout import Window, mask, offsets, plane_sizes
+from str_triton.deploy.sparse.structs import CONVOLUTION, COPY, LINEAR, MAX_POOL, MEAN, TAP, Operation, View
+
+
+class Operations:
+    """Makes operations and keeps the arrays alive that they point to."""
+
+    def __init__(self, buffers: Buffers) -> None:
+        self.buffers = buffers
+        self._kept: dict[int, list[np.ndarray]] = {}
+        self._masks: dict[tuple, np.ndarray] = {}
+
+    def window(
+        self, node: Convolution | MaxPool, window: Window, x: Key, y: Key, residual: Key | None, choice: Choice
+    ) -> Operation:
+        """A convolution or a max pool."""
+        buffers, frame, shape = self.buffers, self.buffers.frame(y), self.buffers.shapes[y.value]
+        planes = math.prod(y.phases)
+        op = Operation(x=buffers.view(x), y=buffers.view(y))
+        op.images, op.channels, op.planes, op.tables = shape[0], shape[1], planes, window.tables
+        op.length = frame.length(max(rows for rows, _ in plane_sizes(shape[2:], y.phases)))
+        if window.tables > 1 or planes == 1:
+            op.x.plane = 0  # The taps say which plane they read.
+        if isinstance(node, Convolution):
+            op.kind, (op.low, op.high) = CONVOLUTION, node.clamp
+            index, values = _nonzeros(node)
+            bias = node.bias.numpy()
+        else:
+            op.kind = MAX_POOL
+            index = np.indices((shape[1], 1, *node.kernel)).reshape(4, -1)
+            index[1] = index[0]
+            values, bias = np.zeros(index.shape[1], np.float32), None
+        first = np.searchsorted(index[0], np.arange(shape[1] + 1)).astype(np.int32)
+        taps = np.empty((window.tables, index.shape[1]), TAP)
+        for plane, table in enumerate(taps):
+            table["value"], table["offset"] = values, offsets(window, frame, plane, index)
+        starts = np.concatenate([first + plane * index.shape[1] for plane in range(window.tables)]).astype(np.int32)
+        self._point(op, taps=taps, first=starts, bias=bias)
+        if residual is not None:
+            op.residual = buffers.view(residual)
+        if frame.gap or frame.above or frame.below:
+            self._point(op, mask=self._mask(y, op.length))
+        self.cut(op, choice)
+        return op
+
+    def cut(self, op: Operation, choice: Choice) -> None:
+        """Share the work out as `choice` says: blocks of channels with about as many taps each."""
+        first = np.ctypeslib.as_array(ctypes.cast(op.first, ctypes.POINTER(ctypes.c_int32)), (op.channels + 1,))
+        # A channel costs its taps and about one more for what is done once.
+        cost = first - first[0] + np.arange(op.channels + 1)
+        op.blocks = max(1, min(choice.blocks, op.channels))
+        wanted = np.linspace(0, cost[-1], op.blocks + 1)
+        block_first = np.searchsorted(cost, wanted).astype(np.int32)
+        block_first[0], block_first[-1] = 0, op.channels
+        self._point(op, block_first=block_first)
+        op.width = choice.width
+        if op.kind == LINEAR:
+            op.items = op.blocks
+        else:
+            op.tiles = max(1, min(choice.tiles, op.length // 16))
+            op.items = op.images * op.planes * op.tiles * op.blocks
+
+    def copies(self, value: str, source: Key | None, target: Key | None) -> list[tuple[Operation, int]]:
+        """One copy for each plane of an image, where None stands for torch's tensor of that value.
+
+        At least one side must be in one phase: it is read or written with strides, the other plane by plane.
+
+        Returns them with the place of their first pixel in the tensor, in bytes: its address is known when it exists.
+        """
+        images, channels, height, width = self.buffers.shapes[value]
+        phases = max(key.phases for key in (source, target) if key)
+        found = []
+        for plane, (rows, columns) in enumerate(plane_sizes((height, width), phases)):
+            p, q = divmod(plane, phases[1])
+            op = Operation(kind=COPY, images=images, channels=channels, planes=1, rows=rows, columns=columns)
+            for key, name in ((source, "x"), (target, "y")):
+                if key and key.phases == phases:
+                    view = self.buffers.view(key, plane)
+                else:
+                    view = self.buffers.view(key) if key else _tensor(channels, height, width)
+                    view.data = (view.data or 0) + FLOAT * (p * view.row + q)
+                    view.row, view.column = view.row * phases[0], phases[1]
+                setattr(op, name, view)
+            op.items = images * channels
+            found.append((op, FLOAT * (p * width + q)))
+        return found
+
+    def mean(self, source: Key) -> Operation:
+        images, channels, rows, columns = self.buffers.shapes[source.value]
+        op = Operation(kind=MEAN, images=images, channels=channels, planes=1, rows=rows, columns=columns)
+        op.x, op.y = self.buffers.view(source), View(None, channels, 1, 0, 0, 0)
+        op.items = images * channels
+        return op
+
+    def linear(self, node: Linear, rows: int, choice: Choice) -> Operation:
+        index, values = _nonzeros(node)
+        outputs, inputs = node.weight.shape
+        op = Operation(kind=LINEAR, images=rows, channels=outputs, planes=1, tables=1)
+        op.x, op.y = View(None, inputs, 1, 0, 0, 0), View(None, outputs, 1, 0, 0, 0)
+        op.low, op.high = node.clamp
+        taps = np.empty(len(values), TAP)
+        taps["value"], taps["offset"] = values, index[1]
+        first = np.searchsorted(index[0], np.arange(outputs + 1)).astype(np.int32)
+        self._point(op, taps=taps, first=first, bias=node.bias.numpy())
+        self.cut(op, choice)
+        return op
+
+    def _point(self, op: Operation, **arrays: np.ndarray | None) -> None:
+        for name, array in arrays.items():
+            if array is not None:
+                array = np.ascontiguousarray(array)
+                self._kept.setdefault(array.ctypes.data, []).append(array)
+                setattr(op, name, array.ctypes.data)
+
+    def _mask(self, key: Key, length: int) -> np.ndarray:
+        size, frame = self.buffers.shapes[key.value][2:], self.buffers.frame(key)
+        identity = (size, key.phases, frame.pitch, length)
+        if identity not in self._masks:
+            self._masks[identity] = mask(frame, size, key.phases, length)
+        return self._masks[identity]
+
+
+def _tensor(channels: int, height: int, width: int) -> View:
+    """The strides of torch's contiguous tensor [images, channels, height, width]."""
+    return View(None, channels * height * width, height * width, 0, width, 1)
+
+
+def _nonzeros(node: Convolution | Linear) -> tuple[np.ndarray, np.ndarray]:
+    """Where the weights are that are not zero, [dimensions, n], sorted by output channel, and their values.
+
+    The second row counts input channels of the whole layer, also where channels are grouped.
+    """
+    weight: Tensor = node.weight
+    index = np.array(np.nonzero(weight.numpy()))
+    values = weight.numpy()[tuple(index)]
+    if isinstance(node, Convolution) and node.groups > 1:
+        index[1] += index[0] // (weight.shape[0] // node.groups) * weight.shape[1]
+    return index, values
+
+
+def keep_inside(ops: Iterable[Operation]) -> ctypes.Array:
+    """Operations side by side, as a stage wants them."""
+    ops = list(ops)
+    return (Operation * len(ops))(*ops)

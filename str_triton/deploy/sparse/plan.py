@@ -1,0 +1,303 @@
+"""What runs for inputs of one shape: buffers, and steps over them.
+
+Values live in two forms: as torch's tensors, which torch's layers read and write, and as images in padded buffers,
+which kernels.c reads and writes. A copy stands wherever the form changes.
+"""
+
+import ctypes
+import math
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from str_triton.deploy.sparse.buffers import Buffers, Key
+from str_triton.deploy.sparse.by_torch import run_torch
+from str_triton.deploy.sparse.choice import Choice
+from str_triton.deploy.sparse.graph import (
+    Convolution,
+    Graph,
+    Input,
+    Layer,
+    Linear,
+    MaxPool,
+    Mean,
+    Node,
+    references,
+    substitute,
+)
+from str_triton.deploy.sparse.layout import Window
+from str_triton.deploy.sparse.operations import Operations, keep_inside
+from str_triton.deploy.sparse.structs import Operation, Stage, View
+
+PLAIN = (1, 1)
+
+
+@dataclass
+class Task:
+    """One thing to do, in order: the node that it serves, and the images that it reads and writes.
+
+    Attributes:
+        kind: "window", "mean" or "linear" (by the kernels), "copy" (an image to or from a tensor, or to other phases),
+            "torch".
+        tensors: names of the values whose tensors it reads; makes: the one that it makes, "" if none.
+    """
+
+    kind: str
+    node: Node
+    reads: list[Key] = field(default_factory=list)
+    writes: Key | None = None
+    tensors: list[str] = field(default_factory=list)
+    makes: str = ""
+    window: Window | None = None
+
+
+class Plan:
+    """A network for inputs of one shape.
+
+    Args:
+        graph: the network.
+        shapes: of every value that is a tensor.
+        choices: the execution of every layer.
+        library: the kernels; None: no choice may be "sparse".
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        shapes: dict[str, tuple[int, ...]],
+        choices: dict[str, Choice],
+        library: ctypes.CDLL | None,
+    ) -> None:
+        self.graph, self.shapes, self.choices, self.library = graph, shapes, choices, library
+        self.tasks = _Draft(graph, shapes, choices, library is not None).tasks
+        buffers = Buffers(shapes)
+        _place(self.tasks, buffers)
+        self._operations = Operations(buffers)
+        self.segments = self._segments()
+        self._last_reads = _last_reads(self.segments, graph)
+
+    def run(self, x: Tensor) -> Any:
+        values: dict[str, Any] = {}
+        threads = torch.get_num_threads()
+        for index, segment in enumerate(self.segments):
+            if isinstance(segment, Segment):
+                segment.run(values, self.library, threads)
+            elif isinstance(segment, Input):
+                values[segment.name] = x
+            else:
+                values[segment.name] = run_torch(segment, values, self.choices.get(segment.name))
+            for name in self._last_reads[index]:
+                values.pop(name, None)
+        return substitute(self.graph.output, values)
+
+    def operation(self, name: str) -> tuple["Segment", int]:
+        """Where the operation of a layer that runs by the kernels stands: its segment and the number of its stage."""
+        for segment in self.segments:
+            if isinstance(segment, Segment):
+                for number, task in enumerate(segment.tasks):
+                    if task.node.name == name and task.kind in ("window", "linear"):
+                        return segment, number
+        raise KeyError(name)
+
+    def cut(self, name: str, choice: Choice) -> None:
+        """Cut the work of a layer anew."""
+        segment, number = self.operation(name)
+        self._operations.cut(segment.operations[number][0], choice)
+
+    def _segments(self) -> list["Segment | Node"]:
+        segments: list[Segment | Node] = []
+        for task in self.tasks:
+            if task.kind == "torch":
+                segments.append(task.node)
+                continue
+            if not segments or not isinstance(segments[-1], Segment):
+                segments.append(Segment())
+            segments[-1].add(task, *self._make(task))
+        for segment in segments:
+            if isinstance(segment, Segment):
+                segment.close(self.shapes)
+        return segments
+
+    def _make(self, task: Task) -> tuple[list[Operation], list[int]]:
+        """The operations of a task, and for copies the places in the tensor where they begin."""
+        choice = self.choices.get(task.node.name, Choice("sparse", tiles=64))
+        match task.kind:
+            case "window":
+                residual = task.reads[1] if len(task.reads) > 1 else None
+                made = self._operations.window(task.node, task.window, task.reads[0], task.writes, residual, choice)
+                return [made], [0]
+            case "mean":
+                return [self._operations.mean(task.reads[0])], [0]
+            case "linear":
+                shape = self.shapes[task.tensors[0]]
+                return [self._operations.linear(task.node, math.prod(shape[:-1]), choice)], [0]
+        source = task.reads[0] if task.reads else None
+        value = (source or task.writes).value
+        operations, begins = zip(*self._operations.copies(value, source, task.writes), strict=True)
+        return list(operations), list(begins)
+
+
+class Segment:
+    """Stages of operations that run in one call of the library."""
+
+    def __init__(self) -> None:
+        self.tasks: list[Task] = []
+        self.operations: list[ctypes.Array] = []
+        self._begins: list[list[int]] = []
+
+    def add(self, task: Task, operations: list[Operation], begins: list[int]) -> None:
+        self.tasks.append(task)
+        self.operations.append(keep_inside(operations))
+        self._begins.append(begins)
+
+    def close(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Put the stages side by side, and note which pointers wait for a tensor."""
+        self.stages = (Stage * len(self.tasks))(
+            *(Stage(ctypes.addressof(array), len(array), 0) for array in self.operations)
+        )
+        self.inputs: list[tuple[View, str, int]] = []
+        self.outputs: list[tuple[str, tuple[int, ...], list[tuple[View, int]]]] = []
+        for task, array, begins in zip(self.tasks, self.operations, self._begins, strict=True):
+            for name in task.tensors:
+                self.inputs += [(op.x, name, begin) for op, begin in zip(array, begins, strict=True)]
+            if task.makes:
+                views = [(op.y, begin) for op, begin in zip(array, begins, strict=True)]
+                self.outputs.append((task.makes, shapes[task.makes], views))
+
+    def run(self, values: dict[str, Any], library: ctypes.CDLL, threads: int) -> None:
+        for name, shape, views in self.outputs:
+            values[name] = torch.empty(shape)
+            address = values[name].data_ptr()
+            for view, begin in views:
+                view.data = address + begin
+        kept = []
+        for view, name, begin in self.inputs:
+            kept.append(values[name].contiguous())
+            view.data = kept[-1].data_ptr() + begin
+        library.str_triton_run(self.stages, len(self.tasks), threads)
+
+
+class _Draft:
+    """Decides which form every value takes, and lists the tasks."""
+
+    def __init__(self, graph: Graph, shapes: dict, choices: dict[str, Choice], kernels: bool) -> None:
+        self.shapes, self.choices, self.kernels = shapes, choices, kernels
+        self.nodes = {node.name: node for node in graph.nodes}
+        self.images: set[str] = set()  # Values that a kernel writes into a padded buffer.
+        for node in graph.nodes:
+            if self._by_window(node):
+                self.images.add(node.name)
+        self.windows = self._windows(graph)
+        self.tasks: list[Task] = []
+        self._made: set[Key | str] = set()
+        for node in graph.nodes:
+            self._add(node)
+        for name in references(graph.output):
+            self._tensor(name)
+
+    def _by_window(self, node: Node) -> bool:
+        """Whether a kernel computes this node from an image to an image."""
+        if not self.kernels:
+            return False
+        if isinstance(node, Convolution):
+            shape = self.shapes[node.name]
+            same = all(self.shapes.get(name) == shape for name in node.inputs[1:])
+            return self.choices[node.name].execution == "sparse" and len(shape) == 4 and same and math.prod(shape) > 0
+        if isinstance(node, MaxPool) and node.inputs[0] in self.images:
+            producer = self.nodes[node.inputs[0]]
+            # Zeros around the image are as good as minus infinity where nothing is negative.
+            return node.padding == (0, 0) or (isinstance(producer, Layer) and producer.clamp[0] >= 0)
+        return False
+
+    def _windows(self, graph: Graph) -> dict[str, Window]:
+        """The window of each convolution and pool. From the end: what reads a value decides in which phases it lies."""
+        wanted: dict[str, set[tuple[int, int]]] = defaultdict(set)
+        windows = {}
+        for node in reversed(graph.nodes):
+            if node.name in self.images:
+                free = isinstance(node, Convolution) and node.is_pointwise and len(node.inputs) == 1
+                phases = next(iter(wanted[node.name])) if free and len(wanted[node.name]) == 1 else PLAIN
+                window = Window(node.kernel, node.stride, node.padding, node.dilation, phases)
+                windows[node.name] = window
+                wanted[node.inputs[0]].add(window.reads)
+                for residual in node.inputs[1:]:
+                    wanted[residual].add(phases)
+            elif isinstance(node, Mean):
+                wanted[node.inputs[0]].add(PLAIN)
+        return windows
+
+    def _add(self, node: Node) -> None:
+        if node.name in self.images:
+            window = self.windows[node.name]
+            reads = [self._image(node.inputs[0], window.reads)]
+            reads += [self._image(name, window.phases) for name in node.inputs[1:]]
+            writes = Key(node.name, window.phases)
+            self.tasks.append(Task("window", node, reads, writes, window=window))
+            self._made.add(writes)
+        elif self.kernels and isinstance(node, Mean) and node.inputs[0] in self.images:
+            self.tasks.append(Task("mean", node, [self._image(node.inputs[0], PLAIN)], makes=node.name))
+        elif self.kernels and isinstance(node, Linear) and self.choices[node.name].execution == "sparse":
+            self._tensor(node.inputs[0])
+            self.tasks.append(Task("linear", node, tensors=node.inputs[:1], makes=node.name))
+        else:
+            for name in node.inputs:
+                self._tensor(name)
+            self.tasks.append(Task("torch", node, tensors=list(node.inputs), makes=node.name))
+
+    def _image(self, name: str, phases: tuple[int, int]) -> Key:
+        """A value in a padded buffer, in these phases."""
+        key = Key(name, phases)
+        if key in self._made:
+            return key
+        if name not in self.images:
+            self.tasks.append(Task("copy", self.nodes[name], [], key, [name]))
+        else:
+            made = Key(name, self.windows[name].phases)
+            if PLAIN not in (made.phases, phases):
+                made = self._image(name, PLAIN)
+            self.tasks.append(Task("copy", self.nodes[name], [made], key))
+        self._made.add(key)
+        return key
+
+    def _tensor(self, name: str) -> None:
+        """A value as torch's tensor."""
+        if name in self.images and name not in self._made:
+            source = Key(name, self.windows[name].phases)
+            self.tasks.append(Task("copy", self.nodes[name], [source], makes=name))
+            self._made.add(name)
+
+
+def _place(tasks: list[Task], buffers: Buffers) -> None:
+    """Connect images that need one frame, and give each a place for as long as it is read."""
+    windows = [task for task in tasks if task.window]
+    for task in windows:
+        buffers.connect(task.window, task.reads[0], task.writes, task.reads[1] if len(task.reads) > 1 else None)
+    for task in windows:
+        buffers.widen(task.window, task.reads[0], task.writes)
+    last = {key: index for index, task in enumerate(tasks) for key in [*task.reads, task.writes] if key}
+    for index, task in enumerate(tasks):
+        if task.writes:
+            buffers.take(task.writes)
+        for key in {*task.reads, task.writes} - {None}:
+            if last[key] == index:
+                buffers.release(key)
+    buffers.allocate()
+
+
+def _last_reads(segments: list[Segment | Node], graph: Graph) -> list[list[str]]:
+    """For each segment, the values that nobody reads after it."""
+    kept, seen = set(references(graph.output)), set()
+    dropped: list[list[str]] = []
+    for segment in reversed(segments):
+        names = set()
+        if isinstance(segment, Segment):
+            for task in segment.tasks:
+                names |= {*task.tensors, task.makes} - {""}
+        else:
+            names = {segment.name, *segment.inputs}
+        dropped.append(sorted(names - seen - kept))
+        seen |= names
+    return dropped[::-1]
