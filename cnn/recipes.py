@@ -4,8 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import tyro
-
 from cnn.published import BASELINES, DENSE, DENSE_WEIGHT_DECAY, POINTS, Dense, Point
 from str_triton.training.config import TrainConfig, check_ranges, require
 from str_triton.training.errors import UserError
@@ -82,11 +80,11 @@ class Config(TrainConfig):
     pretrained: str | None = None
     """Start from a trained network: a state dict (.pth, .pt, .safetensors) with the names of torchvision or of the
     model at hand, the folder of a run, or a checkpoint of the paper's original code."""
-    new_classifier: tyro.conf.FlagCreatePairsOff[bool] = False
+    new_classifier: bool = False
     """Take all of --pretrained but its classifier: for data with other classes."""
-    compile: tyro.conf.FlagCreatePairsOff[bool] = False
+    compile: bool = False
     """Train through torch.compile; evaluation runs without it."""
-    channels_last: tyro.conf.FlagCreatePairsOff[bool] = False
+    channels_last: bool = False
     """Keep images and weights with the channels innermost in memory, which suits convolutions on GPUs."""
 
 

@@ -126,13 +126,13 @@ def test_the_classifier_is_what_follows_the_classes(name: str):
 def test_a_resumed_run_needs_the_file_no_more(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch):
     file = tmp_path / "dense.safetensors"
     safetensors.torch.save_file(digits_net().state_dict(), file)
-    options = ["--pretrained", str(file), "--lr", "0.01"]
+    options = ["--pretrained", str(file), "--lr", "0.01", "--new-classifier"]
     assert begin(tmp_path / "whole", *options) == 0
     with monkeypatch.context() as patch:
         after_calls(patch, train, "learning_rate", 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert begin(tmp_path / "run", *options) == 143
     file.unlink()
-    assert resume(tmp_path / "run") == 0
+    assert resume(tmp_path / "run", *options) == 0
     assert_same_result(tmp_path / "run", tmp_path / "whole")
 
 
