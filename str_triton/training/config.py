@@ -46,8 +46,8 @@ class TrainConfig(RunConfig):
     batch_size: int = 64
     """Examples in a step, of all processes together."""
     accumulate: int = 1
-    """Parts that each process computes its examples of a step in, one after the other, for less memory. Batch norm sees
-    each part on its own; without it the results are the same but for rounding."""
+    """Parts that each process computes its examples of a step in, one after the other, for less memory. Batch norm and
+    dropout take each part on its own; without them the results are the same but for rounding."""
     lr: float = 0.1
     """Peak learning rate: a linear rise, then half a cosine to zero."""
     warmup_epochs: float = 2.0

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from str_triton.training.checkpoints import Checkpoints, random_state, set_random_state
+from str_triton.training.checkpoints import Checkpoints, random_state, set_random_state, set_random_state_of
 from str_triton.training.errors import UserError
 
 
@@ -96,3 +96,16 @@ def test_random_states_survive_a_checkpoint(checkpoints: Checkpoints):
     expected = [draws() for _ in range(3)]
     set_random_state(checkpoints.load()["random"])
     assert [draws() for _ in range(3)] == expected
+
+
+def test_a_process_without_a_random_state_gets_one_of_its_own():
+    states = [random_state(), random_state()]
+    drawn = []
+    for process in (0, 1, 2, 3, 2):
+        set_random_state_of(process, states)
+        drawn.append(draws())
+    set_random_state(states[0])
+    assert drawn[0] == drawn[1] == draws()
+    assert drawn[2] == drawn[4]
+    for place in range(3):  # Python's, NumPy's and torch's
+        assert len({numbers[place] for numbers in drawn}) == 3

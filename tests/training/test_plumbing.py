@@ -3,13 +3,14 @@
 import io
 import os
 import signal
+import time
 
 import pytest
 import torch
 from rich.console import Console
 
 from str_triton.training.errors import Interrupted, UserError, blame_input, run_program
-from str_triton.training.meter import Meter
+from str_triton.training.meter import Meter, Pace
 from str_triton.training.progress import ProgressBar
 from str_triton.training.schedules import decayed_thresholds, warmup_cosine
 from str_triton.training.signals import StopRequest
@@ -68,6 +69,22 @@ def test_the_first_signal_is_noted_and_the_second_acts(number: int):
         signal.signal(number, before)
 
 
+def test_a_signal_that_a_launcher_passes_on_is_the_same_request():
+    before = signal.getsignal(signal.SIGTERM)
+    caught = []
+    signal.signal(signal.SIGTERM, lambda *arguments: caught.append(arguments[0]))
+    try:
+        with StopRequest(patience=0.05) as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert (stop.signum, caught) == (signal.SIGTERM, [])
+            time.sleep(0.06)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert caught == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_warmup_cosine():
     assert [warmup_cosine(x, 0.2) for x in (0.0, 0.1, 0.2, 0.6, 1.0)] == pytest.approx([0.0, 0.5, 1.0, 0.5, 0.0])
     assert warmup_cosine(0.0, 0.0) == 1.0
@@ -96,6 +113,21 @@ def test_meter_weighs_batches_by_their_size():
     assert meter.means() == (2.0, 0.5)
     meter.reset()
     assert meter.means() == (0.0, 0.0)
+
+
+def test_pace_leaves_halts_out(monkeypatch: pytest.MonkeyPatch):
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    pace = Pace()
+    pace.add(30)
+    now = 102.0
+    with pace.halted():
+        now = 110.0
+    pace.add(10)
+    assert pace.per_second() == 20.0
+    pace.reset()
+    now = 111.0
+    assert pace.per_second() == 0.0
 
 
 def text_of(console: Console) -> str:

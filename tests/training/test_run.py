@@ -41,6 +41,19 @@ def test_a_resumed_run_goes_on_where_it_was(accelerator: Accelerator, tmp_path: 
     assert [session["step"] for session in environment["resumed"]] == [3]
 
 
+def test_a_run_of_more_processes_goes_on_with_the_first_ones_state(accelerator: Accelerator, tmp_path: Path):
+    with open_run(accelerator, tmp_path / "run") as run:
+        run.restore(10)
+        run.save(3, {})
+        expected = torch.rand(3)
+    path = tmp_path / "run" / "checkpoints" / "step-000000003.pt"
+    state = torch.load(path, weights_only=True)
+    torch.save({**state, "random": state["random"] * 2}, path)
+    with open_run(accelerator, tmp_path / "run", resume=True) as run:
+        assert run.restore(10)["step"] == 3
+        assert torch.equal(torch.rand(3), expected)
+
+
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_is_refused(accelerator: Accelerator, tmp_path: Path, loss: float):
     with open_run(accelerator, tmp_path / "run") as run:
