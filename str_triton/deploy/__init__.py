@@ -2,7 +2,7 @@
 
 from str_triton.deploy.model_card import model_card
 from str_triton.deploy.pack import inspect, pack, unpack
-from str_triton.deploy.sparse import SparseModel, compile_sparse
+from str_triton.deploy.sparse import SparseModel, compile_sparse, load_sparse
 from str_triton.deploy.summary import PackedSummary, PackedTensor
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "SparseModel",
     "compile_sparse",
     "inspect",
+    "load_sparse",
     "model_card",
     "pack",
     "unpack",

@@ -1,44 +1,105 @@
 """`compile_sparse`: a network with zeros in its weights, made fast on this machine's processor."""
 
 import copy
+import os
 import threading
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from str_triton.deploy.sparse import file
 from str_triton.deploy.sparse.build import library
+from str_triton.deploy.sparse.by_torch import infer_shapes
 from str_triton.deploy.sparse.choice import Choice
-from str_triton.deploy.sparse.graph import Graph
+from str_triton.deploy.sparse.graph import Call, Graph, Layer
+from str_triton.deploy.sparse.modulewise import layer_graph, layer_inputs, put
 from str_triton.deploy.sparse.plan import Plan
-from str_triton.deploy.sparse.shapes import infer_shapes
-from str_triton.deploy.sparse.timing import choose
-from str_triton.deploy.sparse.trace import trace
+from str_triton.deploy.sparse.timing import choose, profile
+from str_triton.deploy.sparse.trace import NotTraceable, left_to_torch, trace
 from str_triton.nn import densify
 
+_PRODUCTS = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear")
 
-class SparseModel(nn.Module):
-    """What `compile_sparse` returns: for inference on the CPU, float32, inputs of any size that the network takes.
+
+class CompiledModel(nn.Module):
+    """What compiled networks share: they infer, on the CPU, in float32, and print how each layer is executed.
+
+    Attributes:
+        left: the layers that torch executes as they stand, with the reason.
+    """
+
+    left: dict[str, str]
+
+    def train(self, mode: bool = True) -> "CompiledModel":
+        if mode:
+            raise ValueError("a network made by compile_sparse is for inference: train the model it was made from")
+        return super().train(False)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def _layers(self) -> Iterable[tuple[Layer, Choice]]:
+        raise NotImplementedError
+
+    def table(self) -> str:
+        """A line for each layer.
+
+        The share of its weights that are not zero, its execution, and the milliseconds that torch's fastest dense
+        execution and this one took alone, for the example's shape.
+        """
+        rows = [("layer", "nonzero", "executed", "dense ms", "chosen ms")]
+        for node, choice in self._layers():
+            density = int(node.weight.count_nonzero()) / max(1, node.weight.numel())
+            times = [f"{ms:.3f}" if ms is not None else "" for ms in (choice.ms_dense, choice.ms)]
+            rows.append((node.label, f"{100 * density:.2f} %", choice.execution, *times))
+        rows += [(name, "", f"by torch: {reason}", "", "") for name, reason in self.left.items()]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        )
+
+
+class SparseModel(CompiledModel):
+    """A network that runs from a plan: [B, C, H, W] or whatever the model took, of any size that it takes.
 
     Buffers are planned for each new shape of the input when it first comes; the choices stay those of the example's.
     """
 
-    def __init__(self, graph: Graph, choices: dict[str, Choice], dense_layers: dict[str, str]) -> None:
+    def __init__(self, graph: Graph, choices: dict[str, Choice], left: dict[str, str]) -> None:
         super().__init__()
-        self.graph, self.choices, self.dense_layers = graph, choices, dense_layers
-        self._plans: dict[tuple, Plan] = {}
+        self.graph, self.choices, self.left = graph, choices, left
+        self._plans: dict[tuple[int, ...], Plan] = {}
         self._lock = threading.Lock()
         self.training = False
 
     def forward(self, x: Tensor) -> Any:
-        _check_input(x)
-        with torch.inference_mode(), self._lock:
+        _check(x)
+        with torch.no_grad(), self._lock:
             return self._plan(x).run(x)
 
-    def train(self, mode: bool = True) -> "SparseModel":
-        if mode:
-            raise ValueError("a model made by compile_sparse is for inference: train the model that it was made from")
-        return self
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the network with its choices to `path`: `load_sparse` reads it, `python -m str_triton inspect` too.
+
+        Raises:
+            ValueError: the network calls something that a file cannot hold; the message names it.
+            OSError: the file cannot be written; `path` is as it was.
+        """
+        file.write(path, self.graph, self.choices, self.left)
+
+    def profile(self, x: Tensor) -> list[tuple[str, str, float]]:
+        """What takes the time for inputs like x: (layer, kind, milliseconds) of every step, measured one by one.
+
+        Kinds are "convolution", "depthwise", "linear", "pool", "copy" (into and out of padded buffers, and into the
+        phases that strided layers read) and "torch".
+        """
+        self(x)
+        with torch.no_grad(), self._lock:
+            return profile(self._plan(x), x)
+
+    def _layers(self) -> Iterable[tuple[Layer, Choice]]:
+        return ((node, self.choices[node.name]) for node in self.graph.layers())
 
     def _plan(self, x: Tensor) -> Plan:
         shape = tuple(x.shape)
@@ -47,43 +108,110 @@ class SparseModel(nn.Module):
         return self._plans[shape]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_plans": {}, "_lock": None}
+        return {key: value for key, value in vars(self).items() if key not in ("_plans", "_lock")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plans, self._lock = {}, threading.Lock()
 
-    def __str__(self) -> str:
-        return self.table()
 
-    def table(self) -> str:
-        """Layer, share of weights that are not zero, choice, milliseconds of the fastest dense execution and of it."""
-        rows = [("layer", "nonzero", "choice", "dense ms", "chosen ms")]
-        for node in self.graph.layers():
-            choice = self.choices[node.name]
-            density = int(node.weight.count_nonzero()) / max(1, node.weight.numel())
-            times = [f"{ms:.3f}" if ms is not None else "" for ms in (choice.ms_dense, choice.ms)]
-            rows.append((node.label, f"{100 * density:.2f} %", choice.execution, *times))
-        rows += [(name, "", f"left to torch: {reason}", "", "") for name, reason in self.dense_layers.items()]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+class ModulewiseModel(CompiledModel):
+    """A model whose forward could not be traced, with its layers compiled one by one."""
+
+    def __init__(self, model: nn.Module, layers: dict[str, SparseModel], left: dict[str, str]) -> None:
+        super().__init__()
+        self.model, self.left = model, left
+        for name, layer in layers.items():
+            put(model, name, layer)
+        self.names = list(layers)
+        self.eval()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return self.model(*args, **kwargs)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        raise ValueError(
+            f"{type(self.model).__name__} could not be traced, and a file cannot hold its forward: "
+            "torch.save keeps the network instead"
         )
 
+    def _layers(self) -> Iterable[tuple[Layer, Choice]]:
+        return (pair for name in self.names for pair in self.model.get_submodule(name)._layers())
 
-def compile_sparse(model: nn.Module, example_input: Tensor) -> nn.Module:
-    """A copy of `model` for inference, executed in the fastest exact way that this machine has for each layer."""
-    _check_input(example_input)
+
+def compile_sparse(model: nn.Module, example_input: Tensor) -> CompiledModel:
+    """A copy of `model` for inference on the CPU in which every layer has the fastest execution that is exact.
+
+    Batch norms are folded into the convolution or linear layer before them, ReLU, ReLU6, biases and residual sums
+    become part of it, and for every convolution and linear layer the executions are timed on this machine with the
+    real shapes: dense by torch (contiguous or channels_last), CSR by torch.sparse, and a sparse microkernel of our own
+    in C, which the system's compiler compiles once per machine (none: torch alone, with one warning). The zeros decide,
+    not the type of the layer. Outputs differ from the model's by rounding, 1e-4 at most for networks of usual scale;
+    a weight of zero is not multiplied, so that an infinite or NaN pixel spoils only what reads it.
+
+    Threads are `torch.get_num_threads()` of them, here and at every call: compile with the number that you will use.
+
+    Args:
+        model: plain, or with layers of `sparsify`; it stays as it is. A forward that torch.fx cannot trace is kept,
+            and its layers are compiled one by one.
+        example_input: float32 on the CPU, of the shape that matters; others work, too, each planned when it comes.
+
+    Returns:
+        A module with `str(...)` or `.table()`, one line per layer, `.profile(x)` and `.save(path)`; layers that torch
+        must execute as they are (transposed and 1-d convolutions, other padding modes) are in `.left`.
+
+    Raises:
+        TypeError, ValueError: an example that is no float32 tensor on the CPU, a model with other parameters, or one
+            that does not take the example.
+    """
+    _check(example_input)
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != torch.float32 or parameter.device.type != "cpu":
+            raise ValueError(
+                f"compile_sparse takes float32 on the CPU, and {name} is {parameter.dtype} on {parameter.device}: "
+                "model.float().cpu() first"
+            )
     model = densify(copy.deepcopy(model)).eval()
-    with torch.inference_mode():
-        graph = trace(model, example_input)
-        shapes = infer_shapes(graph, example_input)
-        choices = choose(graph, shapes, example_input, library())
-    return SparseModel(graph, choices, {})
+    if isinstance(model, nn.Conv2d | nn.Linear):  # torch.fx would look inside.
+        model = nn.Sequential(model)
+    left = left_to_torch(model)
+    with torch.no_grad():
+        try:
+            model(example_input.clone())
+        except RuntimeError as error:
+            shape = tuple(example_input.shape)
+            raise ValueError(f"{type(model).__name__} does not take an example of shape {shape}: {error}") from error
+        try:
+            return _compile(trace(model, example_input), example_input, left)
+        except NotTraceable:
+            layers = {
+                name: _compile(layer_graph(model.get_submodule(name), name), x, {})
+                for name, x in layer_inputs(model, example_input).items()
+            }
+            return ModulewiseModel(model, layers, left)
 
 
-def _check_input(x: Tensor) -> None:
+def load_sparse(path: str | os.PathLike[str]) -> SparseModel:
+    """A network that `save` wrote, with its choices; without a compiler for the kernels, torch executes all layers.
+
+    Raises:
+        ValueError: the file is damaged, holds no compiled network, or one of another version.
+        OSError: the file cannot be read.
+    """
+    return SparseModel(*file.read(path))
+
+
+def _compile(graph: Graph, example: Tensor, left: dict[str, str]) -> SparseModel:
+    called = [node for node in graph.nodes if isinstance(node, Call) and not isinstance(node.target, str)]
+    names = {node.name: getattr(node.target, "__name__", "") for node in called}
+    left = left | {name: f"{function} called by name" for name, function in names.items() if function in _PRODUCTS}
+    choices = choose(graph, infer_shapes(graph, example), example, library())
+    return SparseModel(graph, choices, left)
+
+
+def _check(x: Tensor) -> None:
     if not isinstance(x, Tensor):
-        raise TypeError(f"the input must be a tensor, got {type(x).__name__}")
+        raise TypeError(f"a compiled network takes one tensor, got {type(x).__name__}")
     if x.dtype != torch.float32 or x.device.type != "cpu":
-        raise ValueError(f"the input must be float32 on the CPU, got {x.dtype} on {x.device}")
+        raise ValueError(f"a compiled network takes float32 on the CPU, got {x.dtype} on {x.device}")

@@ -84,14 +84,18 @@ class Plan:
         threads = torch.get_num_threads()
         for index, segment in enumerate(self.segments):
             if isinstance(segment, Segment):
-                segment.run(values, self.library, threads)
-            elif isinstance(segment, Input):
-                values[segment.name] = x
+                kept = segment.bind(values)
+                self.library.str_triton_run(segment.stages, len(segment.tasks), threads)
+                del kept
             else:
-                values[segment.name] = run_torch(segment, values, self.choices.get(segment.name))
+                values[segment.name] = self.value(segment, values, x)
             for name in self._last_reads[index]:
                 values.pop(name, None)
         return substitute(self.graph.output, values)
+
+    def value(self, node: Node, values: dict[str, Any], x: Tensor) -> Any:
+        """What torch computes for a node."""
+        return x if isinstance(node, Input) else run_torch(node, values, self.choices.get(node.name))
 
     def operation(self, name: str) -> tuple["Segment", int]:
         """Where the operation of a layer that runs by the kernels stands: its segment and the number of its stage."""
@@ -167,7 +171,8 @@ class Segment:
                 views = [(op.y, begin) for op, begin in zip(array, begins, strict=True)]
                 self.outputs.append((task.makes, shapes[task.makes], views))
 
-    def run(self, values: dict[str, Any], library: ctypes.CDLL, threads: int) -> None:
+    def bind(self, values: dict[str, Any]) -> list[Tensor]:
+        """Make the tensors that this segment writes and point the operations to all; what must live while they run."""
         for name, shape, views in self.outputs:
             values[name] = torch.empty(shape)
             address = values[name].data_ptr()
@@ -177,7 +182,7 @@ class Segment:
         for view, name, begin in self.inputs:
             kept.append(values[name].contiguous())
             view.data = kept[-1].data_ptr() + begin
-        library.str_triton_run(self.stages, len(self.tasks), threads)
+        return kept
 
 
 class _Draft:

@@ -1,17 +1,19 @@
 """Chooses the execution of every layer by timing all that are exact, on this machine, with the real shapes."""
 
 import ctypes
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from str_triton.deploy.sparse.by_torch import can_be_csr, run_torch
 from str_triton.deploy.sparse.choice import Choice
-from str_triton.deploy.sparse.graph import Convolution, Graph, Layer
-from str_triton.deploy.sparse.plan import Plan
+from str_triton.deploy.sparse.graph import Convolution, Graph, Input, Layer, Linear, MaxPool, Mean, Node
+from str_triton.deploy.sparse.plan import Plan, Segment
 from str_triton.deploy.sparse.structs import LINEAR
 
 BUDGET = 0.02  # seconds for one candidate
@@ -35,18 +37,112 @@ def milliseconds(call: Callable[[], object], budget: float = BUDGET) -> float:
 def choose(
     graph: Graph, shapes: dict[str, tuple[int, ...]], example: Tensor, library: ctypes.CDLL | None
 ) -> dict[str, Choice]:
-    """The fastest choice for each layer by name."""
-    choices = {node.name: _by_torch(node, shapes) for node in graph.layers()}
-    if library is None:
-        return choices
+    """The choices by layer that are fastest for the whole network.
+
+    A layer by the kernels beside one by torch costs a copy between their forms, which is weighed against the time won.
+    """
+    by_torch = {node.name: _by_torch(node, shapes) for node in graph.layers()}
+    if library is None or not by_torch:
+        return by_torch
     ours = {node.name: Choice("sparse", tiles=4 * torch.get_num_threads()) for node in graph.layers()}
     plan = Plan(graph, shapes, ours, library)
     plan.run(example)
-    for node in graph.layers():
-        kernel = _by_kernel(plan, node.name, library)
-        if kernel is not None and kernel.ms < choices[node.name].ms:
-            choices[node.name] = replace(kernel, ms_dense=choices[node.name].ms_dense)
+    by_kernel = {node.name: _by_kernel(plan, node.name, library) for node in graph.layers()}
+    by_kernel = {
+        name: replace(choice, ms_dense=by_torch[name].ms_dense) for name, choice in by_kernel.items() if choice
+    }
+    candidates = [_weigh(graph, shapes, by_torch, by_kernel)]
+    for execution in ("dense", "channels_last"):
+        candidates.append({name: replace(choice, execution=execution) for name, choice in by_torch.items()})
+    candidates[2] |= {node.name: candidates[1][node.name] for node in graph.layers() if isinstance(node, Linear)}
+    seconds = [_network(Plan(graph, shapes, choices, library), example) for choices in candidates]
+    return candidates[seconds.index(min(seconds))]
+
+
+def _weigh(
+    graph: Graph,
+    shapes: dict[str, tuple[int, ...]],
+    by_torch: dict[str, Choice],
+    by_kernel: dict[str, Choice],
+) -> dict[str, Choice]:
+    """Start from the kernels wherever they can run, and change one layer at a time for as long as that saves time."""
+    copies = {name: _copy_milliseconds(shape) for name, shape in shapes.items()}
+    readers: dict[str, set[str]] = {node.name: set() for node in graph.nodes}
+    for node in graph.nodes:
+        for name in node.inputs:
+            readers[name].add(node.name)
+    followers = {node.name for node in graph.nodes if isinstance(node, MaxPool | Mean)}
+    is_image = {node.name: isinstance(node, Convolution) for node in graph.nodes}
+    choices = by_torch | by_kernel
+
+    def ours(name: str) -> bool:
+        return is_image[name] and choices[name].execution == "sparse"
+
+    def crossings(name: str) -> float:
+        """Milliseconds of the copies of one value; a pool reads whatever form there is."""
+        forms = {ours(reader) for reader in readers[name] - followers}
+        return copies[name] * len(forms - {ours(name)})
+
+    def local(name: str) -> float:
+        return choices[name].ms + sum(map(crossings, {name, *inputs[name]}))
+
+    inputs = {node.name: node.inputs for node in graph.nodes}
+    changed = True
+    while changed:
+        changed = False
+        for name in by_kernel:
+            before, now = choices[name], local(name)
+            choices[name] = by_torch[name] if before.execution == "sparse" else by_kernel[name]
+            if local(name) < 0.99 * now:
+                changed = True
+            else:
+                choices[name] = before
     return choices
+
+
+@functools.lru_cache(maxsize=1024)
+def _copy_milliseconds(shape: tuple[int, ...]) -> float:
+    x = torch.ones(shape)
+    y = torch.empty_like(x)
+    return milliseconds(lambda: y.copy_(x), budget=BUDGET / 10)
+
+
+def _network(plan: Plan, example: Tensor) -> float:
+    return milliseconds(lambda: plan.run(example), budget=10 * BUDGET)
+
+
+def profile(plan: Plan, x: Tensor) -> list[tuple[str, str, float]]:
+    """Layer, kind and milliseconds of every step of a plan, each measured by itself."""
+    rows: list[tuple[str, str, float]] = []
+    values: dict[str, Any] = {}
+    threads = torch.get_num_threads()
+    for segment in plan.segments:
+        if not isinstance(segment, Segment):
+            values[segment.name] = plan.value(segment, values, x)
+            ms = milliseconds(lambda node=segment: plan.value(node, values, x))
+            if not isinstance(segment, Input):
+                rows.append((getattr(segment, "label", segment.name), _kind(segment, "torch"), ms))
+            continue
+        kept = segment.bind(values)
+        for task, stage in zip(segment.tasks, segment.stages, strict=True):
+            address = ctypes.addressof(stage)
+            ms = milliseconds(lambda address=address: plan.library.str_triton_run(address, 1, threads))
+            rows.append((getattr(task.node, "label", task.node.name), _kind(task.node, task.kind), ms))
+        del kept
+    return rows
+
+
+def _kind(node: Node, task: str) -> str:
+    match node:
+        case _ if task == "copy":
+            return "copy"
+        case Convolution():
+            return "depthwise" if node.groups == node.weight.shape[0] > 1 else "convolution"
+        case Linear():
+            return "linear"
+        case MaxPool() | Mean():
+            return "pool"
+    return "torch"
 
 
 def _by_torch(node: Layer, shapes: dict[str, tuple[int, ...]]) -> Choice:

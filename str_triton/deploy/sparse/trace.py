@@ -69,6 +69,13 @@ def supported(module: nn.Module) -> str | None:
     return None
 
 
+def left_to_torch(model: nn.Module) -> dict[str, str]:
+    """The convolution and linear layers that are not `supported`, with the reason."""
+    kinds = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.RNNBase)
+    reasons = {name: supported(module) for name, module in model.named_modules() if isinstance(module, kinds)}
+    return {name: reason for name, reason in reasons.items() if reason}
+
+
 def layer(module: nn.Conv2d | nn.Linear, name: str, inputs: list[str], label: str) -> Convolution | Linear:
     """The node of a layer that is `supported`."""
     weight = module.weight.detach().contiguous()
