@@ -25,7 +25,7 @@ CLASSES = 4
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight training images, two batches of four, with one each in CMYK, in grey, as PNG and two turned; four others."""
+    """Eight training images, two batches: one in CMYK, one in grey, one PNG, two turned. And four others."""
     root = tmp_path_factory.mktemp("imagenet")
     write_imagefolder(root, classes=CLASSES, per_class=2, held_out=1)
     return root

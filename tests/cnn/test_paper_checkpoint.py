@@ -137,7 +137,7 @@ def equal_bits(ours: State, theirs: State) -> bool:
 
 
 @torch.no_grad()
-def test_a_loaded_network_computes_what_the_literal_formula_does(case):
+def test_a_loaded_network_computes_what_the_literal_formula_does(case, tmp_path: Path):
     arch, state, literal, path = case
     model, metadata = load(path)
     assert metadata == {**METADATA, "arch": arch, "data_parallel": arch == "ResNet50"}
@@ -154,17 +154,25 @@ def test_a_loaded_network_computes_what_the_literal_formula_does(case):
 
     # What becomes of it: a plain network with torchvision's names and the literal formula's weights.
     dense = densify(model).state_dict()
-    for name in ("conv1", "layer3.5.conv2", "layer4.0.downsample.0", "fc") if arch == "ResNet50" else ("model.7.3",):
-        literal_weight = oracle.soft_threshold(
-            state[f"{name}.weight"].double(), state[f"{name}.sparseThreshold"].double()
-        )
-        torch.testing.assert_close(
-            dense[f"{name}.weight"].double(), literal_weight.reshape(dense[f"{name}.weight"].shape), atol=1e-7, rtol=0
-        )
+    for key, tensor in state.items():
+        layer, _, entry = key.rpartition(".")
+        if f"{layer}.sparseThreshold" not in state:
+            assert torch.equal(dense[key], tensor), key
+        elif entry == "weight":
+            literal_weight = oracle.soft_threshold(tensor, state[f"{layer}.sparseThreshold"]).reshape(dense[key].shape)
+            torch.testing.assert_close(dense[key], literal_weight, atol=1e-8, rtol=1e-6)
+            assert torch.equal(dense[key] == 0, literal_weight == 0), key
+    assert not dense.keys() - state.keys() - {"fc.bias"}
+    safetensors.torch.save_file(dense, tmp_path / "dense.safetensors")
+    saved = safetensors.torch.load_file(tmp_path / "dense.safetensors")
     again = build("resnet50" if arch == "ResNet50" else "mobilenetv1")
-    again.load_state_dict(safetensors.torch.load(safetensors.torch.save(dense)))
+    again.load_state_dict(saved, strict=True)
     assert equal_bits(again.state_dict(), dense)
     torch.testing.assert_close(again.eval()(images), expected, atol=1e-5, rtol=0)
+    # And in a network that is none of ours.
+    assert not saved.pop("fc.bias").any()
+    saved["fc.weight"] = saved["fc.weight"][:, :, None, None]
+    torch.testing.assert_close(literal(saved, images), expected, atol=1e-5, rtol=0)
 
 
 def test_saving_what_was_loaded_gives_every_tensor_bit_for_bit(case, tmp_path: Path):
