@@ -41,7 +41,6 @@ _OPERATORS = ("add", "floordiv", "getitem", "iadd", "imul", "mul", "neg", "sub",
 # The calls that a saved network may hold, by name: reading a file calls nothing else.
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "affine": _affine,
-    "identity": lambda x: x,
     "getattr": lambda x, name: getattr(x, ATTRIBUTES[ATTRIBUTES.index(name)]),
     **{function.__name__: function for function in (torch.flatten, torch.cat, torch.clamp, torch.add, torch.mul)},
     **{function.__name__: function for function in (torch.mean, torch.sigmoid, torch.tanh, torch.softmax, torch.chunk)},
@@ -68,6 +67,6 @@ MODULES: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
     nn.Tanh: ("tanh", ()),
     nn.LeakyReLU: ("leaky_relu", ("negative_slope",)),
     nn.ELU: ("elu", ("alpha",)),
-    nn.Identity: ("identity", ()),
-    **dict.fromkeys((nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d), ("identity", ())),
 }
+# Modules that do nothing in eval mode.
+IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)

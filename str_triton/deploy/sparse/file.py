@@ -1,4 +1,4 @@
-"""A compiled network as a packed file: its tensors, and its graph and choices as JSON. Reading one runs nothing of it."""
+"""A compiled network as a packed file: its tensors, and its graph and choices as JSON; reading one runs nothing."""
 
 import dataclasses
 import math

@@ -72,6 +72,10 @@ class Layer(Node):
     clamp: tuple[float, float] = FREE
     label: str = ""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what by_torch.py prepared, which neither copies nor files can hold."""
+        return {name: value for name, value in vars(self).items() if name != "prepared"}
+
     def finish(self, y: Tensor, values: dict[str, Any]) -> Tensor:
         """Residual and activation for an output that has neither, in place where that is possible."""
         if len(self.inputs) > 1:

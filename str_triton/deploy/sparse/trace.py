@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from str_triton.deploy.sparse.calls import ATTRIBUTES, FUNCTIONS, MODULES, NAMES, method
+from str_triton.deploy.sparse.calls import ATTRIBUTES, FUNCTIONS, IDENTITIES, MODULES, NAMES, method
 from str_triton.deploy.sparse.graph import (
     FREE,
     Add,
@@ -141,6 +141,9 @@ class _Builder:
                 made: Node = Input(node.name, [])
             case "get_attr":
                 made = Constant(node.name, [], _attribute(self.traced, node.target).detach())
+            case "call_module" if type(self.modules[node.target]) in IDENTITIES:
+                self.values[node.name] = args[0]
+                return
             case "call_module":
                 module = self.modules[node.target]
                 in_place = getattr(module, "inplace", False)

@@ -1,0 +1,211 @@
+"""The kernels in C against torch in float64: every geometry of a convolution, every way to cut the work."""
+
+import ctypes
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from str_triton.deploy.sparse import build
+from str_triton.deploy.sparse.by_torch import infer_shapes
+from str_triton.deploy.sparse.choice import Choice
+from str_triton.deploy.sparse.graph import Convolution, Graph, Input, Linear, MaxPool, Mean, Ref
+from str_triton.deploy.sparse.plan import Plan
+
+CUTS = [
+    Choice("sparse", width, tiles, blocks) for width, tiles, blocks in ((4, 1, 1), (1, 3, 1), (8, 2, 3), (5, 100, 2))
+]
+
+
+def thinned(*shape: int, density: float) -> Tensor:
+    weight = torch.randn(shape) * (torch.rand(shape) < density)
+    weight[1::3] = 0  # Some channels are empty.
+    return weight
+
+
+def convolution(weight: Tensor, stride=1, padding=0, dilation=1, groups=1, clamp=(-float("inf"), float("inf"))):
+    pairs = [(value, value) if isinstance(value, int) else value for value in (stride, padding, dilation)]
+    return Convolution("y", ["x"], weight, torch.randn(weight.shape[0]), clamp, "y", *pairs, groups)
+
+
+def run(library: ctypes.CDLL, nodes: list, x: Tensor, choice: Choice) -> Tensor:
+    """The value of the last node, with every layer by the kernels."""
+    graph = Graph([Input("x", []), *nodes], Ref(nodes[-1].name))
+    plan = Plan(graph, infer_shapes(graph, x), {node.name: choice for node in graph.layers()}, library)
+    assert not any(task.kind == "torch" and task.node.name != "x" for task in plan.tasks)
+    plan.run(torch.randn_like(x))  # What it leaves behind must not show.
+    return plan.run(x)
+
+
+def expected(node: Convolution, x: Tensor) -> Tensor:
+    weight, bias = node.weight.double(), node.bias.double()
+    y = F.conv2d(x.double(), weight, bias, node.stride, node.padding, node.dilation, node.groups)
+    return y.clamp(*node.clamp).float()
+
+
+GEOMETRIES = [
+    # kernel, stride, padding, dilation
+    (1, 1, 0, 1),
+    (1, 2, 0, 1),
+    (1, 1, 1, 1),
+    (3, 1, 1, 1),
+    (3, 1, 0, 1),
+    (3, 2, 1, 1),
+    (3, 3, 2, 1),
+    (5, 2, 2, 1),
+    (7, 2, 3, 1),
+    (3, 1, 2, 2),
+    (3, 2, 2, 2),
+    ((1, 3), (1, 2), (0, 1), 1),
+    ((5, 1), (2, 1), (3, 0), 1),
+    (2, 2, 0, 1),
+    (4, 1, 5, 1),
+]
+
+
+@pytest.mark.parametrize(("kernel", "stride", "padding", "dilation"), GEOMETRIES)
+@pytest.mark.parametrize("size", [(1, 13, 17), (3, 8, 9)])
+def test_convolutions(kernels, kernel, stride, padding, dilation, size):
+    kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
+    x = torch.randn(size[0], 6, *size[1:])
+    for (density, groups), choice in zip(itertools.product((0.3, 1.0), (1, 2)), CUTS, strict=True):
+        node = convolution(thinned(10, 6 // groups, *kernel, density=density), stride, padding, dilation, groups)
+        torch.testing.assert_close(run(kernels, [node], x, choice), expected(node, x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("choice", CUTS, ids=str)
+@pytest.mark.parametrize("density", [0.0, 0.02, 1.0])
+def test_cuts_and_densities(kernels, choice, density):
+    node = convolution(thinned(37, 24, 3, 3, density=density), padding=1, clamp=(0.0, 6.0))
+    x = torch.randn(2, 24, 11, 14)
+    torch.testing.assert_close(run(kernels, [node], x, choice), expected(node, x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", range(1, 17))
+def test_every_width(kernels, width):
+    if width > 8 and kernels.str_triton_lanes() != 16:
+        pytest.skip("strips are at most 8 vectors wide without AVX-512")
+    node = convolution(thinned(3, 4, 3, 3, density=0.5), padding=1)
+    x = torch.randn(1, 4, 20, 21)
+    torch.testing.assert_close(
+        run(kernels, [node], x, Choice("sparse", width)), expected(node, x), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [3, 5])
+def test_depthwise(kernels, size, stride):
+    node = convolution(thinned(24, 1, size, size, density=0.6), stride, size // 2, groups=24, clamp=(0.0, 6.0))
+    x = torch.randn(2, 24, 15, 12)
+    torch.testing.assert_close(run(kernels, [node], x, CUTS[0]), expected(node, x), rtol=1e-5, atol=1e-5)
+
+
+def chain(*geometries: tuple[int, int, int], channels: int = 6) -> list[Convolution]:
+    """Convolutions in a row, each (kernel, stride, padding)."""
+    nodes = []
+    for number, (kernel, stride, padding) in enumerate(geometries):
+        node = convolution(thinned(channels, channels, kernel, kernel, density=0.5), stride, padding)
+        node.name, node.inputs = f"y{number}", [f"y{number - 1}" if number else "x"]
+        nodes.append(node)
+    return nodes
+
+
+@pytest.mark.parametrize(
+    "geometries",
+    [
+        [(3, 1, 1), (1, 1, 0), (3, 2, 1), (1, 1, 0), (3, 1, 1)],
+        [(1, 1, 0), (1, 1, 0), (3, 2, 1)],  # Pointwise layers work on the phases that the last one reads.
+        [(3, 2, 1), (3, 2, 1), (5, 1, 2)],
+        [(3, 1, 0), (5, 1, 2), (3, 1, 0)],  # One frame for images of several sizes.
+        [(7, 4, 3), (1, 1, 0), (2, 3, 0)],
+    ],
+)
+def test_layers_in_a_row(kernels, geometries):
+    nodes, x = chain(*geometries), torch.randn(2, 6, 29, 34)
+    y = x
+    for node in nodes:
+        y = expected(node, y)
+    for choice in CUTS:
+        torch.testing.assert_close(run(kernels, nodes, x, choice), y, rtol=1e-4, atol=1e-4)
+
+
+def test_a_residual_joins_before_the_activation(kernels):
+    first, second = chain((3, 1, 1), (3, 1, 1))
+    first.clamp = second.clamp = (0.0, float("inf"))
+    second.inputs = ["y0", "x"]
+    x = torch.randn(2, 6, 9, 10)
+    inner = F.conv2d(expected(first, x).double(), second.weight.double(), second.bias.double(), padding=1)
+    torch.testing.assert_close(
+        run(kernels, [first, second], x, CUTS[2]), (inner + x).relu().float(), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 2, 1), (2, 2, 0), (3, 1, 1), (5, 3, 2)])
+def test_max_pool_and_mean(kernels, kernel, stride, padding):
+    (node,) = chain((3, 1, 1))
+    node.clamp = (0.0, float("inf"))
+    pairs = [(value, value) for value in (kernel, stride, padding, 1)]
+    x = torch.randn(2, 6, 16, 19)
+    pooled = F.max_pool2d(expected(node, x), kernel, stride, padding)
+    got = run(kernels, [node, MaxPool("p", ["y0"], *pairs)], x, CUTS[1])
+    torch.testing.assert_close(got, pooled, rtol=1e-5, atol=1e-5)
+    got = run(kernels, [node, MaxPool("p", ["y0"], *pairs), Mean("m", ["p"])], x, CUTS[1])
+    torch.testing.assert_close(got, pooled.mean((2, 3)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("density", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("shape", [(1, 33), (5, 33), (2, 3, 33), (33,)])
+def test_linear(kernels, shape, density):
+    node = Linear("y", ["x"], thinned(21, 33, density=density), torch.randn(21), (0.0, float("inf")), "y")
+    x = torch.randn(shape)
+    want = F.linear(x.double(), node.weight.double(), node.bias.double()).relu().float()
+    for choice in CUTS:
+        torch.testing.assert_close(run(kernels, [node], x, choice), want, rtol=1e-5, atol=1e-5)
+
+
+def test_nan_and_infinity_reach_what_reads_them_and_nothing_else(kernels):
+    (node,) = chain((3, 1, 1))
+    node.weight = torch.eye(6).view(6, 6, 1, 1) * torch.ones(3, 3)
+    node.clamp = (0.0, 6.0)
+    x = torch.randn(1, 6, 12, 13)
+    x[0, 2, 5, 5], x[0, 3, 11, 12], x[0, 4, 0, 0] = float("nan"), float("inf"), -float("inf")
+    got = run(kernels, [node], x, CUTS[0])
+    alone = F.conv2d(x[:, 2:3], torch.ones(1, 1, 3, 3), node.bias[2:3], padding=1).clamp(0, 6)
+    torch.testing.assert_close(got[:, 2:3], alone, equal_nan=True, rtol=1e-5, atol=1e-5)
+    assert int(got.isnan().sum()) == 9
+    assert got[0, 3, 10:, 11:].eq(6).all()
+    assert got[0, 4, :2, :2].eq(0).all()
+
+
+def test_threads_give_the_same_bits(kernels):
+    nodes, x = chain((3, 1, 1), (1, 1, 0), (3, 2, 1)), torch.randn(2, 6, 29, 34)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(run(kernels, nodes, x, CUTS[3]))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("flags", [("-mno-avx512f", "-march=native"), ("-msse2",), ()], ids=str)
+def test_other_processors(kernels, tmp_path: Path, flags: tuple[str, ...]):
+    """Without AVX-512, without AVX, without OpenMP: narrower vectors, the same sums."""
+    options = ("-O1", "-std=gnu11", "-fPIC", "-shared", *reversed(flags))
+    try:
+        library = build.load(build.build(tmp_path, (options,)))
+    except build.BuildError as error:
+        pytest.skip(f"the compiler does not know {flags}: {error}")
+    nodes, x = chain((3, 1, 1), (1, 1, 0), (3, 2, 1)), torch.randn(2, 6, 29, 34)
+    y = x
+    for node in nodes:
+        y = expected(node, y)
+    for width in range(1, 9):
+        got = run(library, nodes, x, Choice("sparse", width, 3, 2))
+        torch.testing.assert_close(got, y, rtol=1e-4, atol=1e-4)
