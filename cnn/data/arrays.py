@@ -1,11 +1,14 @@
 """Images held in memory as uint8, and the augmentation of small images."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cnn.data.common import OnCorrupt
 from cnn.data.counter_random import uniforms
 
 
@@ -17,6 +20,10 @@ class Augmentation:
     flip: bool = False
 
     DRAWS = 3
+
+    def mirrors(self, draws: Sequence[float]) -> bool:
+        """Whether the image with these draws is mirrored."""
+        return self.flip and draws[2] < 0.5
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
         """uint8 [B, C, H, W] and draws [>= DRAWS, B] in [0, 1) -> uint8 [B, C, H, W]."""
@@ -56,10 +63,16 @@ class Normalisation:
         return cls(tuple(mean), tuple(std))
 
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 [B, C, H, W] -> float32 [B, C, H, W], contiguous."""
-        mean = torch.tensor(self.mean, dtype=torch.float32)[:, None, None]
-        scale = torch.tensor([1 / std for std in self.std], dtype=torch.float32)[:, None, None]
+        """uint8 [B, C, H, W] -> float32 [B, C, H, W], contiguous, on the same device."""
+        mean = _by_channel(self.mean, images.device)
+        scale = _by_channel(tuple(1 / std for std in self.std), images.device)
         return images.to(torch.float32, memory_format=torch.contiguous_format).sub_(mean).mul_(scale)
+
+
+@cache
+def _by_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """float32 [C, 1, 1]; made once, because a copy to the device at each batch would wait for it."""
+    return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,8 +89,10 @@ class ArrayImages:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(self, indices: Tensor, *, seed: int, epoch: int, augment: bool) -> tuple[Tensor, Tensor]:
+    def batch(
+        self, indices: Tensor, *, seed: int, epoch: int, augment: bool, on_corrupt: OnCorrupt = None
+    ) -> tuple[Tensor, Tensor]:
         images = self.images.index_select(0, indices)  # twenty times the speed of images[indices]
         if augment:
             images = self.augmentation(images, uniforms(seed, epoch, indices, Augmentation.DRAWS))
-        return self.normalisation(images), self.labels[indices]
+        return images, self.labels[indices]

@@ -1,14 +1,15 @@
 """An epoch's batches, the same bits whatever the number of workers, processes, or interruptions."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from cnn.data.common import Images
+from cnn.data.common import Images, OnCorrupt
 from cnn.data.counter_random import permutation
 
 
@@ -42,8 +43,10 @@ def batches(
     drop_last: bool = False,
     rank: int = 0,
     world_size: int = 1,
+    device: torch.device | str = "cpu",
+    on_corrupt: OnCorrupt = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Go once through `dataset`: (images float32 [B, C, H, W], labels int64 [B]), batch by batch.
+    """Go once through `dataset`: (images float32 [B, C, H, W], normalised, and labels int64 [B]), both on `device`.
 
     Order and augmentation are functions of (seed, epoch, index): `workers` (0 decodes in this process; data in memory
     never uses any) changes the speed only, and torch's random state is neither read nor written. `start` is the first
@@ -51,8 +54,12 @@ def batches(
     of each, and every rank gets the same number of batches. Without `drop_last` the last one may be smaller: parts then
     differ by an image, and are empty where fewer images than ranks are left, so that no image is seen twice.
 
+    Pixels travel to the device as uint8, a quarter of the bytes, out of pinned memory where that is a GPU, so that the
+    copy waits for nothing; there they are normalised.
+
     Raises ValueError at once for arguments that make no sense (see `steps_per_epoch`), and on the way when an image
-    cannot be decoded.
+    cannot be decoded; with `on_corrupt` that is told of the image, in this process, and the batch goes on without it
+    (`Images.batch`), in training with as many images as ever.
     """
     steps = steps_per_epoch(dataset, batch_size, drop_last=drop_last, world_size=world_size)
     if not 0 <= rank < world_size:
@@ -62,8 +69,21 @@ def batches(
     if workers < 0:
         raise ValueError(f"workers {workers}: the number of worker processes cannot be negative")
     order = permutation(len(dataset), seed, epoch) if shuffle else torch.arange(len(dataset))
-    plan = _Plan(dataset, order, batch_size, seed, epoch, augment, rank, world_size)
-    return _run(plan, range(start, steps), 0 if dataset.in_memory else workers)
+    plan = _Plan(dataset, order, batch_size, seed, epoch, augment, rank, world_size, on_corrupt is not None)
+    items = _items(plan, range(start, steps), 0 if dataset.in_memory else workers, torch.device(device).type == "cuda")
+    return _on_device(items, dataset, torch.device(device), on_corrupt)
+
+
+class _Item(NamedTuple):
+    """A batch as it leaves the data set: uint8 images, labels, and the lines about corrupt images."""
+
+    images: Tensor
+    labels: Tensor
+    corrupt: list[str]
+
+    def pin_memory(self) -> "_Item":
+        """What DataLoader calls, in a thread beside the training."""
+        return self._replace(images=self.images.pin_memory(), labels=self.labels.pin_memory())
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,34 +98,48 @@ class _Plan:
     augment: bool
     rank: int
     world_size: int
+    skip_corrupt: bool
 
-    def __getitem__(self, step: int) -> tuple[Tensor, Tensor] | Exception:
+    def __getitem__(self, step: int) -> _Item | Exception:
         members = self.order[step * self.batch_size : (step + 1) * self.batch_size]
         part = members.tensor_split(self.world_size)[self.rank]
+        corrupt: list[str] = []
+        on_corrupt = corrupt.append if self.skip_corrupt else None
+        options = {"seed": self.seed, "epoch": self.epoch, "augment": self.augment, "on_corrupt": on_corrupt}
         try:
-            return self.dataset.batch(part, seed=self.seed, epoch=self.epoch, augment=self.augment)
+            return _Item(*self.dataset.batch(part, **options), corrupt)
         except (OSError, ValueError) as error:
             # Raised in a worker, it would come out with that worker's traceback for a message.
             return error
 
 
-def _run(plan: _Plan, steps: range, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _items(plan: _Plan, steps: range, workers: int, pin: bool) -> Iterable[_Item | Exception]:
     if workers == 0:
-        items = map(plan.__getitem__, steps)
-    else:
-        items = DataLoader(
-            plan,
-            batch_size=None,
-            sampler=steps,
-            num_workers=workers,
-            collate_fn=_unchanged,
-            worker_init_fn=_leave_the_group,
-            generator=torch.Generator(),  # or it would draw its workers' seed from the global one
-        )
+        return map(plan.__getitem__, steps)
+    return DataLoader(
+        plan,
+        batch_size=None,
+        sampler=steps,
+        num_workers=workers,
+        collate_fn=_unchanged,
+        worker_init_fn=_leave_the_group,
+        pin_memory=pin,
+        generator=torch.Generator(),  # or it would draw its workers' seed from the global one
+    )
+
+
+def _on_device(
+    items: Iterable[_Item | Exception], dataset: Images, device: torch.device, on_corrupt: OnCorrupt
+) -> Iterator[tuple[Tensor, Tensor]]:
     for item in items:
         if isinstance(item, Exception):
             raise item
-        yield item
+        for line in item.corrupt:
+            on_corrupt(line)
+        if device.type == "cuda" and not item.images.is_pinned():
+            item = item.pin_memory()
+        images = dataset.normalisation(item.images.to(device, non_blocking=True))
+        yield images, item.labels.to(device, non_blocking=True)
 
 
 def _unchanged(item: object) -> object:

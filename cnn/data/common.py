@@ -1,11 +1,14 @@
 """What every data set is here: two sets of images, and what a model has to know of them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+OnCorrupt = Callable[[str], None] | None
+"""What is told of each corrupt image, in a line that names it, and then goes on; None ends with that line instead."""
 
 
 class Images(Protocol):
@@ -13,15 +16,22 @@ class Images(Protocol):
 
     in_memory: bool
     """Whether `batch` only looks up: worker processes would cost more than they give."""
+    normalisation: Callable[[Tensor], Tensor]
+    """What makes of a batch's pixels, on any device, float32 [B, C, H, W] of about zero mean and unit variance."""
 
     def __len__(self) -> int: ...
 
-    def batch(self, indices: Tensor, *, seed: int, epoch: int, augment: bool) -> tuple[Tensor, Tensor]:
+    def batch(
+        self, indices: Tensor, *, seed: int, epoch: int, augment: bool, on_corrupt: OnCorrupt = None
+    ) -> tuple[Tensor, Tensor]:
         """The images and labels of `indices` (int64 [B]).
 
-        Returns float32 [B, C, H, W], normalised to about zero mean and unit variance, and int64 [B]. An image's bits
-        depend on (seed, epoch, its index) alone, not on the others in the batch; without `augment` on its index alone.
-        Raises ValueError, naming the image, when one cannot be decoded.
+        Returns uint8 [B, C, H, W], not yet normalised, and int64 [B]. An image's bits depend on (seed, epoch, its
+        index) alone, not on the others in the batch; without `augment` on its index alone.
+
+        Raises ValueError, naming the image, when one cannot be decoded. With `on_corrupt` that is told instead, and the
+        next image that can be decoded stands in for it, label and all; without `augment`, which is to say in testing,
+        where no image should count twice, it is left out.
         """
         ...
 

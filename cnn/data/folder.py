@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cnn.data.common import Data, stratified_split
+from cnn.data.common import Data, OnCorrupt, stratified_split
 from cnn.data.encoded import encoded_data
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -18,24 +18,29 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".
 
 @dataclass(frozen=True, eq=False)
 class Files:
-    """Image files below `root`. Bytes in one array: a list of a million strings would be copied into every worker."""
+    """Image files below `root`.
+
+    `paths`, uint8 [N, L], holds them filled up with zeros: every worker process shares the one tensor, however it is
+    started, while it would copy a list of a million strings.
+    """
 
     root: str
-    paths: np.ndarray
+    paths: Tensor
 
     @classmethod
     def of(cls, root: Path, paths: Sequence[str]) -> "Files":
-        return cls(str(root), np.array([os.fsencode(path) for path in paths], dtype=np.bytes_))
+        table = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
+        return cls(str(root), torch.from_numpy(table.view(np.uint8).reshape(len(table), -1)))
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def read(self, index: int) -> tuple[str, str]:
-        path = os.path.join(self.root, os.fsdecode(bytes(self.paths[index])))
+        path = os.path.join(self.root, os.fsdecode(self.paths[index].numpy().tobytes().rstrip(b"\0")))
         return path, path
 
 
-def load_folder(place: str) -> Data:
+def load_folder(place: str, on_corrupt: OnCorrupt = None) -> Data:
     """Read DIR/train/CLASS/ and DIR/val/CLASS/ (or test), images at any depth below; DIR/CLASS/ is split 80/20 by name.
 
     Classes are the folders' names in alphabetical order. Hidden files and files with other endings are passed over. The
@@ -52,7 +57,7 @@ def load_folder(place: str) -> Data:
         keys = torch.tensor([_key(path) for path in paths])
         train, test = stratified_split(labels, keys, classes)
         chosen = [Files.of(root, [paths[index] for index in indices]) for indices in (train.tolist(), test.tolist())]
-        return encoded_data(chosen[0], labels[train], chosen[1], labels[test], len(classes), name)
+        return encoded_data(chosen[0], labels[train], chosen[1], labels[test], len(classes), name, on_corrupt)
     if "train" not in parts:
         raise ValueError(
             f"{root} has {parts[0]} but no train: put the training images of each class in {root}/train/CLASS"
@@ -68,7 +73,7 @@ def load_folder(place: str) -> Data:
         lacking = held_out if missing[0] in classes else "train"
         raise ValueError(f"{root / lacking} lacks the class {missing[0]!r}; train and {held_out} need the same classes")
     train, test = Files.of(root / "train", paths), Files.of(root / held_out, test_paths)
-    return encoded_data(train, labels, test, test_labels, len(classes), name)
+    return encoded_data(train, labels, test, test_labels, len(classes), name, on_corrupt)
 
 
 def _listing(root: Path) -> tuple[list[str], list[str], Tensor]:

@@ -4,10 +4,11 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from cnn.data.common import Data, stratified_split
+from cnn.data.common import Data, OnCorrupt, stratified_split
 from cnn.data.counter_random import order_keys
 from cnn.data.encoded import encoded_data
 from str_triton.training.hub import read_splits
@@ -22,10 +23,13 @@ TEST_SPLITS = ("test", "validation", "valid", "val")
 
 @dataclass(frozen=True, eq=False)
 class Column:
-    """The images of a split, encoded as they are stored."""
+    """The images of a split, encoded as they are stored.
+
+    `rows` is one column, mapped into memory from its files: worker processes share its pages, and only those of the
+    rows that are asked for are read. Its format is "arrow": as Python objects a row would take three times as long.
+    """
 
     rows: "Dataset"
-    column: str
     name: str
     root: str
 
@@ -33,18 +37,20 @@ class Column:
         return len(self.rows)
 
     def read(self, index: int) -> tuple[str, str | bytes]:
-        value, name = self.rows[index][self.column], f"{self.name}[{index}]"
+        value, name = self.rows[index].column(0)[0].as_py(), f"{self.name}[{index}]"
         if isinstance(value, dict):
             path = value.get("path")
             value = value.get("bytes")
+            name = f"{name} ({path})" if path else name
             if value is None and path:
-                return f"{name} ({path})", os.path.join(self.root, path)
+                return name, os.path.join(self.root, path)
         if not isinstance(value, bytes):
-            raise ValueError(f"{name}: column {self.column!r} has neither the bytes nor the path of an image")
+            column = self.rows.column_names[0]
+            raise ValueError(f"{name}: column {column!r} has neither the bytes nor the path of an image")
         return name, value
 
 
-def load_hub(place: str) -> Data:
+def load_hub(place: str, on_corrupt: OnCorrupt = None) -> Data:
     """Read `NAME` or `NAME:CONFIGURATION` of the hub, or a local folder of parquet or arrow files or of `save_to_disk`.
 
     Takes the columns image (or img) and label (or labels, fine_label), and the splits train and test (or validation,
@@ -77,9 +83,9 @@ def load_hub(place: str) -> Data:
             raise ValueError(f"{part}: labels run from {low} to {high}, the classes from 0 to {len(classes) - 1}")
     root = place if os.path.isdir(place) else ""
     sources = [
-        Column(_encoded(rows, image), image, part, root) for rows, part in ((train, f"{name} train"), (test, test_name))
+        Column(_encoded(rows, image), part, root) for rows, part in ((train, f"{name} train"), (test, test_name))
     ]
-    return encoded_data(sources[0], labels, sources[1], test_labels, len(classes), name)
+    return encoded_data(sources[0], labels, sources[1], test_labels, len(classes), name, on_corrupt)
 
 
 def _one_of(names: tuple[str, ...], columns: list[str], place: str) -> str:
@@ -91,13 +97,13 @@ def _one_of(names: tuple[str, ...], columns: list[str], place: str) -> str:
 
 def _labels(rows: "Dataset", column: str, place: str) -> Tensor:
     """A split's labels, int64 [N]."""
-    values = rows.select_columns([column])[:][column]
-    odd = next((value for value in values if not isinstance(value, int)), None)
-    if odd is not None or None in values:
+    values = rows.select_columns([column]).with_format("arrow")[:].column(0)
+    if values.null_count or not str(values.type).startswith(("int", "uint")):
+        odd = next(value for value in values.to_pylist() if not isinstance(value, int))
         raise ValueError(
             f"{place}: column {column!r} holds {odd!r}; labels must be whole numbers, such as a ClassLabel's"
         )
-    return torch.tensor(values, dtype=torch.int64)
+    return torch.from_numpy(values.to_numpy().astype(np.int64))
 
 
 def _held_out(splits: "DatasetDict | dict[str, Dataset]", label: str, name: str) -> tuple[str, Tensor] | None:
@@ -118,4 +124,4 @@ def _encoded(rows: "Dataset", column: str) -> "Dataset":
     rows = rows.select_columns([column])
     if isinstance(rows.features[column], datasets.Image):
         rows = rows.cast_column(column, datasets.Image(decode=False))
-    return rows
+    return rows.with_format("arrow")

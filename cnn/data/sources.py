@@ -1,6 +1,6 @@
 """From the name of a data set to its images."""
 
-from cnn.data.common import Data
+from cnn.data.common import Data, OnCorrupt
 from cnn.data.digits import load_digits
 from cnn.data.folder import load_folder
 from cnn.data.hub import load_hub
@@ -9,7 +9,7 @@ from cnn.data.idx import SETS, load_idx
 KNOWN = "digits, mnist, fashion-mnist, kmnist, emnist[:SPLIT], imagefolder:DIR, hub:NAME"
 
 
-def load(spec: str, data_dir: str | None = None) -> Data:
+def load(spec: str, data_dir: str | None = None, on_corrupt: OnCorrupt = None) -> Data:
     """Read the data set that `spec` names.
 
     - "digits": the handwritten digits that come with the project;
@@ -17,7 +17,8 @@ def load(spec: str, data_dir: str | None = None) -> Data:
     - "imagefolder:DIR": a folder per class, see `load_folder`;
     - "hub:NAME": a data set of the Hugging Face hub or a local folder of that format, see `load_hub`.
 
-    Raises ValueError or FileNotFoundError with one line that names what is wrong.
+    Raises ValueError or FileNotFoundError with one line that names what is wrong. With `on_corrupt` an image that
+    cannot be decoded is not wrong: see `Images.batch`.
     """
     kind, _, place = spec.partition(":")
     if spec in SETS or spec == "emnist":
@@ -27,7 +28,7 @@ def load(spec: str, data_dir: str | None = None) -> Data:
     if spec == "digits":
         return load_digits()
     if kind == "imagefolder" and place:
-        return load_folder(place)
+        return load_folder(place, on_corrupt)
     if kind == "hub" and place:
-        return load_hub(place)
+        return load_hub(place, on_corrupt)
     raise ValueError(f"unknown data set {spec!r}; known are {KNOWN}")

@@ -50,11 +50,12 @@ def test_a_set_is_read_as_published(name: str, separator: str, compress: bool, t
         assert torch.equal(images.labels, labels_of(part))
     assert data.train.augmentation.flip == (name == "fashion-mnist")
     every, _ = data.train.batch(torch.arange(40), seed=0, epoch=0, augment=False)
+    every = data.train.normalisation(every)
     assert abs(every.mean()) < 1e-5
     assert abs(every.std(correction=0) - 1) < 1e-5
     mean, std = images_of("train").double().mean(), images_of("train").double().std(correction=0)
     test, _ = data.test.batch(torch.arange(20), seed=0, epoch=0, augment=False)
-    assert torch.allclose(test[:, 0].double(), (images_of("t10k") - mean) / std, atol=1e-5)
+    assert torch.allclose(data.test.normalisation(test)[:, 0].double(), (images_of("t10k") - mean) / std, atol=1e-5)
 
 
 def test_a_name_ending_in_gz_may_lie(tmp_path: Path):
