@@ -1,0 +1,5 @@
+"""Recurrent classifiers as C99 for microcontrollers."""
+
+from rnn.c_export.program import WEIGHTS, Sizes, write_c
+
+__all__ = ["WEIGHTS", "Sizes", "write_c"]

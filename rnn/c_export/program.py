@@ -1,0 +1,267 @@
+"""A finished run as one C header and one C source."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from rnn.c_export import template
+from rnn.c_export.stored import StoredMatrix, StoredVector, as_float32
+from rnn.finished_run import FinishedRun
+from rnn.low_rank_rnn import LowRankRNN
+from rnn.models import SequenceClassifier
+from str_triton.training.files import write_atomically
+
+WEIGHTS = ("float32", "int8")
+WIDTH = 120  # characters of a line
+INCLUDED = ("math", "stddef", "stdint")  # whose headers ours must not hide
+POINTER = 4  # bytes, and of a size_t, on the 32-bit processors that the figures are for
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of the program's data where a pointer has 4, its instructions left out.
+
+    Attributes:
+        weights: matrices and biases. tables: scales, means and deviations, and the records of the layers.
+        state: of one sequence. stack: the arrays of the deepest call.
+    """
+
+    weights: int
+    tables: int
+    state: int
+    stack: int
+
+    @property
+    def flash(self) -> int:
+        """Weights and tables."""
+        return self.weights + self.tables
+
+    def __str__(self) -> str:
+        return (
+            f"flash: {self.flash:,} bytes ({self.weights:,} of weights, {self.tables:,} of scales and tables) and the "
+            f"code; RAM: {self.state:,} bytes of state, {self.stack:,} on the stack"
+        )
+
+
+def write_c(run: FinishedRun, folder: str | Path, *, weights: str = "float32") -> Sizes:
+    """Write NAME.h and NAME.c to `folder`, which gives them NAME; it is made if need be.
+
+    weights: "float32", or "int8", see `StoredMatrix`; all arithmetic is float.
+
+    Raises:
+        ValueError: a language model, several bidirectional layers, unknown weights, weights that are not finite.
+        OSError: the folder cannot be written.
+    """
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
+    if not isinstance(run.model, SequenceClassifier):
+        raise ValueError(f"{run.folder} is a language model; C is written for classifiers of feature vectors")
+    if run.model.rnn.bidirectional and run.model.rnn.num_layers > 1:
+        raise ValueError(
+            f"{run.folder}: {run.model.rnn.num_layers} bidirectional layers; the second needs all of the first one's "
+            "outputs, which no call per frame can give: train with --layers 1 or without --bidirectional"
+        )
+    folder = Path(folder)
+    name = identifier(folder)
+    program = _Program(run, name, int8=weights == "int8")
+    header, source = program.header(), program.source()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / f"{name}.h", header)
+    write_atomically(folder / f"{name}.c", source)
+    return program.sizes()
+
+
+def identifier(folder: Path) -> str:
+    """The name of a folder as one for C: what its functions and files begin with."""
+    name = re.sub(r"[^0-9A-Za-z]+", "_", folder.resolve().name).strip("_").lower()
+    return name if name[:1].isalpha() and name not in INCLUDED else f"rnn_{name}".rstrip("_")
+
+
+class _Program:
+    """The parts of the text.
+
+    Attributes:
+        suffixes: of the layers' weights, layer by layer and in each direction by direction.
+        matrices, biases: by their names in the source. mean: the classifier sees the mean of the outputs.
+    """
+
+    def __init__(self, run: FinishedRun, name: str, *, int8: bool) -> None:
+        self.run, self.name, self.int8 = run, name, int8
+        model, rnn = run.model, run.model.rnn
+        self.rnn: LowRankRNN = rnn
+        self.suffixes = [suffix for layer in range(rnn.num_layers) for suffix in rnn._suffixes(layer)]
+        self.mean = model.pooling == "mean"
+        self.matrices = {
+            f"{kind}_{suffix}": StoredMatrix.of(getattr(rnn, f"weight_{short}_{suffix}"), int8=int8)
+            for suffix in self.suffixes
+            for kind, short in (("input", "ih"), ("hidden", "hh"))
+        }
+        self.matrices["classifier"] = StoredMatrix.of(model.classifier.weight, int8=int8)
+        self.biases = {f"bias_{suffix}": StoredVector.of(_bias(rnn, suffix), int8=int8) for suffix in self.suffixes}
+        self.biases["classifier_bias"] = StoredVector.of(as_float32(model.classifier.bias), int8=int8)
+
+    def header(self) -> str:
+        both = self.rnn.bidirectional
+        calls = [f" *     {self.name}_step(&state, frame); ... once for each frame, from the first to the last"]
+        if both:
+            calls.append(
+                f" *     {self.name}_step_back(&state, frame); ... once for each frame, from the last to the first"
+            )
+        named = {"name": self.name, "guard": self.name.upper()}
+        return template.HEADER.substitute(
+            named,
+            title=self._title(),
+            calls="\n".join(calls),
+            classes="\n".join(f" *     {i}: {_comment(text)}" for i, text in enumerate(self.run.outputs)),
+            inputs=self.rnn.input_size,
+            outputs=len(self.run.outputs),
+            state="\n".join(f"    {kind} {field}[{count}];" for kind, field, count in self._state()),
+            forward=", from the first to the last" if both else "",
+            backward=template.BACKWARD_DECLARATION.substitute(named) if both else "",
+        )
+
+    def source(self) -> str:
+        rnn, lstm = self.rnn, self.rnn.cell == "lstm"
+        named = {"name": self.name, "guard": self.name.upper()}
+        component = "dot(m->inner + k * m->columns, x, m->columns)"
+        return template.SOURCE.substitute(
+            named,
+            title=self._title(),
+            hidden=rnn.hidden_size,
+            layers=rnn.num_layers,
+            directions=1 + rnn.bidirectional,
+            widest=self._widest(),
+            weight="int8_t" if self.int8 else "float",
+            scale_field="    const float *scale; /* of each component, or of a dense matrix */\n" * self.int8,
+            vector_scale_field="    float scale;\n" * self.int8,
+            vector_scale="v->scale * (float)" * self.int8,
+            cell_fields="    float zeta, nu; /* after their sigmoids */\n" if rnn.cell == "fastgrnn" else "",
+            data=self._data(),
+            component=f"m->scale[k] * {component}" if self.int8 else component,
+            row="m->inner == NULL ? m->scale[0] * sum : sum" if self.int8 else "sum",
+            sigmoid=template.SIGMOID,
+            cell=template.CELLS[rnn.cell],
+            standardise="    const float *input = frame;\n" if self.run.mean is None else template.STANDARDISE,
+            cell_state="state->h + first, state->c + first" if lstm else "state->h + first",
+            pool=template.POOL if self.mean else "",
+            begin="".join(template.ZERO.substitute(field=field, count=count) for _, field, count in self._state()),
+            pooled=template.POOLED_MEAN if self.mean else template.POOLED_LAST,
+            step_back=template.STEP_BACK.substitute(named) if rnn.bidirectional else "",
+        )
+
+    def sizes(self) -> Sizes:
+        arrays = list(self._arrays())
+        weights = sum(values.nbytes for _, kind, values in arrays if kind == "weight")
+        matrix, vector = (4 + self.int8) * POINTER, POINTER + 4 * self.int8
+        scalars = 4 * len(self.rnn.scalars)
+        records = len(self.suffixes) * (2 * matrix + vector + scalars) + matrix + vector
+        rnn, pooled = self.rnn, 4 * (1 + self.rnn.bidirectional) * self.rnn.hidden_size * self.mean
+        standardised = 4 * rnn.input_size * (self.run.mean is not None)
+        return Sizes(
+            weights=weights,
+            tables=sum(values.nbytes for _, _, values in arrays) - weights + records,
+            state=sum(4 * count for _, _, count in self._state()),
+            stack=max(standardised + 4 * (2 * self._widest() + rnn.hidden_size), 4 * len(self.run.outputs) + pooled),
+        )
+
+    def _title(self) -> str:
+        precision = "int8 weights" if self.int8 else "float32 weights"
+        return _comment(f"{self.run.name}; {precision}; written by str-triton")
+
+    def _state(self) -> list[tuple[str, str, int]]:
+        """Type, name and length of the state's arrays."""
+        directions, hidden = 1 + self.rnn.bidirectional, self.rnn.hidden_size
+        names = ["h", "c"] if self.rnn.cell == "lstm" else ["h"]
+        state = [("float", name, len(self.suffixes) * hidden) for name in names]
+        if self.mean:
+            state += [("float", name, directions * hidden) for name in ("total", "lost")]
+            state.append(("uint32_t", "steps", directions))
+        return state
+
+    def _widest(self) -> int:
+        return max(1, *(matrix.rank for matrix in self.matrices.values()))
+
+    def _arrays(self) -> Iterator[tuple[str, str, np.ndarray]]:
+        """Name, type and values of each array."""
+        for name, matrix in self.matrices.items():
+            for part, kind in (("rows", "weight"), ("inner", "weight"), ("scale", "float")):
+                if (values := getattr(matrix, part)) is not None:
+                    yield f"{name}_{part}", kind, values
+        for name, bias in self.biases.items():
+            yield f"{name}_values", "weight", bias.values
+        if self.run.mean is not None:
+            yield "mean", "float", as_float32(self.run.mean)
+            yield "deviation", "float", as_float32(self.run.std)
+
+    def _data(self) -> str:
+        """The arrays, the layers and the classifier."""
+        arrays = (_array(name, kind, values) for name, kind, values in self._arrays())
+        layers = []
+        for suffix in self.suffixes:
+            fields = [
+                self._record(f"input_{suffix}"),
+                self._record(f"hidden_{suffix}"),
+                self._bias_record(f"bias_{suffix}"),
+            ]
+            if self.rnn.cell == "fastgrnn":
+                scalars = (getattr(self.rnn, f"{name}_{suffix}").sigmoid() for name in ("zeta", "nu"))
+                fields += [_number(as_float32(value).item()) for value in scalars]
+            layers.append("    {\n" + "".join(f"        {field},\n" for field in fields) + "    },\n")
+        text = f"static const layer layers[LAYERS * DIRECTIONS] = {{\n{''.join(layers)}}};\n"
+        matrix = f"static const matrix classifier = {self._record('classifier')};\n"
+        bias = f"static const vector classifier_bias = {self._bias_record('classifier_bias')};\n"
+        return "".join(arrays) + text + matrix + bias
+
+    def _bias_record(self, name: str) -> str:
+        scale = self.biases[name].scale
+        return f"{{{name}_values{'' if scale is None else f', {_number(scale)}'}}}"
+
+    def _record(self, name: str) -> str:
+        matrix = self.matrices[name]
+        inner = "NULL" if matrix.inner is None else f"{name}_inner"
+        scale = [] if matrix.scale is None else [f"{name}_scale"]
+        columns = matrix.shape[1]
+        return f"{{{', '.join([f'{name}_rows', inner, *scale, str(columns), str(matrix.rank or columns)])}}}"
+
+
+def _bias(rnn: LowRankRNN, suffix: str) -> np.ndarray:
+    """The biases of a layer as its C cell takes them; zeros where the layer has none."""
+    hidden = rnn.hidden_size
+    if not rnn.bias:
+        return np.zeros({"gru": 4, "lstm": 4, "fastgrnn": 2}[rnn.cell] * hidden, np.float32)
+    first, second = (as_float32(getattr(rnn, f"{name}_{suffix}")) for name in rnn.biases)
+    match rnn.cell:
+        case "fastgrnn":
+            return np.concatenate([first, second])
+        case "lstm":
+            return first + second
+        case _:
+            both = 2 * hidden
+            return np.concatenate([first[:both] + second[:both], first[both:], second[both:]])
+
+
+def _array(name: str, kind: str, values: np.ndarray) -> str:
+    """A constant array in lines of at most WIDTH characters."""
+    lines, line = [], "   "
+    for number in values.flatten().tolist():
+        text = f" {number}," if values.dtype == np.int8 else f" {_number(number)},"
+        if len(line) + len(text) > WIDTH:
+            lines.append(line)
+            line = "   "
+        line += text
+    lines.append(line)
+    return f"static const {kind} {name}[{values.size}] = {{\n" + "\n".join(lines) + "\n};\n"
+
+
+def _number(value: float) -> str:
+    """A float constant of C that reads back as the same float32."""
+    text = f"{value:.9g}"
+    return f"{text}f" if re.search(r"[.e]", text) else f"{text}.0f"
+
+
+def _comment(text: str) -> str:
+    """Text as it can stand in a comment."""
+    return re.sub(r"[^ -~]", "?", text).replace("*/", "* /").replace("/*", "/ *")
