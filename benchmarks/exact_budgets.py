@@ -106,7 +106,7 @@ METHODS: dict[str, Callable] = {
     "dense": Dense,
     "magnitude": Magnitude,
     "global": controlled("straight_through", distribution="fixed"),
-    "global, switched": controlled("straight_through", distribution="fixed", straight_through_until=0.35),
+    "global, switched": controlled("straight_through", distribution="fixed", straight_through_until=0.5),
     "learned": controlled("straight_through", distribution="learned"),
     "FLOP-aware": controlled("straight_through", 0.2, distribution="fixed"),
 }

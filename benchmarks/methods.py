@@ -38,6 +38,7 @@ LINES: dict[str, dict] = {
     "dense": {"method": "dense"},
     "str-exact": {"method": "str-exact"},
     "str-exact, masked": {"method": "str-exact", "gradient": "masked"},
+    "str-exact, switched at 35 %": {"method": "str-exact", "until": 0.35},
     "str-exact, straight-through": {"method": "str-exact", "gradient": "straight_through"},
     "str-exact, FLOP-aware": {"method": "str-exact", "distribution": "flop-aware"},
     "str-exact, learned": {"method": "str-exact", "distribution": "learned"},
@@ -85,9 +86,13 @@ def train(
     weight_decay: float = WEIGHT_DECAY,
     start: dict | None = None,
     density: list[float] | None = None,
+    until: float | None = None,
     **options,
 ) -> tuple[nn.Module, dict]:
-    """One run: the model, and what it reached. `start`: weights; `density`: of each layer, for a budget handed over."""
+    """One run: the model, and what it reached. `start`: weights; `density`: of each layer, for a budget handed over.
+
+    `until`: the progress until which the gradient of str-exact is straight-through, where it is not the default.
+    """
     torch.manual_seed(seed)
     model = network(WIDTHS)
     if start is not None:
@@ -102,6 +107,8 @@ def train(
             options["target_sparsity"] = target
         config = settle(Config(recipe="methods", weight_decay=weight_decay, **options))
         pruner = prepare(config, model, IMAGE)
+    if until is not None:
+        pruner.straight_through_until = until
     optimizer, begin = sgd(model, lr, weight_decay), time.perf_counter()
     if isinstance(pruner, Masked):
         pruner.attach(optimizer)

@@ -35,9 +35,13 @@ class Config(TrainConfig):
     """What is trained, on what, and how. Every field is an option of the command line; recipes set the defaults."""
 
     data: str = "digits"
-    """Data set: digits, mnist, fashion-mnist, kmnist, emnist[:SPLIT], imagefolder:DIR or hub:NAME."""
+    """Data set: digits, mnist, fashion-mnist, kmnist, emnist[:SPLIT], imagefolder:DIR, hub:NAME, or hub:DIR for a
+    local copy of one."""
     data_dir: str | None = None
     """Directory of the IDX files of mnist, fashion-mnist, kmnist and emnist, as published, gzipped or not."""
+    skip_corrupt: bool = False
+    """Go on where an image cannot be decoded, and count it: in training the next one stands in for it, in testing it is
+    left out. Without this the run ends with the file's name."""
     model: str = "resnet-digits"
     """Network: resnet-digits (8x8 images), resnet-small (about 28x28), resnet20 (32x32), resnet18, resnet34, resnet50,
     resnet101, mobilenetv1[:WIDTH] or timm:NAME."""
@@ -55,7 +59,7 @@ class Config(TrainConfig):
     JSON object or a CSV file of layers and sparsities in %, or the recipe of a published point."""
     gradient: Literal["masked", "straight_through", "switched"] | None = None
     """What moves a pruned weight: weight decay alone (masked; default of str), its sparse value's gradient as well
-    (straight_through), or, str-exact alone and its default, that gradient in the first 35 % of training (switched)."""
+    (straight_through), or, str-exact alone and its default, that gradient in the first half of training (switched)."""
     granularity: Literal["layer", "filter", "weight", "global"] | None = None
     """What shares one threshold of str-exact and str: a layer (the default), a filter, nothing or everything."""
     distribution: Literal["fixed", "flop-aware", "learned", "uniform", "erk", "global"] | None = None
@@ -88,7 +92,7 @@ class Config(TrainConfig):
     """Keep images and weights with the channels innermost in memory, which suits convolutions on GPUs."""
 
 
-RESUME_MAY_CHANGE = frozenset({"data_dir", "compile", "channels_last"})
+RESUME_MAY_CHANGE = frozenset({"data_dir", "skip_corrupt", "compile", "channels_last"})
 
 
 def digits() -> Config:

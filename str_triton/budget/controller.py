@@ -91,7 +91,7 @@ class SparsityController(OffsetController):
         distribution: str = "fixed",
         floor: float = 0.5,
         interval: int = 20,
-        straight_through_until: float = 0.35,
+        straight_through_until: float = 0.5,
     ) -> None:
         super().__init__(schedule=schedule, begin=begin, end=end, distribution=distribution, interval=interval)
         if not 0 <= straight_through_until <= 1:
