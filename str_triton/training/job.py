@@ -72,10 +72,11 @@ class Watch:
 
     def __init__(self, store: Store, rank: int, size: int) -> None:
         self._store, self._rank, self._size = store, rank, size
-        self._over = threading.Event()
+        self._over, self._lock, self._claimed = threading.Event(), threading.Lock(), False
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> "Watch":
+        self._store.add(f"beat/{self._rank}", 1)
         self._thread.start()
         return self
 
@@ -137,7 +138,8 @@ class Watch:
                 for other in watched:
                     count = self._store.add(f"beat/{other}", 0)
                     # Beats of this process, not seconds: where all were halted for a while, none is to blame.
-                    missed[other] = missed[other] + 1 if count == counts[other] else 0
+                    # A process that is still starting has no count yet.
+                    missed[other] = missed[other] + 1 if count == counts[other] > 0 else 0
                     counts[other] = count
                 code = self._failure()
                 dead = [other for other in watched if missed[other] >= SILENCE]
@@ -162,6 +164,10 @@ class Watch:
     def _claim(self, code: int) -> bool:
         """Note this process's failure. Whether it is the first one, and so the one to speak of."""
         own = f"{self._rank} {code}"
+        with self._lock:  # the thread and the program may both find out
+            if self._claimed:
+                return False
+            self._claimed = True
         try:
             return self._store.compare_set("failure", "", own).decode() == own
         except DistError:  # the store is gone, and with it process 0: the first of each machine speaks
@@ -183,7 +189,7 @@ class Watch:
             now = [self._store.add(f"beat/{rank}", 0) for rank in others]
         except DistError:
             return [0]
-        return [rank for rank, *counts in zip(others, before, now, strict=True) if counts[0] == counts[1]]
+        return [rank for rank, *counts in zip(others, before, now, strict=True) if counts[0] == counts[1] > 0]
 
 
 @contextmanager
