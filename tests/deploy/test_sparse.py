@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
 from torch import Tensor, nn
 
 from cnn.models import build as build_network
@@ -172,6 +173,52 @@ def test_what_cannot_be_traced_is_compiled_layer_by_layer(tmp_path: Path):
     with pytest.raises(ValueError, match="Untraceable could not be traced"):
         compiled.save(tmp_path / "x")
     same(model, copy.deepcopy(compiled), x)
+
+
+class ThroughAView(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        y[:, :2].mul_(3.0)
+        return self.last(y)
+
+
+def test_what_is_changed_through_a_view_is_not_traced(by_kernels):
+    model, x = ThroughAView().eval(), torch.randn(1, 3, 9, 9)
+    same(model, deploy.compile_sparse(model, x), x)
+
+
+def test_hooks_stay(by_kernels):
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval(), torch.randn(1, 3, 9, 9)
+    model[0].register_forward_hook(lambda module, args, output: output * 2)
+    compiled = deploy.compile_sparse(model, x)
+    same(model, compiled, x)
+    assert compiled.left == {"0": "it has forward hooks"}
+
+
+def test_masks_of_torch_prune():
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3)), torch.randn(1, 3, 9, 9)
+    torch.nn.utils.prune.random_unstructured(model[0], "weight", 0.5)
+    with pytest.raises(ValueError, match="become part of the weights by its `remove`"):
+        deploy.compile_sparse(model, x)
+    torch.nn.utils.prune.remove(model[0], "weight")
+    same(model.eval(), deploy.compile_sparse(model, x), x)
+
+
+def test_few_plans_are_kept(by_kernels):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    compiled = deploy.compile_sparse(model, torch.randn(1, 3, 9, 9))
+    for size in range(5, 30):
+        same(model, compiled, torch.randn(1, 3, size, size))
+    assert len(compiled._plans) == model_module.PLANS
+
+
+def test_no_images(by_kernels):
+    model = prune(build_network("resnet-digits", num_classes=10, in_channels=1))
+    assert deploy.compile_sparse(model, torch.randn(1, 1, 8, 8))(torch.randn(0, 1, 8, 8)).shape == (0, 10)
 
 
 def test_bare_layers_and_pointwise_linear():

@@ -47,11 +47,17 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     **{function.__name__: function for function in (F.adaptive_avg_pool2d, F.silu, F.gelu, F.hardswish, F.hardsigmoid)},
     **{
         function.__name__: function
-        for function in (F.leaky_relu, F.elu, F.pad, F.interpolate, F.max_pool2d, F.softplus)
+        for function in (F.leaky_relu, F.elu, F.pad, F.interpolate, F.max_pool2d, F.softplus, F.dropout)
     },
     **{name: getattr(F, name) for name in ("avg_pool2d", "log_softmax")},
     **{f"operator.{name}": getattr(operator, name) for name in _OPERATORS},
     **{f".{name}": method(name) for name in _METHODS},
+}
+# Those whose result may share the argument's memory.
+VIEWS = {
+    *("chunk", "flatten", "getattr", "operator.getitem"),
+    *(f".{name}" for name in ("chunk", "contiguous", "expand", "flatten", "permute", "reshape", "split", "squeeze")),
+    *(f".{name}" for name in ("transpose", "unsqueeze", "view")),
 }
 NAMES = {function: name for name, function in reversed(FUNCTIONS.items())}
 # Modules that are one call of a function, with the attributes that are its keywords.

@@ -6,7 +6,7 @@ of torch's, which runs as it stands.
 
 import math
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 FREE = (-math.inf, math.inf)
+KEEP = (..., None, None)  # The index that gives a mean its two dimensions back.
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ def rename(tree: Any, names: dict[str, str]) -> Any:
 
 def fuse(graph: Graph) -> Graph:
     """Fold norms, fuse sums and activations, and turn what could not be fused into calls."""
-    for pass_ in (_fold_norms, _fuse_sums, _fuse_clamps):
+    for pass_ in (_fold_norms, _fuse_sums, _fuse_clamps, _drop_flattens):
         graph = pass_(graph)
     return Graph([_as_call(node) for node in graph.nodes], graph.output)
 
@@ -287,6 +288,20 @@ def _fuse_clamps(graph: Graph) -> Graph:
     return _without(graph, merged)
 
 
-def on_shared_data(graph: Graph) -> Graph:
-    """The same nodes as new objects, which share the tensors."""
-    return Graph([replace(node, inputs=list(node.inputs)) for node in graph.nodes], graph.output)
+def _drop_flattens(graph: Graph) -> Graph:
+    """A mean that keeps its dimensions, and is then flattened, is the mean that does not."""
+    nodes = {node.name: node for node in graph.nodes}
+    merged: dict[str, Node] = {}
+    for node in graph.nodes:
+        if isinstance(node, Call) and node.target in ("flatten", ".flatten") and len(node.inputs) == 1:
+            options = dict(zip(("start_dim", "end_dim"), node.args[1:], strict=False)) | node.kwargs
+            kept = nodes[node.inputs[0]]
+            if options.get("start_dim") == 1 and options.get("end_dim", -1) == -1 and _keeps(kept):
+                merged[node.name] = nodes[kept.inputs[0]]
+    graph = _without(graph, merged)
+    users = _users(graph)
+    return Graph([node for node in graph.nodes if users[node.name] or not _keeps(node)], graph.output)
+
+
+def _keeps(node: Node) -> bool:
+    return isinstance(node, Call) and node.args[1:] == (KEEP,)

@@ -20,6 +20,7 @@ from str_triton.deploy.sparse.timing import choose, profile
 from str_triton.deploy.sparse.trace import NotTraceable, left_to_torch, trace
 from str_triton.nn import densify
 
+PLANS = 8  # shapes whose buffers are kept, the youngest
 _PRODUCTS = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear")
 
 
@@ -104,6 +105,8 @@ class SparseModel(CompiledModel):
     def _plan(self, x: Tensor) -> Plan:
         shape = tuple(x.shape)
         if shape not in self._plans:
+            if len(self._plans) == PLANS:
+                del self._plans[next(iter(self._plans))]
             self._plans[shape] = Plan(self.graph, infer_shapes(self.graph, x), self.choices, library())
         return self._plans[shape]
 
@@ -172,7 +175,13 @@ def compile_sparse(model: nn.Module, example_input: Tensor) -> CompiledModel:
                 f"compile_sparse takes float32 on the CPU, and {name} is {parameter.dtype} on {parameter.device}: "
                 "model.float().cpu() first"
             )
-    model = densify(copy.deepcopy(model)).eval()
+    try:
+        model = densify(copy.deepcopy(model)).eval()
+    except RuntimeError as error:  # A weight that a hook computes, as torch.nn.utils.prune has it.
+        raise ValueError(
+            f"{type(model).__name__} cannot be copied ({error}); masks of torch.nn.utils.prune become part of the "
+            "weights by its `remove`"
+        ) from error
     if isinstance(model, nn.Conv2d | nn.Linear):  # torch.fx would look inside.
         model = nn.Sequential(model)
     left = left_to_torch(model)

@@ -5,6 +5,7 @@ import functools
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from statistics import median
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from str_triton.deploy.sparse.structs import LINEAR
 
 BUDGET = 0.02  # seconds for one candidate
 CALLS = 30
+PASSES = 30
+COLD_CALLS = 5
+EVICTED = 16 * 2**20  # bytes that fill the caches of several cores
 
 
 def milliseconds(call: Callable[[], object], budget: float = BUDGET) -> float:
@@ -34,6 +38,24 @@ def milliseconds(call: Callable[[], object], budget: float = BUDGET) -> float:
     return 1e3 * best
 
 
+class Cold:
+    """Times calls whose weights and inputs lie in no nearby cache, as in a network whose other layers filled it."""
+
+    def __init__(self) -> None:
+        self._scratch = torch.zeros(EVICTED // 4)
+
+    def milliseconds(self, call: Callable[[], object]) -> float:
+        """The median of COLD_CALLS calls; one before is not counted."""
+        call()
+        seconds = []
+        for _ in range(COLD_CALLS):
+            self._scratch += 1
+            begin = time.perf_counter()
+            call()
+            seconds.append(time.perf_counter() - begin)
+        return 1e3 * median(seconds)
+
+
 def choose(
     graph: Graph, shapes: dict[str, tuple[int, ...]], example: Tensor, library: ctypes.CDLL | None
 ) -> dict[str, Choice]:
@@ -41,13 +63,14 @@ def choose(
 
     A layer by the kernels beside one by torch costs a copy between their forms, which is weighed against the time won.
     """
-    by_torch = {node.name: _by_torch(node, shapes) for node in graph.layers()}
+    cold = Cold()
+    by_torch = {node.name: _by_torch(node, shapes, cold) for node in graph.layers()}
     if library is None or not by_torch:
         return by_torch
     ours = {node.name: Choice("sparse", tiles=4 * torch.get_num_threads()) for node in graph.layers()}
     plan = Plan(graph, shapes, ours, library)
     plan.run(example)
-    by_kernel = {node.name: _by_kernel(plan, node.name, library) for node in graph.layers()}
+    by_kernel = {node.name: _by_kernel(plan, node.name, library, cold) for node in graph.layers()}
     by_kernel = {
         name: replace(choice, ms_dense=by_torch[name].ms_dense) for name, choice in by_kernel.items() if choice
     }
@@ -111,31 +134,40 @@ def _network(plan: Plan, example: Tensor) -> float:
     return milliseconds(lambda: plan.run(example), budget=10 * BUDGET)
 
 
-def profile(plan: Plan, x: Tensor) -> list[tuple[str, str, float]]:
-    """Layer, kind and milliseconds of every step of a plan, each measured by itself."""
-    rows: list[tuple[str, str, float]] = []
-    values: dict[str, Any] = {}
+def profile(plan: Plan, x: Tensor, passes: int = PASSES) -> list[tuple[str, str, float]]:
+    """Layer, kind and milliseconds of every step of a plan: medians over passes through the network, step by step."""
+    rows: dict[tuple[int, int], tuple[str, str]] = {}
+    seconds: dict[tuple[int, int], list[float]] = {}
     threads = torch.get_num_threads()
-    for segment in plan.segments:
-        if not isinstance(segment, Segment):
-            values[segment.name] = plan.value(segment, values, x)
-            ms = milliseconds(lambda node=segment: plan.value(node, values, x))
-            if not isinstance(segment, Input):
-                rows.append((getattr(segment, "label", segment.name), _kind(segment, "torch"), ms))
-            continue
-        kept = segment.bind(values)
-        for task, stage in zip(segment.tasks, segment.stages, strict=True):
-            address = ctypes.addressof(stage)
-            ms = milliseconds(lambda address=address: plan.library.str_triton_run(address, 1, threads))
-            rows.append((getattr(task.node, "label", task.node.name), _kind(task.node, task.kind), ms))
-        del kept
-    return rows
+
+    def timed(step: tuple[int, int], node: Node, task: str, call: Callable[[], Any]) -> Any:
+        begin = time.perf_counter()
+        result = call()
+        seconds.setdefault(step, []).append(time.perf_counter() - begin)
+        rows[step] = (getattr(node, "label", node.name), _kind(node, task))
+        return result
+
+    for _ in range(passes):
+        values: dict[str, Any] = {}
+        for index, segment in enumerate(plan.segments):
+            if not isinstance(segment, Segment):
+                call = functools.partial(plan.value, segment, values, x)
+                values[segment.name] = timed((index, 0), segment, "torch", call)
+                continue
+            kept = segment.bind(values)
+            for number, (task, stage) in enumerate(zip(segment.tasks, segment.stages, strict=True)):
+                call = functools.partial(plan.library.str_triton_run, ctypes.addressof(stage), 1, threads)
+                timed((index, number), task.node, task.kind, call)
+            del kept
+    return [(*rows[step], 1e3 * median(seconds[step])) for step in rows if rows[step][1] != "input"]
 
 
 def _kind(node: Node, task: str) -> str:
     match node:
         case _ if task == "copy":
             return "copy"
+        case Input():
+            return "input"
         case Convolution():
             return "depthwise" if node.groups == node.weight.shape[0] > 1 else "convolution"
         case Linear():
@@ -145,13 +177,13 @@ def _kind(node: Node, task: str) -> str:
     return "torch"
 
 
-def _by_torch(node: Layer, shapes: dict[str, tuple[int, ...]]) -> Choice:
+def _by_torch(node: Layer, shapes: dict[str, tuple[int, ...]], cold: Cold) -> Choice:
     """The fastest execution by torch, with the time of the fastest dense one."""
     values: dict[str, Tensor] = {name: torch.randn(shapes[name]) for name in node.inputs}
     found = []
     for execution in _executions(node, values):
         choice = Choice(execution)
-        found.append(replace(choice, ms=milliseconds(lambda choice=choice: run_torch(node, values, choice))))
+        found.append(replace(choice, ms=cold.milliseconds(lambda choice=choice: run_torch(node, values, choice))))
     dense = min(choice.ms for choice in found if choice.execution != "csr")
     return replace(min(found, key=lambda choice: choice.ms), ms_dense=dense)
 
@@ -167,7 +199,7 @@ def _executions(node: Layer, values: dict[str, Tensor]) -> list[str]:
     return executions
 
 
-def _by_kernel(plan: Plan, name: str, library: ctypes.CDLL) -> Choice | None:
+def _by_kernel(plan: Plan, name: str, library: ctypes.CDLL, cold: Cold) -> Choice | None:
     """The microkernel's fastest cut; None if it cannot run this layer."""
     try:
         segment, number = plan.operation(name)
@@ -186,7 +218,8 @@ def _by_kernel(plan: Plan, name: str, library: ctypes.CDLL) -> Choice | None:
         ms = milliseconds(lambda: library.str_triton_run(stage, 1, threads))
         if best is None or ms < best.ms:
             best = replace(choice, ms=ms)
-    return best
+    plan.cut(name, best)
+    return replace(best, ms=cold.milliseconds(lambda: library.str_triton_run(stage, 1, threads)))
 
 
 def _cuts(vectors: int, threads: int, lanes: int) -> list[Choice]:

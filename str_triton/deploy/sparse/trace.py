@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from str_triton.deploy.sparse.calls import ATTRIBUTES, FUNCTIONS, IDENTITIES, MODULES, NAMES, method
+from str_triton.deploy.sparse.calls import ATTRIBUTES, FUNCTIONS, IDENTITIES, MODULES, NAMES, VIEWS, method
 from str_triton.deploy.sparse.graph import (
     FREE,
+    KEEP,
     Add,
     Call,
     Clamp,
@@ -58,6 +59,8 @@ def trace(model: nn.Module, example: Tensor) -> Graph:
 
 def supported(module: nn.Module) -> str | None:
     """Why a convolution or linear layer is left to torch; None if it is not."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "it has forward hooks"
     if type(module) is nn.Linear:
         return None
     if type(module) is not nn.Conv2d:
@@ -154,6 +157,8 @@ class _Builder:
                 made = self._function(node, inputs, args, kwargs)
         self.nodes.append(made)
         self.values[node.name] = Ref(made.name)
+        if in_place and inputs and _is_view(self.nodes, inputs[0]):
+            raise NotTraceable(f"{node.name} changes a view of a value in place")
         if in_place and inputs:  # Whoever reads the argument later reads what became of it.
             for name, value in self.values.items():
                 if value == Ref(inputs[0]):
@@ -210,7 +215,7 @@ class _Builder:
         if not keep:
             return Mean(name, inputs)
         self.nodes.append(Mean(f"{name}.mean", inputs))
-        shape = (Ref(f"{name}.mean"), (..., None, None))
+        shape = (Ref(f"{name}.mean"), KEEP)
         return Call(name, [f"{name}.mean"], "operator.getitem", shape)
 
     def _arguments(self, tree: Any) -> Any:
@@ -221,6 +226,12 @@ def _attribute(root: nn.Module, path: str) -> Any:
     for part in path.split("."):
         root = getattr(root, part)
     return root
+
+
+def _is_view(nodes: list[Node], name: str) -> bool:
+    """Whether a value may share memory with another."""
+    node = next(node for node in nodes if node.name == name)
+    return isinstance(node, Call) and isinstance(node.target, str) and node.target in VIEWS
 
 
 def _pair(value: Any) -> tuple[Any, Any]:
