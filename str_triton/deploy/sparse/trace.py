@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from str_triton.deploy.sparse.calls import ATTRIBUTES, FUNCTIONS, IDENTITIES, MODULES, NAMES, VIEWS, method
+from str_triton.deploy.sparse.fuse import fuse
 from str_triton.deploy.sparse.graph import (
     FREE,
     KEEP,
@@ -25,7 +26,6 @@ from str_triton.deploy.sparse.graph import (
     Node,
     Norm,
     Ref,
-    fuse,
     references,
 )
 

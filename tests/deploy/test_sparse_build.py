@@ -1,0 +1,85 @@
+"""The kernels are compiled once, with whatever compiler there is; without one, torch runs all."""
+
+import stat
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.utils.prune
+
+from cnn.models import build as build_network
+from str_triton import deploy
+from str_triton.deploy.sparse import build, timing
+from tests.deploy.sparse_networks import prune, same
+
+pytestmark = [pytest.mark.usefixtures("kernels"), pytest.mark.filterwarnings("ignore:Sparse CSR")]
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch):
+    """What is chosen is left to chance here: few timings each."""
+    monkeypatch.setattr(timing, "BUDGET", 0.0)
+    monkeypatch.setattr(timing, "EVICTED", 1024)
+
+
+@pytest.fixture
+def no_library():
+    build.library.cache_clear()
+    yield
+    build.library.cache_clear()
+
+
+def test_without_a_compiler_torch_runs_all_and_says_so_once(no_library, tmp_path, monkeypatch, by_kernels):
+    model, x = prune(build_network("resnet-digits", num_classes=10, in_channels=1)), torch.randn(1, 1, 8, 8)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.warns(UserWarning, match=r"by torch alone.*no C compiler was found \(\$CC, cc, gcc, clang\)"):
+        compiled = deploy.compile_sparse(model, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        same(model, compiled, x)
+        same(model, deploy.compile_sparse(model, x), x)
+
+
+def test_without_a_compiler_layers_are_timed(no_library, tmp_path, monkeypatch):
+    model, x = prune(build_network("resnet-digits", num_classes=10, in_channels=1)), torch.randn(1, 1, 8, 8)
+    monkeypatch.setenv("CC", "false")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.warns(UserWarning, match="the C compiler 'false' does not run"):
+        compiled = deploy.compile_sparse(model, x)
+    same(model, compiled, x)
+    assert {choice.execution for choice in compiled.choices.values()} <= {"dense", "channels_last", "csr"}
+
+
+def script(path: Path, text: str) -> str:
+    path.write_text("#!/bin/sh\n" + text)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+def test_a_compiler_that_fails_leaves_nothing_and_is_quoted(tmp_path, monkeypatch):
+    failing = script(tmp_path / "cc", '[ "$1" = --version ] && exit 0\necho "kernels.c:1: no such luck" >&2\nexit 1\n')
+    monkeypatch.setenv("CC", failing)
+    with pytest.raises(build.BuildError, match=r"fails on kernels\.c: kernels\.c:1: no such luck"):
+        build.build(tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_the_library_is_compiled_once_per_compiler_and_flags(tmp_path, monkeypatch):
+    flags = (("-O0", "-std=gnu11", "-fPIC", "-shared"),)
+    path = build.build(tmp_path, flags)
+    before = path.stat().st_mtime_ns
+    assert build.build(tmp_path, flags) == path
+    assert path.stat().st_mtime_ns == before
+    assert build.build(tmp_path, ((*flags[0], "-DOTHER"),)) != path
+    assert len(list(tmp_path.iterdir())) == 2
+    refused = build.build(tmp_path / "b", (("--no-such-flag",), *flags))
+    assert build.load(refused).str_triton_lanes() in (4, 8, 16)
+
+
+def test_a_cache_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(build.BuildError, match="cannot hold the compiled kernels"):
+        build.build(tmp_path / "file" / "cache")

@@ -1,0 +1,134 @@
+"""compile_sparse on what stands between layers in the wild, on what cannot be traced, and on bare layers."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torch.nn.utils.prune
+from torch import Tensor, nn
+
+from str_triton import deploy
+from str_triton.deploy.sparse import timing
+from tests.deploy.sparse_networks import prune, same
+
+pytestmark = [pytest.mark.usefixtures("kernels"), pytest.mark.filterwarnings("ignore:Sparse CSR")]
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch):
+    """What is chosen is left to chance here: few timings each."""
+    monkeypatch.setattr(timing, "BUDGET", 0.0)
+    monkeypatch.setattr(timing, "EVICTED", 1024)
+
+
+class Odd(nn.Module):
+    """What lies between layers in the wild: in-place sums, gates, views, broadcast sums, a shared layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding="same")
+        self.norm = nn.BatchNorm2d(8)
+        self.shared = nn.Conv2d(8, 8, 3, 1, 1, groups=2, bias=False)
+        self.gate = nn.Conv2d(8, 8, 1)
+        self.reflect = nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect")
+        self.last = nn.Conv2d(16, 6, 3, 2, 1)
+        self.relu = nn.ReLU(inplace=True)
+        self.act = nn.Hardtanh(-0.5, 0.7)
+        self.head = nn.Linear(6, 5)
+        self.shift = nn.Parameter(torch.randn(8, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.first(x))
+        z = self.relu(y) + y  # y is what the in-place ReLU left.
+        z = self.shared(self.shared(z)) + self.shift
+        z += F.relu6(self.gate(z))
+        gate = torch.sigmoid(self.gate(F.adaptive_avg_pool2d(z, 1)))
+        z = torch.cat([self.act(self.reflect(z * gate)), F.max_pool2d(z, 3, 1, 1)], 1)
+        z = self.last(z)
+        return self.head(z.mean([2, 3]) + z.mean((-2, -1), keepdim=True).view(z.size(0), -1))
+
+
+@pytest.mark.parametrize("kernels_only", [True, False])
+def test_whatever_stands_between_the_layers(request, tmp_path: Path, kernels_only: bool):
+    if kernels_only:
+        request.getfixturevalue("by_kernels")
+    model, x = prune(Odd(), 0.4), torch.randn(2, 3, 13, 14)
+    compiled = deploy.compile_sparse(model, x)
+    same(model, compiled, x)
+    same(model, compiled, torch.randn(1, 3, 20, 9))
+    assert compiled.left == {"reflect": "padding_mode='reflect'"}
+    assert "reflect  " in compiled.table()
+    with pytest.raises(ValueError, match="reflect calls Conv2d, which a file cannot hold"):
+        compiled.save(tmp_path / "odd")
+    assert list(tmp_path.iterdir()) == []
+
+
+class Untraceable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, 2, 1)
+        self.narrow = nn.Conv1d(8, 8, 3)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        if y.sum() > 1e9:
+            y = -y
+        return self.head(self.narrow(y.flatten(2)).mean(2))
+
+
+def test_what_cannot_be_traced_is_compiled_layer_by_layer(tmp_path: Path):
+    model, x = prune(Untraceable()), torch.randn(2, 3, 13, 14)
+    compiled = deploy.compile_sparse(model, x)
+    same(model, compiled, x)
+    same(model, compiled, torch.randn(1, 3, 9, 30))
+    assert isinstance(model.conv, nn.Conv2d)
+    lines = [line.split()[0] for line in str(compiled).splitlines()]
+    assert lines == ["layer", "conv", "head", "narrow"]
+    with pytest.raises(ValueError, match="Untraceable could not be traced"):
+        compiled.save(tmp_path / "x")
+    same(model, copy.deepcopy(compiled), x)
+
+
+class ThroughAView(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        y[:, :2].mul_(3.0)
+        return self.last(y)
+
+
+def test_what_is_changed_through_a_view_is_not_traced(by_kernels):
+    model, x = ThroughAView().eval(), torch.randn(1, 3, 9, 9)
+    same(model, deploy.compile_sparse(model, x), x)
+
+
+def test_hooks_stay(by_kernels):
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval(), torch.randn(1, 3, 9, 9)
+    model[0].register_forward_hook(lambda module, args, output: output * 2)
+    compiled = deploy.compile_sparse(model, x)
+    same(model, compiled, x)
+    assert compiled.left == {"0": "it has forward hooks"}
+
+
+def test_masks_of_torch_prune():
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3)), torch.randn(1, 3, 9, 9)
+    torch.nn.utils.prune.random_unstructured(model[0], "weight", 0.5)
+    with pytest.raises(ValueError, match="become part of the weights by its `remove`"):
+        deploy.compile_sparse(model, x)
+    torch.nn.utils.prune.remove(model[0], "weight")
+    same(model.eval(), deploy.compile_sparse(model, x), x)
+
+
+def test_bare_layers_and_pointwise_linear():
+    for model, shape in (
+        (nn.Conv2d(4, 6, 3), (1, 4, 8, 8)),
+        (nn.Linear(6, 3), (2, 5, 6)),
+        (nn.Conv2d(4, 6, 3), (4, 8, 8)),
+    ):
+        same(model.eval(), deploy.compile_sparse(model, torch.randn(shape)), torch.randn(shape))
