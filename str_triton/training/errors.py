@@ -40,8 +40,7 @@ def run_program(program: Callable[[], None]) -> int:
     """Run ``program`` and return the exit code of the process.
 
     0 for success, 2 for a `UserError` (one line on stderr), 128 plus the signal's number for a run that was asked to
-    stop. Any other exception passes through. In a job of several processes only the first one speaks, since all of them
-    meet the same bad input.
+    stop. Any other exception passes through. Programs that several processes may run together take `job.run_job`.
     """
     try:
         program()
@@ -66,5 +65,10 @@ def warn(message: str) -> None:
 
 def tell(message: str) -> None:
     """Print a line on standard error, from the first process of a job alone."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_process():
         print(message, file=sys.stderr)
+
+
+def is_first_process() -> bool:
+    """Whether this process is the only one of its job, or the one of them that speaks."""
+    return os.environ.get("RANK", "0") == "0"

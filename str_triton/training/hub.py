@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from str_triton.training.errors import warn
+from str_triton.training.errors import is_first_process, warn
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -26,6 +26,8 @@ def read_splits(place: str, separator: str) -> "DatasetDict | dict[str, Dataset]
         import datasets
     except ImportError:
         raise ValueError(f"hub:{place} needs the package datasets: pip install 'str-triton[train]'") from None
+    if not is_first_process():
+        datasets.disable_progress_bars()
     with _without_its_warnings():
         return _read(place, separator, datasets)
 

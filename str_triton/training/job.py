@@ -19,7 +19,15 @@ from typing import NoReturn
 from torch import distributed
 from torch.distributed import DistError, PrefixStore, Store, rendezvous
 
-from str_triton.training.errors import BAD_INPUT, Interrupted, UserError, blame_input, run_program, tell
+from str_triton.training.errors import (
+    BAD_INPUT,
+    Interrupted,
+    UserError,
+    blame_input,
+    is_first_process,
+    run_program,
+    tell,
+)
 from str_triton.training.signals import SIGNALS
 
 BEAT = 1.0  # seconds between a process's signs of life
@@ -195,7 +203,7 @@ class Watch:
 @contextmanager
 def first_process_speaks() -> Iterator[None]:
     """What the block prints comes from the first process of a job alone."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_process():
         yield
         return
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):

@@ -4,12 +4,15 @@ import io
 import os
 import signal
 import time
+from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from rich.console import Console
 
 from str_triton.training.errors import Interrupted, UserError, blame_input, run_program
+from str_triton.training.hub import read_splits
 from str_triton.training.meter import Meter, Pace
 from str_triton.training.progress import ProgressBar
 from str_triton.training.schedules import decayed_thresholds, warmup_cosine
@@ -153,3 +156,20 @@ def test_progress_on_a_terminal_is_a_bar():
     bar.close()
     assert "━" in text_of(console)
     assert "loss 0.5" in text_of(console)
+
+
+def test_bars_of_the_hubs_library_come_from_the_first_process_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    for process in ("0", "1"):
+        folder = tmp_path / process
+        folder.mkdir()
+        datasets.Dataset.from_dict({"a": [1, 2]}).to_parquet(folder / "train.parquet")
+        capfd.readouterr()
+        monkeypatch.setenv("RANK", process)
+        try:
+            assert len(read_splits(str(folder), ":")["train"]) == 2
+        finally:
+            datasets.enable_progress_bars()
+        assert bool(capfd.readouterr().err) == (process == "0")
