@@ -31,17 +31,20 @@ def start_from(
         OSError: the file cannot be read.
         UserError: ``path`` is a run without a whole checkpoint.
     """
+    where = f"--pretrained {path}, model {name}"
     weights, own = read_weights(path), model.state_dict()
-    for key in classifier_keys(name, in_channels):
-        theirs, ours = weights.get(key), own[key]
-        if new_classifier:
-            weights[key] = ours
-        elif theirs is not None and theirs.dim() == ours.dim() and len(theirs) != len(ours):
+    classifier = {key: own[key] for key in classifier_keys(name, in_channels)}
+    fill(model, weights | classifier, where)  # a wrong network is not to be taken for wrong classes
+    if new_classifier:
+        return
+    for key, ours in classifier.items():
+        theirs = weights.get(key, ours)
+        if theirs.dim() == ours.dim() and len(theirs) != len(ours):
             raise ValueError(
                 f"--pretrained {path}: the network in it knows {len(theirs)} classes, the data have {len(ours)} "
                 f"({key}); --new-classifier trains a classifier of its own on the rest of the network"
             )
-    fill(model, weights, f"--pretrained {path}, model {name}")
+    fill(model, weights, where)
 
 
 def classifier_keys(name: str, in_channels: int) -> list[str]:

@@ -168,6 +168,10 @@ FILES = {
     ),
     "wider": (lambda: changed(stem__weight=torch.zeros(48, 1, 3, 3)), "key 'stem.weight' has the shape [48, 1, 3, 3]"),
     "colour": (lambda: digits_net(in_channels=3).state_dict(), "key 'stem.weight' has the shape [32, 3, 3, 3], the mo"),
+    "wider and classes": (
+        lambda: changed(norm__bias=torch.zeros(48)) | {"head.bias": torch.zeros(1000)},
+        "key 'norm.bias' has the shape [48], the model's is [32]",
+    ),
     "classes": (
         lambda: digits_net(num_classes=1000).state_dict(),
         "classes: the network in it knows 1000 classes, the data have 10 (head.weight); --new-classifier trains a",
