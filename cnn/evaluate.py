@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cnn.data import Data, batches, load
+from cnn.data.common import OnCorrupt
 from cnn.rebuild import Network, rebuild
 from str_triton import Budget, count
 from str_triton.training.environment import describe_environment
-from str_triton.training.errors import UserError, blame_input, run_program
+from str_triton.training.errors import UserError, blame_input, run_program, warn
 from str_triton.training.files import write_atomically
 from str_triton.training.meter import Meter
 
@@ -47,6 +48,8 @@ class Options:
     """Images in a batch."""
     workers: int = 0
     """Processes that read images; 0 reads in this process."""
+    skip_corrupt: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Leave out images that cannot be decoded, and count them."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes a GPU where there is one."""
     json: str | None = None
@@ -77,17 +80,22 @@ def program(args: Sequence[str] | None) -> None:
     """Evaluate what ``args`` name, print a table, and write it where they say."""
     options = tyro.cli(Options, args=args, prog=PROGRAM, description=PURPOSE)
     device = check(options)
+    corrupt: list[str] = []
+    on_corrupt = corrupt.append if options.skip_corrupt else None
     with blame_input(ValueError, OSError):
         network = rebuild(options.path, options.model)
-        name, data = read_data(options, network)
+        name, data = read_data(options, network, on_corrupt)
     model = network.model.to(device)
     budget = count(model, torch.zeros(1, *data.image_shape, device=device))
     alone = throughput(model, data.image_shape, options.batch_size, device)
-    accuracy = measure(model, partial(examples, data, options, device), device, data.num_classes > TOP)
+    accuracy = measure(model, partial(examples, data, options, device, on_corrupt), device, data.num_classes > TOP)
+    for line in sorted(set(corrupt)):
+        warn(f"left out: {line}")
     print(f"{options.path}: {network.name} on {name}, {accuracy.images:,} images\n\n{budget}\n")
     print("\n".join(lines(accuracy, alone, budget, options.batch_size, device)))
     if options.json is not None:
         content = {"path": options.path, "model": network.name, "data": name, **asdict(accuracy)}
+        content |= {"corrupt": len(set(corrupt))}
         content |= {"model_images_per_second": alone, "batch_size": options.batch_size}
         content |= {"budget": totals(budget), "environment": describe_environment(device)}
         with blame_input(OSError):
@@ -108,7 +116,7 @@ def check(options: Options) -> torch.device:
     return torch.device("cuda" if gpu else "cpu")
 
 
-def read_data(options: Options, network: Network) -> tuple[str, Data]:
+def read_data(options: Options, network: Network, on_corrupt: OnCorrupt) -> tuple[str, Data]:
     """The data set and its name: the options' one, or that of the network's run. It must fit the network."""
     if options.data is not None:
         name, data_dir = options.data, options.data_dir
@@ -116,7 +124,7 @@ def read_data(options: Options, network: Network) -> tuple[str, Data]:
         name, data_dir = network.config.data, options.data_dir or network.config.data_dir
     else:
         raise UserError(f"{options.path} is of no run, which would say its data: name them with --data")
-    data = load(name, data_dir)
+    data = load(name, data_dir, on_corrupt)
     for what, of_data, of_model in (
         ("classes", data.num_classes, network.num_classes),
         ("colour channels", data.image_shape[0], network.in_channels),
@@ -126,10 +134,12 @@ def read_data(options: Options, network: Network) -> tuple[str, Data]:
     return name, data
 
 
-def examples(data: Data, options: Options, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+def examples(
+    data: Data, options: Options, device: torch.device, on_corrupt: OnCorrupt
+) -> Iterator[tuple[Tensor, Tensor]]:
     """The test images and their labels on the device, each once."""
     with blame_input(ValueError, OSError):
-        for images, labels in batches(
+        yield from batches(
             data.test,
             batch_size=options.batch_size,
             seed=0,
@@ -137,8 +147,9 @@ def examples(data: Data, options: Options, device: torch.device) -> Iterator[tup
             augment=False,
             shuffle=False,
             workers=options.workers,
-        ):
-            yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            device=device,
+            on_corrupt=on_corrupt,
+        )
 
 
 @torch.inference_mode()
@@ -149,11 +160,15 @@ def measure(
     meter, among_first = Meter(device), torch.zeros((), dtype=torch.int64, device=device)
     begin, images = time.perf_counter(), 0
     for batch, labels in all_batches():
+        if len(labels) == 0:  # all of them corrupt
+            continue
         outputs = model(batch)
         meter.add(F.cross_entropy(outputs, labels), outputs, labels)
         if with_top5:
             among_first += (outputs.topk(TOP, dim=1).indices == labels[:, None]).sum()
         images += len(labels)
+    if images == 0:
+        raise UserError("none of the test images can be decoded")
     means = meter.means()  # waits for the device
     seconds = time.perf_counter() - begin
     top5 = among_first.item() / images if with_top5 else None

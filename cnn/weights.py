@@ -5,17 +5,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
+import safetensors
 import torch
 from torch import Tensor, nn
 
 from cnn import paper_checkpoint
 from cnn.models import MODELS
-from str_triton import densify, soft_threshold
+from str_triton import densify, deploy, soft_threshold
 from str_triton.training.checkpoints import Checkpoints
 
 WRAPPERS = ("state_dict", "model")
 PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
+PACKED = "str_triton.packed"  # the format that a packed file's metadata name
 RAW_THRESHOLD = "raw_threshold"
 
 
@@ -23,9 +24,9 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The weights and buffers in a file or run folder, by the names of the plain network's state dict, on the CPU.
 
     Takes a folder of `python cnn/train.py` (its model.safetensors; before its end the newest checkpoint), one of its
-    checkpoints, a checkpoint of the paper's original code, safetensors, and what `torch.save` wrote of a state dict,
-    alone or under "state_dict" or "model"; "module." and "_orig_mod." in front of all keys are taken off. Thresholds
-    are applied: what comes back is what the network computes with.
+    checkpoints, a packed file, a checkpoint of the paper's original code, safetensors, and what `torch.save` wrote of a
+    state dict, alone or under "state_dict" or "model"; "module." and "_orig_mod." in front of all keys are taken off.
+    Thresholds are applied: what comes back is what the network computes with.
 
     Raises:
         ValueError: anything else; the message names the file, and the first key that does not fit.
@@ -40,16 +41,15 @@ def read_named_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor],
     path = Path(path)
     if path.is_dir():
         return _from_run(path), None
-    with open(path, "rb") as file:
-        is_safetensors = file.read(9)[8:] == b"{"
     try:
-        if is_safetensors:
-            content = safetensors.torch.load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what either raises for a damaged file is anything
+        content, metadata = _read(path)
+    except OSError:
+        raise
+    except Exception as error:  # what either library raises for a damaged file is anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path}: no file of weights alone: {reason}") from error
+    if metadata.get("format") == PACKED:
+        return deploy.unpack(path), deploy.inspect(path).metadata.get("model")
     arch = content.get("arch") if isinstance(content, dict) else None
     name = paper_checkpoint.ARCHITECTURES.get(arch, arch) if isinstance(arch, str) else None
     return _weights(path, content), name if name in MODELS else None
@@ -78,6 +78,16 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], path: str | os.PathLik
         if key not in weights and not key.endswith("num_batches_tracked"):
             raise ValueError(f"{path}: the model's key {key!r} is missing")
     model.load_state_dict(weights)
+
+
+def _read(path: Path) -> tuple[Any, dict[str, str]]:
+    """What a file holds, and the metadata of safetensors."""
+    with open(path, "rb") as file:
+        is_safetensors = file.read(9)[8:] == b"{"
+    if not is_safetensors:
+        return torch.load(path, map_location="cpu", weights_only=True), {}
+    with safetensors.safe_open(path, "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no dictionary)
 
 
 def _from_run(folder: Path) -> dict[str, Tensor]:

@@ -107,6 +107,25 @@ def test_a_checkpoint_of_the_original_code_on_a_folder_of_images(tmp_path: Path,
     )
 
 
+def test_corrupt_images_end_it_or_are_counted(
+    whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture, pictures: Path
+):
+    """Of four images for testing one is cut short."""
+    for part in ("train", "val"):
+        shutil.copytree(pictures, tmp_path / part)
+        for name in ("0", "2", "4"):
+            (tmp_path / part / "cats" / f"{name}.png").unlink()
+    damaged = tmp_path / "val" / "dogs" / "3.png"
+    damaged.write_bytes(damaged.read_bytes()[:60])
+    torch.save(build("resnet20", num_classes=2).state_dict(), tmp_path / "weights.pth")
+    args = [str(tmp_path / "weights.pth"), "--model", "resnet20", "--data", f"imagefolder:{tmp_path}"]
+    assert main([*args, "--device", "cpu"]) == 2
+    assert re.fullmatch(f"error: .*{damaged}.*\n", capsys.readouterr().err)
+    result = evaluated(tmp_path, *args, "--skip-corrupt")
+    assert (result["images"], result["corrupt"]) == (6, 1)
+    assert re.fullmatch(f"warning: left out: .*{damaged}.*\n", capsys.readouterr().err)
+
+
 def test_the_process_ends_with_the_exit_code():
     command = [sys.executable, "cnn/evaluate.py", "nowhere"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -1,0 +1,171 @@
+"""A trained network for use elsewhere: python -m cnn.export pack|onnx|sparse RUN|FILE OUT [OPTIONS]."""
+
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from torch import Tensor
+
+from cnn.data import load
+from cnn.export_onnx import to_onnx
+from cnn.rebuild import Network, rebuild
+from str_triton import count, deploy
+from str_triton.training.errors import UserError, blame_input, one_line, run_program
+from str_triton.training.files import write_atomically
+
+PURPOSE = "Write a trained network for use elsewhere."
+LOAD = """from cnn.models import build
+from str_triton import deploy
+
+model = build({name!r}, num_classes={classes}, in_channels={channels})
+model.load_state_dict(deploy.unpack({file!r}))"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What every command takes."""
+
+    path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN|FILE")]
+    """A run's folder or a file of weights, as python cnn/evaluate.py takes it."""
+    out: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
+    """The file to write."""
+    model: str | None = None
+    """The network, by a name that python cnn/train.py knows, for a file that does not say it."""
+    image_size: int | None = None
+    """Height and width of the images; by default those of the run's data."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pack(Options):
+    """A file without the zeros, and a model card beside it. Negative zeros, as masks leave them, become plain ones."""
+
+    values: Literal["float32", "float16", "bfloat16"] = "float32"
+    """What weights are stored as; vectors (biases, norms) stay as they are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Onnx(Options):
+    """An ONNX file for any number of images: zeros are kept as zeros, batch norms folded into the convolutions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sparse(Options):
+    """A network that computes without its zeros on this machine's CPU, for str_triton.deploy.load_sparse."""
+
+    batch_size: int = 1
+    """Images in a batch: the executions are chosen by their time on such batches."""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the program with ``args`` (default: those of the command line) and return its exit code."""
+    return run_program(partial(program, args))
+
+
+def program(args: Sequence[str] | None) -> None:
+    """Read the network that ``args`` name, and write it as they say."""
+    commands = {"pack": Pack, "onnx": Onnx, "sparse": Sparse}
+    options = tyro.extras.subcommand_cli_from_dict(
+        commands, args=args, prog="python -m cnn.export", description=PURPOSE
+    )
+    check(options)
+    with blame_input(ValueError, OSError):
+        network = rebuild(options.path, options.model)
+    example = torch.zeros(1, *image_shape(options, network))
+    {Pack: pack, Onnx: onnx, Sparse: sparse}[type(options)](options, network, example)
+
+
+def check(options: Options) -> None:
+    """Raise `UserError` for options that are out of their range, before anything is read."""
+    if not Path(options.out).parent.is_dir():
+        raise UserError(f"{options.out}: there is no such directory")
+    if isinstance(options, Pack) and options.out.endswith(".md"):
+        raise UserError(f"{options.out}: the card would take this name; give the packed file another ending")
+    if Path(options.out).is_dir():
+        raise UserError(f"{options.out} is a directory: name the file to write")
+    for name in ("image_size", "batch_size"):
+        value = getattr(options, name, None)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: it must be at least 1")
+
+
+def image_shape(options: Options, network: Network) -> tuple[int, int, int]:
+    """Channels, height and width of the network's images."""
+    if options.image_size is not None:
+        return network.in_channels, options.image_size, options.image_size
+    if network.config is None:
+        raise UserError(f"{options.path} is of no run, which would say how large its images are: give --image-size")
+    try:
+        # An image that cannot be decoded does not matter here.
+        return load(network.config.data, network.config.data_dir, on_corrupt=[].append).image_shape
+    except (ValueError, OSError) as error:
+        raise UserError(f"{one_line(error)}; --image-size makes it needless to read the run's data") from error
+
+
+def pack(options: Pack, network: Network, example: Tensor) -> None:
+    """Write the packed file and its card, and print what it holds."""
+    budget = count(network.model, example)
+    facts = known_facts(options, network)
+    with blame_input(ValueError, OSError):
+        metadata = {"model": network.name, "num_classes": network.num_classes, "image_shape": list(example.shape[1:])}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # the summary says it too, where nothing got smaller
+            summary = deploy.pack(
+                network.model, options.out, options.values, budget=budget, metadata=metadata, plain_zeros=True
+            )
+        shape = "x".join(map(str, example.shape[1:]))
+        card = deploy.model_card(
+            options.out,
+            title=f"{network.name}, {100 * budget.sparsity:.2f} % sparse",
+            description=f"A sparse {network.name} for images of {shape} and {network.num_classes} classes.",
+            facts={**facts, "sparsity": f"{100 * budget.sparsity:.2f} %", "FLOPs": f"{budget.flops:,}"},
+            code=LOAD.format(
+                file=Path(options.out).name,
+                name=network.name,
+                classes=network.num_classes,
+                channels=network.in_channels,
+            ),
+            tags=("image-classification",),
+            pipeline_tag="image-classification",
+        )
+    print(f"{summary}\n\nwrote {options.out} and {card}")
+
+
+def known_facts(options: Pack, network: Network) -> dict[str, str]:
+    """What a finished run says of itself."""
+    summary = Path(options.path) / "summary.json"
+    if network.config is None or not summary.is_file():
+        return {}
+    with blame_input(ValueError, OSError):
+        accuracy = json.loads(summary.read_text())["accuracy"]
+    rounded = "" if options.values == "float32" else ", before rounding"
+    return {"data": network.config.data, f"accuracy on the test images{rounded}": f"{100 * accuracy:.2f} %"}
+
+
+def onnx(options: Onnx, network: Network, example: Tensor) -> None:
+    """Write the ONNX file once it has been checked."""
+    content, difference = to_onnx(network.model, example, options.path)
+    with blame_input(OSError):
+        write_atomically(Path(options.out), content)
+    print(
+        f"wrote {options.out}: {len(content):,} bytes, images [batch, {', '.join(map(str, example.shape[1:]))}] -> "
+        f"scores [batch, {network.num_classes}]; largest difference to PyTorch {difference:.2g}"
+    )
+
+
+def sparse(options: Sparse, network: Network, example: Tensor) -> None:
+    """Write the compiled network, and print the choice for each layer."""
+    with blame_input(ValueError, OSError):
+        compiled = deploy.compile_sparse(network.model, example.expand(options.batch_size, -1, -1, -1).contiguous())
+        compiled.save(options.out)
+    print(f"{compiled}\n\nwrote {options.out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

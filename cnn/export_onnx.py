@@ -1,0 +1,89 @@
+"""A network as ONNX, checked by the format's own checker and by running it."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from str_triton.training.errors import UserError, one_line
+
+TOLERANCE = 1e-4
+BATCHES = (1, 3)  # sizes to check with; the network is traced with another
+
+
+def to_onnx(model: nn.Module, example: Tensor, label: str) -> tuple[bytes, float]:
+    """The network as the bytes of an ONNX file, and the largest difference of its scores to the network's own.
+
+    Input "images" float32 [batch, C, H, W] with any batch, output "scores". Dense weights, zeros included; batch norms
+    are folded into the convolutions before them. The difference is of random images, as a share of the largest score
+    where that is above 1.
+
+    Args:
+        model: in evaluation mode, on the CPU.
+        example: [1, C, H, W].
+        label: what the network is called in messages.
+
+    Raises:
+        UserError: onnx, onnxruntime or onnxscript are missing, PyTorch cannot export the network, or what it exports
+            computes something else.
+    """
+    try:
+        import onnx
+        import onnxruntime
+
+        proto = _exported(model, example, label)  # which imports onnxscript
+    except ImportError as error:
+        raise UserError(f"exporting to ONNX needs the package {error.name}: pip install 'str-triton[onnx]'") from error
+    onnx.checker.check_model(proto, full_check=True)
+    content = proto.SerializeToString()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    difference = max(_difference(model, session, example, batch) for batch in BATCHES)
+    if not difference <= TOLERANCE:
+        raise UserError(f"{label}: as ONNX its scores differ by {difference:.2g}, more than {TOLERANCE}; not written")
+    return content, difference
+
+
+def _exported(model: nn.Module, example: Tensor, label: str) -> Any:
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                model,
+                (torch.cat([example, example]),),  # of one image PyTorch would take the number for fixed
+                dynamo=True,
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                input_names=["images"],
+                output_names=["scores"],
+                verbose=False,
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise UserError(f"{label}: PyTorch cannot export this network to ONNX: {one_line(error)[:300]}") from error
+    proto = program.model_proto
+    for node in proto.graph.node:  # the places in this machine's files that each came from
+        del node.metadata_props[:]
+    return proto
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep PyTorch's exporter from telling of torchvision, which it would support, and of its own deprecations."""
+    logger = logging.getLogger("torch.onnx")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)
+
+
+@torch.inference_mode()
+def _difference(model: nn.Module, session: object, example: Tensor, batch: int) -> float:
+    images = torch.randn(batch, *example.shape[1:], generator=torch.Generator().manual_seed(0))
+    expected = model(images)
+    (scores,) = session.run(["scores"], {"images": images.numpy()})
+    return float((torch.from_numpy(scores) - expected).abs().max() / expected.abs().max().clamp(min=1))
