@@ -77,6 +77,8 @@ def decode(name: str, entry: Mapping[str, Any], parts: Mapping[str, Part]) -> Te
             is_negative = np.unpackbits(signs.data, count=zeros.size, bitorder="little").view(bool)
             bits[zeros[is_negative]] = _sign(bits)
         flat = bits.view(np.uint8)
+    if not flat.size:  # torch cannot view these as another dtype
+        return torch.empty(entry["shape"], dtype=DTYPES[dtype])
     return torch.from_numpy(flat).view(DTYPES[dtype]).reshape(entry["shape"])
 
 

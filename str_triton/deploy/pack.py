@@ -27,7 +27,8 @@ from str_triton.deploy.packed_file import (
 from str_triton.deploy.plain_state import plain_state
 from str_triton.deploy.summary import PackedSummary, PackedTensor
 
-VALUES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# What weights are rounded to; None: they are not.
+VALUES = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 BUDGETS = {"Budget": (Budget, LayerBudget), "RankBudget": (RankBudget, MatrixBudget)}
 
 
@@ -121,7 +122,7 @@ def inspect(path: str | os.PathLike[str]) -> PackedSummary:
     return _summary(read_packed(path))
 
 
-def _encoded(state: Mapping[str, Tensor], dtype: torch.dtype, plain_zeros: bool) -> tuple[dict[str, Part], dict]:
+def _encoded(state: Mapping[str, Tensor], dtype: torch.dtype | None, plain_zeros: bool) -> tuple[dict[str, Part], dict]:
     """The parts of all tensors, and an entry for each tensor."""
     parts: dict[str, Part] = {}
     entries: dict[str, dict[str, Any]] = {}
@@ -133,7 +134,8 @@ def _encoded(state: Mapping[str, Tensor], dtype: torch.dtype, plain_zeros: bool)
         if tensor.numel() and first.setdefault(place, name) != name:
             entries[name] = {"same_as": first[place]}
             continue
-        own, entry = encode(name, rounded(name, tensor, dtype), plain_zeros=plain_zeros)
+        stored = tensor if dtype is None else rounded(name, tensor, dtype)
+        own, entry = encode(name, stored, plain_zeros=plain_zeros)
         parts |= own
         hashed = digest(*(part.data for part in own_parts(name, own).values()))
         entries[name] = {"dtype": NAMES[tensor.dtype], **entry, "sha256": hashed}

@@ -97,8 +97,10 @@ def write_beside(path: str | os.PathLike[str], *blocks: bytes | NDArray[np.uint8
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)
-    except BaseException:
+    except BaseException as error:
         draft.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = os.fspath(path)  # what was asked for: the draft's name means nothing to anybody
         raise
 
 

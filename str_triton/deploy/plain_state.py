@@ -38,9 +38,8 @@ def plain_state(model: nn.Module | Mapping[str, Tensor]) -> tuple[State, Product
             raise ValueError(f"tensor {name!r} is lazy and has no values yet: run the model once before packing it")
         if tensor.is_meta:
             raise ValueError(f"tensor {name!r} is on the meta device and has no values")
-        if tensor.layout is not torch.strided or tensor.is_quantized:
-            kind = "quantized" if tensor.is_quantized else f"of layout {tensor.layout}"
-            raise ValueError(f"tensor {name!r} is {kind}: only plain dense tensors can be packed")
+        if tensor.layout is not torch.strided:
+            raise ValueError(f"tensor {name!r} is of layout {tensor.layout}: only plain dense tensors can be packed")
     return {name: tensor.detach() for name, tensor in state.items()}, products
 
 

@@ -108,7 +108,7 @@ class PackedSummary:
         if not self.is_smaller:
             found.append("No tensor holds enough zeros to be stored without them: all are stored dense.")
         if signs := sum(tensor.sign_nbytes for tensor in self.tensors):
-            found.append(f"{size(signs)} are signs of negative zeros (-0.0), which plain_zeros=True would drop.")
+            found.append(f"{size(signs)} are signs of negative zeros (-0.0), which plain_zeros drops.")
         return found
 
 

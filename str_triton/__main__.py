@@ -1,0 +1,113 @@
+"""python -m str_triton pack|unpack|inspect FILE: tensors without their zeros, back, and what such a file holds."""
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from str_triton import deploy
+from str_triton.deploy.pack import VALUES
+from str_triton.deploy.state_files import check_suffix, read_state, write_state
+
+PACKED = ".packed.safetensors"
+HELP = """commands:
+  pack FILE     store the weights without their zeros: safetensors, or a state dict of torch.save
+  unpack FILE   plain tensors again, bit for bit; a damaged file is refused
+  inspect FILE  what a packed file holds: a line for each tensor, its size, its budget
+
+options:
+  --to OUT      what to write; otherwise NAME.packed.safetensors and NAME.unpacked.safetensors beside NAME.safetensors.
+                unpack also writes NAME.pt, with torch.save
+  --values V    pack: round weights to float16 or bfloat16; float32 rounds nothing
+  --plain-zeros pack: store -0.0 as 0.0, whose sign may take a bit per zero
+  --factors     unpack: leave matrices of low rank in their factors u and v
+  --help
+
+examples:
+  python -m str_triton pack model.safetensors --values float16
+  python -m str_triton inspect model.packed.safetensors
+  python -m str_triton unpack model.packed.safetensors --to model.pt
+
+To pack a run of cnn/train.py or rnn/train.py: python -m cnn.export, python -m rnn.export. From Python:
+str_triton.deploy. The format: docs/packed-format.md."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see python -m str_triton --help\n")
+
+    def format_help(self) -> str:
+        return f"usage: python -m str_triton COMMAND FILE [options]\n\n{HELP}\n"
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the program with `args` (default: those of the command line) and return its exit code; 2 for bad input."""
+    parser = Parser(prog="python -m str_triton")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name in ("pack", "unpack", "inspect"):
+        command = commands.add_parser(name)
+        command.add_argument("file", type=Path, metavar="FILE")
+        if name != "inspect":
+            command.add_argument("--to", type=Path, metavar="OUT")
+        if name == "pack":
+            command.add_argument("--values", choices=list(VALUES), default="float32")
+            command.add_argument("--plain-zeros", action="store_true")
+        if name == "unpack":
+            command.add_argument("--factors", action="store_true")
+    options = parser.parse_args(args)
+    try:
+        text = {"pack": pack, "unpack": unpack, "inspect": inspect}[options.command](options)
+    except OSError as error:
+        text = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+    except ValueError as error:
+        text = str(error)
+    else:
+        print(text)
+        return 0
+    print(f"error: {' '.join(text.split())}", file=sys.stderr)
+    return 2
+
+
+def pack(options: argparse.Namespace) -> str:
+    """Pack a file of plain tensors, and what to say of it."""
+    out = _out(options, PACKED)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that nothing got smaller: the remarks say it too
+        summary = deploy.pack(read_state(options.file), out, options.values, plain_zeros=options.plain_zeros)
+    return "\n".join([f"wrote {out}", *summary.remarks()])
+
+
+def unpack(options: argparse.Namespace) -> str:
+    """Unpack a file into one of plain tensors, and what to say of it."""
+    out = _out(options, ".unpacked.safetensors")
+    check_suffix(out)
+    state = deploy.unpack(options.file, factors=options.factors)
+    write_state(out, state)
+    return f"wrote {out}: {len(state)} plain tensors"
+
+
+def inspect(options: argparse.Namespace) -> str:
+    """What a packed file holds."""
+    summary = deploy.inspect(options.file)
+    budget = [] if summary.budget is None else ["", "budget:", str(summary.budget)]
+    metadata = ["", "metadata:", json.dumps(summary.metadata, indent=2)] if summary.metadata else []
+    return "\n".join([str(summary), *budget, *metadata])
+
+
+def _out(options: argparse.Namespace, ending: str) -> Path:
+    """Where to write: --to, or beside the input under its name with another ending."""
+    file = options.file
+    name = file.name.removesuffix(PACKED) if file.name.endswith(PACKED) else file.stem
+    out = options.to or file.parent / f"{name}{ending}"
+    if out.exists() and file.exists() and out.samefile(file):
+        raise ValueError(f"{out} is the input: name another file with --to")
+    return out
+
+
+if __name__ == "__main__":
+    sys.exit(main())
