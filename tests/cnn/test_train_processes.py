@@ -177,6 +177,10 @@ def die_while_the_other_hangs() -> None:
     job.BEAT = 0.1
 
 
+def take_the_network_away() -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "nowhere0"
+
+
 def stop_twice() -> None:
     """SIGTERM to all processes, which the launcher passes on."""
     run.MEETING_SECONDS = 0.0
@@ -229,6 +233,14 @@ def test_bad_input_is_one_message_and_exit_code_2(tmp_path: Path, options: list[
     assert sum(message in text for text in ended.err) == 1
     assert sum(map(bool, ended.err)) == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_processes_that_cannot_meet_are_told_of_the_interface(tmp_path: Path):
+    ended = train_together(tmp_path / "run", disturb=take_the_network_away)
+    assert ended.codes == [2, 2]
+    assert "".join(ended.err).startswith("error: the processes cannot reach each other: ")
+    assert "".join(ended.err).endswith("; GLOO_SOCKET_IFNAME names the network interface to use, such as eth0\n")
+    assert "".join(ended.err).count("\n") == 1
 
 
 @pytest.mark.parametrize(("how", "step", "code"), [(stop_twice, 3, 143), (stop_one, 7, 130)])
