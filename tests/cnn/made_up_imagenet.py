@@ -78,7 +78,7 @@ def pictures(split: str, classes: int, per_class: int, truncated: bool) -> tuple
         for number in range(label * per_class, (label + 1) * per_class):
             last = split == "train" and number == classes * per_class - 1
             content = _encoded(_cut_out(pattern, split, number), number)
-            name = f"{class_name(label)}_{number}" if split == "train" else f"ILSVRC2012_{split}_{number:08}"
+            name = f"{class_name(label)}_{number:05}" if split == "train" else f"ILSVRC2012_{split}_{number:08}"
             whole = len(content) if not (truncated and last) else len(content) // 2
             found.append(Picture(f"{class_name(label)}/{name}.JPEG", label, content[:whole]))
     return tuple(found)
