@@ -1,0 +1,158 @@
+"""Take a finished run elsewhere: python -m rnn.export c|onnx|pack RUN OUT."""
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from rnn.c_export import WEIGHTS, write_c
+from rnn.finished_run import FinishedRun, open_run
+from rnn.one_line_parser import OneLineParser
+from str_triton import RankBudget, deploy
+from str_triton.training.errors import UserError, blame_input, run_program, warn
+from str_triton.training.files import write_atomically
+
+PROGRAM = "python -m rnn.export"
+STEPS = 99  # frames of a second of speech
+TOLERANCE = 1e-4  # by which onnxruntime's scores may differ from torch's
+VALUES = ("float32", "float16", "bfloat16")
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the program with ``args`` (default: those of the command line) and return its exit code."""
+
+    def program() -> None:
+        options = parser().parse_args(args)
+        with blame_input(OSError, ValueError):
+            options.export(options)
+
+    return run_program(program)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = OneLineParser(prog=PROGRAM, description="Take a finished run of rnn/train.py elsewhere.")
+    commands = top.add_subparsers(title="targets", metavar="TARGET", required=True)
+
+    def command(name: str, purpose: str, out: str, out_help: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=purpose, description=f"{purpose}.")
+        added.add_argument("run", metavar="RUN", type=Path, help="the folder of a finished run")
+        added.add_argument("out", metavar=out, type=Path, help=out_help)
+        return added
+
+    c = command(
+        "c",
+        "One header and one source in C99 for microcontrollers, without allocation: a call per frame",
+        "DIR",
+        "folder for both, which begin with its name; made if need be",
+    )
+    c.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        default="float32",
+        help="how the matrices are held; the arithmetic is float (default: float32)",
+    )
+    c.set_defaults(export=export_c)
+    onnx = command("onnx", "An ONNX model, checked by onnxruntime against torch", "FILE", "the .onnx file")
+    length = onnx.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, help=f"length of the sequences it takes (default: {STEPS})")
+    length.add_argument("--streaming", action="store_true", help="one step, with the state going in and out")
+    onnx.set_defaults(export=export_onnx)
+    pack = command(
+        "pack", "A packed file with a checksum, and a model card (.md) beside it", "FILE", "the .safetensors file"
+    )
+    pack.add_argument(
+        "--values", choices=VALUES, default="float32", help="what matrices are rounded to (default: float32)"
+    )
+    pack.set_defaults(export=export_pack)
+    return top
+
+
+def export_c(options: argparse.Namespace) -> None:
+    """C for microcontrollers."""
+    sizes = write_c(open_run(options.run), options.out, weights=options.weights)
+    print(f"{options.out}: C99, {options.weights} weights")
+    print(sizes)
+
+
+def export_onnx(options: argparse.Namespace) -> None:
+    """An ONNX model; it is written once onnxruntime has given torch's scores."""
+    try:
+        import onnx
+        import onnxruntime  # noqa: F401 (that it is there)
+    except ModuleNotFoundError as missing:
+        raise UserError(f"ONNX needs {missing.name}: pip install 'str-triton[onnx]'") from missing
+    from rnn.onnx_export import largest_deviation, streaming, unrolled
+
+    steps = None if options.streaming else STEPS if options.steps is None else options.steps
+    if steps is not None and steps < 1:
+        raise UserError(f"--steps {steps}: at least 1")
+    run = open_run(options.run)
+    model = streaming(run) if steps is None else unrolled(run, steps)
+    onnx.checker.check_model(model, full_check=True)
+    content = model.SerializeToString()
+    deviation = largest_deviation(run, content, steps)
+    if not deviation <= TOLERANCE:
+        raise RuntimeError(f"onnxruntime's scores differ from torch's by {deviation:.2g}")
+    write_atomically(options.out, content)
+    form = "one step" if steps is None else f"sequences of {steps} steps"
+    print(f"{options.out}: {form}, {len(content):,} bytes; onnxruntime differs from torch by {deviation:.1e} at most")
+
+
+def export_pack(options: argparse.Namespace) -> None:
+    """A packed file and its model card."""
+    run = open_run(options.run)
+    facts = run_facts(run)
+    with warnings.catch_warnings(record=True) as remarks:
+        warnings.simplefilter("always")
+        budget = RankBudget.from_json(run.folder / "budget.json")
+        metadata = {"run": facts, **json.loads((run.folder / "interface.json").read_text())}
+        summary = deploy.pack(run.model, options.out, options.values, budget=budget, metadata=metadata)
+    for remark in remarks:
+        warn(str(remark.message))
+    card = deploy.model_card(
+        options.out,
+        title=run.name,
+        description="A recurrent network whose ranks were learned in training. The file's metadata name its outputs, "
+        "and the mean and deviation that its inputs were standardised with.",
+        facts=facts,
+        code=card_code(run, options.out.name),
+        pipeline_tag="text-generation" if run.config["task"] == "lm" else None,
+    )
+    print(summary)
+    print(f"{options.out}, {card}")
+
+
+def run_facts(run: FinishedRun) -> dict[str, str]:
+    """What a model card says of the run."""
+    summary = json.loads((run.folder / "summary.json").read_text())
+    facts = {"data": run.config["data"], "recipe": summary["recipe"], "epochs": str(summary["epochs"])}
+    if "accuracy" in summary:
+        facts["accuracy"] = f"{100 * summary['accuracy']:.2f} % on the test set"
+    if "bits_per_character" in summary:
+        facts["bits per character"] = f"{summary['bits_per_character']:.4f} on the test set"
+    return facts | {"parameters": f"{summary['params']:,} of {summary['dense_params']:,}"}
+
+
+def card_code(run: FinishedRun, name: str) -> str:
+    """Lines that load the packed network in its compact form."""
+    model, rnn = run.model, run.model.rnn
+    lm = run.config["task"] == "lm"
+    inputs = len(run.outputs) if lm else rnn.input_size
+    options = {"layers": rnn.num_layers, "bidirectional": rnn.bidirectional}
+    options |= {} if lm else {"pooling": model.pooling}
+    numbers = inputs, len(run.outputs), rnn.hidden_size
+    sizes = ", ".join([repr(rnn.cell), *map(str, numbers), *(f"{key}={value!r}" for key, value in options.items())])
+    return f"""from rnn.models import Architecture
+from str_triton import deploy
+
+architecture = Architecture({run.config["task"]!r}, {sizes})
+model = architecture.build(ranks={rnn.ranks()})
+model.load_state_dict(deploy.unpack({name!r}, factors=True))  # damaged bytes raise
+model.eval()"""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

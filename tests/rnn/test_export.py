@@ -1,0 +1,111 @@
+"""`python -m rnn.export`: what it writes and says, and one line for what it cannot do."""
+
+import builtins
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from rnn.export import main
+from rnn.finished_run import open_run
+from rnn.models import load_trained
+from str_triton import deploy
+
+
+def refused(capsys: pytest.CaptureFixture[str], *args: object) -> str:
+    """The one line that the program says where it exits with 2."""
+    assert main([str(argument) for argument in args]) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+def test_a_run_knows_what_stands_around_its_network(whole_run: Path) -> None:
+    run = open_run(whole_run)
+    assert run.outputs == tuple(f"speaker {number}" for number in range(1, 10))
+    assert run.mean.shape == run.std.shape == (12,)
+    assert run.mean.abs().max() > 0.01  # the coefficients as they are in the file have other means
+    assert run.name == "bidirectional GRU, 8 units, trained on japanese-vowels"
+
+
+def test_c(whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["c", str(whole_run), str(tmp_path / "deep" / "speakers"), "--weights", "int8"]) == 0
+    assert sorted(path.name for path in (tmp_path / "deep" / "speakers").iterdir()) == ["speakers.c", "speakers.h"]
+    out = capsys.readouterr().out
+    assert re.search(
+        r"^flash: [\d,]+ bytes \([\d,]+ of weights, .* RAM: 64 bytes of state, \d+ on the stack$", out, re.M
+    )
+    assert "speakers_step_back" in (tmp_path / "deep" / "speakers" / "speakers.h").read_text()
+
+
+def test_onnx(whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnxruntime")
+    assert main(["onnx", str(whole_run), str(tmp_path / "x.onnx"), "--steps", "5"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"sequences of 5 steps, [\d,]+ bytes; onnxruntime differs from torch by \d\.\de-\d+ at most", out)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.onnx"]
+
+
+def test_onnx_without_its_libraries(
+    whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = builtins.__import__
+
+    def missing(name: str, *args: object, **kwargs: object) -> object:
+        if name.split(".")[0] == "onnx":
+            raise ModuleNotFoundError("blocked", name="onnx")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    line = refused(capsys, "onnx", whole_run, tmp_path / "x.onnx")
+    assert line == "error: ONNX needs onnx: pip install 'str-triton[onnx]'\n"
+
+
+def test_pack(whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pack", str(whole_run), str(tmp_path / "speakers.safetensors")]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["speakers.md", "speakers.safetensors"]
+    state = deploy.unpack(tmp_path / "speakers.safetensors", factors=True)
+    trained = load_trained(whole_run).state_dict()
+    assert state.keys() == trained.keys()
+    assert all(torch.equal(state[name], trained[name]) for name in trained)
+    card = (tmp_path / "speakers.md").read_text()
+    assert "rnn.weight_hh_l0_reverse" in card
+    code = re.search(r"```python\n(.*?)```", card, re.S)[1].replace(
+        "speakers.safetensors", f"{tmp_path}/speakers.safetensors"
+    )
+    names: dict = {}
+    exec(code, names)
+    x = torch.randn(2, 5, 12)
+    assert torch.equal(names["model"](x), load_trained(whole_run)(x))
+
+
+def test_bad_input_is_one_line(whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert "no such folder" in refused(capsys, "c", tmp_path / "none", out)
+    assert "has no config.json" in refused(capsys, "c", tmp_path, out)
+    assert "invalid choice: 'int4'" in refused(capsys, "c", whole_run, out, "--weights", "int4")
+    assert "--steps 0: at least 1" in refused(capsys, "onnx", whole_run, out, "--steps", "0")
+    assert "a bidirectional network cannot" in refused(capsys, "onnx", whole_run, out, "--streaming")
+    assert "not allowed with" in refused(capsys, "onnx", whole_run, out, "--streaming", "--steps", "3")
+    assert "arguments are required: TARGET" in refused(capsys)
+    assert "No such file or directory" in refused(
+        capsys, "onnx", whole_run, tmp_path / "none" / "x.onnx", "--steps", "2"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_run_is_one_line(whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole_run, run, ignore=shutil.ignore_patterns("checkpoints", "events"))
+    (run / "interface.json").unlink()
+    assert "run has no interface.json: the run is not finished, or" in refused(capsys, "c", run, tmp_path / "out")
+    (run / "interface.json").write_text(json.dumps({"outputs": ["a"]}))
+    assert "or damaged: 'standardisation'" in refused(capsys, "c", run, tmp_path / "out")
+    save_file({"x": torch.zeros(1)}, run / "model.safetensors")
+    assert "damaged" in refused(capsys, "c", run, tmp_path / "out")
