@@ -46,7 +46,7 @@ typedef struct {
     int64_t length;               /* floats of a plane that are computed, a multiple of 16 */
     int64_t rows, columns;        /* COPY and MEAN: pixels of a plane */
     int64_t tiles, blocks, width; /* a plane in tiles, the channels in blocks, a strip in vectors */
-    int64_t tables;               /* 1, or as many as planes: each plane has taps of its own */
+    int64_t tables;               /* of taps: 1, or as many as planes, each with its own; COPY: column phases */
     const tap *taps;
     const int32_t *first;       /* [tables][channels + 1]: where each channel's taps begin */
     const int32_t *block_first; /* [blocks + 1]: where each block of channels begins */
@@ -58,7 +58,6 @@ typedef struct {
 typedef struct {
     const operation *operations;
     int64_t count;
-    int64_t chained; /* item by item through all operations, instead of operation by operation */
 } stage;
 
 typedef struct {
@@ -154,20 +153,24 @@ static void strips(const operation *op, int64_t item) {
     }
 }
 
-/* One plane of one channel, from any strides to any strides. */
+/* Rows of one channel, between an image in one phase and the planes of `tables` column phases: on the one side pixels of
+   a phase follow each other, on the other they are `column` apart, and the next phase is a pixel further. */
 static void copy(const operation *op, int64_t item) {
-    const int64_t plane = item % op->planes, channel = item / op->planes % op->channels;
-    const int64_t image = item / op->planes / op->channels;
-    const float *x = op->x.data + image * op->x.image + channel * op->x.channel + plane * op->x.plane;
-    float *y = op->y.data + image * op->y.image + channel * op->y.channel + plane * op->y.plane;
-    for (int64_t i = 0; i < op->rows; i++, x += op->x.row, y += op->y.row) {
-        if (op->x.column == 1 && op->y.column == 1)
-            for (int64_t j = 0; j < op->columns; j++) y[j] = x[j];
-        else if (op->x.column == 2 && op->y.column == 1)
-            for (int64_t j = 0; j < op->columns; j++) y[j] = x[2 * j];
-        else
-            for (int64_t j = 0; j < op->columns; j++) y[j * op->y.column] = x[j * op->x.column];
-    }
+    const int64_t channel = item % op->channels, image = item / op->channels;
+    const float *row_x = op->x.data + image * op->x.image + channel * op->x.channel;
+    float *row_y = op->y.data + image * op->y.image + channel * op->y.channel;
+    for (int64_t i = 0; i < op->rows; i++, row_x += op->x.row, row_y += op->y.row)
+        for (int64_t phase = 0; phase < op->tables; phase++) {
+            const float *x = row_x + phase * op->x.plane;
+            float *y = row_y + phase * op->y.plane;
+            const int64_t columns = (op->columns - phase + op->tables - 1) / op->tables;
+            if (op->tables == 1)
+                for (int64_t j = 0; j < columns; j++) y[j] = x[j];
+            else if (op->x.column == 2)
+                for (int64_t j = 0; j < columns; j++) y[j] = x[2 * j];
+            else
+                for (int64_t j = 0; j < columns; j++) y[j * op->y.column] = x[j * op->x.column];
+        }
 }
 
 /* The mean of one channel of one image; y has no rows and columns. */
@@ -212,12 +215,6 @@ static void run_item(const operation *op, int64_t item) {
 }
 
 static void run_share(const stage *s, int64_t thread, int64_t threads) {
-    if (s->chained) {
-        const int64_t items = s->operations->items;
-        for (int64_t item = items * thread / threads; item < items * (thread + 1) / threads; item++)
-            for (int64_t i = 0; i < s->count; i++) run_item(s->operations + i, item);
-        return;
-    }
     for (const operation *op = s->operations; op < s->operations + s->count; op++)
         for (int64_t item = op->items * thread / threads; item < op->items * (thread + 1) / threads; item++)
             run_item(op, item);

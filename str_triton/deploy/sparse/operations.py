@@ -73,28 +73,28 @@ class Operations:
             op.items = op.images * op.planes * op.tiles * op.blocks
 
     def copies(self, value: str, source: Key | None, target: Key | None) -> list[tuple[Operation, int]]:
-        """One copy for each plane of an image, where None stands for torch's tensor of that value.
+        """One copy for each row phase of an image, where None stands for torch's tensor of that value.
 
-        At least one side must be in one phase: it is read or written with strides, the other plane by plane.
+        At least one side must be in one phase: its rows and columns are read or written with strides.
 
         Returns them with the place of their first pixel in the tensor, in bytes: its address is known when it exists.
         """
         images, channels, height, width = self.buffers.shapes[value]
         phases = max(key.phases for key in (source, target) if key)
         found = []
-        for plane, (rows, columns) in enumerate(plane_sizes((height, width), phases)):
-            p, q = divmod(plane, phases[1])
-            op = Operation(kind=COPY, images=images, channels=channels, planes=1, rows=rows, columns=columns)
+        for p in range(phases[0]):
+            rows = len(range(p, height, phases[0]))
+            op = Operation(kind=COPY, images=images, channels=channels, rows=rows, columns=width, tables=phases[1])
             for key, name in ((source, "x"), (target, "y")):
                 if key and key.phases == phases:
-                    view = self.buffers.view(key, plane)
+                    view = self.buffers.view(key, p * phases[1])
                 else:
                     view = self.buffers.view(key) if key else _tensor(channels, height, width)
-                    view.data = (view.data or 0) + FLOAT * (p * view.row + q)
-                    view.row, view.column = view.row * phases[0], phases[1]
+                    view.data = (view.data or 0) + FLOAT * p * view.row
+                    view.plane, view.row, view.column = 1, view.row * phases[0], phases[1]
                 setattr(op, name, view)
             op.items = images * channels
-            found.append((op, FLOAT * (p * width + q)))
+            found.append((op, FLOAT * p * width))
         return found
 
     def mean(self, source: Key) -> Operation:

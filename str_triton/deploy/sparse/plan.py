@@ -132,7 +132,7 @@ class Segment:
     def close(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Put the stages side by side, and note which pointers wait for a tensor."""
         self.stages = (Stage * len(self.tasks))(
-            *(Stage(ctypes.addressof(array), len(array), 0) for array in self.operations)
+            *(Stage(ctypes.addressof(array), len(array)) for array in self.operations)
         )
         self.inputs: list[tuple[View, str, int]] = []
         self.outputs: list[tuple[str, tuple[int, ...], list[tuple[View, int]]]] = []

@@ -34,7 +34,7 @@ class Operation(ctypes.Structure):
 class Stage(ctypes.Structure):
     """Operations that wait for nobody."""
 
-    _fields_ = [("operations", ctypes.c_void_p), ("count", ctypes.c_int64), ("chained", ctypes.c_int64)]
+    _fields_ = [("operations", ctypes.c_void_p), ("count", ctypes.c_int64)]
 
 
 TAP = np.dtype([("value", np.float32), ("offset", np.int32)])
