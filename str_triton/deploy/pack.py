@@ -24,7 +24,7 @@ from str_triton.deploy.packed_file import (
     read_packed,
     write_packed,
 )
-from str_triton.deploy.plain_state import plain_state
+from str_triton.deploy.plain_state import plain_state, unwrapped
 from str_triton.deploy.summary import PackedSummary, PackedTensor
 
 # What weights are rounded to; None: they are not.
@@ -45,7 +45,8 @@ def pack(
 
     The zeros decide, whatever the layer: a tensor is stored as its other values and their positions where that is
     smaller, else as it is. Thresholded layers store what their forward uses, matrices with a learned rank the surviving
-    components (as `compact()` gives them), shared tensors are stored once. The model stays as it is.
+    components (as `compact()` gives them), shared tensors are stored once. Wrappers (torch.compile, DataParallel) are
+    looked through. The model stays as it is.
 
     Args:
         model: a module, or the state dict of one.
@@ -57,7 +58,7 @@ def pack(
             matrices in factors is counted here, which takes no example input.
         metadata: further facts to keep, of JSON's types.
         plain_zeros: store -0.0 as 0.0. Its sign costs a bit per zero where many are negative, as weight * mask leaves
-            them; it alters no output of a network.
+            them; no output changes by it, but for the sign of a zero.
 
     Returns:
         What the file holds, as `inspect` does.
@@ -73,6 +74,7 @@ def pack(
     """
     if values not in VALUES:
         raise ValueError(f"values must be one of {', '.join(map(repr, VALUES))}, got {values!r}")
+    model = unwrapped(model) if isinstance(model, nn.Module) else model
     state, products = plain_state(model)
     if budget is None and products:
         budget = count_ranks(model)

@@ -16,15 +16,14 @@ def plain_state(model: nn.Module | Mapping[str, Tensor]) -> tuple[State, Product
 
     The names are the plain model's: a thresholded layer gives the `weight` that its forward uses and no raw threshold.
     A `LowRankWeight` P with a threshold gives P.u and P.v of its surviving components, or P where dense is not larger,
-    as `compact()` does; one without gives its factors as they are. Shared tensors stay shared. Wrappers for several
-    devices and for torch.compile are looked through. The model stays as it is.
+    as `compact()` does; one without gives its factors as they are. Shared tensors stay shared, the model as it is.
 
     Raises:
         TypeError: neither a module nor a mapping.
         ValueError: an entry that is no dense tensor with values; the message names it.
     """
     if isinstance(model, nn.Module):
-        state, products = _state_of_module(_unwrapped(model))
+        state, products = _state_of_module(model)
     elif isinstance(model, Mapping):
         state, products = dict(model), {}
     else:
@@ -43,7 +42,8 @@ def plain_state(model: nn.Module | Mapping[str, Tensor]) -> tuple[State, Product
     return {name: tensor.detach() for name, tensor in state.items()}, products
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside of wrappers for several devices and of torch.compile, which put a word before all names."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module

@@ -279,6 +279,8 @@ def test_shared_factors(tmp_path: Path):
 def test_wrappers_are_looked_through(tmp_path: Path):
     model = sparsify(nn.Sequential(nn.Linear(30, 20)), initial_threshold=0.1)
     packed(torch.compile(nn.DataParallel(model)), tmp_path / "x")
+    low_rank = nn.Sequential(LowRankLinear(30, 20, max_rank=2))
+    assert packed(nn.DataParallel(low_rank), tmp_path / "y").budget == count_ranks(low_rank)
     assert same_bits(deploy.unpack(tmp_path / "x"), densify(model).state_dict())
 
 
