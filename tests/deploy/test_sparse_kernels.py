@@ -84,10 +84,8 @@ def test_cuts_and_densities(kernels, choice, density):
     torch.testing.assert_close(run(kernels, [node], x, choice), expected(node, x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("width", range(1, 17))
+@pytest.mark.parametrize("width", range(1, 18))
 def test_every_width(kernels, width):
-    if width > 8 and kernels.str_triton_lanes() != 16:
-        pytest.skip("strips are at most 8 vectors wide without AVX-512")
     node = convolution(thinned(3, 4, 3, 3, density=0.5), padding=1)
     x = torch.randn(1, 4, 20, 21)
     torch.testing.assert_close(
@@ -206,6 +204,6 @@ def test_other_processors(kernels, tmp_path: Path, flags: tuple[str, ...]):
     y = x
     for node in nodes:
         y = expected(node, y)
-    for width in range(1, 9):
+    for width in (*range(1, 9), 14):  # 14: a file may come from a processor with more registers.
         got = run(library, nodes, x, Choice("sparse", width, 3, 2))
         torch.testing.assert_close(got, y, rtol=1e-4, atol=1e-4)

@@ -14,7 +14,6 @@ class Choice:
         width: vectors of pixels that stay in registers.
         tiles, blocks: into how many parts the pixels and the output channels are cut, for the threads to share.
         ms_dense, ms: measured milliseconds of torch's fastest dense execution and of this one; None: not measured.
-        reason: why a layer is left to torch; "" if it is not.
     """
 
     execution: str
@@ -23,4 +22,3 @@ class Choice:
     blocks: int = 1
     ms_dense: float | None = None
     ms: float | None = None
-    reason: str = ""

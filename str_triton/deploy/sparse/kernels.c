@@ -15,12 +15,23 @@
 #include <omp.h>
 #endif
 
+/* Floats in a register, and how many registers a strip may take: about half to most of what the processor has. */
 #if defined(__AVX512F__)
 #define LANES 16
+#define WIDEST 16
+#define COPIES(x) x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x
 #elif defined(__AVX__)
 #define LANES 8
+#define WIDEST 8
+#define COPIES(x) x, x, x, x, x, x, x, x
 #else
 #define LANES 4
+#ifdef __aarch64__
+#define WIDEST 16
+#else
+#define WIDEST 8
+#endif
+#define COPIES(x) x, x, x, x
 #endif
 
 typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
@@ -67,7 +78,7 @@ typedef struct {
     int64_t begin, end; /* channels */
 } strip;
 
-static inline vec splat(float value) { return value - (vec){0}; }
+static inline vec splat(float value) { return (vec){COPIES(value)}; }
 
 static inline vec choose(bits where, vec a, vec b) { return (vec)((where & (bits)a) | (~where & (bits)b)); }
 
@@ -80,7 +91,6 @@ static inline vec clamp(vec v, vec low, vec high) {
 }
 
 /* `width` is a constant in each copy that the compiler makes of these two, so that the sums live in registers. */
-#define WIDEST 16
 #define EACH(j) for (int j = 0; j < width; j++)
 
 static inline __attribute__((always_inline)) void convolve(const operation *op, strip s, const int width) {
@@ -125,7 +135,7 @@ static inline __attribute__((always_inline)) void max_pool(const operation *op, 
 static __attribute__((noinline)) void run_strip(const operation *op, strip s, int64_t width) {
     switch (width) {
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
-#if LANES == 16 || defined(__aarch64__)
+#if WIDEST == 16
         CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14) CASE(15) CASE(16)
 #endif
     }
@@ -137,7 +147,8 @@ static void strips(const operation *op, int64_t item) {
     const int64_t image = item / op->tiles / op->planes % op->images, block = item / op->tiles / op->planes / op->images;
     const int64_t vectors = op->length / LANES;
     const int64_t end = vectors * (tile + 1) / op->tiles;
-    for (int64_t v = vectors * tile / op->tiles; v < end; v += op->width) {
+    const int64_t width = op->width < WIDEST ? op->width : WIDEST;
+    for (int64_t v = vectors * tile / op->tiles; v < end; v += width) {
         const int64_t q = v * LANES;
         const strip s = {
             .x = op->x.data + image * op->x.image + plane * op->x.plane + q,
@@ -149,7 +160,7 @@ static void strips(const operation *op, int64_t item) {
             .begin = op->block_first[block],
             .end = op->block_first[block + 1],
         };
-        run_strip(op, s, end - v < op->width ? end - v : op->width);
+        run_strip(op, s, end - v < width ? end - v : width);
     }
 }
 
@@ -224,7 +235,7 @@ static void run_share(const stage *s, int64_t thread, int64_t threads) {
 void str_triton_run(const stage *stages, int64_t count, int64_t threads) {
 #ifdef _OPENMP
     if (threads > 1) {
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads((int)threads)
         for (int64_t i = 0; i < count; i++) {
             run_share(stages + i, omp_get_thread_num(), omp_get_num_threads());
 #pragma omp barrier

@@ -97,7 +97,7 @@ class SparseModel(CompiledModel):
         """
         self(x)
         with torch.no_grad(), self._lock:
-            return profile(self._plan(x), x)
+            return profile(self._plan(x), x.clone())
 
     def _layers(self) -> Iterable[tuple[Layer, Choice]]:
         return ((node, self.choices[node.name]) for node in self.graph.layers())

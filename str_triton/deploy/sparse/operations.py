@@ -2,7 +2,6 @@
 
 import ctypes
 import math
-from collections.abc import Iterable
 
 import numpy as np
 from torch import Tensor
@@ -19,7 +18,7 @@ class Operations:
 
     def __init__(self, buffers: Buffers) -> None:
         self.buffers = buffers
-        self._kept: dict[int, list[np.ndarray]] = {}
+        self._kept: list[np.ndarray] = []
         self._masks: dict[tuple, np.ndarray] = {}
 
     def window(
@@ -121,7 +120,7 @@ class Operations:
         for name, array in arrays.items():
             if array is not None:
                 array = np.ascontiguousarray(array)
-                self._kept.setdefault(array.ctypes.data, []).append(array)
+                self._kept.append(array)
                 setattr(op, name, array.ctypes.data)
 
     def _mask(self, key: Key, length: int) -> np.ndarray:
@@ -148,9 +147,3 @@ def _nonzeros(node: Convolution | Linear) -> tuple[np.ndarray, np.ndarray]:
     if isinstance(node, Convolution) and node.groups > 1:
         index[1] += index[0] // (weight.shape[0] // node.groups) * weight.shape[1]
     return index, values
-
-
-def keep_inside(ops: Iterable[Operation]) -> ctypes.Array:
-    """Operations side by side, as a stage wants them."""
-    ops = list(ops)
-    return (Operation * len(ops))(*ops)

@@ -15,14 +15,8 @@ from str_triton.deploy.sparse.buffers import Buffers
 from str_triton.deploy.sparse.by_torch import run_torch
 from str_triton.deploy.sparse.choice import Choice
 from str_triton.deploy.sparse.draft import Draft, Task, place
-from str_triton.deploy.sparse.graph import (
-    Graph,
-    Input,
-    Node,
-    references,
-    substitute,
-)
-from str_triton.deploy.sparse.operations import Operations, keep_inside
+from str_triton.deploy.sparse.graph import Graph, Input, Node, references, substitute
+from str_triton.deploy.sparse.operations import Operations
 from str_triton.deploy.sparse.structs import Operation, Stage, View
 
 
@@ -126,7 +120,7 @@ class Segment:
 
     def add(self, task: Task, operations: list[Operation], begins: list[int]) -> None:
         self.tasks.append(task)
-        self.operations.append(keep_inside(operations))
+        self.operations.append((Operation * len(operations))(*operations))
         self._begins.append(begins)
 
     def close(self, shapes: dict[str, tuple[int, ...]]) -> None:

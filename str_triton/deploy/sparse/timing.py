@@ -17,6 +17,7 @@ from str_triton.deploy.sparse.graph import Convolution, Graph, Input, Layer, Lin
 from str_triton.deploy.sparse.plan import Plan, Segment
 from str_triton.deploy.sparse.structs import LINEAR
 
+_DENSE = ("dense", "channels_last")
 BUDGET = 0.02  # seconds for one candidate
 CALLS = 30
 PASSES = 30
@@ -63,8 +64,9 @@ def choose(
 
     A layer by the kernels beside one by torch costs a copy between their forms, which is weighed against the time won.
     """
-    cold = Cold()
-    by_torch = {node.name: _by_torch(node, shapes, cold) for node in graph.layers()}
+    cold, example = Cold(), example.clone()  # An in-place layer may come first.
+    timed = {node.name: _by_torch(node, shapes, cold) for node in graph.layers()}
+    by_torch = {name: min(found.values(), key=lambda choice: choice.ms) for name, found in timed.items()}
     if library is None or not by_torch:
         return by_torch
     ours = {node.name: Choice("sparse", tiles=4 * torch.get_num_threads()) for node in graph.layers()}
@@ -75,11 +77,11 @@ def choose(
         name: replace(choice, ms_dense=by_torch[name].ms_dense) for name, choice in by_kernel.items() if choice
     }
     candidates = [_weigh(graph, shapes, by_torch, by_kernel)]
-    for execution in ("dense", "channels_last"):
-        candidates.append({name: replace(choice, execution=execution) for name, choice in by_torch.items()})
-    candidates[2] |= {node.name: candidates[1][node.name] for node in graph.layers() if isinstance(node, Linear)}
-    seconds = [_network(Plan(graph, shapes, choices, library), example) for choices in candidates]
-    return candidates[seconds.index(min(seconds))]
+    # Beside channels_last there are no changes of format to pay, which each layer alone has to.
+    candidates += [{name: found.get(e, found["dense"]) for name, found in timed.items()} for e in _DENSE]
+    plans = [Plan(graph, shapes, choices, library) for choices in candidates]
+    times = [milliseconds(lambda plan=plan: plan.run(example), budget=10 * BUDGET) for plan in plans]
+    return candidates[times.index(min(times))]
 
 
 def _weigh(
@@ -94,22 +96,23 @@ def _weigh(
     for node in graph.nodes:
         for name in node.inputs:
             readers[name].add(node.name)
-    followers = {node.name for node in graph.nodes if isinstance(node, MaxPool | Mean)}
-    is_image = {node.name: isinstance(node, Convolution) for node in graph.nodes}
+    nodes = {node.name: node for node in graph.nodes}
+    pools = {node.name for node in graph.nodes if isinstance(node, MaxPool | Mean)}
     choices = by_torch | by_kernel
 
     def ours(name: str) -> bool:
-        return is_image[name] and choices[name].execution == "sparse"
+        if isinstance(nodes[name], MaxPool):
+            return ours(nodes[name].inputs[0])
+        return isinstance(nodes[name], Convolution) and choices[name].execution == "sparse"
 
     def crossings(name: str) -> float:
         """Milliseconds of the copies of one value; a pool reads whatever form there is."""
-        forms = {ours(reader) for reader in readers[name] - followers}
+        forms = {ours(reader) for reader in readers[name] - pools}
         return copies[name] * len(forms - {ours(name)})
 
     def local(name: str) -> float:
-        return choices[name].ms + sum(map(crossings, {name, *inputs[name]}))
+        return choices[name].ms + sum(map(crossings, {name, *nodes[name].inputs}))
 
-    inputs = {node.name: node.inputs for node in graph.nodes}
     changed = True
     while changed:
         changed = False
@@ -128,10 +131,6 @@ def _copy_milliseconds(shape: tuple[int, ...]) -> float:
     x = torch.ones(shape)
     y = torch.empty_like(x)
     return milliseconds(lambda: y.copy_(x), budget=BUDGET / 10)
-
-
-def _network(plan: Plan, example: Tensor) -> float:
-    return milliseconds(lambda: plan.run(example), budget=10 * BUDGET)
 
 
 def profile(plan: Plan, x: Tensor, passes: int = PASSES) -> list[tuple[str, str, float]]:
@@ -177,15 +176,14 @@ def _kind(node: Node, task: str) -> str:
     return "torch"
 
 
-def _by_torch(node: Layer, shapes: dict[str, tuple[int, ...]], cold: Cold) -> Choice:
-    """The fastest execution by torch, with the time of the fastest dense one."""
+def _by_torch(node: Layer, shapes: dict[str, tuple[int, ...]], cold: Cold) -> dict[str, Choice]:
+    """The executions by torch, with their times and that of the fastest dense one."""
     values: dict[str, Tensor] = {name: torch.randn(shapes[name]) for name in node.inputs}
-    found = []
+    times = {}
     for execution in _executions(node, values):
-        choice = Choice(execution)
-        found.append(replace(choice, ms=cold.milliseconds(lambda choice=choice: run_torch(node, values, choice))))
-    dense = min(choice.ms for choice in found if choice.execution != "csr")
-    return replace(min(found, key=lambda choice: choice.ms), ms_dense=dense)
+        times[execution] = cold.milliseconds(functools.partial(run_torch, node, values, Choice(execution)))
+    dense = min(ms for execution, ms in times.items() if execution in _DENSE)
+    return {execution: Choice(execution, ms=ms, ms_dense=dense) for execution, ms in times.items()}
 
 
 def _executions(node: Layer, values: dict[str, Tensor]) -> list[str]:
