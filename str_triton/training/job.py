@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from functools import partial
@@ -51,7 +52,9 @@ def run_job(program: Callable[[], None]) -> int:
 def _run_among_others(program: Callable[[], None]) -> None:
     with blame_input(ValueError, DistError):  # an environment without MASTER_ADDR, or nobody there
         store, rank, size = next(rendezvous("env://"))
-    with Watch(PrefixStore("job", store), rank, size) as watch:
+    with Watch(PrefixStore("job", store), rank, size) as watch, warnings.catch_warnings():
+        if rank > 0:  # process 0 gives the same ones
+            warnings.simplefilter("ignore")
         try:
             program()
             _close_group()

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -78,7 +79,7 @@ def ends_of(folder: Path) -> list[dict]:
 def whole_job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Job]:
     """A job of two processes that nothing disturbed, and how it ended."""
     folder = tmp_path_factory.mktemp("job") / "run"
-    return folder, train_together(folder)
+    return folder, train_together(folder, disturb=warn_in_all)
 
 
 def test_process_0_alone_prints_and_writes(whole_job: tuple[Path, Job]):
@@ -86,7 +87,8 @@ def test_process_0_alone_prints_and_writes(whole_job: tuple[Path, Job]):
     assert ended.codes == [0, 0]
     assert ended.out[0].count("report: ") == 1
     assert "epoch 2/2" in ended.out[0]
-    assert ended.out[1] == ended.err[0] == ended.err[1] == ""
+    assert ended.err[0].count("UserWarning: look out") == 1
+    assert ended.out[1] == ended.err[1] == ""
     assert {path.name for path in folder.parent.iterdir()} == {"run", "run-0.pt", "run-1.pt"} | {
         f"{kind}{number}" for kind in ("out", "err") for number in range(2)
     }
@@ -138,6 +140,10 @@ def on_step(step: int, act: Callable[[], None], *ranks: int) -> None:
         return original(*args)
 
     train.learning_rate = learning_rate
+
+
+def warn_in_all() -> None:
+    on_step(2, lambda: warnings.warn("look out", stacklevel=1), 0, 1)
 
 
 def raise_(error: Exception) -> None:
