@@ -11,6 +11,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -44,17 +45,22 @@ def main(args: Sequence[str] | None = None) -> int:
 
 @dataclass(kw_only=True)
 class Experiment(Loop):
-    """What is trained, on what. ``example`` is an input of the model, ``budget`` what it cost when last counted."""
+    """What is trained, on what. ``example`` is an input of the model, ``budget`` what it cost when last counted.
+
+    ``corrupt`` holds a line about each image that this process has skipped in the epoch.
+    """
 
     config: Config
     data: Data
+    corrupt: list[str]
     example: Tensor
     budget: Budget
 
     @classmethod
     def prepare(cls, config: Config, accelerator: Accelerator) -> "Experiment":
         with blame_input(ValueError, OSError):
-            data = load(config.data, config.data_dir)
+            corrupt: list[str] = []
+            data = load(config.data, config.data_dir, corrupt.append if config.skip_corrupt else None)
             steps = steps_per_epoch(data.train, config.batch_size, drop_last=True, world_size=accelerator.num_processes)
             torch.manual_seed(config.seed)
             model = initial_model(config, data)
@@ -79,13 +85,14 @@ class Experiment(Loop):
             optimizer=optimizer,
             controller=controller,
             data=data,
+            corrupt=corrupt,
             example=example,
             budget=count(model, example),
         )
 
     def batches(self, epoch: int, start: int, *, training: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
         with blame_input(ValueError, OSError):
-            for images, labels in batches(
+            yield from batches(
                 self.data.train if training else self.data.test,
                 batch_size=self.config.batch_size,
                 seed=self.config.seed,
@@ -97,9 +104,9 @@ class Experiment(Loop):
                 drop_last=training,
                 rank=self.accelerator.process_index,
                 world_size=self.accelerator.num_processes,
-            ):
-                device = self.accelerator.device
-                yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+                device=self.accelerator.device,
+                on_corrupt=self.corrupt.append if self.config.skip_corrupt else None,
+            )
 
     def forward(self, batch: tuple[Tensor, Tensor]) -> Outcome:
         images, labels = batch
@@ -130,11 +137,25 @@ class Experiment(Loop):
             "loss": test.loss,
             "accuracy": test.accuracy,
             **{key: getattr(self.budget, key) for key in ("sparsity", "nonzeros", "flops")},
+            **({"corrupt": self.report_corrupt(run, epoch)} if self.config.skip_corrupt else {}),
             "layers": {r.name: {"sparsity": r.sparsity, "threshold": r.threshold} for r in self.budget.rows},
         }
 
+    def report_corrupt(self, run: Run, epoch: int) -> int:
+        """Print the images that any process has skipped in the epoch and its test, and return how many they are."""
+        lines = sorted(set(gather_object(self.corrupt)))
+        self.corrupt.clear()
+        for line in lines:
+            run.say(f"skipped in epoch {epoch}: {line}")
+        return len(lines)
+
+    def state(self) -> dict[str, Any]:
+        own = {"corrupt": gather_object(self.corrupt)} if self.config.skip_corrupt else {}
+        return super().state() | own
+
     def load_state(self, state: dict[str, Any]) -> None:
         super().load_state(state)
+        self.corrupt[:] = state.get("corrupt", [])
         self.budget = count(self.model, self.example)
 
     def status(self, epoch: int, means: Means) -> str:

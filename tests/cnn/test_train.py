@@ -43,9 +43,10 @@ def test_the_saved_model_is_dense_and_has_the_measured_accuracy(whole_run: Path)
     model = build("resnet-digits", num_classes=10, in_channels=1)
     model.load_state_dict(safetensors.torch.load_file(whole_run / "model.safetensors"))
     test = data.load("digits").test
-    images, labels = test.batch(torch.arange(len(test)), seed=0, epoch=0, augment=False)
+    pixels, labels = test.batch(torch.arange(len(test)), seed=0, epoch=0, augment=False)
+    images = test.normalisation(pixels)
     summary = json.loads((whole_run / "summary.json").read_text())
-    assert (model.eval()(test.normalisation(images)).argmax(1) == labels).double().mean() == pytest.approx(summary["accuracy"], abs=0.003)
+    assert (model.eval()(images).argmax(1) == labels).double().mean() == pytest.approx(summary["accuracy"], abs=0.003)
     assert count(model, images[:1]).nonzeros == summary["nonzeros"]
 
 
