@@ -152,7 +152,10 @@ class LogMel:
     def _features(self, waveforms: Tensor) -> Tensor:
         if not waveforms.is_floating_point():
             waveforms = waveforms.float() / 32768
-        frames = F.pad(waveforms, (MARGIN, MARGIN)).unfold(1, WINDOW, HOP)
-        spectrum = torch.fft.rfft(frames * self.window)
+        return self.of_windows(F.pad(waveforms, (MARGIN, MARGIN)).unfold(1, WINDOW, HOP))
+
+    def of_windows(self, windows: Tensor) -> Tensor:
+        """The features of windows of samples between -1 and 1, float32 [..., 400] -> [..., 32]."""
+        spectrum = torch.fft.rfft(windows * self.window)
         power = spectrum.real.square() + spectrum.imag.square()
         return (power @ self.filters + FLOOR).log_()

@@ -1,0 +1,99 @@
+"""Sound that comes piece by piece: 16-bit samples from a stream, and their log-mel features."""
+
+import struct
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from rnn.data.audio import BANDS, EXTENSIBLE, HOP, MARGIN, PCM, RATE, WINDOW, LogMel
+from str_triton.training.errors import warn
+
+PIECE = RATE // 10  # samples that are read at once
+ENDLESS = (0, 0xFFFFFFFF)  # the sizes that a recorder writes which cannot know better
+
+
+class LogMelStream:
+    """The features of `LogMel` of a recording of any length, as its samples come.
+
+    Called with int16 [any] it gives the frames that are whole now, float32 [frames, 32]. Those of all calls together
+    are `LogMel`'s of the recording, without the last frame, for which it puts zeros behind the end.
+    """
+
+    def __init__(self) -> None:
+        self._log_mel = LogMel()
+        self._kept = torch.zeros(MARGIN)
+
+    def __call__(self, samples: Tensor) -> Tensor:
+        sound = torch.cat([self._kept, samples.float() / 32768])
+        count = max(0, (len(sound) - WINDOW) // HOP + 1)
+        self._kept = sound[count * HOP :]
+        if count == 0:
+            return torch.empty(0, BANDS)
+        return self._log_mel.of_windows(sound[: (count - 1) * HOP + WINDOW].unfold(0, WINDOW, HOP))
+
+
+def pieces(stream: BinaryIO, name: str, rate: int | None) -> Iterator[Tensor]:
+    """The samples of a stream, int16 [up to 1600] at a time: a WAV file's, or with ``rate`` bare little-endian ones.
+
+    Raises ValueError, naming ``name``, for an empty stream, a stream that is no WAV file, and sound that is not of 16
+    bits, one channel and 16 kHz.
+    """
+    if rate is not None:
+        _check_rate(name, rate)
+        left = None
+    else:
+        left = _wav_header(stream, name)
+    empty = True
+    while left is None or left > 0:
+        wanted = 2 * PIECE if left is None else min(2 * PIECE, left)
+        content = stream.read(wanted)
+        left = None if left is None else left - len(content)
+        if len(content) < wanted and left:
+            warn(f"{name} is truncated: {left} bytes of sound are missing")
+            left = 0
+        if len(content) >= 2:
+            empty = False
+            yield torch.frombuffer(bytearray(content[: len(content) // 2 * 2]), dtype=torch.int16)
+        if len(content) < wanted:
+            break
+    if empty:
+        raise ValueError(f"{name} is empty: there is no sound in it")
+
+
+def _wav_header(stream: BinaryIO, name: str) -> int | None:
+    """Read up to the samples; how many bytes of them the header promises, None: until the end."""
+    begin = stream.read(12)
+    if not begin:
+        raise ValueError(f"{name} is empty")
+    if begin[:4] != b"RIFF" or begin[8:] != b"WAVE":
+        raise ValueError(f"{name} is no WAV file; for bare 16-bit samples give their rate, --rate {RATE}")
+    form = None
+    while len(chunk := stream.read(8)) == 8:
+        kind, size = struct.unpack("<4sI", chunk)
+        if kind == b"data" and form is not None:
+            _check_form(name, form)
+            return None if size in ENDLESS else size
+        content = stream.read(size + size % 2)
+        if kind == b"fmt ":
+            form = content
+    raise ValueError(f"{name} is truncated: it ends before its sound begins")
+
+
+def _check_form(name: str, form: bytes) -> None:
+    if len(form) < 16:
+        raise ValueError(f"{name}: its WAV header is damaged")
+    code, channels, rate, _, _, bits = struct.unpack_from("<HHIIHH", form)
+    if code == EXTENSIBLE and len(form) >= 26:
+        code = struct.unpack_from("<H", form, 24)[0]
+    if (code, bits) != (PCM, 16):
+        raise ValueError(f"{name}: WAV format {code} of {bits} bits; it takes PCM of 16 bits")
+    if channels != 1:
+        raise ValueError(f"{name} has {channels} channels; it takes one: mix them")
+    _check_rate(name, rate)
+
+
+def _check_rate(name: str, rate: int) -> None:
+    if rate != RATE:
+        raise ValueError(f"{name} is at {rate} Hz; the networks were trained at {RATE} Hz: resample it")

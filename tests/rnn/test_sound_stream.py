@@ -1,0 +1,76 @@
+"""Sound piece by piece: the features of the whole, and every input that cannot be listened to."""
+
+import io
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rnn.data.audio import BANDS, RATE, LogMel, write_wav
+from rnn.data.sound_stream import LogMelStream, pieces
+
+
+def noise(count: int) -> torch.Tensor:
+    return (torch.randn(count, generator=torch.Generator().manual_seed(0)) * 3000).to(torch.int16)
+
+
+@pytest.mark.parametrize("lengths", [[50_000], [1] * 700 + [159, 160, 161, 400, 3000], [1600] * 20, [7, 7, 7]])
+def test_features_are_those_of_the_whole_recording(lengths: list[int]) -> None:
+    sound, stream = noise(sum(lengths)), LogMelStream()
+    parts = [stream(piece) for piece in sound.split(lengths)]
+    assert all(part.shape[1] == BANDS for part in parts)
+    frames = torch.cat(parts)
+    whole = LogMel()(sound[None])[0] if len(sound) > 400 else torch.empty(1, BANDS)
+    # A frame ends 360 samples after it begins, except that the last one may end in 40 zeros.
+    assert len(frames) == max(0, (len(sound) + 40 - 400) // 160 + 1)
+    assert len(whole) - 1 <= len(frames) <= len(whole)
+    torch.testing.assert_close(frames, whole[: len(frames)], rtol=0, atol=1e-5)
+
+
+def test_a_wav_file_and_bare_samples_are_the_same(tmp_path: Path) -> None:
+    sound = noise(5000)
+    write_wav(tmp_path / "x.wav", sound.numpy())
+    content = (tmp_path / "x.wav").read_bytes()
+    read = list(pieces(io.BytesIO(content), "x", None))
+    assert torch.equal(torch.cat(read), sound)
+    assert [len(piece) for piece in read] == [1600, 1600, 1600, 200]
+    assert torch.equal(torch.cat(list(pieces(io.BytesIO(sound.numpy().tobytes() + b"x"), "x", RATE))), sound)
+    trailing = content + b"LIST" + struct.pack("<I", 4) + b"abcd"
+    assert torch.equal(torch.cat(list(pieces(io.BytesIO(trailing), "x", None))), sound)
+    endless = content.replace(struct.pack("<4sI", b"data", 10_000), struct.pack("<4sI", b"data", 0xFFFFFFFF))
+    assert torch.equal(torch.cat(list(pieces(io.BytesIO(endless), "x", None))), sound)
+
+
+def test_a_truncated_file_is_heard_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_wav(tmp_path / "x.wav", noise(5000).numpy())
+    content = (tmp_path / "x.wav").read_bytes()[:-2000]
+    assert sum(map(len, pieces(io.BytesIO(content), "x.wav", None))) == 4000
+    assert capsys.readouterr().err == "warning: x.wav is truncated: 2000 bytes of sound are missing\n"
+
+
+def wav(channels: int = 1, rate: int = RATE, bits: int = 16, code: int = 1) -> bytes:
+    form = struct.pack("<HHIIHH", code, channels, rate, rate * channels * bits // 8, channels * bits // 8, bits)
+    sound = np.zeros(1000, "<i2").tobytes()
+    return b"RIFF\0\0\0\0WAVEfmt " + struct.pack("<I", 16) + form + b"data" + struct.pack("<I", len(sound)) + sound
+
+
+@pytest.mark.parametrize(
+    ("content", "rate", "message"),
+    [
+        (b"", None, "x is empty"),
+        (b"", RATE, "x is empty: there is no sound in it"),
+        (b"hello, this is text", None, "x is no WAV file; for bare 16-bit samples give their rate, --rate 16000"),
+        (wav()[:20], None, "x is truncated: it ends before its sound begins"),
+        (wav()[:44], None, "x is empty: there is no sound in it"),
+        (wav(channels=2), None, "x has 2 channels; it takes one: mix them"),
+        (wav(rate=44_100), None, "x is at 44100 Hz; the networks were trained at 16000 Hz: resample it"),
+        (b"\0\0", 8000, "x is at 8000 Hz"),
+        (wav(bits=8), None, "x: WAV format 1 of 8 bits; it takes PCM of 16 bits"),
+        (wav(bits=32, code=3), None, "x: WAV format 3 of 32 bits"),
+    ],
+)
+def test_other_sound_is_refused(content: bytes, rate: int | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        list(pieces(io.BytesIO(content), "x", rate))
