@@ -56,6 +56,9 @@ def load_hub(place: str, on_corrupt: OnCorrupt = None) -> Data:
     Takes the columns image (or img) and label (or labels, fine_label), and the splits train and test (or validation,
     where test is missing or hides its labels); without either a fifth of train, stratified and always the same, is held
     out. Raises ValueError, in one line, also for what the `datasets` library reports.
+
+    Parquet files are converted once, below HF_DATASETS_CACHE, to Arrow files, which take about as much disk again; what
+    `save_to_disk` wrote is mapped into memory where it lies. Images are read in random order: keep them on a fast disk.
     """
     splits = read_splits(place, ":")
     name = f"hub:{place}"
