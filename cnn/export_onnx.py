@@ -60,7 +60,8 @@ def _exported(model: nn.Module, example: Tensor, label: str) -> Any:
                 verbose=False,
             )
     except torch.onnx.errors.OnnxExporterError as error:
-        raise UserError(f"{label}: PyTorch cannot export this network to ONNX: {one_line(error)[:300]}") from error
+        reason = one_line(error.__cause__ or error)[:300]
+        raise UserError(f"{label}: PyTorch cannot export this network to ONNX: {reason}") from error
     proto = program.model_proto
     for node in proto.graph.node:  # the places in this machine's files that each came from
         del node.metadata_props[:]

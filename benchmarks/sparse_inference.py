@@ -1,0 +1,230 @@
+"""How fast `deploy.compile_sparse` makes published budgets on the CPU, beside PyTorch, onnxruntime and deepsparse.
+
+    python -m benchmarks.sparse_inference NETWORK [--rounds 11] [--threads 2] [--deepsparse PYTHON] [--until STEP]
+
+NETWORK is one of mobilenetv1-89.01, resnet50-90.23, resnet50-95.03, resnet50-98.05: random masks at the published
+per-layer budgets, batch 1, 224x224. Three steps, of which those that are done are not done again while --work has
+their files: "prepare" (weights, ONNX, what torch.compile makes: not timed), "compile" (ours, which times the executions
+of each layer), and "time" (all in turns, medians). The two last need a quiet machine. PYTHON is that of an environment
+of its own with `pip install deepsparse==1.8.0` (Python 3.11); without it that peer is left out. Results are merged into
+benchmarks/results/sparse_inference.json, one entry per network.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.sparse_inference_peers import Contender, DeepSparse, compiled, eager, onnx_file, onnxruntime_session
+from benchmarks.timing import RESULTS, machine, version
+from cnn.models import build
+from cnn.published import layer_sparsities
+from str_triton import count, deploy
+
+NETWORKS = {
+    f"{model}-{sparsity:.2f}": (model, sparsity)
+    for model, sparsity in (("mobilenetv1", 89.01), ("resnet50", 90.23), ("resnet50", 95.03), ("resnet50", 98.05))
+}
+STEPS = ("prepare", "compile", "time")
+RESULT = RESULTS / "sparse_inference.json"
+OURS = "compile_sparse"
+SETTLE = 0.05  # seconds until the threads of the one before no longer spin
+WARM, SECONDS = 3, 0.25  # calls of a turn that are not timed, and how long those that are take together, about
+
+
+def random_network(model_name: str, sparsity: float, example: Tensor) -> nn.Module:
+    """Random weights and masks at the published per-layer budget, and batch norms that fit them."""
+    torch.manual_seed(0)
+    model = build(model_name)
+    for layer, percent in layer_sparsities(model_name, sparsity).items():
+        weight = model.get_submodule(layer).weight.data
+        weight.view(-1)[torch.randperm(weight.numel())[: round(weight.numel() * percent / 100)]] = 0
+    # Without statistics of their own the layers' outputs would shrink to denormal numbers, which take longer.
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():
+        model.train()(torch.randn(4, *example.shape[1:]))
+    return model.eval()
+
+
+def prepare(name: str, work: Path, example: Tensor) -> nn.Module:
+    """The network, and beside it its ONNX file and what torch.compile makes of it."""
+    weights, onnx = work / f"{name}.pt", work / f"{name}.onnx"
+    if weights.exists():
+        model = build(NETWORKS[name][0]).eval()
+        model.load_state_dict(torch.load(weights, weights_only=True))
+    else:
+        model = random_network(*NETWORKS[name], example)
+        torch.save(model.state_dict(), weights)
+    if not onnx.exists():
+        onnx_file(model, example, onnx)
+        with torch.inference_mode():
+            for function in compiled(model, example).values():
+                function()
+    return model
+
+
+def compile_ours(name: str, work: Path, model: nn.Module, example: Tensor) -> nn.Module:
+    """What compile_sparse makes of the network, from its file where there is one."""
+    path = work / f"{name}.sparse"
+    if not path.exists():
+        begin = time.perf_counter()
+        network = deploy.compile_sparse(model, example)
+        (work / f"{name}.seconds").write_text(f"{time.perf_counter() - begin:.1f}")
+        network.save(path)
+    return deploy.load_sparse(path)
+
+
+def fastest(variants: dict[str, Callable[[], Tensor]]) -> tuple[str, Callable[[], Tensor]]:
+    """The variant whose median over alternating calls is the smallest, and its name."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for function in variants.values():
+        function()
+    for _ in range(7):
+        for name, function in variants.items():
+            function()
+            begin = time.perf_counter()
+            function()
+            seconds[name].append(time.perf_counter() - begin)
+    best = min(variants, key=lambda name: median(seconds[name]))
+    return best, variants[best]
+
+
+def in_turns(contenders: dict[str, Contender], rounds: int) -> dict[str, list[float]]:
+    """The median seconds of a call of each contender in each round; in a round every one has its turn."""
+    calls = {name: max(3, round(SECONDS / contender(WARM))) for name, contender in contenders.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, contender in contenders.items():
+            time.sleep(SETTLE)
+            contender(WARM)
+            seconds[name].append(contender(calls[name]))
+    return seconds
+
+
+def repeated(function: Callable[[], Any]) -> Contender:
+    """A contender of this process."""
+
+    def turn(calls: int) -> float:
+        seconds = []
+        for _ in range(calls):
+            begin = time.perf_counter()
+            function()
+            seconds.append(time.perf_counter() - begin)
+        return median(seconds)
+
+    return turn
+
+
+def measure(options: argparse.Namespace, model: nn.Module, ours: nn.Module, example: Tensor) -> dict[str, Any]:
+    """The entry of one network."""
+    name, work, threads = options.network, options.work, options.threads
+    expected = model(example)
+    session = onnxruntime_session(work / f"{name}.onnx", threads)
+    eager_name, eager_call = fastest(eager(model, example))
+    compiled_name, compiled_call = fastest(compiled(model, example))
+    calls = {
+        OURS: lambda: ours(example),
+        "eager": eager_call,
+        "torch.compile": compiled_call,
+        "onnxruntime": lambda: torch.from_numpy(session.run(None, {"images": example.numpy()})[0]),
+    }
+    contenders = {key: repeated(call) for key, call in calls.items()}
+    outputs = {key: call() for key, call in calls.items()}
+    versions = {"onnxruntime": version("onnxruntime")}
+    with contextlib.ExitStack() as stack:
+        if options.deepsparse is not None:
+            peer = DeepSparse(options.deepsparse, work / f"{name}.onnx", threads, example, work)
+            stack.callback(peer.close)
+            contenders["deepsparse"], outputs["deepsparse"] = peer.turn, peer.output
+            versions["deepsparse"] = peer.version
+        seconds = in_turns(contenders, options.rounds)
+    budget = count(model, example)
+    return {
+        "machine": {**machine(), **versions},
+        "sparsity": budget.sparsity,
+        "flops": budget.flops,
+        "batch": 1,
+        "image": list(example.shape[1:]),
+        "threads": threads,
+        "rounds": options.rounds,
+        "variants": {"eager": eager_name, "torch.compile": compiled_name},
+        "milliseconds": {key: 1e3 * median(values) for key, values in seconds.items()},
+        "quickest_milliseconds": {key: 1e3 * min(values) for key, values in seconds.items()},
+        "times_as_fast": {key: ratio(values, seconds[OURS]) for key, values in seconds.items() if key != OURS},
+        "largest_difference": {key: float((output - expected).abs().max()) for key, output in outputs.items()},
+        "largest_score": float(expected.abs().max()),
+        "compile_seconds": float((work / f"{name}.seconds").read_text()),
+        "share_of_time": shares(model, ours, example),
+        "layers": ours.table().splitlines(),
+    }
+
+
+def ratio(theirs: list[float], ours: list[float]) -> float:
+    """How many times as fast ours is: the median over the rounds of their time over ours in the same round."""
+    return median(a / b for a, b in zip(theirs, ours, strict=True))
+
+
+def shares(model: nn.Module, ours: nn.Module, example: Tensor, rounds: int = 9) -> dict[str, float]:
+    """The share of time of each kind of step in ours, its steps measured one by one; convolutions by their kernel."""
+    profiles = [ours.profile(example) for _ in range(rounds)]
+    spent: dict[str, float] = defaultdict(float)
+    for steps in zip(*profiles, strict=True):
+        layer, kind, _ = steps[0]
+        if kind == "convolution":
+            kind = "{}x{} convolution".format(*model.get_submodule(layer).kernel_size)
+        spent[kind] += median(milliseconds for *_, milliseconds in steps)
+    total = sum(spent.values())
+    return {kind: part / total for kind, part in sorted(spent.items(), key=lambda item: -item[1])}
+
+
+def merge(name: str, entry: dict[str, Any]) -> None:
+    """Put one network's entry into the result file."""
+    content = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    found = {key: (content | {name: entry})[key] for key in NETWORKS if key in content | {name: entry}}
+    RESULT.write_text(json.dumps(found, indent=2) + "\n")
+    print(f"wrote {RESULT}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("network", choices=NETWORKS)
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--deepsparse", metavar="PYTHON")
+    parser.add_argument("--until", choices=STEPS, default=STEPS[-1], help="the last step to do")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/sparse_inference"), help="where steps leave their files"
+    )
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str((options.work / "inductor").resolve())
+    torch.set_num_threads(options.threads)
+    example = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        model = prepare(options.network, options.work, example)
+        if options.until == "prepare":
+            return
+        ours = compile_ours(options.network, options.work, model, example)
+        if options.until == "compile":
+            return
+        entry = measure(options, model, ours, example)
+    for name, milliseconds in entry["milliseconds"].items():
+        times = f"{entry['times_as_fast'][name]:.2f} x" if name != OURS else ""
+        print(f"{name:15s} {milliseconds:8.2f} ms  {times:8s} differs by {entry['largest_difference'][name]:.1e}")
+    print(", ".join(f"{kind} {100 * share:.0f} %" for kind, share in entry["share_of_time"].items()))
+    merge(options.network, entry)
+
+
+if __name__ == "__main__":
+    main()
