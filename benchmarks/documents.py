@@ -18,7 +18,10 @@ MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTAL
 
 EXACT_BUDGETS = ROOT / "docs" / "exact-budgets.md"
 LEARNED_RANK = ROOT / "docs" / "learned-rank.md"
-DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {README: {}, EXACT_BUDGETS: {}, LEARNED_RANK: {}}
+METHODS_STUDY = ROOT / "docs" / "methods.md"
+DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
+    document: {} for document in (README, EXACT_BUDGETS, LEARNED_RANK, METHODS_STUDY)
+}
 TABLES = DOCUMENTS[README]
 
 

@@ -129,8 +129,8 @@ def append(path: Path, run: dict) -> None:
     print(f"{run['line']:32s} {run['target']} seed {run['seed']}: {run['accuracy']:.4f}, FLOPs {run['flops']:.4f}")
 
 
-def lambda_for(target: float, data, seed: int) -> float:
-    """The trial's lambda whose sparsity is nearest the target, after as many trials as that takes."""
+def trial_near(target: float, data) -> dict:
+    """The trial whose sparsity is nearest the target, after as many more with the first seed as that takes."""
     for _ in range(TRIALS_AT_MOST):
         trials = read(TRIALS)
         near = min(trials, key=lambda run: abs(run["sparsity"] - target), default=None)
@@ -138,16 +138,19 @@ def lambda_for(target: float, data, seed: int) -> float:
             break
         low = max((r["weight_decay"] for r in trials if r["sparsity"] < target), default=LAMBDAS[0])
         high = min((r["weight_decay"] for r in trials if r["sparsity"] >= target), default=LAMBDAS[1])
-        _, run = train(data, seed, method="str", weight_decay=math.sqrt(low * high))
+        _, run = train(data, 0, method="str", weight_decay=math.sqrt(low * high))
         append(TRIALS, {"line": "str", **run, "target": target})
-    return min(read(TRIALS), key=lambda run: abs(run["sparsity"] - target))["weight_decay"]
+    return min(read(TRIALS), key=lambda run: abs(run["sparsity"] - target))
 
 
 def run_line(line: str, target: float, seed: int, data, dense: Callable[[int], dict]) -> dict | None:
     """One line's run; None where it needs another's that is missing."""
     options = dict(LINES[line])
     if options["method"] == "str":
-        options["weight_decay"] = lambda_for(target, data, 0)
+        trial = trial_near(target, data)
+        if trial["seed"] == seed:
+            return trial | {"target": target}
+        options["weight_decay"] = trial["weight_decay"]
     if "budget" in options:
         source = (options.pop("budget"), target, seed)
         found = [run for run in read(OUTPUT) if (run["line"], run["target"], run["seed"]) == source]

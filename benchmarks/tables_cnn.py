@@ -3,7 +3,7 @@
 from statistics import mean
 from typing import Any
 
-from benchmarks.documents import EXACT_BUDGETS, lines, markdown, results, spread, table
+from benchmarks.documents import EXACT_BUDGETS, METHODS_STUDY, lines, markdown, results, spread, table
 
 
 @table("demo")
@@ -24,7 +24,6 @@ def demo() -> str:
 
 
 @table("exact-budgets", EXACT_BUDGETS)
-@table("exact-budgets")
 def exact_budgets() -> str:
     """Methods at each sparsity, beside the dense network of the same recipe."""
     runs = lines("exact_budgets.jsonl")
@@ -65,3 +64,58 @@ def screen_table() -> str:
     if dense:
         rows.insert(0, ["dense", *[cell(dense)] * len(targets)])
     return markdown(["variant", *(f"{100 * t:g} %: accuracy (FLOPs)" for t in targets)], rows)
+
+
+METHODS = (
+    "str-exact",
+    "str",
+    "gmp, global",
+    "gmp, budget of str-exact",
+    "dnw, ERK",
+    "dnw, budget of str-exact",
+    "rigl, ERK",
+)
+
+
+@table("methods", METHODS_STUDY)
+@table("methods")
+def methods() -> str:
+    """The methods at each sparsity, beside the dense network."""
+    return _by_sparsity([run for run in lines("methods.jsonl") if run["line"] in ("dense", *METHODS)])
+
+
+@table("methods-ways", METHODS_STUDY)
+def methods_ways() -> str:
+    """Other ways to spread the zeros, other gradients, and fine-tuning."""
+    return _by_sparsity([run for run in lines("methods.jsonl") if run["line"] not in ("dense", *METHODS)])
+
+
+@table("methods-lambda", METHODS_STUDY)
+def methods_lambda() -> str:
+    """The trials that bisected lambda, and what each reached."""
+    rows = [
+        [f"{run['weight_decay']:.2e}", f"{100 * run['sparsity']:.2f}", f"{100 * run['accuracy']:.2f}"]
+        for run in sorted(lines("methods_lambda.jsonl"), key=lambda run: run["weight_decay"])
+    ]
+    return markdown(["lambda", "sparsity %", "accuracy %"], rows)
+
+
+def _by_sparsity(runs: list[dict[str, Any]]) -> str:
+    """A line's accuracy and FLOPs in % of dense, by sparsity; what a line without a target reached stands with it."""
+    targets = sorted({run["target"] for run in runs} - {0.0})
+    seeds = max(len({run["seed"] for run in runs if run["line"] == line}) for line in {run["line"] for run in runs})
+
+    def cell(line: str, target: float) -> str:
+        chosen = [run for run in runs if (run["line"], run["target"]) == (line, target)]
+        if not chosen:
+            return ""
+        text = f"{spread((run['accuracy'] for run in chosen), 100)} ({100 * mean(r['flops'] for r in chosen):.1f})"
+        reached = 100 * mean(run["sparsity"] for run in chosen)
+        text += f" at {reached:.2f} %" if abs(reached - 100 * target) > 0.02 else ""
+        return text + ("" if len(chosen) in (1, seeds) else f" [{len(chosen)} seeds]")
+
+    rows = []
+    for line in dict.fromkeys(run["line"] for run in runs):
+        dense = [run["accuracy"] for run in runs if run["line"] == line == "dense"]
+        rows.append([line, *([spread(dense, 100)] * len(targets) if dense else [cell(line, t) for t in targets])])
+    return markdown(["method", *(f"{100 * target:g} %" for target in targets)], rows)

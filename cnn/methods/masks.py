@@ -55,7 +55,7 @@ class Masked:
     def apply(self) -> None:
         """Set what the masks leave out to zero."""
         for weight, mask in zip(self.weights, self.masks, strict=True):
-            weight.mul_(mask)
+            weight.masked_fill_(~mask, 0.0)  # a product would leave -0.0, whose sign a packed file has to store
 
 
 def largest(scores: Tensor, number: int) -> Tensor:

@@ -55,7 +55,7 @@ class RigL(Masked):
         grown = largest(weight.grad.abs().masked_fill(kept, -1.0), dropped)
         new = grown & ~mask
         mask.copy_(kept | grown)
-        weight.mul_(mask)
+        weight.masked_fill_(~mask, 0.0)
         for memory in optimizer.state.get(weight, {}).values():
             if isinstance(memory, Tensor) and memory.shape == weight.shape:
                 memory.mul_(mask & ~new)
