@@ -52,7 +52,8 @@ def parser() -> argparse.ArgumentParser:
         "--weights",
         choices=WEIGHTS,
         default="float32",
-        help="how the matrices are held; the arithmetic is float (default: float32)",
+        help="how matrices and biases are held, in int8 with a scale for each dense one and for each component of the "
+        "others; the arithmetic is float (default: float32)",
     )
     c.set_defaults(export=export_c)
     onnx = command("onnx", "An ONNX model, checked by onnxruntime against torch", "FILE", "the .onnx file")

@@ -52,6 +52,8 @@ def interface(data: Data | Text) -> str:
 
 def open_run(folder: str | Path) -> FinishedRun:
     """Read the folder of a finished run; `UserError` for one that is missing, unfinished, damaged or no such run."""
+    from safetensors import SafetensorError
+
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give one of rnn/train.py's runs")
@@ -65,6 +67,10 @@ def open_run(folder: str | Path) -> FinishedRun:
         known = json.loads((folder / "interface.json").read_text())
         numbers = known["standardisation"] or {"mean": None, "std": None}
         mean, std = (None if numbers[name] is None else torch.tensor(numbers[name]) for name in ("mean", "std"))
-        return FinishedRun(folder, config, load_trained(folder), tuple(known["outputs"]), mean, std)
-    except Exception as error:  # whatever a file that training did not write so can cause
+        model = load_trained(folder)
+        scores = (model.decoder if isinstance(model, LanguageModel) else model.classifier).out_features
+        if scores != len(known["outputs"]):
+            raise ValueError(f"{scores} scores, but {len(known['outputs'])} names for them")
+        return FinishedRun(folder, config, model, tuple(known["outputs"]), mean, std)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder} is no run of rnn/train.py, or damaged: {one_line(error)}") from error

@@ -264,4 +264,4 @@ def _number(value: float) -> str:
 
 def _comment(text: str) -> str:
     """Text as it can stand in a comment."""
-    return re.sub(r"[^ -~]", "?", text).replace("*/", "* /").replace("/*", "/ *")
+    return re.sub(r"[^ -~]", "_", text).replace("*/", "* /").replace("/*", "/ *")

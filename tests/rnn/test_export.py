@@ -107,5 +107,7 @@ def test_a_damaged_run_is_one_line(whole_run: Path, tmp_path: Path, capsys: pyte
     assert "run has no interface.json: the run is not finished, or" in refused(capsys, "c", run, tmp_path / "out")
     (run / "interface.json").write_text(json.dumps({"outputs": ["a"]}))
     assert "or damaged: 'standardisation'" in refused(capsys, "c", run, tmp_path / "out")
+    (run / "interface.json").write_text(json.dumps({"outputs": ["a"], "standardisation": None}))
+    assert "damaged: 9 scores, but 1 names for them" in refused(capsys, "c", run, tmp_path / "out")
     save_file({"x": torch.zeros(1)}, run / "model.safetensors")
     assert "damaged" in refused(capsys, "c", run, tmp_path / "out")
