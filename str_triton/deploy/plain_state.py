@@ -63,7 +63,7 @@ def _state_of_module(model: nn.Module) -> tuple[State, Products]:
         if isinstance(module, STRLayer):
             sources = (id(module.dense_weight), id(module.raw_threshold), module.g)
             if sources not in made:
-                made[sources] = module.sparse_weight
+                made[sources] = module.sparse_weight + 0.0  # as densify: pruned weights have no sign
             replaced[f"{prefix}weight"] = {f"{prefix}weight": made[sources]}
             replaced[f"{prefix}raw_threshold"] = {}
         elif isinstance(module, LowRankWeight):

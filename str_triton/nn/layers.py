@@ -131,7 +131,8 @@ class STRLayer:
         for name in ("g", "gradient", "dense_class", "controlled"):
             vars(dense).pop(name, None)
         del dense.raw_threshold
-        dense.weight = nn.Parameter(self.sparse_weight.detach(), requires_grad=self.dense_weight.requires_grad)
+        weight = self.sparse_weight.detach() + 0.0  # -0.0, which pruned negative weights leave, becomes 0.0
+        dense.weight = nn.Parameter(weight, requires_grad=self.dense_weight.requires_grad)
         return dense
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -293,6 +293,12 @@ def test_to_dense_gives_the_same_bits_and_leaves_the_layer_alone(cls, kwargs, sh
     assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
 
 
+def test_to_dense_leaves_no_negative_zeros():
+    """Their signs would have to be stored."""
+    dense = STRLinear.from_dense(nn.Linear(32, 16), initial_threshold=0.1).to_dense()
+    assert 0 < (dense.weight == 0).sum() == ((dense.weight == 0) & ~dense.weight.signbit()).sum()
+
+
 @pytest.mark.parametrize("trainable", [True, False])
 def test_to_dense_keeps_requires_grad(trainable):
     layer = STRLinear(3, 3)
