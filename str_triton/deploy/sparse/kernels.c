@@ -226,9 +226,12 @@ static void run_item(const operation *op, int64_t item) {
 }
 
 static void run_share(const stage *s, int64_t thread, int64_t threads) {
-    for (const operation *op = s->operations; op < s->operations + s->count; op++)
-        for (int64_t item = op->items * thread / threads; item < op->items * (thread + 1) / threads; item++)
+    for (int64_t i = 0; i < s->count; i++) {
+        const operation *op = s->operations + i;
+        const int64_t share = (thread + i) % threads; /* So that a thread's shares are not the larger ones every time. */
+        for (int64_t item = op->items * share / threads; item < op->items * (share + 1) / threads; item++)
             run_item(op, item);
+    }
 }
 
 /* Runs the stages in turn; each waits for the one before. */
