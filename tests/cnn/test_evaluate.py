@@ -107,6 +107,26 @@ def test_a_checkpoint_of_the_original_code_on_a_folder_of_images(tmp_path: Path,
     )
 
 
+def test_images_are_seen_as_they_are(tmp_path: Path, pictures: Path):
+    """Without the augmentation of training."""
+    model = build("resnet20", num_classes=2)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    args = [str(tmp_path / "weights.pth"), "--model", "resnet20", "--data", f"imagefolder:{pictures}"]
+    result = evaluated(tmp_path, *args)
+    ((images, labels),) = data.batches(
+        data.load(f"imagefolder:{pictures}").test,
+        batch_size=2,
+        seed=0,
+        epoch=0,
+        augment=False,
+        shuffle=False,
+        workers=0,
+    )
+    with torch.inference_mode():
+        loss = torch.nn.functional.cross_entropy(model.eval()(images), labels)
+    assert result["loss"] == pytest.approx(loss.item(), rel=1e-4)
+
+
 def test_corrupt_images_end_it_or_are_counted(
     whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture, pictures: Path
 ):
