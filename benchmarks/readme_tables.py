@@ -7,7 +7,7 @@ the table belongs, run this.
 import argparse
 import sys
 
-from benchmarks import tables_cnn, tables_rnn, tables_speed  # noqa: F401 (they register their tables)
+from benchmarks import tables_cnn, tables_deploy, tables_rnn, tables_speed  # noqa: F401 (they register their tables)
 from benchmarks.documents import DOCUMENTS, fill
 
 

@@ -52,7 +52,7 @@ def check_for(command: str) -> Check:
 
 def help_of(command: str) -> tuple[str, list[str]]:
     """The program's --help, and the options of the command that it has to name."""
-    program = re.match(r"(python (-m )?\S+|\S+)", command)[0]
+    program = re.match(r"python -m \w+\.export \w+|python (-m )?\S+|\S+", command)[0]  # each export has its own options
     return f"{program} --help", re.findall(r"(?<=\s)--?[a-z][\w-]*", command.removeprefix(program))
 
 

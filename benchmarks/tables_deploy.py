@@ -1,0 +1,72 @@
+"""Tables of what a trained network becomes: sparse execution, packed files, C."""
+
+from benchmarks.documents import markdown, results, spread, table
+
+
+@table("sparse-inference")
+def sparse_inference() -> str:
+    """Milliseconds an image of compile_sparse and its peers, and how many times as fast it is."""
+    (networks,) = results("sparse_inference.json")
+    rows = []
+    for name, run in networks.items():
+        times, ratios = run["milliseconds"], run["times_as_fast"]
+        peers = [f"{times[peer]:.1f} ({ratios[peer]:.2f}x)" if peer in times else "not measured" for peer in PEERS]
+        rows.append([name.replace("-", ", ") + " %", f"{times['compile_sparse']:.1f}", *peers])
+    return markdown(["network, sparsity", "compile_sparse, ms", *(f"{peer}, ms" for peer in PEERS)], rows)
+
+
+PEERS = ("eager", "torch.compile", "onnxruntime", "deepsparse")
+
+
+@table("sparse-time")
+def sparse_time() -> str:
+    """Where compile_sparse's time goes, by kind of layer."""
+    (networks,) = results("sparse_inference.json")
+    kinds: dict[str, None] = {}
+    for run in networks.values():
+        kinds |= dict.fromkeys(run["share_of_time"])
+    rows = [
+        [name.replace("-", ", ") + " %", *(f"{100 * run['share_of_time'].get(kind, 0):.0f}" for kind in kinds)]
+        for name, run in networks.items()
+    ]
+    return markdown(["network; share of time, %", *kinds], rows)
+
+
+@table("packed-sizes")
+def packed_sizes() -> str:
+    """Megabytes of packed files at published sparsities."""
+    (run,) = results("packed_sizes.json")
+    rows = []
+    for name, sizes in run["sizes"].items():
+        cells = [f"{sizes['float32']['dense_bytes'] / 1e6:.1f}"]
+        cells += [f"{sizes[values]['bytes'] / 1e6:.2f}" for values in ("float32", "float16")]
+        if name in PACKED:
+            rows.append([f"{name} %", *cells])
+    return markdown(["network, sparsity", "dense, MB", "float32, MB", "float16, MB"], rows)
+
+
+PACKED = ("resnet50 79.55", "resnet50 90.23", "resnet50 95.03", "resnet50 98.05", "mobilenetv1 89.01")
+
+
+@table("c-export")
+def c_export() -> str:
+    """Networks on Japanese Vowels as C: bytes, accuracy, time."""
+    (run,) = results("c_export.json")
+    rows = []
+    for name in dict.fromkeys(row["network"] for row in run["rows"]):
+        own = [row for row in run["rows"] if row["network"] == name]
+        small = [row["int8"] for row in own]
+        rows.append(
+            [
+                name,
+                f"{max(row['parameters'] for row in own):,}",
+                f"{max(row['weight_bytes'] for row in small):,}",
+                f"{max(row['state_bytes'] for row in small):,}",
+                spread((row["float32"]["accuracy"] for row in own), 100),
+                spread((row["accuracy"] for row in small), 100),
+                f"{max(row['microseconds_per_frame'] for row in small):.1f}",
+                str(len(own)),
+            ]
+        )
+    header = ["network", "parameters", "int8 weights, bytes", "state, bytes", "float32 accuracy %", "int8 accuracy %"]
+    return markdown([*header, "us a frame", "seeds"], rows)
