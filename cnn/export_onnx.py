@@ -52,7 +52,7 @@ def _exported(model: nn.Module, example: Tensor, label: str) -> Any:
         with _quiet():
             program = torch.onnx.export(
                 model,
-                (torch.cat([example, example]),),  # of one image PyTorch would take the number for fixed
+                (torch.cat([example, example]),),  # torch.export may take a size of 1 for fixed
                 dynamo=True,
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
                 input_names=["images"],
