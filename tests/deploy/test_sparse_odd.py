@@ -65,6 +65,24 @@ def test_whatever_stands_between_the_layers(request, tmp_path: Path, kernels_onl
     assert list(tmp_path.iterdir()) == []
 
 
+class Context(nn.Module):
+    """A sum in which the convolution's output is broadcast, and not the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(F.adaptive_avg_pool2d(x, 1))
+
+
+def test_a_convolution_that_is_broadcast_in_a_sum(by_kernels):
+    model = prune(Context(), 0.5)
+    compiled = deploy.compile_sparse(model, torch.randn(2, 4, 1, 1))
+    for size in ((1, 1), (7, 9)):
+        same(model, compiled, torch.randn(2, 4, *size))
+
+
 class Untraceable(nn.Module):
     def __init__(self) -> None:
         super().__init__()

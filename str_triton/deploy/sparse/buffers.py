@@ -21,7 +21,7 @@ class Key(NamedTuple):
 
 @dataclass
 class _Place:
-    """Memory that images of one frame and number of planes use in turn, so that their zeros lie in the same places."""
+    """Memory that images of one frame, size and phases use in turn, so that their zeros lie in the same places."""
 
     floats: int
     begin: int = 0
@@ -35,7 +35,7 @@ class Buffers:
     _groups: dict[Key, Key] = field(default_factory=dict)
     _frames: dict[Key, Frame] = field(default_factory=dict)
     _places: dict[Key, _Place] = field(default_factory=dict)
-    _free: dict[tuple[Key, int], list[_Place]] = field(default_factory=dict)
+    _free: dict[tuple, list[_Place]] = field(default_factory=dict)
     _all: list[_Place] = field(default_factory=list)
     _memory: np.ndarray | None = None
 
@@ -70,7 +70,7 @@ class Buffers:
             return
         images, channels = self.shapes[key.value][:2]
         floats = images * channels * self.frame(key).channel(math.prod(key.phases))
-        free = self._free.get((self.group(key), math.prod(key.phases)), [])
+        free = self._free.get(self._layout(key), [])
         # The smallest that is large enough, or else the largest, which grows.
         fitting = [place for place in free if place.floats >= floats]
         place = min(fitting, key=lambda p: p.floats) if fitting else max(free, key=lambda p: p.floats, default=None)
@@ -84,7 +84,11 @@ class Buffers:
 
     def release(self, key: Key) -> None:
         """Nobody reads this image any more."""
-        self._free.setdefault((self.group(key), math.prod(key.phases)), []).append(self._places[key])
+        self._free.setdefault(self._layout(key), []).append(self._places[key])
+
+    def _layout(self, key: Key) -> tuple:
+        """What decides where an image's zeros lie: a smaller one would read what a larger one left around it."""
+        return self.group(key), key.phases, self.shapes[key.value][2:]
 
     def allocate(self) -> None:
         """Get the memory, all zeros. Around it there is room for what strips read beyond their image."""

@@ -55,8 +55,11 @@ class Draft:
             return False
         if isinstance(node, Convolution):
             shape = self.shapes[node.name]
-            same = all(self.shapes.get(name) == shape for name in node.inputs[1:])
-            return self.choices[node.name].execution == "sparse" and len(shape) == 4 and same and math.prod(shape) > 0
+            if self.choices[node.name].execution != "sparse" or len(shape) != 4 or math.prod(shape) == 0:
+                return False
+            # A residual that is broadcast, or makes the convolution's own output so, is left to torch.
+            own = node.output_shape(self.shapes[node.inputs[0]])
+            return all(self.shapes.get(name) == own for name in (node.name, *node.inputs[1:]))
         if isinstance(node, MaxPool) and node.inputs[0] in self.images:
             producer = self.nodes[node.inputs[0]]
             # Zeros around the image are as good as minus infinity where nothing is negative.

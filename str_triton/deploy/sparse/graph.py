@@ -101,6 +101,12 @@ class Convolution(Layer):
     def is_pointwise(self) -> bool:
         return self.kernel == (1, 1) and self.stride == (1, 1) and self.padding == (0, 0)
 
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Of the convolution alone, for an input [B, C, H, W] of this shape."""
+        spans = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel, strict=True)]
+        geometry = zip(shape[2:], spans, self.stride, self.padding, strict=True)
+        return shape[0], self.weight.shape[0], *((n + 2 * p - span) // s + 1 for n, span, s, p in geometry)
+
     def run(self, values: dict[str, Any]) -> Tensor:
         y = F.conv2d(
             values[self.inputs[0]], self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
@@ -175,8 +181,10 @@ def substitute(tree: Any, values: dict[str, Any]) -> Any:
             return values[name]
         case dict():
             return {key: substitute(value, values) for key, value in tree.items()}
-        case list() | tuple():
-            return type(tree)(substitute(value, values) for value in tree)
+        case list():
+            return [substitute(value, values) for value in tree]
+        case tuple():
+            return tuple(substitute(value, values) for value in tree)
         case slice():
             return slice(*(substitute(part, values) for part in (tree.start, tree.stop, tree.step)))
     return tree
