@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from str_triton.training.command_line import CommandLine
 from str_triton.training.config import TrainConfig, check_parts, make_accelerator
-from str_triton.training.errors import blame_input
+from str_triton.training.errors import UserError, blame_input
 from str_triton.training.job import first_process_speaks, run_job
 from str_triton.training.meter import Means, Meter, Pace
 from str_triton.training.metrics import Record
@@ -236,7 +236,8 @@ class Loop(ABC):
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Put back what `state` returned."""
+        """Put back what `state` returned. Raises `UserError` where it was another network's."""
+        require_same_shapes(self.model.state_dict(), state["model"])
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.controller is not None:
@@ -244,6 +245,17 @@ class Loop(ABC):
                 self.controller.load_state_dict(state["controller"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+
+
+def require_same_shapes(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Raise `UserError` that names the first tensor by which a checkpoint's state dict does not fit the network's."""
+    for key in (*own, *saved):
+        now, then = (list(state[key].shape) if key in state else "not there" for state in (own, saved))
+        if now != then:
+            raise UserError(
+                f"the checkpoint is of another network: the shape of {key} is {then} in it, here {now}; "
+                "go on with the data that the run began with"
+            )
 
 
 def split(batch: Any, number: int) -> list[Any]:

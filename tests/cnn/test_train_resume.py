@@ -1,5 +1,6 @@
 """The training program killed, interrupted, out of disk, resumed: it ends in the same bits as if nothing had been."""
 
+import dataclasses
 import json
 import os
 import resource
@@ -128,6 +129,21 @@ def test_resume_of_a_finished_run_writes_the_end_again(whole_run: Path, quick: N
     assert resume(whole_run) == 0
     assert (whole_run / "summary.json").read_text() == summary
     assert len(json.loads((whole_run / "environment.json").read_text())["resumed"]) == 1
+
+
+def test_data_with_other_classes_than_before_are_refused(
+    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    folder, load = tmp_path / "run", train.load
+    with monkeypatch.context() as patch:
+        after_calls(patch, train, "learning_rate", 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert begin(folder) == 143
+    capsys.readouterr()
+    monkeypatch.setattr(train, "load", lambda *args: dataclasses.replace(load(*args), num_classes=11))
+    assert resume(folder) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: the checkpoint is of another network: the shape of head.weight is [10, 64] in it")
+    assert error.count("\n") == 1
 
 
 def test_workers_and_checkpoints_do_not_change_the_result(tmp_path: Path, quick: None, whole_run: Path):
