@@ -113,6 +113,7 @@ def test_other_thresholds_meet_the_target_too(tmp_path: Path, quick: None, optio
         (["--batch-size", "2000"], "batch size 2000 is larger than the 1438 training images"),
         (["--batch-size", "0"], "--batch-size 0"),
         (["--epochs", "0"], "--epochs 0"),
+        (["--method", "str", "--raw-threshold-init", "nan"], "--raw-threshold-init nan"),
         (["--lr", "-1"], "--lr -1"),
         (["--seed", "-1"], "--seed -1"),
         (["--workers", "-1"], "--workers -1"),
