@@ -4,8 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+import tyro
 
-from cnn import train
+from cnn import evaluate, export, train
 from cnn.recipes import RECIPES
 from tests.check_readme import commands
 
@@ -20,6 +21,15 @@ def test_options_exist(command: str):
     with pytest.raises(SystemExit) as leaving:
         train.COMMAND_LINE.read([*plain, "--describe"])
     assert leaving.value.code == 0
+
+
+@pytest.mark.parametrize("command", [c for c in commands(DOCUMENT) if re.search(r"cnn[./](evaluate|export)", c)])
+def test_commands_on_what_comes_out_exist(command: str):
+    args = re.split(r"cnn/evaluate\.py|-m cnn\.export", command)[1].split()
+    if "cnn.export" in command:
+        tyro.extras.subcommand_cli_from_dict({"pack": export.Pack, "onnx": export.Onnx}, args=args)
+    else:
+        tyro.cli(evaluate.Options, args=args)
 
 
 def test_names_of_recipes():
