@@ -278,15 +278,7 @@ def test_a_run_goes_on_in_another_number_of_processes(tmp_path: Path, quick: Non
 def test_torchrun_stops_cleanly_and_accelerate_launch_goes_on(tmp_path: Path):
     folder, variables = tmp_path / "run", os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     options = ["cnn/train.py", *TINY, "--epochs", "30", "--run-dir", str(folder)]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        str(free_port()),
-    ]
+    command = [sys.executable, "-m", *f"torch.distributed.run --nproc-per-node 2 --master-port {free_port()}".split()]
     with subprocess.Popen(
         [*command, *options], cwd=ROOT, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as launcher:
@@ -298,17 +290,8 @@ def test_torchrun_stops_cleanly_and_accelerate_launch_goes_on(tmp_path: Path):
     assert error.count("which is saved; go on with") == 1
     step = last_checkpoint(folder)["step"]
     assert f"stopped after step {step}," in error
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port())]
+    words = "--cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port"
+    command = [sys.executable, "-m", "accelerate.commands.launch", *words.split(), str(free_port())]
     options = ["cnn/train.py", "--resume", "--run-dir", str(folder)]
     ended = subprocess.run([*command, *options], cwd=ROOT, env=variables, text=True, capture_output=True, timeout=300)
     assert ended.returncode == 0, ended.stderr
