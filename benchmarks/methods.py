@@ -38,7 +38,10 @@ LINES: dict[str, dict] = {
     "dense": {"method": "dense"},
     "str-exact": {"method": "str-exact"},
     "str-exact, masked": {"method": "str-exact", "gradient": "masked"},
-    "str-exact, switched at 35 %": {"method": "str-exact", "until": 0.35},
+    **{
+        f"str-exact, switched at {100 * until:g} %": {"method": "str-exact", "until": until}
+        for until in (0.2, 0.35, 0.7)
+    },
     "str-exact, straight-through": {"method": "str-exact", "gradient": "straight_through"},
     "str-exact, FLOP-aware": {"method": "str-exact", "distribution": "flop-aware"},
     "str-exact, learned": {"method": "str-exact", "distribution": "learned"},
@@ -59,6 +62,9 @@ LINES: dict[str, dict] = {
             ("str-exact", {"method": "str-exact"}),
             ("gmp, global", {"method": "gmp", "distribution": "global"}),
         )
+    },
+    **{
+        f"str-exact, fine-tuned 0.4, lr {lr:g}": {"method": "str-exact", "epochs": 0.4, "lr": lr} for lr in (0.1, 0.025)
     },
 }
 OUTPUT, TRIALS = RESULTS / "methods.jsonl", RESULTS / "methods_lambda.jsonl"

@@ -1,0 +1,46 @@
+"""The study of methods: every line can be run again and meets its sparsity, its picture draws."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import methods
+from cnn.data import Data
+from cnn.data.arrays import ArrayImages, Augmentation, Normalisation
+
+
+def noise(number: int) -> ArrayImages:
+    images = torch.randint(256, (number, 1, 28, 28), dtype=torch.uint8)
+    return ArrayImages(images, torch.randint(10, (number,)), Normalisation((0.0,), (1.0,)), Augmentation())
+
+
+def test_every_line_can_be_run_again() -> None:
+    names = {run["line"] for path in (methods.OUTPUT, methods.TRIALS) for run in methods.read(path)}
+    assert names
+    assert names <= set(methods.LINES)
+
+
+@pytest.mark.parametrize(
+    "line", ["str-exact", "str-exact, switched at 35 %", "gmp, budget of str-exact", "str-exact, fine-tuned 0.4"]
+)
+def test_a_line_meets_its_sparsity(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    data = Data(noise(1000), noise(10), 10, (1, 28, 28), "noise")
+    density = [0.5, 0.2, 0.1, 0.1, 0.05, 0.05, 0.5]
+    source = {"line": "str-exact", "target": 0.95, "seed": 0, "density": density}
+    monkeypatch.setattr(methods, "read", lambda path: [source])
+    monkeypatch.setattr(methods, "EPOCHS", 1)
+    run = methods.run_line(line, 0.95, 0, data, lambda seed: methods.network(methods.WIDTHS).state_dict())
+    if "budget" in line:
+        assert run["density"] == pytest.approx(density, abs=0.01)
+    else:
+        assert run["sparsity"] == pytest.approx(0.95, abs=1e-4)
+
+
+def test_the_picture_is_drawn_anew_alike(tmp_path: Path) -> None:
+    runs = methods.read(methods.OUTPUT)
+    for name in ("a.svg", "b.svg"):
+        methods.picture(runs, tmp_path / name, ["dense", "str-exact"])
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+    assert "str-exact" in (tmp_path / "a.svg").read_text()
