@@ -34,16 +34,30 @@ class BuildError(RuntimeError):
 def library() -> ctypes.CDLL | None:
     """The compiled kernels; None, with one warning, where they cannot be compiled."""
     try:
-        return load(build(cache_folder()))
-    except BuildError as error:
+        with tempfile.TemporaryDirectory() as scratch:  # For this process alone, where there is no cache.
+            try:
+                return load(build(cache_folder()))
+            except OSError:
+                return load(build(Path(scratch)))
+    except (BuildError, OSError) as error:
         warnings.warn(f"sparse layers run by torch alone, without the kernels in C: {error}", stacklevel=2)
         return None
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept: $XDG_CACHE_HOME/str_triton, else ~/.cache/str_triton."""
+    """Where compiled kernels are kept: $XDG_CACHE_HOME/str_triton, else ~/.cache/str_triton.
+
+    Raises OSError where nobody knows the user's home.
+    """
     root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "str_triton"
+    return (Path(root) if root else _home() / ".cache") / "str_triton"
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError as error:  # No $HOME, and the user is unknown.
+        raise OSError(str(error)) from error
 
 
 def build(folder: Path, flag_sets: tuple[tuple[str, ...], ...] = FLAGS) -> Path:
@@ -53,21 +67,27 @@ def build(folder: Path, flag_sets: tuple[tuple[str, ...], ...] = FLAGS) -> Path:
 
     Raises:
         BuildError: no compiler is found ($CC, cc, gcc, clang), or it fails with every set of flags.
+        OSError: the folder cannot be written.
     """
     compiler = _compiler()
     key = hashlib.sha256()
     for part in (SOURCE.read_bytes(), _version(compiler), repr((compiler, flag_sets)), _processor()):
         key.update(part if isinstance(part, bytes) else part.encode())
-    path = folder / f"kernels-{key.hexdigest()[:20]}.so"
-    if path.is_file():
-        return path
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            os.replace(_compile(compiler, flag_sets, Path(scratch)), path)
-    except OSError as error:
-        raise BuildError(f"{folder} cannot hold the compiled kernels: {error}") from error
+    stem = f"kernels-{key.hexdigest()[:20]}"
+    for path in folder.glob(f"{stem}-*.so"):
+        if path.stem == _name(stem, path):  # A damaged library is not loaded: it could end the process.
+            return path
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        made = _compile(compiler, flag_sets, Path(scratch))
+        path = folder / f"{_name(stem, made)}.so"
+        os.replace(made, path)
     return path
+
+
+def _name(stem: str, library: Path) -> str:
+    """The file name, without its suffix, of a library with these contents."""
+    return f"{stem}-{hashlib.sha256(library.read_bytes()).hexdigest()[:20]}"
 
 
 def load(path: Path) -> ctypes.CDLL:
