@@ -108,6 +108,10 @@ def test_buffers_are_reused(by_kernels):
 
 def test_bad_input():
     model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    with pytest.raises(TypeError, match="takes a module, got dict"):
+        deploy.compile_sparse({}, torch.randn(1, 3, 8, 8))
+    with pytest.raises(ValueError, match=r"Bilinear does not take an example of shape \(1, 3\): .* missing 1 required"):
+        deploy.compile_sparse(nn.Bilinear(3, 3, 3), torch.randn(1, 3))
     with pytest.raises(TypeError, match="takes one tensor, got list"):
         deploy.compile_sparse(model, [1.0])
     with pytest.raises(ValueError, match=r"float32 on the CPU, got torch.float64"):

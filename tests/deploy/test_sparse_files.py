@@ -46,6 +46,10 @@ def test_files_that_hold_no_network(tmp_path: Path, by_kernels):
         deploy.pack({"a": torch.zeros(100)}, tmp_path / "other", metadata={"sparse": record})
         with pytest.raises(ValueError, match=message):
             deploy.load_sparse(tmp_path / "other")
+    endless = _record([]) | {"choices": {"a": {"execution": "sparse", "width": 0}}}
+    deploy.pack({"a": torch.zeros(100)}, tmp_path / "other", metadata={"sparse": endless})
+    with pytest.raises(ValueError, match=r"describes no network: .*must be positive integers: .*width=0"):
+        deploy.load_sparse(tmp_path / "other")
     deploy.compile_sparse(prune(build_network("resnet20")), torch.randn(1, 3, 32, 32)).save(tmp_path / "net")
     data = bytearray((tmp_path / "net").read_bytes())
     data[len(data) // 2] ^= 1

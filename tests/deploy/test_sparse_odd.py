@@ -134,6 +134,94 @@ def test_hooks_stay(by_kernels):
     assert compiled.left == {"0": "it has forward hooks"}
 
 
+@pytest.mark.parametrize("index", [1, 2, 3])
+def test_hooks_of_what_would_be_fused_stay(by_kernels, index: int):
+    layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(), nn.Conv2d(4, 2, 1)
+    model, x = prune(nn.Sequential(*layers), 0.8), torch.randn(1, 3, 9, 9)
+    model[index].register_forward_hook(lambda module, args, output: output * 2)
+    same(model, deploy.compile_sparse(model, x), x)
+
+
+def test_hooks_of_the_whole_network_stay(by_kernels):
+    model, x = prune(nn.Sequential(nn.Conv2d(3, 4, 3)), 0.8), torch.randn(1, 3, 9, 9)
+    model.register_forward_hook(lambda module, args, output: output * 2)
+    same(model, deploy.compile_sparse(model, x), x)
+
+
+class Misleading(nn.Module):
+    """Forwards that torch.fx traces without a complaint, and wrongly if nobody looks."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.conv = way, nn.Conv2d(3, 3, 3)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        y = self.conv(x)
+        if self.way == "optional argument":
+            return y if mask is None else mask
+        if self.way == "type of a value":
+            return y * 2 if isinstance(y, Tensor) else y
+        view = y.flatten(1)
+        y.relu_()
+        return view * 1.5
+
+
+@pytest.mark.parametrize("way", ["optional argument", "type of a value", "base of a view"])
+def test_what_is_traced_wrongly_is_noticed(by_kernels, way: str):
+    model, x = prune(Misleading(way), 0.8), torch.randn(2, 3, 9, 9)
+    same(model, deploy.compile_sparse(model, x), x)
+
+
+class Tied(nn.Module):
+    """Not traceable, and it reads a layer's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(8, 16, bias=False)
+        self.block = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.embed(x)
+        if y.sum() > 1e9:
+            y = -y
+        return F.linear(self.block(y), self.embed.weight.t())
+
+
+def test_compiled_layers_keep_the_attributes_of_the_plain_ones():
+    model, x = prune(Tied()), torch.randn(2, 5, 8)
+    compiled = deploy.compile_sparse(model, x)
+    same(model, compiled, x)
+    same(model, copy.deepcopy(compiled), x)
+
+
+class Methods(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [self.conv(x).abs().masked_fill(x[:, :, 2:, 2:] > 0, 1.0)]
+
+
+def test_what_a_file_cannot_hold_torch_saves(tmp_path: Path, by_kernels):
+    model, x = prune(Methods()), torch.randn(2, 3, 9, 9)
+    compiled = deploy.compile_sparse(model, x)
+    assert type(compiled(x)) is list
+    with pytest.raises(ValueError, match=r"abs_1 calls \.abs, which a file cannot hold: torch.save keeps the network"):
+        compiled.save(tmp_path / "x")
+    torch.save(compiled, tmp_path / "x")
+    loaded = torch.load(tmp_path / "x", weights_only=False)
+    assert torch.equal(loaded(x)[0], compiled(x)[0])
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
+def test_wrappers_are_looked_through(by_kernels, wrap):
+    model, x = prune(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())), torch.randn(1, 3, 9, 9)
+    compiled = deploy.compile_sparse(wrap(model), x)
+    assert isinstance(compiled, deploy.SparseModel)
+    same(model, compiled, x)
+
+
 def test_masks_of_torch_prune():
     model, x = nn.Sequential(nn.Conv2d(3, 4, 3)), torch.randn(1, 3, 9, 9)
     torch.nn.utils.prune.random_unstructured(model[0], "weight", 0.5)

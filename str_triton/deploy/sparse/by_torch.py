@@ -8,7 +8,7 @@ from torch import Tensor
 
 from str_triton.deploy.sparse.calls import FUNCTIONS
 from str_triton.deploy.sparse.choice import Choice
-from str_triton.deploy.sparse.graph import Call, Constant, Convolution, Graph, Input, Layer, Linear, Node
+from str_triton.deploy.sparse.graph import Call, Constant, Convolution, Graph, Input, Layer, Linear, Node, substitute
 
 
 def run_torch(node: Node, values: dict[str, Any], choice: Choice | None) -> Any:
@@ -30,15 +30,20 @@ def run_torch(node: Node, values: dict[str, Any], choice: Choice | None) -> Any:
     return node.finish(_csr_product(node, x), values)
 
 
-def infer_shapes(graph: Graph, x: Tensor) -> dict[str, tuple[int, ...]]:
-    """The shape of each value that is a tensor for an input like x, by one run."""
+def run(graph: Graph, x: Tensor) -> tuple[Any, dict[str, tuple[int, ...]]]:
+    """The output for x, dense, and the shape of each value that is a tensor."""
     values: dict[str, Any] = {}
     shapes = {}
     for node in graph.nodes:
-        values[node.name] = torch.zeros_like(x) if isinstance(node, Input) else run_torch(node, values, None)
+        values[node.name] = x if isinstance(node, Input) else run_torch(node, values, None)
         if isinstance(values[node.name], Tensor):
             shapes[node.name] = tuple(values[node.name].shape)
-    return shapes
+    return substitute(graph.output, values), shapes
+
+
+def infer_shapes(graph: Graph, x: Tensor) -> dict[str, tuple[int, ...]]:
+    """The shape of each value that is a tensor for an input like x, by one run."""
+    return run(graph, torch.zeros_like(x))[1]
 
 
 def can_be_csr(node: Layer) -> bool:

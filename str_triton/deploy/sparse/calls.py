@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,9 +15,18 @@ def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return x * scale.view(shape) + shift.view(shape)
 
 
-def method(name: str) -> Callable[..., Any]:
-    """The function that calls a tensor's method of this name."""
-    return lambda x, *args, **kwargs: getattr(x, name)(*args, **kwargs)
+@dataclass(frozen=True)
+class Method:
+    """Calls a tensor's method of this name; not a lambda, which torch.save could not keep."""
+
+    name: str
+
+    @property
+    def __name__(self) -> str:
+        return f".{self.name}"
+
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(x, self.name)(*args, **kwargs)
 
 
 ATTRIBUTES = ("T", "ndim", "shape")
@@ -51,7 +61,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     },
     **{name: getattr(F, name) for name in ("avg_pool2d", "log_softmax")},
     **{f"operator.{name}": getattr(operator, name) for name in _OPERATORS},
-    **{f".{name}": method(name) for name in _METHODS},
+    **{f".{name}": Method(name) for name in _METHODS},
 }
 # Those whose result may share the argument's memory.
 VIEWS = {

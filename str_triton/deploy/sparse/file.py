@@ -72,6 +72,8 @@ def _choice(entry: dict[str, Any]) -> Choice:
     choice = Choice(**entry)
     if choice.execution not in EXECUTIONS:
         raise KeyError(choice.execution)
+    if not all(type(n) is int and n > 0 for n in (choice.width, choice.tiles, choice.blocks)):
+        raise TypeError(f"width, tiles and blocks must be positive integers: {choice}")
     return choice
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from str_triton.deploy.plain_state import unwrapped
 from str_triton.deploy.sparse import file
 from str_triton.deploy.sparse.build import library
 from str_triton.deploy.sparse.by_torch import infer_shapes
@@ -66,6 +67,8 @@ class SparseModel(CompiledModel):
     """A network that runs from a plan: [B, C, H, W] or whatever the model took, of any size that it takes.
 
     Buffers are planned for each new shape of the input when it first comes; the choices stay those of the example's.
+    Several threads of Python may call one network: they take turns. Its weights are no parameters, and its state dict
+    is empty: `save` keeps it, and so does torch.save.
     """
 
     def __init__(self, graph: Graph, choices: dict[str, Choice], left: dict[str, str]) -> None:
@@ -140,7 +143,7 @@ class ModulewiseModel(CompiledModel):
         )
 
     def _layers(self) -> Iterable[tuple[Layer, Choice]]:
-        return (pair for name in self.names for pair in self.model.get_submodule(name)._layers())
+        return (pair for name in self.names for pair in self.model.get_submodule(name).compiled._layers())
 
 
 def compile_sparse(model: nn.Module, example_input: Tensor) -> CompiledModel:
@@ -168,7 +171,10 @@ def compile_sparse(model: nn.Module, example_input: Tensor) -> CompiledModel:
         TypeError, ValueError: an example that is no float32 tensor on the CPU, a model with other parameters, or one
             that does not take the example.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"compile_sparse takes a module, got {type(model).__name__}")
     _check(example_input)
+    model = unwrapped(model)
     for name, parameter in model.named_parameters():
         if parameter.dtype != torch.float32 or parameter.device.type != "cpu":
             raise ValueError(
@@ -182,17 +188,17 @@ def compile_sparse(model: nn.Module, example_input: Tensor) -> CompiledModel:
             f"{type(model).__name__} cannot be copied ({error}); masks of torch.nn.utils.prune become part of the "
             "weights by its `remove`"
         ) from error
-    if isinstance(model, nn.Conv2d | nn.Linear):  # torch.fx would look inside.
+    if isinstance(model, nn.Conv2d | nn.Linear):  # In the table it needs a name.
         model = nn.Sequential(model)
     left = left_to_torch(model)
     with torch.no_grad():
         try:
-            model(example_input.clone())
-        except RuntimeError as error:
+            expected = model(example_input.clone())
+        except Exception as error:  # Shapes fail in many ways, in a second argument that is missing, too.
             shape = tuple(example_input.shape)
             raise ValueError(f"{type(model).__name__} does not take an example of shape {shape}: {error}") from error
         try:
-            return _compile(trace(model, example_input), example_input, left)
+            return _compile(trace(model, example_input, expected), example_input, left)
         except NotTraceable:
             layers = {
                 name: _compile(layer_graph(model.get_submodule(name), name), x, {})

@@ -34,7 +34,24 @@ def layer_graph(module: nn.Conv2d | nn.Linear, label: str) -> Graph:
     return Graph([Input("x", []), layer(module, "y", ["x"], label)], Ref("y"))
 
 
-def put(model: nn.Module, name: str, module: Any) -> None:
-    """Put a module in the place of another."""
+class Replaced(nn.Module):
+    """A compiled layer in the place of a plain one, whose attributes it has: a forward may read `layer.weight`."""
+
+    def __init__(self, plain: nn.Module, compiled: nn.Module) -> None:
+        super().__init__()
+        self.plain, self.compiled = plain, compiled
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.compiled(x)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("plain"), name)
+
+
+def put(model: nn.Module, name: str, compiled: nn.Module) -> None:
+    """Put a compiled layer in the place of the plain one."""
     parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+    setattr(model.get_submodule(parent), child, Replaced(model.get_submodule(name), compiled))

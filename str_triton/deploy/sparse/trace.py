@@ -2,13 +2,15 @@
 
 import math
 import operator
+from collections import OrderedDict
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from str_triton.deploy.sparse.calls import ATTRIBUTES, FUNCTIONS, IDENTITIES, MODULES, NAMES, VIEWS, method
+from str_triton.deploy.sparse.by_torch import run
+from str_triton.deploy.sparse.calls import ATTRIBUTES, FUNCTIONS, IDENTITIES, MODULES, NAMES, VIEWS, Method
 from str_triton.deploy.sparse.fuse import fuse
 from str_triton.deploy.sparse.graph import (
     FREE,
@@ -34,6 +36,7 @@ class NotTraceable(Exception):
     """The forward cannot be written as a graph; the message says why."""
 
 
+ROOT = "model."  # what torch.fx puts before the names of the model's modules
 _ADDS = (operator.add, operator.iadd, torch.add)
 _RELU = (0.0, math.inf)
 _CLAMPS = {**dict.fromkeys((F.relu, torch.relu, F.relu_, torch.relu_), _RELU), F.relu6: (0.0, 6.0)}
@@ -41,25 +44,43 @@ _CLAMPS = {**dict.fromkeys((F.relu, torch.relu, F.relu_, torch.relu_), _RELU), F
 _SAME = {"relu": torch.relu, "relu_": torch.relu_, "add": torch.add, "add_": operator.iadd, "mean": torch.mean}
 
 
-def trace(model: nn.Module, example: Tensor) -> Graph:
-    """The graph of a dense model in eval mode, fused.
+def trace(model: nn.Module, example: Tensor, expected: Any) -> Graph:
+    """The graph of a dense model in eval mode, fused; `expected` is what the model gives for the example.
 
     Raises:
-        NotTraceable: torch.fx cannot follow the forward, or it takes other inputs besides one tensor.
+        NotTraceable: torch.fx cannot follow the forward, or its graph gives something else: a branch that it took
+            wrongly, a view whose base changed in place.
     """
     try:
-        traced = fx.symbolic_trace(model)
+        # Inside another module, so that the model is called as users call it: its hooks and optional arguments count.
+        traced = fx.symbolic_trace(nn.Sequential(OrderedDict(model=model)))
     except Exception as error:  # Whatever the forward does with a proxy: there is no common class.
         raise NotTraceable(f"torch.fx cannot trace {type(model).__name__}: {error}") from error
-    inputs = [node for node in traced.graph.nodes if node.op == "placeholder" and not node.args]
-    if len(inputs) != 1:
-        raise NotTraceable(f"{type(model).__name__} takes {len(inputs)} inputs")
-    return fuse(_Builder(traced, _dimensions(traced, example)).build())
+    graph = fuse(_Builder(traced, _dimensions(traced, example)).build())
+    if not _agree(run(graph, example.clone())[0], expected):
+        raise NotTraceable(f"what torch.fx traced of {type(model).__name__} computes something else")
+    return graph
+
+
+def _agree(found: Any, expected: Any) -> bool:
+    """Whether two outputs are the same but for rounding, which a wrong trace's are not."""
+    if isinstance(expected, Tensor):
+        if not isinstance(found, Tensor) or found.shape != expected.shape or found.dtype != expected.dtype:
+            return False
+        scale = float(expected.double().nan_to_num(0.0, 0.0, 0.0).abs().max()) if expected.numel() else 0.0
+        return torch.allclose(found.double(), expected.double(), rtol=1e-3, atol=1e-3 * scale, equal_nan=True)
+    if type(found) is not type(expected):
+        return False
+    if isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(_agree(found[key], expected[key]) for key in expected)
+    if isinstance(expected, list | tuple):
+        return len(found) == len(expected) and all(map(_agree, found, expected))
+    return found == expected
 
 
 def supported(module: nn.Module) -> str | None:
     """Why a convolution or linear layer is left to torch; None if it is not."""
-    if module._forward_hooks or module._forward_pre_hooks:
+    if _is_hooked(module):
         return "it has forward hooks"
     if type(module) is nn.Linear:
         return None
@@ -70,6 +91,10 @@ def supported(module: nn.Module) -> str | None:
     if _padding(module) is None:
         return "padding='same' on one side only"
     return None
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def left_to_torch(model: nn.Module) -> dict[str, str]:
@@ -129,8 +154,6 @@ class _Builder:
         for node in self.traced.graph.nodes:
             if node.op == "output":
                 output = self._arguments(node.args[0])
-            elif node.op == "placeholder" and node.args:
-                self.values[node.name] = node.args[0]
             else:
                 self._add(node)
         return Graph(self.nodes, output)
@@ -144,7 +167,7 @@ class _Builder:
                 made: Node = Input(node.name, [])
             case "get_attr":
                 made = Constant(node.name, [], _attribute(self.traced, node.target).detach())
-            case "call_module" if type(self.modules[node.target]) in IDENTITIES:
+            case "call_module" if type(module := self.modules[node.target]) in IDENTITIES and not _is_hooked(module):
                 self.values[node.name] = args[0]
                 return
             case "call_module":
@@ -166,12 +189,14 @@ class _Builder:
 
     def _module(self, node: fx.Node, module: nn.Module, inputs: list[str], args: tuple, kwargs: dict) -> Node:
         name, dims = node.name, self.dimensions.get(node.name)
+        if _is_hooked(module):
+            return Call(name, inputs, module, args, kwargs)
         if len(args) == len(inputs) == 1 and not kwargs:
             match module:
                 case nn.Conv2d() | nn.Linear() if supported(module) is None and (
                     dims == 4 or type(module) is nn.Linear
                 ):
-                    return layer(module, name, inputs, str(node.target))
+                    return layer(module, name, inputs, node.target.removeprefix(ROOT))
                 case nn.BatchNorm2d() | nn.BatchNorm1d() if module.running_mean is not None and dims in (2, 4):
                     return Norm(name, inputs, *_scale_and_shift(module))
                 case nn.ReLU():
@@ -206,7 +231,7 @@ class _Builder:
             if isinstance(dim, list | tuple) and sorted(d % 4 for d in dim) == [2, 3]:
                 return self._mean(name, inputs, keep)
         if isinstance(target, str):
-            return Call(name, inputs, target if target in FUNCTIONS else method(target[1:]), args, kwargs)
+            return Call(name, inputs, target if target in FUNCTIONS else Method(target[1:]), args, kwargs)
         if target is getattr and args[1] in ATTRIBUTES:
             return Call(name, inputs, "getattr", args, kwargs)
         return Call(name, inputs, NAMES.get(target, target), args, kwargs)
