@@ -9,6 +9,8 @@ keys of its state dict begin with "module." after training on several GPUs. Besi
 import argparse
 import io
 import os
+import pickle
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -106,7 +108,7 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
     except OSError:
         raise
     except Exception as error:  # what torch.load raises for a damaged file is anything
-        raise ValueError(f"{path}: no torch file of tensors, numbers and texts alone: {_first_line(error)}") from error
+        raise ValueError(f"{path}: no torch file of tensors, numbers and texts alone: {reason(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a dictionary with the key 'state_dict', got {type(content).__name__}")
     if not isinstance(content.get("state_dict"), dict):
@@ -118,7 +120,13 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
     return content
 
 
-def _first_line(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """In a line, why ``torch.load(weights_only=True)`` fails: its own message tells people to run the file's code."""
+    found = re.search(r"nsupported (?:global: )?GLOBAL (\S+)", str(error))
+    if found:
+        return f"it holds {found.group(1)}, and nothing but tensors and plain values is read; save the state dict alone"
+    if isinstance(error, pickle.UnpicklingError | EOFError):
+        return "it is damaged or of another kind"
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

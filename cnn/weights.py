@@ -46,8 +46,7 @@ def read_named_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor],
     except OSError:
         raise
     except Exception as error:  # what either library raises for a damaged file is anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path}: no file of weights alone: {reason}") from error
+        raise ValueError(f"{path}: no file of weights alone: {paper_checkpoint.reason(error)}") from error
     if metadata.get("format") == PACKED:
         return deploy.unpack(path), deploy.inspect(path).metadata.get("model")
     arch = content.get("arch") if isinstance(content, dict) else None
@@ -115,9 +114,8 @@ def _weights(path: Path, content: Any) -> dict[str, Tensor]:
         raise ValueError(f"{path}: the state dict is empty")
     if state is content.get("state_dict") and _is_papers(content, state):
         return densify(paper_checkpoint.from_content(content, path)[0]).state_dict()
-    for prefix in PREFIXES:
-        if all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
+    while prefix := next((prefix for prefix in PREFIXES if all(key.startswith(prefix) for key in state)), None):
+        state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
     return _thresholded(path, {key: tensor.detach() for key, tensor in state.items()}, content)
 
 

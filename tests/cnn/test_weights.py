@@ -47,8 +47,18 @@ def prefixed(prefix: str) -> Callable[[State], object]:
         prefixed("module."),
         prefixed("_orig_mod."),
         prefixed("module._orig_mod."),
+        prefixed("_orig_mod.module."),
     ],
-    ids=["bare", "parameters", "state_dict", "model", "module.", "_orig_mod.", "module._orig_mod."],
+    ids=[
+        "bare",
+        "parameters",
+        "state_dict",
+        "model",
+        "module.",
+        "_orig_mod.",
+        "module._orig_mod.",
+        "_orig_mod.module.",
+    ],
 )
 def test_torch_files(tmp_path: Path, state: State, wrap: Callable[[State], object]):
     weights = read_weights(saved(tmp_path / "file.pth", wrap(state)))
@@ -116,11 +126,11 @@ THRESHOLDED = sparsify(nn.Conv2d(3, 4, 1)).state_dict()
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"no weights", "no file of weights alone: "),
-        (b"", "no file of weights alone: "),
+        (b"no weights", "no file of weights alone: it is damaged or of another kind"),
+        (b"", "no file of weights alone: it is damaged or of another kind"),
         (b"\xff\0\0\0\0\0\0\0{'a'", "no file of weights alone: "),
-        (Harm(), "no file of weights alone: "),
-        (nn.Linear(2, 2), "no file of weights alone: "),
+        (Harm(), "mkdir, and nothing but tensors and plain values is read; save the state dict alone"),
+        (nn.Linear(2, 2), "no file of weights alone: it holds torch.nn.modules.linear.Linear, and nothing but"),
         (torch.zeros(3), "expected a state dict, got Tensor"),
         ({}, "the state dict is empty"),
         ({"epoch": 3, "weights": {}}, "no state dict: key 'epoch' is int, not a tensor"),
