@@ -6,13 +6,14 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from str_triton import deploy
 from str_triton.deploy.pack import VALUES
 from str_triton.deploy.state_files import check_suffix, read_state, write_state
 
 PACKED = ".packed.safetensors"
+LONGEST = 4000  # characters of JSON
 HELP = """commands:
   pack FILE     store the weights without their zeros: safetensors, or a state dict of torch.save
   unpack FILE   plain tensors again, bit for bit; a damaged file is refused
@@ -95,8 +96,15 @@ def inspect(options: argparse.Namespace) -> str:
     """What a packed file holds."""
     summary = deploy.inspect(options.file)
     budget = [] if summary.budget is None else ["", "budget:", str(summary.budget)]
-    metadata = ["", "metadata:", json.dumps(summary.metadata, indent=2)] if summary.metadata else []
+    shown = {name: _short(value) for name, value in summary.metadata.items()}
+    metadata = ["", "metadata:", json.dumps(shown, indent=2)] if shown else []
     return "\n".join([str(summary), *budget, *metadata])
+
+
+def _short(value: Any) -> Any:
+    """A value of the metadata, or its length where it fills pages, as the graph of a compiled network does."""
+    length = len(json.dumps(value))
+    return value if length <= LONGEST else f"({length:,} characters)"
 
 
 def _out(options: argparse.Namespace, ending: str) -> Path:

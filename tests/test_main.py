@@ -151,3 +151,11 @@ def test_help_names_every_command_and_option(capsys: pytest.CaptureFixture):
     for word in (*options, "pack FILE", "unpack FILE", "inspect FILE", *__main__.VALUES):
         assert word in text
     assert max(map(len, text.splitlines())) <= 120
+
+
+def test_metadata_that_fills_pages_is_not_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    deploy.pack({"a": torch.zeros(100)}, tmp_path / "x", metadata={"graph": list(range(2000)), "run": 7})
+    assert run("inspect", tmp_path / "x") == 0
+    printed = capsys.readouterr().out
+    assert '"graph": "(10,890 characters)"' in printed
+    assert '"run": 7' in printed
