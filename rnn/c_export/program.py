@@ -17,6 +17,12 @@ from str_triton.training.files import write_atomically
 WEIGHTS = ("float32", "int8")
 WIDTH = 120  # characters of a line
 INCLUDED = ("math", "stddef", "stdint")  # whose headers ours must not hide
+# Of the header's comment, by whether features are taken as they are, and whether the network reads in both directions.
+_FEATURES = (
+    "the features as they are, not standardised: the program subtracts the mean and divides by the deviation itself",
+    "the features as they are",
+)
+_READY = ("After any frame", "After both passes over the whole sequence")
 POINTER = 4  # bytes, and of a size_t, on the 32-bit processors that the figures are for
 
 
@@ -114,6 +120,8 @@ class _Program:
         return template.HEADER.substitute(
             named,
             title=self._title(),
+            features=_FEATURES[self.run.mean is None],
+            ready=_READY[both],
             calls="\n".join(calls),
             classes="\n".join(f" *     {i}: {_comment(text)}" for i, text in enumerate(self.run.outputs)),
             inputs=self.rnn.input_size,

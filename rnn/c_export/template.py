@@ -12,8 +12,10 @@ HEADER = Template("""\
 $calls
  *     int best = ${name}_predict(&state);
  *
- * A frame holds the features as they were before training standardised them. At any time ${name}_logits gives the
- * scores of the sequence up to there. The classes:
+ * A frame is an array of ${guard}_INPUTS floats:
+ * $features.
+ * $ready ${name}_logits gives the score of each class, before any softmax.
+ * The classes:
  *
 $classes
  */

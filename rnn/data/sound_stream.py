@@ -12,6 +12,7 @@ from str_triton.training.errors import warn
 
 PIECE = RATE // 10  # samples that are read at once
 ENDLESS = (0, 0xFFFFFFFF)  # the sizes that a recorder writes which cannot know better
+CONVERT = f"ffmpeg -i IN -ar {RATE} -ac 1 -c:a pcm_s16le OUT.wav"
 
 
 class LogMelStream:
@@ -88,12 +89,12 @@ def _check_form(name: str, form: bytes) -> None:
     if code == EXTENSIBLE and len(form) >= 26:
         code = struct.unpack_from("<H", form, 24)[0]
     if (code, bits) != (PCM, 16):
-        raise ValueError(f"{name}: WAV format {code} of {bits} bits; it takes PCM of 16 bits")
+        raise ValueError(f"{name}: WAV format {code} of {bits} bits; it takes PCM of 16 bits: {CONVERT}")
     if channels != 1:
-        raise ValueError(f"{name} has {channels} channels; it takes one: mix them")
+        raise ValueError(f"{name} has {channels} channels; it takes one: mix them, {CONVERT}")
     _check_rate(name, rate)
 
 
 def _check_rate(name: str, rate: int) -> None:
     if rate != RATE:
-        raise ValueError(f"{name} is at {rate} Hz; the networks were trained at {RATE} Hz: resample it")
+        raise ValueError(f"{name} is at {rate} Hz; the networks were trained at {RATE} Hz: resample it, {CONVERT}")

@@ -143,6 +143,8 @@ def test_the_sizes_are_those_of_the_arrays(case: str, weights: str, tmp_path: Pa
     assert sizes.weights == matrices * (1 if weights == "int8" else 4)
     assert 4 * sum(int(count) for kind, count in arrays if kind == "float") < sizes.tables < sizes.flash
     header = (tmp_path / "My Model-1" / "my_model_1.h").read_text()
+    assert ("not standardised" in header) == (run.mean is not None)
+    assert ("After both passes" in header) == run.model.rnn.bidirectional
     fields = re.findall(r"^    (?:float|uint32_t) \w+\[(\d+)\];", header, re.M)
     assert sizes.state == 4 * sum(map(int, fields))
     assert f"{sizes.flash:,} bytes" in str(sizes)

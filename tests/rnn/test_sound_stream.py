@@ -65,7 +65,7 @@ def wav(channels: int = 1, rate: int = RATE, bits: int = 16, code: int = 1) -> b
         (wav()[:20], None, "x is truncated: it ends before its sound begins"),
         (wav()[:44], None, "x is empty: there is no sound in it"),
         (wav(channels=2), None, "x has 2 channels; it takes one: mix them"),
-        (wav(rate=44_100), None, "x is at 44100 Hz; the networks were trained at 16000 Hz: resample it"),
+        (wav(rate=44_100), None, "x is at 44100 Hz; .* resample it, ffmpeg -i IN -ar 16000 -ac 1 "),
         (b"\0\0", 8000, "x is at 8000 Hz"),
         (wav(bits=8), None, "x: WAV format 1 of 8 bits; it takes PCM of 16 bits"),
         (wav(bits=32, code=3), None, "x: WAV format 3 of 32 bits"),
