@@ -104,6 +104,8 @@ def export_onnx(options: argparse.Namespace) -> None:
 
 def export_pack(options: argparse.Namespace) -> None:
     """A packed file and its model card."""
+    if options.out.suffix == ".md":
+        raise UserError(f"{options.out}: the card would take this name; give the packed file another suffix")
     run = open_run(options.run)
     facts = run_facts(run)
     with warnings.catch_warnings(record=True) as remarks:

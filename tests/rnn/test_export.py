@@ -93,6 +93,7 @@ def test_bad_input_is_one_line(whole_run: Path, tmp_path: Path, capsys: pytest.C
     assert "--steps 0: at least 1" in refused(capsys, "onnx", whole_run, out, "--steps", "0")
     assert "a bidirectional network cannot" in refused(capsys, "onnx", whole_run, out, "--streaming")
     assert "not allowed with" in refused(capsys, "onnx", whole_run, out, "--streaming", "--steps", "3")
+    assert "x.md: the card would take this name" in refused(capsys, "pack", whole_run, tmp_path / "x.md")
     assert "arguments are required: TARGET" in refused(capsys)
     assert "No such file or directory" in refused(
         capsys, "onnx", whole_run, tmp_path / "none" / "x.onnx", "--steps", "2"
