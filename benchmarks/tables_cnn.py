@@ -68,6 +68,7 @@ def screen_table() -> str:
 
 METHODS = (
     "str-exact",
+    "str-exact, FLOP-aware",
     "str",
     "gmp, global",
     "gmp, budget of str-exact",
@@ -115,7 +116,8 @@ def _by_sparsity(runs: list[dict[str, Any]]) -> str:
         return text + ("" if len(chosen) in (1, seeds) else f" [{len(chosen)} seeds]")
 
     rows = []
-    for line in dict.fromkeys(run["line"] for run in runs):
+    order = {line: place for place, line in enumerate(("dense", *METHODS))}
+    for line in sorted({run["line"] for run in runs}, key=lambda line: (order.get(line, len(order)), line)):
         dense = [run["accuracy"] for run in runs if run["line"] == line == "dense"]
         rows.append([line, *([spread(dense, 100)] * len(targets) if dense else [cell(line, t) for t in targets])])
     return markdown(["method", *(f"{100 * target:g} %" for target in targets)], rows)

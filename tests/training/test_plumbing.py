@@ -166,6 +166,7 @@ def test_bars_of_the_hubs_library_come_from_the_first_process_alone(
         folder = tmp_path / process
         folder.mkdir()
         datasets.Dataset.from_dict({"a": [1, 2]}).to_parquet(folder / "train.parquet")
+        datasets.enable_progress_bars()  # whatever other tests left
         capfd.readouterr()
         monkeypatch.setenv("RANK", process)
         try:
