@@ -4,6 +4,7 @@ Written here and not by the safetensors library, whose headers have no fixed ord
 the checksum has its place.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -89,6 +90,8 @@ def write_packed(path: str | os.PathLike[str], parts: Mapping[str, Part], conten
 def write_beside(path: str | os.PathLike[str], *blocks: bytes | NDArray[np.uint8]) -> None:
     """Write a file beside `path`, force it to the disk, and rename it: `path` is the old one or the new one, whole."""
     path = Path(path)
+    if path.exists() and not path.is_file():  # a folder, or a device, which renaming would take the place of
+        raise OSError(errno.EEXIST, "exists and is no regular file", os.fspath(path))
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with open(draft, "wb") as file:

@@ -200,6 +200,13 @@ class FullDisk:
         return getattr(self.file, name)
 
 
+def test_what_is_no_file_is_not_replaced(tmp_path: Path):
+    with pytest.raises(OSError, match="exists and is no regular file") as caught:
+        deploy.pack({"weight": torch.zeros(3)}, tmp_path)
+    assert caught.value.filename == str(tmp_path)
+    assert not list(tmp_path.parent.glob(f".{tmp_path.name}.*"))
+
+
 @pytest.mark.parametrize("old", [None, b"the old file"])
 def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: bytes | None):
     path = tmp_path / "model"

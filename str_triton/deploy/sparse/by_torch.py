@@ -1,5 +1,6 @@
 """Executions of a layer by torch: dense in two memory formats, and as a compressed sparse matrix."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -56,7 +57,13 @@ def _formatted(node: Convolution) -> Tensor:
 
 
 def _csr(node: Layer) -> Tensor:
-    return _prepared(node, "csr", lambda weight: weight.flatten(1).to_sparse_csr())
+    return _prepared(node, "csr", _to_csr)
+
+
+def _to_csr(weight: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        return weight.flatten(1).to_sparse_csr()
 
 
 def _prepared(node: Layer, name: str, make: Any) -> Tensor:
