@@ -46,7 +46,7 @@ def test_every_recipe_is_whole(name: str):
     assert "\n" not in RECIPES[name].__doc__.strip()
     if name in PUBLISHED:
         assert (config.batch_size, config.momentum, config.label_smoothing) == (256, 0.875, 0.1)
-        schedule = (10, 0.064, 1.0) if name in FINETUNING else (100, 0.256, 5.0)
+        schedule = (10, 0.128, 1.0) if name in FINETUNING else (100, 0.256, 5.0)
         assert (config.epochs, config.lr, config.warmup_epochs) == schedule
         assert config.data == "hub:ILSVRC/imagenet-1k"
 
