@@ -44,7 +44,7 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Pack(Options):
-    """A file without the zeros, and a model card beside it. Negative zeros, as masks leave them, become plain ones."""
+    """A file without the zeros, and a model card beside it. Negative zeros become plain ones."""
 
     values: Literal["float32", "float16", "bfloat16"] = "float32"
     """What weights are stored as; vectors (biases, norms) stay as they are."""

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -116,3 +117,11 @@ def _from_timm(name: str, num_classes: int, in_channels: int) -> nn.Module:
         return timm.create_model(name, num_classes=num_classes, in_chans=in_channels)
     except RuntimeError as error:  # what timm raises for a name that it does not know
         raise ValueError(f"model 'timm:{name}': {error}; timm.list_models() lists the names") from error
+
+
+def state_shapes(name: str, num_classes: int, in_channels: int) -> dict[str, torch.Size]:
+    """The shapes in a network's state dict, without memory for its weights. Raises as `build` does."""
+    # timm's networks compute with values while they are built, which meta tensors have not.
+    with torch.device("cpu" if name.startswith("timm:") else "meta"):
+        state = build(name, num_classes=num_classes, in_channels=in_channels).state_dict()
+    return {key: tensor.shape for key, tensor in state.items()}

@@ -2,10 +2,9 @@
 
 import os
 
-import torch
 from torch import nn
 
-from cnn.models import build
+from cnn.models import state_shapes
 from cnn.weights import fill, read_weights
 
 
@@ -49,7 +48,5 @@ def start_from(
 
 def classifier_keys(name: str, in_channels: int) -> list[str]:
     """The entries of a network's state dict whose shape follows the number of classes."""
-    # timm's networks compute with values while they are built, which meta tensors have not.
-    with torch.device("cpu" if name.startswith("timm:") else "meta"):
-        two, three = (build(name, num_classes=number, in_channels=in_channels).state_dict() for number in (2, 3))
-    return [key for key in two if two[key].shape != three[key].shape]
+    two, three = (state_shapes(name, number, in_channels) for number in (2, 3))
+    return [key for key in two if two[key] != three[key]]

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cnn.models import build
+from cnn.models import build, state_shapes
 from cnn.recipes import Config
 from cnn.weights import fill, read_named_weights
 from str_triton.training.command_line import saved_config
@@ -72,15 +72,8 @@ def _run_of(path: Path) -> Path | None:
 
 def _size(name: str, weights: Mapping[str, Tensor]) -> tuple[int, int]:
     """The classes and the input channels of the network that ``weights`` are of: the dimensions that follow them."""
-    small, classes, channels = (_shapes(name, *size) for size in ((2, 1), (3, 1), (2, 2)))
+    small, classes, channels = (state_shapes(name, *size) for size in ((2, 1), (3, 1), (2, 2)))
     return _followed(small, classes, weights, 1000), _followed(small, channels, weights, 3)
-
-
-def _shapes(name: str, num_classes: int, in_channels: int) -> dict[str, torch.Size]:
-    # timm's networks compute with values while they are built, which meta tensors have not.
-    with torch.device("cpu" if name.startswith("timm:") else "meta"):
-        state = build(name, num_classes=num_classes, in_channels=in_channels).state_dict()
-    return {key: tensor.shape for key, tensor in state.items()}
 
 
 def _followed(
