@@ -1,6 +1,8 @@
 """Passes over a graph: norms folded into the layers before them, residual sums and activations made part of them."""
 
 from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -22,8 +24,8 @@ from str_triton.deploy.sparse.graph import (
 
 def fuse(graph: Graph) -> Graph:
     """Fold norms, fuse sums and activations, and turn what could not be fused into calls."""
-    for pass_ in (_fold_norms, _fuse_sums, _fuse_clamps, _drop_flattens):
-        graph = pass_(graph)
+    graph = _fuse_sums(_absorb(graph, Norm, _fold_norm))
+    graph = _drop_flattens(_absorb(graph, Clamp, _fuse_clamp))
     return Graph([_as_call(node) for node in graph.nodes], graph.output)
 
 
@@ -61,19 +63,29 @@ def _producer(nodes: dict[str, Node], merged: dict[str, Node], name: str) -> Nod
     return merged.get(name) or nodes[name]
 
 
-def _fold_norms(graph: Graph) -> Graph:
+def _absorb(graph: Graph, kind: type[Node], change: Callable[[Layer, Any], None]) -> Graph:
+    """Each node of a kind goes into the layer before it, if that has no other user: `change(layer, node)`."""
     users, nodes = _users(graph), {node.name: node for node in graph.nodes}
     merged: dict[str, Node] = {}
     for node in graph.nodes:
-        layer = _producer(nodes, merged, node.inputs[0]) if isinstance(node, Norm) else None
+        layer = _producer(nodes, merged, node.inputs[0]) if isinstance(node, kind) else None
         if isinstance(layer, Layer) and users[node.inputs[0]] == 1:
-            scale = node.scale.double()
-            weight = layer.weight.double() * scale.view(-1, *[1] * (layer.weight.dim() - 1))
-            # A weight that is zero stays zero, whatever the scale: 0 * inf would fill the layer.
-            layer.weight = torch.where(layer.weight == 0, 0.0, weight).float()
-            layer.bias = (layer.bias.double() * scale + node.shift.double()).float()
+            change(layer, node)
             merged[node.name] = layer
     return _without(graph, merged)
+
+
+def _fold_norm(layer: Layer, norm: Norm) -> None:
+    scale = norm.scale.double()
+    weight = layer.weight.double() * scale.view(-1, *[1] * (layer.weight.dim() - 1))
+    # A weight that is zero stays zero, whatever the scale: 0 * inf would fill the layer.
+    layer.weight = torch.where(layer.weight == 0, 0.0, weight).float()
+    layer.bias = (layer.bias.double() * scale + norm.shift.double()).float()
+
+
+def _fuse_clamp(layer: Layer, clamp: Clamp) -> None:
+    (low, high), (lower, upper) = layer.clamp, clamp.clamp
+    layer.clamp = (min(max(low, lower), upper), max(min(high, upper), lower))
 
 
 def _fuse_sums(graph: Graph) -> Graph:
@@ -89,19 +101,6 @@ def _fuse_sums(graph: Graph) -> Graph:
         if first is not last and sole and isinstance(last, Convolution) and len(last.inputs) == 1:
             last.inputs = [last.inputs[0], first.name]
             merged[node.name] = last
-    return _without(graph, merged)
-
-
-def _fuse_clamps(graph: Graph) -> Graph:
-    users, nodes = _users(graph), {node.name: node for node in graph.nodes}
-    merged: dict[str, Node] = {}
-    for node in graph.nodes:
-        layer = _producer(nodes, merged, node.inputs[0]) if isinstance(node, Clamp) else None
-        if isinstance(layer, Layer) and users[node.inputs[0]] == 1:
-            low, high = layer.clamp
-            clamp = (min(max(low, node.clamp[0]), node.clamp[1]), max(min(high, node.clamp[1]), node.clamp[0]))
-            layer.clamp = clamp
-            merged[node.name] = layer
     return _without(graph, merged)
 
 
