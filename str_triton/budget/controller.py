@@ -70,7 +70,7 @@ class SparsityController(OffsetController):
         interval: steps between solves.
         straight_through_until: progress until which layers with the straight-through gradient keep it. From then on
             theirs is the masked one: at high sparsity the steps of the pruned weights, noise for the most part, would
-            otherwise drown the survivors (docs/exact-budgets.md). 1: they keep it throughout.
+            otherwise drown the survivors (docs/methods.md). 1: they keep it throughout.
 
     Raises:
         ValueError: a model without thresholds, a target that excluded layers make impossible or that names other
@@ -127,7 +127,8 @@ class SparsityController(OffsetController):
     def _set_gradient(self) -> None:
         gradient = "straight_through" if self.progress < self.straight_through_until else "masked"
         for module in self._straight_through:
-            module.gradient = gradient
+            if module.gradient != gradient:  # at every step: nn.Module's assignment is slow
+                module.gradient = gradient
 
     def _check_layers(self, shares: Mapping[str, float]) -> None:
         if self.distribution != "fixed":
