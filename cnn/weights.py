@@ -80,13 +80,15 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], path: str | os.PathLik
 
 
 def _read(path: Path) -> tuple[Any, dict[str, str]]:
-    """What a file holds, and the metadata of safetensors."""
+    """What a file holds, and the metadata of safetensors; of a packed file the metadata alone."""
     with open(path, "rb") as file:
         is_safetensors = file.read(9)[8:] == b"{"
     if not is_safetensors:
         return torch.load(path, map_location="cpu", weights_only=True), {}
     with safetensors.safe_open(path, "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no dictionary)
+        metadata = file.metadata() or {}
+        keys = () if metadata.get("format") == PACKED else file.keys()
+        return {key: file.get_tensor(key) for key in keys}, metadata
 
 
 def _from_run(folder: Path) -> dict[str, Tensor]:
