@@ -1,9 +1,9 @@
 """Images as files or bytes (JPEG, PNG, ...), decoded when a batch asks for them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ MEMORY = 2**30
 IN_A_ROW = 100
 """So many corrupt images one after the other are no longer skipped: something else is wrong."""
 IMAGENET = Normalisation(mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375))
+
+T = TypeVar("T")
 
 
 class Source(Protocol):
@@ -78,17 +80,14 @@ class EncodedImages:
         elif self.crop:
             choose = partial(random_crop, draws=draws[Augmentation.DRAWS :])
             mirror = self.augmentation.mirrors(draws)
+
+        def read(number: int) -> int:
+            number %= len(self)
+            image[:] = decode(*self.source.read(number), self.size, choose, mirror=mirror)
+            return number
+
         tries = min(IN_A_ROW, len(self))
-        for number in range(index, index + tries):
-            try:
-                image[:] = decode(*self.source.read(number % len(self)), self.size, choose, mirror=mirror)
-                return number % len(self)
-            except ValueError as error:
-                if on_corrupt is None:
-                    raise
-                on_corrupt(str(error))
-                last = error
-        raise ValueError(f"{tries} images in a row cannot be read, at last {last}")
+        return _first_readable(range(index, index + tries), read, on_corrupt, f"{tries} images in a row")
 
 
 def encoded_data(
@@ -126,13 +125,23 @@ def encoded_data(
 
 def _first_look(source: Source, on_corrupt: OnCorrupt) -> tuple[tuple[int, int], bool]:
     """(width, height) of the first image, and whether it has colour."""
-    for index in range(min(IN_A_ROW, len(source))):
+
+    def read(number: int) -> tuple[tuple[int, int], bool]:
+        with opened(*source.read(number)) as image:
+            return upright_size(image), image.mode not in ("1", "L", "LA") and not image.mode.startswith("I")
+
+    tries = min(IN_A_ROW, len(source))
+    return _first_readable(range(tries), read, on_corrupt, f"the first {tries} images")
+
+
+def _first_readable(numbers: range, read: Callable[[int], T], on_corrupt: OnCorrupt, which: str) -> T:
+    """What `read` gives for the first image that it can read; without `on_corrupt` that has to be the first of all."""
+    for number in numbers:
         try:
-            with opened(*source.read(index)) as image:
-                return upright_size(image), image.mode not in ("1", "L", "LA") and not image.mode.startswith("I")
+            return read(number)
         except ValueError as error:
             if on_corrupt is None:
                 raise
             on_corrupt(str(error))
             last = error
-    raise ValueError(f"the first {index + 1} images cannot be read, at last {last}")
+    raise ValueError(f"{which} cannot be read, at last {last}")
