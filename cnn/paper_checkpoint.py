@@ -9,8 +9,6 @@ keys of its state dict begin with "module." after training on several GPUs. Besi
 import argparse
 import io
 import os
-import pickle
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -24,7 +22,7 @@ from torch import Tensor, nn
 from cnn.mobilenet import MobileNetV1
 from cnn.models import build
 from cnn.resnet import ResNet
-from str_triton import STRConv2d, STRLinear, count, densify, sparsify
+from str_triton import STRConv2d, STRLinear, count, densify, deploy, sparsify
 from str_triton.training.errors import UserError, blame_input, run_program
 from str_triton.training.files import write_atomically
 
@@ -103,14 +101,9 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, data_parallel: bool 
 
 
 def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # what torch.load raises for a damaged file is anything
-        raise ValueError(f"{path}: no torch file of tensors, numbers and texts alone: {reason(error)}") from error
+    content = deploy.read_torch_file(path)
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a dictionary with the key 'state_dict', got {type(content).__name__}")
+        raise ValueError(f"{path}: expected a dictionary with the key 'state_dict'")
     if not isinstance(content.get("state_dict"), dict):
         found = f"the first key is {next(iter(content))!r}" if content else "it is empty"
         raise ValueError(f"{path}: no state dict under the key 'state_dict'; {found}")
@@ -118,16 +111,6 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
         if not isinstance(key, str):
             raise ValueError(f"{path}: key {key!r} is not a text")
     return content
-
-
-def reason(error: Exception) -> str:
-    """In a line, why ``torch.load(weights_only=True)`` fails: its own message tells people to run the file's code."""
-    found = re.search(r"nsupported (?:global: )?GLOBAL (\S+)", str(error))
-    if found:
-        return f"it holds {found.group(1)}, and nothing but tensors and plain values is read; save the state dict alone"
-    if isinstance(error, pickle.UnpicklingError | EOFError):
-        return "it is damaged or of another kind"
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _empty(arch: str, num_classes: int, thresholds: bool) -> nn.Module:

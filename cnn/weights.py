@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor, nn
 
@@ -14,19 +13,18 @@ from cnn.models import MODELS
 from str_triton import densify, deploy, soft_threshold
 from str_triton.training.checkpoints import Checkpoints
 
-WRAPPERS = ("state_dict", "model")
-PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
-PACKED = "str_triton.packed"  # the format that a packed file's metadata name
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
+"""What DistributedDataParallel, torch.compile, and the attribute that Lightning modules use put before all keys."""
 RAW_THRESHOLD = "raw_threshold"
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The weights and buffers in a file or run folder, by the names of the plain network's state dict, on the CPU.
+    """Return the weights and buffers in a file or run folder, by the names of the plain network's state dict.
 
-    Takes a folder of `python cnn/train.py` (its model.safetensors; before its end the newest checkpoint), one of its
-    checkpoints, a packed file, a checkpoint of the paper's original code, safetensors, and what `torch.save` wrote of a
-    state dict, alone or under "state_dict" or "model"; "module." and "_orig_mod." in front of all keys are taken off.
-    Thresholds are applied: what comes back is what the network computes with.
+    Takes a folder of `python cnn/train.py` (its model.safetensors; before its end the newest checkpoint), a checkpoint
+    of the paper's original code, and every file that `deploy.read_checkpoint` reads: checkpoints of this program and of
+    other training scripts, packed files, safetensors. What wrappers put in front of all keys (`PREFIXES`) is taken off.
+    Thresholds are applied: the weights are the ones that the network computes with. They are on the CPU.
 
     Raises:
         ValueError: anything else; the message names the file, and the first key that does not fit.
@@ -37,28 +35,22 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def read_named_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], str | None]:
-    """What `read_weights` returns, and the network's name in `cnn.models` where the file itself says it."""
+    """Return what `read_weights` returns, and the network's name in `cnn.models` where the file itself says it."""
     path = Path(path)
     if path.is_dir():
         return _from_run(path), None
-    try:
-        content, metadata = _read(path)
-    except OSError:
-        raise
-    except Exception as error:  # what either library raises for a damaged file is anything
-        raise ValueError(f"{path}: no file of weights alone: {paper_checkpoint.reason(error)}") from error
-    if metadata.get("format") == PACKED:
-        return deploy.unpack(path), deploy.inspect(path).metadata.get("model")
-    arch = content.get("arch") if isinstance(content, dict) else None
+    checkpoint = deploy.read_checkpoint(path)
+    arch = checkpoint.others.get("arch", checkpoint.others.get("model"))
     name = paper_checkpoint.ARCHITECTURES.get(arch, arch) if isinstance(arch, str) else None
-    return _weights(path, content), name if name in MODELS else None
+    return _weights(path, checkpoint), name if name in MODELS else None
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Give a plain network the weights in a file of any kind that `read_weights` takes, in place.
 
     Raises as `read_weights` does, and ValueError for weights of another network, naming the first key that does not
-    fit. Counts of batches (num_batches_tracked), which old files lack, may be missing.
+    fit or, in the model's dtype, would be another weight. Counts of batches (num_batches_tracked), which old files
+    lack, may be missing.
     """
     fill(model, read_weights(path), path)
 
@@ -76,19 +68,29 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], path: str | os.PathLik
     for key in expected:
         if key not in weights and not key.endswith("num_batches_tracked"):
             raise ValueError(f"{path}: the model's key {key!r} is missing")
-    model.load_state_dict(weights)
+    model.load_state_dict(
+        {key: _converted(tensor, expected[key].dtype, f"{path}: key {key!r}") for key, tensor in weights.items()}
+    )
 
 
-def _read(path: Path) -> tuple[Any, dict[str, str]]:
-    """What a file holds, and the metadata of safetensors; of a packed file the metadata alone."""
-    with open(path, "rb") as file:
-        is_safetensors = file.read(9)[8:] == b"{"
-    if not is_safetensors:
-        return torch.load(path, map_location="cpu", weights_only=True), {}
-    with safetensors.safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
-        keys = () if metadata.get("format") == PACKED else file.keys()
-        return {key: file.get_tensor(key) for key in keys}, metadata
+def _converted(tensor: Tensor, dtype: torch.dtype, where: str) -> Tensor:
+    """Return the tensor in the model's dtype. Raises ValueError where that would make other weights of it.
+
+    Floating-point numbers of 16, 32 and 64 bits become each other by rounding, as usual. Numbers that are only the
+    codes of weights (integers, float8) are refused, and so is everything that a conversion would cut off.
+    """
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        kind = "quantized" if tensor.is_quantized else f"of layout {tensor.layout}"
+        raise ValueError(f"{where} is {kind}; save plain dense tensors")
+    floats = dtype.is_floating_point and tensor.dtype.is_floating_point
+    if dtype.is_floating_point and not (floats and tensor.dtype.itemsize > 1):
+        raise ValueError(f"{where} is of {tensor.dtype}, the model of {dtype}; save floating-point weights")
+    converted = tensor.to(dtype)
+    if floats and not torch.equal(converted.isfinite(), tensor.isfinite()):
+        raise ValueError(f"{where} holds values too large for the model's {dtype}")
+    if not floats and (tensor.is_complex() or not torch.equal(converted.to(tensor.dtype), tensor)):
+        raise ValueError(f"{where} is of {tensor.dtype} and cannot be taken as {dtype} without a loss")
+    return converted
 
 
 def _from_run(folder: Path) -> dict[str, Tensor]:
@@ -98,33 +100,27 @@ def _from_run(folder: Path) -> dict[str, Tensor]:
     state = Checkpoints(folder / "checkpoints").load(owner=False)
     if state is None:
         raise ValueError(f"{folder}: no run with weights (neither {finished.name} nor a checkpoint)")
-    return _weights(folder, state)
+    return _weights(folder, deploy.Checkpoint.of(state, folder))
 
 
-def _weights(path: Path, content: Any) -> dict[str, Tensor]:
-    """What `read_weights` returns, from what a file holds."""
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a state dict, got {type(content).__name__}")
-    inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), None)
-    state = content if inner is None else inner
-    for key, value in state.items():
-        if not isinstance(key, str):
-            raise ValueError(f"{path}: no state dict: key {key!r} is not a text")
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{path}: no state dict: key {key!r} is {type(value).__name__}, not a tensor")
-    if not state:
-        raise ValueError(f"{path}: the state dict is empty")
-    if state is content.get("state_dict") and _is_papers(content, state):
-        return densify(paper_checkpoint.from_content(content, path)[0]).state_dict()
-    while prefix := next((prefix for prefix in PREFIXES if all(key.startswith(prefix) for key in state)), None):
+def _weights(path: Path, checkpoint: deploy.Checkpoint) -> dict[str, Tensor]:
+    """Return the plain network's weights in a checkpoint."""
+    state, others = checkpoint.state, checkpoint.others
+    if _is_papers(checkpoint):
+        return densify(paper_checkpoint.from_content({**others, "state_dict": state}, path)[0]).state_dict()
+    if "n_averaged" in state:  # of torch.optim.swa_utils.AveragedModel
+        state = {key: tensor for key, tensor in state.items() if key != "n_averaged"}
+    while state and (
+        prefix := next((prefix for prefix in PREFIXES if all(key.startswith(prefix) for key in state)), None)
+    ):
         state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
-    return _thresholded(path, {key: tensor.detach() for key, tensor in state.items()}, content)
+    return _thresholded(path, {key: tensor.detach() for key, tensor in state.items()}, others)
 
 
-def _is_papers(content: Mapping[str, Any], state: Mapping[str, Tensor]) -> bool:
-    arch = content.get("arch")
+def _is_papers(checkpoint: deploy.Checkpoint) -> bool:
+    arch = checkpoint.others.get("arch")
     named = isinstance(arch, str) and arch in paper_checkpoint.ARCHITECTURES
-    return named or any(key.endswith(".sparseThreshold") for key in state)
+    return named or any(key.endswith(".sparseThreshold") for key in checkpoint.state)
 
 
 def _thresholded(path: Path, state: dict[str, Tensor], content: Mapping[str, Any]) -> dict[str, Tensor]:

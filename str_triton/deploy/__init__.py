@@ -3,9 +3,12 @@
 from str_triton.deploy.model_card import model_card
 from str_triton.deploy.pack import inspect, pack, unpack
 from str_triton.deploy.sparse import SparseModel, compile_sparse, load_sparse
+from str_triton.deploy.state_files import Checkpoint, read_checkpoint
 from str_triton.deploy.summary import PackedSummary, PackedTensor
+from str_triton.deploy.torch_files import read_torch_file
 
 __all__ = [
+    "Checkpoint",
     "PackedSummary",
     "PackedTensor",
     "SparseModel",
@@ -14,5 +17,7 @@ __all__ = [
     "load_sparse",
     "model_card",
     "pack",
+    "read_checkpoint",
+    "read_torch_file",
     "unpack",
 ]

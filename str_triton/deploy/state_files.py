@@ -1,8 +1,9 @@
-"""Files of plain tensors that are packed and unpacked: safetensors, and what torch.save wrote. None is run as code."""
+"""State dicts in files of safetensors and of torch.save, read and written. Nothing in a file is run as code."""
 
 import io
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,30 +11,98 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from str_triton.deploy.pack import inspect, unpack
 from str_triton.deploy.packed_file import FORMAT, write_beside
+from str_triton.deploy.torch_files import kind_of, not_weights, read_torch_file
 
 SUFFIXES = (".safetensors", ".pt", ".pth")
-WRAPPERS = ("state_dict", "model")
+WRAPPERS = ("state_dict", "model", "model_state_dict", "module", "net", "network")
+"""The keys that training scripts save the trained weights under. Averages of them (EMA) stand under other keys."""
+DEEPEST = 3  # wrappers inside each other
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A state dict and what its file holds besides.
+
+    Attributes:
+        state: tensors by name, on the CPU, with the values and dtypes of the file.
+        others: the file's other entries, or a packed file's metadata. Objects are `Opaque`.
+    """
+
+    state: dict[str, Tensor]
+    others: dict[Any, Any]
+
+    @classmethod
+    def of(cls, content: Any, path: str | os.PathLike[str]) -> "Checkpoint":
+        """Find the state dict in `content`, which was read from `path`.
+
+        It is `content` itself, or stands under one of `WRAPPERS` (the first of them), or is the only dictionary of
+        tensors in it. Raises ValueError that says what is there instead.
+        """
+        state, others = content, {}
+        for _ in range(DEEPEST):
+            key = _wrapper(state, path)
+            if key is None:
+                break
+            others |= {name: value for name, value in state.items() if name != key}
+            state = state[key]
+        _check_state(state, path)
+        return cls(dict(state), others)
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read a file of safetensors, a packed file, or what torch.save wrote, by the file's content.
+
+    The file of a training script may hold anything beside the weights, such as an optimizer's state, an
+    `argparse.Namespace` or NumPy values: see `Checkpoint.of` for how the weights are found.
+
+    Raises:
+        ValueError: anything else; one line that names the file and says what is wrong.
+        OSError: the file cannot be read.
+    """
+    if not _is_safetensors(path):
+        return Checkpoint.of(read_torch_file(path), path)
+    if is_packed(path):
+        return Checkpoint(unpack(path), dict(inspect(path).metadata))
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (the file is no dict)
+    except OSError:
+        raise
+    except Exception as error:  # of the library, and of torch for a dtype that it lacks
+        raise not_weights(path, error) from error
+    return Checkpoint.of(content, path)
+
+
+def is_packed(path: str | os.PathLike[str]) -> bool:
+    """Return whether `pack` wrote the file. Raises as `read_checkpoint` does for a damaged file of safetensors."""
+    if not _is_safetensors(path):
+        return False
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except OSError:
+        raise
+    except Exception as error:
+        raise not_weights(path, error) from error
 
 
 def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The state dict in a file of safetensors or of torch.save, alone or under "state_dict" or "model", on the CPU.
+    """Return the state dict to pack in a file that `read_checkpoint` reads.
 
-    Raises:
-        ValueError: anything else, a packed file, or one with raw thresholds; the message names the file and says why.
-        OSError: the file cannot be read.
+    Raises as that does, and ValueError for a packed file and for raw thresholds.
     """
-    with open(path, "rb") as file:
-        is_safetensors = file.read(9)[8:] == b"{"
-    try:
-        content = _safetensors(path) if is_safetensors else torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what either raises for a damaged file is anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path}: no file of tensors alone: {reason}") from error
-    if isinstance(content, dict):
-        content = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), content)
-    _check(path, content)
-    return content
+    if is_packed(path):
+        raise ValueError(f"{path}: it is packed already: python -m str_triton unpack makes plain tensors of it")
+    state = read_checkpoint(path).state
+    for name in state:
+        if name.split(".")[-1] == "raw_threshold":
+            raise ValueError(
+                f"{path}: {name!r} is a raw threshold, and nothing says which g applies it: give deploy.pack the model "
+                "itself, or python -m cnn.export the run"
+            )
+    return state
 
 
 def write_state(path: str | os.PathLike[str], state: Mapping[str, Tensor]) -> None:
@@ -58,21 +127,40 @@ def check_suffix(path: str | os.PathLike[str]) -> None:
         raise ValueError(f"{path}: the name must end in {', '.join(SUFFIXES)}")
 
 
-def _safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    with safetensors.safe_open(path, "pt") as file:
-        if (file.metadata() or {}).get("format") == FORMAT:
-            raise ValueError("it is packed already: python -m str_triton unpack makes plain tensors of it")
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (the file is no dict)
+def _is_safetensors(path: str | os.PathLike[str]) -> bool:
+    with open(path, "rb") as file:
+        return file.read(9)[8:] == b"{"
 
 
-def _check(path: str | os.PathLike[str], content: Any) -> None:
+def _wrapper(content: Any, path: str | os.PathLike[str]) -> Any:
+    """Return the key of `content` that the state dict stands under, or None where it can only be `content` itself."""
+    if not isinstance(content, dict) or _is_state(content):
+        return None
+    key = next((key for key in WRAPPERS if isinstance(content.get(key), dict)), None)
+    if key is not None:
+        return key
+    found = [key for key, value in content.items() if _is_state(value)]
+    if len(found) > 1:
+        names = ", ".join(map(repr, found))
+        raise ValueError(f"{path}: several state dicts ({names}): save the one that is meant in a file of its own")
+    return found[0] if found else None
+
+
+def _is_state(content: Any) -> bool:
+    return (
+        isinstance(content, dict)
+        and len(content) > 0
+        and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items())
+    )
+
+
+def _check_state(content: Any, path: str | os.PathLike[str]) -> None:
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a state dict, got {type(content).__name__}")
-    for name, tensor in content.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise ValueError(f"{path}: no state dict: {name!r} is {type(tensor).__name__}, not a tensor")
-        if name.split(".")[-1] == "raw_threshold":
-            raise ValueError(
-                f"{path}: {name!r} is a raw threshold, and nothing says which g applies it: give deploy.pack the model "
-                "itself, or python -m cnn.export the run"
-            )
+        raise ValueError(f"{path}: expected a state dict, got {kind_of(content)}; save model.state_dict()")
+    if not content:
+        raise ValueError(f"{path}: the state dict is empty")
+    for key, value in content.items():
+        if not isinstance(key, str):
+            raise ValueError(f"{path}: no state dict: key {key!r} is not a text")
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{path}: no state dict: key {key!r} is {kind_of(value)}, not a tensor")

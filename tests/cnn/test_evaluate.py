@@ -158,7 +158,7 @@ def test_the_process_ends_with_the_exit_code():
     [
         (["nowhere"], "nowhere: No such file or directory"),
         (["empty"], "empty: no run with weights"),
-        (["text"], "text: no file of weights alone"),
+        (["text"], "text: no file of weights"),
         (["state.pth", "--data", "digits"], "state.pth: neither a run nor the file says which network this is"),
         (["state.pth", "--model", "resnet-digits"], "state.pth is of no run, which would say its data"),
         (["state.pth", "--model", "resnet20"], "state.pth, model resnet20: the model has no key 'stem.weight'"),

@@ -1,10 +1,12 @@
 """Weight files of every kind, read as the plain network's tensors."""
 
+import argparse
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -48,6 +50,9 @@ def prefixed(prefix: str) -> Callable[[State], object]:
         prefixed("_orig_mod."),
         prefixed("module._orig_mod."),
         prefixed("_orig_mod.module."),
+        prefixed("model."),
+        lambda state: {"n_averaged": torch.tensor(3), **prefixed("module.")(state)},
+        lambda state: {"model": state, "args": argparse.Namespace(lr=0.1), "best": np.float64(76.1)},
     ],
     ids=[
         "bare",
@@ -58,6 +63,9 @@ def prefixed(prefix: str) -> Callable[[State], object]:
         "_orig_mod.",
         "module._orig_mod.",
         "_orig_mod.module.",
+        "Lightning",
+        "AveragedModel",
+        "torchvision",
     ],
 )
 def test_torch_files(tmp_path: Path, state: State, wrap: Callable[[State], object]):
@@ -126,11 +134,11 @@ THRESHOLDED = sparsify(nn.Conv2d(3, 4, 1)).state_dict()
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"no weights", "no file of weights alone: it is damaged or of another kind"),
-        (b"", "no file of weights alone: it is damaged or of another kind"),
-        (b"\xff\0\0\0\0\0\0\0{'a'", "no file of weights alone: "),
-        (Harm(), "mkdir, and nothing but tensors and plain values is read; save the state dict alone"),
-        (nn.Linear(2, 2), "no file of weights alone: it holds torch.nn.modules.linear.Linear, and nothing but"),
+        (b"no weights", "no file of weights: it is damaged or of another kind"),
+        (b"", "no file of weights: it is damaged or of another kind"),
+        (b"\xff\0\0\0\0\0\0\0{'a'", "no file of weights: "),
+        (Harm(), "mkdir; save model.state_dict()"),
+        (nn.Linear(2, 2), "expected a state dict, got torch.nn.modules.linear.Linear"),
         (torch.zeros(3), "expected a state dict, got Tensor"),
         ({}, "the state dict is empty"),
         ({"epoch": 3, "weights": {}}, "no state dict: key 'epoch' is int, not a tensor"),
@@ -190,4 +198,45 @@ def test_weights_of_another_network_name_the_first_key_that_does_not_fit(
     with pytest.raises(ValueError, match="^" + str(path)) as refusal:
         load_weights(model, path)
     assert str(refusal.value) == f"{path}: {message}"
+    assert same_bits(dict(model.state_dict()), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_floating_point_weights_become_the_models(tmp_path: Path, state: State, dtype: torch.dtype):
+    path = saved(tmp_path / "file.pth", {key: t.to(dtype) if t.is_floating_point() else t for key, t in state.items()})
+    model = build("resnet20")
+    load_weights(model, path)
+    assert torch.equal(model.fc.weight, state["fc.weight"].to(dtype).float())
+
+
+def coded(tensor: Tensor) -> Tensor:
+    return torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        ("fc.weight", lambda tensor: (tensor * 100).to(torch.int8), "torch.int8"),
+        ("fc.weight", lambda tensor: (tensor * 100).long(), "torch.int64"),
+        ("fc.weight", lambda tensor: tensor > 0, "torch.bool"),
+        ("fc.weight", lambda tensor: tensor.to(torch.float8_e5m2), "torch.float8_e5m2"),
+        ("fc.weight", lambda tensor: torch.complex(tensor, tensor), "torch.complex64"),
+        ("fc.weight", lambda tensor: tensor.to_sparse(), "torch.sparse_coo"),
+        ("fc.weight", lambda tensor: tensor.to_sparse_csr(), "torch.sparse_csr"),
+        ("fc.weight", coded, "quantized"),
+        ("fc.weight", lambda tensor: tensor.double() * 1e60, "too large"),
+        ("bn1.num_batches_tracked", lambda tensor: tensor + 0.5, "torch.float32"),
+        ("bn1.num_batches_tracked", lambda tensor: tensor + 1j, "torch.complex64"),
+    ],
+)
+def test_weights_that_would_become_others_are_refused(
+    tmp_path: Path, state: State, key: str, change: Callable[[Tensor], Tensor], message: str
+):
+    path = saved(tmp_path / "file.pth", dict(state) | {key: change(state[key])})
+    model = build("resnet20")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=f"key '{key}'") as refusal:
+        load_weights(model, path)
+    assert message in str(refusal.value)
     assert same_bits(dict(model.state_dict()), before)
