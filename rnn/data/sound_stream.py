@@ -1,17 +1,16 @@
 """Sound that comes piece by piece: 16-bit samples from a stream, and their log-mel features."""
 
-import struct
 from collections.abc import Iterator
 from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
-from rnn.data.audio import BANDS, EXTENSIBLE, HOP, MARGIN, PCM, RATE, WINDOW, LogMel
+from rnn.data.audio import BANDS, HOP, MARGIN, RATE, WINDOW, LogMel
+from rnn.data.wav import PCM, is_wav, read_header
 from str_triton.training.errors import warn
 
 PIECE = RATE // 10  # samples that are read at once
-ENDLESS = (0, 0xFFFFFFFF)  # the sizes that a recorder writes which cannot know better
 CONVERT = f"ffmpeg -i IN -ar {RATE} -ac 1 -c:a pcm_s16le OUT.wav"
 
 
@@ -36,20 +35,22 @@ class LogMelStream:
 
 
 def pieces(stream: BinaryIO, name: str, rate: int | None) -> Iterator[Tensor]:
-    """The samples of a stream, int16 [up to 1600] at a time: a WAV file's, or with ``rate`` bare little-endian ones.
+    """Yield the samples of a stream, int16 [up to 1600] at a time, in constant memory.
 
-    Raises ValueError, naming ``name``, for an empty stream, a stream that is no WAV file, and sound that is not of 16
-    bits, one channel and 16 kHz.
+    The stream holds a WAV file or, with ``rate``, bare little-endian samples. Raises ValueError, naming ``name``, for
+    an empty stream, a stream that is no WAV file, and sound that is not of 16 bits, one channel and 16 kHz.
     """
-    if rate is not None:
+    if rate is None:
+        left = _wav_header(stream, name)
+    else:
         _check_rate(name, rate)
         left = None
-    else:
-        left = _wav_header(stream, name)
     empty = True
     while left is None or left > 0:
         wanted = 2 * PIECE if left is None else min(2 * PIECE, left)
         content = stream.read(wanted)
+        if rate is not None and empty and is_wav(content):
+            raise ValueError(f"{name} begins as a WAV file does: leave out --rate {rate}")
         left = None if left is None else left - len(content)
         if len(content) < wanted and left:
             warn(f"{name} is truncated: {left} bytes of sound are missing")
@@ -64,35 +65,19 @@ def pieces(stream: BinaryIO, name: str, rate: int | None) -> Iterator[Tensor]:
 
 
 def _wav_header(stream: BinaryIO, name: str) -> int | None:
-    """Read up to the samples; how many bytes of them the header promises, None: until the end."""
-    begin = stream.read(12)
-    if not begin:
+    """Read up to the samples; return how many bytes of them the header promises, None: until the end."""
+    first = stream.read(4)
+    if not first:
         raise ValueError(f"{name} is empty")
-    if begin[:4] != b"RIFF" or begin[8:] != b"WAVE":
+    if not is_wav(first):
         raise ValueError(f"{name} is no WAV file; for bare 16-bit samples give their rate, --rate {RATE}")
-    form = None
-    while len(chunk := stream.read(8)) == 8:
-        kind, size = struct.unpack("<4sI", chunk)
-        if kind == b"data" and form is not None:
-            _check_form(name, form)
-            return None if size in ENDLESS else size
-        content = stream.read(size + size % 2)
-        if kind == b"fmt ":
-            form = content
-    raise ValueError(f"{name} is truncated: it ends before its sound begins")
-
-
-def _check_form(name: str, form: bytes) -> None:
-    if len(form) < 16:
-        raise ValueError(f"{name}: its WAV header is damaged")
-    code, channels, rate, _, _, bits = struct.unpack_from("<HHIIHH", form)
-    if code == EXTENSIBLE and len(form) >= 26:
-        code = struct.unpack_from("<H", form, 24)[0]
-    if (code, bits) != (PCM, 16):
-        raise ValueError(f"{name}: WAV format {code} of {bits} bits; it takes PCM of 16 bits: {CONVERT}")
-    if channels != 1:
-        raise ValueError(f"{name} has {channels} channels; it takes one: mix them, {CONVERT}")
-    _check_rate(name, rate)
+    header = read_header(stream, name, first)
+    if (header.code, header.bits) != (PCM, 16):
+        raise ValueError(f"{name}: WAV format {header.code} of {header.bits} bits; it takes PCM of 16 bits: {CONVERT}")
+    if header.channels != 1:
+        raise ValueError(f"{name} has {header.channels} channels; it takes one: mix them, {CONVERT}")
+    _check_rate(name, header.rate)
+    return header.size
 
 
 def _check_rate(name: str, rate: int) -> None:

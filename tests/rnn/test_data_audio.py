@@ -1,92 +1,16 @@
-"""WAV files, resampling, and the log-mel features against a literal sum in float64."""
+"""Resampling, and the log-mel features against a literal sum in float64."""
 
-import io
 import math
-import struct
-import wave
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from rnn.data.audio import BANDS, FRAMES, RATE, LogMel, mel_filters, mono, parse_wav, read_wav, resample, write_wav
+from rnn.data.audio import BANDS, FRAMES, RATE, LogMel, mel_filters, resample
 
 
 def tone(frequency: float, seconds: float = 1.0, rate: int = RATE, volume: float = 0.5) -> np.ndarray:
     return volume * np.sin(2 * math.pi * frequency * np.arange(round(seconds * rate)) / rate)
-
-
-def wav(content: bytes, *, bits: int = 16, channels: int = 1, rate: int = RATE, code: int = 1) -> bytes:
-    """The bytes of a WAV file, put together by hand."""
-    form = struct.pack("<HHIIHH", code, channels, rate, rate * channels * bits // 8, channels * bits // 8, bits)
-    if code == 0xFFFE:
-        form += struct.pack("<HHIH", 22, bits, 0, 1) + bytes(14)
-    chunks = b"fmt " + struct.pack("<I", len(form)) + form + b"LIST" + struct.pack("<I", 3) + b"abc\0"
-    chunks += b"data" + struct.pack("<I", len(content)) + content
-    return b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WAVE" + chunks
-
-
-def test_a_written_file_is_read_back_and_by_python_too(tmp_path: Path):
-    samples = np.array([0, 1, -1, 32767, -32768], np.int16)
-    write_wav(tmp_path / "a.wav", samples, 8000)
-    got, rate = read_wav(tmp_path / "a.wav")
-    assert (got.tolist(), rate, got.dtype) == ([[s] for s in samples.tolist()], 8000, np.int16)
-    with wave.open(str(tmp_path / "a.wav")) as file:
-        assert (file.getnchannels(), file.getframerate(), file.getsampwidth()) == (1, 8000, 2)
-        assert file.readframes(9) == samples.tobytes()
-
-
-def test_python_s_stereo_file_is_read():
-    file = io.BytesIO()
-    with wave.open(file, "wb") as out:
-        out.setnchannels(2)
-        out.setframerate(44100)
-        out.setsampwidth(2)
-        out.writeframes(np.array([[1, 3], [5, 9]], np.int16).tobytes())
-    samples, rate = parse_wav(file.getvalue(), "x")
-    assert (samples.tolist(), rate) == ([[1, 3], [5, 9]], 44100)
-    assert mono(samples, RATE).tolist() == [2, 7]
-
-
-@pytest.mark.parametrize(
-    ("content", "bits", "code"),
-    [
-        (bytes([128, 192, 0]), 8, 1),
-        (np.array([0, 16384, -32768], "<i2").tobytes(), 16, 1),
-        (np.array([0, 16384, -32768], "<i2").tobytes(), 16, 0xFFFE),
-        (b"\xff\x00\x00" + b"\x00\x00\x40" + b"\x00\x00\x80", 24, 1),
-        (np.array([99, 2**30, -(2**31)], "<i4").tobytes(), 32, 1),
-        (np.array([0, 0.5, -1.5], "<f4").tobytes(), 32, 3),
-        (np.array([0, 0.5, -1.0], "<f8").tobytes(), 64, 3),
-    ],
-)
-def test_every_depth_becomes_16_bits(content: bytes, bits: int, code: int):
-    samples, _ = parse_wav(wav(content, bits=bits, code=code), "x")
-    assert (samples[:, 0].tolist(), samples.dtype) == ([0, 16384, -32768], np.int16)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "a/b.wav is empty$"),
-        (b"RIFF", "a/b.wav is truncated: it ends within its header"),
-        (b"fLaC" + bytes(99), "a/b.wav is no WAV file"),
-        (wav(b"")[:-8], "a/b.wav is truncated: it ends before its sound begins"),
-        (wav(bytes(100))[:-30], "a/b.wav is truncated: its header promises 100 bytes of sound, 70 are there"),
-        (wav(b""), "a/b.wav is empty: it has a header and no sound"),
-        (wav(bytes(8), code=2), "a/b.wav: WAV format 2 of 16 bits"),
-        (wav(bytes(8), channels=0), "a/b.wav: a WAV file of 0 channels at 16000 Hz"),
-        (
-            wav(np.array([1, np.nan], "<f4").tobytes(), bits=32, code=3),
-            "a/b.wav holds samples that are NaN or infinite",
-        ),
-    ],
-)
-def test_a_bad_file_is_one_line_with_its_name(content: bytes, message: str):
-    with pytest.raises(ValueError, match=message) as caught:
-        parse_wav(content, "a/b.wav")
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("rate", [8000, 11025, 22050, 44100, 48000])

@@ -39,8 +39,9 @@ def test_a_wav_file_and_bare_samples_are_the_same(tmp_path: Path) -> None:
     assert torch.equal(torch.cat(list(pieces(io.BytesIO(sound.numpy().tobytes() + b"x"), "x", RATE))), sound)
     trailing = content + b"LIST" + struct.pack("<I", 4) + b"abcd"
     assert torch.equal(torch.cat(list(pieces(io.BytesIO(trailing), "x", None))), sound)
-    endless = content.replace(struct.pack("<4sI", b"data", 10_000), struct.pack("<4sI", b"data", 0xFFFFFFFF))
-    assert torch.equal(torch.cat(list(pieces(io.BytesIO(endless), "x", None))), sound)
+    for size in (0, 0x7FFFF000, 0x7FFFFF00, 0xFFFFFFFF):  # as a crash, sox, arecord and ffmpeg leave it
+        endless = content[:4] + bytes(4) + content[8:40] + struct.pack("<I", size) + content[44:]
+        assert torch.equal(torch.cat(list(pieces(io.BytesIO(endless), "x", None))), sound)
 
 
 def test_a_truncated_file_is_heard_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -51,7 +52,9 @@ def test_a_truncated_file_is_heard_and_said(tmp_path: Path, capsys: pytest.Captu
 
 
 def wav(channels: int = 1, rate: int = RATE, bits: int = 16, code: int = 1) -> bytes:
-    form = struct.pack("<HHIIHH", code, channels, rate, rate * channels * bits // 8, channels * bits // 8, bits)
+    form = struct.pack(
+        "<HHIIHH", code, channels, rate, rate * channels * bits // 8 & 0xFFFFFFFF, channels * bits // 8 & 0xFFFF, bits
+    )
     sound = np.zeros(1000, "<i2").tobytes()
     return b"RIFF\0\0\0\0WAVEfmt " + struct.pack("<I", 16) + form + b"data" + struct.pack("<I", len(sound)) + sound
 
@@ -67,6 +70,10 @@ def wav(channels: int = 1, rate: int = RATE, bits: int = 16, code: int = 1) -> b
         (wav(channels=2), None, "x has 2 channels; it takes one: mix them"),
         (wav(rate=44_100), None, "x is at 44100 Hz; .* resample it, ffmpeg -i IN -ar 16000 -ac 1 "),
         (b"\0\0", 8000, "x is at 8000 Hz"),
+        (wav(), RATE, "x begins as a WAV file does: leave out --rate 16000"),
+        (wav(rate=0), None, "a WAV file of 0 Hz; 1,000 to 768,000"),
+        (wav(channels=65_535), None, "a WAV file of 65,535 channels; 1 to 64"),
+        (wav(bits=8, code=7), None, r"x: WAV format 7 \(mu-law\) of 8 bits"),
         (wav(bits=8), None, "x: WAV format 1 of 8 bits; it takes PCM of 16 bits"),
         (wav(bits=32, code=3), None, "x: WAV format 3 of 32 bits"),
     ],
