@@ -1,8 +1,8 @@
 """From an encoded image (JPEG, PNG, ...) to the pixels of a part of it, upright and scaled: Pillow decodes.
 
-Of the time that this takes the decoder alone is to have the most. So only the part that is asked for is copied out of
-Pillow's image, PyTorch scales it (its bilinear filter for uint8 is Pillow's, within one level, in a fraction of the
-time), and EXIF data are looked at only where there are any.
+The decoder should take most of the time. So only the part that is asked for is copied out of Pillow's image, PyTorch
+scales it (its bilinear filter for uint8 is Pillow's, within one level, in a fraction of the time), and EXIF data are
+read only where there are any.
 """
 
 import math
@@ -26,27 +26,40 @@ TRIES = 10
 CROP_DRAWS = 2 + 2 * TRIES
 AREAS, ASPECTS = (0.08, 1.0), (3 / 4, 4 / 3)
 EXIF_ORIENTATION = 0x0112
+DRAFTED = ("JPEG", "MPO")
+"""The formats that Pillow can decode at a fraction of their size."""
 EXIF_PLACES = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 """Where Pillow finds an orientation, in an image's info."""
 
 
 @contextmanager
 def opened(name: str, content: str | bytes) -> "Iterator[Image]":
-    """The image, lazily decoded; whatever goes wrong inside is the fault of its file, and one line says so."""
+    """Open an image, to be decoded later. Raises ValueError with `name`, in one line, for whatever goes wrong inside.
+
+    What Pillow warns of (damaged EXIF data, odd tags, an unusual size) is no reason to do without the pixels. Images
+    of more than 179 megapixels, which may be small files, are an error.
+    """
     import PIL.Image
 
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "(Corrupt|Possibly corrupt) EXIF data")  # the pixels are none the worse
+            warnings.simplefilter("ignore")
             with PIL.Image.open(BytesIO(content) if isinstance(content, bytes) else content) as image:
                 yield image
     except Exception as error:  # damaged files make Pillow's decoders raise nearly everything, SyntaxError too
-        cause = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{name}: not a readable image ({cause}); replace or remove it") from error
+        raise ValueError(f"{name}: not a readable image ({_cause(error)}); replace or remove it") from error
+
+
+def _cause(error: Exception) -> str:
+    import PIL
+
+    if isinstance(error, PIL.UnidentifiedImageError):  # its own text names the buffer in memory
+        return "of no known format"
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def upright_size(image: "Image") -> tuple[int, int]:
-    """(width, height) as a viewer shows it; orientations 5 to 8 of a camera lie on the side."""
+    """Return (width, height) as a viewer shows it; orientations 5 to 8 of a camera lie on the side."""
     return image.size[::-1] if _orientation(image) >= 5 else image.size
 
 
@@ -55,14 +68,17 @@ def decode(
 ) -> np.ndarray:
     """Decode an image, turn it upright, and scale the box that `choose(width, height)` names to `size` (height, width).
 
-    Returns uint8 [height, width, 3], mirrored if asked for; grey, palette and CMYK images become RGB, alpha is dropped.
-    A JPEG that is at least twice as large as needed is decoded at a half, a quarter or an eighth of its size. Raises
-    ValueError with `name` if the image cannot be decoded.
+    Returns uint8 [height, width, 3], mirrored if asked for. Grey (of 1 to 16 bits), palette and CMYK images become RGB,
+    alpha is dropped, and of several frames or pages the first is taken. A JPEG that is at least twice as large as
+    needed is decoded at a half, a quarter or an eighth of its size. Raises ValueError with `name` if the image cannot
+    be decoded, or if its pixels have no known range (32 bits, floating point).
     """
     import PIL.Image
 
     height, width = size
     with opened(name, content) as image:
+        if image.format not in DRAFTED:
+            image.load()  # a PNG may say its orientation after its pixels
         orientation, (full_width, full_height) = _orientation(image), upright_size(image)
         left, top, right, bottom = choose(full_width, full_height)
         scale = min((right - left) / width, (bottom - top) / height)
@@ -79,8 +95,10 @@ def decode(
 
 
 def _orientation(image: "Image") -> int:
-    """1 ... 8, by EXIF data or XMP; damaged ones are no reason to do without the pixels."""
-    if not any(place in image.info for place in EXIF_PLACES) and image.format != "TIFF":
+    """Return the orientation, 1 to 8, by EXIF data or XMP; 1 where they are damaged, as viewers do."""
+    if image.format == "TIFF":  # Pillow turns it upright itself, and gives its size as that of the upright image
+        return 1
+    if not any(place in image.info for place in EXIF_PLACES):
         return 1
     try:
         orientation = image.getexif().get(EXIF_ORIENTATION, 1)
@@ -107,8 +125,9 @@ def _turned(image: "Image", orientation: int) -> "Image":
 def _to_rgb(image: "Image") -> "Image":
     import PIL.Image
 
-    if image.mode.startswith("I;16"):  # Pillow would clip 16-bit grey at 255
-        image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    # PPM's mode I holds 0 to 65535, whatever the file's own maximum.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # Pillow would clip it at 255
     if image.mode in ("I", "F"):
         raise ValueError(f"pixels of 32 bits, mode {image.mode}, have no known range")
     if image.mode == "P" and "transparency" in image.info:  # as Pillow demands; alpha is dropped

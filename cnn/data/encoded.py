@@ -1,9 +1,10 @@
 """Images as files or bytes (JPEG, PNG, ...), decoded when a batch asks for them."""
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,18 +14,20 @@ from cnn.data.arrays import ArrayImages, Augmentation, Normalisation
 from cnn.data.common import Data, OnCorrupt
 from cnn.data.counter_random import uniforms
 from cnn.data.decoding import CROP_DRAWS, centre, decode, opened, random_crop, upright_size, whole
+from str_triton.training.errors import warn
 
 SMALL = 64
-"""Sets whose first image is at most so wide and high keep its size, and are held in memory if they fit."""
+"""Sets of images that are mostly at most so wide and high keep their size, and are held in memory if they fit."""
 LARGE = 224
-"""All others are cut and scaled to squares of this size."""
+"""Images of all other sets are cut and scaled to squares of this size."""
+LOOKED_AT = 100
+"""So many images, evenly spread over the training images, decide on the size and on whether there is colour."""
 MEMORY = 2**30
 """Bytes of pixels, training and test together, that are held in memory at most."""
 IN_A_ROW = 100
 """So many corrupt images one after the other are no longer skipped: something else is wrong."""
+GREY = ("1", "L", "LA", "La")
 IMAGENET = Normalisation(mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375))
-
-T = TypeVar("T")
 
 
 class Source(Protocol):
@@ -81,13 +84,18 @@ class EncodedImages:
             choose = partial(random_crop, draws=draws[Augmentation.DRAWS :])
             mirror = self.augmentation.mirrors(draws)
 
-        def read(number: int) -> int:
-            number %= len(self)
-            image[:] = decode(*self.source.read(number), self.size, choose, mirror=mirror)
-            return number
-
         tries = min(IN_A_ROW, len(self))
-        return _first_readable(range(index, index + tries), read, on_corrupt, f"{tries} images in a row")
+        for number in range(index, index + tries):
+            number %= len(self)
+            try:
+                image[:] = decode(*self.source.read(number), self.size, choose, mirror=mirror)
+                return number
+            except ValueError as error:
+                if on_corrupt is None:
+                    raise
+                on_corrupt(str(error))
+                last = error
+        raise ValueError(f"{tries} images in a row cannot be read, at last {last}")
 
 
 def encoded_data(
@@ -99,15 +107,15 @@ def encoded_data(
     name: str,
     on_corrupt: OnCorrupt = None,
 ) -> Data:
-    """The data set of two sources of encoded images; its first training image decides on the size.
+    """Return the data set of two sources of encoded images; the majority of the training images decides on the size.
 
     Small images are shifted by up to an eighth of their height, large ones cropped at random. Images are mirrored if
-    the first one has colour: what is grey is often writing, which mirroring spoils. With `on_corrupt` the first one is
-    the first that can be opened, and corrupt ones are left out of what is held in memory.
+    the majority has colour: grey images are often writing, which mirroring spoils. A warning says where not all images
+    are of the kind or the size that was decided on. With `on_corrupt`, images that cannot be decoded have no vote and
+    are left out of what is held in memory.
     """
-    (width, height), coloured = _first_look(train, on_corrupt)
-    small = max(width, height) <= SMALL
-    size = (height, width) if small else (LARGE, LARGE)
+    small, (height, width), coloured = _first_look(train, name, on_corrupt)
+    size = (height, width)
     augmentation = Augmentation(padding=height // 8 if small else 0, flip=coloured)
     sets = [
         EncodedImages(source, labels, size, not small, augmentation)
@@ -123,25 +131,35 @@ def encoded_data(
     return Data(sets[0], sets[1], num_classes, (3, *size), name)
 
 
-def _first_look(source: Source, on_corrupt: OnCorrupt) -> tuple[tuple[int, int], bool]:
-    """(width, height) of the first image, and whether it has colour."""
+def _first_look(source: Source, name: str, on_corrupt: OnCorrupt) -> tuple[bool, tuple[int, int], bool]:
+    """Return whether most images are small, the (height, width) to read all of them at, and whether most have colour.
 
-    def read(number: int) -> tuple[tuple[int, int], bool]:
-        with opened(*source.read(number)) as image:
-            return upright_size(image), image.mode not in ("1", "L", "LA") and not image.mode.startswith("I")
-
-    tries = min(IN_A_ROW, len(source))
-    return _first_readable(range(tries), read, on_corrupt, f"the first {tries} images")
-
-
-def _first_readable(numbers: range, read: Callable[[int], T], on_corrupt: OnCorrupt, which: str) -> T:
-    """What `read` gives for the first image that it can read; without `on_corrupt` that has to be the first of all."""
-    for number in numbers:
+    Only the headers of `LOOKED_AT` images are read. Of the sizes of small images the most frequent is taken.
+    """
+    count = min(LOOKED_AT, len(source))
+    sizes, coloured = Counter[tuple[int, int]](), 0
+    for place in range(count):
         try:
-            return read(number)
+            with opened(*source.read(place * len(source) // count)) as image:
+                width, height = upright_size(image)
+                sizes[height, width] += 1
+                coloured += image.mode not in GREY and not image.mode.startswith("I")
         except ValueError as error:
             if on_corrupt is None:
                 raise
             on_corrupt(str(error))
             last = error
-    raise ValueError(f"{which} cannot be read, at last {last}")
+    readable = sizes.total()
+    if readable == 0:
+        raise ValueError(f"none of {count} images can be read, at last {last}")
+    small = {size: number for size, number in sizes.items() if max(size) <= SMALL}
+    among = sum(small.values())
+    is_small = among > readable // 2
+    size = max(small, key=lambda own: (small[own], own)) if is_small else (LARGE, LARGE)
+    if (is_small and small[size] < readable) or (not is_small and small):
+        warn(
+            f"{name}: of {readable} images looked at, {among} are at most {SMALL} pixels wide and high"
+            + (f", and {small[size]} are {size[1]}x{size[0]}" if is_small else "")
+            + f"; all are scaled to {size[1]}x{size[0]}"
+        )
+    return is_small, size, coloured > readable // 2

@@ -2,7 +2,9 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +14,23 @@ from torch import Tensor
 
 from cnn.data.common import Data, OnCorrupt, stratified_split
 from cnn.data.encoded import encoded_data
+from str_triton.training.errors import warn
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+ENDINGS = (
+    *(".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm"),
+)
+PARTS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+"""The names, in lower case, of folders that are parts of a data set."""
+LEFTOVERS = (
+    *("__macosx", "__pycache__", "@eadir", "lost+found", "$recycle.bin", "system volume information"),
+    *("thumbs.db", "desktop.ini"),
+)
+"""The names, in lower case, of folders and files that archives and systems leave beside images."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,48 +60,96 @@ class Files:
 def load_folder(place: str, on_corrupt: OnCorrupt = None) -> Data:
     """Read DIR/train/CLASS/ and DIR/val/CLASS/ (or test), images at any depth below; DIR/CLASS/ is split 80/20 by name.
 
-    Classes are the folders' names in alphabetical order. Hidden files and files with other endings are passed over. The
-    split sorts each class by a hash of the path below DIR, so it is the same everywhere, whatever the training's seed.
+    Classes are the folders' names in alphabetical order. Links are followed, but for those that lead back to a folder
+    above. Hidden files and folders are passed over, and so are what systems leave behind (`LEFTOVERS`); of files with
+    other endings than an image's, and of circular links, a warning tells the number. The split sorts each class by a
+    hash of the path below DIR, so it is the same everywhere, whatever the training's seed.
+
     Raises FileNotFoundError or ValueError for a folder that does not look like that, and for unreadable images.
     """
     root = Path(place)
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such directory; --data imagefolder:DIR takes one with a folder per class")
-    parts = [part for part in ("train", "val", "test") if (root / part).is_dir()]
-    name = f"imagefolder:{place}"
-    if not parts:
-        classes, paths, labels = _listing(root)
-        keys = torch.tensor([_key(path) for path in paths])
-        train, test = stratified_split(labels, keys, classes)
-        chosen = [Files.of(root, [paths[index] for index in indices]) for indices in (train.tolist(), test.tolist())]
-        return encoded_data(chosen[0], labels[train], chosen[1], labels[test], len(classes), name, on_corrupt)
-    if "train" not in parts:
+    parts, name = _parts(root), f"imagefolder:{place}"
+    passed_over = Counter[str]()
+    classes, train, test = _of_parts(root, parts, passed_over) if parts else _held_out(root, passed_over)
+    if passed_over:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in passed_over.most_common(8))
+        warn(f"{name}: passed over, as no images: {kinds}")
+    return encoded_data(*train, *test, len(classes), name, on_corrupt)
+
+
+Part = tuple[Files, Tensor]
+
+
+def _held_out(root: Path, passed_over: Counter[str]) -> tuple[list[str], Part, Part]:
+    """Return the classes of DIR/CLASS/, and a training and a test set with their labels."""
+    classes, paths, labels = _listing(root, passed_over)
+    keys = torch.tensor([_key(path) for path in paths])
+    train, test = (
+        (Files.of(root, [paths[index] for index in indices.tolist()]), labels[indices])
+        for indices in stratified_split(labels, keys, classes)
+    )
+    return classes, train, test
+
+
+def _of_parts(root: Path, parts: dict[str, str], passed_over: Counter[str]) -> tuple[list[str], Part, Part]:
+    """Return the classes of DIR/train/CLASS/, the training set, and that of DIR/val/CLASS/ (or test)."""
+    train, held_out = parts.get("train"), parts.get("val") or parts.get("test")
+    if train is None:
         raise ValueError(
-            f"{root} has {parts[0]} but no train: put the training images of each class in {root}/train/CLASS"
+            f"{root} has {held_out} but no train: put the training images of each class in {root}/train/CLASS"
         )
-    if len(parts) == 1:
+    if held_out is None:
         raise ValueError(
-            f"{root} has train but neither val nor test: add one, or hold out a fifth by naming {root}/train"
+            f"{root} has {train} but neither val nor test: add one, or hold out a fifth by naming {root / train}"
         )
-    held_out = parts[1]
-    classes, paths, labels = _listing(root / "train")
-    test_classes, test_paths, test_labels = _listing(root / held_out)
+    classes, paths, labels = _listing(root / train, passed_over)
+    test_classes, test_paths, test_labels = _listing(root / held_out, passed_over)
     if missing := sorted(set(classes) ^ set(test_classes)):
-        lacking = held_out if missing[0] in classes else "train"
-        raise ValueError(f"{root / lacking} lacks the class {missing[0]!r}; train and {held_out} need the same classes")
-    train, test = Files.of(root / "train", paths), Files.of(root / held_out, test_paths)
-    return encoded_data(train, labels, test, test_labels, len(classes), name, on_corrupt)
+        lacking = held_out if missing[0] in classes else train
+        raise ValueError(
+            f"{root / lacking} lacks the class {missing[0]!r}; {train} and {held_out} need the same classes"
+        )
+    return classes, (Files.of(root / train, paths), labels), (Files.of(root / held_out, test_paths), test_labels)
 
 
-def _listing(root: Path) -> tuple[list[str], list[str], Tensor]:
-    """The class names, the images' paths below `root` in alphabetical order, and their labels, int64."""
-    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+def _parts(root: Path) -> dict[str, str]:
+    """Return the folders of `root` that are parts of a data set ("train", "val", "test"), by the part that each is."""
+    parts: dict[str, str] = {}
+    for name in sorted(_folders(root)):
+        part = PARTS.get(name.lower())
+        if part in parts:
+            raise ValueError(f"{root} has {parts[part]} and {name}: which of them holds the {part} images? Rename one")
+        if part is not None:
+            parts[part] = name
+    return parts
+
+
+def _folders(root: Path) -> list[str]:
+    with os.scandir(root) as entries:
+        return [entry.name for entry in entries if entry.is_dir() and _counts(entry.name)]
+
+
+def _counts(name: str) -> bool:
+    return not name.startswith(".") and name.lower() not in LEFTOVERS
+
+
+def _listing(root: Path, passed_over: Counter[str]) -> tuple[list[str], list[str], Tensor]:
+    """Return the class names, the images' paths below `root` in alphabetical order, and their labels, int64."""
+    classes = sorted(_folders(root))
     if len(classes) < 2:
         found = f"only {classes[0]!r}" if classes else "none"
         raise ValueError(f"{root}: needs a folder for each of at least two classes, has {found}")
+    if all(PARTS.keys() & re.findall("[a-z]+", name.lower()) for name in classes):
+        names = ", ".join(map(repr, classes))
+        raise ValueError(
+            f"{root}: the folders {names} look like parts of a data set: name them train and val (or test)"
+        )
+    _warn_of_nested(root, classes)
     paths, labels = [], []
     for label, name in enumerate(classes):
-        members = sorted(_images(root, name))
+        members = sorted(_images(root / name, name, [_identity(root)], passed_over))
         if not members:
             raise ValueError(f"{root / name}: zero images (files ending in {' '.join(ENDINGS)}) in this class")
         paths += members
@@ -92,18 +157,47 @@ def _listing(root: Path) -> tuple[list[str], list[str], Tensor]:
     return classes, paths, torch.tensor(labels)
 
 
-def _images(root: Path, name: str) -> list[str]:
-    found = []
-    for directory, folders, files in os.walk(root / name, followlinks=True):
-        folders[:] = [folder for folder in folders if not folder.startswith(".")]
-        inside = os.path.relpath(directory, root)
-        found += [
-            os.path.join(inside, file) for file in files if not file.startswith(".") and file.lower().endswith(ENDINGS)
-        ]
-    return found
+def _warn_of_nested(root: Path, classes: Sequence[str]) -> None:
+    """Warn where every class is made of the same folders, so that those may be the real classes."""
+    names = sorted(_folders(root / classes[0]))
+    if len(names) > 1 and all(sorted(_folders(root / name)) == names for name in classes[1:]):
+        warn(
+            f"{root}: the classes are {_some(classes)}, and each holds the folders {_some(names)}; if those are the "
+            f"classes, name {root / classes[0]} instead"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _images(folder: Path, inside: str, above: list[tuple[int, int]], passed_over: Counter[str]) -> Iterator[str]:
+    """Yield the images in a folder, which is `inside` the listed one, below the folders `above`."""
+    own = _identity(folder)
+    if own in above:
+        passed_over["circular links"] += 1
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            path = os.path.join(inside, entry.name)
+            if not _counts(entry.name):
+                continue
+            if entry.is_dir():
+                yield from _images(folder / entry.name, path, [*above, own], passed_over)
+            elif not entry.name.lower().endswith(ENDINGS):
+                passed_over[os.path.splitext(entry.name)[1].lower() or "without an ending"] += 1
+            elif entry.is_file() or entry.is_symlink():  # a broken link is a corrupt image, which is named and counted
+                yield path
+            else:
+                passed_over["pipes and devices"] += 1
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
 
 
 def _key(path: str) -> int:
-    """64 bits of the path's hash, as an int64; the same on systems that part folders by a backslash."""
+    """Return 64 bits of the path's hash, as an int64; the same on systems that separate folders by a backslash."""
     digest = hashlib.blake2b(os.fsencode(path.replace(os.sep, "/")), digest_size=8).digest()
     return int.from_bytes(digest, "big", signed=True)

@@ -4,12 +4,13 @@ from collections.abc import Callable
 from io import BytesIO
 
 import numpy as np
+import PIL.features
 import PIL.Image
 import pytest
 import torch
 
 from cnn.data.counter_random import uniforms
-from cnn.data.decoding import CROP_DRAWS, centre, decode, random_crop, whole
+from cnn.data.decoding import CROP_DRAWS, centre, decode, opened, random_crop, upright_size, whole
 
 RED, GREEN, BLUE = (250, 10, 20), (10, 240, 30), (20, 30, 230)
 
@@ -52,6 +53,36 @@ def test_a_camera_on_its_side_is_turned_upright(orientation: int, size: tuple[in
     pixels = decode("x", content, (12, 24), box)
     assert pixels.shape == (12, 24, 3)
     assert np.abs(pixels.astype(int) - np.asarray(expected)).mean() < 4
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF", "PNG, notes last"])
+def test_every_format_is_turned_once(form: str, orientation: int):
+    turns = {
+        2: np.fliplr,
+        3: lambda v: np.rot90(v, 2),
+        4: np.flipud,
+        5: lambda v: v.transpose(1, 0, 2),
+        6: lambda v: np.rot90(v, -1),
+        7: lambda v: np.rot90(v, 2).transpose(1, 0, 2),
+        8: np.rot90,
+    }
+    if form == "AVIF" and not PIL.features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    stored = np.asarray(striped((96, 80)))
+    expected = turns.get(orientation, lambda v: v)(stored)
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    content = encode(PIL.Image.fromarray(stored), form.partition(",")[0], exif=exif)
+    if form == "PNG, notes last":
+        start = content.index(b"eXIf") - 4
+        end = start + 12 + int.from_bytes(content[start : start + 4], "big")
+        content = content[:start] + content[end:-12] + content[start:end] + content[-12:]
+    pixels = decode("x", content, expected.shape[:2], whole)
+    assert np.abs(pixels.astype(int) - expected).mean() < 4
+    if form != "PNG, notes last":
+        with opened("x", content) as image:
+            assert upright_size(image) == expected.shape[1::-1]
 
 
 def test_a_jpeg_scaled_while_decoding_looks_like_one_scaled_after(monkeypatch: pytest.MonkeyPatch):
@@ -99,6 +130,10 @@ def test_damaged_notes_of_a_camera_are_passed_over(note: str):
         ("LA", "PNG"),
         ("CMYK", "JPEG"),
         ("RGB", "WEBP"),
+        ("PA", "TIFF"),
+        ("YCbCr", "TIFF"),
+        ("LA", "TIFF"),
+        ("1", "BMP"),
     ],
 )
 @pytest.mark.filterwarnings("error")
@@ -115,6 +150,64 @@ def test_grey_of_16_bits_keeps_its_range():
     values = np.linspace(0, 65535, 16 * 16).astype(np.uint16).reshape(16, 16)
     pixels = decode("x", encode(PIL.Image.fromarray(values), "PNG"), (16, 16), whole)
     assert np.array_equal(pixels, np.repeat((values >> 8)[..., None], 3, axis=2))
+
+
+def netpbm(kind: bytes, maxval: int, values: np.ndarray) -> bytes:
+    """Return a file of grey (P2 or P5) or coloured (P3 or P6) pixels, each from 0 to `maxval`."""
+    header = b"%s\n# a comment\n%d %d\n%d\n" % (kind, values.shape[1], values.shape[0], maxval)
+    if kind in (b"P2", b"P3"):
+        return header + " ".join(map(str, values.ravel().tolist())).encode()
+    return header + values.astype(np.uint8 if maxval < 256 else ">u2").tobytes()
+
+
+@pytest.mark.parametrize("maxval", [1, 15, 100, 255, 256, 1023, 4095, 65535])
+@pytest.mark.parametrize("kind", [b"P2", b"P3", b"P5", b"P6"])
+def test_every_maximum_of_pgm_and_ppm_is_white(kind: bytes, maxval: int):
+    shares = np.linspace(0, 1, 80 * 96 * 3).reshape(80, 96, 3)[:, :, :: 1 if kind in (b"P3", b"P6") else 3]
+    values = np.round(shares * maxval).astype(int)
+    pixels = decode("x.pgm", netpbm(kind, maxval, values), (80, 96), whole)
+    assert np.abs(pixels - values / maxval * 255).max() <= 1
+    assert pixels.max() == 255
+
+
+def test_the_first_frame_is_taken():
+    frames = [PIL.Image.new("RGB", (16, 16), colour) for colour in (RED, GREEN, BLUE)]
+    for form in ("GIF", "TIFF", "PNG", "WEBP"):
+        pixels = decode("x", encode(frames[0], form, save_all=True, append_images=frames[1:]), (16, 16), whole)
+        assert np.abs(pixels.astype(int) - RED).max() < 16, form
+
+
+PNG = encode(striped((32, 16)), "PNG")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "of no known format"),
+        (b"text", "of no known format"),
+        (PNG[:60], "truncated"),
+        (b"P5\n0 16\n255\n", "of no known format"),
+        (b"P5\n32 16\n65535\n" + bytes(100), ""),
+        (b"P5\n32 16\n4095\n" + bytes(100), "not enough"),
+        (b"P5\n32 16\n70000\n" + bytes(1024), "maxval"),
+        (b"P5\n20000 20000\n255\n" + bytes(1024), "400000000 pixels"),
+        (encode(PIL.Image.new("F", (8, 8)), "TIFF"), "no known range"),
+        (encode(PIL.Image.new("I", (8, 8)), "TIFF"), "no known range"),
+    ],
+    ids=range(10),
+)
+def test_what_cannot_be_decoded_is_one_line_with_its_name(content: bytes, message: str):
+    with pytest.raises(ValueError, match=r"^x: not a readable image \(.*\); replace or remove it$") as refusal:
+        decode("x", content, (16, 32), whole)
+    assert message in str(refusal.value)
+    assert "0x" not in str(refusal.value)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_large_photograph_is_no_bomb(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 400)  # a warning above, an error above twice as many
+    assert decode("x", PNG, (16, 32), whole).shape == (16, 32, 3)
 
 
 def crop_by_torchvision(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:

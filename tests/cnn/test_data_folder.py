@@ -83,15 +83,33 @@ def test_large_images_are_cropped_to_224(tmp_path: Path):
     assert torch.allclose(IMAGENET(first)[0], (pixels / 255 - mean[:, None, None]) / std[:, None, None], atol=1e-5)
 
 
-def test_small_images_take_the_size_of_the_first(tmp_path: Path):
-    save(tmp_path / "a" / "0.png", (64, 48))
-    save(tmp_path / "a" / "1.png", (300, 10))
-    save(tmp_path / "b" / "0.png", (5, 5))
-    save(tmp_path / "b" / "1.png", (64, 48))
-    data = load(spec(tmp_path), None)
-    assert data.image_shape == (3, 48, 64)
-    assert data.train.images.shape[1:] == data.test.images.shape[1:] == (3, 48, 64)
-    assert data.train.in_memory
+@pytest.mark.parametrize(
+    ("sizes", "expected", "said"),
+    [
+        ([(20, 16)] * 6, (3, 16, 20), ""),
+        ([(300, 200)] * 3 + [(500, 80)] * 3, (3, 224, 224), ""),
+        ([(40, 30)] + [(400, 300)] * 5, (3, 224, 224), "1 are at most 64 pixels"),
+        ([(400, 300)] + [(64, 48)] * 5, (3, 48, 64), "5 are at most 64 pixels wide and high, and 5 are 64x48"),
+        ([(5, 5), (64, 48), (300, 10), (64, 48), (64, 48), (6, 6)], (3, 48, 64), "and 3 are 64x48"),
+        ([(40, 30)] * 3 + [(400, 300)] * 3, (3, 224, 224), "3 are at most 64"),
+    ],
+)
+def test_the_majority_decides_on_the_size(
+    tmp_path: Path, capsys: pytest.CaptureFixture, sizes: list, expected: tuple, said: str
+):
+    for index, size in enumerate(sizes):
+        save(tmp_path / "train" / "ab"[2 * index // len(sizes)] / f"{index}.png", size)
+    os.symlink("train", tmp_path / "val")
+    assert load(spec(tmp_path), None).image_shape == expected
+    warning = capsys.readouterr().err
+    assert said in warning
+    assert bool(said) == bool(warning)
+
+
+def test_the_majority_decides_on_mirroring(tmp_path: Path):
+    write_split(tmp_path, {"a": 2, "b": 8})
+    save(tmp_path / "a" / "0.png", mode="L")
+    assert load(spec(tmp_path), None).train.augmentation.flip
 
 
 def test_small_images_beyond_the_memory_are_decoded_on_demand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -143,7 +161,7 @@ def overwrite(content: bytes) -> Callable[[Path], None]:
         ),
         (lambda root: [remove("train", name)(root) for name in ("ant", "bee", "cat")], r"two classes, has none"),
         (cut, r"train/bee/1\.png: not a readable image \(.*truncated.*\); replace or remove it"),
-        (overwrite(b""), r"bee/1\.png: not a readable image \(cannot identify"),
+        (overwrite(b""), r"bee/1\.png: not a readable image \(of no known format"),
         (overwrite(b"GIF89a and no more"), r"bee/1\.png: not a readable image \("),
         (overwrite(b"\x89PNG\r\n\x1a\n" + b"\x00" * 40), r"bee/1\.png: not a readable image \("),
         (overwrite(b"\xff\xd8\xff\xe0" + b"\x11" * 99), r"bee/1\.png: not a readable image \("),
@@ -159,6 +177,82 @@ def test_a_wrong_folder_is_named_in_one_line(damage: Callable[[Path], object], m
         load(spec(tmp_path), None)
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("train", "held_out"), [("Train", "Test"), ("training", "validation"), ("TRAIN", "valid"), ("Training", "Testing")]
+)
+def test_parts_under_other_names(train: str, held_out: str, tmp_path: Path):
+    write_split(tmp_path / train, {"cat": 3, "ant": 2})
+    write_split(tmp_path / held_out, {"cat": 1, "ant": 1})
+    data = load(spec(tmp_path), None)
+    assert (data.num_classes, len(data.train), len(data.test)) == (2, 5, 2)
+
+
+def test_parts_are_not_taken_for_classes(tmp_path: Path, capsys: pytest.CaptureFixture):
+    for part in ("seg_train", "seg_test"):
+        write_split(tmp_path / "a" / part, {"cat": 2, "ant": 2})
+        write_split(tmp_path / "b" / part.replace("seg", "fold").replace("t", "x"), {"cat": 2, "ant": 2})
+    with pytest.raises(ValueError, match="'seg_test', 'seg_train' look like parts"):
+        load(spec(tmp_path / "a"), None)
+    load(spec(tmp_path / "b"), None)
+    assert "each holds the folders 'ant', 'cat'" in capsys.readouterr().err
+    for part in ("train", "Train", "val"):
+        write_split(tmp_path / "c" / part, {"cat": 2, "ant": 2})
+    if len(list((tmp_path / "c").iterdir())) == 3:  # a file system that tells the two apart
+        with pytest.raises(ValueError, match="Train and train"):
+            load(spec(tmp_path / "c"), None)
+
+
+def test_leftovers_are_no_classes_and_no_images(tmp_path: Path, capsys: pytest.CaptureFixture):
+    write_split(tmp_path, {"cat": 5, "ant": 5})
+    for leftover in ("__MACOSX", ".git", "@eaDir", ".ipynb_checkpoints", "cat/@eaDir/0.png", "ant/.thumbs"):
+        save(tmp_path / leftover / "x.png")
+    (tmp_path / "cat" / "Thumbs.db").write_bytes(b"")
+    data = load(spec(tmp_path), None)
+    assert (data.num_classes, len(data.train) + len(data.test)) == (2, 10)
+    assert capsys.readouterr().err == ""
+
+
+def test_links_in_circles_and_other_files_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture):
+    write_split(tmp_path / "data", {"cat": 5, "ant": 5})
+    write_split(tmp_path, {"more": 2})
+    os.symlink(tmp_path / "more", tmp_path / "data" / "cat" / "more")
+    os.symlink("..", tmp_path / "data" / "cat" / "up")
+    os.symlink(".", tmp_path / "data" / "ant" / "same")
+    for name in ("a.heic", "b.HEIC", "README"):
+        (tmp_path / "data" / "ant" / name).write_text("")
+    os.mkfifo(tmp_path / "data" / "ant" / "pipe.png")
+    data = load(spec(tmp_path / "data"), None)
+    assert len(data.train) + len(data.test) == 12
+    said = capsys.readouterr().err
+    for count in ("2 circular links", "2 .heic", "1 without an ending", "1 pipes"):
+        assert count in said
+
+
+def test_a_broken_link_is_a_corrupt_image(tmp_path: Path):
+    write_split(tmp_path / "train", {"cat": 5, "ant": 5})
+    os.symlink("train", tmp_path / "val")
+    os.symlink("gone.png", tmp_path / "train" / "cat" / "broken.png")
+    with pytest.raises(ValueError, match=r"broken\.png"):
+        load(spec(tmp_path), None)
+    lines = []
+    assert len(load(spec(tmp_path), None, lines.append).train) == 10
+    assert len(set(lines)) == 2
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_split(tmp_path, {"cat": 2, "ant": 2})
+    scan = os.scandir
+
+    def refuse(path: Path):
+        if str(path).endswith("cat"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr("os.scandir", refuse)
+    with pytest.raises(PermissionError, match="cat"):
+        load(spec(tmp_path), None)
 
 
 def test_other_wrong_folders(tmp_path: Path):

@@ -210,7 +210,7 @@ def test_small_corrupt_images_are_left_out_of_memory(tmp_path: Path):
     data = load(f"imagefolder:{tmp_path}", None, lines.append)
     assert data.train.images[:, 0, 0, 0].tolist() == [0, 2, 4, 6, 1, 3, 5]
     assert data.train.labels.tolist() == [0] * 4 + [1] * 3
-    assert len(lines) == 2  # once in training, once in testing
+    assert len(set(lines)) == 2  # once in training, once in testing
 
 
 class Nothing:
