@@ -11,6 +11,7 @@ from torch import Tensor
 from cnn.data.common import Data, OnCorrupt, stratified_split
 from cnn.data.counter_random import order_keys
 from cnn.data.encoded import encoded_data
+from str_triton.training.errors import warn
 from str_triton.training.hub import read_splits
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ class Column:
             name = f"{name} ({path})" if path else name
             if value is None and path:
                 return name, os.path.join(self.root, path)
+        if isinstance(value, str):
+            return f"{name} ({value})", os.path.join(self.root, value)
         if not isinstance(value, bytes):
             column = self.rows.column_names[0]
             raise ValueError(f"{name}: column {column!r} has neither the bytes nor the path of an image")
@@ -55,7 +58,8 @@ def load_hub(place: str, on_corrupt: OnCorrupt = None) -> Data:
 
     Takes the columns image (or img) and label (or labels, fine_label), and the splits train and test (or validation,
     where test is missing or hides its labels); without either a fifth of train, stratified and always the same, is held
-    out. Raises ValueError, in one line, also for what the `datasets` library reports.
+    out. Images are stored as bytes, or as paths below the local folder. Labels are whole numbers from 0, or booleans.
+    Raises ValueError, in one line, also for what the `datasets` library reports.
 
     Parquet files are converted once, below HF_DATASETS_CACHE, to Arrow files, which take about as much disk again; what
     `save_to_disk` wrote is mapped into memory where it lies. Images are read in random order: keep them on a fast disk.
@@ -70,8 +74,9 @@ def load_hub(place: str, on_corrupt: OnCorrupt = None) -> Data:
     image = _one_of(IMAGE_COLUMNS, train.column_names, f"{name} train")
     label = _one_of(LABEL_COLUMNS, train.column_names, f"{name} train")
     labels = _labels(train, label, f"{name} train")
-    feature = train.features[label]
-    classes = getattr(feature, "names", None) or [str(number) for number in range(int(labels.max()) + 1)]
+    classes = getattr(train.features[label], "names", None) or _numbered(labels, f"{name} train")
+    if len(classes) < 2 or int(labels.min()) == int(labels.max()):
+        raise ValueError(f"{name} train: all labels are {int(labels[0])}; training takes at least two classes")
     held_out = _held_out(splits, label, name)
     if held_out is None:
         kept, taken = stratified_split(labels, order_keys(len(labels), 0, 0), classes)
@@ -99,14 +104,35 @@ def _one_of(names: tuple[str, ...], columns: list[str], place: str) -> str:
 
 
 def _labels(rows: "Dataset", column: str, place: str) -> Tensor:
-    """A split's labels, int64 [N]."""
+    """Return a split's labels, int64 [N]."""
     values = rows.select_columns([column]).with_format("arrow")[:].column(0)
-    if values.null_count or not str(values.type).startswith(("int", "uint")):
-        odd = next(value for value in values.to_pylist() if not isinstance(value, int))
+    kind = str(values.type)
+    if values.null_count or not kind.startswith(("int", "uint", "bool")):
+        odd = next(
+            value for value in values.to_pylist() if value is None or not kind.startswith(("int", "uint", "bool"))
+        )
         raise ValueError(
-            f"{place}: column {column!r} holds {odd!r}; labels must be whole numbers, such as a ClassLabel's"
+            f"{place}: column {column!r} holds {repr(odd)[:40]}; labels must be whole numbers from 0: "
+            f"class_encode_column({column!r}) of the datasets library makes them of texts"
         )
     return torch.from_numpy(values.to_numpy().astype(np.int64))
+
+
+def _numbered(labels: Tensor, place: str) -> list[str]:
+    """Return the names of the classes 0 to the largest label. Raises ValueError where most of them have no image."""
+    if labels.min() < 0:
+        count = int((labels < 0).sum())
+        raise ValueError(
+            f"{place}: {count:,} of {len(labels):,} labels are negative, as {int(labels.min())}: remove them"
+        )
+    count, used = int(labels.max()) + 1, len(labels.unique())
+    if used * 2 < count:
+        raise ValueError(
+            f"{place}: the labels run to {count - 1:,}, but only {used:,} different ones are used: number them from 0"
+        )
+    if used < count:
+        warn(f"{place}: {count - used} of the {count} classes from 0 to {count - 1} have no images")
+    return [str(number) for number in range(count)]
 
 
 def _held_out(splits: "DatasetDict | dict[str, Dataset]", label: str, name: str) -> tuple[str, Tensor] | None:

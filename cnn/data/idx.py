@@ -6,6 +6,7 @@ import struct
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor
 
 from cnn.data.arrays import ArrayImages, Augmentation, Normalisation
 from cnn.data.common import Data
+
+LARGEST = 2**32
+"""Bytes; the largest published set, EMNIST by class, has 0.6 x 10^9."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +61,9 @@ def load_idx(name: str, data_dir: str | None) -> Data:
     if name == "emnist":
         name = _only_emnist_split(directory)
     published = SETS[name]
-    train_images, train_labels = _read_pair(directory, published.train, published)
-    test_images, test_labels = _read_pair(directory, published.test, published)
+    train, test = _pair_of(directory, published.train), _pair_of(directory, published.test)
+    train_images, train_labels = _read_pair(*train, published)
+    test_images, test_labels = _read_pair(*test, published)
     if train_images.shape[1:] != test_images.shape[1:]:
         sizes = " and ".join(f"{height}x{width}" for _, _, height, width in (train_images.shape, test_images.shape))
         raise ValueError(f"{directory}: training and test images differ in size ({sizes}); they are not of one set")
@@ -90,26 +95,33 @@ def _find(directory: Path, part: str, kind: str, dimensions: int) -> Path | None
     return next((path for path in candidates if path.is_file()), None)
 
 
-def _read_pair(directory: Path, part: str, published: Published) -> tuple[Tensor, Tensor]:
-    """A part's images, uint8 [N, 1, H, W], and labels, int64 [N] from 0."""
-    paths = {kind: _find(directory, part, kind, dimensions) for kind, dimensions in (("images", 3), ("labels", 1))}
-    for kind, path in paths.items():
+def _pair_of(directory: Path, part: str) -> tuple[Path, Path]:
+    """Return the paths of a part's images and labels."""
+    found = []
+    for kind, dimensions in (("images", 3), ("labels", 1)):
+        path = _find(directory, part, kind, dimensions)
         if path is None:
-            wanted = f"{part}-{kind}-idx{3 if kind == 'images' else 1}-ubyte"
+            wanted = f"{part}-{kind}-idx{dimensions}-ubyte"
             raise FileNotFoundError(f"{directory}: no {wanted} or {wanted}.gz; put the set's four IDX files there")
-    images, labels = read_idx(paths["images"], 3), read_idx(paths["labels"], 1).long()
+        found.append(path)
+    return found[0], found[1]
+
+
+def _read_pair(images_path: Path, labels_path: Path, published: Published) -> tuple[Tensor, Tensor]:
+    """Return a part's images, uint8 [N, 1, H, W], and labels, int64 [N] from 0."""
+    images, labels = read_idx(images_path, 3), read_idx(labels_path, 1).long()
     if images.numel() == 0:
-        raise ValueError(f"{paths['images']}: zero images (its dimensions are {' x '.join(map(str, images.shape))})")
+        raise ValueError(f"{images_path}: zero images (its dimensions are {' x '.join(map(str, images.shape))})")
     if len(images) != len(labels):
         raise ValueError(
-            f"{paths['images']} has {len(images)} images but {paths['labels']} has {len(labels)} labels; "
+            f"{images_path} has {len(images)} images but {labels_path} has {len(labels)} labels; "
             "take both from the same set"
         )
     first, last = published.first_label, published.first_label + published.num_classes - 1
     low, high = int(labels.min()), int(labels.max())
     if low < first or high > last:
         raise ValueError(
-            f"{paths['labels']}: labels run from {low} to {high}, those of this set from {first} to {last}; "
+            f"{labels_path}: labels run from {low} to {high}, those of this set from {first} to {last}; "
             "is it the set that --data names?"
         )
     if published.transposed:
@@ -118,37 +130,41 @@ def _read_pair(directory: Path, part: str, published: Published) -> tuple[Tensor
 
 
 def read_idx(path: Path, dimensions: int) -> Tensor:
-    """The uint8 array in an IDX file, gzipped or not (its first bytes tell). Raises ValueError, naming the file.
+    """Return the uint8 array in an IDX file, gzipped or not (its first bytes tell). Raises ValueError with its name.
 
     The format: 0, 0, 8 for unsigned bytes, the number of dimensions, each dimension as a big-endian uint32, the data.
+    No more is unpacked than the header promises, and no more than `LARGEST` bytes.
     """
-    content = _content(path)
-    header = 4 + 4 * dimensions
-    if content[:4] != bytes((0, 0, 8, dimensions)) and len(content) >= 4:
-        raise ValueError(
-            f"{path}: begins with the bytes {content[:4].hex(' ')}, not 00 00 08 {dimensions:02x}; "
-            f"this is no IDX file of unsigned bytes in {dimensions} dimension{'s' * (dimensions > 1)}"
-        )
-    if len(content) < header:
-        raise ValueError(f"{path}: truncated: {len(content)} bytes, and the header alone has {header}; fetch it again")
-    shape = struct.unpack(f">{dimensions}I", content[4:header])
-    expected, found = math.prod(shape), len(content) - header
-    if found != expected:
-        what = "truncated" if found < expected else f"{found - expected} bytes too many"
-        size = " x ".join(map(str, shape))
-        raise ValueError(f"{path}: {what}: its header says {size} = {expected} bytes, {found} follow; fetch it again")
-    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy())
-
-
-def _content(path: Path) -> bytes:
     try:
-        content = path.read_bytes()
-        return gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
+        with open(path, "rb") as file:
+            packed = file.read(2) == b"\x1f\x8b"
+            file.seek(0)
+            return _array(gzip.GzipFile(fileobj=file) if packed else file, path, dimensions)
     except EOFError:
         raise ValueError(f"{path}: truncated: its compressed data end too soon; fetch it again") from None
-    except zlib.error as error:
-        raise ValueError(f"{path}: damaged: {error}; fetch it again") from None
-    except gzip.BadGzipFile as error:
+    except (zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path}: damaged: {error}; fetch it again") from None
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _array(file: BinaryIO, path: Path, dimensions: int) -> Tensor:
+    header = file.read(4 + 4 * dimensions)
+    if header[:4] != bytes((0, 0, 8, dimensions)) and len(header) >= 4:
+        raise ValueError(
+            f"{path}: begins with the bytes {header[:4].hex(' ')}, not 00 00 08 {dimensions:02x}; "
+            f"this is no IDX file of unsigned bytes in {dimensions} dimension{'s' * (dimensions > 1)}"
+        )
+    if len(header) < 4 + 4 * dimensions:
+        raise ValueError(
+            f"{path}: truncated: {len(header)} bytes, and the header alone has {4 + 4 * dimensions}; fetch it again"
+        )
+    shape = struct.unpack(f">{dimensions}I", header[4:])
+    expected, size = math.prod(shape), " x ".join(map(str, shape))
+    if expected > LARGEST:
+        raise ValueError(f"{path}: its header says {size} bytes, and at most {LARGEST:,} are read: it is damaged")
+    content = file.read(expected + 1)  # to the end: only there a gzip file's checksum is compared
+    if len(content) != expected:
+        what = f"truncated: {len(content)} follow" if len(content) < expected else "more follow"
+        raise ValueError(f"{path}: its header says {size} = {expected} bytes, {what}; fetch it again")
+    return torch.from_numpy(np.frombuffer(content, np.uint8).reshape(shape).copy())

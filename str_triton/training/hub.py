@@ -1,6 +1,7 @@
 """Data sets of the Hugging Face hub, and local folders in its format, as the `datasets` library reads them."""
 
 import contextlib
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,9 +49,10 @@ def _read(place: str, separator: str, datasets: ModuleType) -> "DatasetDict | di
     folder = Path(place)
     try:
         if (folder / "dataset_dict.json").is_file():
-            return datasets.load_from_disk(place)
+            names = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+            return {name: _saved(folder / name, datasets) for name in names}
         if (folder / "state.json").is_file():
-            return {"train": datasets.load_from_disk(place)}
+            return {"train": _saved(folder, datasets)}
         if folder.is_dir():
             return datasets.load_dataset(place)
     except Exception as error:  # the library, a damaged file: no common base class
@@ -74,6 +76,14 @@ def _read(place: str, separator: str, datasets: ModuleType) -> "DatasetDict | di
             f"hub:{place} is made by a script, which is not run, and its revision {PARQUET} cannot be read: "
             f"{_first_line(error)}"
         ) from error
+
+
+def _saved(folder: Path, datasets: ModuleType) -> "Dataset":
+    """Return a split that `save_to_disk` wrote. One without rows has no files, which `load_from_disk` cannot read."""
+    if json.loads((folder / "state.json").read_text(encoding="utf-8")).get("_data_files"):
+        return datasets.load_from_disk(str(folder))
+    features = datasets.DatasetInfo.from_directory(str(folder)).features
+    return datasets.Dataset.from_dict({name: [] for name in features}, features=features)
 
 
 def _first_line(error: Exception) -> str:

@@ -99,7 +99,7 @@ def test_a_test_split_that_hides_its_labels_is_passed_over(tmp_path: Path):
     check(load(f"hub:{tmp_path / 'data'}", None))
 
 
-@pytest.mark.parametrize("kind", ["bytes", "dict of bytes", "dict of paths"])
+@pytest.mark.parametrize("kind", ["bytes", "dict of bytes", "dict of paths", "paths"])
 def test_columns_without_hugging_face_features(kind: str, tmp_path: Path):
     """As pyarrow or pandas write them: plain bytes or structs, labels plain integers."""
     import pyarrow
@@ -114,6 +114,10 @@ def test_columns_without_hugging_face_features(kind: str, tmp_path: Path):
             for i, image in enumerate(images):
                 (path / f"{split}{i}.png").write_bytes(image)
             images = [{"bytes": None, "path": f"../{split}{i}.png"} for i in range(count)]
+        if kind == "paths":
+            for i, image in enumerate(images):
+                (path / f"{split}{i}.png").write_bytes(image)
+            images = [f"../{split}{i}.png" for i in range(count)]
         table = pyarrow.table({"image": images, "label": [i % 3 for i in range(count)]})
         (path / "files").mkdir(exist_ok=True)
         pyarrow.parquet.write_table(table, path / "files" / f"{split}.parquet")
@@ -195,6 +199,13 @@ def broken_image() -> "datasets.Dataset":
         (lambda: {"train": numbers()}, r"train\[\d\]: column 'image' has neither the bytes nor the path of an image"),
         (lambda: {"train": nulls("image")}, r"train\[\d\]: column 'image' has neither"),
         (lambda: {"train": nulls("label")}, "column 'label' holds None"),
+        (lambda: {"train": labelled([0] * 6)}, "all labels are 0; training takes at least two"),
+        (lambda: {"train": labelled([True] * 6)}, "all labels are 1"),
+        (lambda: {"train": labelled([0, 1, -1, 0, 1, -1])}, "2 of 6 labels are negative, as -1"),
+        (lambda: {"train": labelled([-1] * 6)}, "6 of 6 labels are negative"),
+        (lambda: {"train": labelled([7, 900_000] * 3)}, "run to 900,000, but only 2 different ones"),
+        (lambda: {"train": labelled([[0], [1]] * 3)}, r"column 'label' holds \[0\]"),
+        (lambda: {"train": labelled([{"fine": 1}] * 6)}, r"column 'label' holds \{'fine': 1\}"),
     ],
 )
 def test_a_wrong_set_is_refused_in_one_line(splits: Callable[[], dict], message: str, monkeypatch: pytest.MonkeyPatch):
@@ -203,6 +214,33 @@ def test_a_wrong_set_is_refused_in_one_line(splits: Callable[[], dict], message:
         load("hub:owner/name", None)
     assert "hub:owner/name" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def labelled(labels: list) -> "datasets.Dataset":
+    return datasets.Dataset.from_dict({"image": [{"bytes": png(i)} for i in range(len(labels))], "label": labels})
+
+
+def test_labels_may_be_booleans(tmp_path: Path):
+    splits = datasets.DatasetDict(train=labelled([True, False] * 3), test=labelled([True, False]))
+    splits.save_to_disk(folder(tmp_path))
+    data = load(f"hub:{tmp_path / 'data'}", None)
+    assert (data.num_classes, data.train.labels.tolist(), data.test.labels.tolist()) == (2, [1, 0] * 3, [1, 0])
+
+
+def test_a_class_without_images_is_said(tmp_path: Path, capsys: pytest.CaptureFixture):
+    labelled([1, 2] * 5).save_to_disk(folder(tmp_path))
+    assert load(f"hub:{tmp_path / 'data'}", None).num_classes == 3
+    assert "1 of the 3 classes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("image", [None, "feature"])
+def test_an_empty_saved_split(image: str | None, tmp_path: Path):
+    empty = rows(6).select([]) if image else datasets.Dataset.from_dict({"image": [], "label": []})
+    datasets.DatasetDict(train=empty, test=rows(3)).save_to_disk(tmp_path / "empty")
+    with pytest.raises(ValueError, match="zero images in its split 'train'"):
+        load(f"hub:{tmp_path / 'empty'}", None)
+    datasets.DatasetDict(train=rows(12), test=empty, validation=rows(6, 100)).save_to_disk(folder(tmp_path))
+    check(load(f"hub:{tmp_path / 'data'}", None))
 
 
 def wide() -> "datasets.Dataset":

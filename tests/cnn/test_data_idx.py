@@ -2,6 +2,8 @@
 
 import gzip
 import struct
+import tracemalloc
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cnn.data import load
+from cnn.data.idx import read_idx
 
 SIZES = {"train": 40, "t10k": 20}
 
@@ -102,11 +105,13 @@ def put(name: str, array: Tensor) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("damage", "named", "message"),
     [
-        (edit(IMAGES, lambda c: c[:-1]), IMAGES, r"truncated: its header says 40 x 6 x 5 = 1200 bytes, 1199 follow"),
+        (edit(IMAGES, lambda c: c[:-1]), IMAGES, r"its header says 40 x 6 x 5 = 1200 bytes, truncated: 1199 follow"),
         (edit(IMAGES, lambda c: c[:10]), IMAGES, r"truncated: 10 bytes, and the header alone has 16"),
-        (edit(IMAGES, lambda c: c[:16]), IMAGES, r"truncated: .* 0 follow"),
+        (edit(IMAGES, lambda c: c[:16]), IMAGES, r"truncated: 0 follow"),
         (edit(IMAGES, lambda c: b""), IMAGES, r"truncated: 0 bytes"),
-        (edit(IMAGES, lambda c: c + b"xy"), IMAGES, r"2 bytes too many"),
+        (edit(IMAGES, lambda c: c + b"xy"), IMAGES, r"1200 bytes, more follow"),
+        (edit(IMAGES, lambda c: gzip.compress(c + bytes(10**6))), IMAGES, r"1200 bytes, more follow"),
+        (edit(IMAGES, lambda c: c[:4] + b"\xff" * 12 + c[16:]), IMAGES, r"at most 4,294,967,296 are read"),
         (edit(IMAGES, lambda c: b"\x89PNG" + c[4:]), IMAGES, r"begins with the bytes 89 50 4e 47, not 00 00 08 03"),
         (edit(IMAGES, lambda c: c[:2] + b"\x0d" + c[3:]), IMAGES, r"not 00 00 08 03"),
         (edit(IMAGES, lambda c: gzip.compress(c)[:-30]), IMAGES, r"truncated: its compressed data end too soon"),
@@ -121,7 +126,7 @@ def put(name: str, array: Tensor) -> Callable[[Path], None]:
         (put(LABELS, torch.arange(39) % 10), LABELS, r"40 images but .*labels-idx1-ubyte has 39 labels"),
         (put(LABELS, torch.arange(40) % 11), LABELS, r"labels run from 0 to 10, those of this set from 0 to 9"),
         (put(LABELS, torch.zeros(40, 2)), LABELS, r"begins with the bytes 00 00 08 02, not 00 00 08 01"),
-        (edit(LABELS, lambda c: c[:-5]), LABELS, r"truncated: its header says 40 = 40 bytes, 35 follow"),
+        (edit(LABELS, lambda c: c[:-5]), LABELS, r"40 = 40 bytes, truncated: 35 follow"),
         (put("t10k-images-idx3-ubyte", torch.zeros(20, 7, 5)), "", r"differ in size \(6x5 and 7x5\)"),
         (put("t10k-labels-idx1-ubyte", torch.full((20,), 255)), "t10k-labels-idx1-ubyte", r"from 255 to 255"),
         (lambda directory: (directory / LABELS).unlink(), LABELS, r"no train-labels-idx1-ubyte or .*\.gz"),
@@ -140,6 +145,31 @@ def test_damage_is_named_in_one_line(damage: Callable[[Path], None], named: str,
     assert str(tmp_path) in str(caught.value)
     assert named in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_gzip_bomb_is_not_unpacked(tmp_path: Path):
+    """40 images by its header, and 64 MiB behind them."""
+    path = tmp_path / "bomb.gz"
+    packer = zlib.compressobj(9, wbits=31)
+    zeros = bytes(2**20)
+    with open(path, "wb") as file:
+        file.write(packer.compress(struct.pack(">4B3I", 0, 0, 8, 3, 40, 6, 5)))
+        for _ in range(64):
+            file.write(packer.compress(zeros))
+        file.write(packer.flush())
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="more follow"):
+        read_idx(path, 3)
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
+
+
+def test_missing_files_are_named_before_any_is_read(tmp_path: Path):
+    write_mnist(tmp_path)
+    (tmp_path / IMAGES).write_bytes(b"no images")
+    (tmp_path / "t10k-labels-idx1-ubyte").unlink()
+    with pytest.raises(FileNotFoundError, match="no t10k-labels"):
+        load("mnist", str(tmp_path))
 
 
 def test_letters_with_a_label_0_are_refused(tmp_path: Path):
