@@ -170,6 +170,7 @@ class Experiment(Loop):
         if not self.accelerator.is_main_process:
             return
         last, budget = read_metrics(run.path)[-1], self.budget
+        run.write_budget(budget)
         summary = {
             "accuracy": last["accuracy"],
             **{key: getattr(budget, key) for key in ("sparsity", "nonzeros", "params", "flops", "dense_flops")},

@@ -5,14 +5,14 @@ import os
 import random
 import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from str_triton.training.errors import UserError, one_line, warn
+from str_triton.training.errors import UserError, blame_input, one_line, warn
 from str_triton.training.files import write_atomically
 
 KEEP = 2
@@ -55,31 +55,41 @@ class Checkpoints:
             self.path(old).unlink()
         return path
 
-    def load(self, *, owner: bool = True) -> dict[str, Any] | None:
-        """The newest checkpoint that is whole, on the CPU; None when none was ever written.
+    def load(self, *, owner: bool = True, keys: Collection[str] = ("step",)) -> dict[str, Any] | None:
+        """Return the newest checkpoint that is whole, on the CPU; None when none was ever written.
 
-        A damaged one is named in a warning and the one before it is taken; where ``owner`` is true it is also set
-        aside under another name, so that it is not counted among the last two. Raises `UserError` when all are damaged.
+        A checkpoint is whole where its checksums are right and it holds ``keys`` and its own step. A damaged one is
+        named in a warning and the one before it is taken; where ``owner`` is true the damaged one is also set aside
+        under another name, so that it is not counted among the last two. Raises `UserError` when all are damaged, or
+        where the folder cannot be read.
         """
-        if owner:
-            for draft in self.directory.glob(".step-*"):  # what a kill has left of an unfinished write
-                draft.unlink()
-        steps = self.steps()
-        for step in reversed(steps):
+        if self.directory.exists() and not self.directory.is_dir():
+            raise UserError(f"{self.directory} is no directory of checkpoints: remove it, and the run begins again")
+        damaged: list[Path] = []
+        for step in reversed(self.steps()):
             path = self.path(step)
-            try:
+            with blame_input(OSError):
                 content = path.read_bytes()
-            except OSError as error:
-                raise UserError(f"the checkpoint {path} cannot be read: {one_line(error)}") from error
             try:
-                return _decode(content)
+                state = _checked(_decode(content), step, keys)
             except Exception as error:  # damaged bytes surface as almost any exception of zipfile, pickle or torch
                 warn(f"the checkpoint {path} is damaged ({one_line(error)[:100]}); trying the one before it")
-                if owner:
-                    path.rename(path.with_name(f"{path.name}.damaged"))
-        if steps:
+                damaged.append(path)
+                continue
+            if owner:
+                self._tidy(damaged)
+            return state
+        if damaged:
             raise UserError(f"no checkpoint in {self.directory} is whole: start the run again in another --run-dir")
         return None
+
+    def _tidy(self, damaged: Sequence[Path]) -> None:
+        """Set damaged checkpoints aside, and remove what a kill has left of an unfinished write."""
+        with blame_input(OSError):
+            for draft in self.directory.glob(".step-*"):
+                draft.unlink()
+            for path in damaged:
+                path.rename(path.with_name(f"{path.name}.damaged"))
 
     def _last_whole(self) -> str:
         steps = self.steps()
@@ -87,11 +97,20 @@ class Checkpoints:
 
 
 def _decode(content: bytes) -> dict[str, Any]:
-    """What `torch.save` wrote; any exception where a byte of it has changed."""
+    """Return what `torch.save` wrote; raise any exception where a byte of it has changed."""
     damaged = zipfile.ZipFile(io.BytesIO(content)).testzip()  # torch.load does not look at the checksums
     if damaged is not None:
         raise ValueError(f"{damaged} has a wrong checksum")
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
+def _checked(state: object, step: int, keys: Collection[str]) -> dict[str, Any]:
+    """Return ``state``; raise ValueError unless it is a checkpoint of ``step`` with all ``keys``."""
+    if not isinstance(state, dict) or not state.keys() >= set(keys):
+        raise ValueError("it is no checkpoint of this program")
+    if state["step"] != step:
+        raise ValueError(f"it is of step {state['step']!r}")
+    return state
 
 
 def random_state() -> dict[str, Any]:

@@ -4,15 +4,13 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic
 
 import tyro
 
-from str_triton.training.config import RESUME_MAY_CHANGE, RunConfig
-from str_triton.training.errors import UserError
+from str_triton.training.config import RESUME_MAY_CHANGE, ConfigT, from_plain
+from str_triton.training.errors import UserError, one_line
 from str_triton.training.run_folder import CONFIG
-
-ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +59,8 @@ class CommandLine(Generic[ConfigT]):
         if run_dir is None:
             raise UserError("--resume: name the directory of the run to go on with (--run-dir)")
         saved = saved_config(run_dir, type(next(iter(self.recipes.values()))()))
+        if saved.recipe not in self.recipes:
+            raise UserError(f"--resume: the run in {run_dir} is of an unknown recipe, {saved.recipe!r}")
         wanted = dataclasses.replace(self._parse(saved, options), recipe=word or saved.recipe)
         for field in dataclasses.fields(saved):
             before, now = getattr(saved, field.name), getattr(wanted, field.name)
@@ -104,6 +104,6 @@ def saved_config(run_dir: str | Path, kind: type[ConfigT]) -> ConfigT:
     if not path.is_file():
         raise UserError(f"--resume: there is no run in {run_dir} (no {CONFIG}); without --resume one is started there")
     try:
-        return kind(**json.loads(path.read_text()))
-    except (OSError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is not a configuration of this program: {error}") from error
+        return from_plain(kind, json.loads(path.read_text()))
+    except (OSError, RecursionError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not a configuration of this program: {one_line(error)}") from error

@@ -1,8 +1,10 @@
 """The options that every training program has."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from types import NoneType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 import tyro
@@ -58,6 +60,8 @@ class TrainConfig(RunConfig):
     """Share of the target that is spread over all classes."""
 
 
+ConfigT = TypeVar("ConfigT", bound=RunConfig)
+
 RESUME_MAY_CHANGE = frozenset({"run_dir", "resume", "describe", "checkpoint_steps", "workers", "device", "accumulate"})
 
 
@@ -89,6 +93,37 @@ def make_accelerator(config: RunConfig) -> Accelerator:
         ) from error
 
 
+def from_plain(kind: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
+    """Make a configuration of the plain values of a file; ``ValueError`` that names one of a wrong name or type."""
+    if not isinstance(values, dict):
+        raise ValueError("it is no object with an entry for each option")
+    types = get_type_hints(kind)
+    for name, value in values.items():
+        if name not in types:
+            raise ValueError(f"it has {name}, which is unknown: another version may have written it")
+        if not _fits(value, types[name]):
+            raise ValueError(f"{name} is {value!r}, and must be {_words(types[name])}")
+    return kind(**values)
+
+
+def _fits(value: object, type_: Any) -> bool:
+    """Tell whether a plain value may stand for a field of the type: a class, a Literal or a union of them."""
+    if get_origin(type_) is Literal:
+        return isinstance(value, str) and value in get_args(type_)
+    if get_args(type_):
+        return any(_fits(value, part) for part in get_args(type_))
+    return type(value) is type_ or (type_ is float and type(value) is int)
+
+
+def _words(type_: Any) -> str:
+    """Return a field's type as people call it."""
+    if get_origin(type_) is Literal:
+        return " or ".join(map(repr, get_args(type_)))
+    if get_args(type_):
+        return " or ".join(map(_words, get_args(type_)))
+    return {str: "a text", bool: "true or false", int: "a whole number", float: "a number", NoneType: "null"}[type_]
+
+
 def require(config: RunConfig, name: str, holds: bool, range_: str) -> None:
     """Raise `UserError` that names the option and its value unless it ``holds`` that the field is in its range."""
     if not holds:
@@ -113,5 +148,7 @@ def check_ranges(config: TrainConfig) -> None:
         require(config, name, getattr(config, name) >= 0, "0 or more")
     for name in ("warmup_epochs", "weight_decay"):
         require(config, name, 0.0 <= getattr(config, name) < float("inf"), "0 or more")
+    require(config, "seed", config.seed < 2**63, "below 2^63")
+    require(config, "threads", config.threads <= 2**16, "65536 or less")
     require(config, "lr", 0.0 < config.lr < float("inf"), "above 0")
     require(config, "label_smoothing", 0.0 <= config.label_smoothing < 1.0, "in 0..1, below 1")

@@ -4,7 +4,7 @@ import dataclasses
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol, Self
@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import broadcast
 from torch import Tensor, nn
+from torch.linalg import LinAlgError
 
 from str_triton.training.command_line import CommandLine
 from str_triton.training.config import TrainConfig, check_parts, make_accelerator
@@ -21,7 +22,7 @@ from str_triton.training.job import first_process_speaks, run_job
 from str_triton.training.meter import Means, Meter, Pace
 from str_triton.training.metrics import Record
 from str_triton.training.run import Run
-from str_triton.training.run_folder import default_run_dir
+from str_triton.training.run_folder import RunFolder, default_run_dir
 
 LOG_STEPS = 50
 
@@ -60,6 +61,7 @@ class Loop(ABC):
         model, network: the model, and the same as several processes share it.
         optimizer, controller: of the model; no controller where nothing is driven to a target.
         max_norm: the gradient's norm is cut to this, where it is not None.
+        record: what the metrics hold of the last epoch; None in the first.
     """
 
     config: TrainConfig
@@ -70,6 +72,7 @@ class Loop(ABC):
     optimizer: AcceleratedOptimizer
     controller: Controller | None
     max_norm: float | None = None
+    record: Record | None = None
 
     @classmethod
     @abstractmethod
@@ -88,8 +91,10 @@ class Loop(ABC):
             config = command_line.read(args)
         accelerator = make_accelerator(config)
         check_parts(config, accelerator.num_processes)
-        experiment = cls.prepare(config, accelerator)
         run_dir, plain = config.run_dir or default_run_dir(config.recipe), dataclasses.asdict(config)
+        if accelerator.is_main_process:
+            RunFolder.check(run_dir, resume=config.resume)
+        experiment = cls.prepare(config, accelerator)
         with Run.open(accelerator, plain, run_dir, resume=config.resume, program=command_line.program) as run:
             experiment.train(run)
             experiment.finish(run)
@@ -131,14 +136,16 @@ class Loop(ABC):
         step = self.restore(run, meter)
         while step < total:
             epoch = step // self.steps
-            self.begin_epoch(epoch)
+            with self.blame_divergence(run, step):
+                self.begin_epoch(epoch)
             self.network.train()
             pace.reset()
             for batch in self.batches(epoch, step % self.steps):
-                self.descend(batch, step, meter)
                 step += 1
-                if self.controller is not None:
-                    self.controller.step(step / total)
+                with self.blame_divergence(run, step):
+                    self.descend(batch, step - 1, meter)
+                    if self.controller is not None:
+                        self.controller.step(step / total)
                 pace.add(self.config.batch_size)
                 if run.due or step == total:
                     text = self.status(epoch, meter.means())
@@ -169,6 +176,17 @@ class Loop(ABC):
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    @contextmanager
+    def blame_divergence(self, run: Run, step: int) -> Iterator[None]:
+        """Turn what a block raises because of weights that are NaN, infinite or close to it into a `UserError`."""
+        try:
+            yield
+        except (ArithmeticError, RuntimeError, ValueError) as error:
+            run.require_finite(step, 0.0, self.model.state_dict().values())
+            if isinstance(error, LinAlgError):
+                raise run.diverged(step, "the weights became too large for their singular values") from error
+            raise
+
     def exact(self) -> AbstractContextManager:
         """Where the schedule's value holds exactly: for evaluating and saving. Training is not touched."""
         return nullcontext() if self.controller is None else self.controller.exact()
@@ -185,7 +203,7 @@ class Loop(ABC):
         stopping = run.stopping(step)
         if stopping or step % self.config.checkpoint_steps == 0:
             run.require_finite(step, meter.all_means(self.accelerator).loss, self.model.state_dict().values())
-            with self.exact():
+            with self.blame_divergence(run, step), self.exact():
                 self.save(run, step, meter)
         if stopping:
             run.leave(step)
@@ -199,9 +217,9 @@ class Loop(ABC):
         means = {"train_loss": training.loss, "train_accuracy": training.accuracy}
         means["examples_per_second"] = round(speed, 1)
         self.share_buffers()
-        with self.exact():
+        with self.blame_divergence(run, step), self.exact():
             measured = self.measure(run, epoch)
-            run.log({"kind": "epoch", "step": step, "epoch": epoch, **means, **measured})
+            self.record = run.log({"kind": "epoch", "step": step, "epoch": epoch, **means, **measured})
             self.save(run, step, meter)
 
     def share_buffers(self) -> None:
@@ -213,17 +231,23 @@ class Loop(ABC):
 
     def save(self, run: Run, step: int, meter: Meter) -> None:
         """Write a checkpoint; to be called at the schedule's exact value, which is then what the file holds."""
-        run.save(step, {**self.state(), "meter": meter.reduced(self.accelerator)})
+        own = {"meter": meter.reduced(self.accelerator), "steps": self.steps, "record": self.record}
+        run.save(step, {**self.state(), **own})
 
     def restore(self, run: Run, meter: Meter) -> int:
         """Put the state of the run's last checkpoint back and return its step; 0 at the beginning."""
         state = run.restore(self.config.epochs * self.steps)
         if state is None:
             return 0
-        self.load_state(state)
-        if self.accelerator.is_main_process:  # the sums of all processes
-            meter.totals.copy_(state["meter"])
-        return state["step"]
+        step = state["step"]
+        with run.blame_checkpoint(step):
+            if state.get("steps", self.steps) != self.steps:
+                raise ValueError(f"an epoch of it has {state['steps']} steps, here {self.steps}: other data")
+            self.load_state(state)
+            self.record = state.get("record")
+            if self.accelerator.is_main_process:  # the sums of all processes
+                meter.totals.copy_(state["meter"])
+        return step
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds of the training; tensors and plain values."""

@@ -14,7 +14,10 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from str_triton.training.errors import warn
 from str_triton.training.files import write_atomically
+
+FILE = "metrics.jsonl"
 
 Record = dict[str, Any]
 
@@ -25,12 +28,20 @@ class Metrics:
     A record is a dict with an integer "step" and a string "kind"; its other numbers become the TensorBoard scalars
     kind/name, and those of a nested dict {layer: {name: value}} become name/layer. metrics.jsonl is the source: on
     opening, it is cut back to ``step`` and the events are written again from what is left, so that nothing that a
-    resumed run repeats stands twice.
+    resumed run repeats stands twice. Damaged lines are left out, with a warning. ``last``, the record of the last
+    epoch, is put in where its line was lost.
     """
 
-    def __init__(self, folder: Path, step: int = 0) -> None:
-        self.path = folder / "metrics.jsonl"
-        kept = [record for record in read_metrics(folder) if record["step"] <= step]
+    def __init__(self, folder: Path, step: int = 0, last: Record | None = None) -> None:
+        self.path = folder / FILE
+        found = _parsed(folder)
+        damaged = [number for number, record in enumerate(found, start=1) if record is None]
+        if damaged:
+            warn(f"{self.path}: {len(damaged)} of {len(found)} lines are damaged and left out, first line {damaged[0]}")
+        kept = [record for record in found if record is not None and record["step"] <= step]
+        if last is not None and not any(_same_place(record, last) for record in kept):
+            warn(f"{self.path}: the record of step {last['step']} is lost, and put in again; others may be lost too")
+            kept = sorted([*kept, last], key=lambda record: record["step"])
         write_atomically(self.path, "".join(_line(record) for record in kept))
         self._events = _Events(folder / "events")
         for record in kept:
@@ -65,8 +76,7 @@ class _Events:
         self._write(Event(file_version="brain.Event:2"))
 
     def add(self, record: Record) -> None:
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in _scalars(record)]
-        self._write(Event(step=record["step"], summary=Summary(value=values)))
+        self._write(_event(record))
 
     def close(self) -> None:
         self._writer.close()
@@ -78,14 +88,41 @@ class _Events:
 
 
 def read_metrics(folder: Path) -> list[Record]:
-    """The records of a run folder; a last line that a kill has cut short is left out."""
-    path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """Return the records of a run folder, without the lines that were damaged or that a kill has cut short."""
+    return [record for record in _parsed(folder) if record is not None]
+
+
+def _parsed(folder: Path) -> list[Record | None]:
+    """Return the record of each whole line of a run folder's metrics; None for a damaged one."""
+    path = folder / FILE
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return [_record(line) for line in lines if line.endswith(b"\n")]
+
+
+def _record(line: bytes) -> Record | None:
+    """Return the record in a line; None where it is none that `Metrics.append` has written."""
+    try:
+        record = json.loads(line)
+        if type(record["step"]) is not int or record["step"] < 0 or not isinstance(record["kind"], str):
+            return None
+        _line(record)
+        _event(record)
+        return record
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
+        return None
+
+
+def _same_place(one: Record, other: Record) -> bool:
+    return all(one[key] == other[key] for key in ("kind", "step"))
 
 
 def _line(record: Record) -> str:
     return json.dumps(record, allow_nan=False) + "\n"
+
+
+def _event(record: Record) -> Event:
+    values = [Summary.Value(tag=name, simple_value=value) for name, value in _scalars(record)]
+    return Event(step=record["step"], summary=Summary(value=values))
 
 
 def _scalars(record: Record) -> Iterator[tuple[str, float]]:

@@ -28,7 +28,7 @@ def report(folder: Path) -> str:
     summary, config, environment = (
         json.loads((folder / f"{name}.json").read_text()) for name in ("summary", "config", "environment")
     )
-    epochs = [record for record in read_metrics(folder) if record["kind"] == "epoch"]
+    epochs = _epochs(folder)
     if "ranks" in summary:
         title, facts = low_rank_title(summary), low_rank_facts(summary)
         sections = low_rank_sections(folder, summary, epochs)
@@ -43,6 +43,12 @@ def report(folder: Path) -> str:
     sections.append(section("Configuration", plain_table(config)))
     sections.append(section("Environment", plain_table(environment)))
     return page(title, _subtitle(config), facts, sections)
+
+
+def _epochs(folder: Path) -> list[Record]:
+    """Return the records of the epochs, without those that lack what the last one has: a file may have been edited."""
+    epochs = [record for record in read_metrics(folder) if record["kind"] == "epoch"]
+    return [record for record in epochs if record.keys() == epochs[-1].keys()]
 
 
 def _subtitle(config: Mapping[str, Any]) -> str:

@@ -3,7 +3,8 @@
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
@@ -17,13 +18,15 @@ from str_triton.budget.budget import Budget
 from str_triton.budget.rank_budget import RankBudget
 from str_triton.training.checkpoints import Checkpoints, random_state, set_random_state_of
 from str_triton.training.environment import describe_environment
-from str_triton.training.errors import Interrupted, UserError, blame_input
+from str_triton.training.errors import Interrupted, UserError, blame_input, one_line, warn
+from str_triton.training.metrics import FILE as METRICS
 from str_triton.training.metrics import Metrics, Record
 from str_triton.training.progress import ProgressBar
 from str_triton.training.run_folder import CONFIG, RunFolder
 from str_triton.training.signals import StopRequest
 
 ENVIRONMENT = "environment.json"
+OWN = ("step", "seconds", "random")  # what a run adds to a checkpoint
 # Jobs of several processes agree on signals about this often: agreeing costs a round of messages, and a launcher that
 # was told to stop kills them after 30 seconds.
 MEETING_SECONDS, MEETING_STEPS = 2.0, 100
@@ -68,36 +71,57 @@ class Run:
         return cls(accelerator, folder, program)
 
     def restore(self, total_steps: int) -> dict[str, Any] | None:
-        """The state in the newest whole checkpoint; None at the very beginning of a run.
+        """Return the state in the newest whole checkpoint; None at the very beginning of a run.
 
         Random states are put back; a process that had none gets one of its own, so that no two draw the same numbers.
         """
-        state = self._checkpoints.load() if self.folder else None
+        state = self._checkpoints.load(keys=OWN) if self.folder else None
         step = broadcast_object_list([state["step"] if state else 0])[0]
         if step and not self.folder:
-            state = self._checkpoints.load(owner=False)
+            state = self._checkpoints.load(owner=False, keys=OWN)
         if not self.folder and (state["step"] if state else 0) != step:
             raise UserError(
                 f"process {self.accelerator.process_index} finds no checkpoint of step {step} in {self.path}: "
                 "keep the run in a directory that all machines share"
             )
-        set_random_state_of(self.accelerator.process_index, state["random"] if state else [random_state()])
-        if state is not None:
-            self._began -= state["seconds"]
+        with self.blame_checkpoint(step):
+            set_random_state_of(self.accelerator.process_index, state["random"] if state else [random_state()])
+            self._began -= state["seconds"] if state else 0.0
         self._met = step, time.monotonic()
         if self.folder is not None:
-            with blame_input(OSError):
-                self._metrics = Metrics(self.path, step)
+            if state is None and (self.path / METRICS).exists():
+                warn(f"there is no checkpoint in {self.path}: the run begins again")
+            with self.blame_checkpoint(step), blame_input(OSError):
+                self._metrics = Metrics(self.path, step, state and state.get("record"))
                 if state is not None:
                     self._record_session(step)
             self._bar = ProgressBar(total_steps, step)
         return state
 
-    def log(self, record: Record) -> None:
-        """Append a record to the metrics. Raises `UserError` when it cannot be written."""
+    @contextmanager
+    def blame_checkpoint(self, step: int) -> Iterator[None]:
+        """Turn what a checkpoint's wrong content raises in a block that takes it over into a `UserError`."""
+        try:
+            yield
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(
+                f"the checkpoint {self._checkpoints.path(step)} is not of this run ({one_line(error)[:100]}): "
+                "remove it to go on from the one before"
+            ) from error
+
+    def log(self, record: Record) -> Record:
+        """Append a record to the metrics and return it as it stands there, with the time.
+
+        Raises `UserError` when it cannot be written, or holds a number that is NaN or infinite.
+        """
+        record = record | {"seconds": round(self.elapsed(), 3)}
         if self._metrics is not None:
-            with blame_input(OSError):
-                self._metrics.append(record | {"seconds": round(self.elapsed(), 3)})
+            try:
+                with blame_input(OSError):
+                    self._metrics.append(record)
+            except ValueError as error:
+                raise self.diverged(record["step"], "a number of the metrics became NaN or infinite") from error
+        return record
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
         """Write a checkpoint of ``state`` and the random states of all processes, which meet here."""
@@ -105,7 +129,7 @@ class Run:
         if self._metrics is not None:
             with blame_input(OSError):
                 self._metrics.sync()
-            own = {"step": step, "seconds": self.elapsed(), "random": states}
+            own = dict(zip(OWN, (step, self.elapsed(), states), strict=True))
             self._checkpoints.save(step, {**state, **own})
 
     def write(self, name: str, content: bytes | str) -> None:
@@ -145,11 +169,14 @@ class Run:
     def require_finite(self, step: int, loss: float, tensors: Iterable[Tensor] = ()) -> None:
         """Raise `UserError` when ``loss`` or a number in ``tensors`` is NaN or infinite. Waits for the device."""
         finite = [tensor.isfinite().all() for tensor in tensors]
-        if math.isfinite(loss) and (not finite or bool(torch.stack(finite).all())):
-            return
+        if not math.isfinite(loss) or (finite and not bool(torch.stack(finite).all())):
+            raise self.diverged(step, "the loss became NaN or infinite")
+
+    def diverged(self, step: int, what: str) -> UserError:
+        """Return the error that training has diverged, for ``what`` was found by ``step``."""
         steps = self._checkpoints.steps()
         kept = f"the last good checkpoint is {self._checkpoints.path(steps[-1])}" if steps else "no checkpoint was made"
-        raise UserError(f"the loss became NaN or infinite by step {step}; {kept}; try a smaller --lr")
+        return UserError(f"{what} by step {step}; {kept}; try a smaller --lr")
 
     @property
     def due(self) -> bool:
@@ -192,7 +219,13 @@ class Run:
 
     def _record_session(self, step: int) -> None:
         """Add this session's environment to environment.json: it may not be the one that the run began in."""
-        environment = json.loads(self.folder.read(ENVIRONMENT))
-        session = describe_environment(self.accelerator.device, self.accelerator.num_processes)
-        environment.setdefault("resumed", []).append({"step": step, **session})
-        self.folder.write(ENVIRONMENT, json.dumps(environment, indent=2))
+        session = {"step": step, **describe_environment(self.accelerator.device, self.accelerator.num_processes)}
+        try:
+            environment = json.loads(self.folder.read(ENVIRONMENT))
+            environment["resumed"] = [*environment.get("resumed", []), session]
+            text = json.dumps(environment, indent=2)
+        except (AttributeError, FileNotFoundError, RecursionError, TypeError, ValueError) as error:
+            path = self.path / ENVIRONMENT
+            warn(f"{path} is damaged ({one_line(error)[:100]}); it is written anew, without the sessions before")
+            text = json.dumps({"resumed": [session]}, indent=2)
+        self.folder.write(ENVIRONMENT, text)

@@ -67,6 +67,18 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"the run directory {path} cannot be written: {one_line(error)}") from error
 
+    @staticmethod
+    def check(path: str | Path, *, resume: bool) -> None:
+        """Raise `UserError` where `create` (or with ``resume`` `reopen`) would: before data are read for nothing."""
+        path = Path(path)
+        if resume:
+            RunFolder.reopen(path).close()
+            return
+        _refuse_occupied(path)
+        parent = next(parent for parent in path.absolute().parents if parent.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            raise UserError(f"the run directory {path} cannot be made: {parent} cannot be written to")
+
     def write(self, name: str, content: bytes | str) -> None:
         """Write one file of the folder atomically."""
         write_atomically(self.path / name, content)
@@ -117,7 +129,7 @@ def _refuse_occupied(path: Path) -> None:
 
 def _lock(directory: Path) -> IO[str]:
     """The directory's lock, held; `UserError` when another process holds it."""
-    file = open(directory / LOCK, "a+")
+    file = open(directory / LOCK, "a+", errors="replace")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

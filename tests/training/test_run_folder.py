@@ -126,3 +126,11 @@ def test_write_atomically_leaves_the_old_file_when_it_fails(tmp_path: Path, monk
         write_atomically(path, "new")
     assert path.read_text() == "old"
     assert names(tmp_path) == ["file"]
+
+
+def test_a_directory_that_cannot_be_made_is_refused_before_it_is_tried(tmp_path: Path):
+    RunFolder.check(tmp_path / "new" / "run", resume=False)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"the run directory .*file/run cannot be made: .*file cannot be written to"):
+        RunFolder.check(tmp_path / "file" / "run", resume=False)
