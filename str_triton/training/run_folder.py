@@ -76,8 +76,10 @@ class RunFolder:
             return
         _refuse_occupied(path)
         parent = next(parent for parent in path.absolute().parents if parent.exists())
-        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-            raise UserError(f"the run directory {path} cannot be made: {parent} cannot be written to")
+        usable = parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)
+        if not usable:
+            reason = os.strerror(errno.EACCES if parent.is_dir() else errno.ENOTDIR)
+            raise UserError(f"the run directory {path} cannot be made: {reason}: {parent}")
 
     def write(self, name: str, content: bytes | str) -> None:
         """Write one file of the folder atomically."""
