@@ -125,3 +125,28 @@ def state_shapes(name: str, num_classes: int, in_channels: int) -> dict[str, tor
     with torch.device("cpu" if name.startswith("timm:") else "meta"):
         state = build(name, num_classes=num_classes, in_channels=in_channels).state_dict()
     return {key: tensor.shape for key, tensor in state.items()}
+
+
+@torch.no_grad()
+def single_value_norms(model: nn.Module, image: Tensor) -> list[str]:
+    """Return the names of the batch norms that see one value per channel when one image [1, C, H, W] goes through.
+
+    In training PyTorch's batch norm refuses such a batch. The model stays as it is.
+    """
+    found: list[str] = []
+    was_training = {module: module.training for module in model.modules()}
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda _, inputs, name=name: found.append(name) if inputs[0].numel() == inputs[0].shape[1] else None
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    ]
+    try:
+        model.eval()(image)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in was_training.items():
+            module.training = training
+    return found

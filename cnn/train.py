@@ -17,14 +17,16 @@ from torch.nn import functional as F
 
 from cnn.data import Data, batches, load, steps_per_epoch
 from cnn.methods import Masked, prepare
-from cnn.models import build
+from cnn.methods.budget_file import named_sparsities
+from cnn.models import build, single_value_norms, state_shapes
 from cnn.pretrained import start_from
 from cnn.published import PUBLISHED
 from cnn.recipes import FINETUNING, RECIPES, RESUME_MAY_CHANGE, Config, recipe_for, settle
+from cnn.weights import read_weights
 from str_triton import Budget, count, densify, parameter_groups
 from str_triton.training.checkpoints import Checkpoints
 from str_triton.training.command_line import CommandLine
-from str_triton.training.errors import UserError, blame_input, tell, warn
+from str_triton.training.errors import UserError, blame_input, one_line, tell, warn
 from str_triton.training.loop import Loop, Outcome
 from str_triton.training.meter import Means, Meter
 from str_triton.training.metrics import Record, read_metrics
@@ -59,6 +61,7 @@ class Experiment(Loop):
     @classmethod
     def prepare(cls, config: Config, accelerator: Accelerator) -> "Experiment":
         with blame_input(ValueError, OSError):
+            check_inputs(config)
             corrupt: list[str] = []
             data = load(config.data, config.data_dir, corrupt.append if config.skip_corrupt else None)
             steps = steps_per_epoch(data.train, config.batch_size, drop_last=True, world_size=accelerator.num_processes)
@@ -66,6 +69,7 @@ class Experiment(Loop):
             model = initial_model(config, data)
             model.to(accelerator.device, memory_format=memory_format(config))
             example = torch.zeros(1, *data.image_shape, device=accelerator.device)
+            check_images(config, model, example, accelerator.num_processes)
             controller = prepare(config, model, example)
         if config.method == "str":
             announce_pruning(config, steps)
@@ -192,21 +196,54 @@ class Experiment(Loop):
         run.say(f"report: {run.path / 'report.html'}")
 
 
-def initial_model(config: Config, data: Data) -> nn.Module:
-    """The network to start from, on the CPU; where a resumed run has a checkpoint, that is yet to be put in its place.
+def check_inputs(config: Config) -> None:
+    """Look at all files and names that a run needs besides its images, before time is spent on reading those.
 
-    Raises as `build` and `start_from` do, and `UserError` where the recipe is for trained networks and none is named.
+    Raises as `build`, `read_weights` and `named_sparsities` do, and `UserError` where the recipe needs a trained
+    network and none is named.
+    """
+    state_shapes(config.model, 2, 1)
+    if config.pretrained is None and config.recipe in FINETUNING:
+        raise UserError(f"{config.recipe} starts from a trained dense network: name it with --pretrained FILE")
+    if config.pretrained is not None and not has_checkpoint(config):
+        read_weights(config.pretrained)
+    if config.budget is not None:
+        named_sparsities(config.budget)
+
+
+def check_images(config: Config, model: nn.Module, example: Tensor, processes: int) -> None:
+    """Raise `ValueError` where the network takes no such images, or cannot be trained on as few at a time as asked for.
+
+    Batch norm normalizes each channel by the statistics of its values, so one value per channel is too few.
+    """
+    height, width = example.shape[2:]
+    try:
+        norms = single_value_norms(model, example)
+    except (RuntimeError, ValueError, AssertionError) as error:  # of one of timm's networks
+        raise ValueError(f"--model {config.model}: images of {width}x{height} pixels: {one_line(error)}") from error
+    if norms and config.batch_size == processes * config.accumulate:
+        part = f" and --accumulate {config.accumulate}" if config.accumulate > 1 else ""
+        raise ValueError(
+            f"--batch-size {config.batch_size}{part}: one image at a time, of {width}x{height} pixels, gives the batch "
+            f"norm {norms[0]!r} of {config.model} one value per channel; let at least two images go together"
+        )
+
+
+def initial_model(config: Config, data: Data) -> nn.Module:
+    """Return the network to start from, on the CPU; a resumed run puts the weights of its checkpoint in their place.
+
+    Raises as `build` and `start_from` do.
     """
     in_channels = data.image_shape[0]
     model = build(config.model, num_classes=data.num_classes, in_channels=in_channels)
-    if config.pretrained is None:
-        if config.recipe in FINETUNING:
-            raise UserError(f"{config.recipe} starts from a trained dense network: name it with --pretrained FILE")
-        return model
-    saved = config.resume and Checkpoints(Path(config.run_dir) / "checkpoints").steps()
-    if not saved:  # or the file, which may be gone by then, would be needed for nothing
+    if config.pretrained is not None and not has_checkpoint(config):
         start_from(config.pretrained, model, config.model, in_channels, new_classifier=config.new_classifier)
     return model
+
+
+def has_checkpoint(config: Config) -> bool:
+    """Return whether the run goes on from a checkpoint: --pretrained, whose file may be gone by then, is not needed."""
+    return config.resume and bool(Checkpoints(Path(config.run_dir) / "checkpoints").steps())
 
 
 def memory_format(config: Config) -> torch.memory_format:

@@ -20,12 +20,7 @@ def layer_sparsities(path: str, layers: Iterable[str]) -> dict[str, float]:
         ValueError: a damaged file, a value outside 0 to 100 %, a layer that is missing, unknown or named twice.
         OSError: a file that cannot be read.
     """
-    point = next((point for point in published.POINTS if point.name == path), None)
-    if point is not None:
-        found = {n: p / 100 for n, p in published.layer_sparsities(point.model, point.sparsity).items()}
-    else:
-        found = read_sparsities(Path(path))
-    layers = list(layers)
+    found, layers = named_sparsities(path), list(layers)
     for name in layers:
         if name not in found:
             raise ValueError(f"--budget {path}: the model's layer {name!r} is missing; the file must name every layer")
@@ -33,6 +28,14 @@ def layer_sparsities(path: str, layers: Iterable[str]) -> dict[str, float]:
         if name not in layers:
             raise ValueError(f"--budget {path}: the model has no layer {name!r}; its first one is {layers[0]!r}")
     return {name: found[name] for name in layers}
+
+
+def named_sparsities(path: str) -> dict[str, float]:
+    """Return all that `layer_sparsities` takes its values from: the shares of zeros by layer. Raises as that does."""
+    point = next((point for point in published.POINTS if point.name == path), None)
+    if point is None:
+        return read_sparsities(Path(path))
+    return {name: sparsity / 100 for name, sparsity in published.layer_sparsities(point.model, point.sparsity).items()}
 
 
 def read_sparsities(path: Path) -> dict[str, float]:

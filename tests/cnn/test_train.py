@@ -1,5 +1,6 @@
 """The training program from outside: what it writes and what it refuses."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -140,6 +141,60 @@ def test_bad_input_is_one_message_and_exit_code_2(
     assert output.err.startswith("error: ") == (output.err.count("\n") == 1)  # else the parser's box
     assert "Traceback" not in output.err
     assert os.listdir() == ["empty"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "vgg"], "no model 'vgg'"),
+        (["--pretrained", "gone.pth"], "gone.pth: No such file"),
+        (["--pretrained", "notes"], "notes: no file of weights"),
+        (["--budget", "gone.json"], "gone.json"),
+        (["resnet50-str-exact-90-finetune"], "name it with --pretrained"),
+        (["--run-dir", "full"], "full is not empty"),
+    ],
+)
+def test_what_is_wrong_is_said_before_the_images_are_read(
+    tmp_path: Path, options: list[str], message: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "load", lambda *args: pytest.fail("the images were read"))
+    Path("full").mkdir()
+    Path("full/notes").write_text("")
+    Path("notes").write_text("no weights")
+    assert run(*options, "--device", "cpu") == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [("--batch-size", "1"), ("--batch-size", "8", "--accumulate", "8")])
+def test_single_images_are_refused_where_batch_norm_cannot_take_them(
+    tmp_path: Path, quick: None, options: tuple[str, ...], capsys: pytest.CaptureFixture
+):
+    assert begin(tmp_path / "run", *options, "--model", "resnet18") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --batch-size") == (error.count("\n") == 1)
+    assert all(f"{option} {value}" in error for option, value in zip(options[::2], options[1::2], strict=True))
+    assert "'layer2.0." in error
+    assert os.listdir(tmp_path) == []
+
+
+def test_single_images_are_trained_on_where_batch_norm_sees_planes(
+    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(train, "steps_per_epoch", lambda *args, **options: 3)
+    monkeypatch.setattr(train, "batches", lambda *args, **options: itertools.islice(data.batches(*args, **options), 3))
+    assert begin(tmp_path / "run", "--batch-size", "1") == 0
+
+
+def test_a_network_that_takes_no_such_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    def build(name: str, num_classes: int, in_channels: int) -> torch.nn.Module:
+        return torch.nn.Sequential(torch.nn.Conv2d(in_channels, num_classes, 9), torch.nn.Flatten())
+
+    monkeypatch.setattr(train, "build", build)
+    assert begin(tmp_path / "run") == 2
+    assert capsys.readouterr().err.startswith("error: --model resnet-digits: images of 8x8 pixels: ")
 
 
 def test_the_process_ends_with_the_exit_code():
