@@ -1,8 +1,10 @@
 """Clips of a second from recordings of any kind, read once and kept in a file that memory is mapped to."""
 
+import errno
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -59,6 +61,9 @@ def kept_clips(
     if note is None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            needed, free = 2 * RATE * len(items), shutil.disk_usage(folder).free
+            if needed > free:  # known now, and not after minutes of reading
+                raise OSError(errno.ENOSPC, f"it takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
             note = _write(samples, about, items, read, name)
         except OSError as error:
             if error.filename is not None and not str(error.filename).startswith(str(folder)):

@@ -24,18 +24,17 @@ CHUNK = 512  # clips whose features are computed at once
 
 @dataclass(frozen=True, eq=False)
 class Recordings:
-    """Clips and what is said in them, before classes are chosen.
+    """Clips and what is said in them, before classes are chosen and before the clips are read.
 
-    waveforms: int16 [N, 16000]; clip k says `words[labels[k]]` and belongs to `PARTS[parts[k]]` (both int64 [N]).
-    background: int16 [any] for each part, empty where there is none. digest: SHA-256 of the waveforms.
+    Clip k says `words[labels[k]]` and belongs to `PARTS[parts[k]]` (both int64 [N]). background: int16 [any] for each
+    part, empty where there is none. read: returns the waveforms, int16 [N, 16000], and their SHA-256.
     """
 
-    waveforms: Tensor
     words: tuple[str, ...]
     labels: Tensor
     parts: Tensor
     background: tuple[Tensor, Tensor, Tensor]
-    digest: str
+    read: Callable[[], tuple[Tensor, str]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +141,8 @@ def speech_data(
     that part's background noise at a random volume, unknown a clip of a word that was not chosen.
 
     Features are standardised by band with the mean and deviation of (up to 4,096, evenly spaced) training clips. Raises
-    ValueError for words that are not there, a class without clips in a part, silence without background noise.
+    ValueError for words that are not there, a class without clips in a part, silence without background noise: before
+    the clips are read, which may take minutes.
     """
     check_noise(noise)
     everything = words == ("all",)
@@ -151,7 +151,7 @@ def speech_data(
     class_of[[recordings.words.index(word) for word in chosen]] = torch.arange(len(chosen))
     classes = class_of[recordings.labels]
     generator = torch.Generator().manual_seed(seed)
-    rows, labels, silence, silent = {}, {}, [], len(recordings.waveforms)
+    rows, labels, silence, silent = {}, {}, [], len(recordings.labels)
     for number, part in enumerate(PARTS):
         here = recordings.parts == number
         known = torch.nonzero(here & (classes >= 0))[:, 0]
@@ -168,13 +168,14 @@ def speech_data(
     class_names = chosen if everything else (*chosen, SILENCE, UNKNOWN)
     _check_classes(labels, class_names, name)
     more = torch.cat([*silence, torch.empty(0, RATE, dtype=torch.int16)])
-    clips = {part: Clips(rows[part], recordings.waveforms, more) for part in PARTS}
+    waveforms, digest = recordings.read()
+    clips = {part: Clips(rows[part], waveforms, more) for part in PARTS}
     every = math.ceil(len(clips["train"]) / STATISTICS_CLIPS)
     # The statistics do not depend on the device that trains later, so they need not be kept there.
     sample = torch.cat([chunk.cpu() for chunk in features(clips["train"], LogMel(device), device, every)])
     standardise = Standardisation.of(sample, None)
     examples = {part: Speech(clips[part], labels[part], recordings.background[0], standardise, noise) for part in PARTS}
-    options = {"notes": {"sha256": recordings.digest}, "standardisation": standardise, **examples}
+    options = {"notes": {"sha256": digest}, "standardisation": standardise, **examples}
     return Data(name=name, class_names=class_names, input_size=BANDS, **options)
 
 

@@ -1,16 +1,18 @@
 """Speech and text of the Hugging Face hub, and of local folders in its format."""
 
 import io
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from rnn.data.audio import mono, parse_wav
+from rnn.data.audio import mono
 from rnn.data.clip_store import background_parts, kept_clips
 from rnn.data.clips import PARTS, Recordings, speech_data
 from rnn.data.common import Data
+from rnn.data.wav import CHANNELS, RATES, is_wav, parse_wav
 from str_triton.training.errors import one_line
 from str_triton.training.hub import read_splits
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 AUDIO_COLUMN, LABEL_COLUMNS = "audio", ("label", "labels", "word")
+LONGEST = 3_600  # seconds of a compressed recording
 SILENT = ("_silence_", "_background_noise_")  # recordings of these labels are background noise, not words
 
 
@@ -58,13 +61,13 @@ def load_hub(
         return _decoded(sounds[part][row][AUDIO_COLUMN], f"{name} {part}[{row}]", place)
 
     identity = repr((place, [(part, len(said[part]), splits[part]._fingerprint) for part in PARTS]))
-    waveforms, digest = kept_clips(items, read, name=name, identity=identity, cache_dir=cache_dir)
     known = tuple(sorted({said[part][row] for part, row in items}))
     numbers = {word: number for number, word in enumerate(known)}
     labels = torch.tensor([numbers[said[part][row]] for part, row in items])
     parts = torch.tensor([PARTS.index(part) for part, _ in items])
     background = background_parts([mono(*read(item)) for item in silent if item[0] == "train"])
-    recordings = Recordings(waveforms, known, labels, parts, background, digest)
+    clips = partial(kept_clips, items, read, name=name, identity=identity, cache_dir=cache_dir)
+    recordings = Recordings(known, labels, parts, background, clips)
     return speech_data(recordings, name, words=words, seed=seed, noise=noise, device=device)
 
 
@@ -83,7 +86,7 @@ def hub_text(place: str) -> str:
             raise ValueError(f"{where} has no column {column!r}; its columns are {', '.join(rows.column_names)}")
         for text in rows.select_columns([column])[:][column]:
             if not isinstance(text, str | None):
-                raise ValueError(f"{where}: column {column!r} holds {text!r}, which is no text")
+                raise ValueError(f"{where}: column {column!r} holds {repr(text)[:40]}, which is no text")
             texts.append(text or "")
     return "\n".join(texts)
 
@@ -97,13 +100,13 @@ def _labels(rows: "Dataset", place: str) -> list[str]:
     names = getattr(rows.features[column], "names", None)
     said = []
     for row, value in enumerate(rows.select_columns([column])[:][column]):
-        if names and isinstance(value, int) and 0 <= value < len(names):
+        if names and type(value) is int and 0 <= value < len(names):
             said.append(names[value])
         elif not names and isinstance(value, str) and value:
             said.append(value)
         else:
             kind = f"a number from 0 to {len(names) - 1}" if names else "a word"
-            raise ValueError(f"{place}[{row}]: column {column!r} holds {value!r}, not {kind}")
+            raise ValueError(f"{place}[{row}]: column {column!r} holds {repr(value)[:40]}, not {kind}")
     return said
 
 
@@ -128,13 +131,18 @@ def _decoded(value: object, name: str, place: str) -> tuple[np.ndarray, int]:
             value = (Path(place) / path).read_bytes()
     if not isinstance(value, bytes):
         raise ValueError(f"{name}: column {AUDIO_COLUMN!r} has neither the bytes nor the path of a recording")
-    if not value or value[:4] == b"RIFF":
+    if not value or is_wav(value):
         return parse_wav(value, name)
     try:
         import soundfile
     except (ImportError, OSError):  # OSError: the package without its library
         raise ValueError(f"{name} is no WAV file; others need the package soundfile: pip install soundfile") from None
     try:
-        return soundfile.read(io.BytesIO(value), dtype="int16", always_2d=True)
+        with soundfile.SoundFile(io.BytesIO(value)) as file:
+            if not (RATES[0] <= file.samplerate <= RATES[1] and file.channels <= CHANNELS[1]):
+                raise ValueError(f"{name}: {file.channels} channels at {file.samplerate:,} Hz cannot be read")
+            if file.frames > LONGEST * file.samplerate:  # silence of days fits into a few bytes
+                raise ValueError(f"{name} is longer than the {LONGEST:,} seconds that a recording may have")
+            return file.read(dtype="int16", always_2d=True), file.samplerate
     except soundfile.SoundFileError as error:
         raise ValueError(f"{name} cannot be decoded: {one_line(error)}") from error

@@ -10,7 +10,6 @@ import platform
 from collections import defaultdict
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rnn.data.common import Data, Text
+from rnn.data.plain_text import read_text
 
 REPLACEMENT = "\ufffd"
 MIN_COUNT = 5  # characters that the training part has less often become REPLACEMENT
@@ -230,13 +230,8 @@ def _snippets(name: str, class_names: tuple[str, ...], training: str, parts: Par
 
 
 def _read(file: str) -> str:
-    """The text of a file in UTF-8, its line ends as newlines and without a byte order mark."""
-    content = Path(file).read_bytes()
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 (byte {error.start})") from None
-    text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+    """Return the text of a file; raise ValueError where there is none in it."""
+    text = read_text(file)
     if not text.strip():
         raise ValueError(f"{file} is empty")
     return text

@@ -1,6 +1,5 @@
 """A folder in the layout of Speech Commands: its parts and classes, its faults, the cache, what training does to it."""
 
-import re
 import struct
 import wave
 from pathlib import Path
@@ -9,40 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from rnn.data import Data, load
 from rnn.data.audio import RATE, LogMel, write_wav
 from rnn.data.clips import SHIFT
-
-TEN = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
-PER_PART = {"train": 4, "validation": 2, "test": 2}
-
-
-def sound(number: int, frames: int = RATE) -> np.ndarray:
-    return np.random.default_rng(number).integers(-8000, 8000, frames, np.int16)
-
-
-def make(root: Path, words: tuple[str, ...], background: bool = True) -> Path:
-    """Clips for every word and part, each of its own noise; a file's number tells its part."""
-    lists = {"train": [], "validation": [], "test": []}
-    number = 0
-    for word in words:
-        (root / word).mkdir(parents=True)
-        for part, count in PER_PART.items():
-            for _ in range(count):
-                write_wav(root / word / f"{part[0]}{number:03}.wav", sound(number))
-                lists[part].append(f"{word}/{part[0]}{number:03}.wav")
-                number += 1
-    (root / "validation_list.txt").write_text("\n".join(lists["validation"]) + "\n")
-    (root / "testing_list.txt").write_text("\n".join(lists["test"]))
-    if background:
-        (root / "_background_noise_").mkdir()
-        (root / "_background_noise_" / "README.md").write_text("no sound")
-        write_wav(root / "_background_noise_" / "rain.wav", sound(999, 20 * RATE))
-    return root
-
-
-def read(root: Path, words: tuple[str, ...] | None = ("all",), **options: object) -> Data:
-    return load(f"speech-commands:{root}", words=words, cache_dir=str(root.parent / "cache"), **options)
+from tests.rnn.speech_folder import PER_PART, TEN, make, read, refuse, sound
 
 
 def batch(examples: object, indices: torch.Tensor | None = None, augment: bool = False, seed: int = 0) -> tuple:
@@ -223,31 +191,6 @@ def test_odd_clips_are_made_fit_and_named_once(small: Path, capfd: pytest.Captur
     assert torch.equal(clips[3], torch.from_numpy(long[:RATE]))
     assert torch.equal(clips[4, :100], torch.from_numpy(sound(5, 100)))
     assert not clips[4, 100:].any()
-
-
-def refuse(root: Path, message: str, words: tuple[str, ...] | None = ("all",)) -> None:
-    with pytest.raises(ValueError, match=message) as caught:
-        read(root, words)
-    assert "\n" not in str(caught.value)
-
-
-def test_folders_that_are_not_such_a_set(tmp_path: Path, small: Path):
-    refuse(tmp_path / "none", re.escape(f"speech-commands:{tmp_path / 'none'}: no such folder"))
-    (tmp_path / "empty").mkdir()
-    refuse(tmp_path / "empty", "empty has no folder with WAV files for a word")
-    for name, part in (("validation_list.txt", "validation"), ("testing_list.txt", "test")):
-        text = (small / name).read_text()
-        (small / name).unlink()
-        refuse(small, f"small has no {name}, which names its clips for {part}$")
-        (small / name).write_text(text + "\nbed/none.wav\n")
-        refuse(small, f"{name} names bed/none.wav, which is not there")
-        (small / name).write_bytes(b"\xff\xfe")
-        refuse(small, f"{name} is not UTF-8 text")
-        (small / name).write_text("")
-        refuse(small, f"the class 'bed' has no clip for {part}")
-        (small / name).write_text(text)
-    (small / "validation_list.txt").write_text("bed/t006.wav\n")
-    refuse(small, r"bed/t006.wav is in both validation_list.txt and testing_list.txt of .*small")
 
 
 @pytest.mark.parametrize(

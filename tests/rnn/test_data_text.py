@@ -76,7 +76,9 @@ def test_line_ends_and_byte_order_mark_leave_no_trace(tmp_path: Path):
     [
         (b"", r"some\.txt is empty$"),
         (b" \n\n", r"some\.txt is empty$"),
-        (b"caf\xe9 au lait", r"some\.txt is not UTF-8 \(byte 3\)$"),
+        (b"caf\xe9 au lait", r"some\.txt is not UTF-8 text \(byte 3\)$"),
+        ("no mark".encode("utf-16-le"), r"some\.txt is no text, or not in UTF-8: character 2 is a NUL$"),
+        (b"\xff\xfea", r"some\.txt is not UTF-8 text"),
     ],
 )
 def test_unreadable_files_are_refused(task: str, content: bytes, message: str, tmp_path: Path):
