@@ -76,27 +76,28 @@ def launches(all_variants: bool = True) -> list[Launch]:
 
 def soft_threshold_launches(all_variants: bool) -> Iterator[Launch]:
     for dtype, aligned in product(("float32", "bfloat16"), (True, False)):
-        yield from _soft_threshold_launches("sigmoid", dtype, "row", aligned)
-    yield from _soft_threshold_launches("softplus", "float32", "weight", aligned=True)
+        yield from _soft_threshold_launches(dtype, "row", aligned)
+    yield from _soft_threshold_launches("float32", "weight", aligned=True)
     if all_variants:
-        others = (("exp", "float32"), ("identity", "float32"), ("sigmoid", "float16"), ("softplus", "float64"))
-        for (g, dtype), granularity in product(others, ("row", "weight")):
-            yield from _soft_threshold_launches(g, dtype, granularity, aligned=True)
-        yield from _soft_threshold_launches("softplus", "float32", "weight", aligned=False)
+        for dtype, granularity in product(("float16", "float64"), ("row", "weight")):
+            yield from _soft_threshold_launches(dtype, granularity, aligned=True)
+        yield from _soft_threshold_launches("float32", "weight", aligned=False)
 
 
-def _soft_threshold_launches(g: str, dtype: str, granularity: str, aligned: bool) -> Iterator[Launch]:
+def _soft_threshold_launches(dtype: str, granularity: str, aligned: bool) -> Iterator[Launch]:
     x = _tensor((2, 64), DTYPES[dtype], aligned)
-    raw_dtype = torch.promote_types(x.dtype, torch.float32)
-    raw = _tensor((2, 1) if granularity == "row" else (2, 64), raw_dtype, aligned)
-    out, flat, xs, raws = torch.zeros_like(x), x.new_zeros(256), [x, x], [raw, raw]
-    variant = f"{dtype}, {g}, per {granularity}, {'aligned' if aligned else 'misaligned'}"
-    yield variant, partial(soft_threshold._forward_triton, x, raw, g)
-    yield variant, partial(soft_threshold_many._forward_many_triton, xs, raws, g)
-    for masked in (True, False):
-        gradient = f"{variant}, {'masked' if masked else 'straight-through'}"
-        yield gradient, partial(soft_threshold._backward_triton, x, out, raw, g, masked)
-        yield gradient, partial(soft_threshold_many._backward_many_triton, xs, flat, raws, g, masked)
+    compute = torch.promote_types(x.dtype, torch.float32)
+    alpha = _tensor((2, 1) if granularity == "row" else (2, 64), compute, aligned)
+    out, flat, xs, thresholds = torch.zeros_like(x), x.new_zeros(256), [x, x], [alpha.numel()] * 2
+    joined = torch.zeros(2 * alpha.numel(), dtype=compute)
+    variant = f"{dtype}, per {granularity}, {'aligned' if aligned else 'misaligned'}"
+    yield variant, partial(soft_threshold._forward_triton, x, alpha)
+    yield variant, partial(soft_threshold_many._forward_many_triton, xs, joined, thresholds)
+    for masked, learned in ((True, True), (False, True), (True, False)):
+        gradient = f"{variant}, {'masked' if masked else 'straight-through'}{'' if learned else ', frozen'}"
+        slopes = (alpha, joined) if learned else (None, None)
+        yield gradient, partial(soft_threshold._backward_triton, x, out, slopes[0], masked)
+        yield gradient, partial(soft_threshold_many._backward_many_triton, xs, flat, slopes[1], thresholds, masked)
 
 
 def singular_value_threshold_launches() -> Iterator[Launch]:
@@ -194,6 +195,8 @@ def builds(target: str, launches: Iterable[Launch]) -> list[tuple[str, CompiledK
     found: dict[str, tuple[str, CompiledKernel]] = {}
     for variant, launch in launches:
         with compiling_for(target) as compiled:
+            soft_threshold_many._written.cache_clear()  # The kernel that writes tables is launched for new ones alone.
+            soft_threshold_many._layout_tables.cache_clear()
             launch()
         for kernel in compiled:
             found.setdefault(kernel.hash, (variant, kernel))

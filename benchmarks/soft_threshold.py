@@ -85,16 +85,17 @@ def many_tensors(rounds: int) -> dict[str, float]:
     """ResNet-50's weights on a GPU: each op's share of the bytes per second of a copy of as many elements."""
     xs = [0.05 * torch.randn(shape, device="cuda") for shape in resnet50_shapes()]
     raws = [torch.full((1, 1), -3.0, device="cuda") for _ in xs]
+    alpha, thresholds = torch.full((len(xs),), 0.05, device="cuda"), [1] * len(xs)
     grads = [torch.randn_like(x) for x in xs]
     ops = torch.ops.str_triton
-    flat = ops.soft_threshold_many(xs, raws, "sigmoid")
+    flat = ops.soft_threshold_many(xs, alpha, thresholds)
     source, copy = torch.randn_like(flat), torch.empty_like(flat)
     graphs = {
         "copy": captured(lambda: copy.copy_(source)),
-        "forward": captured(lambda: ops.soft_threshold_many(xs, raws, "sigmoid")),
+        "forward": captured(lambda: ops.soft_threshold_many(xs, alpha, thresholds)),
     }
     for gradient in ("masked", "straight_through"):
-        arguments = grads, flat, raws, "sigmoid", gradient == "masked"
+        arguments = grads, flat, alpha, thresholds, gradient == "masked"
         graphs[f"{gradient} backward"] = captured(lambda a=arguments: ops.soft_threshold_many_backward(*a))
     seconds = alternating({name: graph.replay for name, graph in graphs.items()}, rounds)
     result = {"elements": flat.numel(), "tensors": len(xs)}

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from str_triton.ops.soft_threshold import DTYPES  # and registers the op that thresholds the spectrum
+from str_triton.ops import vmap
+from str_triton.ops.soft_threshold import DTYPES, known_signature  # and registers the op that thresholds the spectrum
 from str_triton.ops.thresholds import threshold_function
 
 # ---- reference, and CPU implementation ----------------------------------------------------------------------------
@@ -25,7 +26,8 @@ def _decompose(w: Tensor, raw: Tensor, g: str) -> tuple[Tensor, Tensor, Tensor, 
     w = torch.where(finite[:, None, None], w, 0).to(_compute_dtype(w, raw))
     u, sigma, vh = torch.linalg.svd(w, full_matrices=False)
     sigma = torch.where(finite[:, None], sigma, torch.nan)
-    return u, sigma, vh, torch.ops.str_triton.soft_threshold(sigma, raw, g)
+    alpha = threshold_function(g).value(raw.to(u.dtype))
+    return u, sigma, vh, torch.ops.str_triton.soft_threshold(sigma, alpha)
 
 
 def _forward(w: Tensor, raw: Tensor, g: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -55,8 +57,9 @@ def _backward(
             core = (minus * (inner + inner.mT) + plus * (inner - inner.mT)) / 2
             grad_w = u @ ((core - inner * outer[:, :, None]) @ vh + y * outer[:, :, None])
         grad_s = inner.diagonal(dim1=1, dim2=2).contiguous()
-        _, grad_raw = torch.ops.str_triton.soft_threshold_backward(grad_s, s, raw, g, True)
-    return grad_w.to(grad.dtype), grad_raw
+        slope = threshold_function(g).derivative(raw.to(u.dtype))
+        _, grad_raw = torch.ops.str_triton.soft_threshold_backward(grad_s, s, slope, False)
+    return grad_w.to(grad.dtype), grad_raw.to(raw.dtype)
 
 
 def _divided_differences(sigma: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -147,21 +150,37 @@ def _(grad, u, sigma, vh, s, raw, g):
     return grad.new_empty(grad.shape), torch.empty_like(raw)
 
 
+vmap.register("str_triton::singular_value_threshold_backward")
+
 # ---- autograd -----------------------------------------------------------------------------------------------------
 
 
 class _SingularValueThreshold(torch.autograd.Function):
+    """The result, and what its backward needs."""
+
     @staticmethod
-    def forward(ctx, w, raw, g):
-        out, u, sigma, vh, s = torch.ops.str_triton.singular_value_threshold(w, raw, g)
-        ctx.save_for_backward(u, sigma, vh, s, raw)
-        ctx.g = g
-        return out
+    @known_signature
+    def forward(w, raw, g):
+        return torch.ops.str_triton.singular_value_threshold(w, raw, g)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, raw, ctx.g = inputs
+        _, *saved = output
+        ctx.mark_non_differentiable(*saved)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*saved, raw)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, grad, *_):
+        if grad is None:
+            return None, None, None
         return *torch.ops.str_triton.singular_value_threshold_backward(grad, *ctx.saved_tensors, ctx.g), None
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        return vmap.loop(_SingularValueThreshold.apply)(info, in_dims, *arguments)
 
 
 # ---- public function ----------------------------------------------------------------------------------------------
@@ -194,7 +213,8 @@ def singular_value_threshold(w: Tensor, raw_threshold: Tensor, *, g: str = "exp"
         g: "sigmoid", "exp", "softplus", or "identity" (the threshold itself; a negative value acts as 0).
 
     Returns:
-        Tensor of w's shape and dtype, contiguous. Differentiable once.
+        Tensor of w's shape and dtype, contiguous. Differentiable once, by autograd or `torch.func.grad`;
+        `torch.func.vmap` loops over the batch.
 
     Raises:
         TypeError: w or raw_threshold is not a tensor of one of these dtypes.
@@ -208,7 +228,8 @@ def singular_value_threshold(w: Tensor, raw_threshold: Tensor, *, g: str = "exp"
     _check(w, raw_threshold)
     batch = math.prod(w.shape[:-2])
     raw = raw_threshold if raw_threshold.numel() == 1 else raw_threshold.reshape(batch, 1).contiguous()
-    return _SingularValueThreshold.apply(w.reshape(batch, *w.shape[-2:]), raw, g).reshape(w.shape)
+    out, *_ = _SingularValueThreshold.apply(w.reshape(batch, *w.shape[-2:]), raw, g)
+    return out.reshape(w.shape)
 
 
 def _check(w: Tensor, raw: Tensor) -> None:

@@ -1,176 +1,172 @@
 """Soft threshold of a list of tensors in one launch: the op of soft_threshold.py, for all weights of a model at once.
 
-The results lie one behind the other in one flat buffer, which the registered ops return (their outputs may not be views
-of one another) and the autograd Function splits. On a GPU a table tells each program which tensor it serves.
+The results lie one behind the other in one flat buffer, and so do the thresholds. On a GPU tables tell each program
+which tensor it serves. They hold the tensors' addresses, and those of gradients change from step to step, so nothing is
+copied from the host: numbers reach the GPU as arguments of a launch. Nothing waits for the device, and all of it can be
+captured in a CUDA graph.
 """
 
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import accumulate
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from str_triton.ops.soft_threshold import (
+from str_triton.ops import vmap
+from str_triton.ops.layout import (
     BLOCK,
-    _backward,
     _blocks,
-    _check_options,
-    _check_pair,
     _compute_dtype,
-    _flat,
-    _forward,
+    _flat_buffer,
+    _flat_starts,
+    _joined,
     _laid_out,
     _per_weight,
     _prepared,
     _rows,
-    _triton_dtype,
+    _starts,
+    _threshold_views,
+    _view,
 )
+from str_triton.ops.soft_threshold import _backward, _check_options, _check_pair, _forward, known_signature
+from str_triton.ops.thresholds import threshold_function
+
+NUMBERS = 64  # Integers per launch of the kernel that writes a table.
+
 
 # ---- reference, and CPU implementation ----------------------------------------------------------------------------
 
 
-def _forward_many(xs: list[Tensor], raws: list[Tensor], g: str) -> Tensor:
+def _forward_many(xs: list[Tensor], alpha: Tensor, thresholds: list[int]) -> Tensor:
     starts, _ = _flat_starts(xs)
     flat = _flat_buffer(xs[0], xs)
-    for x, raw, start in zip(xs, raws, starts, strict=True):
-        _view(flat, x, start).copy_(_forward(x, raw, g))
+    for x, piece, start in zip(xs, _threshold_views(alpha, xs, thresholds), starts, strict=True):
+        _view(flat, x, start).copy_(_forward(x, piece))
     return flat
 
 
 def _backward_many(
-    grads: list[Tensor], flat: Tensor, raws: list[Tensor], g: str, masked: bool
+    grads: list[Tensor], flat: Tensor, slope: Tensor | None, thresholds: list[int], masked: bool
 ) -> tuple[Tensor, Tensor]:
     starts, _ = _flat_starts(grads)
     grad_flat = _flat_buffer(flat, grads if masked else [])
-    grad_raws = []
-    for grad, raw, start in zip(grads, raws, starts, strict=True):
-        grad_x, grad_raw = _backward(grad, _view(flat, grad, start), raw, g, masked)
-        grad_raws.append(_flat(grad_raw))
+    grad_raw = flat.new_empty(0) if slope is None else torch.zeros_like(slope)
+    slopes, grad_raws = (
+        [None] * len(grads) if slope is None else _threshold_views(buffer, grads, thresholds)
+        for buffer in (slope, grad_raw)
+    )
+    for grad, start, piece, out_piece in zip(grads, starts, slopes, grad_raws, strict=True):
+        grad_x, grad_piece = _backward(grad, _view(flat, grad, start), piece, masked)
+        if out_piece is not None:
+            out_piece.copy_(grad_piece)
         if masked:
             _view(grad_flat, grad, start).copy_(grad_x)
-    return grad_flat, torch.cat(grad_raws)
+    return grad_flat, grad_raw
 
 
 # ---- Triton implementation ----------------------------------------------------------------------------------------
 
 
-def _forward_many_triton(xs: list[Tensor], raws: list[Tensor], g: str) -> Tensor:
-    """One launch for the whole list: each program looks its tensor up in a table."""
+def _forward_many_triton(xs: list[Tensor], alpha: Tensor, thresholds: list[int]) -> Tensor:
+    """Launch once for the whole list: each program looks its tensor up in a table."""
     from str_triton.kernels import soft_threshold as kernels
 
     flat = _flat_buffer(xs[0], xs)
-    plan = _Plan(xs, raws)
-    if plan.programs:
+    tables = _Tables(xs, thresholds)
+    if len(tables.owners):
         with torch.cuda.device_of(flat):
-            kernels.soft_threshold_many_kernel[(plan.programs,)](
-                plan.owners, plan.table, xs[0], raws[0], flat,
-                G=g, PER_WEIGHT=plan.per_weight, COMPUTE=plan.compute, BLOCK=BLOCK, ALIGNED=plan.aligned,
+            kernels.soft_threshold_many_kernel[(len(tables.owners),)](
+                tables.owners, tables.layout, tables.addresses, xs[0], alpha, flat,
+                PER_WEIGHT=tables.per_weight, BLOCK=BLOCK, ALIGNED=tables.aligned,
             )  # fmt: skip
     return flat
 
 
 def _backward_many_triton(
-    grads: list[Tensor], flat: Tensor, raws: list[Tensor], g: str, masked: bool
+    grads: list[Tensor], flat: Tensor, slope: Tensor | None, thresholds: list[int], masked: bool
 ) -> tuple[Tensor, Tensor]:
-    """One launch for the whole list, and one that sums the partials of every raw threshold in a fixed order."""
+    """Launch once for the whole list, and once more to sum the partials of every threshold in a fixed order."""
     from str_triton.kernels import soft_threshold as kernels
 
-    plan = _Plan(grads, raws)
+    tables = _Tables(grads, thresholds)
     grad_flat = _flat_buffer(flat, grads if masked else [])
-    grad_raw = _flat_buffer(raws[0], grads) if plan.per_weight else raws[0].new_zeros(plan.raw_count)
-    if plan.programs:
-        partial = flat.new_empty(0 if plan.per_weight else plan.programs, dtype=_compute_dtype(flat, raws[0]))
-        options = {"G": g, "COMPUTE": plan.compute, "BLOCK": BLOCK}
+    grad_raw = flat.new_empty(0) if slope is None else torch.zeros_like(slope)
+    programs, per_weight = len(tables.owners), tables.per_weight and slope is not None
+    if programs:
+        partial = slope.new_empty(programs) if slope is not None and not per_weight else None
         with torch.cuda.device_of(flat):
-            kernels.soft_threshold_many_backward_kernel[(plan.programs,)](
-                plan.owners, plan.table, grads[0], flat, raws[0], grad_flat, grad_raw, partial,
-                MASKED=masked, PER_WEIGHT=plan.per_weight, ALIGNED=plan.aligned, **options,
+            kernels.soft_threshold_many_backward_kernel[(programs,)](
+                tables.owners, tables.layout, tables.addresses, grads[0], flat, slope if per_weight else None,
+                grad_flat, grad_raw, partial, MASKED=masked, BLOCK=BLOCK, ALIGNED=tables.aligned,
             )  # fmt: skip
-            if not plan.per_weight:
-                kernels.soft_threshold_many_reduce_kernel[(plan.raw_count,)](
-                    plan.raw_owners, plan.table, partial, raws[0], grad_raw, **options
+            if partial is not None:
+                kernels.soft_threshold_many_reduce_kernel[(len(tables.threshold_owners),)](
+                    tables.threshold_owners, tables.layout, partial, slope, grad_raw, BLOCK=BLOCK
                 )
-    if plan.per_weight:
-        grad_raw = torch.cat([_flat(_view(grad_raw, x, start)) for x, start in zip(grads, plan.starts, strict=True)])
     return grad_flat, grad_raw
 
 
-class _Plan:
-    """Which program serves which tensor of a list, and where each tensor lies: the table that the kernels read."""
+class _Tables:
+    """What a launch reads about a list: where each tensor lies, and which program serves which tensor."""
 
-    def __init__(self, xs: list[Tensor], raws: list[Tensor]):
-        views = [_rows(x, raw) for x, raw in zip(xs, raws, strict=True)]
-        programs = [rows * _blocks(cols) for rows, cols, _ in views]
-        raw_counts = [raw.numel() for raw in raws]
-        self.starts, _ = _flat_starts(xs)
-        self.programs = sum(programs)
-        self.raw_count = sum(raw_counts)
+    def __init__(self, xs: list[Tensor], thresholds: list[int]):
+        views = [_rows(x, count) for x, count in zip(xs, thresholds, strict=True)]
         self.per_weight = any(per_weight for _, _, per_weight in views)
-        self.compute = _triton_dtype(xs[0], raws[0])
-        # What a load of 16 bytes at once needs.
-        self.aligned = all(tensor.data_ptr() % 16 == 0 for tensor in (xs + raws if self.per_weight else xs))
-        device = xs[0].device
-        # Copied on this stream, and therefore only there sure to have arrived.
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-        self.owners = _owners(tuple(programs), device, stream)
-        self.raw_owners = _owners(tuple(raw_counts), device, stream)
-        self.table = _to_device(
-            tuple(
-                number
-                for x, raw, (_, cols, _), start, first, first_raw in zip(
-                    xs, raws, views, self.starts, _exclusive_sums(programs), _exclusive_sums(raw_counts), strict=True
-                )
-                for number in (x.data_ptr(), raw.data_ptr(), cols, start, first, first_raw)
-            ),
-            device,
-            stream,
+        addresses = tuple(x.data_ptr() for x in xs)
+        self.aligned = all(address % 16 == 0 for address in addresses)  # What a load of 16 bytes at once needs.
+        programs = [rows * _blocks(cols) for rows, cols, _ in views]
+        first_thresholds, total = _starts(thresholds, 16 if self.per_weight else 1)
+        layout = zip(
+            (cols for _, cols, _ in views), _flat_starts(xs)[0], _starts(programs)[0], first_thresholds, strict=True
         )
+        layout = tuple(number for row in layout for number in row)
+        device = xs[0].device
+        # A table is written on this stream, and therefore only there sure to have arrived.
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        # A CUDA graph writes its own: a cached one might be gone when the graph runs, and none is written until then.
+        cached = not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+        written, layout_tables = (f if cached else f.__wrapped__ for f in (_written, _layout_tables))
+        self.addresses = written(addresses, device, stream)
+        reduced = 0 if self.per_weight else total
+        self.layout, self.owners, self.threshold_owners = layout_tables(layout, sum(programs), reduced, device, stream)
 
 
 @lru_cache(maxsize=64)
-def _owners(counts: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
-    """counts[0] zeros, counts[1] ones, ...: the tensor that each program serves."""
-    owners = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-    return owners.to(device)
+def _layout_tables(
+    layout: tuple[int, ...], programs: int, thresholds: int, device: torch.device, stream: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the table of the layout, and the index of the tensor that each program and each threshold belongs to."""
+    table = _written.__wrapped__(layout, device, stream)
+    _, _, first_programs, first_thresholds = table[: len(layout)].view(-1, 4).t().contiguous()
+    owners = (
+        torch.searchsorted(firsts, torch.arange(count, device=device), right=True) - 1
+        for firsts, count in ((first_programs, programs), (first_thresholds, thresholds))
+    )
+    return table, *owners
 
 
 @lru_cache(maxsize=64)
-def _to_device(numbers: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
-    """Parameters keep their addresses, so that a training loop copies its table once."""
-    return torch.tensor(numbers, dtype=torch.int64).to(device)
+def _written(numbers: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
+    """Write integers to the device as int64, without a copy from the host. The tensor has some room behind them."""
+    from str_triton.kernels import soft_threshold as kernels
 
-
-# ---- memory layout ------------------------------------------------------------------------------------------------
-
-
-def _exclusive_sums(counts: Sequence[int]) -> list[int]:
-    return list(accumulate(counts, initial=0))[:-1]
-
-
-def _flat_starts(xs: Sequence[Tensor]) -> tuple[list[int], int]:
-    """Where each tensor begins in the flat buffer (multiples of 16 elements), and the buffer's length."""
-    padded = [-(-x.numel() // 16) * 16 for x in xs]
-    return _exclusive_sums(padded), sum(padded)
-
-
-def _flat_buffer(like: Tensor, xs: Sequence[Tensor]) -> Tensor:
-    """Room for all of xs; the elements between them, which belong to none, are 0."""
-    _, total = _flat_starts(xs)
-    return like.new_empty(total) if total == sum(x.numel() for x in xs) else like.new_zeros(total)
-
-
-def _view(flat: Tensor, like: Tensor, start: int) -> Tensor:
-    return flat.narrow(0, start, like.numel()).as_strided(like.shape, like.stride())
+    table = torch.empty(-(-len(numbers) // NUMBERS) * NUMBERS, dtype=torch.int64, device=device)
+    with torch.cuda.device_of(table):
+        for start in range(0, len(numbers), NUMBERS):
+            sent = [(1 << 62) + 32 * number + 8 for number in numbers[start : start + NUMBERS]]
+            sent += [(1 << 62) + 8] * (NUMBERS - len(sent))
+            kernels.soft_threshold_many_table_kernel[(1,)](table[start:], tuple(sent), num_warps=1)
+    return table
 
 
 # ---- registration -------------------------------------------------------------------------------------------------
 
 _LIBRARY = torch.library.Library("str_triton", "FRAGMENT")
-_LIBRARY.define("soft_threshold_many(Tensor[] xs, Tensor[] raws, str g) -> Tensor")
+_LIBRARY.define("soft_threshold_many(Tensor[] xs, Tensor alpha, int[] thresholds) -> Tensor")
 _LIBRARY.define(
-    "soft_threshold_many_backward(Tensor[] grads, Tensor flat, Tensor[] raws, str g, bool masked) -> (Tensor, Tensor)"
+    "soft_threshold_many_backward(Tensor[] grads, Tensor flat, Tensor? slope, int[] thresholds, bool masked)"
+    " -> (Tensor, Tensor)"
 )
 _LIBRARY.impl("soft_threshold_many", _forward_many, "CPU")
 _LIBRARY.impl("soft_threshold_many", _forward_many_triton, "CUDA")
@@ -179,40 +175,69 @@ _LIBRARY.impl("soft_threshold_many_backward", _backward_many_triton, "CUDA")
 
 
 @torch.library.register_fake("str_triton::soft_threshold_many")
-def _(xs, raws, g):
+def _(xs, alpha, thresholds):
     return xs[0].new_empty(_flat_starts(xs)[1])
 
 
 @torch.library.register_fake("str_triton::soft_threshold_many_backward")
-def _(grads, flat, raws, g, masked):
-    return flat.new_empty(flat.shape if masked else 0), raws[0].new_empty(sum(raw.numel() for raw in raws))
+def _(grads, flat, slope, thresholds, masked):
+    return flat.new_empty(flat.shape if masked else 0), flat.new_empty(0) if slope is None else torch.empty_like(slope)
 
+
+vmap.register("str_triton::soft_threshold_many_backward")
 
 # ---- autograd -----------------------------------------------------------------------------------------------------
 
 
 class _SoftThresholdMany(torch.autograd.Function):
+    """The flat buffer, for the backward alone, and the results."""
+
     @staticmethod
-    def forward(ctx, count, g, masked, *tensors):
+    @known_signature
+    def forward(count, g, masked, *tensors):
         pairs = [_prepared(x, raw) for x, raw in zip(tensors[:count], tensors[count:], strict=True)]
         xs, raws = [x for x, _ in pairs], [raw for _, raw in pairs]
-        flat = torch.ops.str_triton.soft_threshold_many(xs, raws, g)
-        ctx.save_for_backward(flat, *raws)
-        ctx.strides = [x.stride() for x in xs]
-        ctx.g, ctx.masked = g, masked
-        return tuple(_view(flat, x, start) for x, start in zip(xs, _flat_starts(xs)[0], strict=True))
+        alpha = threshold_function(g).value(_joined(xs, raws).to(_compute_dtype(xs[0], raws[0])))
+        flat = torch.ops.str_triton.soft_threshold_many(xs, alpha, [raw.numel() for raw in raws])
+        return flat, *(_view(flat, x, start) for x, start in zip(xs, _flat_starts(xs)[0], strict=True))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        count, ctx.g, ctx.masked, *tensors = inputs
+        flat, *outs = output
+        ctx.mark_non_differentiable(flat)
+        ctx.set_materialize_grads(False)  # flat would get one too.
+        ctx.save_for_backward(flat, *tensors[count:])
+        ctx.layouts = [(out.shape, out.stride()) for out in outs]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grads):
+    def backward(ctx, _, *grads):
         flat, *raws = ctx.saved_tensors
-        grads = [_laid_out(grad, strides) for grad, strides in zip(grads, ctx.strides, strict=True)]
-        grad_flat, grad_raw = torch.ops.str_triton.soft_threshold_many_backward(grads, flat, raws, ctx.g, ctx.masked)
+        grads = [
+            flat.new_zeros(()).expand(shape) if grad is None else grad
+            for grad, (shape, _) in zip(grads, ctx.layouts, strict=True)
+        ]
+        grads = [_laid_out(grad, strides) for grad, (_, strides) in zip(grads, ctx.layouts, strict=True)]
+        learned = any(ctx.needs_input_grad[3 + len(grads) :])
+        grad_raws, thresholds, slope = [None] * len(raws), [raw.numel() for raw in raws], None
+        if learned:
+            prepared = [_prepared(grad, raw)[1] for grad, raw in zip(grads, raws, strict=True)]
+            slope = threshold_function(ctx.g).derivative(_joined(grads, prepared).to(_compute_dtype(flat, raws[0])))
+        if ctx.masked or learned:
+            grad_flat, grad_raw = torch.ops.str_triton.soft_threshold_many_backward(
+                grads, flat, slope, thresholds, ctx.masked
+            )
+        if learned:
+            views = _threshold_views(grad_raw.to(raws[0].dtype), grads, thresholds)
+            grad_raws = [view.reshape(raw.shape) for view, raw in zip(views, raws, strict=True)]
         if ctx.masked:
             grads = [_view(grad_flat, grad, start) for grad, start in zip(grads, _flat_starts(grads)[0], strict=True)]
-        pieces = grad_raw.split([raw.numel() for raw in raws])
-        grad_raws = [_view(piece, raw, 0) for piece, raw in zip(pieces, raws, strict=True)]
         return None, None, None, *grads, *grad_raws
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        return vmap.loop(_SoftThresholdMany.apply)(info, in_dims, *arguments)
 
 
 # ---- public function ----------------------------------------------------------------------------------------------
@@ -222,6 +247,9 @@ def soft_threshold_many(
     xs: Sequence[Tensor], raw_thresholds: Sequence[Tensor], *, g: str = "sigmoid", gradient: str = "masked"
 ) -> list[Tensor]:
     """`soft_threshold` for a list of tensors, in one kernel launch on a GPU (two in the backward), whatever its length.
+
+    The thresholds take a few more launches, all together. Nothing waits for the GPU, and all of it may be captured in a
+    CUDA graph (`torch.compile` with mode="reduce-overhead").
 
     The results, and the gradient of each use of a tensor, have the same bits as those of a loop over `soft_threshold`.
 
@@ -254,4 +282,5 @@ def soft_threshold_many(
     tensors = xs + raws
     if torch.compiler.is_compiling():  # It refuses a Function that gets one tensor twice, as a shared threshold.
         tensors = [tensor.view_as(tensor) for tensor in tensors]
-    return list(_SoftThresholdMany.apply(len(xs), g, gradient == "masked", *tensors))
+    _, *outs = _SoftThresholdMany.apply(len(xs), g, gradient == "masked", *tensors)
+    return outs

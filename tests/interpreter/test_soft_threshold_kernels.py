@@ -11,12 +11,13 @@ from torch import Tensor
 from str_triton.kernels import soft_threshold as kernels
 from str_triton.ops import soft_threshold as ops
 from str_triton.ops import soft_threshold_many as many
+from str_triton.ops.thresholds import threshold_function
 from tests.ops.soft_threshold_cases import DTYPES, G, example, fits, poisoned_allocations
 
 INF, NAN = float("inf"), float("nan")
 SHAPES = ((), (1,), (1023,), (1025,), (0, 4), (2, 0, 3), (3, 341), (2, 1040), (3, 1025), (5, 3, 3, 3))
 GRANULARITIES = ("one_of_the_paper", "row", "weight")
-# The interpreter's exp and torch's differ in the last bit; its stores to bfloat16 truncate.
+# Sums are added up in another order; the interpreter's stores to bfloat16 truncate.
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 
 
@@ -32,16 +33,23 @@ def assert_close(got: Tensor, want: Tensor, magnitude: float = 1.0) -> None:
     torch.testing.assert_close(got, want, rtol=TOLERANCE[got.dtype], atol=atol, equal_nan=True)
 
 
+def numbers(x: Tensor, raw: Tensor, g: str) -> tuple[Tensor, Tensor]:
+    """alpha and the slope, as the ops get them."""
+    raw = raw.to(ops._compute_dtype(x, raw))
+    return threshold_function(g).value(raw), threshold_function(g).derivative(raw)
+
+
 def check(x: Tensor, raw: Tensor, grad: Tensor, g: str) -> None:
-    """Forward, then both backwards from the very same output."""
+    """Forward, then the backwards from the very same output."""
     x, raw = ops._prepared(x, raw)
-    out = ops._forward(x, raw, g)
-    assert_close(got := ops._forward_triton(x, raw, g), out)
+    alpha, slope = numbers(x, raw, g)
+    out = ops._forward(x, alpha)
+    assert_close(got := ops._forward_triton(x, alpha), out)
     assert got.stride() == out.stride()
     grad = ops._laid_out(grad, out.stride())
-    for masked in (True, False):
-        grad_x, grad_raw = ops._backward_triton(grad, out, raw, g, masked)
-        want_x, want_raw = ops._backward(grad, out, raw, g, masked)
+    for learned, masked in ((slope, True), (slope, False), (None, True)):
+        grad_x, grad_raw = ops._backward_triton(grad, out, learned, masked)
+        want_x, want_raw = ops._backward(grad, out, learned, masked)
         assert torch.equal(grad_x, want_x)
         assert grad_x.stride() == want_x.stride()
         assert_close(grad_raw, want_raw, magnitude=max(1.0, x.numel() ** 0.5))
@@ -84,7 +92,30 @@ def test_special_values(granularity, g):
     """Every pair of NaN, infinities, zeros, ties, and thresholds that under- and overflow."""
     x, raw = SPECIALS.repeat(10, 1), SPECIALS.unsqueeze(1)
     raw = raw if granularity == "row" else raw.repeat(1, 10)
-    torch.testing.assert_close(ops._forward_triton(x, raw, g), ops._forward(x, raw, g), equal_nan=True)
+    alpha, _ = numbers(x, raw, g)
+    torch.testing.assert_close(ops._forward_triton(x, alpha), ops._forward(x, alpha), equal_nan=True)
+
+
+@pytest.mark.parametrize(("dtype", "raw_dtype"), DTYPES)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("g", G)
+def test_the_same_weights_survive(g, granularity, dtype, raw_dtype):
+    """Bit for bit, also weights at the threshold and the next numbers of their dtype on either side of it."""
+    raw = torch.linspace(-0.5, 0.7, 8)[:, None].to(raw_dtype)
+    raw = {"one_of_the_paper": raw[6:7], "row": raw, "weight": raw.repeat(1, 50)}[granularity]
+    alpha, _ = numbers(torch.empty(0, dtype=dtype), raw, g)
+    at = alpha.expand(8, 50).to(dtype)
+    toward = torch.tensor([-torch.inf, torch.inf]).to(dtype)
+    below, above = (torch.nextafter(at, end) for end in toward)
+    x = torch.where(torch.rand(at.shape) < 0.5, at, torch.where(torch.rand(at.shape) < 0.5, below, above))
+    x = (x * torch.randn(at.shape).sign()).contiguous()
+    want, got = (f(x, alpha) for f in (ops._forward, ops._forward_triton))
+    (many_got,) = many._forward_many_triton([x], alpha.flatten(), [alpha.numel()]).view(1, 8, 50)
+    assert torch.equal(got != 0, want != 0)
+    assert torch.equal(many_got != 0, want != 0)
+    assert ((want == 0) == (x.to(alpha.dtype).abs() <= alpha)).all() or dtype == torch.float16
+    assert (want == 0).any()
+    assert (want != 0).any()
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -97,7 +128,7 @@ def test_gradients_of_special_values(granularity, g, masked):
     if granularity == "row":  # Each row sums two elements of a kind; 31 takes every value of each factor in turn.
         keep = torch.arange(len(raw)) % 31 == 0
         raw, out, grad = raw[keep].unsqueeze(1), out[keep].repeat(2, 1).T, grad[keep].repeat(2, 1).T
-    arguments = grad.contiguous(), out.contiguous(), raw.contiguous(), g, masked
+    arguments = grad.contiguous(), out.contiguous(), numbers(out, raw.contiguous(), g)[1], masked
     for got, want in zip(ops._backward_triton(*arguments), ops._backward(*arguments), strict=True):
         torch.testing.assert_close(got, want, equal_nan=True)
 
@@ -106,18 +137,21 @@ def check_many(cases: list[tuple[Tensor, Tensor, Tensor]], g: str = "sigmoid") -
     """The bits of a loop over the kernels for one tensor."""
     xs, raws, grads = (list(kind) for kind in zip(*cases, strict=True))
     xs, raws = (list(kind) for kind in zip(*map(ops._prepared, xs, raws), strict=True))
-    flat = many._forward_many_triton(xs, raws, g)
+    alphas, slopes = zip(*(numbers(x, raw, g) for x, raw in zip(xs, raws, strict=True)), strict=True)
+    alpha, slope = (many._joined(xs, list(pieces)) for pieces in (alphas, slopes))
+    thresholds = [raw.numel() for raw in raws]
+    flat = many._forward_many_triton(xs, alpha, thresholds)
     starts, _ = many._flat_starts(xs)
     outs = [many._view(flat, x, start) for x, start in zip(xs, starts, strict=True)]
     grads = [ops._laid_out(grad, out.stride()) for grad, out in zip(grads, outs, strict=True)]
-    for x, raw, out in zip(xs, raws, outs, strict=True):
-        assert torch.equal(out, ops._forward_triton(x, raw, g))
-    for masked in (True, False):
-        grad_flat, grad_raw = many._backward_many_triton(grads, flat, raws, g, masked)
-        pieces = grad_raw.split([raw.numel() for raw in raws])
-        for grad, out, raw, start, piece in zip(grads, outs, raws, starts, pieces, strict=True):
-            grad_x, want = ops._backward_triton(grad, out, raw, g, masked)
-            assert torch.equal(many._view(piece, raw, 0), want)
+    for x, piece, out in zip(xs, alphas, outs, strict=True):
+        assert torch.equal(out, ops._forward_triton(x, piece))
+    for learned, masked in ((True, True), (True, False), (False, True)):
+        grad_flat, grad_raw = many._backward_many_triton(grads, flat, slope if learned else None, thresholds, masked)
+        pieces = many._threshold_views(grad_raw, xs, thresholds) if learned else [None] * len(xs)
+        for grad, out, one, start, piece in zip(grads, outs, slopes, starts, pieces, strict=True):
+            grad_x, want = ops._backward_triton(grad, out, one if learned else None, masked)
+            assert not learned or torch.equal(piece.reshape(want.shape), want)
             assert not masked or torch.equal(many._view(grad_flat, grad, start), grad_x)
         gaps = torch.ones(len(flat), dtype=torch.bool)
         for x, start in zip(xs, starts, strict=True):
@@ -156,14 +190,19 @@ def test_many_misaligned(granularity):
     check_many([*cases, example((3, 5), granularity)])
 
 
-def test_the_table_holds_addresses():
-    x, raw, _ = example((3, 5), "row")
-    plan = many._Plan([x, x], [raw, raw])
-    assert plan.table.tolist() == [
-        x.data_ptr(), raw.data_ptr(), 5, 0, 0, 0,
-        x.data_ptr(), raw.data_ptr(), 5, 16, 3, 3,
-    ]  # fmt: skip
-    assert plan.owners.tolist() == plan.raw_owners.tolist() == [0] * 3 + [1] * 3
+def test_the_tables():
+    x = torch.zeros(3, 5)
+    tables = many._Tables([x, torch.zeros(0, 2), x], [3, 1, 3])
+    assert tables.addresses[[0, 2]].tolist() == [x.data_ptr()] * 2
+    assert tables.layout[:12].tolist() == [5, 0, 0, 0, 0, 16, 3, 3, 5, 16, 3, 4]
+    assert tables.owners.tolist() == [0] * 3 + [2] * 3
+    assert tables.threshold_owners.tolist() == [0] * 3 + [1] + [2] * 3
+
+
+def test_numbers_reach_the_device():
+    """More than one launch takes, and as large as an address may be."""
+    sent = (0, 1, 16, -1, 2**31, 2**56 + 5, *range(100))
+    assert many._written(sent, torch.device("cpu"), 0)[: len(sent)].tolist() == list(sent)
 
 
 @triton.jit

@@ -242,6 +242,19 @@ def test_compile(shape):
     assert all(map(torch.equal, torch.autograd.grad(out, (wc, rc), grad), gradients(w, raw, grad)))
 
 
+@pytest.mark.parametrize("raw_shape", [(1,), (2, 1, 1)], ids=str)
+def test_torch_func(raw_shape):
+    """`grad`, and `vmap` of it over weights and over the gradient alone."""
+    w, raw, grad = torch.randn(3, 2, 5, 4), torch.zeros(3, *raw_shape), torch.randn(3, 2, 5, 4)
+    both = torch.func.grad(lambda w, raw, grad: (singular_value_threshold(w, raw) * grad).sum(), (0, 1))
+    want = [gradients(*sample) for sample in zip(w, raw, grad, strict=True)]
+    torch.testing.assert_close(both(w[0], raw[0], grad[0]), want[0])
+    torch.testing.assert_close(torch.func.vmap(both)(w, raw, grad), tuple(map(torch.stack, zip(*want, strict=True))))
+    per_sample = torch.func.vmap(both, in_dims=(None, None, 0))(w[0], raw[0], grad)
+    want = [gradients(w[0], raw[0], sample) for sample in grad]
+    torch.testing.assert_close(per_sample, tuple(map(torch.stack, zip(*want, strict=True))))
+
+
 @pytest.mark.parametrize(
     ("w", "raw", "options", "error", "message"),
     [

@@ -5,7 +5,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from str_triton import soft_threshold, soft_threshold_many
-from str_triton.ops.soft_threshold import BLOCK, _blocks, _rows
+from str_triton.ops.layout import BLOCK, _blocks, _rows
+from str_triton.ops.thresholds import THRESHOLD_FUNCTIONS
 from tests.ops.soft_threshold_cases import GRADIENTS, G, assert_matches, differentiate, example
 
 OPS = torch.ops.str_triton
@@ -19,15 +20,17 @@ def _no_compiled_code_left_over():
 @pytest.mark.parametrize("granularity", ["one_of_the_paper", "row", "weight"])
 def test_opcheck(granularity):
     x, raw, grad = example((4, 3, 3), granularity)
-    other = x.new_ones(()) if granularity != "weight" else torch.ones(3)
-    xs, raws, grads = [x, torch.randn(3)], [raw, other], [grad, torch.randn(3)]
-    torch.library.opcheck(OPS.soft_threshold, (x, raw, "sigmoid"))
-    out = OPS.soft_threshold(x, raw, "sigmoid")
-    torch.library.opcheck(OPS.soft_threshold_many, (xs, raws, "sigmoid"))
-    flat = OPS.soft_threshold_many(xs, raws, "sigmoid")
-    for masked in (True, False):
-        torch.library.opcheck(OPS.soft_threshold_backward, (grad, out, raw, "sigmoid", masked))
-        torch.library.opcheck(OPS.soft_threshold_many_backward, (grads, flat, raws, "sigmoid", masked))
+    alpha = THRESHOLD_FUNCTIONS["sigmoid"].value(raw)
+    xs, grads, thresholds = [x, torch.randn(3)], [grad, torch.randn(3)], [raw.numel(), 3 if raw.numel() > 4 else 1]
+    joined = torch.rand(48 + 16 if raw.numel() > 4 else sum(thresholds))
+    torch.library.opcheck(OPS.soft_threshold, (x, alpha))
+    out = OPS.soft_threshold(x, alpha)
+    torch.library.opcheck(OPS.soft_threshold_many, (xs, joined, thresholds))
+    flat = OPS.soft_threshold_many(xs, joined, thresholds)
+    for learned, masked in ((True, True), (True, False), (False, True)):
+        torch.library.opcheck(OPS.soft_threshold_backward, (grad, out, alpha if learned else None, masked))
+        arguments = (grads, flat, joined if learned else None, thresholds, masked)
+        torch.library.opcheck(OPS.soft_threshold_many_backward, arguments)
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
@@ -73,9 +76,76 @@ def test_no_storage_is_touched(device):
         assert [tensor.shape for tensor in many] == [x.shape] * 2
 
 
+def test_a_convolution_of_one_by_one_is_not_copied(monkeypatch):
+    """In channels_last its strides differ from contiguous ones, its place in memory does not."""
+    x, raw, grad = example((8, 6, 1, 1))
+    x = torch.empty_strided(x.shape, (6, 1, 6, 6)).copy_(x)  # As nn.Module.to(memory_format=...) makes them.
+    seen = []
+    for name in ("soft_threshold", "soft_threshold_many"):
+        op = getattr(OPS, f"{name}_backward")
+
+        def record(grads, *others, op=op):
+            seen.extend(grads if isinstance(grads, list) else [grads])
+            return op(grads, *others)
+
+        monkeypatch.setattr(OPS, f"{name}_backward", record)
+    leaf = x.requires_grad_()
+    torch.autograd.grad([soft_threshold(leaf, raw), *soft_threshold_many([leaf], [raw])], leaf, [grad, grad])
+    assert [tensor.data_ptr() for tensor in seen] == [grad.data_ptr()] * 2
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_a_frozen_threshold_is_not_differentiated(many, monkeypatch):
+    x, raw, grad = example((4, 3))
+    slopes, name = [], "soft_threshold_many_backward" if many else "soft_threshold_backward"
+    op = getattr(OPS, name)
+
+    def record(*arguments):
+        slopes.append(arguments[2])
+        return op(*arguments)
+
+    monkeypatch.setattr(OPS, name, record)
+    outs = soft_threshold_many([x.requires_grad_()], [raw]) if many else [soft_threshold(x.requires_grad_(), raw)]
+    (grad_x,) = torch.autograd.grad(outs, x, [grad])
+    assert slopes == [None]
+    assert torch.equal(grad_x, torch.where(outs[0] != 0, grad, 0))
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("granularity", ["one_of_the_paper", "row", "weight"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_torch_func(layout, granularity, gradient):
+    """`grad`, `vmap` of it over inputs (gradients per sample), over weights (ensembles), and `grad` of `vmap`."""
+    cases = [example((4, 3, 2, 2), granularity) for _ in range(3)]
+    x, raw, grad = (torch.stack(kind) for kind in zip(*cases, strict=True))
+    x = x.flatten(0, 1).contiguous(memory_format=layout).unflatten(0, (3, 4))
+
+    def one(x, raw, grad):
+        return (soft_threshold(x, raw, gradient=gradient) * grad).sum()
+
+    def many(x, raw, grad):
+        outs = soft_threshold_many([x, 2 * x], [raw, raw], gradient=gradient)
+        return (outs[0] * grad).sum() + outs[1].square().sum()
+
+    for function in (one, many):
+        want = []
+        for sample in zip(x, raw, grad, strict=True):
+            leaves = [tensor.detach().requires_grad_() for tensor in sample[:2]]
+            want.append(torch.autograd.grad(function(*leaves, sample[2]), leaves))
+        both = torch.func.grad(function, (0, 1))
+        torch.testing.assert_close(both(x[0], raw[0], grad[0]), want[0])
+        ensemble = torch.func.vmap(both)(x, raw, grad)
+        of_sum = torch.func.grad(lambda x, raw, f=function: torch.func.vmap(f)(x, raw, grad).sum(), (0, 1))(x, raw)
+        for got in (ensemble, of_sum):
+            torch.testing.assert_close(got, tuple(torch.stack(kind) for kind in zip(*want, strict=True)))
+        per_sample = torch.func.vmap(both, in_dims=(None, None, 0))(x[0], raw[0], grad)
+        for i in range(3):
+            torch.testing.assert_close([part[i] for part in per_sample], list(both(x[0], raw[0], grad[i])))
+
+
 def test_the_grid_of_a_large_tensor_fits():
     x, raw = torch.empty(2**20, 2**19, device="meta"), torch.empty(2**20, 1, device="meta")
-    rows, cols, _ = _rows(x, raw)
+    rows, cols, _ = _rows(x, raw.numel())
     assert 2**39 / BLOCK <= rows * _blocks(cols) < 2**31
 
 
@@ -144,9 +214,29 @@ def test_errors_of_lists(xs, raws, message):
         soft_threshold_many(xs, raws)
 
 
-def test_threshold_functions_and_their_inverses():
-    from str_triton.ops.thresholds import THRESHOLD_FUNCTIONS
+@pytest.mark.parametrize("g", G)
+def test_a_threshold_has_the_same_bits_wherever_it_stands(g):
+    """In a list or alone, and as float64 rounds it: so do another device and compiled code."""
+    value, derivative, _ = THRESHOLD_FUNCTIONS[g]
+    raw = 3 * torch.randn(1001)
+    for function in (value, derivative):
+        together = function(raw)
+        assert torch.equal(together, torch.stack([function(element) for element in raw]))
+        assert torch.equal(together, function(raw.double()).float())
 
+
+@pytest.mark.parametrize("g", G)
+def test_threshold_functions_far_out(g):
+    """Finite derivatives, by formula and by autograd, at 0 and where g under- or overflows."""
+    value, derivative, _ = THRESHOLD_FUNCTIONS[g]
+    raw = torch.tensor([-3200.0, -745.0, -0.0, 0.0, 50.0], requires_grad=True)
+    (grad,) = torch.autograd.grad(value(raw).sum(), raw)
+    torch.testing.assert_close(grad, derivative(raw.detach()))
+    assert value(torch.tensor(-torch.inf)) == 0
+    assert value(torch.tensor(torch.nan)).isnan()
+
+
+def test_threshold_functions_and_their_inverses():
     alpha = torch.tensor([1e-6, 0.01, 0.5, 0.999], dtype=torch.float64)
     for g, functions in THRESHOLD_FUNCTIONS.items():
         raw = functions.inverse(alpha)

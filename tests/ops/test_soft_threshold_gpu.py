@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from str_triton import soft_threshold, soft_threshold_many
+from str_triton.ops.thresholds import THRESHOLD_FUNCTIONS
 from tests.ops.soft_threshold_cases import (
     DTYPES,
     GRADIENTS,
@@ -87,6 +88,31 @@ def test_special_values(granularity, g):
     torch.testing.assert_close(
         soft_threshold(x.cuda(), raw.cuda(), g=g).cpu(), soft_threshold(x, raw, g=g), equal_nan=True
     )
+
+
+@pytest.mark.parametrize("g", G)
+@pytest.mark.parametrize("granularity", ["one", "row", "weight"])
+def test_the_weights_that_survive_on_the_cpu(granularity, g):
+    """Bit for bit, of weights at the threshold and the next numbers on either side."""
+    raw = {"one": torch.full((1,), 0.3), "row": torch.randn(1000, 1), "weight": torch.randn(1000, 33)}[granularity]
+    at = THRESHOLD_FUNCTIONS[g].value(raw).expand(1000, 33)
+    x = torch.stack([torch.nextafter(at, torch.tensor(end)) for end in (-INF, INF)] + [at])
+    x = x.gather(0, torch.randint(3, (1, 1000, 33)))[0]
+    assert torch.equal(soft_threshold(x.cuda(), raw.cuda(), g=g).cpu(), soft_threshold(x, raw, g=g))
+
+
+def test_many_in_a_cuda_graph():
+    """Nothing is copied from the host: the graph writes its own tables, also for lists that it has not met before."""
+    xs = [torch.randn(65, 33 + i, device="cuda") for i in range(3)]
+    ops, alpha = torch.ops.str_triton, torch.full((3,), 0.5, device="cuda")
+    ops.soft_threshold_many([x.clone() for x in xs], alpha, [1] * 3)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        flat = ops.soft_threshold_many(xs, alpha, [1] * 3)
+    for x in xs:
+        x.mul_(2)
+    graph.replay()
+    assert torch.equal(flat, ops.soft_threshold_many(xs, alpha, [1] * 3))
 
 
 def assert_same_bits(cases: list[Case], gradient: str) -> None:

@@ -111,15 +111,15 @@ def test_results_do_not_share_memory():
 @pytest.mark.parametrize("masked", [True, False])
 def test_gaps_in_the_flat_buffers_are_zero(masked):
     """They are outputs of the registered ops, and the same inputs must give the same outputs."""
-    xs, raws, grads = zip(*(example(shape, "weight") for shape in ((3,), (5, 7), (16,))), strict=True)
-    flat = torch.ops.str_triton.soft_threshold_many(xs, raws, "sigmoid")
-    assert len(flat) == 16 + 48 + 16
-    grad_flat, grad_raw = torch.ops.str_triton.soft_threshold_many_backward(grads, flat, raws, "sigmoid", masked)
-    for buffer in (flat, grad_flat) if masked else (flat,):
+    xs, _, grads = zip(*(example(shape, "weight") for shape in ((3,), (5, 7), (16,))), strict=True)
+    thresholds, alpha = [3, 35, 16], torch.rand(16 + 48 + 16)
+    flat = torch.ops.str_triton.soft_threshold_many(xs, alpha, thresholds)
+    grad_flat, grad_raw = torch.ops.str_triton.soft_threshold_many_backward(grads, flat, alpha, thresholds, masked)
+    assert len(flat) == len(grad_raw) == 16 + 48 + 16
+    for buffer in (flat, grad_raw, grad_flat) if masked else (flat, grad_raw):
         assert not buffer[3:16].any()
         assert not buffer[16 + 35 : 64].any()
     assert len(grad_flat) == (len(flat) if masked else 0)
-    assert len(grad_raw) == 3 + 35 + 16
 
 
 def test_nothing_gives_nothing():
