@@ -19,9 +19,9 @@ from cnn.data import Data, batches, load
 from cnn.data.common import OnCorrupt
 from cnn.rebuild import Network, rebuild
 from str_triton import Budget, count
+from str_triton.files import write_atomically
 from str_triton.training.environment import describe_environment
 from str_triton.training.errors import UserError, blame_input, run_program, warn
-from str_triton.training.files import write_atomically
 from str_triton.training.meter import Meter
 
 PROGRAM = "python cnn/evaluate.py"

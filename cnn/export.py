@@ -17,8 +17,8 @@ from cnn.data import load
 from cnn.export_onnx import to_onnx
 from cnn.rebuild import Network, rebuild
 from str_triton import count, deploy
+from str_triton.files import write_atomically
 from str_triton.training.errors import UserError, blame_input, one_line, run_program
-from str_triton.training.files import write_atomically
 
 PURPOSE = "Write a trained network for use elsewhere."
 LOAD = """from cnn.models import build

@@ -7,7 +7,6 @@ keys of its state dict begin with "module." after training on several GPUs. Besi
 """
 
 import argparse
-import io
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -23,8 +22,8 @@ from cnn.mobilenet import MobileNetV1
 from cnn.models import build
 from cnn.resnet import ResNet
 from str_triton import STRConv2d, STRLinear, count, densify, deploy, sparsify
+from str_triton.files import replacing, write_atomically
 from str_triton.training.errors import UserError, blame_input, run_program
-from str_triton.training.files import write_atomically
 
 ARCHITECTURES = {"ResNet50": "resnet50", "MobileNetV1": "mobilenetv1"}
 PREFIX = "module."
@@ -95,9 +94,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, data_parallel: bool 
     _check(state, _original_state(_empty(arch, model.fc.out_features, bool(layers))), "", arch)
     prefix = PREFIX if data_parallel else ""
     state = {prefix + key: tensor.cpu() for key, tensor in state.items()}
-    buffer = io.BytesIO()
-    torch.save({"arch": arch, "state_dict": state} | metadata, buffer)
-    write_atomically(Path(path), buffer.getvalue())
+    with replacing(path) as file:
+        torch.save({"arch": arch, "state_dict": state} | metadata, file)
 
 
 def _read(path: str | os.PathLike[str]) -> dict[str, Any]:

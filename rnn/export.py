@@ -11,8 +11,8 @@ from rnn.c_export import WEIGHTS, write_c
 from rnn.finished_run import FinishedRun, open_run
 from rnn.one_line_parser import OneLineParser
 from str_triton import RankBudget, deploy
+from str_triton.files import write_atomically
 from str_triton.training.errors import UserError, blame_input, run_program, warn
-from str_triton.training.files import write_atomically
 
 PROGRAM = "python -m rnn.export"
 STEPS = 99  # frames of a second of speech

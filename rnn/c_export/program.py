@@ -12,7 +12,7 @@ from rnn.c_export.stored import StoredMatrix, StoredVector, as_float32
 from rnn.finished_run import FinishedRun
 from rnn.low_rank_rnn import LowRankRNN
 from rnn.models import SequenceClassifier
-from str_triton.training.files import write_atomically
+from str_triton.files import write_atomically
 
 WEIGHTS = ("float32", "int8")
 WIDTH = 120  # characters of a line

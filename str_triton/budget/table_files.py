@@ -4,10 +4,11 @@ import csv
 import io
 import json
 import os
-import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from str_triton.files import write_atomically
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
@@ -24,7 +25,7 @@ def write_csv(path: str | os.PathLike[str], columns: Sequence[str], records: Ite
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
     writer.writerows([record[column] for column in columns] for record in records)
-    _write(path, text.getvalue())
+    write_atomically(path, text.getvalue())
 
 
 def read_csv(path: str | os.PathLike[str], columns: Sequence[str]) -> Iterator[tuple[Mapping[str, Any], str]]:
@@ -49,7 +50,7 @@ def read_csv(path: str | os.PathLike[str], columns: Sequence[str]) -> Iterator[t
 
 def write_json(path: str | os.PathLike[str], totals: Mapping[str, Any], records: Iterable[Mapping[str, Any]]) -> None:
     """Write the totals by name, and the records as the list `rows`."""
-    _write(path, json.dumps({**totals, "rows": list(records)}, indent=2) + "\n")
+    write_atomically(path, json.dumps({**totals, "rows": list(records)}, indent=2) + "\n")
 
 
 def read_json(path: str | os.PathLike[str], totals: Sequence[str]) -> tuple[dict[str, Any], list[tuple[Any, str]]]:
@@ -106,14 +107,3 @@ def _read(path: str | os.PathLike[str]) -> str:
         return Path(path).read_text(encoding="utf-8-sig")  # Spreadsheets put a byte order mark in front.
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text file: {error}") from None
-
-
-def _write(path: str | os.PathLike[str], text: str) -> None:
-    """Write beside and rename, so that `path` is never half a budget."""
-    draft = Path(path).with_name(f".{Path(path).name}.{secrets.token_hex(4)}")
-    try:
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(path)
-    except OSError:
-        draft.unlink(missing_ok=True)
-        raise

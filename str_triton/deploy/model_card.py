@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from str_triton.deploy.pack import inspect
-from str_triton.deploy.packed_file import write_beside
+from str_triton.files import write_atomically
 
 LOAD = """from str_triton import deploy
 
@@ -67,7 +67,7 @@ def model_card(
         "safetensors. It is readable without str-triton, whose docs/packed-format.md says how.",
         f"## Budget\n\n{_table(*(summary if summary.budget is None else summary.budget).lines())}",
     ]
-    write_beside(card, ("\n\n".join(sections) + "\n").encode())
+    write_atomically(card, "\n\n".join(sections), "\n")
     return card
 
 

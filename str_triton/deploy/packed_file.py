@@ -4,11 +4,9 @@ Written here and not by the safetensors library, whose headers have no fixed ord
 the checksum has its place.
 """
 
-import errno
 import hashlib
 import json
 import os
-import secrets
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from str_triton.files import write_atomically
 
 # safetensors' names of the dtypes that can be stored.
 DTYPES = {
@@ -68,9 +68,9 @@ def digest(*data: bytes | NDArray[np.uint8]) -> str:
 
 
 def write_packed(path: str | os.PathLike[str], parts: Mapping[str, Part], content: Mapping[str, Any]) -> int:
-    """Write the file beside `path` and rename it into place; its size in bytes.
+    """Write the file `path`, whole or not at all (`files.replacing`), and return its size in bytes.
 
-    Raises OSError where it cannot be written; `path` is then as it was, and nothing is left beside it.
+    Raises OSError where it cannot be written; nothing is left beside it then.
     """
     # Wide elements first, so that all are aligned.
     order = sorted(parts, key=lambda name: -DTYPES[parts[name].dtype].itemsize)
@@ -83,28 +83,8 @@ def write_packed(path: str | os.PathLike[str], parts: Mapping[str, Part], conten
     text += b" " * (-len(text) % 8)
     header = struct.pack("<Q", len(text)) + text
     header = header.replace(NO_DIGEST.encode(), digest(header).encode(), 1)
-    write_beside(path, header, *(parts[name].data for name in order))
+    write_atomically(path, header, *(parts[name].data for name in order))
     return len(header) + end
-
-
-def write_beside(path: str | os.PathLike[str], *blocks: bytes | NDArray[np.uint8]) -> None:
-    """Write a file beside `path`, force it to the disk, and rename it: `path` is the old one or the new one, whole."""
-    path = Path(path)
-    if path.exists() and not path.is_file():  # a folder, or a device, which renaming would take the place of
-        raise OSError(errno.EEXIST, "exists and is no regular file", os.fspath(path))
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with open(draft, "wb") as file:
-            for block in blocks:
-                file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except BaseException as error:
-        draft.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            error.filename = os.fspath(path)  # what was asked for: the draft's name means nothing to anybody
-        raise
 
 
 def read_packed(path: str | os.PathLike[str]) -> PackedFile:

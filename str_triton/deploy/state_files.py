@@ -1,6 +1,5 @@
 """State dicts in files of safetensors and of torch.save, read and written. Nothing in a file is run as code."""
 
-import io
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,8 +11,9 @@ import torch
 from torch import Tensor
 
 from str_triton.deploy.pack import inspect, unpack
-from str_triton.deploy.packed_file import FORMAT, write_beside
+from str_triton.deploy.packed_file import FORMAT
 from str_triton.deploy.torch_files import kind_of, not_weights, read_torch_file
+from str_triton.files import is_safetensors, replacing, write_atomically
 
 SUFFIXES = (".safetensors", ".pt", ".pth")
 WRAPPERS = ("state_dict", "model", "model_state_dict", "module", "net", "network")
@@ -61,7 +61,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         ValueError: anything else; one line that names the file and says what is wrong.
         OSError: the file cannot be read.
     """
-    if not _is_safetensors(path):
+    if not is_safetensors(path):
         return Checkpoint.of(read_torch_file(path), path)
     if is_packed(path):
         return Checkpoint(unpack(path), dict(inspect(path).metadata))
@@ -77,7 +77,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 def is_packed(path: str | os.PathLike[str]) -> bool:
     """Return whether `pack` wrote the file. Raises as `read_checkpoint` does for a damaged file of safetensors."""
-    if not _is_safetensors(path):
+    if not is_safetensors(path):
         return False
     try:
         with safetensors.safe_open(path, "pt") as file:
@@ -106,30 +106,24 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def write_state(path: str | os.PathLike[str], state: Mapping[str, Tensor]) -> None:
-    """Write a state dict as safetensors, or with torch.save where `path` ends in .pt or .pth; beside it and renamed.
+    """Write a state dict as safetensors, or with torch.save where `path` ends in .pt or .pth, whole or not at all.
 
     safetensors knows no shared tensors: those are stored under each name.
 
     Raises ValueError for another ending, OSError where it cannot be written; `path` is then as it was.
     """
     if Path(path).suffix == ".safetensors":
-        content = safetensors.torch.save({name: tensor.clone() for name, tensor in state.items()}, {"format": "pt"})
-    else:
-        buffer = io.BytesIO()
-        torch.save(dict(state), buffer)
-        content = buffer.getvalue()
-    write_beside(path, content)
+        apart = {name: tensor.clone() for name, tensor in state.items()}
+        write_atomically(path, safetensors.torch.save(apart, {"format": "pt"}))
+        return
+    with replacing(path) as file:
+        torch.save(dict(state), file)
 
 
 def check_suffix(path: str | os.PathLike[str]) -> None:
     """ValueError unless `write_state` knows the ending."""
     if Path(path).suffix not in SUFFIXES:
         raise ValueError(f"{path}: the name must end in {', '.join(SUFFIXES)}")
-
-
-def _is_safetensors(path: str | os.PathLike[str]) -> bool:
-    with open(path, "rb") as file:
-        return file.read(9)[8:] == b"{"
 
 
 def _wrapper(content: Any, path: str | os.PathLike[str]) -> Any:

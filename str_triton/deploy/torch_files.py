@@ -19,6 +19,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from str_triton.files import printable
+
 LONGEST_REASON = 120
 
 
@@ -57,11 +59,6 @@ def read_torch_file(path: str | os.PathLike[str]) -> Any:
 def not_weights(path: str | os.PathLike[str], error: Exception) -> ValueError:
     """Return the error to raise for a file that `error` kept from being read: one line, without torch's advice."""
     return ValueError(f"{path}: no file of weights: {_reason(error)}")
-
-
-def printable(text: str) -> str:
-    """Return `text` with line breaks and control characters, which a terminal would obey, written as escapes."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def kind_of(value: object) -> str:

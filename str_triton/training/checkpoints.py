@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from str_triton.files import replacing
 from str_triton.training.errors import UserError, blame_input, one_line, warn
-from str_triton.training.files import write_atomically
 
 KEEP = 2
 _NAME = re.compile(r"step-(\d+)\.pt")
@@ -41,12 +41,11 @@ class Checkpoints:
 
         Raises `UserError` when it cannot be written, as on a full disk; the checkpoints of before are then untouched.
         """
-        content = io.BytesIO()  # serialised in memory first: a write that fails is then a plain OSError
-        torch.save(state, content)
         path = self.path(step)
         try:
             self.directory.mkdir(exist_ok=True)
-            write_atomically(path, content.getvalue())
+            with replacing(path) as file:
+                torch.save(state, file)
         except OSError as error:
             raise UserError(
                 f"the checkpoint {path} cannot be written: {error.strerror or error}; {self._last_whole()}"

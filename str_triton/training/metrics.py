@@ -14,8 +14,8 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from str_triton.files import write_atomically
 from str_triton.training.errors import warn
-from str_triton.training.files import write_atomically
 
 FILE = "metrics.jsonl"
 

@@ -3,7 +3,6 @@
 import errno
 import fcntl
 import os
-import secrets
 import shutil
 from collections.abc import Mapping
 from datetime import datetime
@@ -11,8 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+from str_triton.files import beside, sync_folder, write_atomically
 from str_triton.training.errors import UserError, one_line
-from str_triton.training.files import sync_directory, write_atomically
 
 LOCK = "lock"
 CONFIG = "config.json"
@@ -37,7 +36,7 @@ class RunFolder:
         """
         path = Path(path)
         _refuse_occupied(path)
-        draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        draft = beside(path)
         lock = None
         try:
             draft.mkdir(parents=True)
@@ -45,7 +44,7 @@ class RunFolder:
             for name, text in files.items():
                 write_atomically(draft / name, text)
             os.rename(draft, path)
-            sync_directory(path.parent)
+            sync_folder(path.parent)
         except OSError as error:
             if lock is not None:
                 lock.close()

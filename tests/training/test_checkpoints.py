@@ -1,7 +1,5 @@
 import random
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,17 +8,6 @@ import torch
 
 from str_triton.training.checkpoints import Checkpoints, random_state, set_random_state, set_random_state_of
 from str_triton.training.errors import UserError
-
-
-@contextmanager
-def file_size_limit(size: int) -> Iterator[None]:
-    """No file may grow beyond ``size`` bytes: what a full disk looks like to a program."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def state(step: int) -> dict:
@@ -71,9 +58,10 @@ def test_damaged_checkpoints_alone_are_an_error(checkpoints: Checkpoints):
         checkpoints.load()
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_whole(checkpoints: Checkpoints):
+def test_a_full_disk_leaves_the_last_checkpoint_whole(checkpoints: Checkpoints, file_size_limit: Callable[[int], None]):
     checkpoints.save(1, state(1))
-    with file_size_limit(40_000), pytest.raises(UserError, match=r"cannot be written: .*the last whole one is .*1\.pt"):
+    file_size_limit(40_000)
+    with pytest.raises(UserError, match=r"cannot be written: .*the last whole one is .*1\.pt"):
         checkpoints.save(2, state(2))
     assert [path.name for path in checkpoints.directory.iterdir()] == ["step-000000001.pt"]
     assert torch.equal(checkpoints.load()["weights"], state(1)["weights"])

@@ -12,7 +12,6 @@ import torch
 from rich.console import Console
 
 from str_triton.training.errors import Interrupted, UserError, blame_input, run_program
-from str_triton.training.files import write_atomically
 from str_triton.training.hub import read_splits
 from str_triton.training.meter import Meter, Pace
 from str_triton.training.progress import ProgressBar
@@ -175,10 +174,3 @@ def test_bars_of_the_hubs_library_come_from_the_first_process_alone(
         finally:
             datasets.enable_progress_bars()
         assert bool(capfd.readouterr().err) == (process == "0")
-
-
-def test_what_is_no_file_is_not_replaced(tmp_path: Path):
-    with pytest.raises(OSError, match="exists and is no regular file") as caught:
-        write_atomically(tmp_path, b"x")
-    assert caught.value.filename == str(tmp_path)
-    assert tmp_path.is_dir()

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from str_triton.training.errors import UserError
-from str_triton.training.files import write_atomically
 from str_triton.training.run_folder import RunFolder, default_run_dir
 
 # What another run does with the lock; without importing torch, to be quick.
@@ -116,16 +115,6 @@ def test_default_run_dirs_do_not_collide(tmp_path: Path, monkeypatch: pytest.Mon
         paths[-1].mkdir(parents=True)
     assert len(set(paths)) == 3
     assert all(path.parent == Path("runs") and path.name.startswith("digits-") for path in paths)
-
-
-def test_write_atomically_leaves_the_old_file_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    path = tmp_path / "file"
-    write_atomically(path, "old")
-    monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError, match="No space"):
-        write_atomically(path, "new")
-    assert path.read_text() == "old"
-    assert names(tmp_path) == ["file"]
 
 
 def test_a_directory_that_cannot_be_made_is_refused_before_it_is_tried(tmp_path: Path):
