@@ -15,7 +15,8 @@ from typing import Any, BinaryIO
 
 Block = Any  # a contiguous object with the buffer protocol; Python 3.12 names that collections.abc.Buffer
 
-_NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # how network file systems refuse to sync a folder
+# How network file systems refuse to sync a folder, and a folder that one may write to but not list to be opened.
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)
 
 
 def write_atomically(path: str | os.PathLike[str], *blocks: str | Block) -> None:
@@ -61,11 +62,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             file.close()
             os.replace(draft.name, target)
             sync_folder(target.parent)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             file.close()
         Path(draft.name).unlink(missing_ok=True)
-        if draft.failure is not None:  # A library may have wrapped what the disk said.
+        if draft.failure is not None and isinstance(error, Exception):  # A library may have wrapped what the disk said.
             raise draft.failure from None
         raise
 
@@ -79,14 +80,15 @@ def sync_folder(folder: Path) -> None:
     """Force a folder's entries to the disk, so that a rename in it survives a power cut, where the system can."""
     if not hasattr(os, "O_DIRECTORY"):  # Windows opens no folders.
         return
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         if error.errno not in _NO_FOLDER_SYNC:
             raise
-    finally:
-        os.close(descriptor)
 
 
 def is_safetensors(path: str | os.PathLike[str]) -> bool:
