@@ -5,6 +5,7 @@ scales it (its bilinear filter for uint8 is Pillow's, within one level, in a fra
 read only where there are any.
 """
 
+import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,9 @@ DRAFTED = ("JPEG", "MPO")
 """The formats that Pillow can decode at a fraction of their size."""
 EXIF_PLACES = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 """Where Pillow finds an orientation, in an image's info."""
+
+# Pillow logs what it stumbles over, and Python prints what nobody handles; the exception that follows is enough.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 @contextmanager

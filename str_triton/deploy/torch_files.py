@@ -6,9 +6,11 @@ read by `_Unpickler`: every global that it names becomes an inert `Opaque`, and 
 are the ones of `_BUILDERS`, which make tensors and containers.
 """
 
+import errno
 import os
 import pickle
 import warnings
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from torch import Tensor
 from str_triton.files import printable
 
 LONGEST_REASON = 120
+LARGEST_RATIO = 100  # of an archive's content to its size; torch.save compresses nothing
 
 
 class Opaque:
@@ -49,7 +52,7 @@ def read_torch_file(path: str | os.PathLike[str]) -> Any:
         try:
             return _load(file)
         except OSError as error:
-            if error.errno is not None:  # or it is torch's complaint about the content
+            if error.errno not in (None, errno.EINVAL):  # those are complaints about the content: a place before 0
                 raise
             raise not_weights(path, error) from error
         except Exception as error:  # damaged bytes make torch, zipfile and pickle raise almost anything
@@ -67,6 +70,8 @@ def kind_of(value: object) -> str:
 
 
 def _load(file: BinaryIO) -> Any:
+    _check_sums(file)
+    file.seek(0)
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:  # TorchScript and tar archives raise RuntimeError: they never get below
@@ -74,12 +79,33 @@ def _load(file: BinaryIO) -> Any:
         return torch.load(file, map_location="cpu", pickle_module=_PICKLE, weights_only=False)
 
 
+def _check_sums(file: BinaryIO) -> None:
+    """Raise BadZipFile where bytes in an archive have changed, which torch.load does not look for, or it is a zip bomb.
+
+    Files saved with `set_crc32_options(False)` have zeros for checksums, and files of before PyTorch 1.6 have none.
+    """
+    try:
+        entries = (archive := zipfile.ZipFile(file)).infolist()
+    except zipfile.BadZipFile:
+        return
+    size = sum(entry.file_size for entry in entries)
+    if size > LARGEST_RATIO * file.seek(0, os.SEEK_END):
+        raise zipfile.BadZipFile(f"it would unpack to {size:,} bytes")
+    for entry in entries:
+        if entry.CRC:
+            with archive.open(entry) as content:
+                while content.read(2**20):
+                    pass
+
+
 def _reason(error: Exception) -> str:
     text = printable((str(error).strip() or type(error).__name__).splitlines()[0]).split(". ")[0][:LONGEST_REASON]
     if "TorchScript" in text:
         return "it is a TorchScript archive; save the module's state_dict() with torch.save"
     # Only torch and safetensors speak of the file; pickle's errors name what it stumbled over in the bytes.
-    says_why = isinstance(error, RuntimeError | SafetensorError | OSError) and "weights_only" not in text
+    says_why = (
+        isinstance(error, RuntimeError | SafetensorError | OSError | zipfile.BadZipFile) and "weights_only" not in text
+    )
     return f"it is damaged or of another kind{f' ({text})' if says_why else ''}"
 
 

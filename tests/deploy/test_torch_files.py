@@ -9,6 +9,7 @@ import io
 import os
 import pickle
 import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -169,6 +170,31 @@ def test_other_files_are_refused_in_one_line_without_torchs_advice(tmp_path: Pat
     assert not {"\n", "\x1b"} & set(str(refusal.value))
     assert not any(word in str(refusal.value) for word in ("weights_only", "two options", "trust"))
     assert not recwarn.list
+
+
+def test_a_changed_byte_is_found(tmp_path: Path):
+    content = bytearray(saved({"a": torch.full((99,), 7.5), "args": Colour.RED}))
+    place = content.index(torch.full((9,), 7.5).numpy().tobytes())
+    content[place + 3] ^= 1
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(ValueError, match="CRC-32"):
+        read_torch_file(tmp_path / "x")
+
+
+def test_a_file_saved_without_checksums_is_read(tmp_path: Path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"a": torch.ones(9), "args": Colour.RED}, tmp_path / "x")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert torch.equal(read_torch_file(tmp_path / "x")["a"], torch.ones(9))
+
+
+def test_a_zip_bomb_is_refused(tmp_path: Path):
+    with zipfile.ZipFile(tmp_path / "x", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x/data/0", bytes(2**24))
+    with pytest.raises(ValueError, match="unpack to 16,777,216 bytes"):
+        read_torch_file(tmp_path / "x")
 
 
 def test_names_in_a_file_cannot_reach_the_terminal_as_commands(tmp_path: Path):
