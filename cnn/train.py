@@ -24,6 +24,7 @@ from cnn.published import PUBLISHED
 from cnn.recipes import FINETUNING, RECIPES, RESUME_MAY_CHANGE, Config, recipe_for, settle
 from cnn.weights import read_weights
 from str_triton import Budget, count, densify, parameter_groups
+from str_triton.files import printable
 from str_triton.training.checkpoints import Checkpoints
 from str_triton.training.command_line import CommandLine
 from str_triton.training.errors import UserError, blame_input, one_line, tell, warn
@@ -150,7 +151,7 @@ class Experiment(Loop):
         lines = sorted(set(gather_object(self.corrupt)))
         self.corrupt.clear()
         for line in lines:
-            run.say(f"skipped in epoch {epoch}: {line}")
+            run.say(f"skipped in epoch {epoch}: {printable(line)}")
         return len(lines)
 
     def state(self) -> dict[str, Any]:

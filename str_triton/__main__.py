@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from str_triton import deploy
 from str_triton.deploy.pack import VALUES
 from str_triton.deploy.state_files import check_suffix, read_state, write_state
+from str_triton.files import printable
 
 PACKED = ".packed.safetensors"
 LONGEST = 4000  # characters of JSON
@@ -70,7 +71,7 @@ def main(args: Sequence[str] | None = None) -> int:
     else:
         print(text)
         return 0
-    print(f"error: {' '.join(text.split())}", file=sys.stderr)
+    print(f"error: {printable(' '.join(text.split()))}", file=sys.stderr)
     return 2
 
 

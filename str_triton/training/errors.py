@@ -5,6 +5,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from str_triton.files import printable
+
 BAD_INPUT = 2
 
 
@@ -64,9 +66,9 @@ def warn(message: str) -> None:
 
 
 def tell(message: str) -> None:
-    """Print a line on standard error, from the first process of a job alone."""
+    """Print a line on standard error, from the first process of a job alone; names in it cannot act on a terminal."""
     if is_first_process():
-        print(message, file=sys.stderr)
+        print(printable(message), file=sys.stderr)
 
 
 def is_first_process() -> bool:

@@ -1,5 +1,6 @@
 """The training program and images that cannot be decoded: the run ends with the file's name, or counts and goes on."""
 
+import os
 from pathlib import Path
 
 import PIL.Image
@@ -53,3 +54,16 @@ def test_a_run_that_ended_so_can_go_on_with_it(damaged: Path, tmp_path: Path, qu
     assert run(*options, "--skip-corrupt", "--run-dir", str(tmp_path / "other")) == 0
     results = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("run", "other")]
     assert results[0] == results[1]
+
+
+def test_names_of_files_reach_the_terminal_as_texts(
+    damaged: Path, tmp_path: Path, quick: None, capsys: pytest.CaptureFixture
+):
+    os.rename(damaged, os.path.join(os.fsencode(damaged.parent), b"\x1b[2J\xff\n.png"))
+    options = [*OPTIONS, "--epochs", "1", "--data", f"imagefolder:{damaged.parents[2]}"]
+    assert run(*options, "--run-dir", str(tmp_path / "run")) == 2
+    assert run(*options, "--skip-corrupt", "--run-dir", str(tmp_path / "skipped")) == 0
+    output = capsys.readouterr()
+    for text in (output.out, output.err):
+        assert r"\x1b[2J\udcff" in text
+        assert "\x1b[2J" not in text
