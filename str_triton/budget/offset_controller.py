@@ -4,6 +4,7 @@ The thresholds relative to each other are the *distribution*; the offset is the 
 how far it may move a threshold, is for the kind of controller to say (`_cut`).
 """
 
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from str_triton.budget.target import SCHEDULES
+from str_triton.nn import Control
 
 # What the optimizer may do to learned thresholds: steps at full length kill a layer (docs/exact-budgets.md).
 LEARNING_RATE = 0.1  # of its steps' length
@@ -51,8 +53,9 @@ class OffsetController:
         self._held_back = [raw.new_zeros(()) for raw in self._before]
         for raw in self._raws:
             raw.requires_grad_(self.distribution == "learned")
+        self._control = Control(owner=weakref.ref(self))
         for module in modules:
-            module.controlled = True
+            module.control = self._control
 
     def _cut(self) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Between which two offsets to cut, and for each raw threshold the largest one that it may take.

@@ -1,12 +1,15 @@
 """Layers built on the ops, and model surgery."""
 
+from str_triton.nn.control import Control, warn_if_unfinished
 from str_triton.nn.layers import STRConv1d, STRConv2d, STRConv3d, STREmbedding, STRLayer, STRLinear
 from str_triton.nn.low_rank import LowRankWeight
 from str_triton.nn.low_rank_linear import LowRankLayer, LowRankLinear
 from str_triton.nn.parameter_groups import parameter_groups
 from str_triton.nn.surgery import densify, sparsify, str_layers
+from str_triton.nn.thresholded import ThresholdedWeight, thresholded_weights, weight_name
 
 __all__ = [
+    "Control",
     "LowRankLayer",
     "LowRankLinear",
     "LowRankWeight",
@@ -16,8 +19,12 @@ __all__ = [
     "STREmbedding",
     "STRLayer",
     "STRLinear",
+    "ThresholdedWeight",
     "densify",
     "parameter_groups",
     "sparsify",
     "str_layers",
+    "thresholded_weights",
+    "warn_if_unfinished",
+    "weight_name",
 ]

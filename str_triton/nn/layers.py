@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from str_triton.nn.control import Control
 from str_triton.nn.raw_threshold import keep_float32, new_raw_threshold
 from str_triton.ops.soft_threshold import soft_threshold
 from str_triton.ops.thresholds import threshold_function
@@ -55,7 +56,7 @@ class STRLayer:
     g: str
     gradient: str
     raw_threshold: nn.Parameter
-    controlled: bool = False  # A SparsityController sets the thresholds.
+    control: Control | None = None  # Of the SparsityController that sets the threshold.
 
     def __init__(
         self,
@@ -128,7 +129,7 @@ class STRLayer:
         The bias is the same Parameter object; the weight is a new one, trainable if this layer's is.
         """
         dense = _with_class(self, self.dense_class)
-        for name in ("g", "gradient", "dense_class", "controlled"):
+        for name in ("g", "gradient", "dense_class", "control"):
             vars(dense).pop(name, None)
         del dense.raw_threshold
         weight = self.sparse_weight.detach() + 0.0  # -0.0, which pruned negative weights leave, becomes 0.0

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from str_triton.nn.control import Control
 from str_triton.nn.raw_threshold import keep_float32, new_raw_threshold
 from str_triton.ops.soft_threshold import soft_threshold
 from str_triton.ops.thresholds import threshold_function
@@ -45,7 +46,7 @@ class LowRankWeight(nn.Module):
         ValueError: a max_rank below 1 or above min(rows, columns), or unknown options.
     """
 
-    controlled: bool = False  # A RankController sets the threshold.
+    control: Control | None = None  # Of the RankController that sets the threshold.
 
     def __init__(
         self,

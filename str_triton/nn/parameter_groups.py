@@ -38,7 +38,7 @@ def parameter_groups(
             decay = weight_decay if spectrum_weight_decay is None else spectrum_weight_decay
             special[id(module.m)] = ("spectra", decay)
         if isinstance(module, STRLayer | LowRankWeight) and module.raw_threshold is not None:
-            default = 0.0 if module.controlled else weight_decay
+            default = 0.0 if module.control else weight_decay
             decay = default if threshold_weight_decay is None else threshold_weight_decay
             special[id(module.raw_threshold)] = ("thresholds", decay)
         elif isinstance(module, _NORMS):

@@ -325,7 +325,7 @@ def test_shared_matrices_count_once():
     assert count_ranks(model.append(tied)).total_rank == 4
     solve(RankController(model, RankTarget(total_rank=3)))
     assert ranks(model) == [3, 3]
-    assert all(matrix.controlled for matrix in matrices(model))
+    assert all(matrix.control for matrix in matrices(model))
 
 
 def test_compact_matrices_have_a_fixed_cost():
@@ -350,7 +350,7 @@ def test_a_target_in_recurrent_flops_leaves_other_thresholds_alone(distribution)
     assert ranks(model)[::2] == [9, 7, 6]
     learns = [matrix.raw_threshold.requires_grad for matrix in matrices(model)]
     assert learns == [False, distribution == "learned"] * 2 + [False]
-    assert [matrix.controlled for matrix in matrices(model)] == [False, True, False, True, False]
+    assert [matrix.control is not None for matrix in matrices(model)] == [False, True, False, True, False]
 
 
 def train(model, controller, optimizer, begin, end, steps=30):

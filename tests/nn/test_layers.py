@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from str_triton import STRConv1d, STRConv2d, STRConv3d, STREmbedding, STRLinear
+from str_triton.nn import Control
 from str_triton.nn.layers import STRLayer
 from str_triton.nn.raw_threshold import new_raw_threshold
 from tests import oracle
@@ -166,11 +167,11 @@ def test_initial_threshold_is_in_units_of_the_weights(g):
 
 def test_defaults():
     layer = conv()
-    assert (layer.g, layer.gradient, layer.raw_threshold.shape, layer.controlled) == (
+    assert (layer.g, layer.gradient, layer.raw_threshold.shape, layer.control) == (
         "exp",
         "straight_through",
         (1,),
-        False,
+        None,
     )
     assert (STRLinear.from_dense(nn.Linear(2, 2)).g, STRLinear.from_dense(nn.Linear(2, 2)).gradient) == (
         "exp",
@@ -277,7 +278,7 @@ def test_to_dense_gives_the_same_bits_and_leaves_the_layer_alone(cls, kwargs, sh
     dense = cls(**kwargs)
     keys = list(dense.state_dict())
     layer = STR_CLASS[cls].from_dense(dense, g="identity", initial_threshold=0.1)
-    layer.controlled = True
+    layer.control = Control()
     weight, raw = layer.weight, layer.raw_threshold
     before = {name: value.clone() for name, value in layer.state_dict().items()}
     plain = layer.to_dense()

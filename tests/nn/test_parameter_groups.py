@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from str_triton import LowRankLinear, RankController, RankTarget, parameter_groups, sparsify
-from str_triton.nn import str_layers
+from str_triton.nn import Control, str_layers
 
 
 class Misnamed(nn.Module):
@@ -103,14 +103,14 @@ def test_decay_of_thresholds():
     assert decays(parameter_groups(model, 1e-4, 1e-3))["thresholds"] == 1e-3
     assert decays(parameter_groups(model, 1e-4, 0.0))["thresholds"] == 0.0
     for layer in model:
-        layer.controlled = True
+        layer.control = Control()
     assert decays(parameter_groups(model, 1e-4))["thresholds"] == 0.0
     assert decays(parameter_groups(model, 1e-4, 1e-3))["thresholds"] == 1e-3
 
 
 def test_only_the_thresholds_that_a_controller_holds_go_without_decay():
     model = sparsify(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
-    model[1].controlled = True
+    model[1].control = Control()
     thresholds = [group for group in parameter_groups(model, 1e-4) if group["name"] == "thresholds"]
     assert [(group["params"], group["weight_decay"]) for group in thresholds] == [
         ([model[0].raw_threshold], 1e-4),

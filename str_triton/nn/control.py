@@ -1,0 +1,51 @@
+"""The mark that a controller leaves on the modules whose thresholds it sets."""
+
+import warnings
+import weakref
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from torch import nn
+
+
+@dataclass
+class Control:
+    """A controller's mark on the modules whose thresholds it sets.
+
+    Attributes:
+        reached: the model meets the controller's target now.
+        exact: the model is inside `exact()`, where it meets the schedule's value.
+        status: how far the controller is, in words, for the warning of an unfinished model.
+        owner: a weak reference to the controller; None in a copy of the model, which no controller follows.
+    """
+
+    reached: bool = False
+    exact: bool = False
+    status: str = ""
+    owner: weakref.ref | None = None
+    warned: bool = field(default=False, repr=False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        twin = memo[id(self)] = type(self)(self.reached, self.exact, self.status, warned=self.warned)
+        return twin
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.reached, self.exact, self.status)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether a controller that still exists holds the thresholds."""
+        return self.owner is not None and self.owner() is not None
+
+
+def warn_if_unfinished(model: nn.Module, stacklevel: int = 3) -> None:
+    """Warn, once for each controller, that the model has not reached its controller's target."""
+    for module in model.modules():
+        control = getattr(module, "control", None)
+        if isinstance(control, Control) and not (control.reached or control.exact or control.warned):
+            control.warned = True
+            warnings.warn(
+                f"the model has not reached its controller's target ({control.status}): call controller.finish() "
+                "first, or measure inside controller.exact()",
+                stacklevel=stacklevel,
+            )

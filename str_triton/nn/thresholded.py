@@ -1,0 +1,56 @@
+"""The thresholded weights of a model, whichever kind of module applies the threshold."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from str_triton.nn.layers import STRLayer
+
+
+@dataclass(frozen=True)
+class ThresholdedWeight:
+    """A weight with a soft threshold in front of its use.
+
+    Attributes:
+        name: the weight's row in `count`: the module's name, followed by the attribute where that is not "weight".
+        module: the module that uses the weight.
+        attribute: the module's attribute that holds the weight.
+        holder: the module that has `raw_threshold`, `g`, `gradient`, `threshold` and `control`: the thresholded layer
+            itself.
+    """
+
+    name: str
+    module: nn.Module
+    attribute: str
+    holder: STRLayer
+
+    @property
+    def dense(self) -> nn.Parameter:
+        """The weight before the threshold, the Parameter that the optimizer trains."""
+        return self.holder.dense_weight
+
+    @property
+    def sparse(self) -> Tensor:
+        """The weight after the threshold, as the forward uses it; differentiable."""
+        return self.holder.sparse_weight
+
+    @property
+    def raw(self) -> nn.Parameter:
+        """The raw threshold."""
+        return self.holder.raw_threshold
+
+
+def weight_name(module_name: str, attribute: str) -> str:
+    """Return the row name of a weight in `count`: "conv1" for its `weight`, "gru.weight_ih_l0" for any other one."""
+    return module_name if attribute == "weight" else f"{module_name}.{attribute}".lstrip(".")
+
+
+def thresholded_weights(model: nn.Module) -> Iterator[ThresholdedWeight]:
+    """Yield every use of a thresholded weight, in the order of `model.named_modules()`.
+
+    Layers that share a weight each yield theirs; the Parameter `dense` is then the same object.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, STRLayer):
+            yield ThresholdedWeight(weight_name(name, "weight"), module, "weight", module)
