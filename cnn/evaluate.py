@@ -80,11 +80,12 @@ def program(args: Sequence[str] | None) -> None:
     """Evaluate what ``args`` name, print a table, and write it where they say."""
     options = tyro.cli(Options, args=args, prog=PROGRAM, description=PURPOSE)
     device = check(options)
-    corrupt: list[str] = []
-    on_corrupt = corrupt.append if options.skip_corrupt else None
     with blame_input(ValueError, OSError):
         network = rebuild(options.path, options.model)
-        name, data = read_data(options, network, on_corrupt)
+        # Corrupt training images do not matter here; `left_out` holds those of the test.
+        name, data = read_data(options, network, [].append if options.skip_corrupt else None)
+    corrupt = list(data.left_out)
+    on_corrupt = corrupt.append if options.skip_corrupt else None
     model = network.model.to(device)
     budget = count(model, torch.zeros(1, *data.image_shape, device=device))
     alone = throughput(model, data.image_shape, options.batch_size, device)
@@ -110,6 +111,8 @@ def check(options: Options) -> torch.device:
         raise UserError(f"--workers {options.workers}: it must be 0 or more")
     if options.json is not None and not Path(options.json).parent.is_dir():
         raise UserError(f"--json {options.json}: there is no such directory")
+    if options.json is not None and Path(options.json).is_dir():
+        raise UserError(f"--json {options.json} is a directory: name the file to write")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no GPU here")
     gpu = options.device != "cpu" and torch.cuda.is_available()

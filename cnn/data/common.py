@@ -38,13 +38,17 @@ class Images(Protocol):
 
 @dataclass(frozen=True)
 class Data:
-    """A data set: `train` and `test` images of `image_shape` = (C, H, W), with labels 0 ... num_classes - 1."""
+    """A data set: `train` and `test` images of `image_shape` = (C, H, W), with labels 0 ... num_classes - 1.
+
+    `left_out` holds a line about each corrupt image that is already left out of `test`.
+    """
 
     train: Images
     test: Images
     num_classes: int
     image_shape: tuple[int, int, int]
     name: str
+    left_out: tuple[str, ...] = ()
 
 
 TEST_SHARE = 0.2

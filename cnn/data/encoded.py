@@ -121,14 +121,21 @@ def encoded_data(
         EncodedImages(source, labels, size, not small, augmentation)
         for source, labels in ((train, train_labels), (test, test_labels))
     ]
+    left_out: tuple[str, ...] = ()
     if small and sum(map(len, sets)) * 3 * height * width <= MEMORY:
+        corrupt: tuple[list[str], list[str]] = [], []
         parts = [
-            images.batch(torch.arange(len(images)), seed=0, epoch=0, augment=False, on_corrupt=on_corrupt)
-            for images in sets
+            images.batch(
+                torch.arange(len(images)), seed=0, epoch=0, augment=False, on_corrupt=on_corrupt and lines.append
+            )
+            for images, lines in zip(sets, corrupt, strict=True)
         ]
+        for line in (*corrupt[0], *corrupt[1]):
+            on_corrupt(line)
+        left_out = tuple(dict.fromkeys(corrupt[1]))
         normalisation = Normalisation.of(parts[0][0])
         sets = [ArrayImages(pixels.contiguous(), labels, normalisation, augmentation) for pixels, labels in parts]
-    return Data(sets[0], sets[1], num_classes, (3, *size), name)
+    return Data(sets[0], sets[1], num_classes, (3, *size), name, left_out)
 
 
 def _first_look(source: Source, name: str, on_corrupt: OnCorrupt) -> tuple[bool, tuple[int, int], bool]:

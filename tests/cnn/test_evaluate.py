@@ -141,6 +141,7 @@ def test_corrupt_images_end_it_or_are_counted(
     args = [str(tmp_path / "weights.pth"), "--model", "resnet20", "--data", f"imagefolder:{tmp_path}"]
     assert main([*args, "--device", "cpu"]) == 2
     assert re.fullmatch(f"error: .*{damaged}.*\n", capsys.readouterr().err)
+    (tmp_path / "train" / "dogs" / "3.png").write_bytes(b"")  # of no account in testing
     result = evaluated(tmp_path, *args, "--skip-corrupt")
     assert (result["images"], result["corrupt"]) == (6, 1)
     assert re.fullmatch(f"warning: left out: .*{damaged}.*\n", capsys.readouterr().err)
@@ -175,6 +176,7 @@ def test_the_process_ends_with_the_exit_code():
         (["run", "--batch-size", "0"], "--batch-size 0"),
         (["run", "--workers", "-1"], "--workers -1"),
         (["run", "--json", "nowhere/x.json"], "--json nowhere/x.json"),
+        (["run", "--json", "."], "--json . is a directory"),
         (["damaged"], "config.json is not a configuration of this program"),
     ],
 )
