@@ -5,6 +5,8 @@ Windows of 128 steps (2.56 s at 50 Hz) of nine signals, six activities, 21 peopl
 """
 
 import io
+import lzma
+import struct
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from rnn.data.common import Data
 from rnn.data.vectors import Standardisation, VectorExamples, check_finite
+from str_triton.training.errors import one_line
 
 SIGNALS = tuple(f"{kind}_{axis}" for kind in ("total_acc", "body_acc", "body_gyro") for axis in "xyz")
 STEPS = 128
@@ -24,6 +27,7 @@ ACTIVITIES = ("walking", "walking upstairs", "walking downstairs", "sitting", "s
 TWO = (("sitting", "laying", "walking upstairs"), ("standing", "walking", "walking downstairs"))
 FOLDER = "UCI HAR Dataset"
 EVERY = 5
+LARGEST = 2**28  # bytes of a file; the largest published one that is read, a zip file in the zip file, has 61 million
 
 
 def load_har(path: str, *, classes: int = 6, noise: float = 0.0, device: torch.device | str = "cpu") -> Data:
@@ -39,6 +43,7 @@ def load_har(path: str, *, classes: int = 6, noise: float = 0.0, device: torch.d
     if classes not in (2, 6):
         raise ValueError(f"har has 6 classes or 2, not {classes}")
     root = _root(Path(path))
+    _require_files(root)
     published, test = _part(root, "train"), _part(root, "test")
     people = published.people.unique()
     held_out = people[EVERY - 1 :: EVERY]
@@ -85,11 +90,11 @@ def _root(path: Path) -> Path | zipfile.Path:
     if path.is_dir():
         places: list[Path | zipfile.Path] = [path, path / FOLDER]
     elif path.is_file():
-        outer = _opened(path.read_bytes(), path)
+        outer = _opened(path, path)
         places = [outer, outer / FOLDER]
         inner = outer / f"{FOLDER}.zip"
         if inner.is_file():
-            places += [place := _opened(_content(inner), inner), place / FOLDER]
+            places += [place := _opened(io.BytesIO(_content(inner)), inner), place / FOLDER]
     else:
         raise ValueError(f"har:{path}: no such folder or zip file")
     for place in places:
@@ -98,27 +103,36 @@ def _root(path: Path) -> Path | zipfile.Path:
     raise ValueError(f'har:{path}: no "{FOLDER}" in it (a folder with "train" and "test")')
 
 
-def _opened(content: bytes, name: Path | zipfile.Path) -> zipfile.Path:
-    """The inside of a zip file, whose own place in one shall show in messages as `name`."""
+def _opened(source: Path | io.BytesIO, name: Path | zipfile.Path) -> zipfile.Path:
+    """Open a zip file for reading. Messages name it `name`: it may lie in another zip file."""
     try:
-        archive = zipfile.ZipFile(io.BytesIO(content))
-    except zipfile.BadZipFile:
+        archive = zipfile.ZipFile(source)
+    except (zipfile.BadZipFile, NotImplementedError, OverflowError, ValueError, struct.error):
         raise ValueError(f"{name}: neither a folder nor a whole zip file") from None
     archive.filename = str(name)
     return zipfile.Path(archive)
 
 
 def _content(file: Path | zipfile.Path) -> bytes:
-    if not file.is_file():
-        raise ValueError(f"{file}: missing")
+    """Read a file on the disk or in a zip file, LARGEST bytes at most: few bytes may unpack to any number."""
     try:
-        return file.read_bytes()
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"{file}: damaged inside the zip file ({error})") from None
+        with file.open("rb") as stream:
+            content = stream.read(LARGEST + 1)
+    except NotImplementedError as error:
+        raise ValueError(f"{file}: {one_line(error)}: unpack the zip file, and name the folder") from None
+    except RuntimeError:  # zipfile's word for a file that needs a password
+        raise ValueError(f"{file}: encrypted: unpack the zip file, and name the folder") from None
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, ValueError, struct.error, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # bz2's errors have no number
+            raise
+        raise ValueError(f"{file}: damaged inside the zip file ({one_line(error)})") from None
+    if len(content) > LARGEST:
+        raise ValueError(f"{file}: more than {LARGEST // 2**20} MiB, which no file of this data set has")
+    return content
 
 
 def _table(file: Path | zipfile.Path, columns: int) -> Tensor:
-    """float64 [rows, columns] of a file with a line per row."""
+    """Return float64 [rows, columns] of a file with a line per row."""
     content = _content(file)
     if not content.strip():
         raise ValueError(f"{file}: empty")
@@ -133,16 +147,31 @@ def _table(file: Path | zipfile.Path, columns: int) -> Tensor:
     return rows
 
 
+def _signal_files(root: Path | zipfile.Path, part: str) -> list[Path | zipfile.Path]:
+    return [root / part / "Inertial Signals" / f"{signal}_{part}.txt" for signal in SIGNALS]
+
+
+def _require_files(root: Path | zipfile.Path) -> None:
+    """Raise ValueError where a file is missing, before the others are read."""
+    for part in ("train", "test"):
+        for file in (root / part / f"y_{part}.txt", root / part / f"subject_{part}.txt", *_signal_files(root, part)):
+            if not file.is_file():
+                raise ValueError(f"{file}: missing")
+
+
 def _part(root: Path | zipfile.Path, part: str) -> _Part:
-    """The windows of "train" or "test". Only the raw signals are read, not the 561 features made from them."""
+    """Read the windows of "train" or "test": only the raw signals, not the 561 features made from them."""
     activities = _table(root / part / f"y_{part}.txt", 1)[:, 0]
     wrong = torch.nonzero(~torch.isin(activities, torch.arange(1, 7)))[:, 0]
     if len(wrong):
         file, row = root / part / f"y_{part}.txt", int(wrong[0])
         raise ValueError(f"{file}: label {activities[row].item():g} in row {row + 1}; labels are 1 to 6")
     people = _table(root / part / f"subject_{part}.txt", 1)[:, 0]
-    files = [root / part / "Inertial Signals" / f"{signal}_{part}.txt" for signal in SIGNALS]
-    tables = {file: _table(file, STEPS).float() for file in files}
+    wrong = torch.nonzero((people != people.round()) | (people.abs() > 1e6))[:, 0]
+    if len(wrong):
+        file, row = root / part / f"subject_{part}.txt", int(wrong[0])
+        raise ValueError(f"{file}: subject {people[row].item():g} in row {row + 1}; subjects are whole numbers")
+    tables = {file: _table(file, STEPS).float() for file in _signal_files(root, part)}
     for file, rows in {root / part / f"subject_{part}.txt": people, **tables}.items():
         if len(rows) != len(activities):
             raise ValueError(f"{file}: {len(rows)} rows, but y_{part}.txt has {len(activities)}")

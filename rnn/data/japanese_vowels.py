@@ -10,6 +10,7 @@ utterance; made by reading those two files and writing each utterance's steps be
 import gzip
 import hashlib
 import io
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rnn.data.common import Data
 from rnn.data.vectors import Standardisation, VectorExamples, check_finite
+from str_triton.training.errors import one_line
 
 FILE = Path(__file__).parents[1] / "assets" / "japanese_vowels.csv.gz"
 SPEAKERS, TRAINING = 9, 270
@@ -32,7 +34,11 @@ def load_japanese_vowels(*, noise: float = 0.0, device: torch.device | str = "cp
     to them in training. Raises ValueError if the file has been damaged.
     """
     content = FILE.read_bytes()
-    features, lengths, labels = _utterances(gzip.decompress(content).decode())
+    try:
+        table = gzip.decompress(content).decode()
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise ValueError(f"{FILE} is damaged ({one_line(error)}): install the project again") from None
+    features, lengths, labels = _utterances(table)
     training = torch.arange(TRAINING)
     # An utterance's place among those of its speaker: the training part has them speaker by speaker.
     place = torch.cat([torch.arange(int(count)) for count in torch.bincount(labels[:TRAINING])])
@@ -63,7 +69,7 @@ def load_japanese_vowels(*, noise: float = 0.0, device: torch.device | str = "cp
 
 
 def _utterances(table: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Features [N, T, 12] padded with zeros, lengths [N] and labels [N] of the file's text."""
+    """Return features [N, T, 12] padded with zeros, lengths [N] and labels [N] of the file's text."""
     rows = torch.from_numpy(np.loadtxt(io.StringIO(table), delimiter=",", dtype=np.float64))
     check_finite(rows, FILE)
     numbers, lengths = torch.unique_consecutive(rows[:, 0].long(), return_counts=True)

@@ -74,14 +74,19 @@ def check_noise(noise: float) -> None:
 
 
 def check_finite(features: Tensor, file: object, names: tuple[str, ...] | None = None) -> None:
-    """Raises ValueError, naming `file`, the row from 1 and the column, if features [rows, columns] hold NaN or inf.
+    """Raise ValueError, naming `file`, the row from 1 and the column, if features [rows, columns] hold NaN or inf.
 
-    names: what the columns are called; without them they are numbered from 1.
+    So do numbers that are infinite in float32. names: what the columns are called; without them they are numbered
+    from 1.
     """
-    if bool(features.isfinite().all()):
+    finite = features.float().isfinite()
+    if bool(finite.all()):
         return
-    row, column = torch.nonzero(~features.isfinite())[0].tolist()
-    found = "NaN" if bool(features[row, column].isnan()) else "an infinite number"
+    row, column = torch.nonzero(~finite)[0].tolist()
+    value = features[row, column]
+    found = "NaN" if bool(value.isnan()) else "an infinite number"
+    if bool(value.isfinite()):
+        found = f"{value.item():g}, too large for float32,"
     where = names[column] if names else f"column {column + 1}"
     raise ValueError(f"{file}: {found} in {where}, row {row + 1}")
 

@@ -158,6 +158,18 @@ def in_first_line(old: str, new: str) -> Callable[[str], str]:
             r"total_acc_z_train\.txt: NaN in column 1, row 66$",
         ),
         (
+            "test/Inertial Signals/total_acc_z_test.txt",
+            lambda content: "-inf " * 128 + content[content.index("\n") :],
+            r"total_acc_z_test\.txt: an infinite number in column 1, row 1$",
+        ),
+        (
+            "test/Inertial Signals/total_acc_z_test.txt",
+            lambda content: "1 " * 127 + "1e300" + content[content.index("\n") :],
+            r"total_acc_z_test\.txt: 1e\+300, too large for float32, in column 128, row 1$",
+        ),
+        ("test/subject_test.txt", in_first_line("2", "2.5"), r"subject_test\.txt: subject 2\.5 in row 1"),
+        ("test/subject_test.txt", lambda content: "\0" + content, r"subject_test\.txt: not a table of numbers"),
+        (
             "train/subject_train.txt",
             lambda content: "1\n" * 66,
             r"1 subjects for training; it takes 5 to hold one out for validation$",
@@ -201,6 +213,55 @@ def test_a_damaged_member_is_named(published: Files, tmp_path: Path):
     (tmp_path / "har.zip").write_bytes(content)
     with pytest.raises(ValueError, match=r"body_acc_x_train\.txt: damaged inside the zip file"):
         load(f"har:{tmp_path / 'har.zip'}")
+
+
+MEMBER = "UCI HAR Dataset/train/y_train.txt"
+
+
+def with_header(content: bytes, offset: int, value: int) -> bytes:
+    """Change two bytes of the member's header, and of the archive's entry for it, which begins two bytes later."""
+    changed = bytearray(content)
+    for begin in (b"PK\3\4", b"PK\1\2"):
+        name = changed.index(MEMBER.encode(), changed.index(begin))
+        place = changed.rindex(begin, 0, name) + offset + (2 if begin == b"PK\1\2" else 0)
+        changed[place : place + 2] = value.to_bytes(2, "little")
+    return bytes(changed)
+
+
+@pytest.mark.parametrize(
+    ("offset", "value", "message"),
+    [
+        (6, 1, r"y_train\.txt: encrypted: unpack the zip file, and name the folder$"),
+        (8, 99, r"y_train\.txt: .*unpack the zip file, and name the folder$"),
+        (8, 12, r"y_train\.txt: damaged inside the zip file"),
+        (8, 14, r"y_train\.txt: damaged inside the zip file"),
+    ],
+)
+def test_archives_of_another_kind_are_named(
+    offset: int, value: int, message: str, published: Files, folder: Path, tmp_path: Path
+):
+    (tmp_path / "har.zip").write_bytes(with_header(zipped(published, "UCI HAR Dataset/"), offset, value))
+    with pytest.raises(ValueError, match=message):
+        load(f"har:{tmp_path / 'har.zip'}")
+
+
+@pytest.mark.parametrize("name", ["UCI HAR Dataset/test/Inertial Signals/total_acc_x_test.txt", "UCI HAR Dataset.zip"])
+def test_an_archive_that_blows_up_is_refused(
+    name: str, published: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("rnn.data.har.LARGEST", 2**20)
+    files = {f"UCI HAR Dataset/{path}": text for path, text in published.items()} if "/" in name else {}
+    (tmp_path / "har.zip").write_bytes(zipped({**files, name: b"0 " * 2**20}))
+    with pytest.raises(ValueError, match=r": more than 1 MiB, which no file of this data set has$"):
+        load(f"har:{tmp_path / 'har.zip'}")
+
+
+def test_names_that_lead_out_of_an_archive_write_nothing(published: Files, data: Data, tmp_path: Path):
+    files = {f"UCI HAR Dataset/{path}": text for path, text in published.items()}
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "har.zip").write_bytes(zipped({"../evil.txt": "x", "/evil.txt": "x", **files}))
+    assert torch.equal(load(f"har:{tmp_path / 'in' / 'har.zip'}").test.features, data.test.features)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 def test_other_numbers_of_classes_are_refused(folder: Path):
