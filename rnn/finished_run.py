@@ -11,6 +11,8 @@ from torch import Tensor
 
 from rnn.data import Data, Text
 from rnn.models import LanguageModel, SequenceClassifier, load_trained
+from rnn.recipes import Config
+from str_triton.training.config import from_plain
 from str_triton.training.errors import UserError, one_line
 
 
@@ -64,13 +66,30 @@ def open_run(folder: str | Path) -> FinishedRun:
             raise UserError(f"{folder} has no {name}: the run is not finished, or an older version made it")
     try:
         config = json.loads((folder / "config.json").read_text())
+        from_plain(Config, config)
         known = json.loads((folder / "interface.json").read_text())
-        numbers = known["standardisation"] or {"mean": None, "std": None}
-        mean, std = (None if numbers[name] is None else torch.tensor(numbers[name]) for name in ("mean", "std"))
         model = load_trained(folder)
+        mean, std = _standardisation(known["standardisation"], model.rnn.input_size)
         scores = (model.decoder if isinstance(model, LanguageModel) else model.classifier).out_features
         if scores != len(known["outputs"]):
             raise ValueError(f"{scores} scores, but {len(known['outputs'])} names for them")
+        if not all(isinstance(name, str) for name in known["outputs"]):
+            raise ValueError("the names of its scores are no texts")
         return FinishedRun(folder, config, model, tuple(known["outputs"]), mean, std)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder} is no run of rnn/train.py, or damaged: {one_line(error)}") from error
+
+
+def _standardisation(numbers: Mapping[str, list[float]] | None, size: int) -> tuple[Tensor | None, Tensor | None]:
+    """Return mean and deviation of ``size`` inputs, as interface.json has them; ValueError for other numbers."""
+    if numbers is None:
+        return None, None
+    mean, std = (torch.tensor(numbers[name], dtype=torch.float32) for name in ("mean", "std"))
+    for name, values in (("means", mean), ("deviations", std)):
+        if (
+            values.shape != (size,)
+            or not bool(values.isfinite().all())
+            or (values is std and not bool((std > 0).all()))
+        ):
+            raise ValueError(f"its {name} are not {size} numbers by which inputs can be standardised")
+    return mean, std

@@ -55,6 +55,8 @@ class Listener:
     def __init__(self, run: FinishedRun) -> None:
         if run.config["task"] != "classify" or run.config["data"].partition(":")[0] not in SPEECH:
             raise ValueError(f"{run.folder}: trained on {run.config['data']}, which is no speech")
+        if run.mean is None:
+            raise ValueError(f"{run.folder}: its interface.json has no standardisation, which sound takes")
         if run.model.rnn.bidirectional:
             raise ValueError(f"{run.folder}: a bidirectional network needs the end of the sound before it can begin")
         self.run, self.model = run, run.model

@@ -6,8 +6,10 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
@@ -20,6 +22,7 @@ from rnn.data.audio import RATE, mono
 from rnn.data.waiting import watched
 from str_triton.training.errors import warn
 
+DRAFT = ".making-"
 VERSION = 1  # of what is kept: a change of it makes new files
 NOISE_BOUNDS = (0.0, 0.8, 0.9, 1.0)  # each part's background noise is a stretch of its own of every recording
 REMARKS = {
@@ -64,6 +67,7 @@ def kept_clips(
             needed, free = 2 * RATE * len(items), shutil.disk_usage(folder).free
             if needed > free:  # known now, and not after minutes of reading
                 raise OSError(errno.ENOSPC, f"it takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+            _remove_leftovers(folder)
             note = _write(samples, about, items, read, name)
         except OSError as error:
             if error.filename is not None and not str(error.filename).startswith(str(folder)):
@@ -75,6 +79,14 @@ def kept_clips(
     # Copy on write: torch takes no read-only memory, and nobody writes to this.
     clips = np.memmap(samples, np.int16, mode="c", shape=(len(items), RATE))
     return torch.from_numpy(clips), note["sha256"]
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what runs that were killed while they read have left; a file of the last day may be another run's."""
+    for file in folder.glob(f"{DRAFT}*"):
+        with suppress(FileNotFoundError):  # another run was faster
+            if time.time() - file.stat().st_mtime > 86_400:
+                file.unlink()
 
 
 def _undamaged(samples: Path, about: Path, count: int) -> dict | None:
@@ -94,7 +106,7 @@ def _write(
 ) -> dict:
     """Read all items into `samples` and note in `about` what it holds; each appears whole or not at all."""
     digest, found = hashlib.sha256(), Counter()
-    handle, making = tempfile.mkstemp(prefix=".making-", dir=samples.parent)
+    handle, making = tempfile.mkstemp(prefix=DRAFT, dir=samples.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             for item in watched(items, f"reading {name}"):

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rnn.data.common import Data, Text
 from rnn.data.plain_text import read_text
+from str_triton.training.errors import warn
 
 REPLACEMENT = "\ufffd"
 MIN_COUNT = 5  # characters that the training part has less often become REPLACEMENT
@@ -38,10 +39,16 @@ class Vocabulary:
 
     @classmethod
     def of(cls, text: str) -> "Vocabulary":
-        """The characters that `text` has at least MIN_COUNT times, by code point, after REPLACEMENT."""
+        """Take the characters that `text` has at least MIN_COUNT times, by code point, after REPLACEMENT.
+
+        Raises ValueError where there is none.
+        """
         points, counts = np.unique(_code_points(text), return_counts=True)
         frequent = [chr(point) for point in points[counts >= MIN_COUNT]]
-        return cls((REPLACEMENT, *(symbol for symbol in frequent if symbol != REPLACEMENT)))
+        symbols = [symbol for symbol in frequent if symbol != REPLACEMENT]
+        if not symbols:
+            raise ValueError(f"no character occurs {MIN_COUNT} times in the training text: it takes a longer one")
+        return cls((REPLACEMENT, *symbols))
 
     def encode(self, text: str) -> Tensor:
         """The numbers of the characters of `text`: int64 [len(text)]."""
@@ -210,15 +217,25 @@ def _no_parts() -> Parts:
 
 
 def _labelled_lines(text: str, file: str) -> dict[str, list[str]]:
-    """The different lines of each label, in their order."""
+    """Return the different lines of each label, in their order; warn of how many are repeated or cut."""
     by_label: dict[str, dict[str, None]] = defaultdict(dict)
+    repeated = cut = 0
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         label, tab, content = line.partition("\t")
         if not (tab and label.strip() and content.strip()):
             raise ValueError(f"{file}: line {number} is not a label, a tab and a text")
-        by_label[label.strip()][content.strip()[:LONGEST]] = None
+        line, known = content.strip(), by_label[label.strip()]
+        cut += len(line) > LONGEST
+        repeated += line[:LONGEST] in known
+        known[line[:LONGEST]] = None
+    for number, what in (
+        (cut, f"are longer than {LONGEST} characters and cut"),
+        (repeated, "are repeated and left out"),
+    ):
+        if number:
+            warn(f"text:{file}: {number} lines {what}")
     return {label: list(lines) for label, lines in by_label.items()}
 
 

@@ -158,6 +158,56 @@ def test_other_tables_are_refused(tmp_path: Path):
     refuse(root, f"hub:{root}: .")
 
 
+def table(tmp_path: Path, labels: dict[str, list], kind: object) -> Path:
+    """A set of the recordings of `folder` with other labels."""
+    root = tmp_path / "other"
+    root.mkdir()
+    for part, values in labels.items():
+        sounds = [{"bytes": wav(tmp_path, sound(number)), "path": None} for number in range(len(values))]
+        audio = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+        features = datasets.Features({"audio": audio, "label": kind})
+        rows = datasets.Dataset.from_dict({"audio": sounds, "label": values}, features=features)
+        rows.to_parquet(root / f"{part}-00000-of-00001.parquet")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels", "message"),
+    [
+        ("bool", [True, False], r"train\[0\]: column 'label' holds True, not a word"),
+        ("int64", [3, 4], r"train\[0\]: column 'label' holds 3, not a word"),
+        ("float64", [0.5, 1.0], r"train\[0\]: column 'label' holds 0\.5, not a word"),
+        ("string", ["", "no"], r"train\[0\]: column 'label' holds '', not a word"),
+        ("string", ["yes", "yes"], "has one word, 'yes': telling words apart takes two"),
+        ("names", [0, -1], r"train\[1\]: column 'label' holds -1, not a number from 0 to 3"),
+    ],
+)
+def test_labels_that_are_no_words_are_refused_before_the_sound_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, labels: list, message: str
+):
+    monkeypatch.setattr("rnn.data.hub.kept_clips", lambda *args, **options: pytest.fail("the clips were read"))
+    feature = datasets.ClassLabel(names=NAMES) if kind == "names" else datasets.Value(kind)
+    refuse(table(tmp_path, dict.fromkeys(COUNTS, labels), feature), message)
+
+
+def test_a_split_without_recordings_of_a_word_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("rnn.data.hub.kept_clips", lambda *args, **options: pytest.fail("the clips were read"))
+    labels = {"train": ["yes", "no"], "validation": ["yes", "no"], "test": ["yes"]}
+    refuse(table(tmp_path, labels, datasets.Value("string")), "the class 'no' has no clip for test")
+
+
+def test_a_compressed_recording_of_days_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    soundfile = pytest.importorskip("soundfile", exc_type=(ImportError, OSError))
+    monkeypatch.setattr("rnn.data.hub.LONGEST", 2)
+
+    def longer(value: dict) -> dict:
+        file = io.BytesIO()
+        soundfile.write(file, np.zeros(3 * RATE, np.int16), RATE, format="FLAC", subtype="PCM_16")
+        return {**value, "bytes": file.getvalue()}
+
+    refuse(folder(tmp_path, spoil(longer)), r"test\[1\] is longer than the 2 seconds")
+
+
 def test_a_set_made_by_a_script_is_read_in_the_hubs_own_conversion(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ):

@@ -2,9 +2,12 @@
 
 import os
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from rnn.data.audio import RATE, write_wav
 from tests.rnn.speech_folder import make, read, refuse, sound
@@ -123,3 +126,20 @@ def test_a_full_disk_is_named_before_the_clips_are_read(small: Path, monkeypatch
     monkeypatch.setattr("rnn.data.clip_store.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     monkeypatch.setattr("rnn.data.clip_store.one_second", lambda *args: pytest.fail("a clip was read"))
     refuse(small, r"the cache .* cannot be written \(it takes 0\.0 GB, 0\.0 GB are free\): name another folder")
+
+
+def test_two_runs_read_the_same_set_at_once(small: Path):
+    with ThreadPoolExecutor(4) as pool:
+        sets = list(pool.map(read, [small] * 4))
+    assert len({data.notes["sha256"] for data in sets}) == 1
+    assert all(torch.equal(data.test.clips(torch.arange(6)), sets[0].test.clips(torch.arange(6))) for data in sets)
+
+
+def test_what_a_kill_left_in_the_cache_is_removed_after_a_day(small: Path):
+    clips = small.parent / "cache" / "clips"
+    clips.mkdir(parents=True)
+    for name, age in (("old", 90_000), ("new", 60)):
+        (clips / f".making-{name}").write_bytes(b"half")
+        os.utime(clips / f".making-{name}", (time.time() - age,) * 2)
+    read(small)
+    assert [path.name for path in clips.glob(".making-*")] == [".making-new"]

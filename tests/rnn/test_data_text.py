@@ -92,6 +92,32 @@ def test_a_short_text_is_refused(tmp_path: Path):
     assert load(f"text:{write(tmp_path, ENGLISH[:2000])}", task="lm")
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_text_is_the_same_however_it_is_encoded(encoding: str, end: str, tmp_path: Path):
+    (tmp_path / "x.txt").write_bytes((ENGLISH + "\n\u00e9").replace("\n", end).encode(encoding))
+    (tmp_path / "y.txt").write_bytes((ENGLISH + "\n\u00e9").encode())
+    hashes = {load(f"text:{tmp_path / name}", task="lm").notes["sha256"] for name in ("x.txt", "y.txt")}
+    assert len(hashes) == 1
+
+
+def test_a_text_whose_characters_are_all_rare_is_refused(tmp_path: Path):
+    rare = "".join(map(chr, range(0x4E00, 0x4E00 + 2500)))
+    with pytest.raises(ValueError, match="no character occurs 5 times in the training text"):
+        load(f"text:{write(tmp_path, rare)}", task="lm")
+
+
+def test_lines_that_are_cut_or_left_out_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture):
+    lines = [*labelled({"up": 20, "down": 30}), "up\t" + "x" * 513, "up\t" + "x" * 600]
+    file = write(tmp_path, "\n".join([*lines, lines[0]]))
+    data = load(f"text:{file}")
+    assert len(data.train) + len(data.validation) + len(data.test) == 51
+    assert capsys.readouterr().err.splitlines() == [
+        f"warning: text:{file}: 2 lines are longer than 512 characters and cut",
+        f"warning: text:{file}: 2 lines are repeated and left out",
+    ]
+
+
 def test_a_missing_file_is_an_os_error(tmp_path: Path):
     with pytest.raises(FileNotFoundError):
         load(f"text:{tmp_path / 'nowhere.txt'}", task="lm")
