@@ -4,6 +4,7 @@ from str_triton.nn.control import Control, warn_if_unfinished
 from str_triton.nn.layers import STRConv1d, STRConv2d, STRConv3d, STREmbedding, STRLayer, STRLinear
 from str_triton.nn.low_rank import LowRankWeight
 from str_triton.nn.low_rank_linear import LowRankLayer, LowRankLinear
+from str_triton.nn.matrices import Matrix, matrices
 from str_triton.nn.parameter_groups import parameter_groups
 from str_triton.nn.surgery import densify, sparsify, str_layers
 from str_triton.nn.thresholded import ThresholdedWeight, thresholded_weights, weight_name
@@ -13,6 +14,7 @@ __all__ = [
     "LowRankLayer",
     "LowRankLinear",
     "LowRankWeight",
+    "Matrix",
     "STRConv1d",
     "STRConv2d",
     "STRConv3d",
@@ -21,6 +23,7 @@ __all__ = [
     "STRLinear",
     "ThresholdedWeight",
     "densify",
+    "matrices",
     "parameter_groups",
     "sparsify",
     "str_layers",

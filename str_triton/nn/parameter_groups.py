@@ -2,10 +2,9 @@
 
 from torch import nn
 
+from str_triton.nn.kinds import NORMS
 from str_triton.nn.layers import STRLayer
 from str_triton.nn.low_rank import LowRankWeight
-
-_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)  # _NormBase: batch and instance norms
 
 
 def parameter_groups(
@@ -41,7 +40,7 @@ def parameter_groups(
             default = 0.0 if module.control else weight_decay
             decay = default if threshold_weight_decay is None else threshold_weight_decay
             special[id(module.raw_threshold)] = ("thresholds", decay)
-        elif isinstance(module, _NORMS):
+        elif isinstance(module, NORMS):
             special.update((id(p), ("norms", norm_weight_decay)) for p in module.parameters(recurse=False))
     groups: dict[tuple[str, float], list[nn.Parameter]] = {}
     for parameter in model.parameters():

@@ -40,6 +40,13 @@ class ThresholdedWeight:
         """The raw threshold."""
         return self.holder.raw_threshold
 
+    def pruning_offsets(self) -> Tensor:
+        """Return for each weight the offset, added to the raw threshold, from which on the weight is pruned; detached.
+
+        -inf for a weight of 0, inf for a weight that no threshold of g reaches.
+        """
+        return self.holder.pruning_offsets()
+
 
 def weight_name(module_name: str, attribute: str) -> str:
     """Return the row name of a weight in `count`: "conv1" for its `weight`, "gru.weight_ih_l0" for any other one."""

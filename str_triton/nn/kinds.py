@@ -1,0 +1,36 @@
+"""The kinds of modules whose weights `sparsify` knows, and of those whose parameters are no weights."""
+
+from torch import nn
+
+NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)  # _NormBase: batch and instance norms
+ONE_WEIGHT = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    *(nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag),
+)
+ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+ATTENTION_BIASES = ("bias_k", "bias_v")  # of shape [1, 1, features]
+
+
+def weight_attributes(module: nn.Module) -> tuple[str, ...]:
+    """Return the attributes that hold the weights of a module of a known kind, in order; () for another module."""
+    if isinstance(module, ONE_WEIGHT) or _is_transformers_conv1d(module):
+        return ("weight",)
+    if isinstance(module, nn.MultiheadAttention):
+        return tuple(name for name in ATTENTION_WEIGHTS if getattr(module, name, None) is not None)
+    if isinstance(module, nn.RNNBase):
+        return tuple(name for name in module._flat_weights_names if name.startswith("weight"))
+    if isinstance(module, nn.RNNCellBase):
+        return ("weight_ih", "weight_hh")
+    return ()
+
+
+def _is_transformers_conv1d(module: nn.Module) -> bool:
+    # By name, because this library does not import transformers.
+    return any(
+        cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils" for cls in type(module).__mro__
+    )
+
+
+def is_bias(module: nn.Module, attribute: str) -> bool:
+    """Return whether a parameter is added to activations instead of multiplied with them."""
+    return attribute == "bias" or (isinstance(module, nn.MultiheadAttention) and attribute in ATTENTION_BIASES)
