@@ -92,7 +92,7 @@ def controlled(
 
     def make(model: nn.Module, target: float) -> SparsityController:
         sparsify(model, gradient=gradient)
-        costs = {row.name: row.dense_flops / row.params for row in count(model, IMAGE).rows if row.params}
+        costs = {row.name: row.dense_flops / row.params for row in count(model, IMAGE).covered_rows}
         with torch.no_grad():
             for name, cost in costs.items():
                 model.get_submodule(name).raw_threshold.add_(flop_exponent * math.log(cost))
@@ -151,7 +151,7 @@ def measured(model: nn.Module, data, seed: int) -> dict:
         "accuracy": accuracy(model, data.test, seed),
         "sparsity": budget.sparsity,
         "flops": budget.flops / budget.dense_flops,
-        "density": [1 - row.sparsity for row in budget.rows if row.params],
+        "density": [1 - row.sparsity for row in budget.covered_rows],
     }
 
 

@@ -168,7 +168,7 @@ def train(name: str, target: float, seed: int, data: Data, number: int, epochs: 
     """One run on the first `number` images: its line of the result file."""
     torch.manual_seed(seed)
     model, generator = network().to(memory_format=torch.channels_last), torch.Generator().manual_seed(seed + 1)
-    rows = [row for row in count(model, IMAGE).rows if row.params]
+    rows = count(model, IMAGE).covered_rows
     costs = torch.tensor([row.dense_flops / row.params for row in rows])
     names = [f"{row.name}.weight" for row in rows]
     variant = VARIANTS[name]

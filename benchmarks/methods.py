@@ -79,7 +79,7 @@ class Nothing:
 
 
 def names_of_layers() -> list[str]:
-    return [row.name for row in count(network(WIDTHS), IMAGE).rows if row.params]
+    return [row.name for row in count(network(WIDTHS), IMAGE).covered_rows]
 
 
 def train(

@@ -19,7 +19,7 @@ from cnn.data import Data, batches, load
 from cnn.data.common import OnCorrupt
 from cnn.rebuild import Network, rebuild
 from str_triton import Budget, count
-from str_triton.files import write_atomically
+from str_triton.files import percent, write_atomically
 from str_triton.training.environment import describe_environment
 from str_triton.training.errors import UserError, blame_input, run_program, warn
 from str_triton.training.meter import Meter
@@ -197,8 +197,8 @@ def lines(accuracy: Accuracy, alone: float, budget: Budget, batch_size: int, dev
     """The result for people, below the table."""
     top5 = "" if accuracy.top5 is None else f"top-5 {100 * accuracy.top5:.2f} %  "
     yield f"accuracy {100 * accuracy.top1:.2f} %  {top5}loss {accuracy.loss:.4f}"
-    share = 100 * budget.flops / budget.dense_flops
-    yield f"sparsity {100 * budget.sparsity:.2f} %  FLOPs {share:.2f} % of dense, {budget.flops:,} an image"
+    share = percent(budget.flops / budget.dense_flops)
+    yield f"sparsity {percent(budget.sparsity)}  FLOPs {share} of dense, {budget.flops:,} an image"
     where = f"cpu, threads: {torch.get_num_threads()}" if device.type == "cpu" else torch.cuda.get_device_name(device)
     yield (
         f"throughput {alone:,.0f} images/s (the network alone, batches of {batch_size}, {where}), "
@@ -207,10 +207,13 @@ def lines(accuracy: Accuracy, alone: float, budget: Budget, batch_size: int, dev
 
 
 def totals(budget: Budget) -> dict[str, Any]:
-    """The budget as plain values."""
+    """Return the budget as plain values."""
     keys = ("params", "nonzeros", "sparsity", "dense_flops", "flops")
-    rows = [{"name": row.name, **{key: getattr(row, key) for key in keys}} for row in budget.rows]
-    return {**{key: getattr(budget, key) for key in keys}, "rows": rows}
+    rows = [
+        {"name": row.name, **{key: getattr(row, key) for key in keys}, "covered": row.covered} for row in budget.rows
+    ]
+    all_keys = (*keys, "uncovered_params", "uncovered_nonzeros", "total_sparsity")
+    return {**{key: getattr(budget, key) for key in all_keys}, "rows": rows}
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from cnn.data import load
 from cnn.export_onnx import to_onnx
 from cnn.rebuild import Network, rebuild
 from str_triton import count, deploy
-from str_triton.files import write_atomically
+from str_triton.files import percent, write_atomically
 from str_triton.training.errors import UserError, blame_input, one_line, run_program
 
 PURPOSE = "Write a trained network for use elsewhere."
@@ -122,9 +122,9 @@ def pack(options: Pack, network: Network, example: Tensor) -> None:
         shape = "x".join(map(str, example.shape[1:]))
         card = deploy.model_card(
             options.out,
-            title=f"{network.name}, {100 * budget.sparsity:.2f} % sparse",
+            title=f"{network.name}, {percent(budget.sparsity)} sparse",
             description=f"A sparse {network.name} for images of {shape} and {network.num_classes} classes.",
-            facts={**facts, "sparsity": f"{100 * budget.sparsity:.2f} %", "FLOPs": f"{budget.flops:,}"},
+            facts={**facts, "sparsity": percent(budget.sparsity), "FLOPs": f"{budget.flops:,}"},
             code=LOAD.format(
                 file=Path(options.out).name,
                 name=network.name,

@@ -24,7 +24,7 @@ from cnn.published import PUBLISHED
 from cnn.recipes import FINETUNING, RECIPES, RESUME_MAY_CHANGE, Config, recipe_for, settle
 from cnn.weights import read_weights
 from str_triton import Budget, count, densify, parameter_groups
-from str_triton.files import printable
+from str_triton.files import percent, printable
 from str_triton.training.checkpoints import Checkpoints
 from str_triton.training.command_line import CommandLine
 from str_triton.training.errors import UserError, blame_input, one_line, tell, warn
@@ -71,6 +71,7 @@ class Experiment(Loop):
             model.to(accelerator.device, memory_format=memory_format(config))
             example = torch.zeros(1, *data.image_shape, device=accelerator.device)
             check_images(config, model, example, accelerator.num_processes)
+            budget = count(model, example)
             controller = prepare(config, model, example)
         if config.method == "str":
             announce_pruning(config, steps)
@@ -92,7 +93,7 @@ class Experiment(Loop):
             data=data,
             corrupt=corrupt,
             example=example,
-            budget=count(model, example),
+            budget=budget,
         )
 
     def batches(self, epoch: int, start: int, *, training: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
@@ -161,12 +162,13 @@ class Experiment(Loop):
     def load_state(self, state: dict[str, Any]) -> None:
         super().load_state(state)
         self.corrupt[:] = state.get("corrupt", [])
-        self.budget = count(self.model, self.example)
+        with self.exact():
+            self.budget = count(self.model, self.example)
 
     def status(self, epoch: int, means: Means) -> str:
         return (
             f"epoch {epoch + 1}/{self.config.epochs}  loss {means.loss:.3f}  accuracy {100 * means.accuracy:.1f} %  "
-            f"sparsity {100 * self.budget.sparsity:.2f} %"
+            f"sparsity {percent(self.budget.sparsity)}"
         )
 
     def finish(self, run: Run) -> None:
@@ -191,8 +193,8 @@ class Experiment(Loop):
         run.write("report.html", report(run.path))
         run.say(str(budget))
         run.say(
-            f"accuracy {100 * summary['accuracy']:.2f} %  sparsity {100 * budget.sparsity:.2f} %  "
-            f"FLOPs {100 * budget.flops / budget.dense_flops:.2f} % of dense  {summary['seconds']:.0f} s"
+            f"accuracy {100 * summary['accuracy']:.2f} %  sparsity {percent(budget.sparsity)}  "
+            f"FLOPs {percent(budget.flops / budget.dense_flops)} of dense  {summary['seconds']:.0f} s"
         )
         run.say(f"report: {run.path / 'report.html'}")
 

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, told apart by their first bytes, and their texts made safe to print.
+"""Files: written whole or not at all, told apart by their first bytes, and texts fit to print.
 
 The ground floor of the house: it needs the standard library alone, and every room may import it.
 """
@@ -121,6 +121,16 @@ class _Draft(io.FileIO):
         except OSError as error:
             self.failure = self.failure or error
             raise
+
+
+def percent(share: float, digits: int = 2) -> str:
+    """Return a share, 0 to 1, as text in %: "90.00 %".
+
+    A share next to 0 or 1 has as many more digits as tell it from them: 29 weights left of 589,824 are "99.995 %".
+    """
+    while 0 < share < 1 and float(f"{100 * share:.{digits}f}") in (0, 100):
+        digits += 1
+    return f"{100 * share:.{digits}f} %"
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from str_triton.files import beside, is_safetensors, printable, replacing, write_atomically
+from str_triton.files import beside, is_safetensors, percent, printable, replacing, write_atomically
 
 NO_SPACE = 28
 
@@ -234,3 +234,19 @@ def test_safetensors_are_told_by_their_beginning(tmp_path: Path, content: bytes,
 def test_nothing_printable_acts_on_a_terminal(text: str, expected: str):
     assert printable(text) == expected
     assert printable(expected) == expected
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [
+        (0, "0.00 %"),
+        (0.9, "90.00 %"),
+        (1, "100.00 %"),
+        (1 - 29 / 589_824, "99.995 %"),
+        (1 / 589_824, "0.0002 %"),
+        (1 - 1e-15, "99.9999999999999 %"),
+        (0.99994, "99.99 %"),
+    ],
+)
+def test_a_share_is_not_rounded_to_none_or_all(share: float, text: str):
+    assert percent(share) == text

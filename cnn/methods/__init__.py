@@ -50,9 +50,9 @@ def prepare(config: Config, model: nn.Module, example: Tensor) -> SparsityContro
 
 
 def counted_weights(model: nn.Module, example: Tensor) -> dict[str, nn.Parameter]:
-    """The weights that `count` lists, by its names, in its order."""
+    """Return the weights that `count` lists as covered, by its names, in its order."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    names = [row.name for row in count(model, example).rows if row.params]
+    names = [row.name for row in count(model, example).covered_rows]
     # The projections of nn.MultiheadAttention are listed by their own names, all others by their layers'.
     return {name: parameters[name if name in parameters else f"{name}.weight".lstrip(".")] for name in names}
 

@@ -79,7 +79,7 @@ def _from_csv(path: Path, text: str) -> dict[str, float]:
 
 
 def _from_budget(path: Path, budget: Budget) -> dict[str, float]:
-    return _collect(path, ((row.name, row.sparsity) for row in budget.rows if row.params))  # pools have no weights
+    return _collect(path, ((row.name, row.sparsity) for row in budget.covered_rows))
 
 
 def _collect(path: Path, shares: Iterable[tuple[str, float]]) -> dict[str, float]:

@@ -10,6 +10,7 @@ from torch import nn
 from str_triton.budget.table_files import (
     aligned,
     check_totals,
+    flag,
     number,
     read_csv,
     read_json,
@@ -25,7 +26,7 @@ TOTALS = (
     *("other_params", "other_recurrent_flops"),
 )
 HEADINGS = (
-    *("matrix", "rows", "columns", "max rank", "rank", "params", "dense params", "threshold"),
+    *("matrix", "rows", "columns", "max rank", "rank", "parameters", "dense parameters", "threshold"),
     *("recurrent FLOPs", "dense recurrent FLOPs"),
 )
 OTHER_RECURRENT, OTHERS = "(other recurrent matrices)", "(other parameters)"
@@ -256,10 +257,7 @@ def _parse(record: Any, where: str) -> MatrixBudget:
     if rank > max_rank:
         raise ValueError(f"{where}, column 'rank': expected 0 to {max_rank} (max_rank), got {rank}")
     threshold = None if record["threshold"] in (None, "") else number(record, "threshold", float, where)
-    recurrent = str(record["recurrent"]).lower()  # Spreadsheets write TRUE.
-    if recurrent not in ("true", "false"):
-        raise ValueError(f"{where}, column 'recurrent': expected true or false, got {record['recurrent']!r}")
-    row = MatrixBudget(record["name"], rows, columns, max_rank, rank, threshold, recurrent == "true")
+    row = MatrixBudget(record["name"], rows, columns, max_rank, rank, threshold, flag(record, "recurrent", where))
     for column in ("params", "dense_params"):
         if number(record, column, int, where) != getattr(row, column):
             raise ValueError(f"{where}, column {column!r}: {record[column]}, but the rank says {getattr(row, column)}")

@@ -11,12 +11,12 @@ from typing import Any
 from str_triton.files import write_atomically
 
 
-def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """A table of cells: the first line is the heading, the last the total; the first column is left-aligned."""
+def aligned(lines: Sequence[Sequence[str]], totals: int = 1) -> str:
+    """Return a table of cells: a heading, lines, and at the end the totals; the first column is left-aligned."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
     rule = "-" * len(text[0])
-    return "\n".join([text[0], rule, *text[1:-1], rule, text[-1]])
+    return "\n".join([text[0], rule, *text[1:-totals], rule, *text[-totals:]])
 
 
 def write_csv(path: str | os.PathLike[str], columns: Sequence[str], records: Iterable[Mapping[str, Any]]) -> None:
@@ -71,10 +71,18 @@ def read_json(path: str | os.PathLike[str], totals: Sequence[str]) -> tuple[dict
 
 
 def check_totals(path: str | os.PathLike[str], content: Mapping[str, Any], totals: Mapping[str, Any]) -> None:
-    """ValueError unless the file's totals are those of its rows."""
+    """Raise ValueError unless the file's totals are those of its rows."""
     for key, total in totals.items():
         if content[key] != total:
             raise ValueError(f"{path}, column {key!r}: {content[key]!r}, but the rows say {total!r}")
+
+
+def flag(record: Mapping[str, Any], column: str, where: str) -> bool:
+    """Return the truth value in a cell, from its text or its JSON value."""
+    text = str(record[column]).lower()  # Spreadsheets write TRUE.
+    if text not in ("true", "false"):
+        raise ValueError(f"{where}, column {column!r}: expected true or false, got {record[column]!r}")
+    return text == "true"
 
 
 def require(columns: Sequence[str], found: Any, where: str) -> None:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from str_triton.budget.budget import Budget
 from str_triton.deploy.pack import inspect
 from str_triton.files import write_atomically
 
@@ -55,6 +56,8 @@ def model_card(
         "datasets": list(datasets),
         "tags": list(dict.fromkeys(["str-triton", *([kind] if summary.is_smaller else []), *tags])),
     }
+    budget = summary if summary.budget is None else summary.budget
+    remarks = budget.remarks() if isinstance(budget, Budget) else []
     code = LOAD.format(name=path.name) if code is None else code.strip("\n")
     sections = [
         "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in fields.items() if value), "---"]),
@@ -65,7 +68,7 @@ def model_card(
         f"## Load\n\nWith str-triton installed:\n\n```python\n{code}\n```\n\n"
         "`python -m str_triton inspect` lists what the file holds, `python -m str_triton unpack` writes it as plain "
         "safetensors. It is readable without str-triton, whose docs/packed-format.md says how.",
-        f"## Budget\n\n{_table(*(summary if summary.budget is None else summary.budget).lines())}",
+        "\n\n".join(["## Budget", _table(*budget.lines()), *remarks]),
     ]
     write_atomically(card, "\n\n".join(sections), "\n")
     return card

@@ -8,6 +8,7 @@ from typing import Any
 from str_triton.budget.budget import Budget
 from str_triton.budget.rank_budget import RankBudget
 from str_triton.budget.table_files import aligned
+from str_triton.files import percent
 
 HEADINGS = ("tensor", "shape", "stored as", "elements", "nonzeros", "sparsity", "bytes")
 
@@ -129,6 +130,6 @@ def _cells(name: str, shape: str, tensors: Sequence[PackedTensor]) -> tuple[str,
         kinds.pop() if len(kinds) == 1 else "",
         f"{elements:,}",
         f"{nonzeros:,}",
-        f"{100 * (1 - nonzeros / elements):.2f} %" if elements else "",
+        percent(1 - nonzeros / elements) if elements else "",
         f"{sum(tensor.nbytes for tensor in tensors):,}",
     )

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from str_triton.budget.budget import Budget, LayerBudget
+from str_triton.files import percent
 from str_triton.training.metrics import Record
 
 BLUE, ORANGE, GREY = "#3f87cf", "#e07b39", "#9aa3ad"
@@ -61,15 +62,15 @@ def progress_picture(epochs: Sequence[Record]) -> str:
 
 
 def sparsity_picture(budget: Budget) -> str:
-    """Each layer's sparsity, and the whole network's as a line."""
-    rows = [row for row in budget.rows if row.params]
+    """Draw the sparsity of each covered layer, and that of the network as a line."""
+    rows = budget.covered_rows
     with matplotlib.rc_context(STYLE):
         figure, axes = _layers(rows)
         axes.barh(range(len(rows)), [100 * row.sparsity for row in rows], color=BLUE, height=0.7)
         for index, row in enumerate(rows):
-            axes.annotate(f"{100 * row.sparsity:.1f}", (101, index), (0, 0), **_BESIDE)
+            axes.annotate(percent(row.sparsity, 1).removesuffix(" %"), (101, index), (0, 0), **_BESIDE)
         axes.axvline(100 * budget.sparsity, color=ORANGE, linestyle="--", linewidth=1.4)
-        axes.set(xlabel=f"sparsity (%); dashed: the network, {100 * budget.sparsity:.2f}", xlim=(0, 106))
+        axes.set(xlabel=f"sparsity (%); dashed: the network, {percent(budget.sparsity)}", xlim=(0, 106))
         return svg(figure)
 
 
@@ -109,7 +110,7 @@ def flops_picture(budget: Budget) -> str:
         )
         axes.barh(range(len(rows)), [row.flops for row in rows], color=BLUE, height=0.7, label="sparse")
         for index, row in enumerate(rows):
-            text = f"{100 * row.flops / row.dense_flops:.1f} %"
+            text = percent(row.flops / row.dense_flops, 1)
             axes.annotate(text, (row.dense_flops, index), (3, 0), **_BESIDE)
         axes.set(xlabel="multiply-adds for one input", xlim=(0, 1.12 * max(row.dense_flops for row in rows)))
         axes.xaxis.set_major_formatter(EngFormatter())

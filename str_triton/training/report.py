@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from str_triton.budget.budget import Budget
+from str_triton.files import percent
 from str_triton.training.metrics import Record, read_metrics
 from str_triton.training.page import page, plain_table, section, table
 from str_triton.training.pictures import (
@@ -35,7 +36,7 @@ def report(folder: Path) -> str:
     else:
         budget = Budget.from_json(folder / "budget.json")
         title = (
-            f"{summary['recipe']}: {100 * summary['accuracy']:.2f} % accuracy at {100 * budget.sparsity:.2f} % sparsity"
+            f"{summary['recipe']}: {100 * summary['accuracy']:.2f} % accuracy at {percent(budget.sparsity)} sparsity"
         )
         facts, sections = _facts(summary, budget), _sections(epochs, budget)
     if (folder / "data.json").exists():
@@ -60,9 +61,9 @@ def _facts(summary: Mapping[str, Any], budget: Budget) -> dict[str, str]:
     sparse = 4 * budget.nonzeros + budget.params / 8
     return {
         "test accuracy": f"{100 * summary['accuracy']:.2f} %",
-        "sparsity": f"{100 * budget.sparsity:.2f} %",
+        "sparsity": percent(budget.sparsity),
         f"of {budget.params:,} weights": f"{budget.nonzeros:,}",
-        "of the dense FLOPs": f"{100 * budget.flops / budget.dense_flops:.1f} %",
+        "of the dense FLOPs": percent(budget.flops / budget.dense_flops, 1),
         f"of {size_text(4 * budget.params)}": size_text(min(sparse, 4 * budget.params)),
         f"for {summary['epochs']} epochs": f"{summary['seconds']:.0f} s",
     }
@@ -77,24 +78,10 @@ def _sections(epochs: list[Record], budget: Budget) -> list[str]:
         *([section("Thresholds over time", thresholds)] if thresholds else []),
         section("FLOPs by layer", flops_picture(budget), flops),
         section("Size of the weights", size_picture(budget)),
-        section("Budget", _budget_table(budget)),
+        section("Budget", _budget_table(budget), " ".join(budget.remarks())),
     ]
 
 
 def _budget_table(budget: Budget) -> str:
-    heads = ("layer", "weights", "nonzero", "sparsity", "dense FLOPs", "FLOPs", "share", "threshold")
-    lines = []
-    for name, row in [(row.name or "(model)", row) for row in budget.rows] + [("total", budget)]:
-        threshold = getattr(row, "threshold", None)
-        cells = (
-            name,
-            f"{row.params:,}",
-            f"{row.nonzeros:,}",
-            f"{100 * row.sparsity:.2f} %" if row.params else "",
-            f"{row.dense_flops:,}",
-            f"{row.flops:,}",
-            f"{100 * row.flops / row.dense_flops:.2f} %" if row.dense_flops else "",
-            "" if threshold is None else f"{threshold:.4g}",
-        )
-        lines.append(cells)
-    return table(heads, lines[:-1], lines[-1])
+    heading, *lines, total = budget.lines()
+    return table(heading, lines, total)

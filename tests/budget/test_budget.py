@@ -42,7 +42,7 @@ def test_table_is_aligned_and_cuts_no_name():
     header, rule, first, bare, pools, _, total = text.splitlines()
     assert {len(line) for line in text.splitlines()} == {len(header)}
     assert set(rule) == {"-"}
-    assert header.split() == ["layer", "params", "nonzeros", "sparsity", "dense", "FLOPs", "FLOPs", "threshold"]
+    assert header.split() == ["layer", "weights", "nonzeros", "sparsity", "dense", "FLOPs", "FLOPs", "threshold"]
     assert first.startswith(ROWS[0].name + "  ")
     assert first.split()[-7:] == ["1,000,000", "100,001", "90.00", "%", "64,000,000", "6,400,064", "0.1"]
     assert bare.split() == ["(model)", "3", "2", "33.33", "%", "0", "0"]
@@ -50,8 +50,55 @@ def test_table_is_aligned_and_cuts_no_name():
     assert total.split() == ["total", "1,000,003", "100,003", "90.00", "%", "64,050,176", "6,450,240"]
 
 
+MIXED = [*ROWS[:3], LayerBudget("experts", 3_000_000, 2_000_000, 100, 50, None, covered=False)]
+
+
+def test_totals_are_of_the_covered_weights_and_flops_of_all():
+    budget = Budget(MIXED)
+    assert (budget.params, budget.nonzeros) == (1_000_003, 100_003)
+    assert (budget.uncovered_params, budget.uncovered_nonzeros) == (3_000_000, 2_000_000)
+    assert budget.sparsity == Budget(ROWS[:3]).sparsity
+    assert budget.total_sparsity == 1 - 2_100_003 / 4_000_003
+    assert (budget.dense_flops, budget.flops) == (64_050_276, 6_450_290)
+    assert [row.name for row in budget.covered_rows] == [ROWS[0].name, ""]
+    assert budget.uncovered_rows == MIXED[3:]
+    assert Budget(ROWS).total_sparsity == Budget(ROWS).sparsity
+
+
+def test_table_marks_what_is_not_covered_and_gives_both_sparsities():
+    *_, experts, rule, covered, total, remark = str(Budget(MIXED)).splitlines()
+    assert experts.startswith("experts (not covered) ")
+    assert set(rule) == {"-"}
+    assert covered.split()[-6:] == ["1,000,003", "100,003", "90.00", "%", "64,050,176", "6,450,240"]
+    assert total.split()[-6:] == ["4,000,003", "2,100,003", "47.50", "%", "64,050,276", "6,450,290"]
+    for text in ("not covered: 1 matrix, 75.00 % of all weights", "90.00 %", "47.50 % of all"):
+        assert text in remark
+
+
+def test_no_layer_with_weights_left_is_printed_as_empty_nor_one_with_a_zero_as_dense():
+    rows = [LayerBudget("a", 589_824, 29, 1, 1), LayerBudget("b", 589_824, 589_823, 1, 1), LayerBudget("c", 9, 0, 1, 0)]
+    cells = [line[3] for line in Budget(rows).lines()[1:4]]
+    assert cells == ["99.995 %", "0.0002 %", "100.00 %"]
+
+
 @pytest.mark.parametrize("kind", ["csv", "json"])
-@pytest.mark.parametrize("rows", [ROWS, []])
+def test_a_file_without_the_later_columns_and_totals_is_read(tmp_path, kind):
+    path = write(tmp_path / "budget", kind, Budget(ROWS))
+    if kind == "csv":
+        path.write_text(re.sub(r",(covered|True)\n", "\n", path.read_text()))
+    else:
+        content = json.loads(path.read_text())
+        for key in ("uncovered_params", "uncovered_nonzeros", "total_sparsity"):
+            del content[key]
+        for row in content["rows"]:
+            del row["covered"]
+        path.write_text(json.dumps(content))
+    assert "covered" not in path.read_text()
+    assert read(path, kind) == Budget(ROWS)
+
+
+@pytest.mark.parametrize("kind", ["csv", "json"])
+@pytest.mark.parametrize("rows", [ROWS, MIXED, []])
 def test_files_round_trip_exactly(tmp_path, kind, rows):
     path = write(tmp_path / "budget", kind, Budget(rows))
     assert read(path, kind) == Budget(rows)
@@ -60,7 +107,7 @@ def test_files_round_trip_exactly(tmp_path, kind, rows):
 
 def test_csv_has_the_columns_in_order_and_json_the_totals(tmp_path, budget):
     first = write(tmp_path / "b.csv", "csv", budget).read_text().splitlines()[0]
-    assert first == "name,params,nonzeros,sparsity,dense_flops,flops,threshold"
+    assert first == "name,params,nonzeros,sparsity,dense_flops,flops,threshold,covered"
     content = json.loads(write(tmp_path / "b.json", "json", budget).read_text())
     assert [content[key] for key in ("params", "flops", "sparsity")] == [budget.params, budget.flops, budget.sparsity]
     assert content["rows"][1]["threshold"] is None
@@ -71,8 +118,8 @@ def test_csv_that_a_spreadsheet_wrote_again_is_read(tmp_path, budget):
     text = (
         path.read_text()
         .replace("0.899999,", "0.89999900000001,")
-        .replace("0.1\n", "0.1,a note\n")
-        .replace("hold\n", "hold,notes\n")
+        .replace("True\n", "TRUE,a note\n")
+        .replace("covered\n", "covered,notes\n")
     )
     path.write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
     assert read(path, "csv") == Budget(ROWS[:1])
@@ -90,6 +137,14 @@ def test_missing_column_is_named(tmp_path, budget, kind, column):
         path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=rf"budget.*no column '{column}'"):
         read(path, kind)
+
+
+@pytest.mark.parametrize("key", ["uncovered_params", "uncovered_nonzeros", "total_sparsity"])
+def test_later_json_total_that_is_wrong_is_named(tmp_path, budget, key):
+    path = write(tmp_path / "b.json", "json", budget)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: 7}))
+    with pytest.raises(ValueError, match=rf"b\.json, column '{key}'"):
+        read(path, "json")
 
 
 @pytest.mark.parametrize("key", ["params", "nonzeros", "sparsity", "dense_flops", "flops", "rows"])
@@ -120,6 +175,7 @@ def test_json_total_that_is_missing_or_wrong_is_named(tmp_path, budget, key):
         ("sparsity", 0.75),
         ("sparsity", "half"),
         ("threshold", "low"),
+        ("covered", "partly"),
     ],
 )
 @pytest.mark.parametrize("kind", ["csv", "json"])
@@ -168,7 +224,7 @@ def test_file_of_another_kind_is_refused_by_name(tmp_path, kind, data):
 
 def test_csv_row_with_too_many_cells_is_refused(tmp_path, budget):
     path = write(tmp_path / "b.csv", "csv", budget)
-    path.write_text(path.read_text() + "x,1,1,0.0,1,1,,stray\n")
+    path.write_text(path.read_text() + "x,1,1,0.0,1,1,,True,stray\n")
     with pytest.raises(ValueError, match=r"b\.csv, row 5.*'stray'"):
         read(path, "csv")
 

@@ -1,3 +1,5 @@
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ from torch.nn.utils import parameters_to_vector, parametrizations, prune, vector
 from str_triton.budget.budget import LayerBudget
 from str_triton.budget.count import count, counted_layers
 from str_triton.nn.layers import STRConv2d, STRLayer
+from str_triton.nn.low_rank import LowRankWeight
 from str_triton.nn.surgery import sparsify
 
 # ---- the papers' networks ------------------------------------------------------------------------------------------
@@ -226,26 +229,76 @@ def test_transformer_encoder_has_no_path_that_is_not_seen(padded):
     assert budget.rows[0].name == "layers.0.self_attn.in_proj_weight"
 
 
-def test_parameters_that_no_layer_owns_are_left_out_with_a_warning():
-    class Model(nn.Linear):
-        def __init__(self):
-            super().__init__(4, 4)
-            self.projection = nn.Parameter(torch.randn(4, 4))
-            self.scale = nn.Parameter(torch.randn(1, 4))
+class Bare(nn.Linear):
+    """A covered weight and two Parameters that belong to no layer that `sparsify` knows."""
 
+    def __init__(self):
+        super().__init__(4, 4)
+        self.projection = nn.Parameter(torch.randn(4, 4))
+        self.scale = nn.Parameter(torch.randn(1, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x * self.scale, self.scale * self.weight) @ self.projection
+
+
+def test_parameters_that_no_layer_owns_have_rows_that_are_not_covered():
+    model = Bare()
+    halve(model)
+    budget = count(model, torch.randn(2, 4))
+    assert [(r.name, r.params, r.covered, r.dense_flops, r.flops) for r in budget.rows] == [
+        ("", 16, True, 32, 8),  # Half of the rows are zero, and half of what scales the columns.
+        ("projection", 16, False, 32, 16),
+        ("scale", 4, False, 0, 0),
+    ]
+    assert (budget.params, budget.nonzeros, budget.sparsity) == (16, 8, 0.5)
+    assert (budget.uncovered_params, budget.uncovered_nonzeros) == (20, 10)
+    assert (budget.dense_flops, budget.flops) == (64, 24)
+    assert list(counted_layers(model)) == [("", model, "weight")]
+
+
+def test_a_product_of_two_parameters_belongs_to_the_larger_covered_one():
+    class Scaled(Bare):
         def forward(self, x: Tensor) -> Tensor:
-            return F.linear(x * self.scale, self.scale * self.weight) @ self.projection
+            return F.linear(x, self.scale * self.projection)
 
-    with pytest.warns(UserWarning, match="left out.*: projection$"):
-        budget = count(Model(), torch.randn(2, 4))
-    assert (budget.params, budget.flops) == (16, 32)
+    assert [r.dense_flops for r in count(Scaled(), torch.randn(2, 4)).rows] == [0, 32, 0]
 
 
-@pytest.mark.filterwarnings("ignore:count. products:UserWarning")
-@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])
-def test_recurrent_layers_are_out_of_scope(kind):
-    budget = count(kind(4, 4), torch.randn(3, 2, 4))
-    assert (budget.rows, budget.params, budget.flops) == ([], 0, 0)
+def test_factors_of_a_matrix_are_rows():
+    model = nn.ModuleDict({"weight": LowRankWeight(6, 4, 2), "head": nn.Linear(6, 3)})
+    model.forward = lambda x: model["head"](model["weight"](x))
+    rows = {r.name: (r.params, r.covered) for r in count(model, torch.randn(5, 4)).rows}
+    assert rows == {"weight.u": (12, False), "weight.v": (8, False), "head": (18, True)}
+
+
+@pytest.mark.parametrize("build", [nn.Transformer, nn.TransformerEncoderLayer, nn.LSTM, nn.Bilinear, Bare])
+def test_every_matrix_is_in_exactly_one_row(build):
+    options = {nn.Transformer: (8, 2, 1, 1, 16), nn.LSTM: (8, 6, 2), nn.Bilinear: (8, 8, 3)}
+    model = build(*options.get(build, () if build is Bare else (8, 2, 16)))
+    x = torch.randn(3, 2, 4 if build is Bare else 8)
+    budget = count(model, (x, x) if build in (nn.Transformer, nn.Bilinear) else x)
+    matrices = [p.numel() for p in model.parameters() if p.dim() > 1]
+    assert len({row.name for row in budget.rows}) == len(matrices)
+    assert sorted(row.params for row in budget.rows) == sorted(matrices)
+
+
+def test_weights_with_nan_are_named_once():
+    model = nn.Sequential(nn.Linear(4, 4), sparsify(nn.Linear(4, 4)), nn.Linear(4, 4), nn.Linear(4, 4).half())
+    with torch.no_grad():
+        model[0].weight[0, 0] = model[1].dense_weight[0, 0] = torch.nan
+        model[3].weight.fill_(60_000)  # Their sum is infinite.
+    model.forward = model[:3].forward
+    with pytest.warns(UserWarning, match="NaN") as caught:
+        budget = count(model, torch.randn(2, 4))
+    assert [str(w.message).split(" contain")[0] for w in caught] == ["count: 0, 1"]
+    assert caught[0].filename == __file__
+    assert budget.rows[2].nonzeros == 16
+
+
+def test_finite_weights_do_not_warn():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        count(small(), torch.randn(3, 4))
 
 
 class Tied(nn.Module):

@@ -53,10 +53,13 @@ def test_a_run_gives_what_its_summary_says(whole_run: Path, tmp_path: Path, caps
     assert result["top1"] < result["top5"] <= 1
     budget = Budget.from_json(whole_run / "budget.json")
     assert result["budget"]["rows"] == [
-        {key: getattr(row, key) for key in ("name", "params", "nonzeros", "sparsity", "dense_flops", "flops")}
+        {
+            key: getattr(row, key)
+            for key in ("name", "params", "nonzeros", "sparsity", "dense_flops", "flops", "covered")
+        }
         for row in budget.rows
     ]
-    for key in ("params", "nonzeros", "sparsity", "dense_flops", "flops"):
+    for key in ("params", "nonzeros", "sparsity", "dense_flops", "flops", "uncovered_params", "total_sparsity"):
         assert result["budget"][key] == getattr(budget, key)
     assert result["images_per_second"] > 0
     assert result["model_images_per_second"] > 0

@@ -56,7 +56,7 @@ def test_a_card_for_the_hub(tmp_path: Path):
     assert cells(facts)[2:] == [["accuracy", "97.5 %"], ["recipe", r"a\|b"]]
     assert text["Files"] == f"`digits.safetensors`: {' '.join(summary.remarks())}"
     lines = cells(text["Budget"])
-    assert lines[0] == ["layer", "params", "nonzeros", "sparsity", "dense FLOPs", "FLOPs", "threshold"]
+    assert lines[0] == ["layer", "weights", "nonzeros", "sparsity", "dense FLOPs", "FLOPs", "threshold"]
     assert [line[0] for line in lines[2:]] == ["0", "2", "total"]
     assert lines[-1][1:5] == [
         f"{budget.params:,}",
@@ -65,6 +65,16 @@ def test_a_card_for_the_hub(tmp_path: Path):
         f"{budget.dense_flops:,}",
     ]
     assert {len(line) for line in lines} == {7}
+
+
+def test_what_is_not_covered_is_marked_and_its_share_given(tmp_path: Path):
+    model = nn.Linear(30, 20)
+    model.table = nn.Parameter(torch.randn(4, 5))
+    deploy.pack(model, tmp_path / "a.safetensors", budget=count(sparsify(model), torch.zeros(1, 30)))
+    _, text = sections(deploy.model_card(tmp_path / "a.safetensors", **TEXTS).read_text())
+    table, remark = text["Budget"].split("\n\n")
+    assert [line[0] for line in cells(table)[2:]] == ["(model)", "table (not covered)", "total, covered", "total"]
+    assert "1 matrix, 3.23 %" in remark
 
 
 def test_the_code_on_the_card_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

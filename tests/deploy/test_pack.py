@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from str_triton import Budget, LayerBudget, LowRankLinear, LowRankWeight, count, count_ranks, densify, deploy, sparsify
+from str_triton.deploy.packed_file import read_packed, write_packed
 from tests.deploy.packing import Everything, bits, holed, same_bits
 
 State = dict[str, Tensor]
@@ -320,6 +321,16 @@ def test_budget_and_metadata_are_kept(tmp_path: Path):
     )
     assert summary.metadata == {"run": "a", "top1": 74.31, "ranks": [1, 2]}
     assert packed(model, tmp_path / "x").budget is None
+
+
+def test_a_budget_with_weights_that_are_not_covered_is_kept_and_one_written_before_is_read(tmp_path: Path):
+    rows = [LayerBudget("a", 600, 6, 600, 6, 0.1), LayerBudget("b", 10, 10, 0, 0, covered=False)]
+    summary = packed({"a": holed(20, 30)}, tmp_path / "x", budget=Budget(rows))
+    assert deploy.inspect(tmp_path / "x").budget == summary.budget == Budget(rows)
+    file = read_packed(tmp_path / "x")
+    assert [row.pop("covered") for row in file.content["budget"]["rows"]] == [True, False]
+    write_packed(tmp_path / "before", file.parts, file.content)
+    assert all(row.covered for row in deploy.inspect(tmp_path / "before").budget.rows)
 
 
 def test_the_table(tmp_path: Path):

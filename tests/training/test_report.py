@@ -81,6 +81,20 @@ def test_the_page_shows_the_figures(tmp_path: Path):
     assert "<head>" not in page.replace("<head>", "", 1)
 
 
+def test_the_page_marks_what_is_not_covered_and_rounds_no_sparsity_to_all(tmp_path: Path):
+    folder = run_folder(tmp_path, epochs=2, thresholds=False)
+    rows = [LayerBudget("stem", 589_824, 29, 4, 1, 0.1), LayerBudget("experts", 10, 9, 4, 3, covered=False)]
+    Budget(rows).to_json(folder / "budget.json")
+    (record,) = ({"layers": {row.name: {"sparsity": row.sparsity, "threshold": row.threshold} for row in rows}},)
+    text = (folder / "metrics.jsonl").read_text().splitlines()
+    lines = [json.dumps(json.loads(line) | (record if "layers" in line else {})) for line in text]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    page = report(folder)
+    for text in ("accuracy at 99.995 % sparsity", "experts (not covered)", "not covered: 1 matrix, 0.002 %"):
+        assert text in page
+    assert ">100.00 %" not in page
+
+
 def test_ids_of_different_pictures_do_not_collide(tmp_path: Path):
     ids = re.findall(r'<clipPath id="([^"]+)"', report(run_folder(tmp_path, epochs=3, thresholds=True)))
     assert len(ids) == len(set(ids)) > 3

@@ -1,0 +1,195 @@
+"""Finds out which weight each product of a forward pass uses, and what the product costs.
+
+Every convolution and matrix product passes below the modules with its operands in hand. So a module that bypasses a
+child's forward, uses a weight twice, or computes it from parameters first (soft threshold, weight normalization, a cast
+under autocast, a transpose) is counted like any other.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from str_triton.nn import Matrix
+
+aten = torch.ops.aten
+PRODUCTS = {  # Where the two factors stand among the arguments.
+    **dict.fromkeys((aten.mm, aten.bmm, aten.mv, aten._grouped_mm), 0),
+    **dict.fromkeys((aten.addmm, aten.baddbmm, aten.addbmm, aten.addmv), 1),
+}
+RECURRENT = ("gru", "lstm", "rnn_relu", "rnn_tanh")
+AVERAGE_POOLS = {f"{kind}avg_pool{d}d" for kind in ("", "adaptive_") for d in (1, 2, 3)}
+
+
+class Products(TorchDispatchMode):
+    """Adds up, while it is active, the multiply-adds that each weight takes part in.
+
+    A tensor computed from parameters and constants alone is a form of the largest covered weight among its sources (of
+    the largest one, if none is covered), and so are the matrices that the input chooses from a weight of three or more
+    dimensions (experts). A tensor computed with anything else that comes from the example input is an activation. Both
+    are known by their storage, so that views follow; a storage that many parameters share is told apart by the bytes.
+
+    Attributes:
+        dense: multiply-adds by the weight's name.
+        sparse: the same without those whose weight is zero.
+        hidden: names of weights, by the operators of other libraries that take them and an activation, and compute
+            nobody knows what.
+    """
+
+    def __init__(self, weights: Sequence[Matrix], inputs: Any) -> None:
+        super().__init__()
+        self.dense: dict[str, int] = {}
+        self.sparse: dict[str, int] = {}
+        self.hidden: dict[str, set[str]] = {}
+        self._paused = False
+        self._ranks = {weight.name: (weight.covered, sum(p.numel() for p in weight.sources)) for weight in weights}
+        self._activations = {_storage(t) for t in tree_leaves(inputs) if _has_storage(t)}
+        self._origins: dict[StorageWeakRef, list[tuple[float, float, str]]] = {}
+        for weight in weights:
+            for parameter in filter(_has_storage, weight.sources):
+                extent = 1 + sum((n - 1) * s for n, s in zip(parameter.shape, parameter.stride(), strict=True))
+                begin = _offset(parameter)
+                place = (begin, begin + extent * parameter.itemsize, weight.name)
+                self._origins.setdefault(_storage(parameter), []).append(place)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if self._paused:
+            return func(*args, **kwargs)
+        with self:
+            out = func.decompose(*args, **kwargs)  # F.linear and the like arrive whole in inference mode.
+        if out is not NotImplemented:
+            return out
+        if func is aten.embedding_renorm_.default:  # nn.Embedding(max_norm=...) would rewrite its weight.
+            return args[0]
+        out = func(*args, **kwargs)
+        inputs = _tensors((args, kwargs))
+        self._count(func, args, out, inputs)
+        self._trace([args[0]] if _chooses_matrices(func, args) else inputs, out)
+        return out
+
+    def recurrent(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Run `torch.gru` or a function like it and count its weights, each once per time step and sequence.
+
+        The kernels of cuDNN and oneDNN compute all layers in one call, which shows no products.
+        """
+        x = args[0]  # [steps, batch, features], [batch, steps, features], or [sum of lengths, features] if packed
+        weights = [argument for argument in args if isinstance(argument, list | tuple)][-1]  # lstm's states come first
+        for weight in weights:
+            if weight.dim() > 1:
+                self._add(weight, math.prod(x.shape[:-1]) * weight.numel())
+        self._paused = True
+        try:
+            out = func(*args, **kwargs)
+        finally:
+            self._paused = False
+        self._trace(_tensors((args, kwargs)), out)
+        return out
+
+    def _count(self, func: Any, args: tuple, out: Any, inputs: list[Tensor]) -> None:
+        op = func.overloadpacket
+        if op is aten.convolution:
+            x, weight, transposed = args[0], args[1], args[6]
+            self._add(weight, (x if transposed else out).numel() // weight.shape[0] * weight.numel())
+        elif op is aten._trilinear:  # nn.Bilinear
+            self._add(args[1], args[0].shape[0] * args[1].numel())
+        elif op in PRODUCTS:
+            a, b = args[PRODUCTS[op] : PRODUCTS[op] + 2]
+            # x W^T has the weight second. One that stands first must multiply an activation: without that, the
+            # product computes a weight, as W v does in spectral normalization.
+            weight = a if self._origin(b) is None and self._is_activation(b) else b
+            self._add(weight, a.numel() * (b.shape[-1] if b.dim() > 1 else 1))
+        elif func.namespace != "aten" and any(map(self._is_activation, inputs)):
+            names = {name for name in map(self._origin, inputs) if name is not None}
+            if names:
+                self.hidden.setdefault(str(op), set()).update(names)
+
+    def _add(self, weight: Tensor, flops: int) -> None:
+        name = self._origin(weight)
+        if name is None or flops == 0:
+            return
+        self.dense[name] = self.dense.get(name, 0) + flops
+        self.sparse[name] = self.sparse.get(name, 0) + flops * nonzeros(weight) // weight.numel()
+
+    def _trace(self, inputs: list[Tensor], out: Any) -> None:
+        """Note what the results of an operator are: activations, or forms of a weight."""
+        outputs = [_storage(t) for t in _tensors(out)]
+        if any(map(self._is_activation, inputs)):
+            for storage in outputs:
+                self._origins.pop(storage, None)  # An activation was written into it.
+                self._activations.add(storage)
+            return
+        names = [name for name in map(self._origin, inputs) if name is not None]
+        if names:
+            name = max(names, key=self._ranks.__getitem__)
+            for storage in outputs:
+                self._origins.setdefault(storage, [(0, math.inf, name)])
+
+    def _is_activation(self, tensor: Tensor) -> bool:
+        return _has_storage(tensor) and _storage(tensor) in self._activations
+
+    def _origin(self, tensor: Tensor) -> str | None:
+        if not _has_storage(tensor):
+            return None
+        offset = _offset(tensor)
+        places = self._origins.get(_storage(tensor), ())
+        return next((name for begin, end, name in places if begin <= offset < end), None)
+
+
+class Functions(TorchFunctionMode):
+    """Sees, while it is active, the functions that the operators below them do not show.
+
+    A global average pool is a mean below, and a recurrent layer one call. While a function mode is active, torch's
+    attention layers also take no fused path whose products are not seen.
+
+    Attributes:
+        pooled: input elements of the average pools.
+    """
+
+    def __init__(self, products: Products) -> None:
+        super().__init__()
+        self.pooled = 0
+        self._products = products
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", None)
+        if name in AVERAGE_POOLS:
+            self.pooled += (args[0] if args else kwargs["input"]).numel()
+        if name in RECURRENT and func is getattr(torch, name):
+            return self._products.recurrent(func, args, kwargs)
+        return func(*args, **kwargs)
+
+
+def nonzeros(weight: Tensor) -> int:
+    """Return the number of elements that are not zero; of a tensor on the meta device, of all elements."""
+    return weight.numel() if weight.is_meta else int(weight.count_nonzero())
+
+
+def _chooses_matrices(func: Any, args: tuple) -> bool:
+    if func is aten.index.Tensor:
+        return args[0].dim() - len(args[1]) > 1
+    return func is aten.index_select.default and args[0].dim() > 2
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(values) if _has_storage(t)]
+
+
+def _has_storage(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout is torch.strided
+
+
+def _storage(tensor: Tensor) -> StorageWeakRef:
+    # A weak reference keeps the address from being used again and leaves the memory free to go.
+    return StorageWeakRef(tensor.untyped_storage())
+
+
+def _offset(tensor: Tensor) -> int:
+    return tensor.storage_offset() * tensor.itemsize
