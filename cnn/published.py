@@ -91,13 +91,13 @@ BASELINES = {
 def _of_point(point: Point) -> str:
     dense = DENSE[point.model]
     return f"""published ({SOURCE}), {dense.title} on ImageNet-1K, FLOPs at 224x224:
-        sparsity  top-1    parameters  FLOPs
+        sparsity  top-1       weights  FLOPs
 dense    0.00 %  {dense.top1:.2f} %  {dense.params:>10,}  {dense.flops:,}
 STR     {point.sparsity:5.2f} %  {point.top1:.2f} %  {point.params:>9.2f}M  {point.flops}M"""
 
 
 def _of_dense(dense: Dense) -> str:
-    figures = f"{dense.top1:.2f} % top-1, {dense.params:,} parameters, {dense.flops:,} FLOPs"
+    figures = f"{dense.top1:.2f} % top-1, {dense.params:,} weights, {dense.flops:,} FLOPs"
     return f"published ({SOURCE}), dense {dense.title} on ImageNet-1K, FLOPs at 224x224: {figures}"
 
 
@@ -106,7 +106,7 @@ def _of_exact(percent: int) -> str:
     point = min((p for p in POINTS if p.model == "resnet50"), key=lambda point: abs(point.sparsity - percent))
     others = ", ".join(f"{method} {top1:.2f} %" for method, top1 in BASELINES[percent].items())
     left = dense.params - round(dense.params * percent / 100)
-    return f"{_of_point(point)}\nand top-1 at {percent} %: {others}; {left:,} parameters are left at {percent} %"
+    return f"{_of_point(point)}\nand top-1 at {percent} %: {others}; {left:,} weights are left at {percent} %"
 
 
 # By recipe, what was published for it.

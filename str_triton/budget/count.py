@@ -140,7 +140,7 @@ def _arguments(example_input: Any) -> tuple[tuple, dict[str, Any]]:
 
 @contextmanager
 def _undisturbed(model: nn.Module, inputs: Any) -> Iterator[None]:
-    """Eval mode without gradients; puts modes and random states back."""
+    """Set eval mode without gradients for the block; put modes and random states back after it."""
     modes = [(module, module.training) for module in model.modules()]
     tensors = [*model.parameters(), *model.buffers(), *tree_leaves(inputs)]
     devices = {t.device.index for t in tensors if isinstance(t, Tensor) and t.is_cuda}

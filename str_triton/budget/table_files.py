@@ -1,4 +1,4 @@
-"""Tables of costs as text for people, and as CSV and JSON files for programs: what the kinds of budgets share."""
+"""Tables of costs as text for people, and as CSV and JSON files for programs: used by both kinds of budgets."""
 
 import csv
 import io
@@ -29,7 +29,7 @@ def write_csv(path: str | os.PathLike[str], columns: Sequence[str], records: Ite
 
 
 def read_csv(path: str | os.PathLike[str], columns: Sequence[str]) -> Iterator[tuple[Mapping[str, Any], str]]:
-    """What `write_csv` wrote: each line's texts by column, and where it stands, for messages.
+    """Return what `write_csv` wrote: the texts of each line by column, and the line's place in the file, for messages.
 
     Raises `ValueError` that names the file and the column where the file is damaged or lacks a column.
     """
@@ -54,7 +54,7 @@ def write_json(path: str | os.PathLike[str], totals: Mapping[str, Any], records:
 
 
 def read_json(path: str | os.PathLike[str], totals: Sequence[str]) -> tuple[dict[str, Any], list[tuple[Any, str]]]:
-    """What `write_json` wrote: the whole object, and each of its rows with where it stands, for messages.
+    """Return what `write_json` wrote: the whole object, and each of its rows with its place, for messages.
 
     Raises `ValueError` that names the file and the column where the file is damaged or lacks a column.
     """
@@ -86,14 +86,14 @@ def flag(record: Mapping[str, Any], column: str, where: str) -> bool:
 
 
 def require(columns: Sequence[str], found: Any, where: str) -> None:
-    """ValueError that names the first column that is missing."""
+    """Raise ValueError that names the first missing column, if one is missing."""
     missing = [column for column in columns if column not in found]
     if missing:
         raise ValueError(f"{where}: no column {missing[0]!r}; a budget has {', '.join(columns)}")
 
 
 def require_record(columns: Sequence[str], record: Any, where: str) -> None:
-    """ValueError unless the record is an object with these columns and a text as its name."""
+    """Raise ValueError unless the record is an object with these columns and a text as its name."""
     if not isinstance(record, Mapping):
         raise ValueError(f"{where}: expected the columns {', '.join(columns)}, got {record!r}")
     require(columns, record, where)
@@ -102,7 +102,7 @@ def require_record(columns: Sequence[str], record: Any, where: str) -> None:
 
 
 def number(record: Mapping[str, Any], column: str, kind: type[int] | type[float], where: str) -> Any:
-    """The number in a cell, from its text or its JSON value."""
+    """Return the number in a cell, from its text or its JSON value."""
     try:
         return kind(str(record[column]))  # Through the text: int() alone would take True and 2.5 as well.
     except ValueError:

@@ -121,7 +121,7 @@ def size(nbytes: int) -> str:
 
 
 def _cells(name: str, shape: str, tensors: Sequence[PackedTensor]) -> tuple[str, ...]:
-    """A line of the table; of several tensors the sums."""
+    """Return a line of the table, with the sums of several tensors."""
     kinds = {tensor.encoding for tensor in tensors}
     elements, nonzeros = (sum(getattr(tensor, name) for tensor in tensors) for name in ("elements", "nonzeros"))
     return (

@@ -101,7 +101,7 @@ def threshold_picture(epochs: Sequence[Record], budget: Budget) -> str | None:
 
 
 def flops_picture(budget: Budget) -> str:
-    """Multiply-adds of each layer, dense and with its zeros left out."""
+    """Draw the multiply-adds of each layer, dense and with its zeros left out."""
     rows = [row for row in budget.rows if row.dense_flops]
     with matplotlib.rc_context(STYLE):
         figure, axes = _layers(rows)

@@ -69,14 +69,14 @@ def test_descriptions_by_hand(capsys: pytest.CaptureFixture):
     assert describe(capsys, "resnet50-str-90.23").endswith(
         """
 published (Kusupati et al., ICML 2020), ResNet50 on ImageNet-1K, FLOPs at 224x224:
-        sparsity  top-1    parameters  FLOPs
+        sparsity  top-1       weights  FLOPs
 dense    0.00 %  77.01 %  25,502,912  4,089,284,608
 STR     90.23 %  74.31 %       2.49M  343M
 """
     )
-    assert "71.95 % top-1, 4,209,088 parameters, 568,740,352 FLOPs" in describe(capsys, "mobilenetv1-dense")
+    assert "71.95 % top-1, 4,209,088 weights, 568,740,352 FLOPs" in describe(capsys, "mobilenetv1-dense")
     text = describe(capsys, "resnet50-str-exact-98", "--epochs", "9")
-    assert "and top-1 at 98 %: GMP 57.90 %, DNW 58.20 %; 510,058 parameters are left at 98 %" in text
+    assert "and top-1 at 98 %: GMP 57.90 %, DNW 58.20 %; 510,058 weights are left at 98 %" in text
     assert "STR     98.05 %  61.46 %" in text
     assert {"9", "0.98"} <= set(text.split())
 
