@@ -2,11 +2,15 @@
 
 import ctypes
 import shutil
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
-from str_triton.deploy.sparse import build, model
-from str_triton.deploy.sparse.choice import Choice
+from str_triton.deploy.sparse import compile, stopwatch
+from str_triton.deploy.sparse.executions.choice import Choice
+from str_triton.deploy.sparse.graph.nodes import Graph
+from str_triton.deploy.sparse.runtime import build
 
 
 @pytest.fixture(scope="session")
@@ -23,6 +27,26 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 
 @pytest.fixture
-def by_kernels(kernels: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every layer that the kernels can run is theirs, and nothing is timed."""
-    monkeypatch.setattr(model, "choose", lambda graph, *_: {n.name: Choice("sparse", 3, 2, 2) for n in graph.layers()})
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time little: what is chosen is left to chance."""
+    monkeypatch.setattr(stopwatch, "ROUNDS", 1)
+    monkeypatch.setattr(stopwatch, "EVICTED", 1024)
+
+
+@pytest.fixture
+def chosen(kernels: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Callable[[Choice], None]:
+    """A function that makes compile_sparse choose one execution for every layer that it fits, and time nothing."""
+
+    def force(choice: Choice) -> None:
+        def choose_it(graph: Graph, *_: Any, **__: Any) -> tuple[dict[str, Choice], bool]:
+            return {node.name: choice for node in graph.layers()}, True
+
+        monkeypatch.setattr(compile, "choose", choose_it)
+
+    return force
+
+
+@pytest.fixture
+def by_kernels(chosen: Callable[[Choice], None]) -> None:
+    """Leave every layer to the kernels that they can run."""
+    chosen(Choice("sparse", 3, 2, 2))

@@ -12,19 +12,11 @@ from cnn.models import build as build_network
 from cnn.resnet import Bottleneck, ResNet
 from str_triton import deploy, sparsify
 from str_triton.deploy.sparse import model as model_module
-from str_triton.deploy.sparse import timing
-from str_triton.deploy.sparse.choice import Choice
-from str_triton.deploy.sparse.plan import Plan
+from str_triton.deploy.sparse.executions.choice import Choice
+from str_triton.deploy.sparse.runtime.plan import Plan
 from tests.deploy.sparse_networks import prune, same
 
-pytestmark = [pytest.mark.usefixtures("kernels"), pytest.mark.filterwarnings("ignore:Sparse CSR")]
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch):
-    """What is chosen is left to chance here: few timings each."""
-    monkeypatch.setattr(timing, "BUDGET", 0.0)
-    monkeypatch.setattr(timing, "EVICTED", 1024)
+pytestmark = [pytest.mark.usefixtures("kernels", "quick"), pytest.mark.filterwarnings("ignore:Sparse CSR")]
 
 
 NETWORKS = {
@@ -46,7 +38,7 @@ def test_networks_by_the_kernels(name: str):
     same(model, compiled, torch.randn(3, *shape[1:]))
     if len(shape) == 4:
         same(model, compiled, torch.randn(1, 3, 39, 50))
-    kinds = {task.kind for task in compiled._plan(x).tasks if task.node.name not in ("images", "input_1")}
+    kinds = {task.kind for task in compiled._plan([x]).tasks if task.node.name not in ("images", "input_1")}
     assert kinds <= {"window", "copy", "mean", "linear", "torch"}
     assert len(compiled.graph.layers()) == sum(isinstance(m, nn.Conv2d | nn.Linear) for m in model.modules())
 
@@ -92,8 +84,8 @@ def test_no_images(by_kernels):
 
 
 @pytest.mark.parametrize("execution", ["dense", "channels_last", "csr"])
-def test_executions_by_torch(monkeypatch, execution):
-    monkeypatch.setattr(model_module, "choose", lambda graph, *_: {n.name: Choice(execution) for n in graph.layers()})
+def test_executions_by_torch(chosen, execution):
+    chosen(Choice(execution))
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.Flatten(1), nn.Linear(8 * 30, 7))
     x = torch.randn(2, 3, 5, 6)
     same(prune(model, 0.3), deploy.compile_sparse(model, x), x)
@@ -101,8 +93,8 @@ def test_executions_by_torch(monkeypatch, execution):
 
 def test_buffers_are_reused(by_kernels):
     model, x = prune(build_network("resnet20")), torch.randn(1, 3, 32, 32)
-    plan: Plan = deploy.compile_sparse(model, x)._plan(x)
-    buffers = plan._operations.buffers
+    plan: Plan = deploy.compile_sparse(model, x)._plan([x])
+    buffers = plan.buffers
     assert len(buffers._all) < len(buffers._places) / 2
 
 
@@ -112,8 +104,8 @@ def test_bad_input():
         deploy.compile_sparse({}, torch.randn(1, 3, 8, 8))
     with pytest.raises(ValueError, match=r"Bilinear does not take an example of shape \(1, 3\): .* missing 1 required"):
         deploy.compile_sparse(nn.Bilinear(3, 3, 3), torch.randn(1, 3))
-    with pytest.raises(TypeError, match="takes one tensor, got list"):
-        deploy.compile_sparse(model, [1.0])
+    with pytest.raises(TypeError, match="takes one tensor, got float"):
+        deploy.compile_sparse(model, 1.0)
     with pytest.raises(ValueError, match=r"float32 on the CPU, got torch.float64"):
         deploy.compile_sparse(model, torch.randn(1, 3, 8, 8).double())
     with pytest.raises(ValueError, match=r"Sequential does not take an example of shape \(1, 5, 8, 8\)"):

@@ -10,17 +10,10 @@ import torch.nn.utils.prune
 
 from cnn.models import build as build_network
 from str_triton import deploy
-from str_triton.deploy.sparse import build, timing
+from str_triton.deploy.sparse.runtime import build
 from tests.deploy.sparse_networks import prune, same
 
-pytestmark = [pytest.mark.usefixtures("kernels"), pytest.mark.filterwarnings("ignore:Sparse CSR")]
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch):
-    """What is chosen is left to chance here: few timings each."""
-    monkeypatch.setattr(timing, "BUDGET", 0.0)
-    monkeypatch.setattr(timing, "EVICTED", 1024)
+pytestmark = [pytest.mark.usefixtures("kernels", "quick"), pytest.mark.filterwarnings("ignore:Sparse CSR")]
 
 
 @pytest.fixture

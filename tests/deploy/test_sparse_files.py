@@ -9,17 +9,13 @@ import torch.nn.utils.prune
 
 from cnn.models import build as build_network
 from str_triton import deploy
-from str_triton.deploy.sparse import timing
+from str_triton.deploy.sparse.file import processor
 from tests.deploy.sparse_networks import prune
 
-pytestmark = [pytest.mark.usefixtures("kernels"), pytest.mark.filterwarnings("ignore:Sparse CSR")]
+pytestmark = [pytest.mark.usefixtures("kernels", "quick"), pytest.mark.filterwarnings("ignore:Sparse CSR")]
 
 
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch):
-    """What is chosen is left to chance here: few timings each."""
-    monkeypatch.setattr(timing, "BUDGET", 0.0)
-    monkeypatch.setattr(timing, "EVICTED", 1024)
+INPUT = {"kind": "Input", "name": "x", "inputs": [], "variable": False}
 
 
 def test_saved_and_loaded(tmp_path: Path, by_kernels):
@@ -39,14 +35,16 @@ def test_files_that_hold_no_network(tmp_path: Path, by_kernels):
     with pytest.raises(ValueError, match=r"other holds no compiled network: compile_sparse\(...\).save"):
         deploy.load_sparse(tmp_path / "other")
     for record, message in (
-        ({"format": "str_triton.sparse", "version": 7}, "version 7 of compiled networks, this is for version 1"),
+        ({"format": "str_triton.sparse", "version": 7}, "version 7 of compiled networks, this is for version 2"),
         (_record([{"kind": "Call", "name": "a", "inputs": [], "target": "os.system"}]), "describes no network"),
         (_record([{"kind": "Norm", "name": "a", "inputs": []}]), "describes no network"),
     ):
         deploy.pack({"a": torch.zeros(100)}, tmp_path / "other", metadata={"sparse": record})
         with pytest.raises(ValueError, match=message):
             deploy.load_sparse(tmp_path / "other")
-    endless = _record([]) | {"choices": {"a": {"execution": "sparse", "width": 0}}}
+    endless = _record([INPUT]) | {"choices": {"a": {"execution": "sparse", "width": 0}}}
+    deploy.pack({"a": torch.zeros(100)}, tmp_path / "other", metadata={"sparse": _record([INPUT])})
+    assert torch.equal(deploy.load_sparse(tmp_path / "other")(torch.ones(2, 3)), torch.ones(2, 3))
     deploy.pack({"a": torch.zeros(100)}, tmp_path / "other", metadata={"sparse": endless})
     with pytest.raises(ValueError, match=r"describes no network: .*must be positive integers: .*width=0"):
         deploy.load_sparse(tmp_path / "other")
@@ -59,4 +57,18 @@ def test_files_that_hold_no_network(tmp_path: Path, by_kernels):
 
 
 def _record(nodes: list) -> dict:
-    return {"format": "str_triton.sparse", "version": 1, "nodes": nodes, "output": None, "choices": {}, "left": {}}
+    leaf = {"dtype": {"dtype": "float32"}, "sizes": None, "value": None}
+    call = {"tuple": [{"tuple": [0]}, {"dict": {}}]}
+    return {
+        "format": "str_triton.sparse",
+        "version": 2,
+        "nodes": nodes,
+        "outputs": [{"ref": "x"}],
+        "changes": {"dict": {}},
+        "signature": {"structure": call, "returns": 0, "leaves": [leaf], "guards": [], "names": []},
+        "choices": {},
+        "left": {},
+        "notes": [],
+        "example": [[2, 3]],
+        "processor": processor(),
+    }

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from str_triton.deploy.sparse import build
-from str_triton.deploy.sparse.by_torch import infer_shapes
-from str_triton.deploy.sparse.choice import Choice
-from str_triton.deploy.sparse.graph import Convolution, Graph, Input, Linear, MaxPool, Mean, Ref
-from str_triton.deploy.sparse.plan import Plan
+from str_triton.deploy.sparse.executions.choice import Choice
+from str_triton.deploy.sparse.graph.nodes import Convolution, Graph, Input, Linear, MaxPool, Mean
+from str_triton.deploy.sparse.graph.refs import Ref
+from str_triton.deploy.sparse.runtime import build
+from str_triton.deploy.sparse.runtime.plan import Plan
+from str_triton.deploy.sparse.runtime.trial import try_out
 
 CUTS = [
     Choice("sparse", width, tiles, blocks) for width, tiles, blocks in ((4, 1, 1), (1, 3, 1), (8, 2, 3), (5, 100, 2))
@@ -33,11 +34,11 @@ def convolution(weight: Tensor, stride=1, padding=0, dilation=1, groups=1, clamp
 
 def run(library: ctypes.CDLL, nodes: list, x: Tensor, choice: Choice) -> Tensor:
     """The value of the last node, with every layer by the kernels."""
-    graph = Graph([Input("x", []), *nodes], Ref(nodes[-1].name))
-    plan = Plan(graph, infer_shapes(graph, x), {node.name: choice for node in graph.layers()}, library)
+    graph = Graph([Input("x", []), *nodes], [Ref(nodes[-1].name)])
+    plan = Plan(graph, try_out(graph, [x]), {node.name: choice for node in graph.layers()}, library)
     assert not any(task.kind == "torch" and task.node.name != "x" for task in plan.tasks)
-    plan.run(torch.randn_like(x))  # What it leaves behind must not show.
-    return plan.run(x)
+    plan.run([torch.randn_like(x)])  # What it leaves behind must not show.
+    return plan.run([x])[nodes[-1].name]
 
 
 def expected(node: Convolution, x: Tensor) -> Tensor:

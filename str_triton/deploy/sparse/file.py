@@ -3,27 +3,56 @@
 import dataclasses
 import math
 import os
+import platform
 import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from str_triton.deploy.pack import inspect, pack, unpack
-from str_triton.deploy.sparse import graph as nodes
-from str_triton.deploy.sparse.calls import FUNCTIONS
-from str_triton.deploy.sparse.choice import EXECUTIONS, Choice
+from str_triton.deploy.sparse.executions.choice import Choice
+from str_triton.deploy.sparse.graph.nodes import Graph, Input, State
+from str_triton.deploy.sparse.graph.refs import Ref
+from str_triton.deploy.sparse.graph.signature import Leaf, Signature
+from str_triton.deploy.sparse.records import Refused, choice_of, decode, encode, node_of, node_record
 
-FORMAT, VERSION = "str_triton.sparse", 1
-_NODES = {
-    kind.__name__: kind
-    for kind in (
-        *(nodes.Input, nodes.Constant, nodes.Call, nodes.Convolution, nodes.Linear),
-        *(nodes.MaxPool, nodes.Mean),
-    )
-}
+FORMAT, VERSION = "str_triton.sparse", 2
+MOST_ELEMENTS = 2**28  # of an example
 
 
-def write(path: str | os.PathLike[str], graph: nodes.Graph, choices: dict[str, Choice], left: dict[str, str]) -> None:
+@dataclass
+class Content:
+    """What a file holds.
+
+    Attributes:
+        example: the shapes of the tensors that the choices were made for.
+        processor: the one that they were made on.
+    """
+
+    graph: Graph
+    signature: Signature
+    choices: dict[str, Choice]
+    left: dict[str, str]
+    notes: list[str]
+    example: list[tuple[int, ...]]
+    processor: str = field(default_factory=lambda: processor())
+
+
+def processor() -> str:
+    """Return the name of this machine's processor."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return name or platform.processor() or platform.machine()
+
+
+def write(path: str | os.PathLike[str], content: Content) -> None:
     """Write the file beside `path` and rename it into place.
 
     Raises:
@@ -31,120 +60,191 @@ def write(path: str | os.PathLike[str], graph: nodes.Graph, choices: dict[str, C
         OSError: the file cannot be written.
     """
     tensors: dict[str, Tensor] = {}
+    graph = content.graph
     record = {
         "format": FORMAT,
         "version": VERSION,
-        "nodes": [_node_record(node, tensors) for node in graph.nodes],
-        "output": _encode(graph.output, "output", tensors),
-        "choices": {name: dataclasses.asdict(choice) for name, choice in choices.items()},
-        "left": left,
+        "nodes": [node_record(node, tensors) for node in graph.nodes],
+        "outputs": encode(graph.outputs, "outputs", tensors),
+        "changes": encode(graph.changes, "changes", tensors),
+        "signature": _signature_record(content.signature, tensors),
+        "choices": {name: dataclasses.asdict(choice) for name, choice in content.choices.items()},
+        "left": content.left,
+        "notes": content.notes,
+        "example": [list(shape) for shape in content.example],
+        "processor": content.processor,
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # A network without zeros is stored dense, and that is right.
-        pack(tensors, path, metadata={"sparse": record}, plain_zeros=True)
+        pack(
+            {name: tensor.contiguous() for name, tensor in tensors.items()},
+            path,
+            metadata={"sparse": record},
+            plain_zeros=True,
+        )
 
 
-def read(path: str | os.PathLike[str]) -> tuple[nodes.Graph, dict[str, Choice], dict[str, str]]:
-    """What `write` wrote.
+def read(path: str | os.PathLike[str]) -> Content:
+    """Read what `write` wrote.
 
     Raises:
         ValueError: the file is damaged, holds no compiled network, or one of another version.
         OSError: the file cannot be read.
     """
-    record = inspect(path).metadata.get("sparse")
+    try:
+        record = inspect(path).metadata.get("sparse")
+        tensors = unpack(path)
+    except (
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        RuntimeError,
+        OverflowError,
+        RecursionError,
+        MemoryError,
+    ) as error:
+        raise ValueError(f"{path} is no packed file: {_one_line(error)}") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise ValueError(f"{path} holds no compiled network: compile_sparse(...).save(path) writes one")
-    if record["version"] != VERSION:
-        raise ValueError(f"{path} has version {record['version']} of compiled networks, this is for version {VERSION}")
-    tensors = unpack(path)
+    if record.get("version") != VERSION:
+        raise ValueError(
+            f"{path} has version {record.get('version')} of compiled networks, this is for version {VERSION}"
+        )
     try:
-        graph = nodes.Graph([_node(entry, tensors) for entry in record["nodes"]], _decode(record["output"], tensors))
-        choices = {name: _choice(entry) for name, entry in record["choices"].items()}
-        missing = [node.name for node in graph.layers() if node.name not in choices]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} describes no network: {error!r}") from error
-    if missing:
-        raise ValueError(f"{path} names no execution for {missing[0]}")
-    return graph, choices, dict(record["left"])
+        content = _content(record, tensors)
+        _dry_run(content)
+    except Exception as error:  # Whatever a record or an operation on it may raise: the file is at fault.
+        raise ValueError(f"{path} describes no network: {_one_line(error)}") from error
+    return content
 
 
-def _choice(entry: dict[str, Any]) -> Choice:
-    choice = Choice(**entry)
-    if choice.execution not in EXECUTIONS:
-        raise KeyError(choice.execution)
-    if not all(type(n) is int and n > 0 for n in (choice.width, choice.tiles, choice.blocks)):
-        raise TypeError(f"width, tiles and blocks must be positive integers: {choice}")
-    return choice
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())[:200]
+    return text if isinstance(error, Refused) else f"{type(error).__name__}: {text}"
 
 
-def _node_record(node: nodes.Node, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    if isinstance(node, nodes.Call) and not isinstance(node.target, str):
-        called = getattr(node.target, "__name__", type(node.target).__name__)
-        raise ValueError(f"{node.name} calls {called}, which a file cannot hold: torch.save keeps the network instead")
-    fields = {field.name: getattr(node, field.name) for field in dataclasses.fields(node)}
-    return {"kind": type(node).__name__} | {
-        name: _encode(value, f"{node.name}|{name}", tensors) for name, value in fields.items()
-    }
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise Refused(message)
 
 
-def _node(entry: dict[str, Any], tensors: dict[str, Tensor]) -> nodes.Node:
-    fields = {name: _decode(value, tensors) for name, value in entry.items() if name != "kind"}
-    node = _NODES[entry["kind"]](**fields)
-    if isinstance(node, nodes.Call) and node.target not in FUNCTIONS:
-        raise KeyError(node.target)
-    return node
+def _content(record: dict[str, Any], tensors: dict[str, Tensor]) -> Content:
+    graph = Graph([], decode(record["outputs"], tensors), decode(record["changes"], tensors))
+    known: set[str] = set()
+    for entry in record["nodes"]:
+        node = node_of(entry, tensors, known)
+        graph.nodes.append(node)
+        known.add(node.name)
+    signature = _signature(record["signature"], tensors)
+    scalars = (Ref, int, float, bool, str, type(None))
+    _require(isinstance(graph.outputs, list) and all(isinstance(o, scalars) for o in graph.outputs), "outputs are none")
+    _require(len(graph.outputs) == signature.returns.num_leaves, "the outputs are not as many as it returns")
+    changed = {node.name for node in graph.nodes if isinstance(node, Input | State)}
+    changes = isinstance(graph.changes, dict) and graph.changes.keys() <= changed
+    _require(changes and all(isinstance(value, Ref) for value in graph.changes.values()), "it changes what it cannot")
+    missing = [name for name in graph.kept() if name not in known]
+    _require(not missing, f"{missing[:1]} is no value")
+    choices = {name: choice_of(entry) for name, entry in record["choices"].items()}
+    layers = [node.name for node in graph.layers()]
+    _require(choices.keys() == set(layers), f"it names no execution for {set(layers) ^ choices.keys()}")
+    example = [tuple(shape) for shape in record["example"]]
+    _require(all(type(n) is int and 0 <= n < 2**31 for shape in example for n in shape), "the example has no shape")
+    _require(all(math.prod(shape) <= MOST_ELEMENTS for shape in example), "the example is too large")
+    left, notes = record["left"], record["notes"]
+    texts = [*left, *left.values(), *notes, record["processor"]]
+    _require(
+        isinstance(left, dict) and isinstance(notes, list) and all(isinstance(t, str) for t in texts), "a note is none"
+    )
+    return Content(graph, signature, choices, left, notes, example, record["processor"])
 
 
-def _encode(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
-    """A value as JSON; what JSON lacks as {"its type": ...}. Tensors go to `tensors` under `key`."""
-
-    def parts(items: Any) -> list[Any]:
-        return [_encode(item, f"{key}.{index}", tensors) for index, item in enumerate(items)]
-
-    match value:
-        case Tensor():
-            tensors[key] = value
-            return {"tensor": key}
-        case float() if not math.isfinite(value):
-            return {"float": str(value)}
-        case None | bool() | int() | float() | str():
-            return value
-        case nodes.Ref(name):
-            return {"ref": name}
-        case list():
-            return parts(value)
-        case tuple():
-            return {"tuple": parts(value)}
-        case dict():
-            return {"dict": {name: _encode(item, f"{key}.{name}", tensors) for name, item in value.items()}}
-        case slice():
-            return {"slice": parts((value.start, value.stop, value.step))}
-    if value is Ellipsis:
-        return {"ellipsis": None}
-    raise ValueError(
-        f"{key} is a {type(value).__name__}, which a file cannot hold: torch.save keeps the network instead"
+def _dry_run(content: Content) -> None:
+    """Run the network on tensors without values: what does not fit together raises."""
+    leaves = [leaf for leaf in content.signature.leaves if leaf.dtype is not None]
+    inputs = content.graph.inputs()
+    _require(len(leaves) == len(inputs) == len(content.example), "it has other inputs than its signature")
+    values = [leaf.value for leaf in content.signature.leaves if leaf.dtype is None]
+    _require(all(isinstance(value, int | float | str | bool | None) for value in values), "a constant argument is none")
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    with torch.no_grad(), mode:
+        given = [
+            torch.empty(shape, dtype=leaf.dtype, device="cpu")
+            for shape, leaf in zip(content.example, leaves, strict=True)
+        ]
+        outputs, changes = content.graph.run(given)
+    states = {node.name: node.value for node in content.graph.nodes if isinstance(node, State)}
+    for name, value in changes.items():
+        if name in states:
+            _require(
+                value.shape == states[name].shape and value.dtype == states[name].dtype, f"{name} changes its shape"
+            )
+    refs = [output for output, ref in zip(outputs, content.graph.outputs, strict=True) if isinstance(ref, Ref)]
+    _require(
+        all(isinstance(output, Tensor | int | float | bool | torch.SymInt) for output in refs), "an output is none"
+    )
+    given_values = iter(given)
+    content.signature.check(
+        [next(given_values) if leaf.dtype is not None else leaf.value for leaf in content.signature.leaves]
     )
 
 
-def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
-    if isinstance(value, list):
-        return [_decode(item, tensors) for item in value]
-    if not isinstance(value, dict):
-        return value
-    ((kind, content),) = value.items()
-    match kind:
-        case "tensor":
-            return tensors[content]
-        case "float":
-            return float(content)
-        case "ref":
-            return nodes.Ref(content)
-        case "tuple":
-            return tuple(_decode(item, tensors) for item in content)
-        case "dict":
-            return {name: _decode(item, tensors) for name, item in content.items()}
-        case "slice":
-            return slice(*(_decode(item, tensors) for item in content))
-        case "ellipsis":
-            return ...
-    raise KeyError(kind)
+def _signature_record(signature: Signature, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    leaves = [
+        {
+            "dtype": encode(leaf.dtype, "dtype", tensors),
+            "sizes": None if leaf.sizes is None else list(leaf.sizes),
+            "value": leaf.value,
+        }
+        for leaf in signature.leaves
+    ]
+    encode([leaf.value for leaf in signature.leaves], "an argument", tensors)
+    return {
+        "structure": _structure_record(signature.structure),
+        "returns": _structure_record(signature.returns),
+        "leaves": leaves,
+        "guards": signature.guards,
+        "names": signature.names,
+    }
+
+
+def _signature(record: dict[str, Any], tensors: dict[str, Tensor]) -> Signature:
+    leaves = []
+    for entry in record["leaves"]:
+        sizes = entry["sizes"]
+        known = sizes is None or all(type(size) is int or isinstance(size, str) for size in sizes)
+        dtype = decode(entry["dtype"], tensors)
+        _require(known and (dtype is None or isinstance(dtype, torch.dtype)), "an argument is none")
+        leaves.append(Leaf(dtype, None if sizes is None else tuple(sizes), entry["value"]))
+    guards, names = record["guards"], record["names"]
+    _require(all(isinstance(text, str) for text in (*guards, *names)), "a guard is none")
+    structure, returns = _structure(record["structure"]), _structure(record["returns"])
+    _require(
+        structure.num_leaves == len(leaves) and structure.type is tuple, "it has other arguments than its signature"
+    )
+    pair = structure.children()
+    _require(len(pair) == 2 and pair[0].type is tuple and pair[1].type is dict, "its arguments are none")
+    return Signature(structure, leaves, list(guards), returns, list(names))
+
+
+def _structure_record(structure: pytree.TreeSpec) -> Any:
+    tree = pytree.tree_unflatten([0] * structure.num_leaves, structure)
+    return encode(_plain(tree), "the structure of its arguments or results", {})
+
+
+def _plain(tree: Any) -> Any:
+    """Return a tree of tuples, lists and dicts; raises ValueError where it has others."""
+    match tree:
+        case _ if type(tree) in (list, tuple):
+            return type(tree)(map(_plain, tree))
+        case _ if type(tree) is dict:
+            return {key: _plain(value) for key, value in tree.items()}
+        case 0 | None:
+            return tree
+    raise ValueError(
+        f"it takes or returns a {type(tree).__name__}, which a file cannot hold: torch.save keeps the network instead"
+    )
+
+
+def _structure(record: Any) -> pytree.TreeSpec:
+    return pytree.tree_flatten(_plain(decode(record, {})))[1]

@@ -1,28 +1,30 @@
-"""`compile_sparse`: a network with zeros in its weights, made fast on this machine's processor."""
+"""The networks that `compile_sparse` makes: called like the model that they were made from."""
 
-import copy
+import contextlib
+import itertools
 import os
 import threading
-from collections.abc import Iterable
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from str_triton.deploy.plain_state import unwrapped
 from str_triton.deploy.sparse import file
-from str_triton.deploy.sparse.build import library
-from str_triton.deploy.sparse.by_torch import infer_shapes
-from str_triton.deploy.sparse.choice import Choice
-from str_triton.deploy.sparse.graph import Call, Graph, Layer
-from str_triton.deploy.sparse.modulewise import layer_graph, layer_inputs, put
-from str_triton.deploy.sparse.plan import Plan
-from str_triton.deploy.sparse.timing import choose, profile
-from str_triton.deploy.sparse.trace import NotTraceable, left_to_torch, trace
-from str_triton.nn import densify
+from str_triton.deploy.sparse.choose import choose
+from str_triton.deploy.sparse.executions.choice import Choice
+from str_triton.deploy.sparse.graph.nodes import Constant, Graph, Layer, State
+from str_triton.deploy.sparse.graph.refs import Ref
+from str_triton.deploy.sparse.graph.signature import Signature, Unfit
+from str_triton.deploy.sparse.profile import profile
+from str_triton.deploy.sparse.runtime.build import library
+from str_triton.deploy.sparse.runtime.layout import TooLarge
+from str_triton.deploy.sparse.runtime.plan import Mismatch, Plan
+from str_triton.deploy.sparse.runtime.trial import try_out
 
 PLANS = 8  # shapes whose buffers are kept, the youngest
-_PRODUCTS = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear")
 
 
 class CompiledModel(nn.Module):
@@ -30,9 +32,11 @@ class CompiledModel(nn.Module):
 
     Attributes:
         left: the layers that torch executes as they stand, with the reason.
+        notes: what `print` says after the table.
     """
 
     left: dict[str, str]
+    notes: list[str]
 
     def train(self, mode: bool = True) -> "CompiledModel":
         if mode:
@@ -40,19 +44,20 @@ class CompiledModel(nn.Module):
         return super().train(False)
 
     def __str__(self) -> str:
-        return self.table()
+        return "\n".join([self.table(), *self.notes])
 
-    def _layers(self) -> Iterable[tuple[Layer, Choice]]:
+    def layers(self) -> Iterable[tuple[Layer, Choice]]:
+        """Return the layers that this package executes, each with its execution."""
         raise NotImplementedError
 
     def table(self) -> str:
-        """A line for each layer.
+        """Return a line for each layer.
 
-        The share of its weights that are not zero, its execution, and the milliseconds that torch's fastest dense
-        execution and this one took alone, for the example's shape.
+        It holds the share of its weights that are not zero, its execution, and the milliseconds that torch's fastest
+        dense execution and this one took alone, for the example's shape.
         """
         rows = [("layer", "nonzero", "executed", "dense ms", "chosen ms")]
-        for node, choice in self._layers():
+        for node, choice in self.layers():
             density = int(node.weight.count_nonzero()) / max(1, node.weight.numel())
             times = [f"{ms:.3f}" if ms is not None else "" for ms in (choice.ms_dense, choice.ms)]
             rows.append((node.label, f"{100 * density:.2f} %", choice.execution, *times))
@@ -63,25 +68,129 @@ class CompiledModel(nn.Module):
         )
 
 
-class SparseModel(CompiledModel):
-    """A network that runs from a plan: [B, C, H, W] or whatever the model took, of any size that it takes.
+@contextlib.contextmanager
+def plain_torch() -> Iterator[None]:
+    """Compute in float32 on the CPU without gradients, whatever autocast and torch's defaults say."""
+    dtype = torch.get_default_dtype()
+    with torch.no_grad(), contextlib.ExitStack() as stack:
+        if torch.is_autocast_enabled("cpu"):
+            stack.enter_context(torch.autocast("cpu", enabled=False))
+        if dtype is not torch.float32:
+            torch.set_default_dtype(torch.float32)
+            stack.callback(torch.set_default_dtype, dtype)
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        yield
 
-    Buffers are planned for each new shape of the input when it first comes; the choices stay those of the example's.
+
+class SparseModel(CompiledModel):
+    """A network that runs from a plan, for arguments of any size that the export holds for.
+
+    Buffers are planned for each new shape of the inputs when it first comes; the choices stay those of the example's.
     Several threads of Python may call one network: they take turns. Its weights are no parameters, and its state dict
     is empty: `save` keeps it, and so does torch.save.
+
+    Args:
+        graph: the network.
+        signature: the arguments that it takes.
+        choices: the execution of each layer.
+        left, notes: for people.
+        example: the shapes of the tensors that the choices were made for.
+        source: a module that takes calls which the signature excludes; None: those raise.
     """
 
-    def __init__(self, graph: Graph, choices: dict[str, Choice], left: dict[str, str]) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        signature: Signature,
+        choices: dict[str, Choice],
+        left: dict[str, str],
+        notes: Sequence[str],
+        example: Sequence[tuple[int, ...]],
+        source: nn.Module | None = None,
+    ) -> None:
         super().__init__()
-        self.graph, self.choices, self.left = graph, choices, left
-        self._plans: dict[tuple[int, ...], Plan] = {}
-        self._lock = threading.Lock()
+        self.graph, self.signature, self.choices = graph, signature, choices
+        self.left, self.notes, self.example, self.source = left, list(notes), list(example), source
         self.training = False
+        self._prepare()
 
-    def forward(self, x: Tensor) -> Any:
-        _check(x)
-        with torch.no_grad(), self._lock:
-            return self._plan(x).run(x)
+    def _prepare(self) -> None:
+        """Set up what neither copies nor files hold."""
+        self._plans: dict[tuple, Plan] = {}
+        self._lock = threading.Lock()
+        self._tensors = [i for i, leaf in enumerate(self.signature.leaves) if leaf.dtype is not None]
+        self._held = {node.name for node in self.graph.nodes if isinstance(node, Constant | State)}
+        self._states = {node.name: node for node in self.graph.nodes if isinstance(node, State)}
+        self._number = next(_numbers)
+        NETWORKS[self._number] = self
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._in_a_trace(args, kwargs)
+        try:
+            leaves = self.signature.flatten(args, kwargs)
+            outputs = self.run(leaves)
+        except Unfit:
+            if self.source is None:
+                raise
+            return self._by_source(args, kwargs)
+        return pytree.tree_unflatten(outputs, self.signature.returns)
+
+    def run(self, leaves: Sequence[Any]) -> list[Any]:
+        """Return the outputs, flat, for the leaves of a call's arguments."""
+        with plain_torch(), self._lock:
+            plan = self._plan(leaves)
+            inputs = [leaves[i] for i in self._tensors]
+            try:
+                values = plan.run(inputs)
+            except Mismatch:
+                outputs, changes = self.graph.run(inputs)
+            else:
+                held = self._held | plan.fixed.keys()
+                outputs = [_output(value, values, held) for value in self.graph.outputs]
+                changes = {name: values[ref.name] for name, ref in self.graph.changes.items()}
+            if changes:
+                self._commit(changes, inputs)
+        return outputs
+
+    def _commit(self, changes: dict[str, Tensor], inputs: list[Tensor]) -> None:
+        places = {node.name: i for i, node in enumerate(self.graph.inputs())}
+        for name, value in changes.items():
+            if name in self._states:
+                self._states[name].value = value.clone()
+            else:
+                inputs[places[name]].copy_(value)
+
+    def _by_source(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Let the model itself take a call that the network was not exported for; both have the same state."""
+        with plain_torch(), self._lock:
+            owners = {name: self.source.get_submodule(name.rpartition(".")[0]) for name in self.state()}
+            for name, value in self.state().items():
+                owners[name]._buffers[name.rpartition(".")[2]] = value.clone()
+            result = self.source(*args, **kwargs)
+            for node in self._states.values():
+                node.value = owners[node.label]._buffers[node.label.rpartition(".")[2]].clone()
+        return result
+
+    def reset(self, buffers: dict[str, Tensor]) -> None:
+        """Set the state to that of a model's buffers."""
+        for node in self._states.values():
+            node.value = buffers[node.label].detach().clone()
+
+    def retune(self) -> None:
+        """Choose the executions anew for the shapes of the example, on this machine."""
+        dtypes = [leaf.dtype for leaf in self.signature.leaves if leaf.dtype is not None]
+        inputs = [
+            torch.zeros(shape, dtype=dtype, device="cpu") for shape, dtype in zip(self.example, dtypes, strict=True)
+        ]
+        with plain_torch(), self._lock:
+            self.choices, _ = choose(self.graph, try_out(self.graph, inputs), inputs, library())
+            self._plans.clear()
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the buffers that calls change, by their names in the model."""
+        return {node.label: node.value for node in self._states.values()}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the network with its choices to `path`: `load_sparse` reads it, `python -m str_triton inspect` too.
@@ -90,143 +199,73 @@ class SparseModel(CompiledModel):
             ValueError: the network calls something that a file cannot hold; the message names it.
             OSError: the file cannot be written; `path` is as it was.
         """
-        file.write(path, self.graph, self.choices, self.left)
+        file.write(path, file.Content(self.graph, self.signature, self.choices, self.left, self.notes, self.example))
 
-    def profile(self, x: Tensor) -> list[tuple[str, str, float]]:
-        """What takes the time for inputs like x: (layer, kind, milliseconds) of every step, measured one by one.
+    def profile(self, *args: Any, **kwargs: Any) -> list[tuple[str, str, float]]:
+        """Return what takes the time for such a call: (layer, kind, milliseconds) of every step, measured one by one.
 
         Kinds are "convolution", "depthwise", "linear", "pool", "copy" (into and out of padded buffers, and into the
         phases that strided layers read) and "torch".
         """
-        self(x)
-        with torch.no_grad(), self._lock:
-            return profile(self._plan(x), x.clone())
+        leaves = self.signature.flatten(args, kwargs)
+        inputs = [leaves[i].clone() for i in self._tensors]
+        with plain_torch(), self._lock:
+            return profile(self._plan(leaves), inputs)
 
-    def _layers(self) -> Iterable[tuple[Layer, Choice]]:
+    def layers(self) -> Iterable[tuple[Layer, Choice]]:
         return ((node, self.choices[node.name]) for node in self.graph.layers())
 
-    def _plan(self, x: Tensor) -> Plan:
-        shape = tuple(x.shape)
-        if shape not in self._plans:
-            if len(self._plans) == PLANS:
-                del self._plans[next(iter(self._plans))]
-            self._plans[shape] = Plan(self.graph, infer_shapes(self.graph, x), self.choices, library())
-        return self._plans[shape]
+    def _plan(self, leaves: Sequence[Any]) -> Plan:
+        """Return the plan for such inputs; the lock is held."""
+        key = tuple((leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+        try:
+            return self._plans[key]
+        except (KeyError, TypeError):
+            self.signature.check(leaves)
+        if len(self._plans) == PLANS:
+            del self._plans[next(iter(self._plans))]
+        trial = try_out(self.graph, [leaves[i] for i in self._tensors])
+        try:
+            plan = Plan(self.graph, trial, self.choices, library())
+        except TooLarge:
+            plan = Plan(self.graph, trial, self.choices, None)
+        self._plans[key] = plan
+        return plan
+
+    def _in_a_trace(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Stand as one opaque operation in what torch.compile and torch.export trace."""
+        leaves = self.signature.flatten(args, kwargs)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        found = iter(torch.ops.str_triton.sparse_network(tensors, self._number))
+        outputs = [next(found) if isinstance(output, Ref) else output for output in self.graph.outputs]
+        return pytree.tree_unflatten(outputs, self.signature.returns)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key not in ("_plans", "_lock")}
+        made = ("_plans", "_lock", "_tensors", "_held", "_states", "_number")
+        return {key: value for key, value in vars(self).items() if key not in made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plans, self._lock = {}, threading.Lock()
+        self._prepare()
 
 
-class ModulewiseModel(CompiledModel):
-    """A model whose forward could not be traced, with its layers compiled one by one."""
-
-    def __init__(self, model: nn.Module, layers: dict[str, SparseModel], left: dict[str, str]) -> None:
-        super().__init__()
-        self.model, self.left = model, left
-        for name, layer in layers.items():
-            put(model, name, layer)
-        self.names = list(layers)
-        self.eval()
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad():
-            return self.model(*args, **kwargs)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        raise ValueError(
-            f"{type(self.model).__name__} could not be traced, and a file cannot hold its forward: "
-            "torch.save keeps the network instead"
-        )
-
-    def _layers(self) -> Iterable[tuple[Layer, Choice]]:
-        return (pair for name in self.names for pair in self.model.get_submodule(name).compiled._layers())
+_numbers = itertools.count()
+NETWORKS: "weakref.WeakValueDictionary[int, SparseModel]" = weakref.WeakValueDictionary()
 
 
-def compile_sparse(model: nn.Module, example_input: Tensor) -> CompiledModel:
-    """A copy of `model` for inference on the CPU in which every layer has the fastest execution that is exact.
-
-    Batch norms are folded into the convolution or linear layer before them, ReLU, ReLU6, biases and residual sums
-    become part of it, and for every convolution and linear layer the executions are timed on this machine with the
-    real shapes: dense by torch (contiguous or channels_last), CSR by torch.sparse, and a sparse microkernel of our own
-    in C, which the system's compiler compiles once per machine (none: torch alone, with one warning). The zeros decide,
-    not the type of the layer. Outputs differ from the model's by rounding, 1e-4 at most for networks of usual scale;
-    a weight of zero is not multiplied, so that an infinite or NaN pixel spoils only what reads it.
-
-    Threads are `torch.get_num_threads()` of them, here and at every call: compile with the number that you will use.
-
-    Args:
-        model: plain, or with layers of `sparsify`; it stays as it is. A forward that torch.fx cannot trace is kept,
-            and its layers are compiled one by one.
-        example_input: float32 on the CPU, of the shape that matters; others work, too, each planned when it comes.
-
-    Returns:
-        A module with `str(...)` or `.table()`, one line per layer, `.profile(x)` and `.save(path)`; layers that torch
-        must execute as they are (transposed and 1-d convolutions, other padding modes) are in `.left`.
-
-    Raises:
-        TypeError, ValueError: an example that is no float32 tensor on the CPU, a model with other parameters, or one
-            that does not take the example.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"compile_sparse takes a module, got {type(model).__name__}")
-    _check(example_input)
-    model = unwrapped(model)
-    for name, parameter in model.named_parameters():
-        if parameter.dtype != torch.float32 or parameter.device.type != "cpu":
-            raise ValueError(
-                f"compile_sparse takes float32 on the CPU, and {name} is {parameter.dtype} on {parameter.device}: "
-                "model.float().cpu() first"
-            )
-    try:
-        model = densify(copy.deepcopy(model)).eval()
-    except RuntimeError as error:  # A weight that a hook computes, as torch.nn.utils.prune has it.
-        raise ValueError(
-            f"{type(model).__name__} cannot be copied ({error}); masks of torch.nn.utils.prune become part of the "
-            "weights by its `remove`"
-        ) from error
-    if isinstance(model, nn.Conv2d | nn.Linear):  # In the table it needs a name.
-        model = nn.Sequential(model)
-    left = left_to_torch(model)
-    with torch.no_grad():
-        try:
-            expected = model(example_input.clone())
-        except Exception as error:  # Shapes fail in many ways, in a second argument that is missing, too.
-            shape = tuple(example_input.shape)
-            raise ValueError(f"{type(model).__name__} does not take an example of shape {shape}: {error}") from error
-        try:
-            return _compile(trace(model, example_input, expected), example_input, left)
-        except NotTraceable:
-            layers = {
-                name: _compile(layer_graph(model.get_submodule(name), name), x, {})
-                for name, x in layer_inputs(model, example_input).items()
-            }
-            return ModulewiseModel(model, layers, left)
+def _output(value: Any, values: dict[str, Any], held: set[str]) -> Any:
+    """Return an output of a call; of what the network keeps, a copy."""
+    if not isinstance(value, Ref):
+        return value
+    found = values[value.name]
+    return found.clone() if value.name in held and isinstance(found, Tensor) else found
 
 
-def load_sparse(path: str | os.PathLike[str]) -> SparseModel:
-    """A network that `save` wrote, with its choices; without a compiler for the kernels, torch executes all layers.
-
-    Raises:
-        ValueError: the file is damaged, holds no compiled network, or one of another version.
-        OSError: the file cannot be read.
-    """
-    return SparseModel(*file.read(path))
+def _new_locks() -> None:
+    """Give networks new locks in a forked child: a thread of the parent may have held theirs."""
+    for network in list(NETWORKS.values()):
+        network._lock = threading.Lock()
 
 
-def _compile(graph: Graph, example: Tensor, left: dict[str, str]) -> SparseModel:
-    called = [node for node in graph.nodes if isinstance(node, Call) and not isinstance(node.target, str)]
-    names = {node.name: getattr(node.target, "__name__", "") for node in called}
-    left = left | {name: f"{function} called by name" for name, function in names.items() if function in _PRODUCTS}
-    choices = choose(graph, infer_shapes(graph, example), example, library())
-    return SparseModel(graph, choices, left)
-
-
-def _check(x: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"a compiled network takes one tensor, got {type(x).__name__}")
-    if x.dtype != torch.float32 or x.device.type != "cpu":
-        raise ValueError(f"a compiled network takes float32 on the CPU, got {x.dtype} on {x.device}")
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_locks)

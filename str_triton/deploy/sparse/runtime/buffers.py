@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from str_triton.deploy.sparse.layout import Frame, Window, plane_sizes
-from str_triton.deploy.sparse.structs import View
+from str_triton.deploy.sparse.runtime.layout import Frame, Window, plane_sizes
+from str_triton.deploy.sparse.runtime.structs import View
 
 FLOAT = 4
 
@@ -29,9 +29,18 @@ class _Place:
 
 @dataclass
 class Buffers:
-    """Images by key. First connect and widen everything, then take and release in the order of use, then allocate."""
+    """Images by key, each [images, C, H, W] with shapes from `shapes`.
+
+    First connect and widen everything, then take and release in the order of use, then allocate.
+
+    Attributes:
+        group: how many images of a batch are there at once; None: all.
+        whole: the keys of which all images are there, whatever `group` says.
+    """
 
     shapes: dict[str, tuple[int, ...]]
+    group: int | None = None
+    whole: set[Key] = field(default_factory=set)
     _groups: dict[Key, Key] = field(default_factory=dict)
     _frames: dict[Key, Frame] = field(default_factory=dict)
     _places: dict[Key, _Place] = field(default_factory=dict)
@@ -39,8 +48,12 @@ class Buffers:
     _all: list[_Place] = field(default_factory=list)
     _memory: np.ndarray | None = None
 
-    def group(self, key: Key) -> Key:
-        """The key that stands for all those with the same frame."""
+    def images(self, key: Key) -> int:
+        """Return how many images of a value are there at once."""
+        return self.shapes[key.value][0] if self.group is None or key in self.whole else self.group
+
+    def root(self, key: Key) -> Key:
+        """Return the key that stands for all those with the same frame."""
         root = key
         while self._groups.setdefault(root, root) != root:
             root = self._groups[root]
@@ -48,12 +61,12 @@ class Buffers:
         return root
 
     def frame(self, key: Key) -> Frame:
-        return self._frames.setdefault(self.group(key), Frame())
+        return self._frames.setdefault(self.root(key), Frame())
 
     def connect(self, window: Window, x: Key, y: Key, residual: Key | None) -> None:
         """Give what a window reads and writes the same frame."""
         for other in filter(None, (x, residual)):
-            self._groups[self.group(other)] = self.group(y)
+            self._groups[self.root(other)] = self.root(y)
 
     def widen(self, window: Window, x: Key, y: Key) -> None:
         """Make room for the images and for the zeros around x, once all are connected."""
@@ -68,9 +81,9 @@ class Buffers:
         """Find a place for an image that is written next."""
         if key in self._places:
             return
-        images, channels = self.shapes[key.value][:2]
-        floats = images * channels * self.frame(key).channel(math.prod(key.phases))
-        free = self._free.get(self._layout(key), [])
+        floats = self.images(key) * self.shapes[key.value][1] * self.frame(key).channel(math.prod(key.phases))
+        # The groups of a batch run through the same places in turn, which one that holds all cannot share.
+        free = [] if key in self.whole else self._free.get(self._layout(key), [])
         # The smallest that is large enough, or else the largest, which grows.
         fitting = [place for place in free if place.floats >= floats]
         place = min(fitting, key=lambda p: p.floats) if fitting else max(free, key=lambda p: p.floats, default=None)
@@ -83,12 +96,13 @@ class Buffers:
         self._places[key] = place
 
     def release(self, key: Key) -> None:
-        """Nobody reads this image any more."""
-        self._free.setdefault(self._layout(key), []).append(self._places[key])
+        """Let others have the place of an image that nobody reads any more."""
+        if key not in self.whole:
+            self._free.setdefault(self._layout(key), []).append(self._places[key])
 
     def _layout(self, key: Key) -> tuple:
         """What decides where an image's zeros lie: a smaller one would read what a larger one left around it."""
-        return self.group(key), key.phases, self.shapes[key.value][2:]
+        return self.root(key), key.phases, self.shapes[key.value][2:]
 
     def allocate(self) -> None:
         """Get the memory, all zeros. Around it there is room for what strips read beyond their image."""

@@ -1,8 +1,6 @@
-"""How a layer is executed."""
+"""Which execution a layer has."""
 
 from dataclasses import dataclass
-
-EXECUTIONS = ("dense", "channels_last", "csr", "sparse")
 
 
 @dataclass(frozen=True)
@@ -10,7 +8,7 @@ class Choice:
     """One execution of a layer, and for the microkernel ("sparse") how its work is cut.
 
     Attributes:
-        execution: "dense" or "channels_last" (torch, in that memory format), "csr" (torch.sparse), "sparse" (our own).
+        execution: a name in EXECUTIONS.
         width: vectors of pixels that stay in registers.
         tiles, blocks: into how many parts the pixels and the output channels are cut, for the threads to share.
         ms_dense, ms: measured milliseconds of torch's fastest dense execution and of this one; None: not measured.

@@ -1,13 +1,14 @@
 """What a plan will do, in order: which form every value takes, and where a copy must change it."""
 
-import math
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-from str_triton.deploy.sparse.buffers import Buffers, Key
-from str_triton.deploy.sparse.choice import Choice
-from str_triton.deploy.sparse.graph import Convolution, Graph, Layer, Linear, MaxPool, Mean, Node, references
-from str_triton.deploy.sparse.layout import Window
+from str_triton.deploy.sparse.executions import EXECUTIONS
+from str_triton.deploy.sparse.executions.choice import Choice
+from str_triton.deploy.sparse.graph.nodes import Convolution, Graph, Layer, Linear, MaxPool, Mean, Node
+from str_triton.deploy.sparse.runtime.buffers import Buffers, Key
+from str_triton.deploy.sparse.runtime.layout import Window
+from str_triton.deploy.sparse.runtime.trial import Trial
 
 PLAIN = (1, 1)
 
@@ -30,37 +31,40 @@ class Task:
     makes: str = ""
     window: Window | None = None
 
+    def images(self) -> set[Key]:
+        """Return the images that it touches."""
+        return {*self.reads, self.writes} - {None}
+
 
 class Draft:
     """Decides which form every value takes, and lists the tasks."""
 
-    def __init__(self, graph: Graph, shapes: dict, choices: dict[str, Choice], kernels: bool) -> None:
-        self.shapes, self.choices, self.kernels = shapes, choices, kernels
+    def __init__(self, graph: Graph, trial: Trial, choices: dict[str, Choice], kernels: bool) -> None:
+        self.shapes, self.choices, self.kernels = trial.shapes, choices, kernels
         self.nodes = {node.name: node for node in graph.nodes}
-        self.images: set[str] = set()  # Values that a kernel writes into a padded buffer.
+        self.images: set[str] = set()  # Values that lie in padded buffers.
+        self._written: set[str] = set()  # Those of them that a kernel makes there.
         for node in graph.nodes:
             if self._by_window(node):
-                self.images.add(node.name)
+                self._written.add(node.name)
         self.windows = self._windows(graph)
         self.tasks: list[Task] = []
         self._made: set[Key | str] = set()
         for node in graph.nodes:
-            self._add(node)
-        for name in references(graph.output):
+            if node.name not in trial.fixed:
+                self._add(node)
+        for name in graph.kept():
             self._tensor(name)
 
+    def _by_kernels(self, node: Layer) -> bool:
+        execution = EXECUTIONS[self.choices[node.name].execution]
+        return self.kernels and execution.by_kernels and execution.fits(node, self.shapes)
+
     def _by_window(self, node: Node) -> bool:
-        """Whether a kernel computes this node from an image to an image."""
-        if not self.kernels:
-            return False
+        """Check whether a kernel computes this node from an image to an image."""
         if isinstance(node, Convolution):
-            shape = self.shapes[node.name]
-            if self.choices[node.name].execution != "sparse" or len(shape) != 4 or math.prod(shape) == 0:
-                return False
-            # A residual that is broadcast, or makes the convolution's own output so, is left to torch.
-            own = node.output_shape(self.shapes[node.inputs[0]])
-            return all(self.shapes.get(name) == own for name in (node.name, *node.inputs[1:]))
-        if isinstance(node, MaxPool) and node.inputs[0] in self.images:
+            return self._by_kernels(node)
+        if isinstance(node, MaxPool) and node.inputs[0] in self._written:
             producer = self.nodes[node.inputs[0]]
             # Zeros around the image are as good as minus infinity where nothing is negative.
             return node.padding == (0, 0) or (isinstance(producer, Layer) and producer.clamp[0] >= 0)
@@ -71,7 +75,7 @@ class Draft:
         wanted: dict[str, set[tuple[int, int]]] = defaultdict(set)
         windows = {}
         for node in reversed(graph.nodes):
-            if node.name in self.images:
+            if node.name in self._written:
                 free = isinstance(node, Convolution) and node.is_pointwise and len(node.inputs) == 1
                 phases = next(iter(wanted[node.name])) if free and len(wanted[node.name]) == 1 else PLAIN
                 window = Window(node.kernel, node.stride, node.padding, node.dilation, phases)
@@ -84,16 +88,17 @@ class Draft:
         return windows
 
     def _add(self, node: Node) -> None:
-        if node.name in self.images:
+        if node.name in self._written:
             window = self.windows[node.name]
             reads = [self._image(node.inputs[0], window.reads)]
             reads += [self._image(name, window.phases) for name in node.inputs[1:]]
             writes = Key(node.name, window.phases)
+            self.images.add(node.name)
             self.tasks.append(Task("window", node, reads, writes, window=window))
             self._made.add(writes)
-        elif self.kernels and isinstance(node, Mean) and node.inputs[0] in self.images:
+        elif isinstance(node, Mean) and node.inputs[0] in self._written:
             self.tasks.append(Task("mean", node, [self._image(node.inputs[0], PLAIN)], makes=node.name))
-        elif self.kernels and isinstance(node, Linear) and self.choices[node.name].execution == "sparse":
+        elif isinstance(node, Linear) and self._by_kernels(node):
             self._tensor(node.inputs[0])
             self.tasks.append(Task("linear", node, tensors=node.inputs[:1], makes=node.name))
         else:
@@ -104,9 +109,10 @@ class Draft:
     def _image(self, name: str, phases: tuple[int, int]) -> Key:
         """A value in a padded buffer, in these phases."""
         key = Key(name, phases)
+        self.images.add(name)
         if key in self._made:
             return key
-        if name not in self.images:
+        if name not in self._written:
             self.tasks.append(Task("copy", self.nodes[name], [], key, [name]))
         else:
             made = Key(name, self.windows[name].phases)
@@ -118,7 +124,7 @@ class Draft:
 
     def _tensor(self, name: str) -> None:
         """A value as torch's tensor."""
-        if name in self.images and name not in self._made:
+        if name in self._written and name not in self._made:
             source = Key(name, self.windows[name].phases)
             self.tasks.append(Task("copy", self.nodes[name], [source], makes=name))
             self._made.add(name)
@@ -131,11 +137,11 @@ def place(tasks: list[Task], buffers: Buffers) -> None:
         buffers.connect(task.window, task.reads[0], task.writes, task.reads[1] if len(task.reads) > 1 else None)
     for task in windows:
         buffers.widen(task.window, task.reads[0], task.writes)
-    last = {key: index for index, task in enumerate(tasks) for key in [*task.reads, task.writes] if key}
+    last = {key: index for index, task in enumerate(tasks) for key in task.images()}
     for index, task in enumerate(tasks):
         if task.writes:
             buffers.take(task.writes)
-        for key in {*task.reads, task.writes} - {None}:
+        for key in task.images():
             if last[key] == index:
                 buffers.release(key)
     buffers.allocate()

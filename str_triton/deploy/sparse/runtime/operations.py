@@ -6,11 +6,11 @@ import math
 import numpy as np
 from torch import Tensor
 
-from str_triton.deploy.sparse.buffers import FLOAT, Buffers, Key
-from str_triton.deploy.sparse.choice import Choice
-from str_triton.deploy.sparse.graph import Convolution, Linear, MaxPool
-from str_triton.deploy.sparse.layout import Window, mask, offsets, plane_sizes
-from str_triton.deploy.sparse.structs import CONVOLUTION, COPY, LINEAR, MAX_POOL, MEAN, TAP, Operation, View
+from str_triton.deploy.sparse.executions.choice import Choice
+from str_triton.deploy.sparse.graph.nodes import Convolution, Linear, MaxPool
+from str_triton.deploy.sparse.runtime.buffers import FLOAT, Buffers, Key
+from str_triton.deploy.sparse.runtime.layout import Window, mask, offsets, plane_sizes
+from str_triton.deploy.sparse.runtime.structs import CONVOLUTION, COPY, LINEAR, MAX_POOL, MEAN, TAP, Operation, View
 
 
 class Operations:
@@ -28,7 +28,7 @@ class Operations:
         buffers, frame, shape = self.buffers, self.buffers.frame(y), self.buffers.shapes[y.value]
         planes = math.prod(y.phases)
         op = Operation(x=buffers.view(x), y=buffers.view(y))
-        op.images, op.channels, op.planes, op.tables = shape[0], shape[1], planes, window.tables
+        op.images, op.channels, op.planes, op.tables = buffers.group or shape[0], shape[1], planes, window.tables
         op.length = frame.length(max(rows for rows, _ in plane_sizes(shape[2:], y.phases)))
         if window.tables > 1 or planes == 1:
             op.x.plane = 0  # The taps say which plane they read.
@@ -79,6 +79,7 @@ class Operations:
         Returns them with the place of their first pixel in the tensor, in bytes: its address is known when it exists.
         """
         images, channels, height, width = self.buffers.shapes[value]
+        images = self.buffers.group or images
         phases = max(key.phases for key in (source, target) if key)
         found = []
         for p in range(phases[0]):
@@ -98,6 +99,7 @@ class Operations:
 
     def mean(self, source: Key) -> Operation:
         images, channels, rows, columns = self.buffers.shapes[source.value]
+        images = self.buffers.group or images
         op = Operation(kind=MEAN, images=images, channels=channels, planes=1, rows=rows, columns=columns)
         op.x, op.y = self.buffers.view(source), View(None, channels, 1, 0, 0, 0)
         op.items = images * channels

@@ -10,6 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+
+class TooLarge(ValueError):
+    """An image whose places do not fit into 32 bits."""
+
+
 GRAIN = 16  # floats in a cache line: planes begin at whole lines, and lengths are multiples of it
 
 
@@ -125,7 +130,7 @@ def offsets(window: Window, frame: Frame, plane: int, index: np.ndarray) -> np.n
     places = (row_phase * window.reads[1] + column_phase) * frame.plane
     result = channel * stride + places + row_shift * frame.pitch + column_shift
     if result.size and np.abs(result).max() >= 2**31:
-        raise ValueError(f"an image of {int(np.abs(result).max()):,} floats is too large for 32-bit offsets")
+        raise TooLarge(f"an image of {int(np.abs(result).max()):,} floats is too large for 32-bit offsets")
     return result.astype(np.int32)
 
 

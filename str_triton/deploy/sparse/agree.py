@@ -1,0 +1,132 @@
+"""Whether a compiled network gives what its model gives."""
+
+import copy
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+ROUNDING = 1e-4  # of the largest value: what float32 may differ by
+SLACK = 10.0  # a network may differ from float64 by so many times what the model itself does
+
+
+class Buffers:
+    """The buffers of a model as they were, to be put back."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._values = [
+            (module, name, value, value.clone())
+            for module in model.modules()
+            for name, value in module._buffers.items()
+            if value is not None
+        ]
+
+    def restore(self) -> None:
+        for module, name, tensor, value in self._values:
+            tensor.copy_(value)
+            module._buffers[name] = tensor
+
+
+def clone(tree: Any) -> Any:
+    """Return arguments with tensors of their own, in the same memory format."""
+    return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def difference(model: nn.Module, network: Callable, calls: Sequence[tuple[tuple, dict]]) -> str | None:
+    """Return how a network differs from its model in a row of calls; None if it does not, but for rounding.
+
+    The model's buffers are as before afterwards. Calls that the model does not take are left out.
+    """
+    buffers = Buffers(model)
+    try:
+        for args, kwargs in calls:
+            theirs, ours = clone((args, kwargs)), clone((args, kwargs))
+            try:
+                wanted = model(*theirs[0], **theirs[1])
+            except Exception:
+                return None
+            try:
+                found = network(*ours[0], **ours[1])
+            except Exception as error:
+                return f"it raises {type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}"
+            exact = functools.partial(_exact, model, buffers, calls, args, kwargs)
+            if not agree((found, ours), (wanted, theirs), exact):
+                return "it gives other values"
+    finally:
+        buffers.restore()
+    return None
+
+
+def _exact(model: nn.Module, buffers: Buffers, calls: Sequence[tuple[tuple, dict]], args: tuple, kwargs: dict) -> Any:
+    """Return what the model gives in float64; None where it cannot tell."""
+    if args is not calls[0][0]:
+        return None
+    buffers.restore()
+    try:
+        doubled = copy.deepcopy(model).double()
+        given = pytree.tree_map(_double, clone((args, kwargs)))
+        return doubled(*given[0], **given[1]), given
+    except Exception:
+        return None
+
+
+def _double(leaf: Any) -> Any:
+    return leaf.double() if isinstance(leaf, Tensor) and leaf.dtype == torch.float32 else leaf
+
+
+def agree(found: Any, wanted: Any, exact: Callable[[], Any]) -> bool:
+    """Check that two results are the same but for rounding; `exact` gives the right one where that is in doubt."""
+    ours, structure = pytree.tree_flatten(found)
+    theirs, other = pytree.tree_flatten(wanted)
+    if structure != other or not all(map(_alike, ours, theirs)):
+        return False
+    if all(map(_close, ours, theirs)):
+        return True
+    truth = pytree.tree_leaves(exact())
+    return len(truth) == len(ours) and all(map(_as_close, ours, theirs, truth))
+
+
+def _alike(a: Any, b: Any) -> bool:
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return type(a) is type(b)
+    return a.shape == b.shape and a.dtype == b.dtype
+
+
+def _close(a: Any, b: Any) -> bool:
+    if not isinstance(a, Tensor):
+        return a is b or not isinstance(a, int | float | str | bool) or a == b
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    scale = float(b.double().nan_to_num(0.0, 0.0, 0.0).abs().max()) if b.numel() else 0.0
+    return torch.allclose(a.double(), b.double(), rtol=ROUNDING, atol=ROUNDING * scale, equal_nan=True)
+
+
+def _as_close(a: Any, b: Any, truth: Any) -> bool:
+    """Check that `a` differs from the truth by not much more than `b` does."""
+    if _close(a, b):
+        return True
+    if not isinstance(truth, Tensor) or truth.shape != a.shape or not a.is_floating_point():
+        return False
+    errors = [float((value.double() - truth).nan_to_num(0.0, 0.0, 0.0).abs().max()) for value in (a, b)]
+    return torch.equal(a.isfinite(), b.isfinite()) and errors[0] <= SLACK * errors[1]
+
+
+def resized(args: tuple, kwargs: dict[str, Any], sizes: dict[str, tuple[int, int]], leaves: Sequence[Any]) -> Any:
+    """Return other arguments: values drawn from the example's, and other sizes by their names, as (old, new)."""
+    generator = torch.Generator().manual_seed(0)
+
+    def other(given: Any, leaf: Any) -> Any:
+        if not isinstance(given, Tensor):
+            return given
+        shape = [sizes[size][1] if size in sizes else n for size, n in zip(leaf.sizes, given.shape, strict=True)]
+        flat = given.detach().reshape(-1)
+        if not flat.numel():
+            return torch.zeros(shape, dtype=given.dtype, device="cpu")
+        count = torch.Size(shape).numel()
+        return flat[torch.randint(flat.numel(), (count,), generator=generator, device="cpu")].reshape(shape)
+
+    flat, structure = pytree.tree_flatten((args, kwargs))
+    return pytree.tree_unflatten([other(given, leaf) for given, leaf in zip(flat, leaves, strict=True)], structure)

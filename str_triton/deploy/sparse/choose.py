@@ -1,0 +1,209 @@
+"""Chooses the execution of every layer by timing all that are exact, on this machine, with the real shapes."""
+
+import ctypes
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from str_triton.deploy.sparse import stopwatch
+from str_triton.deploy.sparse.cost import estimate
+from str_triton.deploy.sparse.executions import EXECUTIONS
+from str_triton.deploy.sparse.executions.choice import Choice
+from str_triton.deploy.sparse.graph.nodes import Convolution, Graph, Layer, MaxPool, Mean
+from str_triton.deploy.sparse.runtime.plan import Plan, Segment
+from str_triton.deploy.sparse.runtime.structs import LINEAR
+from str_triton.deploy.sparse.runtime.trial import Trial
+
+_DENSE = ("dense", "channels_last")
+
+
+def choose(
+    graph: Graph, trial: Trial, example: Sequence[Tensor], library: ctypes.CDLL | None, *, tune: bool = True
+) -> tuple[dict[str, Choice], bool]:
+    """Return the choices by layer that are fastest for the whole network, and whether the machine was quiet.
+
+    A layer by the kernels beside one by torch costs a copy between their forms, which is weighed against the time won.
+
+    Args:
+        graph: the network.
+        trial, example: its values and its inputs for the shapes that matter.
+        library: the kernels, if there are any.
+        tune: time the executions; else a model of their costs decides alone.
+    """
+    threads = torch.get_num_threads()
+    if not graph.layers():
+        return {}, True
+    ours = {node.name: Choice("sparse", tiles=4 * threads) for node in graph.layers()}
+    plan = Plan(graph, trial, ours, library) if library is not None else None
+    if not tune:
+        by_torch, by_kernel = estimate(graph, trial.shapes, plan, threads)
+        return _weigh(graph, trial.shapes, by_torch, by_kernel, _copy_estimate), True
+    if plan is not None:
+        plan.run(example)
+    watch = stopwatch.Stopwatch()
+    timed = {node.name: _time(node, trial, plan, library, watch) for node in graph.layers()}
+    by_torch = {
+        name: min((c for c in found.values() if c.execution != "sparse"), key=lambda c: c.ms)
+        for name, found in timed.items()
+    }
+    by_kernel = {name: found["sparse"] for name, found in timed.items() if "sparse" in found}
+    candidates = [_weigh(graph, trial.shapes, by_torch, by_kernel, _copy_milliseconds)]
+    # Beside channels_last there are no changes of format to pay, which each layer alone has to.
+    candidates += [{name: found.get(e, found["dense"]) for name, found in timed.items()} for e in _DENSE]
+    plans = [Plan(graph, trial, choices, library) for choices in candidates]
+    calls = {index: functools.partial(plan.run, example) for index, plan in enumerate(plans)}
+    times = watch.race(calls, 2 * stopwatch.ROUNDS, cold=False)
+    return candidates[min(times, key=times.get)], watch.is_quiet
+
+
+def _time(
+    node: Layer, trial: Trial, plan: Plan | None, library: ctypes.CDLL | None, watch: stopwatch.Stopwatch
+) -> dict[str, Choice]:
+    """Return the executions of one layer with their times."""
+    shapes = trial.shapes
+    if any(name not in shapes for name in (*node.inputs, node.name)):  # Torch alone, untimed.
+        return {"dense": Choice("dense", ms=0.0)}
+    values: dict[str, Any] = {
+        name: torch.randn(shapes[name], dtype=torch.float32, device="cpu") for name in node.inputs
+    }
+    calls: dict[str, Callable[[], object]] = {}
+    for name, execution in EXECUTIONS.items():
+        if not execution.by_kernels and execution.fits(node, shapes):
+            calls[name] = functools.partial(execution.run, node, values)
+    cut = Choice("dense")
+    kernel = _Stage.find(plan, node.name, library)
+    if kernel is not None:
+        cut = kernel.best_cut(watch)
+        calls["sparse"] = kernel.run
+    times = watch.race(calls)
+    passes = {name: kernel.passes if name == "sparse" else 1 for name in times}
+    dense = min(ms for name, ms in times.items() if name in _DENSE)
+    return {
+        name: replace(cut if name == "sparse" else Choice(name), ms=ms * passes[name], ms_dense=dense)
+        for name, ms in times.items()
+    }
+
+
+@dataclass
+class _Stage:
+    """A layer's operation in a plan, alone.
+
+    Attributes:
+        passes: how often it runs in a call, once for each group of images.
+    """
+
+    plan: Plan
+    name: str
+    library: ctypes.CDLL
+    segment: Segment
+    number: int
+    threads: int
+    passes: int
+
+    @classmethod
+    def find(cls, plan: Plan | None, name: str, library: ctypes.CDLL | None) -> "_Stage | None":
+        if plan is None:
+            return None
+        try:
+            segment, number = plan.operation(name)
+        except KeyError:
+            return None
+        return cls(plan, name, library, segment, number, torch.get_num_threads(), segment.groups)
+
+    def run(self) -> None:
+        stage = ctypes.addressof(self.segment.stages[self.number])
+        self.library.str_triton_run(stage, 1, self.threads)
+
+    def best_cut(self, watch: stopwatch.Stopwatch) -> Choice:
+        """Cut the work in the fastest way, and return it."""
+        op = self.segment.operations[self.number][0]
+        lanes = self.library.str_triton_lanes()
+        if op.kind == LINEAR:  # Its tensors are gone.
+            self._tensors = torch.randn(op.images * op.x.image), torch.empty(op.images * op.y.image)
+            op.x.data, op.y.data = (tensor.data_ptr() for tensor in self._tensors)
+        cuts = _cuts(op.length // lanes * op.images * op.planes, self.threads, lanes)
+
+        rounds, kept = 2, cuts
+        while len(kept) > 1 and rounds <= 8:
+            best: dict[Choice, float] = {}
+            for choice in kept:
+                self.plan.cut(self.name, choice)
+                best[choice] = watch.race({0: self.run}, rounds, cold=False)[0]
+            kept = sorted(best, key=best.get)[: max(1, len(kept) // 4)]
+            rounds *= 2
+        self.plan.cut(self.name, kept[0])
+        return kept[0]
+
+
+def _cuts(vectors: int, threads: int, lanes: int) -> list[Choice]:
+    """Return candidates: widths of strips, and the pixels or the channels shared out among the threads."""
+    if vectors == 0:
+        return [Choice("sparse", blocks=blocks) for blocks in (threads, 4 * threads)]
+    widths = [w for w in (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14) if lanes == 16 or w <= 8]
+    cuts = []
+    for width in widths:
+        strips = -(-vectors // width)
+        if strips >= threads:
+            cuts.append(Choice("sparse", width, tiles=-(-strips // threads) * threads))
+        if strips <= 8 * threads:
+            cuts.append(Choice("sparse", width, tiles=strips, blocks=threads))
+    return cuts
+
+
+def _weigh(
+    graph: Graph,
+    shapes: dict[str, tuple[int, ...]],
+    by_torch: dict[str, Choice],
+    by_kernel: dict[str, Choice],
+    copy_milliseconds: Callable[[tuple[int, ...]], float],
+) -> dict[str, Choice]:
+    """Start from the kernels wherever they can run, and change one layer at a time for as long as that saves time."""
+    copies = {name: copy_milliseconds(shape) for name, shape in shapes.items() if len(shape) == 4}
+    readers: dict[str, set[str]] = {node.name: set() for node in graph.nodes}
+    for node in graph.nodes:
+        for name in node.inputs:
+            readers[name].add(node.name)
+    nodes = {node.name: node for node in graph.nodes}
+    pools = {node.name for node in graph.nodes if isinstance(node, MaxPool | Mean)}
+    choices = by_torch | by_kernel
+
+    def ours(name: str) -> bool:
+        if isinstance(nodes[name], MaxPool):
+            return ours(nodes[name].inputs[0])
+        return isinstance(nodes[name], Convolution) and choices[name].execution == "sparse"
+
+    def crossings(name: str) -> float:
+        """Milliseconds of the copies of one value; a pool reads whatever form there is."""
+        forms = {ours(reader) for reader in readers[name] - pools}
+        return copies.get(name, 0.0) * len(forms - {ours(name)})
+
+    def local(name: str) -> float:
+        return choices[name].ms + sum(map(crossings, {name, *nodes[name].inputs}))
+
+    changed = True
+    while changed:
+        changed = False
+        for name in by_kernel:
+            before, now = choices[name], local(name)
+            choices[name] = by_torch[name] if before.execution == "sparse" else by_kernel[name]
+            if local(name) < 0.99 * now:
+                changed = True
+            else:
+                choices[name] = before
+    return choices
+
+
+def _copy_estimate(shape: tuple[int, ...]) -> float:
+    return 1e3 * math.prod(shape) * 8 / 10e9
+
+
+@functools.lru_cache(maxsize=1024)
+def _copy_milliseconds(shape: tuple[int, ...]) -> float:
+    x = torch.ones(shape, dtype=torch.float32, device="cpu")
+    y = torch.empty_like(x)
+    return stopwatch.Stopwatch(torch.empty(0)).race({0: lambda: y.copy_(x)}, cold=False)[0]

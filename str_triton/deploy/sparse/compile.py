@@ -1,0 +1,208 @@
+"""`compile_sparse`: a network with zeros in its weights, made fast on this machine's processor."""
+
+import copy
+import os
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from str_triton.deploy.plain_state import unwrapped
+from str_triton.deploy.sparse import file
+from str_triton.deploy.sparse.agree import Buffers, clone, difference, resized
+from str_triton.deploy.sparse.choose import choose
+from str_triton.deploy.sparse.fallback import ModulewiseModel, layer_graph, layer_inputs, left_to_torch
+from str_triton.deploy.sparse.graph.export import Exported, NotExported, exports
+from str_triton.deploy.sparse.graph.fuse import fuse
+from str_triton.deploy.sparse.graph.lower import lower
+from str_triton.deploy.sparse.graph.nodes import Graph
+from str_triton.deploy.sparse.graph.signature import Signature, Unfit, check_tensor
+from str_triton.deploy.sparse.model import CompiledModel, SparseModel, plain_torch
+from str_triton.deploy.sparse.runtime.build import library
+from str_triton.deploy.sparse.runtime.trial import try_out
+from str_triton.nn import densify
+
+BUSY = "the machine was busy while the executions were timed: compile again on a quiet one"
+
+
+def compile_sparse(
+    model: nn.Module,
+    example_input: Any,
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    tune: bool = True,
+) -> CompiledModel:
+    """Make a copy of `model` for inference on the CPU in which every layer has the fastest execution that is exact.
+
+    The model is exported by torch.export. Batch norms are folded into the convolution or linear layer before them,
+    ReLU, ReLU6, biases and residual sums become part of it, and for every convolution and linear layer the executions
+    are timed on this machine with the real shapes: dense by torch (contiguous or channels_last), CSR by torch.sparse,
+    and a sparse microkernel of our own in C, which the system's compiler compiles once per machine (none: torch alone,
+    with one warning). The zeros decide, not the type of the layer. All other operations are torch's own. Outputs differ
+    from the model's by rounding, 1e-4 at most for networks of usual scale; a weight of zero is not multiplied, so that
+    an infinite or NaN pixel spoils only what reads it. The network is compared with the model before it is returned.
+
+    A model that torch.export cannot take keeps its forward, and its layers are compiled one by one; `print` says why.
+
+    Threads are `torch.get_num_threads()` of them, here and at every call: compile with the number that you will use.
+
+    Args:
+        model: plain, or with layers of `sparsify`; it stays as it is.
+        example_input: the model's argument, or a tuple of its arguments: tensors on the CPU, floating-point ones
+            float32, of the shapes that matter; others work, too, as far as the export leaves them open.
+        example_kwargs: its keyword arguments.
+        tune: False: do not time anything, and let a model of the costs choose, within a second.
+
+    Returns:
+        A module with `str(...)` or `.table()`, one line per layer, `.profile(x)` and `.save(path)`; layers that torch
+        must execute as they are (transposed and 1-d convolutions and the like) are in `.left`.
+
+    Raises:
+        TypeError, ValueError: no module, an example that is not on the CPU or not float32, a model with other
+            parameters, one that cannot be copied, or one that does not take the example.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"compile_sparse takes a module, got {type(model).__name__}")
+    args = example_input if type(example_input) is tuple else (example_input,)
+    kwargs = dict(example_kwargs or {})
+    _check(args, kwargs)
+    model = unwrapped(model)
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and (parameter.dtype, parameter.device.type) != (torch.float32, "cpu"):
+            raise ValueError(
+                f"compile_sparse takes float32 on the CPU, and {name} is {parameter.dtype} on {parameter.device}: "
+                "model.float().cpu() first"
+            )
+    with torch.inference_mode(False), plain_torch():
+        return _compile(model, *clone((args, kwargs)), tune)
+
+
+def load_sparse(path: str | os.PathLike[str]) -> SparseModel:
+    """Load a network that `save` wrote, with its choices; without a compiler for the kernels, torch runs all layers.
+
+    On a processor other than the one that it was saved on, the executions are chosen anew.
+
+    Raises:
+        ValueError: the file is damaged, holds no compiled network, or one of another version.
+        OSError: the file cannot be read.
+    """
+    content = file.read(path)
+    shown = content.left, content.notes, content.example
+    network = SparseModel(content.graph, content.signature, content.choices, *shown)
+    if content.processor != file.processor():
+        with torch.inference_mode(False):
+            network.retune()
+    return network
+
+
+def _check(args: tuple, kwargs: dict[str, Any]) -> None:
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    if not tensors:
+        given = type(args[0]).__name__ if len(args) == 1 else f"{len(args) + len(kwargs)} arguments without a tensor"
+        raise TypeError(f"a compiled network takes one tensor, got {given}")
+    for tensor in tensors:
+        check_tensor(tensor, torch.float32 if tensor.is_floating_point() else tensor.dtype)
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """Return a dense copy of a model, in eval mode."""
+    # Weights that hooks compute anew in every forward are no leaves, which deepcopy refuses.
+    memo = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+    try:
+        copied = densify(copy.deepcopy(model, memo)).eval()
+    except Exception as error:
+        raise ValueError(f"{type(model).__name__} cannot be copied: {error}") from error
+    # In the table a bare layer needs a name.
+    return nn.Sequential(copied) if isinstance(copied, nn.Conv2d | nn.Linear) else copied
+
+
+def _compile(model: nn.Module, args: tuple, kwargs: dict[str, Any], tune: bool) -> CompiledModel:
+    dense = _copied(model)
+    buffers = Buffers(dense)
+    try:
+        dense(*clone(args), **clone(kwargs))
+    except Exception as error:  # Shapes fail in many ways, in a second argument that is missing, too.
+        shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        given = f"shape {shapes[0]}" if len(shapes) == 1 else f"shapes {', '.join(map(str, shapes))}"
+        raise ValueError(f"{type(model).__name__} does not take an example of {given}: {error}") from error
+    buffers.restore()
+    problems = []
+    try:
+        for exported in exports(dense, clone(args), clone(kwargs)):
+            try:
+                network = _lowered(exported, dense, args, kwargs, tune)
+            except (NotExported, Unfit) as error:
+                problems.append(str(error))
+                continue
+            problem = difference(dense, network, _calls(network, args, kwargs))
+            if problem is None:
+                network.reset(dict(dense.named_buffers()))
+                return network
+            problems.append(f"the exported graph is not used: {problem}")
+    except NotExported as error:
+        problems.append(f"torch.export: {error}")
+    return _modulewise(model, args, kwargs, tune, f"{type(model).__name__} runs layer by layer; {problems[0]}")
+
+
+def _lowered(exported: Exported, model: nn.Module, args: tuple, kwargs: dict[str, Any], tune: bool) -> SparseModel:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lowered = lower(exported.program)
+    inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    source = None if exported.is_open else model
+    return _tuned(fuse(lowered.graph), exported.signature, inputs, lowered.left, tune, source)
+
+
+def _tuned(
+    graph: Graph, signature: Signature, inputs: list[Tensor], left: dict[str, str], tune: bool, source: nn.Module | None
+) -> SparseModel:
+    choices, quiet = choose(graph, try_out(graph, clone(inputs)), clone(inputs), library(), tune=tune)
+    example = [tuple(tensor.shape) for tensor in inputs]
+    return SparseModel(graph, signature, choices, left, [] if quiet else [BUSY], example, source)
+
+
+def _calls(network: SparseModel, args: tuple, kwargs: dict[str, Any]) -> list[tuple[tuple, dict[str, Any]]]:
+    """Return calls that show whether a network is right: the example, other values in another batch.
+
+    Where calls leave a state behind, the example comes again.
+    """
+    signature, leaves = network.signature, pytree.tree_leaves((args, kwargs))
+    tensors = [(leaf, given) for leaf, given in zip(signature.leaves, leaves, strict=True) if leaf.sizes]
+    sizes = {}
+    for leaf, given in tensors:
+        if isinstance(leaf.sizes[0], str):
+            old = given.shape[0]
+            sizes[leaf.sizes[0]] = (old, 2 if old == 1 else 1)
+    other = resized(args, kwargs, sizes, signature.leaves)
+    try:
+        signature.check(pytree.tree_leaves(other))
+    except ValueError:
+        other = resized(args, kwargs, {}, signature.leaves)
+    return [(args, kwargs), other, *([(args, kwargs)] if network.state() else [])]
+
+
+def _modulewise(model: nn.Module, args: tuple, kwargs: dict[str, Any], tune: bool, note: str) -> ModulewiseModel:
+    """Compile layer by layer; where even that gives other values, torch executes all of them."""
+    dense = _copied(model)
+    left = left_to_torch(dense)
+    buffers = Buffers(dense)
+    inputs = layer_inputs(dense, clone(args), clone(kwargs))
+    buffers.restore()
+    layers = {}
+    for name, x in inputs.items():
+        graph, signature = layer_graph(dense.get_submodule(name), name)
+        layers[name] = _tuned(graph, signature, [x], {}, tune, None)
+    network = ModulewiseModel(_copied(model), layers, left, [note])
+    problem = difference(dense, network, [(args, kwargs)])
+    if problem is None:
+        return ModulewiseModel(_copied(model), layers, left, [note])
+    left |= dict.fromkeys(layers, "the model gives other values with it compiled")
+    return ModulewiseModel(_copied(model), {}, left, [note])

@@ -1,0 +1,88 @@
+"""A model of what executions cost, from a few rates of this machine that are measured once in a process."""
+
+import functools
+import math
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from str_triton.deploy.sparse.executions.choice import Choice
+from str_triton.deploy.sparse.graph.nodes import Convolution, Graph, Layer
+from str_triton.deploy.sparse.runtime.plan import Plan
+from str_triton.deploy.sparse.runtime.structs import CONVOLUTION, LINEAR
+
+CALL = 5e-3  # milliseconds of one more call of torch's
+# The kernels' multiplications a second in units of torch's dense ones, as measured on two processors.
+RATES = {CONVOLUTION: 0.45, LINEAR: 0.08}
+DEPTHWISE = 0.1  # how fast torch multiplies in depthwise layers, in the same unit
+
+
+@functools.cache
+def dense_rate(threads: int) -> float:
+    """Return torch's multiplications per millisecond in a dense convolution of usual size."""
+    x = torch.randn((1, 128, 28, 28), dtype=torch.float32, device="cpu")
+    weight = torch.randn((128, 128, 3, 3), dtype=torch.float32, device="cpu")
+    ms = _fastest(lambda: F.conv2d(x, weight, padding=1))
+    return weight.numel() * 28 * 28 / ms
+
+
+def _fastest(call: Callable[[], object]) -> float:
+    seconds = []
+    for _ in range(6):
+        begin = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - begin)
+    return 1e3 * min(seconds)
+
+
+def estimate(
+    graph: Graph, shapes: dict[str, tuple[int, ...]], plan: Plan | None, threads: int
+) -> tuple[dict[str, Choice], dict[str, Choice]]:
+    """Return the choices by torch and, where they can run, by the kernels, with estimated milliseconds."""
+    rate = dense_rate(threads)
+    by_torch, by_kernel = {}, {}
+    for node in graph.layers():
+        shape = shapes.get(node.name)
+        if shape is None:
+            by_torch[node.name] = Choice("dense", ms=0.0)
+            continue
+        pixels = _pixels(node, shape)
+        slow = DEPTHWISE if isinstance(node, Convolution) and node.is_depthwise else 1.0
+        dense = CALL + node.weight.numel() * pixels / (rate * slow)
+        by_torch[node.name] = Choice("dense", ms=dense, ms_dense=dense)
+        found = _operation(plan, node)
+        if found is not None:
+            kind, vectors = found
+            # Each output costs about as much as two weights.
+            weights = int(node.weight.count_nonzero()) + 2 * node.weight.shape[0]
+            ms = weights * pixels / (rate * RATES[kind])
+            by_kernel[node.name] = _cut(vectors, threads, ms, dense)
+    return by_torch, by_kernel
+
+
+def _pixels(node: Layer, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) // node.weight.shape[0]
+
+
+def _operation(plan: Plan | None, node: Layer) -> tuple[int, int] | None:
+    """Return the kind of a layer's operation in a plan, and its vectors of pixels."""
+    try:
+        segment, number = plan.operation(node.name) if plan is not None else (None, 0)
+    except KeyError:
+        return None
+    if segment is None:
+        return None
+    op = segment.operations[number][0]
+    return op.kind, op.length // plan.library.str_triton_lanes() * op.images * op.planes
+
+
+def _cut(vectors: int, threads: int, ms: float, dense: float) -> Choice:
+    if vectors == 0:
+        return Choice("sparse", blocks=4 * threads, ms=ms, ms_dense=dense)
+    width = min(8, max(1, vectors // threads))
+    strips = -(-vectors // width)
+    if strips <= 2 * threads:
+        return Choice("sparse", width, tiles=strips, blocks=threads, ms=ms, ms_dense=dense)
+    return Choice("sparse", width, tiles=-(-strips // threads) * threads, ms=ms, ms_dense=dense)

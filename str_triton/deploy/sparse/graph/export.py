@@ -1,0 +1,194 @@
+"""torch.export of a model: a functional graph of ATen operations, with as many sizes left open as the model allows."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.fx.experimental import _config as shapes_config
+from torch.fx.experimental.symbolic_shapes import ShapeGuardPythonPrinter
+
+from str_triton.deploy.sparse.graph.signature import Leaf, Signature, compile_guard, parameter_names
+
+_INPUTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR, InputKind.USER_INPUT)
+
+
+class NotExported(Exception):
+    """The model cannot be exported; the message says why, in one line."""
+
+
+@dataclass
+class Exported:
+    """An exported model: `program` is functional; `is_open`: every call that the model takes fits the signature."""
+
+    program: ExportedProgram
+    signature: Signature
+    is_open: bool
+
+
+def exports(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Iterator[Exported]:
+    """Export `model` for arguments like these: with all sizes open, with the first dimension's alone, with none.
+
+    Yields what torch.export takes; the first one that gives what the model gives is the best.
+
+    Raises:
+        NotExported: torch.export takes the model in none of these ways; the message is that of the first.
+    """
+    reason: Exception | None = None
+    for sizes in (_all, _first, _none):
+        for strict in (False, True):
+            try:
+                program = _export(model, args, kwargs, sizes, strict)
+                signature = _signature(program, model, args, kwargs)
+                is_open = sizes is _all and signature.holds_for_usual_sizes()
+                found = Exported(_functional(program), signature, is_open)
+            except Exception as error:  # torch.export fails in as many ways as models do.
+                reason = reason or error
+            else:
+                yield found
+                reason = reason or ValueError("its exported graph gives other values")
+                break
+    raise NotExported(_one_line(reason)) from reason
+
+
+def _one_line(error: Exception | None) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def _all(tensor: Tensor) -> Any:
+    return dict.fromkeys(range(tensor.dim()), Dim.AUTO)
+
+
+def _first(tensor: Tensor) -> Any:
+    return {0: Dim.AUTO} if tensor.dim() else None
+
+
+def _none(tensor: Tensor) -> Any:
+    return None
+
+
+def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any], sizes: Any, strict: bool) -> ExportedProgram:
+    def dynamic(leaf: Any) -> Any:
+        return sizes(leaf) if isinstance(leaf, Tensor) else None
+
+    shapes = pytree.tree_map(dynamic, (args, kwargs))
+    named = dict(zip(parameter_names(model.forward, len(args)), shapes[0], strict=False))
+    every = named | shapes[1] if len(named) == len(args) else tuple(shapes[0]) if not kwargs else None
+    if sizes is _none:
+        every = None
+    # Sizes of 0 and 1 are sizes like others: a branch on them becomes a guard.
+    with _quiet(), shapes_config.patch(backed_size_oblivious=True):
+        return torch.export.export(model, args, kwargs, dynamic_shapes=every, strict=strict)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _functional(program: ExportedProgram) -> ExportedProgram:
+    """Return a program without changes in place; a change of a fresh value that nobody else reads needs no retrace."""
+    for node in list(program.graph.nodes):
+        if _is_mutable(node):
+            functional = _functional_form(node)
+            if functional is None:
+                with _quiet():
+                    return program.run_decompositions({})
+            node.target = functional
+    return program
+
+
+def _is_mutable(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _functional_form(node: fx.Node) -> Any:
+    """Return the operation that gives what one in place gives on a fresh value; None where the value is not fresh."""
+    packet = node.target._schema.name.removeprefix("aten::")
+    if not (node.target.namespace == "aten" and packet.endswith("_") and node.args):
+        return None
+    source = node.args[0]
+    overload = node.target._overloadname
+    functional = getattr(torch.ops.aten, packet[:-1], None)
+    if functional is None or overload not in functional.overloads() or list(source.users) != [node]:
+        return None
+    schema = getattr(source.target, "_schema", None)
+    is_fresh = schema is not None and schema.returns and all(value.alias_info is None for value in schema.returns)
+    only_self = sum(argument.alias_info is not None for argument in node.target._schema.arguments) == 1
+    found = getattr(functional, overload)
+    # An addition in place keeps the shape and the dtype of its first argument.
+    same = all(
+        _value(source) is not None and getattr(_value(source), what) == getattr(_value(node), what)
+        for what in ("shape", "dtype")
+    )
+    promotes = any(
+        isinstance(arg, fx.Node) and getattr(_value(arg), "dtype", None) != _value(source).dtype
+        for arg in node.args[1:]
+    )
+    fits = is_fresh and only_self and same and not promotes and not found._schema.is_mutable
+    return found if fits else None
+
+
+def _value(node: fx.Node) -> Any:
+    return node.meta.get("val")
+
+
+def _signature(program: ExportedProgram, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Signature:
+    placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    leaves, named = [], set()
+    given = pytree.tree_leaves((args, kwargs))
+    specs = []
+    for spec in program.graph_signature.input_specs:
+        if spec.kind not in _INPUTS:
+            raise NotExported(f"it takes a {spec.kind.name.lower()}")
+        if spec.kind is InputKind.USER_INPUT:
+            specs.append(spec)
+    for spec, leaf in zip(specs, given, strict=True):
+        if not isinstance(leaf, Tensor):
+            leaves.append(Leaf(None, value=leaf))
+            continue
+        sizes = []
+        for size in _value(placeholders[spec.arg.name]).shape:
+            if isinstance(size, int) or size.node.expr.is_Integer:
+                sizes.append(int(size))
+            elif size.node.expr.is_Symbol:
+                sizes.append(str(size.node.expr))
+                named.add(size.node.expr)
+            else:
+                raise NotExported(f"a size is {size.node.expr} of another one")
+        leaves.append(Leaf(leaf.dtype, tuple(sizes)))
+    names = parameter_names(model.forward, len(args))
+    structure = pytree.tree_flatten((args, kwargs))[1]
+    return Signature(structure, leaves, _guards(program, named), program.call_spec.out_spec, names)
+
+
+def _guards(program: ExportedProgram, named: set[Any]) -> list[str]:
+    """Return the conditions under which the graph holds, with the sizes by the names of their symbols."""
+    values = [_value(node) for node in program.graph.nodes if node.op == "placeholder"]
+    sizes = [size for value in values if isinstance(value, Tensor) for size in value.shape if not isinstance(size, int)]
+    if not sizes:
+        return []
+    environment = sizes[0].node.shape_env
+    printer = ShapeGuardPythonPrinter(
+        {s: [str(s)] for s in environment.var_to_sources}, str, environment.var_to_sources
+    )
+    conditions = [guard.expr for guard in environment.guards if guard.expr.free_symbols]
+    guards = [printer.doprint(condition) for condition in conditions if condition.free_symbols <= named]
+    for symbol in named:
+        limits = program.range_constraints.get(symbol)
+        if limits is not None and limits.lower > 0:
+            guards.append(f"{symbol} >= {int(limits.lower)}")
+        if limits is not None and limits.upper < 2**31:
+            guards.append(f"{symbol} <= {int(limits.upper)}")
+    for guard in guards:
+        compile_guard(guard)
+    return list(dict.fromkeys(guards))

@@ -1,0 +1,164 @@
+"""What becomes of single operations: a node of this package, or None where torch executes them."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from str_triton.deploy.sparse.graph.context import Context, bound, dimensions, is_float, pair, same_shape
+from str_triton.deploy.sparse.graph.nodes import Add, Clamp, Convolution, Linear, MaxPool, Mean, Node, Norm
+
+aten = torch.ops.aten
+
+
+def _convolution(context: Context, node: fx.Node) -> Node | None:
+    given = bound(node)
+    weight, bias = given["weight"], given["bias"]
+    if not is_float(node) or given.get("transposed") or not context.is_weight(weight, 4) or not context.is_bias(bias):
+        return None
+    if dimensions(given["input"]) != 4 or given["input"] in context.known:
+        return None
+    stride, dilation = pair(given["stride"]), pair(given["dilation"])
+    padding = given["padding"]
+    kernel = context.known[weight].shape[2:]
+    if isinstance(padding, str):
+        totals = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
+        if any(total % 2 for total in totals):
+            return None
+        padding = tuple(total // 2 for total in totals)
+    geometry = (stride, pair(padding), dilation, given["groups"])
+    if not all(isinstance(number, int) for sizes in geometry[:3] for number in sizes):
+        return None
+    return _layer(context, Convolution, node, given["input"], context.known[weight], bias, weight, *geometry)
+
+
+def _linear(context: Context, node: fx.Node) -> Node | None:
+    given = bound(node)
+    weight, bias = given["weight"], given["bias"]
+    if not context.is_weight(weight, 2) or not context.is_bias(bias):
+        return None
+    return _product(context, node, given["input"], context.known[weight], bias, weight)
+
+
+def _product(context: Context, node: fx.Node) -> Node | None:
+    """Lower a product with a weight that stands on the right, [in, out], and for addmm a bias."""
+    given = bound(node)
+    x, weight = given.get("mat1", given.get("self")), given.get("mat2", given.get("other"))
+    bias = given["self"] if "mat1" in given else None
+    if not context.is_weight(weight, 2) or not context.is_bias(bias):
+        return None
+    matrix = context.known[weight].t()
+    if bias is not None and context.known[bias].shape != matrix.shape[:1]:
+        return None
+    if given.get("beta", 1) != 1 or given.get("alpha", 1) != 1:
+        return None
+    return _product(context, node, x, matrix, bias, weight)
+
+
+def _product(context: Context, node: fx.Node, x: Any, matrix: Tensor, bias: Any, weight: fx.Node) -> Node | None:
+    if x in context.known or not is_float(node) or not dimensions(x):
+        return None
+    return _layer(context, Linear, node, x, matrix, bias, weight)
+
+
+def _layer(
+    context: Context, kind: type, node: fx.Node, x: fx.Node, matrix: Tensor, bias: Any, weight: fx.Node, *rest: Any
+) -> Node:
+    values = (
+        torch.zeros(matrix.shape[0], device="cpu", dtype=torch.float32) if bias is None else context.known[bias].clone()
+    )
+    ref = context.value(x)
+    label = context.label(node, weight)
+    return kind(context.name(node), [ref.name], matrix.contiguous(), values, (-math.inf, math.inf), label, *rest)
+
+
+def _norm(context: Context, node: fx.Node) -> Node | None:
+    given = bound(node)
+    several = node.target is not aten.batch_norm.default
+    if given.get("training") or not is_float(node) or given["input"] in context.known:
+        return None
+    if several and any(user.args[1] != 0 for user in node.users):
+        return None
+    names = ("weight", "bias", "running_mean", "running_var")
+    parts = [context.known.get(given[name]) if given[name] is not None else None for name in names]
+    if any(part is None and given[name] is not None for part, name in zip(parts, names, strict=True)):
+        return None
+    weight, bias, mean, variance = parts
+    if mean is None or variance is None:
+        return None
+    scale = (variance.double() + given["eps"]).rsqrt()
+    shift = -mean.double() * scale
+    if weight is not None:
+        scale, shift = scale * weight.double(), shift * weight.double()
+    if bias is not None:
+        shift = shift + bias.double()
+    return Norm(context.name(node), [context.value(given["input"]).name], scale, shift, dimensions(given["input"]))
+
+
+def _clamp(context: Context, node: fx.Node) -> Node | None:
+    given = bound(node)
+    x = given["self"]
+    name = node.target._schema.name
+    default = {"aten::relu": (0.0, math.inf), "aten::relu6": (0.0, 6.0)}.get(name)
+    low, high = default or (given.get("min_val", given.get("min")), given.get("max_val", given.get("max")))
+    low, high = -math.inf if low is None else low, math.inf if high is None else high
+    numbers = all(isinstance(limit, int | float) and not math.isnan(limit) for limit in (low, high))
+    if x in context.known or not numbers or not is_float(node) or not is_float(x):
+        return None
+    return Clamp(context.name(node), [context.value(x).name], (float(low), float(high)))
+
+
+def _add_tensors(context: Context, node: fx.Node) -> Node | None:
+    given = bound(node)
+    parts = given["self"], given["other"]
+    if given.get("alpha", 1) != 1 or not all(isinstance(part, fx.Node) for part in parts):
+        return None
+    values = [part.meta.get("val") for part in (*parts, node)]
+    if not all(isinstance(value, Tensor) and value.dtype == torch.float32 for value in values):
+        return None
+    if not all(same_shape(value, values[2]) for value in values[:2]):
+        return None
+    return Add(context.name(node), [context.value(part).name for part in parts])
+
+
+def _max_pool(context: Context, node: fx.Node) -> Node | None:
+    given = bound(node)
+    x = given["self"]
+    if given["ceil_mode"] or dimensions(x) != 4 or not is_float(node) or x in context.known:
+        return None
+    kernel = pair(given["kernel_size"])
+    stride = pair(given["stride"]) if given["stride"] else kernel
+    sizes = (kernel, stride, pair(given["padding"]), pair(given["dilation"]))
+    if not all(isinstance(number, int) for size in sizes for number in size):
+        return None
+    return MaxPool(context.name(node), [context.value(x).name], *sizes)
+
+
+def _mean(context: Context, node: fx.Node) -> Node | None:
+    given = bound(node)
+    x = given["self"]
+    if dimensions(x) != 4 or not is_float(node) or not is_float(x) or x in context.known:
+        return None
+    if "output_size" in given:
+        wanted, keep = list(given["output_size"]) in ([1, 1], [1]), True
+    else:
+        dims = given["dim"]
+        wanted = dims is not None and given["dtype"] is None and sorted(d % 4 for d in dims) == [2, 3]
+        keep = given["keepdim"]
+    return Mean(context.name(node), [context.value(x).name], keep) if wanted else None
+
+
+Handler = Callable[[Context, fx.Node], Node | None]
+HANDLERS: dict[Any, Handler] = {
+    **dict.fromkeys((aten.conv2d.default, aten.conv2d.padding, aten.convolution.default), _convolution),
+    aten.linear.default: _linear,
+    **dict.fromkeys((aten.addmm.default, aten.mm.default, aten.matmul.default), _product),
+    **dict.fromkeys((aten.batch_norm.default, aten._native_batch_norm_legit_no_training.default), _norm),
+    **dict.fromkeys((aten.relu.default, aten.relu6.default, aten.hardtanh.default), _clamp),
+    **dict.fromkeys((aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default), _clamp),
+    aten.add.Tensor: _add_tensors,
+    aten.max_pool2d.default: _max_pool,
+    **dict.fromkeys((aten.mean.dim, aten.adaptive_avg_pool2d.default), _mean),
+}

@@ -1,0 +1,280 @@
+"""A network as a short list of nodes: plain data, whatever module it was exported from.
+
+A node is a layer that this package executes itself (a convolution, a linear layer, a max pool, a global mean) or a call
+of one of torch's operations, which runs as it stands.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from str_triton.deploy.sparse.graph.operators import operator_name, resolve
+from str_triton.deploy.sparse.graph.refs import Ref, references, substitute
+
+FREE = (-math.inf, math.inf)
+
+
+@dataclass
+class Node:
+    """One value of the network: `inputs` are names of nodes before it.
+
+    Attributes:
+        variable: the shape of the value depends on the values of tensors, not on shapes alone.
+    """
+
+    name: str
+    inputs: list[str]
+    variable: bool = field(default=False, kw_only=True)
+
+    def run(self, values: dict[str, Any]) -> Any:
+        """Compute the value with torch from those of the nodes before it."""
+        raise NotImplementedError
+
+
+@dataclass
+class Input(Node):
+    """A tensor that every call gives."""
+
+
+@dataclass
+class State(Node):
+    """A buffer that calls change; it keeps its value from call to call.
+
+    Attributes:
+        value: the present one.
+        label: the buffer's name in the model.
+    """
+
+    value: Tensor
+    label: str = ""
+
+    def run(self, values: dict[str, Any]) -> Tensor:
+        return self.value
+
+
+@dataclass
+class Constant(Node):
+    """A tensor that the network holds."""
+
+    value: Tensor
+
+    def run(self, values: dict[str, Any]) -> Tensor:
+        return self.value
+
+
+@dataclass
+class Call(Node):
+    """An operation of torch's that has no kind of its own.
+
+    Attributes:
+        target: an ATen operation or a function of Python's `operator`.
+        label: the module that it stands in.
+    """
+
+    target: Any
+    args: tuple = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    label: str = ""
+
+    def run(self, values: dict[str, Any]) -> Any:
+        args = [values[arg.name] if type(arg) is Ref else substitute(arg, values) for arg in self.args]
+        kwargs = substitute(self.kwargs, values) if self.kwargs else {}
+        return self.target(*args, **kwargs)
+
+    @property
+    def is_pure(self) -> bool:
+        """Whether nothing is lost without it where nobody reads its value."""
+        schema = getattr(self.target, "_schema", None)
+        return schema is None or bool(schema.returns)
+
+    @property
+    def is_random(self) -> bool:
+        return torch.Tag.nondeterministic_seeded in getattr(self.target, "tags", ())
+
+    @property
+    def is_of_shapes(self) -> bool:
+        """Whether the value depends on the argument's shape alone."""
+        return self.target in (torch.ops.aten.sym_size.int, torch.ops.aten.sym_numel.default)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Name the operation: torch's cannot be pickled."""
+        return vars(self) | {"target": operator_name(self.target) or self.target}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        target = state["target"]
+        self.__dict__.update(state | {"target": resolve(target) if isinstance(target, str) else target})
+
+
+@dataclass
+class Layer(Node):
+    """A weight layer: inputs are x and, if a sum is fused, the residual that is added before the clamp.
+
+    Attributes:
+        weight: float32, batch norm folded in; bias: [out].
+        clamp: the activation, as lowest and highest value.
+        label: the module's name in the model, for people.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    clamp: tuple[float, float] = FREE
+    label: str = ""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what executions prepared, which neither copies nor files can hold."""
+        return {name: value for name, value in vars(self).items() if name != "prepared"}
+
+    def prepare(self, name: str, make: Any) -> Tensor:
+        """Return the weight in another form; `make(weight)` makes it once."""
+        prepared = self.__dict__.setdefault("prepared", {})
+        if name not in prepared:
+            prepared[name] = make(self.weight)
+        return prepared[name]
+
+    def finish(self, y: Tensor, values: dict[str, Any]) -> Tensor:
+        """Apply residual and activation to an output that has neither, in place where that is possible."""
+        if len(self.inputs) > 1:
+            y = y + values[self.inputs[1]]
+        if self.clamp == (0.0, math.inf):
+            return y.relu_()
+        return y if self.clamp == FREE else y.clamp_(*self.clamp)
+
+
+@dataclass
+class Convolution(Layer):
+    """A 2-d convolution with zero padding: weight [out, in / groups, height, width]."""
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    @property
+    def kernel(self) -> tuple[int, int]:
+        return self.weight.shape[2], self.weight.shape[3]
+
+    @property
+    def is_pointwise(self) -> bool:
+        return self.kernel == (1, 1) and self.stride == (1, 1) and self.padding == (0, 0)
+
+    @property
+    def is_depthwise(self) -> bool:
+        return self.groups == self.weight.shape[0] > 1
+
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the convolution alone for an input [B, C, H, W] of this shape."""
+        spans = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel, strict=True)]
+        geometry = zip(shape[2:], spans, self.stride, self.padding, strict=True)
+        return shape[0], self.weight.shape[0], *((n + 2 * p - span) // s + 1 for n, span, s, p in geometry)
+
+    def run(self, values: dict[str, Any]) -> Tensor:
+        x = values[self.inputs[0]]
+        if self.groups > 1 and self.dilation != (1, 1):
+            x = x.contiguous()  # Torch 2.13 crashes on some of these in channels_last.
+        y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        return self.finish(y, values)
+
+
+@dataclass
+class Linear(Layer):
+    """A linear layer on the last dimension: weight [out, in]."""
+
+    def run(self, values: dict[str, Any]) -> Tensor:
+        return self.finish(F.linear(values[self.inputs[0]], self.weight, self.bias), values)
+
+
+@dataclass
+class MaxPool(Node):
+    """A 2-d max pool without ceil_mode and indices."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+
+    def run(self, values: dict[str, Any]) -> Tensor:
+        return F.max_pool2d(values[self.inputs[0]], self.kernel, self.stride, self.padding, self.dilation)
+
+
+@dataclass
+class Mean(Node):
+    """The mean over the last two dimensions, [B, C, H, W] -> [B, C], or [B, C, 1, 1] if `keep`."""
+
+    keep: bool = False
+
+    def run(self, values: dict[str, Any]) -> Tensor:
+        return values[self.inputs[0]].mean((-2, -1), keepdim=self.keep)
+
+
+@dataclass
+class Norm(Node):
+    """A batch norm y = x * scale + shift by channel, [float64]; `dims` is how many dimensions x has."""
+
+    scale: Tensor
+    shift: Tensor
+    dims: int
+
+    def as_call(self) -> Call:
+        scale, shift = self.scale.float(), self.shift.float()
+        args = (Ref(self.inputs[0]), scale, shift, torch.zeros_like(scale), torch.ones_like(scale), False, 0.0, 0.0)
+        return Call(self.name, self.inputs, torch.ops.aten.batch_norm.default, (*args, False), variable=self.variable)
+
+
+@dataclass
+class Clamp(Node):
+    """An activation that clamps, not fused yet."""
+
+    clamp: tuple[float, float]
+
+    def as_call(self) -> Call:
+        if self.clamp == (0.0, math.inf):
+            target, limits = torch.ops.aten.relu.default, ()
+        else:
+            target, limits = torch.ops.aten.clamp.default, self.clamp
+        return Call(self.name, self.inputs, target, (Ref(self.inputs[0]), *limits), variable=self.variable)
+
+
+@dataclass
+class Add(Node):
+    """A sum of two values of one shape, not fused yet."""
+
+    def as_call(self) -> Call:
+        args = tuple(map(Ref, self.inputs))
+        return Call(self.name, self.inputs, torch.ops.aten.add.Tensor, args, variable=self.variable)
+
+
+@dataclass
+class Graph:
+    """The nodes in the order in which they run.
+
+    Attributes:
+        outputs: the values of a call, flat: a Ref, or a constant that is no tensor.
+        changes: the values that inputs and states have after a call, by their names.
+    """
+
+    nodes: list[Node]
+    outputs: list[Any]
+    changes: dict[str, Ref] = field(default_factory=dict)
+
+    def layers(self) -> list[Layer]:
+        return [node for node in self.nodes if isinstance(node, Layer)]
+
+    def inputs(self) -> list[Input]:
+        return [node for node in self.nodes if isinstance(node, Input)]
+
+    def kept(self) -> list[str]:
+        """Return the names of the values that are read after the last node."""
+        return references([self.outputs, self.changes])
+
+    def run(self, inputs: Iterable[Any]) -> tuple[list[Any], dict[str, Any]]:
+        """Return outputs and changes for inputs in the order of `inputs()`, all by torch; the state stays as it is."""
+        values: dict[str, Any] = {}
+        given = iter(inputs)
+        for node in self.nodes:
+            values[node.name] = next(given) if isinstance(node, Input) else node.run(values)
+        return substitute(self.outputs, values), substitute(self.changes, values)

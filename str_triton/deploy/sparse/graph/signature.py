@@ -1,0 +1,217 @@
+"""Which arguments a network takes: their structure, their dtypes, and which sizes the export holds for."""
+
+import ast
+import inspect
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+Size = int | str  # a string names a size that is the same wherever it stands
+
+
+class Unfit(ValueError):
+    """Arguments that a network was not exported for; the message names them."""
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One argument: a tensor of this dtype and these sizes (None: any), or (dtype None) a constant."""
+
+    dtype: torch.dtype | None
+    sizes: tuple[Size, ...] | None = ()
+    value: Any = None
+
+
+@dataclass
+class Signature:
+    """The arguments that a network takes.
+
+    Attributes:
+        structure: of (args, kwargs).
+        leaves: what stands in it.
+        guards: conditions on named sizes, as Python expressions of integers.
+        returns: the structure of the result.
+        names: the names of the positional arguments.
+    """
+
+    structure: pytree.TreeSpec
+    leaves: list[Leaf]
+    guards: list[str]
+    returns: pytree.TreeSpec
+    names: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.is_plain = self.structure == pytree.tree_flatten(((0,), {}))[1] and self.leaves[0].dtype is not None
+        self._checks = [compile_guard(guard) for guard in self.guards]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Keep trees in place of their structures, which torch does not like to pickle."""
+        trees = {name: pytree.tree_unflatten([0] * spec.num_leaves, spec) for name, spec in self._structures().items()}
+        return {name: value for name, value in vars(self).items() if name != "_checks"} | trees
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__dict__.update({name: pytree.tree_flatten(tree)[1] for name, tree in self._structures().items()})
+        self._checks = [compile_guard(guard) for guard in self.guards]
+
+    def _structures(self) -> dict[str, Any]:
+        return {"structure": self.structure, "returns": self.returns}
+
+    def flatten(self, args: tuple, kwargs: dict[str, Any]) -> list[Any]:
+        """Return the leaves of a call's arguments.
+
+        Raises Unfit if their structure is another one.
+        """
+        if self.is_plain and len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+            return [args[0]]
+        leaves, structure = pytree.tree_flatten(self._ordered(args, kwargs))
+        if structure != self.structure:
+            if self.is_plain:
+                given = (
+                    type(args[0]).__name__ if len(args) == 1 and not kwargs else f"{len(args) + len(kwargs)} arguments"
+                )
+                raise TypeError(f"a compiled network takes one tensor, got {given}")
+            raise Unfit(f"the network was compiled for arguments {self.structure}, got {structure}")
+        return leaves
+
+    def holds_for_usual_sizes(self) -> bool:
+        """Check that the guards exclude no more than empty tensors do."""
+        named = {size for leaf in self.leaves for size in leaf.sizes or () if isinstance(size, str)}
+        return all(check(dict.fromkeys(named, n)) for check in self._checks for n in (1, 2, 3, 7, 64, 225))
+
+    def _ordered(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Put arguments that were given by name where the example had them."""
+        kwargs = dict(kwargs)
+        for name in self.names[len(args) :]:
+            if name not in kwargs:
+                break
+            args = (*args, kwargs.pop(name))
+        (_, named) = self.structure.children()
+        order = [key for key in named.context if key in kwargs]
+        return args, {key: kwargs[key] for key in (*order, *(key for key in kwargs if key not in order))}
+
+    def check(self, leaves: Sequence[Any]) -> None:
+        """Raise Unfit where the network does not hold for these arguments."""
+        sizes: dict[str, int] = {}
+        for number, (leaf, given) in enumerate(zip(self.leaves, leaves, strict=True)):
+            where = f"argument {number + 1}" if len(self.leaves) > 1 else "the input"
+            if leaf.dtype is None:
+                if isinstance(given, Tensor) or type(given) is not type(leaf.value) or given != leaf.value:
+                    raise Unfit(f"the network was compiled for {leaf.value!r} as {where}, got {given!r}")
+                continue
+            check_tensor(given, leaf.dtype)
+            if leaf.sizes is None:
+                continue
+            shape = tuple(given.shape)
+            wanted = tuple(
+                size if isinstance(size, int) else sizes.setdefault(size, n)
+                for size, n in zip(leaf.sizes, shape, strict=False)
+            )
+            if shape != wanted or len(shape) != len(leaf.sizes):
+                raise Unfit(f"the network was compiled for {where} of shape [{_sizes(leaf)}], got {list(shape)}")
+        for guard, check in zip(self.guards, self._checks, strict=True):
+            if not check(sizes):
+                stated = ", ".join(f"{name} = {size}" for name, size in sizes.items() if name in guard)
+                raise Unfit(f"the network was compiled for sizes with {guard}, got {stated}")
+
+
+def _sizes(leaf: Leaf) -> str:
+    return ", ".join(map(str, leaf.sizes))
+
+
+def check_tensor(given: Any, dtype: torch.dtype) -> None:
+    """Raise where an argument cannot be used as a plain tensor of this dtype."""
+    if not isinstance(given, Tensor):
+        raise TypeError(f"a compiled network takes a tensor here, got {type(given).__name__}")
+    if given.dtype != dtype or given.device.type != "cpu" or given.layout is not torch.strided:
+        kind = "float32" if dtype == torch.float32 else str(dtype)
+        layout = "" if given.layout is torch.strided else f" in the layout {given.layout}"
+        raise ValueError(f"a compiled network takes {kind} on the CPU, got {given.dtype} on {given.device}{layout}")
+
+
+def parameter_names(forward: Callable, count: int) -> list[str]:
+    """Return the names of the first `count` arguments of a function, as far as they can be given by name."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD,)
+    try:
+        parameters = inspect.signature(forward).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    names = []
+    for parameter in parameters:
+        if parameter.kind not in kinds or len(names) == count:
+            break
+        names.append(parameter.name)
+    return names
+
+
+_BINARY = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Div: operator.truediv,
+}
+_COMPARE = {
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+}
+_CALLS = {"max": max, "min": min, "abs": abs}
+
+
+def compile_guard(text: str) -> Callable[[dict[str, int]], bool]:
+    """Return a function of the named sizes for an expression of integers, comparisons, and, or, not, max and min.
+
+    A guard comes from a file: nothing else is evaluated.
+
+    Raises ValueError for any other expression.
+    """
+    try:
+        tree = ast.parse(text, mode="eval").body
+        _evaluate(tree, None)
+    except (SyntaxError, RecursionError, MemoryError, TypeError, ValueError, KeyError) as error:
+        raise ValueError(f"{text[:80]!r} is no condition on sizes") from error
+
+    def check(sizes: dict[str, int]) -> bool:
+        try:
+            return bool(_evaluate(tree, sizes))
+        except (ZeroDivisionError, KeyError):
+            return False
+
+    return check
+
+
+def _evaluate(node: ast.expr, sizes: dict[str, int] | None) -> Any:
+    """Evaluate an expression; with sizes None, look only whether it is of the permitted kind."""
+    match node:
+        case ast.Constant(value=int() as value) if abs(value) < 2**63:
+            return value
+        case ast.Name(id=name):
+            return 1 if sizes is None else sizes[name]
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
+            parts = _evaluate(left, sizes), _evaluate(right, sizes)
+            return 1 if sizes is None else _BINARY[type(op)](*parts)
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_evaluate(operand, sizes)
+        case ast.UnaryOp(op=ast.Not(), operand=operand):
+            return not _evaluate(operand, sizes)
+        case ast.BoolOp(op=op, values=values):
+            found = [_evaluate(value, sizes) for value in values]
+            return all(found) if isinstance(op, ast.And) else any(found)
+        case ast.Compare(left=left, ops=ops, comparators=others) if all(type(op) in _COMPARE for op in ops):
+            found = [_evaluate(left, sizes), *(_evaluate(other, sizes) for other in others)]
+            pairs = zip(ops, found[:-1], found[1:], strict=True)
+            return all(_COMPARE[type(op)](a, b) for op, a, b in pairs)
+        case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in _CALLS and args:
+            found = [_evaluate(arg, sizes) for arg in args]
+            return _CALLS[name](*found) if len(found) > 1 or name == "abs" else found[0]
+    raise ValueError(ast.dump(node)[:80])

@@ -1,0 +1,246 @@
+"""What runs for inputs of one shape: buffers, and steps over them.
+
+Values live in two forms: as torch's tensors, which torch's layers read and write, and as images in padded buffers,
+which kernels.c reads and writes. A copy stands wherever the form changes.
+"""
+
+import ctypes
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from str_triton.deploy.sparse.executions import EXECUTIONS
+from str_triton.deploy.sparse.executions.choice import Choice
+from str_triton.deploy.sparse.graph.nodes import Graph, Input, Layer, Node
+from str_triton.deploy.sparse.runtime.buffers import FLOAT, Buffers, Key
+from str_triton.deploy.sparse.runtime.draft import Draft, Task, place
+from str_triton.deploy.sparse.runtime.operations import Operations
+from str_triton.deploy.sparse.runtime.structs import Operation, Stage, View
+from str_triton.deploy.sparse.runtime.trial import Trial
+
+GROUP_BYTES = 2**18  # of the largest value of a group of images: they run one group after the other, in the caches
+
+
+class Mismatch(Exception):
+    """A tensor is not what the plan was made for: torch must run this call."""
+
+
+class Plan:
+    """A network for inputs of one shape.
+
+    Args:
+        graph: the network.
+        trial: the shapes of its values.
+        choices: the execution of every layer.
+        library: the kernels; None: torch runs what is chosen for them.
+    """
+
+    def __init__(self, graph: Graph, trial: Trial, choices: dict[str, Choice], library: ctypes.CDLL | None) -> None:
+        self.graph, self.shapes, self.choices, self.library = graph, trial.shapes, choices, library
+        draft = Draft(graph, trial, choices, library is not None)
+        self.tasks = draft.tasks
+        group = _group(draft.images, trial.shapes)
+        self.segments = _split(self.tasks, trial.shapes, group)
+        whole = _crossing(self.segments) if group else set()
+        self.buffers = Buffers(trial.shapes, group, whole)
+        place(self.tasks, self.buffers)
+        self._operations = Operations(self.buffers)
+        for segment in self.segments:
+            if isinstance(segment, Segment):
+                segment.close([self._make(task) for task in segment.tasks], trial.shapes, self.buffers)
+        self.fixed = trial.fixed
+        self._last_reads = _last_reads(self.segments, set(graph.kept()) | trial.fixed.keys())
+
+    def run(self, inputs: Sequence[Any]) -> dict[str, Any]:
+        """Return the values that are read after the last node, by name.
+
+        Raises:
+            Mismatch: a value has another shape or dtype than at the trial; nothing was changed.
+        """
+        values = dict(self.fixed)
+        given = iter(inputs)
+        threads = torch.get_num_threads()
+        for index, segment in enumerate(self.segments):
+            if isinstance(segment, Segment):
+                segment.run(values, self.library, threads)
+            else:
+                values[segment.name] = next(given) if isinstance(segment, Input) else self.value(segment, values)
+            for name in self._last_reads[index]:
+                del values[name]
+        return values
+
+    def value(self, node: Node, values: dict[str, Any]) -> Any:
+        """Compute a node by torch."""
+        if isinstance(node, Layer):
+            return EXECUTIONS[self.choices[node.name].execution].run(node, values)
+        return node.run(values)
+
+    def operation(self, name: str) -> tuple["Segment", int]:
+        """Return where the operation of a layer that runs by the kernels stands: its segment and its stage's number."""
+        for segment in self.segments:
+            if isinstance(segment, Segment):
+                for number, task in enumerate(segment.tasks):
+                    if task.node.name == name and task.kind in ("window", "linear"):
+                        return segment, number
+        raise KeyError(name)
+
+    def cut(self, name: str, choice: Choice) -> None:
+        """Cut the work of a layer anew."""
+        segment, number = self.operation(name)
+        self._operations.cut(segment.operations[number][0], choice)
+
+    def _make(self, task: Task) -> tuple[list[Operation], list[int]]:
+        """Return the operations of a task, and for copies the places in the tensor where they begin."""
+        choice = self.choices.get(task.node.name, Choice("sparse", tiles=64))
+        match task.kind:
+            case "window":
+                residual = task.reads[1] if len(task.reads) > 1 else None
+                made = self._operations.window(task.node, task.window, task.reads[0], task.writes, residual, choice)
+                return [made], [0]
+            case "mean":
+                return [self._operations.mean(task.reads[0])], [0]
+            case "linear":
+                shape = self.shapes[task.tensors[0]]
+                return [self._operations.linear(task.node, math.prod(shape[:-1]), choice)], [0]
+        source = task.reads[0] if task.reads else None
+        value = (source or task.writes).value
+        operations, begins = zip(*self._operations.copies(value, source, task.writes), strict=True)
+        return list(operations), list(begins)
+
+
+def _group(names: set[str], shapes: dict[str, tuple[int, ...]]) -> int | None:
+    """Return how many images run at once, layer after layer; None: all, in one go.
+
+    The largest divisor of the batch whose values stay in the caches: layer after layer over a whole batch would read
+    every value from memory.
+    """
+    batches = {shapes[name][0] for name in names}
+    if len(batches) != 1:
+        return None
+    (batch,) = batches
+    largest = max(FLOAT * math.prod(shapes[name][1:]) for name in names)
+    group = max(n for n in range(1, batch + 1) if batch % n == 0 and (n == 1 or n * largest <= GROUP_BYTES))
+    return group if group < batch else None
+
+
+def _split(tasks: list[Task], shapes: dict[str, tuple[int, ...]], group: int | None) -> list["Segment | Node"]:
+    """Put tasks by the kernels that follow each other into one segment, if as many groups of images run in them."""
+    segments: list[Segment | Node] = []
+    for task in tasks:
+        if task.kind == "torch":
+            segments.append(task.node)
+            continue
+        groups = 1
+        if group and task.kind != "linear":
+            groups = shapes[(task.writes or task.reads[0]).value][0] // group
+        last = segments[-1] if segments else None
+        if not isinstance(last, Segment) or last.groups != groups:
+            segments.append(Segment(groups))
+        segments[-1].tasks.append(task)
+    return segments
+
+
+def _crossing(segments: list["Segment | Node"]) -> set[Key]:
+    """Return the images that are written in one segment and read in another: of these all of a batch must be there."""
+    first: dict[Key, int] = {}
+    crossing = set()
+    for index, segment in enumerate(segments):
+        for task in segment.tasks if isinstance(segment, Segment) else ():
+            crossing |= {key for key in task.images() if first.setdefault(key, index) != index}
+    return crossing
+
+
+class Segment:
+    """Stages of operations that run in one call of the library for each group of images."""
+
+    def __init__(self, groups: int) -> None:
+        self.groups = groups
+        self.tasks: list[Task] = []
+        self.operations: list[ctypes.Array] = []
+
+    def close(
+        self,
+        made: list[tuple[list[Operation], list[int]]],
+        shapes: dict[str, tuple[int, ...]],
+        buffers: Buffers,
+    ) -> None:
+        """Put the stages of all tasks side by side, and note which pointers wait for a tensor or move by groups."""
+        self.operations = [(Operation * len(operations))(*operations) for operations, _ in made]
+        self.stages = (Stage * len(self.tasks))(
+            *(Stage(ctypes.addressof(array), len(array)) for array in self.operations)
+        )
+        self._pointers: list[tuple[View, str, int]] = []  # with the name of the tensor, and the bytes from its begin
+        self._moving: list[tuple[View, int, int]] = []  # with the address and the bytes of a group
+        self._reads: dict[str, tuple[int, ...]] = {}
+        self._writes: dict[str, tuple[int, ...]] = {}
+        for task, array, (_, begins) in zip(self.tasks, self.operations, made, strict=True):
+            for name in task.tensors:
+                if name not in self._writes:
+                    self._reads[name] = shapes[name]
+                self._pointers += [(op.x, name, begin) for op, begin in zip(array, begins, strict=True)]
+            if task.makes:
+                self._writes[task.makes] = shapes[task.makes]
+                self._pointers += [(op.y, task.makes, begin) for op, begin in zip(array, begins, strict=True)]
+            for op in array:
+                views = [*zip((op.x, op.residual), task.reads, strict=False), (op.y, task.writes)]
+                for view, key in views:
+                    if key in buffers.whole:
+                        self._moving.append((view, view.data, FLOAT * op.images * view.image))
+        every = self._reads | self._writes
+        self._strides = {name: FLOAT * math.prod(shape) // self.groups for name, shape in every.items()}
+
+    def bind(self, values: dict[str, Any]) -> list[Tensor]:
+        """Make the tensors that this segment writes and point the operations to the first group of all.
+
+        Returns what must live while they run.
+
+        Raises:
+            Mismatch: a tensor is not what the operations were made for.
+        """
+        held = {}
+        for name, shape in self._reads.items():
+            value = values[name]
+            if value.shape != shape or value.dtype is not torch.float32 or value.layout is not torch.strided:
+                raise Mismatch(name)
+            if value.device.type != "cpu" or value.is_neg():
+                value = value.resolve_neg().to("cpu")
+            held[name] = value.contiguous()
+        for name, shape in self._writes.items():
+            held[name] = values[name] = torch.empty(shape, dtype=torch.float32, device="cpu")
+        self._addresses = {name: value.data_ptr() for name, value in held.items()}
+        self._point(0)
+        return list(held.values())
+
+    def _point(self, group: int) -> None:
+        for view, name, begin in self._pointers:
+            view.data = self._addresses[name] + begin + group * self._strides[name]
+        for view, address, stride in self._moving:
+            view.data = address + group * stride
+
+    def run(self, values: dict[str, Any], library: ctypes.CDLL, threads: int) -> None:
+        """Run the stages on tensors in `values`, and put there what they make."""
+        held = self.bind(values)
+        for group in range(self.groups):
+            if group:
+                self._point(group)
+            library.str_triton_run(self.stages, len(self.tasks), threads)
+        del held
+
+
+def _last_reads(segments: list["Segment | Node"], kept: set[str]) -> list[list[str]]:
+    """Return, for each segment, the values that nobody reads after it."""
+    seen: set[str] = set()
+    dropped: list[list[str]] = []
+    for segment in reversed(segments):
+        names = set()
+        if isinstance(segment, Segment):
+            for task in segment.tasks:
+                names |= {*task.tensors, task.makes} - {""}
+        else:
+            names = {segment.name, *segment.inputs}
+        dropped.append(sorted(names - seen - kept))
+        seen |= names
+    return dropped[::-1]

@@ -1,0 +1,58 @@
+"""One run of a network by torch, which tells the shapes of its values for a plan."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from str_triton.deploy.sparse.graph.nodes import Call, Constant, Graph, Input, Node
+
+
+@dataclass
+class Trial:
+    """What a network's values are like for inputs of some shapes.
+
+    Attributes:
+        shapes: of the float32 tensors whose shape does not depend on the values of tensors.
+        fixed: the values that follow from the shapes of the inputs alone: sizes, positions, constants.
+    """
+
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    fixed: dict[str, Any] = field(default_factory=dict)
+
+
+def try_out(graph: Graph, inputs: Sequence[Tensor]) -> Trial:
+    """Run a network by torch, without a change of its state."""
+    trial = Trial()
+    values: dict[str, Any] = {}
+    given = iter(inputs)
+    reads = [set(node.inputs) for node in graph.nodes]
+    last = {name: index for index, names in enumerate(reads) for name in names}
+    variable = {node.name for node in graph.nodes if node.variable}
+    for index, node in enumerate(graph.nodes):
+        value = next(given) if isinstance(node, Input) else node.run(values)
+        values[node.name] = value
+        if isinstance(value, Tensor) and not node.variable and _is_plain(value):
+            trial.shapes[node.name] = tuple(value.shape)
+        if _is_fixed(node, trial, variable):
+            trial.fixed[node.name] = value
+        for name in (*reads[index], node.name):
+            if last.get(name, index) == index:
+                del values[name]
+    return trial
+
+
+def _is_plain(value: Tensor) -> bool:
+    return value.dtype == torch.float32 and value.device.type == "cpu" and value.layout is torch.strided
+
+
+def _is_fixed(node: Node, trial: Trial, variable: set[str]) -> bool:
+    if isinstance(node, Constant):
+        return True
+    if not isinstance(node, Call) or not node.is_pure or node.is_random:
+        return False
+    if node.is_of_shapes:
+        return node.inputs[0] not in variable
+    return all(name in trial.fixed for name in node.inputs)

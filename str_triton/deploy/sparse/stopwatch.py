@@ -1,0 +1,66 @@
+"""Timing in turns, for machines that others use, too."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Calls = Mapping[Any, Callable[[], object]]
+ROUNDS = 3  # in which every candidate is timed once, in turns: a disturbance meets all of them
+MOST_ROUNDS, LIMIT = 16, 1.0  # rounds and seconds, where others use the processor
+ALIKE = 1.1
+EVICTED = 16 * 2**20  # bytes that fill the caches of several cores
+HOPELESS = 2.5  # times the fastest: not timed again
+RESTLESS = 1.6  # a usual call takes so many times as long as the fastest where others use the processor
+
+
+@dataclass
+class Stopwatch:
+    """Times calls in turns, and notices whether the machine is quiet."""
+
+    _scratch: Tensor = field(default_factory=lambda: torch.zeros(EVICTED // 4, dtype=torch.float32, device="cpu"))
+    _spreads: list[float] = field(default_factory=list)
+
+    @property
+    def is_quiet(self) -> bool:
+        return not self._spreads or median(self._spreads) < RESTLESS
+
+    def race(self, calls: Calls, rounds: int | None = None, *, cold: bool = True) -> dict[Any, float]:
+        """Return the fewest milliseconds of each call over `rounds` rounds or more; one call before is not counted.
+
+        Args:
+            calls: what to time, by name.
+            rounds: how often, where nothing disturbs; default ROUNDS.
+            cold: empty the caches before each, as the other layers of a network do.
+        """
+        rounds = ROUNDS if rounds is None else rounds
+        seconds: dict[Any, list[float]] = {name: [] for name in calls}
+        for call in calls.values():
+            call()
+        running, begin = dict(calls), time.perf_counter()
+        for count in range(1, MOST_ROUNDS + 1):
+            for name, call in running.items():
+                if cold:
+                    self._scratch += 1
+                start = time.perf_counter()
+                call()
+                seconds[name].append(time.perf_counter() - start)
+            if count < rounds:
+                continue
+            fastest = min(map(min, seconds.values()))
+            running = {name: call for name, call in running.items() if min(seconds[name]) < HOPELESS * fastest}
+            if all(_is_confirmed(seconds[name]) for name in running) or time.perf_counter() - begin > LIMIT:
+                break
+        if rounds > 1:
+            self._spreads += [median(values) / min(values) for values in seconds.values()]
+        return {name: 1e3 * min(values) for name, values in seconds.items()}
+
+
+def _is_confirmed(seconds: list[float]) -> bool:
+    """Check that the fastest call was no accident, and no disturbance hides a faster one: another was about as fast."""
+    least, *rest = sorted(seconds)
+    return not rest or rest[0] < ALIKE * least
