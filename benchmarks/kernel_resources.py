@@ -30,23 +30,29 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from str_triton.ops import low_rank_triton, singular_value_threshold, soft_threshold, soft_threshold_many
-from str_triton.ops.time_loop import CELLS
+from str_triton.ops import low_rank_gpu, singular_value_threshold, soft_threshold, soft_threshold_many
+from str_triton.ops.low_rank_cell import CELLS
+from str_triton.ops.low_rank_plan import padded
 
 TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx1100": GPUTarget("hip", "gfx1100", 32),
 }
-# Bytes that one program may take.
-SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
+CHIPS = {"gfx942": "cdna", "gfx1100": "rdna"}
+# KiB that one program may take.
+KIB = {"sm_86": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64, "gfx1100": 64}
+SHARED_MEMORY = {target: 1024 * kib for target, kib in KIB.items()}
 PTX = {"load": "ld", "store": "st"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
 @dataclass(frozen=True)
 class Resources:
-    """Of one kernel in one variant. Spills: bytes of local memory per thread (NVIDIA) or registers (AMD)."""
+    """What one kernel takes in one variant. Spills: bytes of local memory per thread (NVIDIA) or registers (AMD)."""
 
     kernel: str
     variant: str
@@ -57,6 +63,10 @@ class Resources:
     shared: int
     load_bits: int
     store_bits: int
+    loop: int  # instructions of a time loop's step (NVIDIA)
+    exponentials: int
+    barriers: int
+    dots: str  # the kinds of matrix instructions
 
 
 # ---- the launches -------------------------------------------------------------------------------------------------
@@ -70,7 +80,7 @@ def launches(all_variants: bool = True) -> list[Launch]:
     return [
         *soft_threshold_launches(all_variants),
         *singular_value_threshold_launches(),
-        *low_rank_launches(all_variants),
+        *low_rank_launches(every_size() if all_variants else REPRESENTATIVE),
     ]
 
 
@@ -107,45 +117,42 @@ def singular_value_threshold_launches() -> Iterator[Launch]:
         yield f"{dtype}, {size} x {size}", partial(singular_value_threshold._recombine_triton, u, s, vh, DTYPES[dtype])
 
 
-def low_rank_launches(all_variants: bool) -> Iterator[Launch]:
-    sizes = [("gru", 512, 32, "bfloat16"), ("gru", 1024, 64, "bfloat16")]
-    sizes += [("lstm", 256, 16, "bfloat16"), ("fastgrnn", 256, 16, "bfloat16")]
-    if all_variants:
-        hiddens, dtypes = (128, 256, 512, 1024), ("bfloat16", "float32")
-        sizes = [(cell, hidden, hidden // 16, dtype) for cell, hidden, dtype in product(CELLS, hiddens, dtypes)]
-        sizes += [("gru", 100, 10, "float32"), ("gru", 1024, 128, "bfloat16"), ("gru", 256, 16, "float64")]
-    for cell, hidden, rank, dtype in sizes:
-        yield from _low_rank_launches(cell, hidden, rank, dtype)
+Size = tuple[str, int, int, str, str]  # cell, hidden size, rank, dtype, precision
+# A size of every kind: resident and streamed, no powers of two, no multiple of 16, float32 in each precision.
+REPRESENTATIVE: list[Size] = [
+    ("gru", 512, 32, "bfloat16", "tf32"), ("gru", 100, 10, "float32", "tf32"), ("lstm", 200, 16, "bfloat16", "tf32"),
+    ("fastgrnn", 256, 16, "float32", "ieee"), ("mgu", 1000, 64, "bfloat16", "tf32"),
+]  # fmt: skip
 
 
-def _low_rank_launches(cell: str, hidden: int, rank: int, dtype: str, steps: int = 2, batch: int = 2) -> list[Launch]:
+def every_size() -> list[Size]:
+    """Return the sizes of the table: powers of two and others, and float32 in each precision."""
+    hiddens, dtypes = (100, 128, 200, 256, 512, 1024), ("bfloat16", "float32")
+    sizes = [(cell, hidden, hidden // 16, dtype, "tf32") for cell, hidden, dtype in product(CELLS, hiddens, dtypes)]
+    sizes += [("gru", hidden, hidden // 16, "float32", p) for hidden in (128, 256) for p in ("ieee", "tf32x3")]
+    return [*sizes, ("gru", 1024, 128, "bfloat16", "tf32"), ("gru", 256, 16, "float64", "ieee")]
+
+
+def low_rank_launches(sizes: Iterable[Size]) -> Iterator[Launch]:
+    for size in sizes:
+        yield from _low_rank_launches(*size)
+
+
+def _low_rank_launches(cell: str, hidden: int, rank: int, dtype: str, precision: str) -> list[Launch]:
+    of, steps, batch = CELLS[cell], 2, 2
+
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=DTYPES[dtype])
 
-    rows, state, v = CELLS[cell] * hidden, zeros(batch, hidden), zeros(hidden, rank)
-    gates_x, w, outputs, p = (
-        zeros(steps, batch, rows),
-        zeros(rows, rank),
-        zeros(steps, batch, hidden),
-        zeros(steps, batch, rank),
-    )
-    scale = torch.zeros(2, dtype=torch.promote_types(DTYPES[dtype], torch.float32))
-    gates = zeros(steps, batch, 2 * hidden) if cell == "fastgrnn" else gates_x
-    forward = {
-        "gru": (gates_x, w, v, zeros(rows), state),
-        "lstm": (gates_x, w, v, zeros(rows), state, state),
-        "fastgrnn": (gates_x, w, v, zeros(2 * hidden), scale, state),
-    }[cell]
-    backward = {
-        "gru": (outputs, state, outputs, p, gates, outputs, w, v, state),
-        "lstm": (outputs, state, state, outputs, p, gates, outputs, w, v, state, state),
-        "fastgrnn": (outputs, state, outputs, p, gates, w, v, scale, state),
-    }[cell]
-    variant = f"{cell}, {hidden} x {rank}, {dtype}"
-    return [
-        (variant, partial(getattr(low_rank_triton, f"{cell}_forward"), *forward, None, False, True)),
-        (variant, partial(getattr(low_rank_triton, f"{cell}_backward"), *backward, None, False)),
-    ]
+    outputs, states = zeros(steps, batch, hidden), [zeros(batch, hidden) for _ in of.states]
+    gates_x, p = zeros(steps, batch, of.gates * hidden), zeros(steps, batch, rank)
+    saved = zeros(steps, batch, of.saved * padded(hidden))
+    scale = torch.zeros(of.scalars, dtype=torch.promote_types(DTYPES[dtype], torch.float32))
+    weights = zeros(of.gates * hidden, rank), zeros(hidden, rank), zeros(of.bias_blocks * hidden), scale, states
+    forward = (cell, gates_x, *weights, None, False, True, precision)
+    backward = (cell, outputs, states, None, outputs, p, saved, *weights, None, False, precision)
+    variant = f"{cell}, {hidden} x {rank}, {dtype}" + (f", {precision}" if dtype == "float32" else "")
+    return [(variant, partial(low_rank_gpu.forward, *forward)), (variant, partial(low_rank_gpu.backward, *backward))]
 
 
 def _tensor(shape: tuple[int, ...], dtype: torch.dtype, aligned: bool) -> Tensor:
@@ -185,7 +192,8 @@ def compiling_for(target: str) -> Iterator[list[CompiledKernel]]:
     with (
         mock.patch("triton.runtime.jit.driver", no_gpu),
         mock.patch.object(JITFunction, "run", compile_only),
-        mock.patch.object(low_rank_triton, "shared_memory_limit", return_value=SHARED_MEMORY[target]),
+        mock.patch.object(low_rank_gpu, "shared_memory_limit", return_value=SHARED_MEMORY[target]),
+        mock.patch.object(low_rank_gpu, "chip", return_value=CHIPS.get(target, "nvidia")),
     ):
         yield compiled
 
@@ -218,14 +226,40 @@ def resources(target: str, variant: str, kernel: CompiledKernel) -> Resources:
         kernel.metadata.shared,
         max(access_bits(kernel, "load"), default=0),
         max(access_bits(kernel, "store"), default=0),
+        longest_loop(kernel),
+        *(len(re.findall(pattern, _code(kernel))) for pattern in (r"ex2\.|v_exp_f32", r"bar\.sync|s_barrier\b")),
+        ", ".join(dots(kernel)),
     )
 
 
-def _nvidia_registers(kernel: CompiledKernel) -> tuple[int, int]:
+def _code(kernel: CompiledKernel) -> str:
+    return kernel.asm["amdgcn" if "amdgcn" in kernel.asm else "ptx"]
+
+
+def dots(kernel: CompiledKernel) -> list[str]:
+    """Return the kinds of matrix instructions in the code; none: products are made of single multiplications."""
+    kinds = r"(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)[\w.:]*|v_(?:mfma|wmma)_\w+"
+    return sorted(set(re.findall(kinds, _code(kernel))))
+
+
+def longest_loop(kernel: CompiledKernel) -> int:
+    """Return how many instructions the longest jump backwards spans; 0 on AMD and of other kernels than time loops."""
+    if "cubin" not in kernel.asm or not kernel.metadata.name.startswith("low_rank_rnn"):
+        return 0
+    instructions = re.findall(r"/\*([0-9a-f]{4,5})\*/ +(.*?);", _cuobjdump("-sass", kernel))
+    jumps = ((int(at, 16), re.search(r"BRA.* 0x([0-9a-f]+)", text)) for at, text in instructions)
+    return max((at - int(to[1], 16) for at, to in jumps if to), default=0) // 16
+
+
+def _cuobjdump(option: str, kernel: CompiledKernel) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([CUOBJDUMP, option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def _nvidia_registers(kernel: CompiledKernel) -> tuple[int, int]:
+    usage = _cuobjdump("-res-usage", kernel)
     registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
     return registers, stack + local
 
@@ -255,13 +289,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the table to this file")
     path = parser.parse_args().json
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         rows = [row for part in pool.map(measure, TARGETS) for row in part]
-    columns = ("registers", "spills", "shared", "load_bits", "store_bits")
-    print(f"{'kernel':42} {'target':7}" + "".join(f"{column:>11}" for column in columns) + "  variant")
+    columns = ("registers", "spills", "shared", "load_bits", "store_bits", "loop", "exponentials", "barriers")
+    print(f"{'kernel':42} {'target':7}" + "".join(f"{column:>13}" for column in columns) + "  variant")
     for row in sorted(rows, key=lambda row: (row.kernel, row.target, row.variant)):
         print(
-            f"{row.kernel:42} {row.target:7}" + "".join(f"{getattr(row, c):11}" for c in columns) + f"  {row.variant}"
+            f"{row.kernel:42} {row.target:7}" + "".join(f"{getattr(row, c):13}" for c in columns) + f"  {row.variant}"
         )
     if path:
         versions = {"torch": torch.__version__, "triton": triton.__version__}

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 
 from benchmarks.timing import alternating, median_ratio, write
 from rnn import LowRankGRU
-from str_triton import low_rank_plan, shared_memory_limit
-from str_triton.ops.time_loop import Plan
+from str_triton import Plan, low_rank_plan, shared_memory_limit
 
 INPUT_SIZE = 32
 HIDDEN_SIZES = (128, 256, 512, 1024)
@@ -63,8 +62,8 @@ def compile_kernels(hidden_size: int, dtype: str) -> None:
 def bytes_moved(steps: int, batch: int, hidden_size: int, dtype: torch.dtype) -> int:
     """By the two kernels, in numbers of hidden_size per step and sequence; the factors and p are small beside them.
 
-    Forward: reads gates_x (3), writes outputs (1), gates (3), n (1). Backward: reads the gradient (1), outputs (1),
-    gates (3), n (1), writes the gradients of gates_x (3) and of n's hidden part (1).
+    Forward: reads gates_x (3), writes outputs (1), saved (4). Backward: reads the gradient (1), outputs (1), saved (4),
+    writes the gradients of gates_x (3) and of n's hidden part (1).
     """
     return 18 * steps * batch * hidden_size * dtype.itemsize
 

@@ -124,14 +124,18 @@ class LowRankRNN(LowRankMatrices):
         finals = []
         for layer in range(self.num_layers):
             own = tuple(state[layer * directions : (layer + 1) * directions] for state in states)
-            run = self._dense_layer if self._runs_dense(layer, x, own[0].shape[1]) else self._low_rank_layer
+            run = (
+                self._dense_layer
+                if self._runs_dense(layer, x, own[0].shape[1], packing is not None)
+                else self._low_rank_layer
+            )
             x, final = run(layer, x, own, packing)
             finals.append(final)
             if self.dropout and self.training and layer + 1 < self.num_layers:
                 x = F.dropout(x, self.dropout)
         return x, tuple(torch.cat(parts) for parts in zip(*finals, strict=True))
 
-    def _runs_dense(self, layer: int, x: Tensor, batch: int) -> bool:
+    def _runs_dense(self, layer: int, x: Tensor, batch: int, packed: bool) -> bool:
         """Whether torch's own kernel, with the products formed once, runs this layer faster than the op."""
         # In a graph torch's kernel runs twice for a backward, and the CPU's op takes matrices of any rank.
         if not self.has_dense or (torch.compiler.is_compiling() and not x.is_cuda):
@@ -148,6 +152,7 @@ class LowRankRNN(LowRankMatrices):
             torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype,
             shared_memory=shared_memory_limit(x.device),
             training=torch.is_grad_enabled(),
+            packed=packed,
         )
         return plan.kind == "dense"
 

@@ -25,13 +25,15 @@ from str_triton.nn import (
     parameter_groups,
     sparsify,
 )
-from str_triton.ops.low_rank_fastgrnn import low_rank_fastgrnn
-from str_triton.ops.low_rank_gru import low_rank_gru
-from str_triton.ops.low_rank_lstm import low_rank_lstm
+from str_triton.ops.cells.fastgrnn import low_rank_fastgrnn
+from str_triton.ops.cells.gru import low_rank_gru
+from str_triton.ops.cells.lstm import low_rank_lstm
+from str_triton.ops.cells.mgu import low_rank_mgu
+from str_triton.ops.low_rank_gpu import shared_memory_limit
+from str_triton.ops.low_rank_plan import Plan, low_rank_plan
 from str_triton.ops.singular_value_threshold import singular_value_threshold
 from str_triton.ops.soft_threshold import soft_threshold
 from str_triton.ops.soft_threshold_many import soft_threshold_many
-from str_triton.ops.time_loop import Plan, low_rank_plan, shared_memory_limit
 
 __all__ = [
     "Budget",
@@ -57,6 +59,7 @@ __all__ = [
     "low_rank_fastgrnn",
     "low_rank_gru",
     "low_rank_lstm",
+    "low_rank_mgu",
     "low_rank_plan",
     "parameter_groups",
     "shared_memory_limit",

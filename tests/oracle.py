@@ -70,6 +70,20 @@ def low_rank_gru(gates_x, u, m, v, bias, h0, lengths=None, *, reverse=False) -> 
     return outputs, h
 
 
+def low_rank_mgu(gates_x, u, m, v, bias, h0, lengths=None, *, reverse=False) -> tuple[Tensor, Tensor]:
+    """Zhou et al. 2016 with the gate after the product, R = u diag(m) v^T."""
+    recurrent = u @ torch.diag(m) @ v.T
+
+    def step(x: Tensor, h: Tensor) -> tuple[Tensor]:
+        x_f, x_n = x.chunk(2)
+        h_f, h_n = (recurrent @ h + (0 if bias is None else bias)).chunk(2)
+        f = torch.sigmoid(x_f + h_f)
+        return ((1 - f) * h + f * torch.tanh(x_n + f * h_n),)
+
+    outputs, (h,) = time_loop(step, gates_x, (h0,), lengths, reverse)
+    return outputs, h
+
+
 def low_rank_lstm(gates_x, u, m, v, bias, h0, c0, lengths=None, *, reverse=False) -> tuple[Tensor, tuple]:
     """Hochreiter, Schmidhuber 1997 with the forget gate, as torch.nn.LSTM has it, R = u diag(m) v^T."""
     recurrent = u @ torch.diag(m) @ v.T

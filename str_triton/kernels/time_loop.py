@@ -1,29 +1,7 @@
-"""What the low-rank time loops share: activations, the two thin products, and where a step lies in memory.
-
-R h = W (V^T h) with W [gates * hidden, rank] and V [hidden, rank]. A program owns BLOCK_B sequences and walks through
-time; its tiles are [hidden units, sequences], so that the many hidden units are the rows of a matrix product and are
-shared out among the warps. The hidden units come in one tile, whose part of the factors stays on the chip (RESIDENT),
-or in several of BLOCK_H, whose parts are read again in every step, while the state lies in a scratch buffer.
-A product over the hidden units is cut into SPLIT pieces, one per warp, that are added up at the end: chains of SPLIT
-times fewer dependent instructions, and no warp reads another's share.
-
-Offsets from step to step are int64; those within one step of one program fit int32.
-"""
+"""What the forward and backward time loops of kernels/low_rank_rnn.py share: tiles, products, and where a step lies."""
 
 import triton
 import triton.language as tl
-
-
-@triton.jit
-def sigmoid(x):
-    """Where exp overflows to infinity the quotient is 0, as it should be."""
-    return 1 / (1 + tl.exp(-x))
-
-
-@triton.jit
-def tanh(x):
-    """Where exp overflows to infinity it is 1, as it should be."""
-    return 1 - 2 / (1 + tl.exp(2 * x))
 
 
 @triton.jit
@@ -39,11 +17,51 @@ def store(pointers, values, mask):
 
 
 @triton.jit
+def load_tiles(pointers, stride, mask, COUNT: tl.constexpr):
+    """COUNT tiles, `stride` apart, in the dtype of the memory: as few registers as can be while they wait."""
+    tiles = ()
+    for i in tl.static_range(COUNT):
+        tiles += (tl.load(pointers + i * stride, mask=mask, other=0),)
+    return tiles
+
+
+@triton.jit
+def to_compute(tiles, COMPUTE: tl.constexpr):
+    converted = ()
+    for i in tl.static_range(len(tiles)):
+        converted += (tiles[i].to(COMPUTE),)
+    return converted
+
+
+@triton.jit
+def store_tiles(pointers, stride, tiles, mask):
+    for i in tl.static_range(len(tiles)):
+        store(pointers + i * stride, tiles[i], mask)
+
+
+@triton.jit
 def load_rows(p_factor, i_h, hidden, rank, BLOCK_R: tl.constexpr):
     """Rows i_h of a factor [hidden, rank], as [BLOCK_H, BLOCK_R]; 0 where there is none."""
     i_r = tl.arange(0, BLOCK_R)
     mask = (i_h[:, None] < hidden) & (i_r[None, :] < rank)
     return tl.load(p_factor + i_h[:, None] * rank + i_r[None, :], mask=mask, other=0)
+
+
+@triton.jit
+def load_factor(p_w, i_h, hidden, rank, GATES: tl.constexpr, BLOCK_R: tl.constexpr):
+    """The gates' parts of W."""
+    w = ()
+    for i in tl.static_range(GATES):
+        w += (load_rows(p_w + i * hidden * rank, i_h, hidden, rank, BLOCK_R),)
+    return w
+
+
+@triton.jit
+def load_scalars(p_scale, COUNT: tl.constexpr):
+    scale = ()
+    for i in tl.static_range(COUNT):
+        scale += (tl.load(p_scale + i),)
+    return scale
 
 
 @triton.jit
@@ -83,7 +101,7 @@ def where_active(active, new, old, HAS_LENGTHS: tl.constexpr):
 
 @triton.jit
 def time_index(step, steps, REVERSE: tl.constexpr):
-    """Of the step-th step, in int64."""
+    """The time index of step number `step`, in int64."""
     t = steps - 1 - step if REVERSE else step
     return t.to(tl.int64)
 
@@ -98,11 +116,3 @@ def time_before(t, lengths, REVERSE: tl.constexpr):
         before = tl.maximum(t - 1, 0)
         inside = (t > 0) & (lengths > 0)
     return before, inside
-
-
-@triton.jit
-def load_before(p_outputs, p_h0, offsets, mask, inside, COMPUTE: tl.constexpr):
-    """From p_outputs (at the step before) where `inside`, else from p_h0: one of the two loads gives 0."""
-    h = tl.load(p_outputs + offsets, mask=mask & inside, other=0)
-    h0 = tl.load(p_h0 + offsets, mask=mask & (inside == 0), other=0)
-    return (h + h0).to(COMPUTE)

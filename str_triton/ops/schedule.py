@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from str_triton.ops.time_loop import check_lengths
+from str_triton.ops.low_rank_checks import check_lengths
 
 CHUNK = 1 << 16  # Elements of the [time, batch, hidden] blocks of a piece of the backward: a dozen stay in the caches.
 

@@ -1,6 +1,5 @@
 """The time loops' kernels in Triton's interpreter, through their launchers, against the equations in float64."""
 
-import importlib
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -10,13 +9,13 @@ import torch
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder
 
-from str_triton.ops import low_rank_triton as launchers
-from str_triton.ops.time_loop import Plan
+from str_triton.ops import low_rank_gpu as launcher
+from str_triton.ops.low_rank_cell import CELLS, Cell
+from str_triton.ops.low_rank_plan import Plan
 from tests.ops.low_rank_cases import TOLERANCE, Case, assert_matches, differentiate, example, expected, op
 from tests.ops.soft_threshold_cases import poisoned_allocations
 
-CELLS = ["gru", "lstm", "fastgrnn"]
-KINDS = ["resident", "streamed"]
+KINDS = ["resident", "resident, ahead", "streamed"]
 
 
 @pytest.fixture(autouse=True)
@@ -27,12 +26,11 @@ def _poisoned() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _launchers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The ops on the CPU are what they are on a GPU."""
-    for cell in CELLS:
-        module = importlib.import_module(f"str_triton.ops.low_rank_{cell}")
-        monkeypatch.setattr(torch.ops.str_triton, f"low_rank_{cell}", module._forward_triton)
-        monkeypatch.setattr(torch.ops.str_triton, f"low_rank_{cell}_backward", module._backward_triton)
-    monkeypatch.setattr(launchers, "shared_memory_limit", lambda device: 227 * 1024)
+    """The ops on the CPU are what they are on a GPU, but for the instructions that only NVIDIA has."""
+    monkeypatch.setattr(torch.ops.str_triton, "low_rank_rnn", launcher.forward)
+    monkeypatch.setattr(torch.ops.str_triton, "low_rank_rnn_backward", launcher.backward)
+    monkeypatch.setattr(launcher, "shared_memory_limit", lambda device: 227 * 1024)
+    monkeypatch.setattr(launcher, "chip", lambda device: "interpreter")
 
 
 @pytest.fixture(autouse=True)
@@ -55,11 +53,12 @@ def _products_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """One tile of hidden units, or tiles of 16 of them. Two warps: the sum over the hidden units has two pieces."""
 
-    def layout(cell: str, hidden: int, rank: int, *_: object) -> Plan:
+    def layout(cell: Cell, hidden: int, rank: int, *_: object) -> Plan:
+        kind, *ahead = request.param.split(", ")
         block_hidden, block_rank = (max(16, 1 << (size - 1).bit_length()) for size in (hidden, rank))
-        return Plan(request.param, 16, block_hidden if request.param == "resident" else 16, block_rank, 2, 1)
+        return Plan(kind, 16, block_hidden if kind == "resident" else 16, block_rank, 2, bool(ahead))
 
-    monkeypatch.setattr(launchers, "layout", layout)
+    monkeypatch.setattr(launcher, "layout", layout)
     return request.param
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import str_triton
-from str_triton.ops.time_loop import CELLS
+from str_triton.ops.low_rank_cell import CELLS
 from tests import oracle
 
 LENGTHS = {
@@ -53,7 +53,7 @@ def example(
     bias: bool = True,
     dtype: torch.dtype = torch.float64,
 ) -> Case:
-    gates = CELLS[cell]
+    gates = CELLS[cell].gates
     tensors = {
         "gates_x": torch.randn(steps, batch, gates * hidden),
         "u": torch.randn(gates * hidden, rank) / max(1, rank) ** 0.5,
@@ -65,7 +65,7 @@ def example(
         tensors |= {"zeta": torch.tensor([1.0]), "nu": torch.tensor([-1.0])}
     else:
         tensors |= {"bias": torch.randn(gates * hidden) if bias else None}
-    states = ("h0", "c0") if cell == "lstm" else ("h0",)
+    states = [f"{name}0" for name in CELLS[cell].states]
     tensors |= {name: torch.randn(batch, hidden) for name in states}
     grads = [torch.randn(steps, batch, hidden), *(torch.randn(batch, hidden) for _ in states)]
     return Case(cell, tensors, LENGTHS[lengths](steps, batch), reverse, grads).to(dtype)

@@ -3,6 +3,7 @@
 import importlib
 import pkgutil
 import re
+from functools import cached_property
 
 import pytest
 
@@ -12,22 +13,27 @@ from triton.runtime.jit import JITFunction
 
 import str_triton.kernels
 from benchmarks.kernel_resources import (
+    CHIPS,
     DTYPES,
+    REPRESENTATIVE,
     SHARED_MEMORY,
     TARGETS,
     Resources,
     access_bits,
     builds,
-    launches,
+    low_rank_launches,
     resources,
+    singular_value_threshold_launches,
+    soft_threshold_launches,
 )
-from str_triton.ops.low_rank_triton import _resident_bytes, layout
-from str_triton.ops.time_loop import CELLS
+from str_triton.ops.low_rank_cell import CELLS
+from str_triton.ops.low_rank_plan import layout, resident_bytes
 
-# Matrix products may spill, time loops a little; a kernel that looks at every element once has no reason to.
-MAY_SPILL = {"singular_value_threshold_recombine_kernel": 4096} | {
-    f"low_rank_{cell}_{direction}_kernel": 256 for cell in CELLS for direction in ("forward", "backward")
-}
+MAY_SPILL = {"singular_value_threshold_recombine_kernel": 4096}  # Bytes per thread; matrix products may.
+# The largest resident time loop may spill on NVIDIA (bytes), every loop a little on AMD (registers).
+LARGEST_LOOP, PAPERS_LOOP = "gru, 512 x 32, bfloat16", "gru, 100 x 10, float32, tf32"
+LOOPS_MAY_SPILL = {"nvidia": 144, "cdna": 32, "rdna": 80}
+LOOPS = {"low_rank_rnn_forward_kernel", "low_rank_rnn_backward_kernel"}
 STREAMING = {
     "soft_threshold_kernel",
     "soft_threshold_backward_kernel",
@@ -40,7 +46,9 @@ class Build:
     def __init__(self, target: str, variant: str, kernel):
         self.target, self.variant, self.kernel, self.name = target, variant, kernel, kernel.metadata.name
 
-    @property
+        self.backward = "backward" in self.name
+
+    @cached_property
     def resources(self) -> Resources:
         return resources(self.target, self.variant, self.kernel)
 
@@ -48,9 +56,17 @@ class Build:
         return f"{self.name} for {self.target} ({self.variant})"
 
 
-@pytest.fixture(scope="module", params=TARGETS)
+# The recurrent kernels for every target, the others for one of each kind.
+@pytest.fixture(scope="module", params=["sm_86", "sm_90", "gfx942"])
 def built(request: pytest.FixtureRequest) -> list[Build]:
-    return [Build(request.param, *build) for build in builds(request.param, launches(all_variants=False))]
+    others = [*soft_threshold_launches(all_variants=False), *singular_value_threshold_launches()]
+    return [Build(request.param, *build) for build in builds(request.param, others)]
+
+
+@pytest.fixture(scope="module", params=TARGETS)
+def loops(request: pytest.FixtureRequest) -> list[Build]:
+    sizes = REPRESENTATIVE if request.param in ("sm_90", "gfx942") else REPRESENTATIVE[:3]
+    return [Build(request.param, *build) for build in builds(request.param, low_rank_launches(sizes))]
 
 
 def test_every_kernel_is_compiled(built):
@@ -59,8 +75,8 @@ def test_every_kernel_is_compiled(built):
         for name, value in vars(importlib.import_module(module.name)).items():
             if isinstance(value, JITFunction) and name.endswith("_kernel"):
                 kernels.add(name)
-    assert len(kernels) >= 7
-    assert {build.name for build in built} == kernels
+    assert len(kernels) >= 10
+    assert {build.name for build in built} | LOOPS == kernels
 
 
 def test_shared_memory_and_spills(built):
@@ -71,19 +87,57 @@ def test_shared_memory_and_spills(built):
         assert found.spills <= MAY_SPILL.get(build.name, 0), build
 
 
-def test_shared_memory_of_resident_time_loops(built):
-    """The plan must know it before the kernel is compiled."""
+def test_shared_memory_and_spills_of_time_loops(loops):
+    """The plan must know the memory before the kernel is compiled."""
     kinds = set()
-    for build in (build for build in built if build.name.startswith("low_rank")):
-        cell, size, dtype = build.variant.split(", ")
+    for build in loops:
+        found, chip = build.resources, CHIPS.get(build.target, "nvidia")
+        cell, size, dtype, *_ = build.variant.split(", ")
         hidden, rank = map(int, size.split(" x "))
-        backward = "backward" in build.name
-        plan = layout(cell, hidden, rank, DTYPES[dtype], SHARED_MEMORY[build.target], backward)
+        plan = layout(CELLS[cell], hidden, rank, DTYPES[dtype], SHARED_MEMORY[build.target], build.backward, chip)
         kinds.add(plan.kind)
+        assert 0 < found.registers <= 512
+        assert found.shared <= SHARED_MEMORY[build.target], build
+        may_spill = build.variant == LARGEST_LOOP or (chip != "nvidia" and build.variant != PAPERS_LOOP)
+        assert found.spills <= (LOOPS_MAY_SPILL[chip] if may_spill else 0), build
         if plan.kind == "resident":
-            blocks = plan.block_hidden, plan.block_rank, DTYPES[dtype].itemsize, plan.warps, plan.stages
-            assert build.resources.shared <= _resident_bytes(CELLS[cell], *blocks, backward), build
-    assert kinds == {"resident", "streamed"}
+            blocks = plan.block_hidden, plan.block_rank, plan.block_batch, DTYPES[dtype].itemsize, plan.warps
+            assert found.shared <= resident_bytes(CELLS[cell], *blocks), build
+    assert kinds == {"resident", "streamed"} or loops[0].target not in ("sm_86", "sm_90", "gfx942")
+
+
+def test_instructions_of_time_loops(loops):
+    """Each activation once, in one instruction, and every product on the matrix units of its precision."""
+    for build in loops:
+        found, code, chip = build.resources, build.kernel.asm, CHIPS.get(build.target, "nvidia")
+        cell, size, dtype, *precision = build.variant.split(", ")
+        assert not build.backward or found.exponentials <= (8 if cell == "lstm" else 0), build
+        kinds = {"bfloat16": "bf16.bf16", "float32": "tf32.tf32"} if chip == "nvidia" else {"bfloat16": "bf16"}
+        if precision == ["ieee"] or (chip == "rdna" and dtype == "float32"):
+            assert not found.dots or chip == "cdna", build
+        elif chip == "cdna" and dtype == "float32":
+            assert found.dots == "v_mfma_f32_16x16x4_f32", build
+        else:
+            assert kinds[dtype] in found.dots, build
+        if chip == "nvidia":
+            assert found.barriers <= 52, build
+            assert code["ptx"].count("ex2.approx.ftz.f32") == found.exponentials, build
+            assert code["ptx"].count("rcp.approx.ftz.f32") == found.exponentials, build
+            assert "div." not in code["ptx"], build
+            if not build.backward:
+                # Activations (GRU 3, LSTM 5, FastGRNN and minimal gated unit 2) of a tile, shared out among threads.
+                hidden, rank = map(int, size.split(" x "))
+                plan = layout(CELLS[cell], hidden, rank, DTYPES[dtype], SHARED_MEMORY[build.target], False)
+                tile = plan.block_hidden * plan.block_batch // (32 * plan.warps)
+                assert found.exponentials == {"gru": 3, "lstm": 5, "fastgrnn": 2, "mgu": 2}[cell] * tile, build
+
+
+def test_instructions_of_a_step(loops):
+    """Per thread: 1408 forward and 1092 backward before the approximate activations and programs of 8 sequences."""
+    steps = {build.backward: build.resources.loop for build in loops if build.variant == LARGEST_LOOP}
+    if loops[0].target == "sm_90":
+        assert steps[False] <= 533
+        assert steps[True] <= 560
 
 
 def test_memory_is_moved_in_vectors(built):

@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
 from str_triton.ops import schedule
-from str_triton.ops.time_loop import CELLS
-from tests.ops.low_rank_cases import LENGTHS, TOLERANCE, assert_matches, differentiate, example, expected, op
+from str_triton.ops.low_rank_cell import CELLS
+from tests.ops.low_rank_cases import LENGTHS, TOLERANCE, Case, assert_matches, differentiate, example, expected, op
 from tests.ops.soft_threshold_cases import poisoned_allocations
 
 OPS = torch.ops.str_triton
@@ -66,12 +67,14 @@ def test_nothing_at_all(cell, lengths, size):
         *(("gru", 0, block) for block in ("r", "z", "recurrent n")), ("gru", 1, "n"),
         *(("lstm", 0, block) for block in "ifgo"), ("lstm", 1, "c"),
         ("fastgrnn", 0, "z and c"), ("fastgrnn", 1, "z"),
+        ("mgu", 0, "f"), ("mgu", 0, "recurrent n"), ("mgu", 1, "n"), ("mgu", 2, "h"),
     ],
 )  # fmt: skip
 def test_a_wrong_derivative_would_show(cell, buffer, block, monkeypatch):
     """One gate's coefficient is off by a thousandth: the comparison with the literal equations fails."""
-    module = importlib.import_module(f"str_triton.ops.low_rank_{cell}")
-    blocks = {("gru", 0): ("r", "z", "recurrent n"), ("lstm", 0): "ifgo"}.get((cell, buffer), (block,))
+    module = importlib.import_module(f"str_triton.ops.cells.{cell}")
+    blocks = {("gru", 0): ("r", "z", "recurrent n"), ("lstm", 0): "ifgo", ("mgu", 0): ("f", "recurrent n")}
+    blocks = blocks.get((cell, buffer), (block,))
     correct = module._coefficients
 
     def wrong(*buffers):
@@ -218,11 +221,10 @@ def test_opcheck(cell, lengths, reverse):
         with torch.no_grad():
             case.call(op(cell))
     assert [str(function) for function, _ in calls] == [
-        f"str_triton.low_rank_{cell}{suffix}.default" for suffix in ("", "_backward", "")
+        f"str_triton.low_rank_rnn{suffix}.default" for suffix in ("", "_backward", "")
     ]
     for function, args in calls:
-        detached = [arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args]
-        torch.library.opcheck(function, detached)
+        torch.library.opcheck(function, tree_map_only(torch.Tensor, torch.Tensor.detach, args))
 
 
 @EVERY_CELL
@@ -233,6 +235,34 @@ def test_compiled_in_one_graph(cell, lengths):
     compiled = torch.compile(op(cell), fullgraph=True, backend="aot_eager", dynamic=False)
     eager, traced = (differentiate(function, case) for function in (op(cell), compiled))
     assert all(torch.equal(eager[name], traced[name]) for name in eager)
+
+
+@EVERY_CELL
+def test_torch_func(cell):
+    """`grad`, `vmap` of it over everything, and over the gradient alone."""
+    cases = [example(cell, lengths="any order") for _ in range(3)]
+    names, rest = tuple(cases[0].tensors), {"cell": cell, "lengths": cases[0].lengths, "reverse": False}
+
+    def loss(tensors, grads):
+        results = Case(tensors=dict(zip(names, tensors, strict=True)), grads=[], **rest).call(op(cell))
+        return sum((result * grad).sum() for result, grad in zip(results, grads, strict=True))
+
+    want = []
+    for case in cases:
+        found = differentiate(op(cell), replace(case, lengths=rest["lengths"]))
+        want.append(tuple(found[f"grad of {name}"] for name in names))
+    tensors = tuple(torch.stack(kind) for kind in zip(*(case.tensors.values() for case in cases), strict=True))
+    grads = [torch.stack(kind) for kind in zip(*(case.grads for case in cases), strict=True)]
+    torch.testing.assert_close(
+        torch.func.grad(loss)(tuple(cases[0].tensors.values()), cases[0].grads), want[0], rtol=1e-12, atol=1e-12
+    )
+    every = torch.func.vmap(torch.func.grad(loss))(tensors, grads)
+    torch.testing.assert_close(every, tuple(map(torch.stack, zip(*want, strict=True))), rtol=1e-12, atol=1e-12)
+    one = tuple(cases[0].tensors.values())
+    every = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(one, grads)
+    for i, case in enumerate(cases):
+        alone = torch.func.grad(loss)(one, case.grads)
+        torch.testing.assert_close(tuple(part[i] for part in every), alone, rtol=1e-12, atol=1e-12)
 
 
 @EVERY_CELL

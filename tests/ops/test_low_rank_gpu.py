@@ -1,13 +1,16 @@
 """Oracle 5: the low-rank time loops on a GPU, against the literal equations in float64 and against cuDNN."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
 from str_triton import low_rank_gru
-from str_triton.ops import low_rank_triton
+from str_triton.ops import low_rank_gpu
+from str_triton.ops.low_rank_cell import CELLS
 from tests.ops.low_rank_cases import (
     TOLERANCE,
     Case,
@@ -22,7 +25,6 @@ from tests.ops.low_rank_cases import (
 from tests.ops.soft_threshold_cases import poisoned_allocations
 
 pytestmark = pytest.mark.gpu
-CELLS = ["gru", "lstm", "fastgrnn"]
 # Around the borders of tiles, of sequences per program, and of what stays on the chip.
 SIZES = [(7, 1, 5, 1), (5, 33, 100, 10), (5, 16, 128, 16), (3, 17, 257, 16), (3, 20, 512, 32), (3, 5, 1000, 100)]
 
@@ -39,8 +41,20 @@ def on_gpu(case: Case) -> Case:
     return replace(case, tensors=tensors, lengths=lengths, grads=[grad.cuda() for grad in case.grads])
 
 
+def exactly(cell: str) -> Callable:
+    """The op with float32 products in full precision, to which the tolerances belong."""
+    return partial(op(cell), precision="ieee")
+
+
 def check(case: Case) -> None:
-    assert_matches(differentiate(op(case.cell), on_gpu(case)), expected(case), TOLERANCE[case.grads[0].dtype])
+    assert_matches(differentiate(exactly(case.cell), on_gpu(case)), expected(case), TOLERANCE[case.grads[0].dtype])
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(("precision", "tolerance"), [("ieee", 1e-5), ("tf32x3", 2e-5), ("tf32", 5e-3), (None, 5e-3)])
+def test_precisions(precision, tolerance, cell):
+    case = example(cell, 5, 16, 256, 16, dtype=torch.float32)
+    assert_matches(differentiate(partial(op(cell), precision=precision), on_gpu(case)), expected(case), tolerance)
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -62,10 +76,10 @@ def test_lengths_and_direction(size, lengths, reverse, cell):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_streamed_as_resident(dtype, cell, monkeypatch):
     case = on_gpu(example(cell, 50, 40, 128, 16, lengths="any order", dtype=dtype))
-    resident = differentiate(op(cell), case)
-    monkeypatch.setattr(low_rank_triton, "shared_memory_limit", lambda device: 1024)
-    assert low_rank_triton.layout(cell, 128, 16, dtype, 1024, backward=True).kind == "streamed"
-    streamed = differentiate(op(cell), case)
+    resident = differentiate(exactly(cell), case)
+    monkeypatch.setattr(low_rank_gpu, "shared_memory_limit", lambda device: 1024)
+    assert low_rank_gpu.layout(CELLS[cell], 128, 16, dtype, 1024, backward=True).kind == "streamed"
+    streamed = differentiate(exactly(cell), case)
     want = {name: value.cpu().double() for name, value in resident.items()}
     assert_matches(streamed, want, TOLERANCE[dtype])
 

@@ -1,13 +1,11 @@
-"""The arguments of the low-rank recurrent ops that are wrong, and the plan."""
+"""The arguments of the low-rank recurrent ops that are wrong."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from str_triton import Plan, low_rank_plan, shared_memory_limit
-from str_triton.ops.time_loop import CELLS
+from str_triton.ops.low_rank_cell import CELLS
 from tests.ops.low_rank_cases import example, op
 
 EVERY_CELL = pytest.mark.parametrize("cell", CELLS)
@@ -62,37 +60,8 @@ def test_wrong_lengths(cell, lengths, error, message):
         replace(example(cell), lengths=lengths).call(op(cell))
 
 
-@pytest.mark.parametrize(
-    ("kind", "cell", "sizes", "training"),
-    [
-        ("loop", "gru", (512, 32, 64), True),
-        ("loop", "gru", (128, 128, 16), True),
-        ("dense", "gru", (128, 128, 64), True),
-        ("dense", "gru", (64, 4, 1), False),
-        ("loop", "gru", (512, 256, 1), False),
-        ("dense", "lstm", (128, 8, 64), True),
-        ("loop", "lstm", (256, 64, 64), True),
-        ("dense", "lstm", (256, 65, 64), True),
-        ("loop", "lstm", (512, 256, 1), False),
-        ("loop", "fastgrnn", (8, 8, 1), False),
-    ],
-)
-def test_plan(kind, cell, sizes, training):
-    assert low_rank_plan(cell, *sizes, torch.float32, training=training) == Plan(kind)
-
-
-def test_plan_of_what_there_is_not():
-    with pytest.raises(ValueError, match="cell must be 'gru', 'lstm' or 'fastgrnn', got 'rnn'"):
-        low_rank_plan("rnn", 512, 32, 64, torch.float32)
-    with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
-        low_rank_plan("gru", 512, 0, 64, torch.float32)
-    with pytest.raises(TypeError, match=r"dtype must be float16, .*, got torch.int8"):
-        low_rank_plan("gru", 512, 32, 64, torch.int8)
-
-
-def test_shared_memory_limit(monkeypatch):
-    assert shared_memory_limit(torch.device("cpu")) is None
-    nvidia = SimpleNamespace(shared_memory_per_block=48 * 1024, shared_memory_per_block_optin=227 * 1024)
-    for properties, limit in ((nvidia, 227 * 1024), (SimpleNamespace(shared_memory_per_block=65536), 65536)):
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, known=properties: known)
-        assert shared_memory_limit(torch.device("cuda")) == limit
+@EVERY_CELL
+def test_an_unknown_precision(cell):
+    case = example(cell)
+    with pytest.raises(ValueError, match=r"precision must be one of 'ieee', 'tf32', 'tf32x3' or None, got 'high'"):
+        op(cell)(*case.tensors.values(), precision="high")

@@ -1,0 +1,300 @@
+"""The time loop of the low-rank recurrent ops, forward and backward, for every cell: one launch for all steps.
+
+R h = W (V^T h) with W [gates * hidden, rank] and V [hidden, rank]. A program owns BLOCK_B sequences and walks through
+time; its tiles are [hidden units, sequences], so that the many hidden units are the rows of a matrix product and are
+shared out among the warps. The hidden units come in one tile, whose part of the factors stays on the chip (RESIDENT),
+or in several of BLOCK_H, whose parts are read again in every step, while the state lies in a scratch buffer.
+A product over the hidden units is cut into SPLIT pieces, one per warp, that are added up at the end: chains of SPLIT
+times fewer dependent instructions, and no warp reads another's share.
+
+What a cell computes is a function of kernels/low_rank_cells.py (STEP). For cells without a state c, p_c0 is None. Where
+a sequence does not run (t >= its length) nothing is written: the launcher hands in zeros. Offsets from step to step are
+int64; those within one step of one program fit int32.
+"""
+
+import triton
+import triton.language as tl
+
+from str_triton.kernels.time_loop import (
+    down,
+    load,
+    load_factor,
+    load_rows,
+    load_scalars,
+    load_tiles,
+    sequence_lengths,
+    store,
+    store_tiles,
+    time_before,
+    time_index,
+    to_compute,
+    up,
+    where_active,
+)
+
+
+@triton.jit
+def _forward(
+    x, p, state, pieces, w, v, bias, scale, p_outputs, p_saved, o_h, o_s, hidden, mask, active,
+    STEP: tl.constexpr, HAS_LENGTHS: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
+    APPROX: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """The state after the step of a tile of hidden units, and its part of V^T h. Writes what the step leaves."""
+    q = ()
+    for i in tl.static_range(len(w)):
+        q += (up(w[i], p, PRECISION, COMPUTE),)
+    new, h, saved = STEP(to_compute(x, COMPUTE), q, bias, state, scale, APPROX)
+    if SAVE:
+        store_tiles(p_saved + o_s, hidden, saved, mask)
+    store(p_outputs + o_h, h, mask)
+    return where_active(active, new, state, HAS_LENGTHS), down(v, h, pieces, PRECISION, COMPUTE)
+
+
+@triton.jit(do_not_specialize=["steps", "batch"])
+def low_rank_rnn_forward_kernel(
+    p_x, p_w, p_v, p_bias, p_scale, p_h0, p_c0, p_lengths, p_outputs, p_c, p_p, p_saved, p_state,
+    steps, batch, hidden, rank,
+    STEP: tl.constexpr, GATES: tl.constexpr, BIASES: tl.constexpr, SAVED: tl.constexpr, SCALARS: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, REVERSE: tl.constexpr, SAVE: tl.constexpr, RESIDENT: tl.constexpr, AHEAD: tl.constexpr,
+    PRECISION: tl.constexpr, APPROX: tl.constexpr, COMPUTE: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Outputs, the last c, and with SAVE what the backward needs. p_state: scratch where it is not RESIDENT."""
+    first = tl.program_id(0).to(tl.int64) * BLOCK_B
+    row = tl.arange(0, BLOCK_B)[None, :]
+    i_r = tl.arange(0, BLOCK_R)[:, None]
+    lengths = sequence_lengths(p_lengths, first, row, batch, steps, HAS_LENGTHS)
+    p_h0, p_state = p_h0 + first * hidden, p_state + first * hidden
+    p_s0 = p_h0
+    if p_c0 is not None:
+        p_s0 = p_c0 + first * hidden
+        p_c += first * hidden
+    scale = load_scalars(p_scale, SCALARS)
+    zero = tl.zeros([SPLIT, BLOCK_R, BLOCK_B], COMPUTE)
+
+    # The state and p = V^T h, which each step leaves for the next.
+    if RESIDENT:
+        i_h = tl.arange(0, BLOCK_H)
+        o_h, exists = row * hidden + i_h[:, None], (i_h < hidden)[:, None]
+        o_x, o_s = row * (GATES * hidden) + i_h[:, None], row * (SAVED * hidden) + i_h[:, None]
+        m_h = (lengths > 0) & exists
+        w, v = load_factor(p_w, i_h, hidden, rank, GATES, BLOCK_R), load_rows(p_v, i_h, hidden, rank, BLOCK_R)
+        bias = to_compute(load_tiles(p_bias + i_h[:, None], hidden, exists, BIASES), COMPUTE)
+        state = load(p_s0 + o_h, m_h, COMPUTE)
+        p = tl.sum(down(v, load(p_h0 + o_h, m_h, COMPUTE), zero, PRECISION, COMPUTE), axis=0)
+        if AHEAD:
+            t = time_index(0, steps, REVERSE)
+            x = load_tiles(p_x + (t * batch + first) * (GATES * hidden) + o_x, hidden, (t < lengths) & exists, GATES)
+    else:
+        pieces = zero
+        for start in range(0, hidden, BLOCK_H):
+            i_h = start + tl.arange(0, BLOCK_H)
+            o_h, m_h = row * hidden + i_h[:, None], (lengths > 0) & (i_h < hidden)[:, None]
+            h = load(p_h0 + o_h, m_h, COMPUTE)
+            store(p_state + o_h, load(p_s0 + o_h, m_h, COMPUTE), m_h)
+            pieces = down(load_rows(p_v, i_h, hidden, rank, BLOCK_R), h, pieces, PRECISION, COMPUTE)
+        p = tl.sum(pieces, axis=0)
+        tl.debug_barrier()
+
+    for step in range(steps):
+        t = time_index(step, steps, REVERSE)
+        at = t * batch + first
+        active = t < lengths
+        if SAVE:
+            store(p_p + at * rank + row * rank + i_r, p, active & (i_r < rank))
+        if RESIDENT:
+            if AHEAD:  # The next step's gates are on their way while this step computes.
+                t = time_index(step + 1, steps, REVERSE)
+                m_x = (t < lengths) & exists & (step + 1 < steps)
+                x_next = load_tiles(p_x + (t * batch + first) * (GATES * hidden) + o_x, hidden, m_x, GATES)
+            else:
+                x = load_tiles(p_x + at * (GATES * hidden) + o_x, hidden, active & exists, GATES)
+            state, pieces = _forward(
+                x, p, state, zero, w, v, bias, scale, p_outputs + at * hidden, p_saved + at * (SAVED * hidden),
+                o_h, o_s, hidden, active & exists, active,
+                STEP, HAS_LENGTHS, SAVE, PRECISION, APPROX, COMPUTE,
+            )  # fmt: skip
+            if AHEAD:
+                x = x_next
+        else:
+            pieces = zero
+            for start in range(0, hidden, BLOCK_H):
+                i_h = start + tl.arange(0, BLOCK_H)
+                o_h, exists = row * hidden + i_h[:, None], (i_h < hidden)[:, None]
+                o_x, o_s = row * (GATES * hidden) + i_h[:, None], row * (SAVED * hidden) + i_h[:, None]
+                m_h, mask = (lengths > 0) & exists, active & exists
+                w, v = load_factor(p_w, i_h, hidden, rank, GATES, BLOCK_R), load_rows(p_v, i_h, hidden, rank, BLOCK_R)
+                bias = to_compute(load_tiles(p_bias + i_h[:, None], hidden, exists, BIASES), COMPUTE)
+                x = load_tiles(p_x + at * (GATES * hidden) + o_x, hidden, mask, GATES)
+                state, pieces = _forward(
+                    x, p, load(p_state + o_h, m_h, COMPUTE), pieces, w, v, bias, scale,
+                    p_outputs + at * hidden, p_saved + at * (SAVED * hidden), o_h, o_s, hidden, mask, active,
+                    STEP, HAS_LENGTHS, SAVE, PRECISION, APPROX, COMPUTE,
+                )  # fmt: skip
+                store(p_state + o_h, state, m_h)
+            # The next step's threads may read other elements of the state than they wrote.
+            tl.debug_barrier()
+        p = where_active(active, tl.sum(pieces, axis=0), p, HAS_LENGTHS)
+
+    if p_c0 is not None:
+        if RESIDENT:
+            store(p_c + o_h, state, m_h)
+        else:
+            for start in range(0, hidden, BLOCK_H):
+                i_h = start + tl.arange(0, BLOCK_H)
+                o_h, m_h = row * hidden + i_h[:, None], (lengths > 0) & (i_h < hidden)[:, None]
+                store(p_c + o_h, load(p_state + o_h, m_h, COMPUTE), m_h)
+
+
+@triton.jit
+def _load_step(
+    t, lengths, exists, wanted, first, batch, hidden, row, i_h, p_grad_outputs, p_outputs, p_saved, p_s0,
+    REVERSE: tl.constexpr, SAVED: tl.constexpr, HAS_C: tl.constexpr,
+):  # fmt: skip
+    """What the backward of step t reads: the gradient of its output, the state before it, and what it saved."""
+    at = t * batch + first
+    mask = (t < lengths) & exists & wanted
+    o_h, o_s = row * hidden + i_h[:, None], row * (SAVED * hidden) + i_h[:, None]
+    before, inside = time_before(t, lengths, REVERSE)
+    if HAS_C:  # c is the last of what a step saves.
+        p_before = p_saved + ((before * batch + first) * SAVED + SAVED - 1) * hidden + o_s
+    else:
+        p_before = p_outputs + (before * batch + first) * hidden + o_h
+    # One of the two loads gives 0.
+    state = tl.load(p_before, mask=mask & inside, other=0)
+    state += tl.load(p_s0 + o_h, mask=mask & (inside == 0), other=0)
+    grad = tl.load(p_grad_outputs + at * hidden + o_h, mask=mask, other=0)
+    return grad, state, load_tiles(p_saved + at * (SAVED * hidden) + o_s, hidden, mask, SAVED)
+
+
+@triton.jit
+def _backward(
+    loaded, carry, grad_p, pieces, sums, w, v, scale, p_grad_h, p_grad_x, p_grad_extra, o_h, o_x, hidden,
+    mask, active, last,
+    STEP: tl.constexpr, HAS_C: tl.constexpr, HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr,
+    APPROX: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    # dL/dh' (d) = grad_outputs + V grad_p of the step after + what that hands back elementwise (carry). An LSTM's carry
+    # is dL/dc, and its h gets grad_h after the last step. Where a sequence does not run, d = 0 and the others stay.
+    grad_output, before, saved = loaded
+    d = up(v, grad_p, PRECISION, COMPUTE) + grad_output.to(COMPUTE)
+    if HAS_C:
+        d += load(p_grad_h + o_h, mask & last, COMPUTE)
+    else:
+        d += carry
+    d = where_active(active, d, 0, HAS_LENGTHS)
+    d_x, d_q, extra, back, parts = STEP(d, carry, to_compute(saved, COMPUTE), before.to(COMPUTE), scale, APPROX)
+    store_tiles(p_grad_x + o_x, hidden, d_x, mask)
+    store_tiles(p_grad_extra + o_h, hidden, extra, mask)
+    for i in tl.static_range(len(w)):
+        pieces = down(w[i], d_q[i], pieces, PRECISION, COMPUTE)
+    totals = ()
+    for i in tl.static_range(len(sums)):
+        totals += (sums[i] + parts[i],)
+    return where_active(active, back, carry, HAS_LENGTHS), pieces, totals
+
+
+@triton.jit(do_not_specialize=["steps", "batch"])
+def low_rank_rnn_backward_kernel(
+    p_grad_outputs, p_grad_h, p_grad_c, p_outputs, p_saved, p_w, p_v, p_scale, p_s0, p_lengths,
+    p_grad_x, p_grad_extra, p_grad_p, p_grad_scale, p_grad_h0, p_grad_c0, p_state,
+    steps, batch, hidden, rank,
+    STEP: tl.constexpr, GATES: tl.constexpr, SAVED: tl.constexpr, SCALARS: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, REVERSE: tl.constexpr, RESIDENT: tl.constexpr, AHEAD: tl.constexpr,
+    PRECISION: tl.constexpr, APPROX: tl.constexpr, COMPUTE: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Gradients of x, p (all steps), h0 and c0, what w and the bias need beside them, and each program's of scale."""
+    HAS_C: tl.constexpr = p_grad_c is not None
+    first = tl.program_id(0).to(tl.int64) * BLOCK_B
+    row = tl.arange(0, BLOCK_B)[None, :]
+    i_r = tl.arange(0, BLOCK_R)[:, None]
+    lengths = sequence_lengths(p_lengths, first, row, batch, steps, HAS_LENGTHS)
+    o_first = first * hidden
+    p_grad_h, p_s0, p_state, p_grad_h0 = p_grad_h + o_first, p_s0 + o_first, p_state + o_first, p_grad_h0 + o_first
+    p_grad_s = p_grad_h
+    if HAS_C:
+        p_grad_s, p_grad_c0 = p_grad_c + o_first, p_grad_c0 + o_first
+    scale = load_scalars(p_scale, SCALARS)
+    zero = tl.zeros([SPLIT, BLOCK_R, BLOCK_B], COMPUTE)
+    grad_p = tl.zeros([BLOCK_R, BLOCK_B], COMPUTE)
+    sums = ()
+    for _ in tl.static_range(SCALARS):
+        sums += (tl.zeros([BLOCK_H, BLOCK_B], COMPUTE),)
+
+    if RESIDENT:
+        i_h = tl.arange(0, BLOCK_H)
+        w, v = load_factor(p_w, i_h, hidden, rank, GATES, BLOCK_R), load_rows(p_v, i_h, hidden, rank, BLOCK_R)
+        o_h, o_x, exists = row * hidden + i_h[:, None], row * (GATES * hidden) + i_h[:, None], (i_h < hidden)[:, None]
+        m_h = (lengths > 0) & exists
+        carry = load(p_grad_s + o_h, m_h, COMPUTE)
+        if AHEAD:
+            loaded = _load_step(
+                time_index(0, steps, not REVERSE), lengths, exists, True, first, batch, hidden, row, i_h,
+                p_grad_outputs, p_outputs, p_saved, p_s0, REVERSE, SAVED, HAS_C,
+            )  # fmt: skip
+    else:
+        for start in range(0, hidden, BLOCK_H):
+            i_h = start + tl.arange(0, BLOCK_H)
+            o_h, m_h = row * hidden + i_h[:, None], (lengths > 0) & (i_h < hidden)[:, None]
+            store(p_state + o_h, load(p_grad_s + o_h, m_h, COMPUTE), m_h)
+        tl.debug_barrier()
+
+    for step in range(steps):
+        t = time_index(step, steps, not REVERSE)
+        at = t * batch + first
+        active = t < lengths
+        last = t == 0 if REVERSE else t + 1 == lengths
+        p_x, p_extra = p_grad_x + at * (GATES * hidden), p_grad_extra + at * hidden
+        if RESIDENT:
+            if AHEAD:  # What the next step reads is on its way while this step computes.
+                loaded_next = _load_step(
+                    time_index(step + 1, steps, not REVERSE), lengths, exists, step + 1 < steps, first, batch, hidden,
+                    row, i_h, p_grad_outputs, p_outputs, p_saved, p_s0, REVERSE, SAVED, HAS_C,
+                )  # fmt: skip
+            else:
+                loaded = _load_step(
+                    t, lengths, exists, True, first, batch, hidden, row, i_h,
+                    p_grad_outputs, p_outputs, p_saved, p_s0, REVERSE, SAVED, HAS_C,
+                )  # fmt: skip
+            carry, pieces, sums = _backward(
+                loaded, carry, grad_p, zero, sums, w, v, scale, p_grad_h, p_x, p_extra, o_h, o_x, hidden,
+                active & exists, active, last, STEP, HAS_C, HAS_LENGTHS, PRECISION, APPROX, COMPUTE,
+            )  # fmt: skip
+            if AHEAD:
+                loaded = loaded_next
+        else:
+            pieces = zero
+            for start in range(0, hidden, BLOCK_H):
+                i_h = start + tl.arange(0, BLOCK_H)
+                w, v = load_factor(p_w, i_h, hidden, rank, GATES, BLOCK_R), load_rows(p_v, i_h, hidden, rank, BLOCK_R)
+                o_h, o_x = row * hidden + i_h[:, None], row * (GATES * hidden) + i_h[:, None]
+                exists = (i_h < hidden)[:, None]
+                m_h = (lengths > 0) & exists
+                loaded = _load_step(
+                    t, lengths, exists, True, first, batch, hidden, row, i_h,
+                    p_grad_outputs, p_outputs, p_saved, p_s0, REVERSE, SAVED, HAS_C,
+                )  # fmt: skip
+                carry, pieces, sums = _backward(
+                    loaded, load(p_state + o_h, m_h, COMPUTE), grad_p, pieces, sums, w, v, scale,
+                    p_grad_h, p_x, p_extra, o_h, o_x, hidden,
+                    active & exists, active, last, STEP, HAS_C, HAS_LENGTHS, PRECISION, APPROX, COMPUTE,
+                )  # fmt: skip
+                store(p_state + o_h, carry, m_h)
+            tl.debug_barrier()
+        grad_p = where_active(active, tl.sum(pieces, axis=0), grad_p, HAS_LENGTHS)
+        store(p_grad_p + at * rank + row * rank + i_r, grad_p, active & (i_r < rank))
+
+    for i in tl.static_range(SCALARS):
+        tl.store(p_grad_scale + tl.program_id(0) * SCALARS + i, tl.sum(tl.sum(sums[i], axis=1), axis=0))
+    for start in range(0, hidden, BLOCK_H):
+        i_h = start + tl.arange(0, BLOCK_H)
+        o_h, m_h = row * hidden + i_h[:, None], (lengths > 0) & (i_h < hidden)[:, None]
+        if not RESIDENT:
+            v, carry = load_rows(p_v, i_h, hidden, rank, BLOCK_R), load(p_state + o_h, m_h, COMPUTE)
+        grad = up(v, grad_p, PRECISION, COMPUTE)
+        if HAS_C:
+            store(p_grad_h0 + o_h, grad, m_h)
+            store(p_grad_c0 + o_h, carry, m_h)
+        else:
+            store(p_grad_h0 + o_h, carry + grad, m_h)

@@ -1,0 +1,148 @@
+"""The FastGRNN of the low-rank recurrent ops.
+
+Source: Kusupati et al., "FastGRNN: A Fast, Accurate, Stable and Tiny Kilobyte Sized Gated Recurrent Neural Network",
+NeurIPS 2018; the low-rank form with a learned rank: Kusupati et al., ICML 2020, section 3.3.
+Derivation of the backward: docs/derivations.md.
+
+The registered op sees both biases in one tensor, (bias_gate | bias_update), and scale = (sigmoid(zeta), sigmoid(nu)).
+"""
+
+import torch
+from torch import Tensor
+
+from str_triton.ops.low_rank_cell import Backward, Cell
+from str_triton.ops.low_rank_rnn import run
+from str_triton.ops.schedule import Schedule
+
+
+def _forward(schedule: Schedule, gates_x: Tensor, w: Tensor, v: Tensor, bias: Tensor, scale: Tensor) -> tuple:
+    hidden, rank = v.shape
+    w_t, bias, (zeta, nu) = w.t(), bias.unflatten(0, (2, hidden)), scale.tolist()
+    p, a, gates = schedule.scratch(v, rank), schedule.scratch(v, hidden), schedule.scratch(v, 2, hidden)
+    buffers = gates_x, p, a, a.unsqueeze(2), gates, *gates.unbind(2)
+
+    def step(previous, x, p, a, a_both, gates, z, c, state):
+        torch.mm(previous, v, out=p)
+        torch.addmm(x, p, w_t, out=a)
+        torch.add(a_both, bias, out=gates)
+        z.sigmoid_()
+        c.tanh_()
+        # h' = (zeta (1 - z) + nu) c + z h = (zeta + nu) c + z (h - zeta c)
+        torch.sub(previous, c, alpha=zeta, out=a)
+        torch.mul(c, zeta + nu, out=state).addcmul_(z, a)
+
+    return buffers, step
+
+
+def _backward(run: Backward) -> tuple:
+    hidden, v_t, w, (dh,) = len(run.v), run.v.t(), run.w, run.grad_states
+    a, a_z, dhs = (run.chunk(1) for _ in range(3))
+    gates, bias = run.chunk(2).unflatten(2, (2, hidden)), run.bias.unflatten(0, (2, hidden))
+    z = gates[:, :, 0]
+
+    def begin(span, begin, end, previous):
+        x = run.q[span].add_(run.gates_x[begin:end])
+        run.schedule.blank(x, begin)
+        torch.add(x.unsqueeze(2), bias, out=gates[span])
+        _coefficients(a[span], a_z[span], gates[span], previous, run.scale)
+
+    def step(k, grad, grad_x, grad_p):
+        count = len(grad)
+        dh_t = torch.add(dh[:count], grad, out=dhs[k, :count])
+        torch.mul(a[k, :count], dh_t, out=grad_x)
+        torch.mm(grad_x, w, out=grad_p)
+        torch.mul(dh_t, z[k, :count], out=dh[:count]).addmm_(grad_p, v_t)
+
+    def end(span, begin, end):
+        run.schedule.blank(dhs[span], begin)
+        grad_z = a_z[span].mul_(dhs[span]).flatten(0, 1).sum(0)
+        run.grad_bias += torch.stack((grad_z, run.grad_x[begin:end].flatten(0, 1).sum(0) - grad_z))
+        dh_c = dhs[span].mul_(gates[span, :, 1])
+        grad_nu = dh_c.sum()
+        run.grad_scale += torch.stack((grad_nu - dh_c.mul_(z[span]).sum(), grad_nu))
+
+    return (run.grad_x,), begin, step, end
+
+
+def _coefficients(a: Tensor, a_z: Tensor, gates: Tensor, previous: Tensor, scale: Tensor) -> None:
+    """Form what dh is multiplied by: a_z for the gradient of z before its activation, a for that plus c's.
+
+        a_z = (h_prev - zeta c) z (1 - z)        a = a_z + (zeta (1 - z) + nu)(1 - c^2)
+
+    gates comes as gates_x + R h + (bias_gate | bias_update) and becomes (z | c).
+    """
+    (z, c), (zeta, nu) = gates.unbind(2), scale.tolist()
+    z.sigmoid_()
+    c.tanh_()
+    torch.sub(previous, c, alpha=zeta, out=a_z)
+    torch.ops.aten.sigmoid_backward.grad_input(a_z, z, grad_input=a_z)
+    torch.mul(z, -zeta, out=a).add_(zeta + nu)
+    torch.ops.aten.tanh_backward.grad_input(a, c, grad_input=a)
+    a += a_z
+
+
+FASTGRNN = Cell("fastgrnn", gates=1, forward=_forward, backward=_backward, saved=2, biases=2, scalars=2)  # saved: z | c
+
+
+def low_rank_fastgrnn(
+    gates_x: Tensor,
+    u: Tensor,
+    m: Tensor,
+    v: Tensor,
+    bias_gate: Tensor | None,
+    bias_update: Tensor | None,
+    zeta: Tensor,
+    nu: Tensor,
+    h0: Tensor,
+    lengths: Tensor | None = None,
+    *,
+    reverse: bool = False,
+    precision: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A FastGRNN over all time steps, its recurrent matrix R = u diag(m) v^T applied as u (m (v^T h)).
+
+    With a = gates_x_t + R h, h from the step before:
+
+        z = sigmoid(a + bias_gate)
+        c = tanh(a + bias_update)
+        h' = (sigmoid(zeta) (1 - z) + sigmoid(nu)) c + z h
+
+    The gate z and the candidate c share both matrices: gates_x and u have H columns and rows, no stack of gates.
+    Arithmetic is float64 if gates_x is, else float32, under autocast too. NaN at a step makes its sequence NaN from
+    there on. The same inputs give the same bits.
+
+    Args:
+        gates_x: [T, B, H], W x at all steps, no bias in it. float16, bfloat16, float32 or float64. T is at least 1.
+        u: [H, r].
+        m: [r], the spectrum as it applies: already thresholded.
+        v: [H, r].
+        bias_gate, bias_update: [H], those of z and c; None for none.
+        zeta, nu: one element of any shape, raw: the op applies the sigmoid.
+        h0: [B, H], the state before each sequence's first step, in gates_x's dtype.
+        lengths: int64 [B], each sequence's number of steps, 1 to T, in any order, on the CPU or gates_x's device;
+            None if all are T. What lies behind a sequence's end is not read.
+        reverse: run from each sequence's last step to its first. Outputs stay at their own time index.
+        precision: of float32 products on an NVIDIA GPU: "ieee", "tf32", or "tf32x3" (three TF32 products, nearly as
+            exact as "ieee"); None follows torch's own layers, `torch.backends.cudnn.rnn.fp32_precision`.
+
+    u, m, v, biases, zeta and nu may have other dtypes of these four; u m, v and the biases are rounded to gates_x's.
+
+    Returns:
+        outputs [T, B, H], the state after every step, 0 behind a sequence's end, and h [B, H], the state after each
+        sequence's last processed step. Differentiable once with respect to every tensor but lengths, by
+        autograd or `torch.func.grad`; `torch.func.vmap` loops over the batch.
+
+    Raises:
+        TypeError: an argument that is no tensor of one of these dtypes; h0 of another dtype than gates_x; lengths of
+            another dtype than int64.
+        ValueError: shapes that do not fit one another, no time step, tensors on different devices, lengths outside 1
+            to T (checked where that does not wait for a GPU), unknown precision.
+
+    Source: Kusupati et al., NeurIPS 2018 (arXiv 1901.02358), equations 3 to 5; Kusupati et al., ICML 2020 (arXiv
+    2002.03231), section 3.3.
+    """
+    biases = {"bias_gate": bias_gate, "bias_update": bias_update}
+    biases = {"bias_gate": bias_gate, "bias_update": bias_update}
+    scalars, states = {"zeta": zeta, "nu": nu}, {"h0": h0}
+    outputs, (h,) = run(FASTGRNN, gates_x, u, m, v, biases, scalars, states, lengths, reverse, precision)
+    return outputs, h

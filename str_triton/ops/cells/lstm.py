@@ -1,0 +1,141 @@
+"""The LSTM of the low-rank recurrent ops.
+
+Source: Hochreiter, Schmidhuber, "Long Short-Term Memory", Neural Computation 9(8), 1997, with the forget gate of Gers
+et al., 2000, as torch has it; the low-rank form: Kusupati et al., ICML 2020, section 3.3.
+Derivation of the backward: docs/derivations.md.
+"""
+
+import torch
+from torch import Tensor
+
+from str_triton.ops.low_rank_cell import Backward, Cell
+from str_triton.ops.low_rank_rnn import run
+from str_triton.ops.schedule import Schedule, with_ones
+
+
+def _forward(schedule: Schedule, gates_x: Tensor, w: Tensor, v: Tensor, bias: Tensor, scale: Tensor) -> tuple:
+    hidden, rank = v.shape
+    p_1, w_bias = with_ones((1, schedule.batch, rank), v), torch.cat((w, bias[:, None]), 1).t()
+    gates = schedule.scratch(v, 4 * hidden)
+    buffers = gates_x, p_1, p_1[..., :rank], gates, gates[..., : 2 * hidden], *gates.chunk(4, 2)
+
+    def step(previous, previous_cell, x, p_1, p, gates, i_f, i, f, g, o, state, cell):
+        torch.mm(previous, v, out=p)
+        torch.mm(p_1, w_bias, out=gates).add_(x)
+        i_f.sigmoid_()
+        g.tanh_()
+        o.sigmoid_()
+        torch.mul(f, previous_cell, out=cell).addcmul_(i, g)
+        torch.tanh(cell, out=state).mul_(o)
+
+    return buffers, step
+
+
+def _backward(run: Backward) -> tuple:
+    hidden, v_t, w, (dh, dc) = len(run.v), run.v.t(), run.w, run.grad_states
+    a, a_c = (run.chunk(width) for width in (4, 1))
+    a_ifg, a_o = a[..., : 3 * hidden].unflatten(2, (3, hidden)), a[..., 3 * hidden :]
+    grad_ifg, grad_o = run.grad_x[..., : 3 * hidden].unflatten(2, (3, hidden)), run.grad_x[..., 3 * hidden :]
+    f = run.q[..., hidden : 2 * hidden]
+
+    def begin(span, begin, end, previous):
+        run.q[span].add_(run.gates_x[begin:end])
+        before = run.schedule.previous_chunk(run.cells, run.first_cell, begin, end)
+        _coefficients(a[span], a_c[span], run.q[span], run.cells[begin:end], before)
+
+    def step(k, grad, grad_ifg, grad_o, grad_gates, grad_p):
+        count = len(grad)
+        dh_t, dc_t = dh[:count].add_(grad), dc[:count]
+        dc_t.addcmul_(dh_t, a_c[k, :count])
+        torch.mul(a_ifg[k, :count], dc_t.unsqueeze(1), out=grad_ifg)
+        torch.mul(a_o[k, :count], dh_t, out=grad_o)
+        torch.mm(grad_gates, w, out=grad_p)
+        torch.mm(grad_p, v_t, out=dh_t)
+        dc_t.mul_(f[k, :count])
+
+    return (grad_ifg, grad_o, run.grad_x), begin, step, lambda span, begin, end: None
+
+
+def _coefficients(a: Tensor, a_c: Tensor, gates: Tensor, cells: Tensor, previous: Tensor) -> None:
+    """Form what dc is multiplied by for the gradients of i, f and g, what dh is for that of o, and for dc itself (a_c).
+
+        a_c = o (1 - tanh(c)^2)    a = g i (1 - i)  |  c_prev f (1 - f)  |  i (1 - g^2)  |  tanh(c) o (1 - o)
+
+    gates comes as gates_x + R h + bias and becomes (i | f | g | o); previous are the cells before each step.
+    """
+    hidden = cells.shape[2]
+    i, f, g, o = gates.chunk(4, 2)
+    a_i, a_f, a_g, a_o = a.chunk(4, 2)
+    gates[..., : 2 * hidden].sigmoid_()
+    g.tanh_()
+    o.sigmoid_()
+    torch.tanh(cells, out=a_g)
+    torch.ops.aten.tanh_backward.grad_input(o, a_g, grad_input=a_c)
+    torch.ops.aten.sigmoid_backward.grad_input(a_g, o, grad_input=a_o)
+    torch.ops.aten.sigmoid_backward.grad_input(g, i, grad_input=a_i)
+    torch.ops.aten.sigmoid_backward.grad_input(previous, f, grad_input=a_f)
+    torch.ops.aten.tanh_backward.grad_input(i, g, grad_input=a_g)
+
+
+LSTM = Cell(
+    "lstm", gates=4, forward=_forward, backward=_backward, saved=5, extra=False, states=("h", "c"), has_dense=True
+)  # saved: i | f | g | o | c
+
+
+def low_rank_lstm(
+    gates_x: Tensor,
+    u: Tensor,
+    m: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    h0: Tensor,
+    c0: Tensor,
+    lengths: Tensor | None = None,
+    *,
+    reverse: bool = False,
+    precision: str | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """An LSTM over all time steps, its recurrent matrix R = u diag(m) v^T applied as u (m (v^T h)).
+
+    With gates_x_t + R h + bias = (a_i | a_f | a_g | a_o), h and c from the step before:
+
+        i = sigmoid(a_i),  f = sigmoid(a_f),  g = tanh(a_g),  o = sigmoid(a_o)
+        c' = f c + i g
+        h' = o tanh(c')
+
+    which are torch.nn.LSTM's equations, gates in its order (i, f, g, o). Arithmetic is float64 if gates_x is, else
+    float32, under autocast too. NaN at a step makes its sequence NaN from there on. The same inputs give the same bits.
+
+    Args:
+        gates_x: [T, B, 4 H], the input's part of the gates at all steps, torch's input bias b_ih included. float16,
+            bfloat16, float32 or float64. T is at least 1.
+        u: [4 H, r], rows in the order of the gates.
+        m: [r], the spectrum as it applies: already thresholded.
+        v: [H, r].
+        bias: [4 H], torch's recurrent bias b_hh; None for none.
+        h0, c0: [B, H], the states before each sequence's first step, in gates_x's dtype.
+        lengths: int64 [B], each sequence's number of steps, 1 to T, in any order, on the CPU or gates_x's device;
+            None if all are T. What lies behind a sequence's end is not read.
+        reverse: run from each sequence's last step to its first. Outputs stay at their own time index.
+        precision: of float32 products on an NVIDIA GPU: "ieee", "tf32", or "tf32x3" (three TF32 products, nearly as
+            exact as "ieee"); None follows torch's own layers, `torch.backends.cudnn.rnn.fp32_precision`.
+
+    u, m, v and bias may have other dtypes of these four; u m, v and bias are rounded to gates_x's.
+
+    Returns:
+        outputs [T, B, H], h after every step, 0 behind a sequence's end, and (h, c), each [B, H]: the states after each
+        sequence's last processed step. Differentiable once with respect to every tensor but lengths, by
+        autograd or `torch.func.grad`; `torch.func.vmap` loops over the batch.
+
+    Raises:
+        TypeError: an argument that is no tensor of one of these dtypes; h0 or c0 of another dtype than gates_x;
+            lengths of another dtype than int64.
+        ValueError: shapes that do not fit one another, no time step, tensors on different devices, lengths outside 1
+            to T (checked where that does not wait for a GPU), unknown precision.
+
+    Source: Hochreiter, Schmidhuber, Neural Computation 9(8), 1997, as torch has it; Kusupati et al., ICML 2020 (arXiv
+    2002.03231), section 3.3.
+    """
+    states = {"h0": h0, "c0": c0}
+    outputs, (h, c) = run(LSTM, gates_x, u, m, v, {"bias": bias}, {}, states, lengths, reverse, precision)
+    return outputs, (h, c)

@@ -1,0 +1,92 @@
+"""The arguments of the low-rank recurrent ops: one line that names what is wrong."""
+
+import torch
+from torch import Tensor
+
+from str_triton.ops.soft_threshold import DTYPES
+
+PRECISIONS = ("ieee", "tf32", "tf32x3")
+
+
+def check(
+    gates_x: Tensor,
+    factors: dict[str, Tensor],
+    biases: dict[str, Tensor | None],
+    states: dict[str, Tensor],
+    scalars: dict[str, Tensor],
+    lengths: Tensor | None,
+    gates: int,
+) -> None:
+    """Check everything but the values of lengths, which the op itself reads: a graph that is traced has none yet.
+
+    factors: u, m, v. biases: None, or as many elements as `u` has rows over their number. scalars: of one element.
+    """
+    others = {**factors, **scalars, **{name: bias for name, bias in biases.items() if bias is not None}, **states}
+    for name, tensor in {"gates_x": gates_x, **others}.items():
+        if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES:
+            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name} must be a tensor of float16, bfloat16, float32 or float64, got {kind}")
+        if tensor.device != gates_x.device:
+            raise ValueError(f"{name} is on {tensor.device}, gates_x on {gates_x.device}: move them to one device")
+    for name, state in states.items():
+        if state.dtype != gates_x.dtype:
+            raise TypeError(f"{name} is {state.dtype}, gates_x {gates_x.dtype}: give both in one dtype")
+    if gates_x.dim() != 3 or gates_x.shape[2] % gates:
+        width = f"{gates} H" if gates > 1 else "H"
+        raise ValueError(f"gates_x must have shape [T, B, {width}], got {tuple(gates_x.shape)}")
+    steps, batch, width = gates_x.shape
+    if steps == 0:
+        raise ValueError(f"gates_x of shape {tuple(gates_x.shape)} has no time step: give at least one")
+    _check_shapes(gates_x, others, scalars, {"u": gates, **dict.fromkeys(biases, gates if len(biases) == 1 else 1)})
+    if lengths is not None:
+        if not isinstance(lengths, Tensor) or lengths.dtype != torch.int64:
+            kind = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
+            raise TypeError(f"lengths must be a tensor of int64, got {kind}")
+        if lengths.shape != (batch,):
+            raise ValueError(f"lengths must have shape {(batch,)}, one for each sequence, got {tuple(lengths.shape)}")
+        if lengths.device.type != "cpu" and lengths.device != gates_x.device:
+            raise ValueError(
+                f"lengths is on {lengths.device}, gates_x on {gates_x.device}: move it there or to the CPU"
+            )
+
+
+def _check_shapes(
+    gates_x: Tensor, others: dict[str, Tensor], scalars: dict[str, Tensor], blocks: dict[str, int]
+) -> None:
+    """Check shapes against gates_x's. blocks: how many blocks of H elements the first dimension of a tensor has."""
+    u, (_, batch, width), gates = others["u"], gates_x.shape, blocks["u"]
+    hidden = width // gates
+    if u.dim() != 2:
+        raise ValueError(f"u must be a matrix [{width}, r], got shape {tuple(u.shape)}")
+    rank = u.shape[1]
+    expected = {"u": (width, rank), "m": (rank,), "v": (hidden, rank), "h0": (batch, hidden), "c0": (batch, hidden)}
+    expected |= {name: (count * hidden,) for name, count in blocks.items() if name != "u"}
+    for name, tensor in others.items():
+        if name in scalars:
+            if tensor.numel() != 1:
+                raise ValueError(f"{name} must have one element, got shape {tuple(tensor.shape)}")
+        elif tensor.shape != expected[name]:
+            raise ValueError(
+                f"{name} must have shape {expected[name]} to fit gates_x of shape {tuple(gates_x.shape)} "
+                f"and u of shape {tuple(u.shape)}, got {tuple(tensor.shape)}"
+            )
+
+
+def check_lengths(lengths: Tensor, steps: int) -> None:
+    """Check the values of `lengths`. Synchronizes with a GPU that they lie on."""
+    if lengths.numel():
+        shortest, longest = int(lengths.min()), int(lengths.max())
+        if shortest < 1 or longest > steps:
+            wrong = shortest if shortest < 1 else longest
+            raise ValueError(f"lengths must be from 1 to {steps}, the steps of gates_x, got {wrong}")
+
+
+def check_precision(precision: str | None) -> None:
+    """Check the name of a precision."""
+    if precision not in (None, *PRECISIONS):
+        raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))} or None, got {precision!r}")
+
+
+def rnn_precision() -> str:
+    """Return the precision in which torch's own recurrent layers multiply float32 on a GPU: "tf32" or "ieee"."""
+    return "tf32" if torch.backends.cudnn.rnn.fp32_precision == "tf32" else "ieee"
