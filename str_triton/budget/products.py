@@ -105,7 +105,7 @@ class Products(TorchDispatchMode):
             # product computes a weight, as W v does in spectral normalization.
             weight = a if self._origin(b) is None and self._is_activation(b) else b
             self._add(weight, a.numel() * (b.shape[-1] if b.dim() > 1 else 1))
-        elif func.namespace == "str_triton" and op.__name__.startswith("low_rank"):
+        elif str(op) == "str_triton.low_rank_rnn":
             self._count_loop(func, args)
         elif func.namespace != "aten" and any(map(self._is_activation, inputs)):
             names = {name for name in map(self._origin, inputs) if name is not None}
@@ -113,11 +113,11 @@ class Products(TorchDispatchMode):
                 self.hidden.setdefault(str(op), set()).update(names)
 
     def _count_loop(self, func: Any, args: tuple) -> None:
-        """Count this library's loops over time, which use each element of both factors once per step and sequence."""
-        gates_x, *factors = args[:3]  # [steps, batch, gates]
-        lengths = args[[argument.name for argument in func._schema.arguments].index("lengths")]
+        """Count this library's loop over time, which uses each element of both factors once per step and sequence."""
+        named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False))
+        gates_x, lengths = named["gates_x"], named["lengths"]  # gates_x: [steps, batch, gates]
         steps = math.prod(gates_x.shape[:2]) if lengths is None or lengths.is_meta else int(lengths.sum())
-        for factor in factors:
+        for factor in (named["w"], named["v"]):
             self._add(factor, steps * factor.numel())
 
     def _add(self, weight: Tensor, flops: int) -> None:

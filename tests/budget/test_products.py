@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 
-from str_triton import low_rank_fastgrnn, low_rank_gru, low_rank_lstm
+from str_triton import low_rank_fastgrnn, low_rank_gru, low_rank_lstm, low_rank_mgu
 from str_triton.budget.count import count
 
 GATES = {nn.RNN: 1, nn.GRU: 3, nn.LSTM: 4}
@@ -101,7 +101,7 @@ def test_recurrent_layers_in_inference_mode_and_on_the_meta_device():
     assert count(nn.GRU(5, 7, device="meta"), torch.zeros(4, 3, 5, device="meta")).flops == expected(nn.GRU, 12)
 
 
-LOOPS = {low_rank_gru: 3, low_rank_lstm: 4, low_rank_fastgrnn: 1}
+LOOPS = {low_rank_gru: 3, low_rank_lstm: 4, low_rank_fastgrnn: 1, low_rank_mgu: 2}
 
 
 @pytest.mark.parametrize("lengths", [None, torch.tensor([4, 1, 2])])
@@ -117,6 +117,7 @@ def test_loops_over_time_of_this_library(loop, lengths):
             h0 = torch.zeros(3, 7)
             rest = {
                 low_rank_gru: (None, h0),
+                low_rank_mgu: (None, h0),
                 low_rank_lstm: (None, h0, h0),
                 low_rank_fastgrnn: (None, None, torch.zeros(()), torch.zeros(()), h0),
             }

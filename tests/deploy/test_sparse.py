@@ -48,7 +48,7 @@ def test_a_network_chosen_by_time(tmp_path: Path):
     compiled = deploy.compile_sparse(model, x)
     same(model, compiled, x)
     table = compiled.table().splitlines()
-    assert table[0].split() == ["layer", "nonzero", "executed", "dense", "ms", "chosen", "ms"]
+    assert table[0].split() == ["layer", "sparsity", "executed", "dense", "ms", "chosen", "ms"]
     assert [line.split()[0] for line in table[1:]] == [n.label for n in compiled.graph.layers()]
     assert str(compiled) == compiled.table()
     for choice in compiled.choices.values():

@@ -23,6 +23,7 @@ from str_triton.deploy.sparse.runtime.build import library
 from str_triton.deploy.sparse.runtime.layout import TooLarge
 from str_triton.deploy.sparse.runtime.plan import Mismatch, Plan
 from str_triton.deploy.sparse.runtime.trial import try_out
+from str_triton.files import percent
 
 PLANS = 8  # shapes whose buffers are kept, the youngest
 
@@ -53,14 +54,15 @@ class CompiledModel(nn.Module):
     def table(self) -> str:
         """Return a line for each layer.
 
-        It holds the share of its weights that are not zero, its execution, and the milliseconds that torch's fastest
+        It holds the sparsity of its weight, its execution, and the milliseconds that torch's fastest
         dense execution and this one took alone, for the example's shape.
         """
-        rows = [("layer", "nonzero", "executed", "dense ms", "chosen ms")]
+        rows = [("layer", "sparsity", "executed", "dense ms", "chosen ms")]
         for node, choice in self.layers():
-            density = int(node.weight.count_nonzero()) / max(1, node.weight.numel())
+            zeros = int((node.weight == 0).sum())
+            sparsity = percent(zeros / node.weight.numel()) if node.weight.numel() else ""
             times = [f"{ms:.3f}" if ms is not None else "" for ms in (choice.ms_dense, choice.ms)]
-            rows.append((node.label, f"{100 * density:.2f} %", choice.execution, *times))
+            rows.append((node.label, sparsity, choice.execution, *times))
         rows += [(name, "", f"by torch: {reason}", "", "") for name, reason in self.left.items()]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join(
