@@ -305,6 +305,7 @@ import str_triton, cnn, rnn
 assert str_triton.__all__ and all(hasattr(str_triton, name) for name in str_triton.__all__)
 assert not any(name.startswith(("str_triton.training", "str_triton.deploy")) for name in sys.modules)
 assert not sys.modules["torch"].cuda.is_initialized()
+assert "torch._dynamo" not in sys.modules
 """
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")

@@ -13,7 +13,6 @@ from str_triton.ops.low_rank_checks import check_lengths, rnn_precision
 from str_triton.ops.low_rank_plan import layout, padded
 
 
-@torch.compiler.assume_constant_result
 def shared_memory_limit(device: torch.device) -> int | None:
     """Return the bytes that one program may use on this GPU, for `low_rank_plan`; None for the CPU."""
     if device.type == "cpu":
@@ -21,6 +20,10 @@ def shared_memory_limit(device: torch.device) -> int | None:
     properties = torch.cuda.get_device_properties(device)
     # What a program has to ask for; ROCm knows no such thing.
     return getattr(properties, "shared_memory_per_block_optin", 0) or properties.shared_memory_per_block
+
+
+# What torch.compiler.assume_constant_result does; that imports torch._dynamo, which takes seconds.
+shared_memory_limit._dynamo_marked_constant = True
 
 
 def chip(device: torch.device) -> str:

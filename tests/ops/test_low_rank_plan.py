@@ -42,6 +42,10 @@ def test_plan_of_what_there_is_not():
         low_rank_plan("gru", 512, 32, 64, torch.int8)
 
 
+def test_shared_memory_limit_is_a_constant_of_compiled_code():
+    assert vars(shared_memory_limit) == vars(torch.compiler.assume_constant_result(lambda: None))
+
+
 def test_shared_memory_limit(monkeypatch):
     assert shared_memory_limit(torch.device("cpu")) is None
     nvidia = SimpleNamespace(shared_memory_per_block=48 * 1024, shared_memory_per_block_optin=227 * 1024)
