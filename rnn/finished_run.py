@@ -37,8 +37,8 @@ class FinishedRun:
 
     @property
     def name(self) -> str:
-        """The network in a few words."""
-        rnn, cell = self.model.rnn, {"gru": "GRU", "lstm": "LSTM", "fastgrnn": "FastGRNN"}[self.model.rnn.cell]
+        """Return the network in a few words."""
+        rnn, cell = self.model.rnn, type(self.model.rnn).__name__.removeprefix("LowRank")
         layers = f"{rnn.num_layers} layers of " if rnn.num_layers > 1 else ""
         direction = "bidirectional " if rnn.bidirectional else ""
         return f"{direction}{cell}, {layers}{rnn.hidden_size} units, trained on {self.config['data']}"

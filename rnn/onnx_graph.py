@@ -56,7 +56,7 @@ class Layer:
 
     def __init__(self, graph: Graph, rnn: LowRankRNN, suffix: str) -> None:
         self.graph, self.hidden, self.suffix = graph, rnn.hidden_size, suffix
-        self.cell = {"gru": self._gru, "lstm": self._lstm, "fastgrnn": self._fastgrnn}[rnn.cell]
+        self.cell = getattr(self, f"_{rnn.cell}")
         self.weights = {
             name: factors(graph, name, getattr(rnn, name)) for name in (f"weight_ih_{suffix}", f"weight_hh_{suffix}")
         }

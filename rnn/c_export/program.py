@@ -132,7 +132,7 @@ class _Program:
         )
 
     def source(self) -> str:
-        rnn, lstm = self.rnn, self.rnn.cell == "lstm"
+        rnn, cell = self.rnn, template.CELLS[self.rnn.cell]
         named = {"name": self.name, "guard": self.name.upper()}
         component = "dot(m->inner + k * m->columns, x, m->columns)"
         return template.SOURCE.substitute(
@@ -146,14 +146,14 @@ class _Program:
             scale_field="    const float *scale; /* of each component, or of a dense matrix */\n" * self.int8,
             vector_scale_field="    float scale;\n" * self.int8,
             vector_scale="v->scale * (float)" * self.int8,
-            cell_fields="    float zeta, nu; /* after their sigmoids */\n" if rnn.cell == "fastgrnn" else "",
+            cell_fields="".join(f"    float {name}; /* after its sigmoid */\n" for name in rnn.scalars),
             data=self._data(),
             component=f"m->scale[k] * {component}" if self.int8 else component,
             row="m->inner == NULL ? m->scale[0] * sum : sum" if self.int8 else "sum",
             sigmoid=template.SIGMOID,
-            cell=template.CELLS[rnn.cell],
+            cell=cell.code,
             standardise="    const float *input = frame;\n" if self.run.mean is None else template.STANDARDISE,
-            cell_state="state->h + first, state->c + first" if lstm else "state->h + first",
+            cell_state=", ".join(f"state->{name} + first" for name in cell.states),
             pool=template.POOL if self.mean else "",
             begin="".join(template.ZERO.substitute(field=field, count=count) for _, field, count in self._state()),
             pooled=template.POOLED_MEAN if self.mean else template.POOLED_LAST,
@@ -182,7 +182,7 @@ class _Program:
     def _state(self) -> list[tuple[str, str, int]]:
         """Type, name and length of the state's arrays."""
         directions, hidden = 1 + self.rnn.bidirectional, self.rnn.hidden_size
-        names = ["h", "c"] if self.rnn.cell == "lstm" else ["h"]
+        names = list(template.CELLS[self.rnn.cell].states)
         state = [("float", name, len(self.suffixes) * hidden) for name in names]
         if self.mean:
             state += [("float", name, directions * hidden) for name in ("total", "lost")]
@@ -214,9 +214,8 @@ class _Program:
                 self._record(f"hidden_{suffix}"),
                 self._bias_record(f"bias_{suffix}"),
             ]
-            if self.rnn.cell == "fastgrnn":
-                scalars = (getattr(self.rnn, f"{name}_{suffix}").sigmoid() for name in ("zeta", "nu"))
-                fields += [_number(as_float32(value).item()) for value in scalars]
+            scalars = (getattr(self.rnn, f"{name}_{suffix}").sigmoid() for name in self.rnn.scalars)
+            fields += [_number(as_float32(value).item()) for value in scalars]
             layers.append("    {\n" + "".join(f"        {field},\n" for field in fields) + "    },\n")
         text = f"static const layer layers[LAYERS * DIRECTIONS] = {{\n{''.join(layers)}}};\n"
         matrix = f"static const matrix classifier = {self._record('classifier')};\n"
@@ -236,19 +235,10 @@ class _Program:
 
 
 def _bias(rnn: LowRankRNN, suffix: str) -> np.ndarray:
-    """The biases of a layer as its C cell takes them; zeros where the layer has none."""
-    hidden = rnn.hidden_size
-    if not rnn.bias:
-        return np.zeros({"gru": 4, "lstm": 4, "fastgrnn": 2}[rnn.cell] * hidden, np.float32)
-    first, second = (as_float32(getattr(rnn, f"{name}_{suffix}")) for name in rnn.biases)
-    match rnn.cell:
-        case "fastgrnn":
-            return np.concatenate([first, second])
-        case "lstm":
-            return first + second
-        case _:
-            both = 2 * hidden
-            return np.concatenate([first[:both] + second[:both], first[both:], second[both:]])
+    """Return the biases of a layer as its C cell takes them; zeros where the layer has none."""
+    none = np.zeros(rnn.gates * rnn.hidden_size, np.float32)
+    biases = (as_float32(getattr(rnn, f"{name}_{suffix}")) if rnn.bias else none for name in rnn.biases)
+    return template.CELLS[rnn.cell].bias(*(bias.reshape(rnn.gates, -1) for bias in biases)).flatten()
 
 
 def _array(name: str, kind: str, values: np.ndarray) -> str:

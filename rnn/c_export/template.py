@@ -1,6 +1,10 @@
 """The text of the C program, with places for the numbers; `program` fills them in."""
 
+from collections.abc import Callable
 from string import Template
+from typing import NamedTuple
+
+import numpy as np
 
 HEADER = Template("""\
 /* $title.
@@ -200,9 +204,16 @@ def _gate(name: str, number: int) -> str:
     return f"        const float {name} = at(&l->bias, {at})\n            + {products};\n"
 
 
-# Bias of a GRU: r and z of both matrices together, then n of the input's matrix and n of the recurrent one.
+class Cell(NamedTuple):
+    """A cell in C: its code, and its bias there [blocks, hidden] from the layer's two [gates, hidden]."""
+
+    code: str
+    bias: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    states: tuple[str, ...] = ("h",)
+
+
 CELLS = {
-    "gru": (
+    "gru": Cell(
         "static void cell(const layer *l, const float *x, float *h)\n"
         + _BEGIN
         + _gate("r", 0)
@@ -213,9 +224,11 @@ CELLS = {
         const float n = tanhf(n_x + sigmoid(r) * n_h);
         next[i] = n + sigmoid(z) * (h[i] - n);
 """
-        + _END
+        + _END,
+        # r and z of both matrices together, then n of the input's matrix and n of the recurrent one.
+        lambda first, second: np.concatenate([first[:2] + second[:2], first[2:], second[2:]]),
     ),
-    "lstm": (
+    "lstm": Cell(
         "static void cell(const layer *l, const float *x, float *h, float *c)\n"
         + _BEGIN
         + _gate("in", 0)
@@ -226,9 +239,11 @@ CELLS = {
         c[i] = sigmoid(forget) * c[i] + sigmoid(in) * tanhf(g);
         next[i] = sigmoid(out) * tanhf(c[i]);
 """
-        + _END
+        + _END,
+        lambda first, second: first + second,
+        states=("h", "c"),
     ),
-    "fastgrnn": (
+    "fastgrnn": Cell(
         "static void cell(const layer *l, const float *x, float *h)\n"
         + _BEGIN
         + """\
@@ -236,7 +251,8 @@ CELLS = {
         const float z = sigmoid(a + at(&l->bias, i));
         next[i] = (l->zeta * (1.0f - z) + l->nu) * tanhf(a + at(&l->bias, HIDDEN + i)) + z * h[i];
 """
-        + _END
+        + _END,
+        lambda first, second: np.concatenate([first, second]),
     ),
 }
 
