@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from str_triton.budget.budget import Budget, LayerBudget
 from str_triton.budget.products import Functions, Products, nonzeros
-from str_triton.nn import Matrix, matrices, thresholded_weights
+from str_triton.nn import Matrix, matrices, thresholded_weights, warn_if_unfinished
 
 POOLS = "(average pools)"
 
@@ -51,9 +51,10 @@ def count(model: nn.Module, example_input: Tensor | tuple | Mapping[str, Any]) -
 
     Warns:
         UserWarning: weights that contain NaN; a weight that an operator of another library uses, whose FLOPs are not
-            known.
+            known; a model whose controller has not reached its target.
     """
     inputs = _arguments(example_input)
+    warn_if_unfinished(model)
     with _undisturbed(model, inputs):
         inputs = tree_map_only(Tensor, torch.clone, inputs)  # An in-place layer may come first.
         weights = _weights(model)

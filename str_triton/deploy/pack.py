@@ -26,6 +26,7 @@ from str_triton.deploy.packed_file import (
 )
 from str_triton.deploy.plain_state import plain_state, unwrapped
 from str_triton.deploy.summary import PackedSummary, PackedTensor
+from str_triton.nn import warn_if_unfinished
 
 # What weights are rounded to; None: they are not.
 VALUES = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -70,11 +71,14 @@ def pack(
         OSError: the file cannot be written (a full disk); `path` is as it was, and nothing is left beside it.
 
     Warns:
-        UserWarning: no tensor got smaller; the file is whole, and stores all of them dense.
+        UserWarning: no tensor got smaller, so that the file stores all of them dense; or the model's controller has not
+            reached its target. The file is whole in either case.
     """
     if values not in VALUES:
         raise ValueError(f"values must be one of {', '.join(map(repr, VALUES))}, got {values!r}")
-    model = unwrapped(model) if isinstance(model, nn.Module) else model
+    if isinstance(model, nn.Module):
+        warn_if_unfinished(model)
+        model = unwrapped(model)
     state, products = plain_state(model)
     if budget is None and products:
         budget = count_ranks(model)

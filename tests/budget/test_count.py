@@ -8,6 +8,7 @@ from torch.nn.utils import parameters_to_vector, parametrizations, prune, vector
 
 from str_triton.budget.budget import LayerBudget
 from str_triton.budget.count import count, counted_layers
+from str_triton.nn.control import Control
 from str_triton.nn.layers import STRConv2d, STRLayer
 from str_triton.nn.low_rank import LowRankWeight
 from str_triton.nn.surgery import sparsify
@@ -293,6 +294,14 @@ def test_weights_with_nan_are_named_once():
     assert [str(w.message).split(" contain")[0] for w in caught] == ["count: 0, 1"]
     assert caught[0].filename == __file__
     assert budget.rows[2].nonzeros == 16
+
+
+def test_a_model_whose_controller_is_not_done_is_counted_with_one_warning():
+    model, x = sparsify(small()), torch.randn(3, 4)
+    model[0].control = model[2].control = Control(status="at 0.5")
+    with pytest.warns(UserWarning, match=r"at 0\.5.*finish") as caught:
+        _ = [count(model, x) for _ in range(2)]
+    assert [w.filename for w in caught] == [__file__]
 
 
 def test_finite_weights_do_not_warn():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from str_triton import Budget, LayerBudget, LowRankLinear, LowRankWeight, count, count_ranks, densify, deploy, sparsify
 from str_triton.deploy.packed_file import read_packed, write_packed
+from str_triton.nn import Control
 from tests.deploy.packing import Everything, bits, holed, same_bits
 
 State = dict[str, Tensor]
@@ -331,6 +332,14 @@ def test_a_budget_with_weights_that_are_not_covered_is_kept_and_one_written_befo
     assert [row.pop("covered") for row in file.content["budget"]["rows"]] == [True, False]
     write_packed(tmp_path / "before", file.parts, file.content)
     assert all(row.covered for row in deploy.inspect(tmp_path / "before").budget.rows)
+
+
+def test_a_model_whose_controller_is_not_done_is_packed_with_a_warning(tmp_path: Path):
+    model = sparsify(nn.Sequential(nn.Linear(30, 20)), initial_threshold=0.1)
+    model[0].control = Control(status="at 0.5")
+    with pytest.warns(UserWarning, match=r"at 0\.5.*finish") as caught:
+        deploy.pack(nn.DataParallel(model), tmp_path / "x")
+    assert [w.filename for w in caught] == [__file__]
 
 
 def test_the_table(tmp_path: Path):

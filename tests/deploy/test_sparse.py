@@ -14,6 +14,7 @@ from str_triton import deploy, sparsify
 from str_triton.deploy.sparse import model as model_module
 from str_triton.deploy.sparse.executions.choice import Choice
 from str_triton.deploy.sparse.runtime.plan import Plan
+from str_triton.nn import Control
 from tests.deploy.sparse_networks import prune, same
 
 pytestmark = [pytest.mark.usefixtures("kernels", "quick"), pytest.mark.filterwarnings("ignore:Sparse CSR")]
@@ -68,6 +69,14 @@ def test_thresholded_layers_are_densified_in_a_copy():
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert any("STR" in type(module).__name__ for module in model.modules())
+
+
+def test_a_model_whose_controller_is_not_done_is_compiled_with_a_warning(by_kernels):
+    model = sparsify(nn.Sequential(nn.Linear(30, 20))).eval()
+    model[0].control = Control(status="at 0.5")
+    with pytest.warns(UserWarning, match=r"at 0\.5.*finish") as caught:
+        deploy.compile_sparse(model, torch.randn(1, 30))
+    assert [w.filename for w in caught if "finish" in str(w.message)] == [__file__]
 
 
 def test_few_plans_are_kept(by_kernels):

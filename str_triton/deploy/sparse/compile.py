@@ -23,7 +23,7 @@ from str_triton.deploy.sparse.graph.signature import Signature, Unfit, check_ten
 from str_triton.deploy.sparse.model import CompiledModel, SparseModel, plain_torch
 from str_triton.deploy.sparse.runtime.build import library
 from str_triton.deploy.sparse.runtime.trial import try_out
-from str_triton.nn import densify
+from str_triton.nn import densify, warn_if_unfinished
 
 BUSY = "the machine was busy while the executions were timed: compile again on a quiet one"
 
@@ -63,12 +63,16 @@ def compile_sparse(
     Raises:
         TypeError, ValueError: no module, an example that is not on the CPU or not float32, a model with other
             parameters, one that cannot be copied, or one that does not take the example.
+
+    Warns:
+        UserWarning: a model whose controller has not reached its target.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"compile_sparse takes a module, got {type(model).__name__}")
     args = example_input if type(example_input) is tuple else (example_input,)
     kwargs = dict(example_kwargs or {})
     _check(args, kwargs)
+    warn_if_unfinished(model)
     model = unwrapped(model)
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and (parameter.dtype, parameter.device.type) != (torch.float32, "cpu"):
