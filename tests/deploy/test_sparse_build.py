@@ -1,6 +1,8 @@
 """The kernels are compiled once, with whatever compiler there is; without one, torch runs all."""
 
 import stat
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -92,6 +94,44 @@ def test_no_home(no_library, quick_flags, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", nobody)
     assert build.library().str_triton_lanes() in (4, 8, 16)
+
+
+@pytest.mark.parametrize("others", [0o020, 0o002])
+def test_what_others_can_write_is_not_loaded(no_library, quick_flags, tmp_path, monkeypatch, others):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "str_triton").mkdir()
+    (tmp_path / "str_triton").chmod(0o755 | others)
+    assert build.library().str_triton_lanes() in (4, 8, 16)  # compiled for this process alone
+    assert list((tmp_path / "str_triton").iterdir()) == []
+    (tmp_path / "str_triton").chmod(0o755)
+    path = build.build(tmp_path / "str_triton")
+    path.chmod(0o755 | others)
+    with pytest.raises(OSError, match="others can write it"):
+        build.build(tmp_path / "str_triton")
+
+
+def test_a_forked_child_does_not_wait_for_its_parents_threads(tmp_path):
+    """Neither for those of OpenMP, nor for one that was inside a call."""
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", FORK], capture_output=True, text=True, timeout=240)
+    assert (run.returncode, run.stdout) == (0, "0\n"), run.stderr
+
+
+FORK = """
+import os, threading, torch
+from str_triton import deploy
+
+torch.set_num_threads(2)
+model = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 4, 3)).eval()
+x = torch.randn(1, 4, 32, 32)
+compiled = deploy.compile_sparse(model, x, tune=False)
+compiled(x)
+compiled._lock.acquire()  # as a thread inside a call has it
+child = os.fork()
+if child == 0:
+    torch.set_num_threads(1)
+    os._exit(0 if torch.equal(compiled(x), compiled(x)) else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
 
 
 @pytest.mark.parametrize("size", [0, 1000, 9000])

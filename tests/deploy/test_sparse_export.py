@@ -2,7 +2,9 @@
 
 import copy
 import threading
+import tomllib
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from str_triton import deploy
+from str_triton.deploy.sparse import backend
 from str_triton.deploy.sparse.executions.choice import Choice
 from str_triton.deploy.sparse.fallback import ModulewiseModel
 from tests.deploy.sparse_networks import prune, same
 
+METADATA = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
 pytestmark = [pytest.mark.usefixtures("kernels", "quick"), pytest.mark.filterwarnings("ignore:Sparse CSR")]
 
 
@@ -269,6 +273,23 @@ def test_inside_torch_compile_and_export(by_kernels):
         torch.testing.assert_close(exported(x), wanted)
         other = torch.randn(5, 16, 6, 6)
         torch.testing.assert_close(exported(other), outer(other))
+
+
+def test_as_a_backend_of_torch_compile(by_kernels):
+    (entry,) = METADATA["entry-points"]["torch_dynamo_backends"].items()
+    assert entry == ("str_sparse", f"{backend.__name__}:str_sparse")
+    model = prune(nn.Sequential(Excite((2, 3), True), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 49, 3)), 0.3)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend=backend.str_sparse, options={"tune": True})
+    for _ in range(2):
+        with torch.no_grad():
+            for batch in (2, 3, 1, 5):
+                x = torch.randn(batch, 3, 9, 9)
+                torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+            model[3].weight.mul_(2.0)  # What changes in place is noticed.
+    x = torch.randn(2, 3, 9, 9, requires_grad=True)
+    compiled(x).sum().backward()
+    assert x.grad is not None
 
 
 def test_threads_take_turns(by_kernels):

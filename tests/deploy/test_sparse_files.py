@@ -1,11 +1,13 @@
 """Compiled networks saved and loaded: the same choices, the same bits, and no file that is none."""
 
 import copy
+import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.utils.prune
+from torch import nn
 
 from cnn.models import build as build_network
 from str_triton import deploy
@@ -13,6 +15,45 @@ from str_triton.deploy.sparse.file import processor
 from tests.deploy.sparse_networks import prune
 
 pytestmark = [pytest.mark.usefixtures("kernels", "quick"), pytest.mark.filterwarnings("ignore:Sparse CSR")]
+
+
+def test_mutated_records(tmp_path: Path, by_kernels):
+    """A record that somebody changed, with the right checksums, is refused in one line, or it runs."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1), nn.MaxPool2d(2), nn.Conv2d(8, 4, 1), nn.Flatten(1), nn.Linear(36, 4)
+    )
+    x = torch.randn(2, 3, 12, 12)
+    deploy.compile_sparse(prune(model, 0.5), x).save(tmp_path / "net")
+    record, tensors = deploy.inspect(tmp_path / "net").metadata["sparse"], deploy.unpack(tmp_path / "net")
+    draw, refused = random.Random(0), []
+    every = [path for path in paths(record) if path]
+    for _ in range(150):
+        changed = copy.deepcopy(record)
+        *path, last = draw.choice(every)
+        place = changed
+        for key in path:
+            place = place[key]
+        place[last] = draw.choice(STRANGE)
+        deploy.pack(tensors, tmp_path / "changed", metadata={"sparse": changed}, plain_zeros=True)
+        try:
+            deploy.load_sparse(tmp_path / "changed")(x)
+        except (TypeError, ValueError) as error:
+            refused.append(str(error))
+    assert len(refused) > 50
+    assert not any("\n" in message for message in refused)
+
+
+STRANGE = [None, True, -1, 0, 2**31, 2**70, 1e308, "", "conv2d", "ops.aten.relu_.default", "ops.aten.from_file.default"]
+STRANGE += [[], [[]], {}, {"tuple": []}, {"tuple": [0, 0]}, {"tuple": [10**6, 10**6]}, {"ref": "nothing"}]
+STRANGE += [{"tensor": "nothing"}, {"float": "nan"}, {"dtype": "int64"}, {"slice": [0, 1, None]}]
+
+
+def paths(tree: object, path: tuple = ()) -> Iterator[tuple]:
+    """Yield the way to every value in a record."""
+    yield path
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in items:
+        yield from paths(value, (*path, key))
 
 
 INPUT = {"kind": "Input", "name": "x", "inputs": [], "variable": False}

@@ -7,6 +7,7 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 import warnings
@@ -67,22 +68,31 @@ def build(folder: Path, flag_sets: tuple[tuple[str, ...], ...] = FLAGS) -> Path:
 
     Raises:
         BuildError: no compiler is found ($CC, cc, gcc, clang), or it fails with every set of flags.
-        OSError: the folder cannot be written.
+        OSError: the folder cannot be written, or others can write it: what they leave there would run here.
     """
     compiler = _compiler()
     key = hashlib.sha256()
     for part in (SOURCE.read_bytes(), _version(compiler), repr((compiler, flag_sets)), _processor()):
         key.update(part if isinstance(part, bytes) else part.encode())
     stem = f"kernels-{key.hexdigest()[:20]}"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _require_own(folder)
     for path in folder.glob(f"{stem}-*.so"):
         if path.stem == _name(stem, path):  # A damaged library is not loaded: it could end the process.
+            _require_own(path)
             return path
-    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         made = _compile(compiler, flag_sets, Path(scratch))
         path = folder / f"{_name(stem, made)}.so"
         os.replace(made, path)
     return path
+
+
+def _require_own(path: Path) -> None:
+    """Raise OSError for a file or a folder that belongs to another user, or that others may change."""
+    status = path.stat()
+    if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
+        raise PermissionError(f"{path} belongs to another user, or others can write it")
 
 
 def _name(stem: str, library: Path) -> str:

@@ -13,6 +13,7 @@
 #include <stdint.h>
 #ifdef _OPENMP
 #include <omp.h>
+#include <sched.h>
 #endif
 
 /* Floats in a register, and how many registers a strip may take: about half to most of what the processor has. */
@@ -234,14 +235,37 @@ static void run_share(const stage *s, int64_t thread, int64_t threads) {
     }
 }
 
+#ifdef _OPENMP
+#if defined(__x86_64__) || defined(__i386__)
+#define PAUSE() __builtin_ia32_pause()
+#else
+#define PAUSE() __asm__ volatile("" ::: "memory")
+#endif
+/* How often a waiting thread looks before it offers its processor to others: some 20 microseconds. Beside a busy neighbour
+   the thread that it waits for may stand still for longer, and needs the processor. */
+#define SPINS 1000
+
+/* `arrived` counts over all stages: the stage numbered i is done when threads * (i + 1) have arrived. */
+static void wait_for_all(int64_t *arrived, int64_t wanted) {
+    __atomic_add_fetch(arrived, 1, __ATOMIC_ACQ_REL);
+    for (int64_t spins = 0; __atomic_load_n(arrived, __ATOMIC_ACQUIRE) < wanted; spins++) {
+        if (spins < SPINS)
+            PAUSE();
+        else
+            sched_yield();
+    }
+}
+#endif
+
 /* Runs the stages in turn; each waits for the one before. */
 void str_triton_run(const stage *stages, int64_t count, int64_t threads) {
 #ifdef _OPENMP
     if (threads > 1) {
+        int64_t arrived = 0;
 #pragma omp parallel num_threads((int)threads)
         for (int64_t i = 0; i < count; i++) {
             run_share(stages + i, omp_get_thread_num(), omp_get_num_threads());
-#pragma omp barrier
+            if (i + 1 < count) wait_for_all(&arrived, (i + 1) * omp_get_num_threads());
         }
         return;
     }

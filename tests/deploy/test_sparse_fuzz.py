@@ -1,0 +1,12 @@
+"""Random networks against eager PyTorch in float64; benchmarks/sparse_fuzz.py has the long run."""
+
+import pytest
+
+from benchmarks import sparse_fuzz
+
+pytestmark = [pytest.mark.usefixtures("kernels"), pytest.mark.filterwarnings("ignore:Sparse CSR")]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_networks(seed: int):
+    assert sparse_fuzz.check(seed) is None
