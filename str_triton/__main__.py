@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from str_triton import deploy
-from str_triton.deploy.pack import VALUES
+from str_triton.deploy.content import VALUES
 from str_triton.deploy.state_files import check_suffix, read_state, write_state
 from str_triton.files import printable
 
@@ -81,7 +81,7 @@ def pack(options: argparse.Namespace) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that nothing got smaller: the remarks say it too
         summary = deploy.pack(read_state(options.file), out, options.values, plain_zeros=options.plain_zeros)
-    return "\n".join([f"wrote {out}", *summary.remarks()])
+    return "\n".join([f"wrote {printable(str(out))}", *summary.remarks()])
 
 
 def unpack(options: argparse.Namespace) -> str:
@@ -90,7 +90,7 @@ def unpack(options: argparse.Namespace) -> str:
     check_suffix(out)
     state = deploy.unpack(options.file, factors=options.factors)
     write_state(out, state)
-    return f"wrote {out}: {len(state)} plain tensors"
+    return f"wrote {printable(str(out))}: {len(state)} plain tensors"
 
 
 def inspect(options: argparse.Namespace) -> str:

@@ -8,11 +8,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from str_triton.files import write_atomically
+from str_triton.files import printable, write_atomically
 
 
 def aligned(lines: Sequence[Sequence[str]], totals: int = 1) -> str:
-    """Return a table of cells: a heading, lines, and at the end the totals; the first column is left-aligned."""
+    """Return a table of cells: a heading, lines, and at the end the totals; the first column is left-aligned.
+
+    Names may come from a file: what would act on a terminal is escaped.
+    """
+    lines = [[printable(cell) for cell in line] for line in lines]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
     rule = "-" * len(text[0])

@@ -3,7 +3,6 @@
 Zeros are told by their bits, so that every value comes back with its own: -0.0, NaN and infinities, of any dtype.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from str_triton.deploy import positions
-from str_triton.deploy.packed_file import DTYPES, Part, part_names
+from str_triton.deploy.content import DTYPES, Stored, elements, part_names
+from str_triton.deploy.packed_file import Part
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 HEADER_NBYTES = 128  # what two parts take in the header more than one does, about
@@ -60,15 +60,21 @@ def encode(name: str, tensor: Tensor, *, plain_zeros: bool = False) -> tuple[dic
     return parts, entry | {"low_bits": low_bits}
 
 
-def decode(name: str, entry: Mapping[str, Any], parts: Mapping[str, Part]) -> Tensor:
-    """The tensor that `encode` took, in the dtype that it is stored in."""
+def decode(name: str, entry: Stored, parts: Mapping[str, Part]) -> Tensor:
+    """Return the tensor that `encode` took, in the dtype that it is stored in.
+
+    Raises ValueError, which names the tensor, where its arrays hold positions or truth values that are none.
+    """
     if name in parts:
         dtype, flat = parts[name].dtype, parts[name].data.copy()
     else:
         values, where, signs = (parts.get(key) for key in part_names(name))
         dtype = values.dtype
-        bits = np.zeros(math.prod(entry["shape"]), f"u{DTYPES[dtype].itemsize}")
-        index = positions.decode(entry["low_bits"], values.shape[0], where.data)
+        bits = np.zeros(elements(name, entry.shape), f"u{DTYPES[dtype].itemsize}")
+        try:
+            index = positions.decode(entry.low_bits, values.shape[0], where.data, bits.size)
+        except ValueError as error:
+            raise ValueError(f"tensor {name!r}: {error}") from None
         bits[index] = values.data.view(bits.dtype)
         if signs is not None:
             is_zero = np.ones(bits.size, bool)
@@ -77,9 +83,11 @@ def decode(name: str, entry: Mapping[str, Any], parts: Mapping[str, Part]) -> Te
             is_negative = np.unpackbits(signs.data, count=zeros.size, bitorder="little").view(bool)
             bits[zeros[is_negative]] = _sign(bits)
         flat = bits.view(np.uint8)
+    if dtype == "BOOL" and flat.size and flat.max() > 1:
+        raise ValueError(f"tensor {name!r}: a byte of {flat.max()} is neither true nor false")
     if not flat.size:  # torch cannot view these as another dtype
-        return torch.empty(entry["shape"], dtype=DTYPES[dtype])
-    return torch.from_numpy(flat).view(DTYPES[dtype]).reshape(entry["shape"])
+        return torch.empty(entry.shape, dtype=DTYPES[dtype])
+    return torch.from_numpy(flat).view(DTYPES[dtype]).reshape(entry.shape)
 
 
 def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from str_triton.budget.budget import Budget
 from str_triton.deploy.pack import inspect
-from str_triton.files import write_atomically
+from str_triton.files import printable, write_atomically
 
 LOAD = """from str_triton import deploy
 
@@ -75,7 +75,7 @@ def model_card(
 
 
 def _table(heading: Sequence[str], *lines: Iterable[str]) -> str:
-    """A Markdown table: the first column is text, the others stand to the right."""
+    """Return a Markdown table; the first column is text, the others stand to the right."""
     rule = [":--", *["--:"] * (len(heading) - 1)]
-    escaped = ([cell.replace("|", "\\|") for cell in line] for line in (heading, rule, *lines))
+    escaped = ([printable(cell).replace("|", "\\|") for cell in line] for line in (heading, rule, *lines))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in escaped)

@@ -7,30 +7,27 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from str_triton.budget.budget import Budget, LayerBudget
-from str_triton.budget.rank_budget import MatrixBudget, RankBudget, count_ranks
-from str_triton.deploy.encoding import NAMES, decode, dtype_name, encode, rounded
-from str_triton.deploy.packed_file import (
+from str_triton.budget.budget import Budget
+from str_triton.budget.rank_budget import RankBudget, count_ranks
+from str_triton.deploy.content import (
     DTYPES,
-    VERSION,
-    PackedFile,
-    Part,
-    digest,
-    own_parts,
+    VALUES,
+    Content,
+    Shared,
+    Stored,
+    budget_of,
+    budget_record,
+    own_arrays,
     part_names,
-    read_packed,
-    write_packed,
 )
+from str_triton.deploy.encoding import NAMES, decode, dtype_name, encode, rounded
+from str_triton.deploy.packed_file import VERSION, PackedFile, Part, digest, read_packed, write_packed
 from str_triton.deploy.plain_state import plain_state, unwrapped
 from str_triton.deploy.summary import PackedSummary, PackedTensor
+from str_triton.deploy.typed_json import loads
 from str_triton.nn import warn_if_unfinished
-
-# What weights are rounded to; None: they are not.
-VALUES = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
-BUDGETS = {"Budget": (Budget, LayerBudget), "RankBudget": (RankBudget, MatrixBudget)}
 
 
 def pack(
@@ -82,13 +79,9 @@ def pack(
     state, products = plain_state(model)
     if budget is None and products:
         budget = count_ranks(model)
-    content = {
-        "values": values,
-        "budget": _budget_record(budget),
-        "metadata": _metadata_record(metadata),
-        "products": products,
-    }
-    parts, content["tensors"] = _encoded(state, VALUES[values], plain_zeros)
+    budget_kept, metadata_kept = budget_record(budget), _metadata_record(metadata)
+    parts, entries = _encoded(state, VALUES[values], plain_zeros)
+    content = Content(values, budget_kept, metadata_kept, products, entries)
     nbytes = write_packed(path, parts, content)
     summary = _summary(PackedFile(content, parts, nbytes))
     if not summary.is_smaller:
@@ -115,12 +108,15 @@ def unpack(path: str | os.PathLike[str], *, factors: bool = False) -> dict[str, 
     """
     file = read_packed(path)
     state: dict[str, Tensor] = {}
-    for name, entry in file.content["tensors"].items():
-        if "same_as" in entry:
-            state[name] = state[entry["same_as"]]
-        else:
-            state[name] = decode(name, entry, file.parts).to(DTYPES[entry["dtype"]])
-    return state if factors else _multiplied_out(state, file.content["products"])
+    for name, entry in file.content.tensors.items():
+        if isinstance(entry, Shared):
+            state[name] = state[entry.same_as]
+            continue
+        try:
+            state[name] = decode(name, entry, file.parts).to(DTYPES[entry.dtype])
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    return state if factors else _multiplied_out(state, file.content.products)
 
 
 def inspect(path: str | os.PathLike[str]) -> PackedSummary:
@@ -128,23 +124,25 @@ def inspect(path: str | os.PathLike[str]) -> PackedSummary:
     return _summary(read_packed(path))
 
 
-def _encoded(state: Mapping[str, Tensor], dtype: torch.dtype | None, plain_zeros: bool) -> tuple[dict[str, Part], dict]:
-    """The parts of all tensors, and an entry for each tensor."""
+def _encoded(
+    state: Mapping[str, Tensor], values: str | None, plain_zeros: bool
+) -> tuple[dict[str, Part], dict[str, Shared | Stored]]:
+    """Return the parts of all tensors, and an entry for each tensor. values: the dtype to round to, or None."""
     parts: dict[str, Part] = {}
-    entries: dict[str, dict[str, Any]] = {}
+    entries: dict[str, Shared | Stored] = {}
     first: dict[tuple, str] = {}
     for name, tensor in state.items():
         if taken := {"__metadata__", *part_names(name)} & state.keys():
             raise ValueError(f"tensor {min(taken)!r}: this name is taken by what the file stores; rename it")
         place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         if tensor.numel() and first.setdefault(place, name) != name:
-            entries[name] = {"same_as": first[place]}
+            entries[name] = Shared(first[place])
             continue
-        stored = tensor if dtype is None else rounded(name, tensor, dtype)
+        stored = tensor if values is None else rounded(name, tensor, DTYPES[values])
         own, entry = encode(name, stored, plain_zeros=plain_zeros)
         parts |= own
-        hashed = digest(*(part.data for part in own_parts(name, own).values()))
-        entries[name] = {"dtype": NAMES[tensor.dtype], **entry, "sha256": hashed}
+        hashed = digest(*(own[key].data for key in own_arrays(name, own)))
+        entries[name] = Stored(dtype=NAMES[tensor.dtype], **entry, sha256=hashed)
     return parts, entries
 
 
@@ -170,27 +168,27 @@ def _summary(file: PackedFile) -> PackedSummary:
     content = file.content
     return PackedSummary(
         version=VERSION,
-        values=content["values"],
+        values=content.values,
         nbytes=file.size,
-        tensors=tuple(_packed_tensor(name, content["tensors"], file.parts) for name in content["tensors"]),
-        products={name: tuple(pair) for name, pair in content["products"].items()},
-        budget=_budget(content["budget"]),
-        metadata=content["metadata"],
+        tensors=tuple(_packed_tensor(name, content, file.parts) for name in content.tensors),
+        products=dict(content.products),
+        budget=budget_of(content),
+        metadata=content.metadata,
     )
 
 
-def _packed_tensor(name: str, entries: Mapping[str, dict[str, Any]], parts: Mapping[str, Part]) -> PackedTensor:
-    source = entries[name].get("same_as", name)
-    entry, own = entries[source], own_parts(source, parts)
-    sizes = {key: part.data.size for key, part in own.items()}
-    dtype, stored = DTYPES[entry["dtype"]], DTYPES[next(iter(own.values())).dtype]
+def _packed_tensor(name: str, content: Content, parts: Mapping[str, Part]) -> PackedTensor:
+    source, entry = content.source(name), content.stored(name)
+    own = own_arrays(source, parts)
+    sizes = {key: parts[key].data.size for key in own}
+    dtype, stored = DTYPES[entry.dtype], DTYPES[parts[own[0]].dtype]
     plain = PackedTensor(
         name=name,
-        shape=tuple(entry["shape"]),
+        shape=tuple(entry.shape),
         dtype=dtype_name(dtype),
         stored_dtype=dtype_name(stored),
-        encoding="dense" if source in own else "gaps" if entry["low_bits"] else "bitmask",
-        nonzeros=entry["nonzeros"],
+        encoding="dense" if entry.low_bits is None else "gaps" if entry.low_bits else "bitmask",
+        nonzeros=entry.nonzeros,
         nbytes=sum(sizes.values()),
         sign_nbytes=sizes.get(part_names(source)[2], 0),
         dense_nbytes=0,
@@ -200,25 +198,9 @@ def _packed_tensor(name: str, entries: Mapping[str, dict[str, Any]], parts: Mapp
     return dataclasses.replace(plain, dense_nbytes=plain.elements * dtype.itemsize)
 
 
-def _budget_record(budget: Budget | RankBudget | None) -> dict[str, Any] | None:
-    if budget is None:
-        return None
-    if type(budget).__name__ not in BUDGETS:
-        raise TypeError(f"budget must be a Budget or a RankBudget, got {type(budget).__name__}")
-    return {"kind": type(budget).__name__, **dataclasses.asdict(budget)}
-
-
-def _budget(record: dict[str, Any] | None) -> Budget | RankBudget | None:
-    if record is None:
-        return None
-    kind, row = BUDGETS[record["kind"]]
-    rest = {key: value for key, value in record.items() if key not in ("kind", "rows")}
-    return kind([row(**values) for values in record["rows"]], **rest)
-
-
 def _metadata_record(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
-    """As it will be read."""
+    """Return the metadata as they will be read."""
     try:
-        return json.loads(json.dumps(dict(metadata or {}), allow_nan=False))
-    except (TypeError, ValueError) as error:
+        return loads(json.dumps(dict(metadata or {}), allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
         raise TypeError(f"metadata must be a mapping of names to values of JSON's types: {error}") from None

@@ -14,29 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from str_triton.deploy.content import DTYPES, Array, Content, Shared, check, own_arrays, record
+from str_triton.deploy.typed_json import loads, typed
 from str_triton.files import write_atomically
 
-# safetensors' names of the dtypes that can be stored.
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 FORMAT, VERSION = "str_triton.packed", "1"
 NO_DIGEST = "0" * 64  # what stands for the header's SHA-256 while it is computed
 
@@ -52,9 +35,9 @@ class Part:
 
 @dataclass(frozen=True)
 class PackedFile:
-    """What a packed file holds: `content` is the description of the tensors, `size` the file's bytes."""
+    """What a packed file holds; `size` is the number of the file's bytes."""
 
-    content: dict[str, Any]
+    content: Content
     parts: dict[str, Part]
     size: int
 
@@ -67,69 +50,65 @@ def digest(*data: bytes | NDArray[np.uint8]) -> str:
     return total.hexdigest()
 
 
-def write_packed(path: str | os.PathLike[str], parts: Mapping[str, Part], content: Mapping[str, Any]) -> int:
+def write_packed(path: str | os.PathLike[str], parts: Mapping[str, Part], content: Content) -> int:
     """Write the file `path`, whole or not at all (`files.replacing`), and return its size in bytes.
 
-    Raises OSError where it cannot be written; nothing is left beside it then.
+    Raises ValueError for what `read_packed` would refuse to read, and OSError where the file cannot be written;
+    nothing is left beside it then.
     """
     # Wide elements first, so that all are aligned.
     order = sorted(parts, key=lambda name: -DTYPES[parts[name].dtype].itemsize)
-    entries, end = {}, 0
+    arrays, end = {}, 0
     for name in order:
         begin, end = end, end + parts[name].data.size
-        entries[name] = {"dtype": parts[name].dtype, "shape": parts[name].shape, "data_offsets": (begin, end)}
-    metadata = {"format": FORMAT, "version": VERSION, "sha256": NO_DIGEST, "content": _json(content)}
-    text = _json({"__metadata__": metadata, **entries}).encode()
+        arrays[name] = Array(parts[name].dtype, parts[name].shape, (begin, end))
+    metadata = {"format": FORMAT, "version": VERSION, "sha256": NO_DIGEST, "content": _json(record(content))}
+    text = _json({"__metadata__": metadata, **{name: vars(array) for name, array in arrays.items()}}).encode()
     text += b" " * (-len(text) % 8)
     header = struct.pack("<Q", len(text)) + text
+    check(typed(Content, loads(metadata["content"]), "content"), arrays, len(header) + end)
     header = header.replace(NO_DIGEST.encode(), digest(header).encode(), 1)
     write_atomically(path, header, *(parts[name].data for name in order))
     return len(header) + end
 
 
 def read_packed(path: str | os.PathLike[str]) -> PackedFile:
-    """The file, every byte of it checked.
+    """Read a file and check every byte of it.
 
     Raises:
-        ValueError: not a packed file, one of another version, a damaged header, or a damaged or missing tensor, which
-            the message names.
+        ValueError: not a packed file, one of another version, a damaged header, one that describes no tensors, or a
+            damaged or missing tensor, which the message names.
         OSError: the file cannot be read.
     """
     data = np.frombuffer(Path(path).read_bytes(), np.uint8)
     begin, header = _header(path, data)
     metadata = header.pop("__metadata__")
-    content = json.loads(metadata["content"])
+    try:
+        content = typed(Content, loads(metadata["content"]), "content")
+        arrays = typed(dict[str, Array], header, "header")
+        check(content, arrays, data.size)
+    except ValueError as error:
+        raise ValueError(f"{path}: the header has the right checksum and the wrong content: {error}") from None
     parts = {
-        name: Part(entry["dtype"], tuple(entry["shape"]), data[slice(*(begin + o for o in entry["data_offsets"]))])
-        for name, entry in header.items()
+        name: Part(array.dtype, array.shape, data[slice(*(begin + offset for offset in array.data_offsets))])
+        for name, array in arrays.items()
     }
-    whole = begin + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    for name, entry in content["tensors"].items():
-        if "sha256" not in entry:
-            continue  # stored under another name
-        own = own_parts(name, parts)
-        if any(begin + header[key]["data_offsets"][1] > data.size for key in own):
+    whole = begin + max((array.data_offsets[1] for array in arrays.values()), default=0)
+    for name, entry in content.tensors.items():
+        if isinstance(entry, Shared):
+            continue
+        own = own_arrays(name, arrays)
+        if any(begin + arrays[key].data_offsets[1] > data.size for key in own):
             raise ValueError(f"{path}: tensor {name!r} is cut off: the file has {data.size:,} of {whole:,} bytes")
-        if digest(*(part.data for part in own.values())) != entry["sha256"]:
+        if digest(*(parts[key].data for key in own)) != entry.sha256:
             raise ValueError(f"{path}: tensor {name!r} is damaged: its bytes have another checksum")
     if data.size != whole:
         raise ValueError(f"{path}: {data.size - whole:,} bytes follow the last tensor")
     return PackedFile(content, parts, data.size)
 
 
-def own_parts(name: str, parts: Mapping[str, Part]) -> dict[str, Part]:
-    """What is stored of a tensor, in the order of its checksum: itself if dense, else values, positions and signs."""
-    keys = (name, *part_names(name))
-    return {key: parts[key] for key in keys if key in parts}
-
-
-def part_names(name: str) -> tuple[str, str, str]:
-    """Under what the values, positions and signs of a sparse tensor are stored."""
-    return f"{name}|values", f"{name}|positions", f"{name}|signs"
-
-
 def _header(path: str | os.PathLike[str], data: NDArray[np.uint8]) -> tuple[int, dict[str, Any]]:
-    """Where the header ends, and what it says once format, version and checksum are known to be right."""
+    """Return where the header ends, and the header; its format, version and checksum are right."""
     other = f"{path}: not a packed file; python -m str_triton pack makes one"
     if data.size < 8 or data[8:9].tobytes() != b"{":
         raise ValueError(other)
@@ -138,17 +117,20 @@ def _header(path: str | os.PathLike[str], data: NDArray[np.uint8]) -> tuple[int,
         raise ValueError(f"{path}: the header is damaged or cut off: the file has {data.size:,} of {end:,} bytes")
     raw = data[:end].tobytes()
     try:
-        header = json.loads(raw[8:])
-    except (ValueError, RecursionError):
-        raise ValueError(f"{path}: the header is damaged: it is no JSON") from None
-    metadata = header.get("__metadata__") if isinstance(header, dict) else None
+        header = loads(raw[8:])
+    except ValueError as error:
+        raise ValueError(f"{path}: the header is damaged: {error}") from None
+    metadata = header.get("__metadata__")
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise ValueError(other)
-    if metadata.get("version") != VERSION:
-        raise ValueError(f"{path}: packed format version {metadata.get('version')}; this str_triton reads {VERSION}")
-    stated = str(metadata.get("sha256"))
-    if digest(raw.replace(stated.encode(errors="replace"), NO_DIGEST.encode(), 1)) != stated:
+    version, stated = metadata.get("version"), metadata.get("sha256")
+    if version != VERSION:
+        raise ValueError(f"{path}: packed format version {version!r:.20}; this str_triton reads {VERSION}")
+    is_stated = isinstance(stated, str) and stated.isascii() and len(stated) == len(NO_DIGEST)
+    if not is_stated or digest(raw.replace(stated.encode(), NO_DIGEST.encode(), 1)) != stated:
         raise ValueError(f"{path}: the header is damaged: its bytes have another checksum")
+    if not isinstance(metadata.get("content"), str):
+        raise ValueError(f"{path}: the header has no content")
     return end, header
 
 

@@ -31,18 +31,30 @@ def encode(indices: NDArray[np.int64]) -> tuple[int, NDArray[np.uint8]]:
     return low_bits, np.concatenate([*low, np.packbits(stream, bitorder="little")])
 
 
-def decode(low_bits: int, count: int, data: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """The `count` indices that `encode` wrote; fewer where the data hold fewer ones."""
+def decode(low_bits: int, count: int, data: NDArray[np.uint8], elements: int) -> NDArray[np.int64]:
+    """Return the `count` rising indices below `elements` that `encode` wrote.
+
+    Raises ValueError where the data hold no such indices. low_bits: 0 to log2(elements); data: long enough for them.
+    """
     size = -(-count * low_bits // 8)
-    ones = np.flatnonzero(np.unpackbits(data[size:], bitorder="little"))
-    gaps = np.diff(ones, prepend=-1) - 1 << low_bits
+    stream = np.unpackbits(data[size:], bitorder="little")
+    if np.count_nonzero(stream) != count:
+        raise ValueError(f"not the positions of {count:,} values")
+    quotients = np.diff(np.flatnonzero(stream), prepend=-1) - 1
+    if quotients.max(initial=0) > elements >> low_bits:
+        raise ValueError(f"positions beyond the {elements:,} elements")
+    gaps = quotients << low_bits
     for begin in range(0, count if low_bits else 0, CHUNK):
         part = data[begin * low_bits // 8 : size]
         number = min(CHUNK, count - begin)
         bits = np.unpackbits(part, count=number * low_bits, bitorder="little").reshape(number, low_bits)
         for bit in range(low_bits):
             gaps[begin : begin + number] += bits[:, bit].astype(np.int64) << bit
-    return np.cumsum(gaps + 1) - 1
+    indices = np.cumsum(gaps + 1) - 1
+    # No gap is longer than twice the elements, so that a sum that overflows is negative first.
+    if count and (indices.min() < 0 or indices.max() >= elements):
+        raise ValueError(f"positions beyond the {elements:,} elements")
+    return indices
 
 
 def _size(gaps: NDArray[np.int64], low_bits: int) -> int:

@@ -1,7 +1,11 @@
 """What the tests of packed files share: comparison to the bit, and a file with everything in it."""
 
+import hashlib
+import json
+import struct
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,3 +49,31 @@ class Everything(nn.Module):
 def file_of_everything(path: Path) -> Path:
     deploy.pack(Everything(), path, metadata={"note": "all of it"})
     return path
+
+
+def header_of(file: bytes) -> tuple[int, dict]:
+    """Where the data begin, and the header."""
+    start = 8 + struct.unpack("<Q", file[:8])[0]
+    return start, json.loads(file[8:start])
+
+
+def content_of(file: bytes) -> dict[str, Any]:
+    """What the header says of the tensors."""
+    return json.loads(header_of(file)[1]["__metadata__"]["content"])
+
+
+def sealed(header: dict | str, data: bytes) -> bytes:
+    """A file whose header, which has a place for it, has the right checksum."""
+    if isinstance(header, dict):
+        header["__metadata__"]["sha256"] = "0" * 64
+        header = json.dumps(header)
+    text = header.encode()
+    raw = struct.pack("<Q", len(text)) + text
+    return raw.replace(b"0" * 64, hashlib.sha256(raw).hexdigest().encode(), 1) + data
+
+
+def with_content(file: bytes, content: Any) -> bytes:
+    """The file with another description of its tensors: JSON, or a text that is taken as it is."""
+    start, header = header_of(file)
+    header["__metadata__"]["content"] = content if isinstance(content, str) else json.dumps(content)
+    return sealed(header, file[start:])

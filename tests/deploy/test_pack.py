@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from str_triton import Budget, LayerBudget, LowRankLinear, LowRankWeight, count, count_ranks, densify, deploy, sparsify
-from str_triton.deploy.packed_file import read_packed, write_packed
 from str_triton.nn import Control
-from tests.deploy.packing import Everything, bits, holed, same_bits
+from tests.deploy.packing import Everything, bits, content_of, holed, same_bits, with_content
 
 State = dict[str, Tensor]
 SPECIAL = torch.tensor([0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1e-45, -1e-45, 3.4e38])
@@ -328,9 +327,9 @@ def test_a_budget_with_weights_that_are_not_covered_is_kept_and_one_written_befo
     rows = [LayerBudget("a", 600, 6, 600, 6, 0.1), LayerBudget("b", 10, 10, 0, 0, covered=False)]
     summary = packed({"a": holed(20, 30)}, tmp_path / "x", budget=Budget(rows))
     assert deploy.inspect(tmp_path / "x").budget == summary.budget == Budget(rows)
-    file = read_packed(tmp_path / "x")
-    assert [row.pop("covered") for row in file.content["budget"]["rows"]] == [True, False]
-    write_packed(tmp_path / "before", file.parts, file.content)
+    content = content_of((tmp_path / "x").read_bytes())
+    assert [row.pop("covered") for row in content["budget"]["rows"]] == [True, False]
+    (tmp_path / "before").write_bytes(with_content((tmp_path / "x").read_bytes(), content))
     assert all(row.covered for row in deploy.inspect(tmp_path / "before").budget.rows)
 
 

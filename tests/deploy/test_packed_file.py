@@ -1,6 +1,5 @@
 """The packed file: any changed byte is found, a damaged tensor is named, and a write that fails leaves nothing."""
 
-import hashlib
 import json
 import re
 import resource
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 
 from str_triton import deploy
-from tests.deploy.packing import Everything, file_of_everything, holed, same_bits
+from tests.deploy.packing import Everything, file_of_everything, header_of, holed, same_bits, sealed
 
 Change = Callable[[bytes], bytes]
 
@@ -38,12 +37,6 @@ def refusal(path: Path, content: bytes) -> str:
     assert messages[0] == messages[1]
     assert "\n" not in messages[0]
     return messages[0]
-
-
-def header_of(content: bytes) -> tuple[int, dict]:
-    """Where the data begin, and the header."""
-    start = 8 + struct.unpack("<Q", content[:8])[0]
-    return start, json.loads(content[8:start])
 
 
 def test_it_is_a_safetensors_file(tmp_path: Path, whole: bytes):
@@ -119,18 +112,10 @@ def test_a_file_that_is_cut_off_loads_nothing(tmp_path: Path, whole: bytes):
         assert max(start + entry["data_offsets"][1] for entry in own) > length
 
 
-def sealed(header: dict, data: bytes) -> bytes:
-    """A file whose header has the right checksum."""
-    header["__metadata__"]["sha256"] = "0" * 64
-    text = json.dumps(header).encode()
-    raw = struct.pack("<Q", len(text)) + text
-    return raw.replace(b"0" * 64, hashlib.sha256(raw).hexdigest().encode(), 1) + data
-
-
 def test_another_version_says_which(tmp_path: Path, whole: bytes):
     start, header = header_of(whole)
     header["__metadata__"]["version"] = "7"
-    message = "packed format version 7; this str_triton reads 1"
+    message = "packed format version '7'; this str_triton reads 1"
     assert refusal(tmp_path / "x", sealed(header, whole[start:])) == message
     header["__metadata__"] |= {"version": "1"}
     (tmp_path / "x").write_bytes(sealed(header, whole[start:]))

@@ -9,7 +9,7 @@ from str_triton.deploy import positions
 def round_trip(indices: np.ndarray) -> int:
     """Bytes per index."""
     low_bits, data = positions.encode(indices)
-    assert np.array_equal(positions.decode(low_bits, len(indices), data), indices)
+    assert np.array_equal(positions.decode(low_bits, len(indices), data, indices.max(initial=-1) + 1), indices)
     return data.size
 
 
@@ -56,3 +56,19 @@ def test_many_chunks(monkeypatch: pytest.MonkeyPatch):
     assert low_bits == whole[0] > 0
     assert np.array_equal(data, whole[1])
     round_trip(indices)
+
+
+@pytest.mark.parametrize(
+    ("low_bits", "count", "data", "elements"),
+    [
+        (0, 2, [0b0001], 8),  # a one too few
+        (0, 2, [0b0111], 8),  # a one too many
+        (0, 2, [0b1001], 3),  # beyond the elements
+        (3, 1, [0b0111, 0b0001], 7),
+        (3, 1, [0, 0b1000], 8),
+        (62, 3, [0xFF] * 24 + [0b111], 2**62),  # the sum does not fit into 64 bits
+    ],
+)
+def test_what_are_no_positions_is_refused(low_bits: int, count: int, data: list[int], elements: int):
+    with pytest.raises(ValueError, match="positions"):
+        positions.decode(low_bits, count, np.array(data, np.uint8), elements)
