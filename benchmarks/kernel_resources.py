@@ -127,10 +127,11 @@ REPRESENTATIVE: list[Size] = [
 
 def every_size() -> list[Size]:
     """Return the sizes of the table: powers of two and others, and float32 in each precision."""
-    hiddens, dtypes = (100, 128, 200, 256, 512, 1024), ("bfloat16", "float32")
-    sizes = [(cell, hidden, hidden // 16, dtype, "tf32") for cell, hidden, dtype in product(CELLS, hiddens, dtypes)]
-    sizes += [("gru", hidden, hidden // 16, "float32", p) for hidden in (128, 256) for p in ("ieee", "tf32x3")]
-    return [*sizes, ("gru", 1024, 128, "bfloat16", "tf32"), ("gru", 256, 16, "float64", "ieee")]
+    kinds = ((100, "float32"), (256, "float32"), (100, "bfloat16"), (512, "bfloat16"), (1024, "bfloat16"))
+    sizes = [(cell, hidden, hidden // 16, dtype, "tf32") for cell, (hidden, dtype) in product(CELLS, kinds)]
+    others = [(200, 20, "bfloat16", "tf32"), (256, 16, "float64", "ieee")]
+    others += [(256, 16, "float32", precision) for precision in ("ieee", "tf32x3")]
+    return [*sizes, *(("gru", *other) for other in others)]
 
 
 def low_rank_launches(sizes: Iterable[Size]) -> Iterator[Launch]:

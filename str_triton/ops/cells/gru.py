@@ -110,7 +110,7 @@ def low_rank_gru(
         bias: [3 H], torch's recurrent bias b_hh; None for none.
         h0: [B, H], the state before each sequence's first step, in gates_x's dtype.
         lengths: int64 [B], each sequence's number of steps, 1 to T, in any order, on the CPU or gates_x's device;
-            None if all are T. What lies behind a sequence's end is not read.
+            None if all are T. What lies behind a sequence's end is not read. A CUDA graph takes those on the device.
         reverse: run from each sequence's last step to its first. Outputs stay at their own time index.
         precision: of float32 products on an NVIDIA GPU: "ieee", "tf32", or "tf32x3" (three TF32 products, nearly as
             exact as "ieee"); None follows torch's own layers, `torch.backends.cudnn.rnn.fp32_precision`.
