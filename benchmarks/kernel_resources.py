@@ -1,6 +1,6 @@
 """What every Triton kernel takes of a GPU, found out without one: registers, spills, shared memory, widest access.
 
-    python -m benchmarks.kernel_resources [--json PATH]
+    python -m benchmarks.kernel_resources [--all] [--json PATH]
 
 The launchers themselves are run, on CPU tensors, where a launch compiles for the target and stops there: so types,
 alignments and constants are those of a real launch. To add a kernel, add launches of it to `launches`.
@@ -282,25 +282,28 @@ def access_bits(kernel: CompiledKernel, kind: str) -> list[int]:
     return [int(count or 1) * int(bits) for count, bits in found]
 
 
-def measure(target: str) -> list[Resources]:
-    return [resources(target, *build) for build in builds(target, launches())]
+def measure(target: str, all_variants: bool) -> list[Resources]:
+    return [resources(target, *build) for build in builds(target, launches(all_variants))]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the table to this file")
-    path = parser.parse_args().json
+    parser.add_argument("--all", action="store_true", help="every variant, not only those that differ most (an hour)")
+    args = parser.parse_args()
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        rows = [row for part in pool.map(measure, TARGETS) for row in part]
+        rows = [row for part in pool.map(partial(measure, all_variants=args.all), TARGETS) for row in part]
     columns = ("registers", "spills", "shared", "load_bits", "store_bits", "loop", "exponentials", "barriers")
     print(f"{'kernel':42} {'target':7}" + "".join(f"{column:>13}" for column in columns) + "  variant")
     for row in sorted(rows, key=lambda row: (row.kernel, row.target, row.variant)):
         print(
             f"{row.kernel:42} {row.target:7}" + "".join(f"{getattr(row, c):13}" for c in columns) + f"  {row.variant}"
         )
-    if path:
+    if args.json:
         versions = {"torch": torch.__version__, "triton": triton.__version__}
-        path.write_text(json.dumps({"versions": versions, "kernels": [asdict(row) for row in rows]}, indent=2) + "\n")
+        args.json.write_text(
+            json.dumps({"versions": versions, "kernels": [asdict(row) for row in rows]}, indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":
