@@ -26,6 +26,7 @@ from str_triton.files import replacing, write_atomically
 from str_triton.training.errors import UserError, blame_input, run_program
 
 ARCHITECTURES = {"ResNet50": "resnet50", "MobileNetV1": "mobilenetv1"}
+OPTIONS = ".threshold_options"
 PREFIX = "module."
 
 
@@ -58,7 +59,8 @@ def from_content(content: Mapping[str, Any], path: str | os.PathLike[str]) -> tu
     thresholds = any(key.endswith(".sparseThreshold") for key in state)
     model = _empty(arch, num_classes, thresholds)
     _check(state, _original_state(model), prefix, f"{path}: {arch}")
-    model.load_state_dict(_our_state(state, prefix), assign=True)
+    options = {key: tensor for key, tensor in model.state_dict().items() if key.endswith(OPTIONS)}
+    model.load_state_dict(_our_state(state, prefix) | options, assign=True)
     model.fc.bias.requires_grad_(False)
     metadata = {key: value for key, value in content.items() if key != "state_dict"}
     return model, metadata | {"data_parallel": data_parallel}
@@ -121,13 +123,14 @@ def _empty(arch: str, num_classes: int, thresholds: bool) -> nn.Module:
 def _original_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of one of our networks under the original names and in the original shapes."""
     state = {}
-    for key, tensor in model.state_dict().items():
+    for key, variable in model.state_dict(keep_vars=True).items():  # Without it, weights with thresholds are marked.
+        tensor = variable.detach()
         layer, _, entry = key.rpartition(".")
         if entry == "raw_threshold":
             state[f"{layer}.sparseThreshold"] = tensor.reshape(1, 1) if tensor.numel() == 1 else tensor
         elif key == "fc.weight":
             state[key] = tensor[:, :, None, None]
-        elif key != "fc.bias":
+        elif key != "fc.bias" and not key.endswith(OPTIONS):
             state[key] = tensor
     return state
 

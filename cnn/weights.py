@@ -3,19 +3,17 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cnn import paper_checkpoint
 from cnn.models import MODELS
-from str_triton import densify, deploy, soft_threshold
+from str_triton import densify, deploy, plain_state_dict
 from str_triton.training.checkpoints import Checkpoints
 
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
 """What DistributedDataParallel, torch.compile, and the attribute that Lightning modules use put before all keys."""
-RAW_THRESHOLD = "raw_threshold"
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -114,31 +112,13 @@ def _weights(path: Path, checkpoint: deploy.Checkpoint) -> dict[str, Tensor]:
         prefix := next((prefix for prefix in PREFIXES if all(key.startswith(prefix) for key in state)), None)
     ):
         state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
-    return _thresholded(path, {key: tensor.detach() for key, tensor in state.items()}, others)
+    try:
+        return plain_state_dict({key: tensor.detach() for key, tensor in state.items()})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _is_papers(checkpoint: deploy.Checkpoint) -> bool:
     arch = checkpoint.others.get("arch")
     named = isinstance(arch, str) and arch in paper_checkpoint.ARCHITECTURES
     return named or any(key.endswith(".sparseThreshold") for key in checkpoint.state)
-
-
-def _thresholded(path: Path, state: dict[str, Tensor], content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """``state`` with each weight as the raw threshold beside it leaves it, and without raw thresholds."""
-    raws = {key: tensor for key, tensor in state.items() if key.rpartition(".")[2] == RAW_THRESHOLD}
-    if not raws:
-        return state
-    if "controller" not in content:
-        raise ValueError(
-            f"{path}: key {next(iter(raws))!r} is a raw threshold, but nothing says which g makes a threshold of it: "
-            "save densify(model).state_dict()"
-        )
-    # Of the methods with thresholds the paper's alone has no controller, and its g is the sigmoid.
-    g = "sigmoid" if content["controller"] is None else "exp"
-    plain = {key: tensor for key, tensor in state.items() if key not in raws}
-    for key, raw in raws.items():
-        weight = f"{key.removesuffix(RAW_THRESHOLD)}weight"
-        if weight not in plain:
-            raise ValueError(f"{path}: key {key!r} has no {weight!r} beside it")
-        plain[weight] = soft_threshold(plain[weight], raw, g=g)
-    return plain

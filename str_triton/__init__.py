@@ -23,6 +23,7 @@ from str_triton.nn import (
     STRLinear,
     densify,
     parameter_groups,
+    plain_state_dict,
     sparsify,
 )
 from str_triton.ops.cells.fastgrnn import low_rank_fastgrnn
@@ -62,6 +63,7 @@ __all__ = [
     "low_rank_mgu",
     "low_rank_plan",
     "parameter_groups",
+    "plain_state_dict",
     "shared_memory_limit",
     "singular_value_threshold",
     "soft_threshold",

@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from str_triton import LowRankLinear, __main__, count_ranks, deploy, sparsify
+from str_triton import LowRankLinear, __main__, count_ranks, deploy
 from tests.deploy.packing import holed, same_bits
 
 
@@ -123,7 +123,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
         "harm.pt": Harm(),
         "list.pt": [torch.ones(2)],
         "mixed.pt": {"a": torch.ones(2), "epoch": 3},
-        "thresholds.pt": sparsify(torch.nn.Linear(2, 2)).state_dict(),
+        "thresholds.pt": {"weight": torch.ones(2, 2), "raw_threshold": torch.ones(1)},
         "large.pt": {"a": torch.full((2, 2), 1e10)},
     }
     for name, content in files.items():

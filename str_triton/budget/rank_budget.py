@@ -18,7 +18,7 @@ from str_triton.budget.table_files import (
     write_csv,
     write_json,
 )
-from str_triton.nn import LowRankLayer, LowRankWeight, STRLayer
+from str_triton.nn import LowRankLayer, LowRankWeight, ThresholdHolder, thresholded_weights
 
 COLUMNS = ("name", "rows", "columns", "max_rank", "rank", "params", "dense_params", "threshold", "recurrent")
 TOTALS = (
@@ -230,10 +230,13 @@ def other_costs(model: nn.Module) -> tuple[int, int]:
         own = dict(module.named_parameters(recurse=False))
         if isinstance(module, LowRankWeight):
             inside.update(map(id, own.values()))
-        elif isinstance(module, STRLayer):
+        elif isinstance(module, ThresholdHolder):
             inside.add(id(module.raw_threshold))
         elif isinstance(module, nn.RNNBase | nn.RNNCellBase | LowRankLayer):
             recurrent.update(id(weight) for name, weight in own.items() if name.startswith(RECURRENT_WEIGHTS))
+    for weight in thresholded_weights(model):
+        if isinstance(weight.module, nn.RNNBase | nn.RNNCellBase) and weight.attribute.startswith(RECURRENT_WEIGHTS):
+            recurrent.add(id(weight.dense))
     others = {id(parameter): parameter.numel() for parameter in model.parameters() if id(parameter) not in inside}
     return sum(others.values()), sum(numel for key, numel in others.items() if key in recurrent)
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from str_triton.nn import LowRankWeight, STRLayer
+from str_triton.nn import LowRankWeight, plain_state_dict
 
 State = dict[str, Tensor]
 Products = dict[str, tuple[str, str]]  # the name of a matrix -> the names of u and v, where it is u v^T
@@ -25,7 +25,7 @@ def plain_state(model: nn.Module | Mapping[str, Tensor]) -> tuple[State, Product
     if isinstance(model, nn.Module):
         state, products = _state_of_module(model)
     elif isinstance(model, Mapping):
-        state, products = dict(model), {}
+        state, products = plain_state_dict(model), {}
     else:
         raise TypeError(f"model must be a module or a mapping of names to tensors, got {type(model).__name__}")
     for name, tensor in state.items():
@@ -53,36 +53,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-@torch.no_grad()
 def _state_of_module(model: nn.Module) -> tuple[State, Products]:
-    replaced: dict[str, State] = {}  # a key of the state dict -> what stands in its place
+    state = plain_state_dict(model.state_dict())
     products: Products = {}
-    made: dict[tuple, Tensor | LowRankWeight] = {}  # by the parameters it is computed from
     for path, module in model.named_modules(remove_duplicate=False):
         prefix = f"{path}." if path else ""
-        if isinstance(module, STRLayer):
-            sources = (id(module.dense_weight), id(module.raw_threshold), module.g)
-            if sources not in made:
-                made[sources] = module.sparse_weight + 0.0  # as densify: pruned weights have no sign
-            replaced[f"{prefix}weight"] = {f"{prefix}weight": made[sources]}
-            replaced[f"{prefix}raw_threshold"] = {}
-        elif isinstance(module, LowRankWeight):
-            u, v, matrix = f"{prefix}u", f"{prefix}v", path or "weight"
-            sources = tuple(map(id, (module.u, module.v, module.m, module.raw_threshold)))
-            if sources not in made:
-                made[sources] = module if module.m is None else _compact(module)
-            stored = made[sources]
-            replaced |= {f"{prefix}{own}": {} for own in ("v", "m", "raw_threshold")}
-            if isinstance(stored, Tensor):
-                replaced[u] = {matrix: stored}
-            else:
-                replaced[u] = {u: stored.u, v: stored.v}
-                products[matrix] = u, v
-    own = model.state_dict()
-    state = {name: value for key in own for name, value in replaced.get(key, {key: own[key]}).items()}
+        if isinstance(module, LowRankWeight) and f"{prefix}u" in state:
+            products[path or "weight"] = f"{prefix}u", f"{prefix}v"
     return state, products
-
-
-def _compact(matrix: LowRankWeight) -> Tensor | LowRankWeight:
-    compact = matrix.compact()
-    return matrix.weight() if compact is None else compact

@@ -14,6 +14,7 @@ from str_triton.deploy.pack import inspect, unpack
 from str_triton.deploy.packed_file import FORMAT
 from str_triton.deploy.torch_files import kind_of, not_weights, read_torch_file
 from str_triton.files import is_safetensors, replacing, write_atomically
+from str_triton.nn import plain_state_dict
 
 SUFFIXES = (".safetensors", ".pt", ".pth")
 WRAPPERS = ("state_dict", "model", "model_state_dict", "module", "net", "network")
@@ -89,20 +90,17 @@ def is_packed(path: str | os.PathLike[str]) -> bool:
 
 
 def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Return the state dict to pack in a file that `read_checkpoint` reads.
+    """Return the plain model's state dict in a file that `read_checkpoint` reads, with thresholds applied.
 
-    Raises as that does, and ValueError for a packed file and for raw thresholds.
+    Raises as `read_checkpoint` does, and ValueError for a packed file and for thresholds that cannot be applied.
     """
     if is_packed(path):
         raise ValueError(f"{path}: it is packed already: python -m str_triton unpack makes plain tensors of it")
-    state = read_checkpoint(path).state
-    for name in state:
-        if name.split(".")[-1] == "raw_threshold":
-            raise ValueError(
-                f"{path}: {name!r} is a raw threshold, and nothing says which g applies it: give deploy.pack the model "
-                "itself, or python -m cnn.export the run"
-            )
-    return state
+    try:
+        return plain_state_dict(read_checkpoint(path).state)
+    except ValueError as error:
+        message = str(error)
+        raise ValueError(message if message.startswith(str(path)) else f"{path}: {message}") from None
 
 
 def write_state(path: str | os.PathLike[str], state: Mapping[str, Tensor]) -> None:

@@ -1,11 +1,13 @@
 """Layers built on the ops, and model surgery."""
 
 from str_triton.nn.control import Control, warn_if_unfinished
+from str_triton.nn.holder import ThresholdHolder
 from str_triton.nn.layers import STRConv1d, STRConv2d, STRConv3d, STREmbedding, STRLayer, STRLinear
 from str_triton.nn.low_rank import LowRankWeight
 from str_triton.nn.low_rank_linear import LowRankLayer, LowRankLinear
 from str_triton.nn.matrices import Matrix, matrices
 from str_triton.nn.parameter_groups import parameter_groups
+from str_triton.nn.plain import plain_state_dict
 from str_triton.nn.surgery import densify, sparsify, str_layers
 from str_triton.nn.thresholded import ThresholdedWeight, thresholded_weights, weight_name
 
@@ -21,10 +23,12 @@ __all__ = [
     "STREmbedding",
     "STRLayer",
     "STRLinear",
+    "ThresholdHolder",
     "ThresholdedWeight",
     "densify",
     "matrices",
     "parameter_groups",
+    "plain_state_dict",
     "sparsify",
     "str_layers",
     "thresholded_weights",

@@ -16,7 +16,7 @@ def weight_attributes(module: nn.Module) -> tuple[str, ...]:
     if isinstance(module, ONE_WEIGHT) or _is_transformers_conv1d(module):
         return ("weight",)
     if isinstance(module, nn.MultiheadAttention):
-        return tuple(name for name in ATTENTION_WEIGHTS if getattr(module, name, None) is not None)
+        return tuple(name for name in ATTENTION_WEIGHTS if module._parameters.get(name, module) is not None)
     if isinstance(module, nn.RNNBase):
         return tuple(name for name in module._flat_weights_names if name.startswith("weight"))
     if isinstance(module, nn.RNNCellBase):
@@ -34,3 +34,15 @@ def _is_transformers_conv1d(module: nn.Module) -> bool:
 def is_bias(module: nn.Module, attribute: str) -> bool:
     """Return whether a parameter is added to activations instead of multiplied with them."""
     return attribute == "bias" or (isinstance(module, nn.MultiheadAttention) and attribute in ATTENTION_BIASES)
+
+
+def weight_refusal(module: nn.Module, attribute: str) -> str | None:
+    """Return why no threshold can stand in front of a weight, whichever way; None if one can."""
+    weight = module._parameters.get(attribute)
+    if weight is None or nn.parameter.is_lazy(weight):
+        return f"its {attribute} is no plain Parameter (parametrized, pruned, lazy, or tied by hand)"
+    if not weight.is_floating_point():
+        return f"its {attribute} is {weight.dtype}, not floating-point"
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
+        return "sparse=True gives sparse gradients, which a threshold cannot use"
+    return None

@@ -3,34 +3,28 @@
 Source: Kusupati et al., ICML 2020: a layer computes with S_g(weight, raw_threshold) = sign(w) relu(|w| - g(s)).
 """
 
-from collections.abc import Callable
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from str_triton.nn.control import Control
-from str_triton.nn.raw_threshold import keep_float32, new_raw_threshold
+from str_triton.nn.holder import ThresholdHolder
+from str_triton.nn.kinds import weight_refusal
+from str_triton.nn.raw_threshold import initial_raw, new_raw_threshold
+from str_triton.nn.state import RAW, marked, unmark
 from str_triton.ops.soft_threshold import soft_threshold
-from str_triton.ops.thresholds import threshold_function
 
 
 def refusal(module: nn.Module) -> str | None:
-    """Why a convolution, linear or embedding layer cannot be thresholded; None if it can."""
-    weight = module._parameters.get("weight")
-    if weight is None or isinstance(weight, nn.parameter.UninitializedParameter):
-        return "its weight is no plain Parameter (parametrized, pruned, lazy, or tied by hand)"
-    if not weight.is_floating_point():
-        return f"its weight is {weight.dtype}, not floating-point"
-    if getattr(module, "sparse", False):
-        return "sparse=True gives sparse gradients, which a threshold cannot use"
-    if not isinstance(module, STRLayer):
-        base = str_class(module).dense_class
-        for name in ("forward", "_conv_forward", "weight", "bias"):
-            if name in vars(module) or getattr(type(module), name, None) is not getattr(base, name, None):
-                return f"{type(module).__name__} has its own {name}, which a thresholded layer would not keep"
-    return None
+    """Return why a layer of torch cannot become a thresholded layer; None if it can."""
+    if isinstance(module, STRLayer):
+        return weight_refusal(module, "weight")
+    base = str_class(module).dense_class
+    for name in ("forward", "_conv_forward", "weight", "bias"):
+        if name in vars(module) or getattr(type(module), name, None) is not getattr(base, name, None):
+            return f"{type(module).__name__} has its own {name}, which a thresholded layer would not keep"
+    return weight_refusal(module, "weight")
 
 
 def str_class(module: nn.Module) -> "type[STRLayer] | None":
@@ -38,7 +32,7 @@ def str_class(module: nn.Module) -> "type[STRLayer] | None":
     return next((cls for cls in STR_LAYERS if isinstance(module, cls.dense_class)), None)
 
 
-class STRLayer:
+class STRLayer(ThresholdHolder):
     """What all thresholded layers share: a mixin in front of the torch layer.
 
     Takes the torch layer's arguments and, by keyword, those of `new_raw_threshold` and `soft_threshold`. The default
@@ -53,10 +47,7 @@ class STRLayer:
     """
 
     dense_class: ClassVar[type[nn.Module]]
-    g: str
-    gradient: str
     raw_threshold: nn.Parameter
-    control: Control | None = None  # Of the SparsityController that sets the threshold.
 
     def __init__(
         self,
@@ -78,7 +69,7 @@ class STRLayer:
             initial_threshold=initial_threshold,
             raw_threshold_init=raw_threshold_init,
         )
-        self._add_threshold(raw_threshold, g, gradient)
+        self._add_threshold(raw_threshold, g, gradient, initial_raw(g, initial_threshold, raw_threshold_init))
 
     @classmethod
     def from_dense(
@@ -107,37 +98,39 @@ class STRLayer:
             raise ValueError(f"{type(dense).__name__} is thresholded already")
         if reason := refusal(dense):
             raise ValueError(f"{type(dense).__name__} cannot be thresholded: {reason}")
+        initial = None
         if raw_threshold is None:
             raw_threshold = new_raw_threshold(dense.weight, g=g, **threshold_options)
+            threshold_options.pop("granularity", None)
+            initial = initial_raw(g, **threshold_options)
         elif threshold_options:
             raise ValueError(f"raw_threshold is given, which leaves {', '.join(threshold_options)} without effect")
-        layer = _with_class(dense, cls)
+        layer = with_class(dense, cls)
         layer.dense_class = type(dense)
-        layer._add_threshold(raw_threshold, g, gradient)
+        layer._add_threshold(raw_threshold, g, gradient, initial)
         return layer
 
-    def _add_threshold(self, raw_threshold: nn.Parameter, g: str, gradient: str) -> None:
+    def _add_threshold(self, raw_threshold: nn.Parameter, g: str, gradient: str, initial: float | None) -> None:
         # Every check of the forward, without its arithmetic.
-        soft_threshold(self.dense_weight.to("meta"), raw_threshold.to("meta"), g=g, gradient=gradient)
-        self.register_parameter("raw_threshold", raw_threshold)
-        self.g = g
-        self.gradient = gradient
+        soft_threshold(self.weight.to("meta"), raw_threshold.to("meta"), g=g, gradient=gradient)
+        self._hold(raw_threshold, g, gradient, initial)
 
     def to_dense(self) -> nn.Module:
-        """A new plain torch layer that holds the thresholded weight; this layer stays as it is.
+        """Return a new plain torch layer that holds the thresholded weight; this layer stays as it is.
 
         The bias is the same Parameter object; the weight is a new one, trainable if this layer's is.
         """
-        dense = _with_class(self, self.dense_class)
-        for name in ("g", "gradient", "dense_class", "control"):
+        dense = with_class(self, self.dense_class)
+        for name in ("g", "gradient", "dense_class", "control", "_initial_raw", "_shares_threshold"):
             vars(dense).pop(name, None)
         del dense.raw_threshold
-        weight = self.sparse_weight.detach() + 0.0  # -0.0, which pruned negative weights leave, becomes 0.0
-        dense.weight = nn.Parameter(weight, requires_grad=self.dense_weight.requires_grad)
+        dense.weight = plain_parameter(self.sparse_weight, self.weight)
         return dense
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        return super()._apply(keep_float32(fn, self.raw_threshold), recurse)
+    def reset_parameters(self) -> None:
+        """Draw the weight and bias anew, as the torch layer does, and set the threshold to its first value."""
+        super().reset_parameters()
+        self.reset_threshold()
 
     @property
     def dense_weight(self) -> nn.Parameter:
@@ -145,28 +138,28 @@ class STRLayer:
         return self.weight
 
     @property
-    def threshold(self) -> Tensor:
-        """g(raw_threshold), in units of the weights; raw_threshold's shape."""
-        return threshold_function(self.g).value(self.raw_threshold)
-
-    @property
     def sparse_weight(self) -> Tensor:
         """The weight that the forward uses: thresholded, differentiable, of weight's shape and dtype."""
-        return soft_threshold(self.dense_weight, self.raw_threshold, g=self.g, gradient=self.gradient)
-
-    @torch.no_grad()
-    def scale_threshold(self, factor: float) -> None:
-        """Multiply the threshold, in place: raw_threshold becomes g^-1(factor * threshold)."""
-        self.raw_threshold.copy_(threshold_function(self.g).inverse(factor * self.threshold))
+        return soft_threshold(self.weight, self.raw_threshold, g=self.g, gradient=self.gradient)
 
     def pruning_offsets(self) -> Tensor:
-        """For each weight the offset g^-1(|w|) - raw_threshold: added to raw_threshold, it and more prune the weight.
+        """Return for each weight the offset, added to raw_threshold, from which on the weight is pruned; detached.
 
-        Detached, of weight's shape; -inf for a weight of 0, inf for one that no threshold of g reaches.
+        -inf for a weight of 0, inf for a weight that no threshold of g reaches.
         """
-        raw = self.raw_threshold.detach()
-        magnitude = self.dense_weight.detach().abs().to(torch.promote_types(self.dense_weight.dtype, raw.dtype))
-        return threshold_function(self.g).inverse(magnitude) - raw
+        return self.offsets_from(self.weight)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars:
+            destination[f"{prefix}weight"] = marked(destination[f"{prefix}weight"])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        key, missing_keys = f"{prefix}weight", args[2]
+        is_plain = not unmark(state_dict, key, self.weight) and key in state_dict
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if is_plain and prefix + RAW in missing_keys:
+            missing_keys.remove(prefix + RAW)  # A plain model's weights leave the thresholds as they are.
 
     def extra_repr(self) -> str:
         text = f"{super().extra_repr()}, g={self.g}, gradient={self.gradient}"
@@ -174,9 +167,11 @@ class STRLayer:
             return text
         with torch.no_grad():
             low, high = self.threshold.min().item(), self.threshold.max().item()
-            sparsity = (self.sparse_weight == 0).double().mean().item()
+            nonzeros = int(self.sparse_weight.count_nonzero())
+        sparsity = 100 * (1 - nonzeros / self.weight.numel())
         threshold = f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
-        return f"{text}, threshold={threshold}, sparsity={100 * sparsity:.2f}%"
+        # Not 100.00% for a layer that keeps a few weights.
+        return f"{text}, threshold={threshold}, sparsity={min(sparsity, 99.99) if nonzeros else 100.0:.2f}%"
 
 
 class STRConv1d(STRLayer, nn.Conv1d):
@@ -230,26 +225,11 @@ class STREmbedding(STRLayer, nn.Embedding):
         return F.embedding(input, weight, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq)
 
 
-class BypassedSTRLinear(STRLinear):
-    """A thresholded linear layer inside a module that reads `.weight` and never calls the layer.
-
-    nn.MultiheadAttention and the fast path of nn.TransformerEncoderLayer do so; here they read the thresholded weight.
-    """
-
-    @property
-    def dense_weight(self) -> nn.Parameter:
-        return self._parameters["weight"]
-
-    @property
-    def weight(self) -> Tensor:
-        return self.sparse_weight
-
-
 STR_LAYERS: tuple[type[STRLayer], ...] = (STRConv1d, STRConv2d, STRConv3d, STRLinear, STREmbedding)
 
 
-def _with_class(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
-    """A module of class `cls` with what `module` holds: the same Parameters and buffers, hooks, submodules and mode.
+def with_class(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
+    """Return a module of class `cls` with what `module` holds: the same Parameters, buffers, hooks, submodules, mode.
 
     Its tables of parameters and buffers are its own. The hooks' are shared, so that their handles remove them here too.
     """
@@ -258,3 +238,9 @@ def _with_class(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
     vars(twin).update(_parameters=module._parameters.copy(), _buffers=module._buffers.copy())
     vars(twin).pop("_compiled_call_impl", None)  # It calls `module`.
     return twin
+
+
+def plain_parameter(weight: Tensor, dense: nn.Parameter) -> nn.Parameter:
+    """Return a new Parameter with a thresholded weight, trainable if the dense one is."""
+    # -0.0, which pruned negative weights leave, becomes 0.0.
+    return nn.Parameter(weight.detach() + 0.0, requires_grad=dense.requires_grad)

@@ -4,22 +4,20 @@ Source: Kusupati et al., ICML 2020, section 3.3 (W = (W1 * m) W2 with a soft thr
 |m_k| ||u_k|| ||v_k||, the size of a component, whatever its share of it each factor holds (docs/derivations.md).
 """
 
-from collections.abc import Callable
 from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from str_triton.nn.control import Control
-from str_triton.nn.raw_threshold import keep_float32, new_raw_threshold
+from str_triton.nn.holder import ThresholdHolder
+from str_triton.nn.raw_threshold import new_raw_threshold
 from str_triton.ops.soft_threshold import soft_threshold
-from str_triton.ops.thresholds import threshold_function
 
 RAW_THRESHOLD = -10.0  # the paper's bound for g = exp: a threshold of 4.5e-5
 
 
-class LowRankWeight(nn.Module):
+class LowRankWeight(ThresholdHolder, nn.Module):
     """A matrix [rows, columns] as the sum of max_rank components, of which a learned threshold leaves the larger ones.
 
         W = sum_k s_k u_k v_k^T      s_k = S(m_k n_k) / n_k,  n_k = ||u_k|| ||v_k||,  S(x) = sign(x) relu(|x| - g(raw))
@@ -46,8 +44,6 @@ class LowRankWeight(nn.Module):
         ValueError: a max_rank below 1 or above min(rows, columns), or unknown options.
     """
 
-    control: Control | None = None  # Of the RankController that sets the threshold.
-
     def __init__(
         self,
         rows: int,
@@ -68,15 +64,13 @@ class LowRankWeight(nn.Module):
         if not 1 <= max_rank <= largest:
             raise ValueError(f"max_rank must be from 1 to {largest} for a {rows} x {columns} matrix, got {max_rank}")
         self.rows, self.columns, self.max_rank = rows, columns, max_rank
-        self.g, self.gradient, self.recurrent = g, gradient, recurrent
-        self.raw_threshold_init = raw_threshold_init
+        self.recurrent = recurrent
         options = {"device": device, "dtype": dtype}
         self.u = nn.Parameter(torch.empty(rows, max_rank, **options))
         self.v = nn.Parameter(torch.empty(columns, max_rank, **options))
         self.m = nn.Parameter(torch.empty(max_rank, **options)) if thresholded else None
-        self.raw_threshold = (
-            new_raw_threshold(self.u, g=g, raw_threshold_init=raw_threshold_init) if thresholded else None
-        )
+        raw = new_raw_threshold(self.u, g=g, raw_threshold_init=raw_threshold_init) if thresholded else None
+        self._hold(raw, g, gradient, raw_threshold_init)
         if thresholded:  # Every check of the forward, without its arithmetic.
             soft_threshold(self.m.to("meta"), self.raw_threshold.to("meta"), g=g, gradient=gradient)
         self.reset_parameters()
@@ -84,8 +78,7 @@ class LowRankWeight(nn.Module):
     @torch.no_grad()
     def reset_parameters(self, weight: Tensor | None = None) -> None:
         """Begin anew: the first threshold, and the components of a matrix; None: one drawn as in nn.Linear."""
-        if self.raw_threshold is not None:
-            self.raw_threshold.fill_(self.raw_threshold_init)
+        self.reset_threshold()
         if weight is None:
             bound = self.columns**-0.5
             weight = self.u.new_empty(self.rows, self.columns).uniform_(-bound, bound)
@@ -127,7 +120,7 @@ class LowRankWeight(nn.Module):
         """g(raw_threshold), in units of the singular values; [1], and 0 without a threshold."""
         if self.raw_threshold is None:
             return self.u.new_zeros(1)
-        return threshold_function(self.g).value(self.raw_threshold)
+        return super().threshold
 
     def spectrum(self) -> Tensor:
         """s [max_rank], what stands between u and v; differentiable, of u's dtype."""
@@ -174,13 +167,7 @@ class LowRankWeight(nn.Module):
 
         Detached, [max_rank]; -inf for a size of 0, inf for one that no threshold of g reaches.
         """
-        raw = self.raw_threshold.detach()
-        return threshold_function(self.g).inverse(self.singular_values().to(raw.dtype)) - raw
-
-    @torch.no_grad()
-    def scale_threshold(self, factor: float) -> None:
-        """Multiply the threshold, in place: raw_threshold becomes g^-1(factor * threshold)."""
-        self.raw_threshold.copy_(threshold_function(self.g).inverse(factor * self.threshold))
+        return self.offsets_from(self.singular_values())
 
     @torch.no_grad()
     def refactor(self) -> None:
@@ -237,9 +224,6 @@ class LowRankWeight(nn.Module):
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """W x + bias [rows] over the last dimension: [..., columns] -> [..., rows]."""
         return F.linear(F.linear(x, self.v.mT), self.u * self.spectrum(), bias)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        return super()._apply(keep_float32(fn, self.raw_threshold), recurse)
 
     def extra_repr(self) -> str:
         text = f"{self.rows}, {self.columns}, max_rank={self.max_rank}"

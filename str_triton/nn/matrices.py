@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from str_triton.nn.holder import ThresholdHolder
 from str_triton.nn.kinds import NORMS, is_bias, weight_attributes
-from str_triton.nn.layers import STRLayer
+from str_triton.nn.parametrization import soft_thresholds
+from str_triton.nn.state import RAW
 from str_triton.nn.thresholded import weight_name
 
 # The parameters that a weight is computed from by weight_norm and by spectral_norm or torch.nn.utils.prune.
@@ -44,38 +46,39 @@ def matrices(model: nn.Module) -> Iterator[Matrix]:
     yet, is.
     """
     seen: set[int] = set()
-    for name, module in _owners(model):
+    for name, module in owners(model):
         known = weight_attributes(module)
         left = getattr(module, "_left_dense", ())
-        for attribute, sources in _weights_of(module).items():
+        thresholds = soft_thresholds(module)
+        for attribute, sources in weights_of(module).items():
             if any(id(source) in seen for source in sources):
                 continue
             seen.update(map(id, sources))
-            yield Matrix(
-                weight_name(name, attribute), module, attribute, sources, attribute in known, attribute in left
-            )
+            covered = attribute in known or attribute in thresholds
+            yield Matrix(weight_name(name, attribute), module, attribute, sources, covered, attribute in left)
 
 
-def _owners(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def owners(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules that may have weights, without normalization layers and the inside of parametrizations."""
     inside: set[nn.Module] = set()
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=remove_duplicate):
         if isinstance(module, ParametrizationList):
             inside.update(module.modules())
         if module not in inside and not isinstance(module, NORMS):
             yield name, module
 
 
-def _weights_of(module: nn.Module) -> dict[str, tuple[nn.Parameter, ...]]:
+def weights_of(module: nn.Module) -> dict[str, tuple[nn.Parameter, ...]]:
     """Return the sources of each weight that a module itself has, by attribute."""
     found: dict[str, list[nn.Parameter]] = {}
     for attribute, parameter in module._parameters.items():
-        if parameter is None or (isinstance(module, STRLayer) and attribute == "raw_threshold"):
+        if parameter is None or (isinstance(module, ThresholdHolder) and attribute == RAW):
             continue
         found.setdefault(_computed(module, attribute) or attribute, []).append(parameter)
     for attribute, parametrizations in getattr(module, "parametrizations", {}).items():
         if isinstance(parametrizations, ParametrizationList):
-            found[attribute] = list(parametrizations.parameters())
+            raws = {id(m.raw_threshold) for m in parametrizations if isinstance(m, ThresholdHolder)}
+            found[attribute] = [p for p in parametrizations.parameters() if id(p) not in raws]
     return {
         attribute: tuple(sources)
         for attribute, sources in found.items()

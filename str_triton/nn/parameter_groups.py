@@ -2,8 +2,8 @@
 
 from torch import nn
 
+from str_triton.nn.holder import ThresholdHolder
 from str_triton.nn.kinds import NORMS
-from str_triton.nn.layers import STRLayer
 from str_triton.nn.low_rank import LowRankWeight
 
 
@@ -36,7 +36,7 @@ def parameter_groups(
         if isinstance(module, LowRankWeight) and module.m is not None:
             decay = weight_decay if spectrum_weight_decay is None else spectrum_weight_decay
             special[id(module.m)] = ("spectra", decay)
-        if isinstance(module, STRLayer | LowRankWeight) and module.raw_threshold is not None:
+        if isinstance(module, ThresholdHolder) and module.raw_threshold is not None:
             default = 0.0 if module.control else weight_decay
             decay = default if threshold_weight_decay is None else threshold_weight_decay
             special[id(module.raw_threshold)] = ("thresholds", decay)

@@ -12,6 +12,28 @@ GRANULARITIES = ("layer", "filter", "weight", "global")
 DEFAULT_THRESHOLD = 1e-4
 
 
+def initial_raw(g: str, initial_threshold: float | None = None, raw_threshold_init: float | None = None) -> float:
+    """Return the first value of a raw threshold; the arguments and errors are those of `new_raw_threshold`."""
+    functions = threshold_function(g)
+    if initial_threshold is not None and raw_threshold_init is not None:
+        raise ValueError(
+            f"give initial_threshold={initial_threshold} or raw_threshold_init={raw_threshold_init}, not both"
+        )
+    if raw_threshold_init is None:
+        threshold = DEFAULT_THRESHOLD if initial_threshold is None else initial_threshold
+        # On the CPU also where the default device is meta, which holds no value to read.
+        raw = float(functions.inverse(torch.tensor(threshold, dtype=torch.float64, device="cpu")))
+        if not math.isfinite(raw) or (raw < 0 and g == "identity"):
+            raise ValueError(
+                f"initial_threshold={threshold} is not a value of g={g!r}; raw_threshold_init sets s itself"
+            )
+    elif math.isfinite(raw_threshold_init):
+        raw = raw_threshold_init
+    else:
+        raise ValueError(f"raw_threshold_init must be finite, got {raw_threshold_init}")
+    return raw
+
+
 def new_raw_threshold(
     weight: Tensor,
     *,
@@ -37,39 +59,28 @@ def new_raw_threshold(
     """
     if granularity not in GRANULARITIES:
         raise ValueError(f"granularity must be one of {', '.join(map(repr, GRANULARITIES))}, got {granularity!r}")
-    functions = threshold_function(g)
-    if initial_threshold is not None and raw_threshold_init is not None:
-        raise ValueError(
-            f"give initial_threshold={initial_threshold} or raw_threshold_init={raw_threshold_init}, not both"
-        )
-    if raw_threshold_init is None:
-        threshold = DEFAULT_THRESHOLD if initial_threshold is None else initial_threshold
-        # On the CPU also where the default device is meta, which holds no value to read.
-        raw = float(functions.inverse(torch.tensor(threshold, dtype=torch.float64, device="cpu")))
-        if not math.isfinite(raw) or (raw < 0 and g == "identity"):
-            raise ValueError(
-                f"initial_threshold={threshold} is not a value of g={g!r}; raw_threshold_init sets s itself"
-            )
-    elif math.isfinite(raw_threshold_init):
-        raw = raw_threshold_init
-    else:
-        raise ValueError(f"raw_threshold_init must be finite, got {raw_threshold_init}")
+    raw = initial_raw(g, initial_threshold, raw_threshold_init)
     shapes = {"filter": (weight.shape[0], *[1] * (weight.dim() - 1)), "weight": tuple(weight.shape)}
     dtype = torch.promote_types(weight.dtype, torch.float32)
     return nn.Parameter(torch.full(shapes.get(granularity, (1,)), raw, dtype=dtype, device=weight.device))
 
 
-def keep_float32(fn: Callable[[Tensor], Tensor], raw_threshold: nn.Parameter | None) -> Callable[[Tensor], Tensor]:
-    """`fn` of a module's `_apply` (.half(), .to(dtype), ...), except that it leaves the raw threshold at least float32.
+def kept_apply(fn: Callable[[Tensor], Tensor], raw_threshold: nn.Parameter, first: float) -> Callable[[Tensor], Tensor]:
+    """Return `fn` of a module's `_apply` (.half(), .to(dtype), .to_empty(), ...) that keeps the raw threshold usable.
 
-    16 bits lose the small steps of training, and the thresholds of very negative raw ones.
+    The raw threshold stays at least float32: 16 bits lose the small steps of training, and the thresholds of very
+    negative raw ones. Where it comes from the meta device, and so has no value, it becomes `first`.
     """
 
     def apply(tensor: Tensor) -> Tensor:
         applied = fn(tensor)
-        own = raw_threshold is not None and (tensor is raw_threshold or tensor is raw_threshold.grad)
-        if own and applied.dtype.itemsize < 4:
-            return torch.empty_like(applied, dtype=torch.float32).copy_(tensor)
+        if tensor is not raw_threshold and tensor is not raw_threshold.grad:
+            return applied
+        if applied.dtype.itemsize < 4:
+            wide = torch.empty_like(applied, dtype=torch.float32)
+            applied = wide if tensor.is_meta else wide.copy_(tensor)
+        if tensor.is_meta and not applied.is_meta:
+            applied.fill_(first if tensor is raw_threshold else 0.0)
         return applied
 
     return apply

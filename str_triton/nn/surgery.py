@@ -1,15 +1,15 @@
-"""Model surgery: `sparsify` puts a threshold in front of every weight, `densify` leaves plain layers behind."""
+"""Model surgery: `sparsify` puts a threshold in front of every weight, `densify` leaves plain modules behind."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from fnmatch import fnmatchcase
+from collections.abc import Iterable
 
 from torch import nn
 
-from str_triton.nn.layers import BypassedSTRLinear, STRLayer, STRLinear, refusal, str_class
-from str_triton.nn.raw_threshold import new_raw_threshold
-
-Filter = Callable[[str, nn.Module], bool] | str | nn.Module | Iterable[str | nn.Module]
+from str_triton.nn.layers import STRLayer, str_class
+from str_triton.nn.parametrization import SoftThreshold, ThresholdedModule, parametrize_weights, unparametrized
+from str_triton.nn.raw_threshold import initial_raw, new_raw_threshold
+from str_triton.nn.selection import Candidate, Filter, needs_parametrization, select
+from str_triton.nn.thresholded import thresholded_weights
 
 # Modules that read the weights of these children without calling them.
 _BYPASSES = [
@@ -31,129 +31,137 @@ def sparsify(
     raw_threshold_init: float | None = None,
     include: Filter | None = None,
     exclude: Filter | None = None,
+    parameters: Iterable[str] | None = None,
 ) -> nn.Module:
-    """Turn convolution, linear and embedding layers into thresholded ones, in place.
+    """Put a soft threshold in front of the weights of a model, in place.
 
-    The layers and their Parameters stay the same objects, so that hooks, references and an optimizer made before still
-    hold. Modules that share a weight share one raw threshold. Transposed convolutions and recurrent layers stay dense.
+    These kinds are known: convolutions and transposed convolutions, linear, bilinear and embedding layers,
+    `nn.EmbeddingBag`, recurrent layers (`nn.GRU`, `nn.LSTM`, `nn.RNN`) and their cells, the input projections of
+    `nn.MultiheadAttention`, transformers' `Conv1D`, and subclasses of all these. Other parameters of two or more
+    dimensions, such as the 3-D weights of a mixture of experts, are thresholded where `parameters` names them; biases
+    and normalization layers never. Frozen weights (requires_grad=False) stay dense unless `include` or `parameters`
+    names them.
+
+    Convolutions, linear layers and embeddings of torch become `STRConv2d` and the like. A module with a forward of its
+    own keeps its forward and gets a parametrization (`torch.nn.utils.parametrize`): its weight is then called
+    `parametrizations.NAME.original` in `named_parameters()`, and the model is saved by its state dict, not by pickle.
+    Modules and Parameters stay the same objects, so that hooks, references and an optimizer made before still hold.
+    Modules that share a weight share one raw threshold.
+
+    In the state dict each thresholded weight has the plain model's key and an additional first dimension of size 1, so
+    that it cannot be taken for a plain weight; `plain_state_dict` turns a state dict into the plain model's. Into a
+    sparsified model both load; a plain one leaves the thresholds as they are.
 
     Code that reads a layer's `.weight` instead of calling the layer gets the dense weight, unless the reader is one of
     torch's own modules (nn.MultiheadAttention and the like). Sparsify before DistributedDataParallel wraps the model.
 
     Args:
         model: any module.
-        granularity: one threshold per "layer", "filter" (dimension 0 of the weight) or "weight", or one "global".
+        granularity: one threshold per "layer", "filter" (dimension 0 of the weight, whatever that is: the inputs of
+            a transposed convolution, the experts of a 3-D weight) or "weight", or one "global".
         g, gradient: the options of `soft_threshold`. The default g is "exp" (the paper's is "sigmoid"): a
             SparsityController multiplies all thresholds by one factor, and those of a sigmoid cannot grow beyond 1.
         initial_threshold: in units of the weights, default 1e-4; or raw_threshold_init, the raw value itself.
-        include, exclude: which layers, by name patterns ("backbone.*", as in fnmatch), by modules (a layer, or all
-            those inside), or by a function of (name, module). Default: all.
+        include, exclude: which weights, by name patterns of the module or the parameter ("backbone.*", "gru.weight_ih*"
+            as in fnmatch), by modules (a layer, or all those inside), or by a function of (module name, module).
+            Default: all. `exclude` also takes the names of parameters that are of no known kind ("pos_embed"): budgets
+            then do not report them as forgotten.
+        parameters: names or name patterns of further parameters to threshold ("*.experts.*").
 
     Returns:
-        The model; a bare layer as a new module.
+        The model; a bare layer that becomes an STR layer as a new module.
 
     Raises:
-        ValueError: nothing to sparsify, a pattern that matches no layer, a model sparsified before, a layer that cannot
-            be thresholded, a weight shared with a module that is left out, or unknown options.
+        ValueError: nothing to sparsify, a pattern that matches nothing, a model sparsified before, weights that cannot
+            be thresholded or are shared with a module that is left out (all of them are named), or unknown options.
+
+    Warns:
+        UserWarning: frozen weights are left dense.
     """
-    if str_layers(model):
+    if any(thresholded_weights(model)):
         raise ValueError("the model is sparsified already: densify(model) first to begin anew")
-    chosen = _chosen(model, include, exclude)
-    _check(model, chosen)
+    initial = initial_raw(g, initial_threshold, raw_threshold_init)
+    selection = select(model, include, exclude, parameters)
     bypassed = {
         id(getattr(module, child)) for module in model.modules() for cls, child in _BYPASSES if isinstance(module, cls)
     }
     raws: dict[int, nn.Parameter] = {}
     layers: dict[int, nn.Module] = {}
-    for module in chosen.values():
-        key = 0 if granularity == "global" else id(module.weight)
-        if key not in raws:
-            raws[key] = new_raw_threshold(
-                module.weight,
-                granularity=granularity,
-                g=g,
-                initial_threshold=initial_threshold,
-                raw_threshold_init=raw_threshold_init,
+    parametrizations: dict[nn.Module, dict[str, SoftThreshold]] = defaultdict(dict)
+    for use in _once(selection.chosen):
+        key = 0 if granularity == "global" else id(use.parameter)
+        is_shared = key in raws
+        if not is_shared:
+            raws[key] = new_raw_threshold(use.parameter, granularity=granularity, g=g, raw_threshold_init=initial)
+        if needs_parametrization(use) or id(use.module) in bypassed:
+            holder = SoftThreshold(raws[key], g=g, gradient=gradient)
+            parametrizations[use.module][use.attribute] = holder
+        else:
+            layers[id(use.module)] = holder = str_class(use.module).from_dense(
+                use.module, raws[key], g=g, gradient=gradient
             )
-        cls = str_class(module)
-        if cls is STRLinear and id(module) in bypassed:
-            cls = BypassedSTRLinear
-        layers[id(module)] = cls.from_dense(module, raws[key], g=g, gradient=gradient)
+        holder._initial_raw = initial
+        if is_shared:
+            holder._shares_threshold = True
+    for use in selection.left:
+        vars(use.module).setdefault("_left_dense", set()).add(use.attribute)
+    for module, thresholds in parametrizations.items():
+        parametrize_weights(module, thresholds)
     return _transform(model, layers)
 
 
 def densify(model: nn.Module) -> nn.Module:
-    """Turn thresholded layers into plain ones that hold the thresholded weights, in place.
+    """Turn thresholded modules into plain ones that hold the thresholded weights, in place.
 
-    Outputs are the same bit for bit, the state dict has the keys that it had before `sparsify`, and shared weights
-    stay shared. The weights are new Parameters, which an optimizer made before does not know. A bare layer is returned
-    as a new module, a model without thresholded layers as it is.
+    Outputs are the same bit for bit, classes and the keys of the state dict are the ones before `sparsify`, and shared
+    weights stay shared. The weights are new Parameters, which an optimizer made before does not know; -0.0 becomes 0.0.
+    A bare STR layer is returned as a new module, a model without thresholds as it is.
+
+    Raises:
+        ValueError: a module has got parametrizations of somebody else since `sparsify`.
     """
-    layers: dict[int, nn.Module] = {}
+    plain: dict[int, nn.Module] = {}
     weights: dict[tuple, nn.Parameter] = {}
-    for module in str_layers(model).values():
-        dense = module.to_dense()
-        shared = (id(module.dense_weight), id(module.raw_threshold), module.g)
-        dense.weight = weights.setdefault(shared, dense.weight)
-        layers[id(module)] = dense
-    return _transform(model, layers)
+    for weight in list(thresholded_weights(model)):
+        module, attribute = weight.module, weight.attribute
+        if id(module) not in plain:
+            plain[id(module)] = module.to_dense() if isinstance(module, STRLayer) else unparametrized(module)
+        own = plain[id(module)]._parameters
+        shared = (id(weight.dense), id(weight.raw), weight.holder.g)
+        own[attribute] = weights.setdefault(shared, own[attribute])
+    for module in [*model.modules(), *plain.values()]:
+        vars(module).pop("_left_dense", None)
+    for module in plain.values():
+        if isinstance(module, nn.RNNBase):
+            module._init_flat_weights()  # Lists the Parameters.
+    return _transform(model, plain)
 
 
 def str_layers(model: nn.Module) -> dict[str, STRLayer]:
-    """The thresholded layers of a model by name, each module once; several may share a weight."""
+    """Return the STR layers of a model by name, each module once; several may share a weight.
+
+    `thresholded_weights` also knows the weights of other modules.
+    """
     return {name: module for name, module in model.named_modules() if isinstance(module, STRLayer)}
 
 
-def _chosen(model: nn.Module, include: Filter | None, exclude: Filter | None) -> dict[str, nn.Module]:
-    """The layers to sparsify, under every name that they have."""
-    candidates = {
-        name: module for name, module in model.named_modules(remove_duplicate=False) if str_class(module) is not None
-    }
-    if not candidates:
-        raise ValueError(f"nothing to sparsify: {type(model).__name__} has no convolution, linear or embedding layer")
-    included = set(candidates) if include is None else _matches(candidates, include)
-    excluded = set() if exclude is None else _matches(candidates, exclude)
-    chosen = {name: module for name, module in candidates.items() if name in included - excluded}
-    if not chosen:
-        raise ValueError(f"nothing to sparsify: include and exclude leave none of {len(candidates)} layers")
-    return chosen
+def _once(uses: list[Candidate]) -> list[Candidate]:
+    """Return each weight of each module once, under the module's first name."""
+    once: dict[tuple[int, str], Candidate] = {}
+    for use in uses:
+        once.setdefault((id(use.module), use.attribute), use)
+    return list(once.values())
 
 
-def _matches(candidates: dict[str, nn.Module], which: Filter) -> set[str]:
-    if callable(which) and not isinstance(which, nn.Module):
-        return {name for name, module in candidates.items() if which(name, module)}
-    matches = set()
-    for item in [which] if isinstance(which, str | nn.Module) else which:
-        if isinstance(item, nn.Module):
-            inside, label = set(item.modules()), type(item).__name__
-            names = {name for name, module in candidates.items() if module in inside}
-        else:
-            label = repr(item)
-            names = {name for name in candidates if fnmatchcase(name, item)}
-        if not names:
-            raise ValueError(f"{label} in include or exclude matches no convolution, linear or embedding layer")
-        matches |= names
-    return matches
-
-
-def _check(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
-    owners = defaultdict(list)
-    for name, module in model.named_modules(remove_duplicate=False):
-        for parameter in module._parameters.values():
-            owners[id(parameter)].append(name)
-    for name, module in chosen.items():
-        label = name or type(module).__name__
-        if reason := refusal(module):
-            raise ValueError(f"{label} cannot be thresholded: {reason}; exclude it")
-        for other in owners[id(module.weight)]:
-            if other not in chosen:
-                raise ValueError(f"{label} shares its weight with {other or 'the model'}: include both or exclude both")
-
-
-def _transform(model: nn.Module, layers: dict[int, nn.Module]) -> nn.Module:
-    """Let every module with an entry in `layers` become what that is, and stay the same object; a bare one is new."""
+def _transform(model: nn.Module, modules: dict[int, nn.Module]) -> nn.Module:
+    """Let each module with an entry in `modules` become that one, and stay the same object. A bare layer is new."""
+    result = model
     for module in list(model.modules()):
-        if id(module) in layers and module is not model:
-            layer = layers[id(module)]
-            module.__class__, module.__dict__ = type(layer), vars(layer)
-    return layers.get(id(model), model)
+        if id(module) not in modules:
+            continue
+        new = modules[id(module)]
+        if module is model and not isinstance(module, ThresholdedModule):
+            result = new
+        else:
+            module.__class__, module.__dict__ = type(new), vars(new)
+    return result

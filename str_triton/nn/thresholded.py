@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from str_triton.nn.holder import ThresholdHolder
 from str_triton.nn.layers import STRLayer
+from str_triton.nn.parametrization import soft_thresholds
 
 
 @dataclass(frozen=True)
@@ -17,23 +19,25 @@ class ThresholdedWeight:
         module: the module that uses the weight.
         attribute: the module's attribute that holds the weight.
         holder: the module that has `raw_threshold`, `g`, `gradient`, `threshold` and `control`: the thresholded layer
-            itself.
+            itself, or the parametrization.
     """
 
     name: str
     module: nn.Module
     attribute: str
-    holder: STRLayer
+    holder: ThresholdHolder
 
     @property
     def dense(self) -> nn.Parameter:
         """The weight before the threshold, the Parameter that the optimizer trains."""
-        return self.holder.dense_weight
+        if isinstance(self.holder, STRLayer):
+            return self.holder.weight
+        return self.module.parametrizations[self.attribute].original
 
     @property
     def sparse(self) -> Tensor:
         """The weight after the threshold, as the forward uses it; differentiable."""
-        return self.holder.sparse_weight
+        return self.holder.sparse_weight if isinstance(self.holder, STRLayer) else getattr(self.module, self.attribute)
 
     @property
     def raw(self) -> nn.Parameter:
@@ -45,7 +49,7 @@ class ThresholdedWeight:
 
         -inf for a weight of 0, inf for a weight that no threshold of g reaches.
         """
-        return self.holder.pruning_offsets()
+        return self.holder.offsets_from(self.dense)
 
 
 def weight_name(module_name: str, attribute: str) -> str:
@@ -61,3 +65,5 @@ def thresholded_weights(model: nn.Module) -> Iterator[ThresholdedWeight]:
     for name, module in model.named_modules():
         if isinstance(module, STRLayer):
             yield ThresholdedWeight(weight_name(name, "weight"), module, "weight", module)
+        for attribute, holder in soft_thresholds(module).items():
+            yield ThresholdedWeight(weight_name(name, attribute), module, attribute, holder)

@@ -9,9 +9,10 @@ from torch.nn.utils import parameters_to_vector, parametrizations, prune, vector
 from str_triton.budget.budget import LayerBudget
 from str_triton.budget.count import count, counted_layers
 from str_triton.nn.control import Control
-from str_triton.nn.layers import STRConv2d, STRLayer
+from str_triton.nn.layers import STRConv2d
 from str_triton.nn.low_rank import LowRankWeight
 from str_triton.nn.surgery import sparsify
+from str_triton.nn.thresholded import thresholded_weights
 
 # ---- the papers' networks ------------------------------------------------------------------------------------------
 
@@ -489,8 +490,8 @@ def thresholded(model: nn.Module, granularity: str = "layer") -> nn.Module:
     """About half of every weight is below its threshold."""
     model = sparsify(model, g="identity", granularity=granularity)
     with torch.no_grad():
-        for layer in (m for m in model.modules() if isinstance(m, STRLayer)):
-            layer.raw_threshold.fill_(layer.dense_weight.abs().median())
+        for weight in thresholded_weights(model):
+            weight.raw.fill_(weight.dense.abs().median())
     return model
 
 
@@ -535,7 +536,7 @@ def test_thresholded_children_of_a_module_that_bypasses_them():
     for name, params in (("self_attn.out_proj", 64), ("linear1", 128), ("linear2", 128)):
         row = rows[name]
         assert (row.nonzeros, row.dense_flops, row.flops) == (params // 2, 10 * params, 5 * params)
-    assert rows["self_attn.in_proj_weight"].flops == 10 * 192
+    assert rows["self_attn.in_proj_weight"].flops == 10 * 192 // 2
 
 
 def test_a_thresholded_layer_whose_dense_weight_is_used_pays_for_all_of_it():

@@ -129,6 +129,7 @@ class Harm:
 
 
 THRESHOLDED = sparsify(nn.Conv2d(3, 4, 1)).state_dict()
+NO_G = {key: tensor for key, tensor in THRESHOLDED.items() if key != "threshold_options"}
 
 
 @pytest.mark.parametrize(
@@ -145,11 +146,8 @@ THRESHOLDED = sparsify(nn.Conv2d(3, 4, 1)).state_dict()
         ({"state_dict": {0: torch.zeros(3)}}, "no state dict: key 0 is not a text"),
         ({"arch": "ResNet50", "state_dict": {"conv1.weight": torch.zeros(3)}}, "ResNet50: key 'conv1.weight' has the"),
         ({"arch": "vgg", "state_dict": {"a.sparseThreshold": torch.zeros(1, 1)}}, "key 'arch' is 'vgg'; it must be"),
-        (THRESHOLDED, "key 'raw_threshold' is a raw threshold, but nothing says which g"),
-        (
-            {"model": {"raw_threshold": torch.zeros(1)}, "controller": None},
-            "key 'raw_threshold' has no 'weight' beside",
-        ),
+        (NO_G, "'raw_threshold' is a raw threshold, and nothing says which g"),
+        (THRESHOLDED | {"threshold_options": torch.zeros(9)}, "'threshold_options' does not name a g"),
     ],
 )
 def test_another_file_is_refused_and_nothing_in_it_is_run(

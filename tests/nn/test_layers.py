@@ -140,7 +140,7 @@ def test_direct_construction_takes_torchs_arguments(cls, kwargs, shape):
     own = {"g", "gradient"}
     state = {name: value for name, value in vars(layer).items() if name not in own and not name.startswith("_")}
     assert state == {name: value for name, value in vars(dense).items() if not name.startswith("_")}
-    assert list(layer.state_dict()) == [*dense.state_dict(), "raw_threshold"]
+    assert list(layer.state_dict()) == [*dense.state_dict(), "raw_threshold", "threshold_options"]
 
 
 def test_positional_arguments_are_torchs():

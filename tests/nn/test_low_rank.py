@@ -224,12 +224,13 @@ def test_copies_and_state() -> None:
     other = LowRankWeight(7, 5, 3)
     other.load_state_dict(torch.load(file))
     assert torch.equal(other.weight(), matrix.weight())
-    assert list(matrix.state_dict()) == ["u", "v", "m", "raw_threshold"]
+    assert list(matrix.state_dict()) == ["u", "v", "m", "raw_threshold", "threshold_options"]
     on_meta = LowRankWeight(7, 5, device="meta")
     assert on_meta.to_empty(device="cpu").u.shape == (7, 5)
+    assert on_meta.raw_threshold.item() == -10
     assert "max_rank=5" in repr(LowRankWeight(7, 5, device="meta"))
     assert "rank=3, threshold=0.1353" in repr(matrix)
-    zeros = {name: torch.zeros_like(value) for name, value in matrix.state_dict().items()}
+    zeros = {name: torch.zeros_like(value) for name, value in matrix.named_parameters()}
     assert not functional_call(matrix, zeros, torch.ones(5)).any()
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from str_triton import LowRankLinear, RankController, RankTarget, parameter_groups, sparsify
-from str_triton.nn import Control, str_layers
+from str_triton.nn import Control, thresholded_weights
 
 
 class Misnamed(nn.Module):
@@ -75,7 +75,7 @@ def test_every_trainable_parameter_once(granularity):
     assert len(everything) == len(set(everything))
     assert set(everything) == {id(parameter) for parameter in model.parameters()}
     thresholds = next(group for group in groups if group["name"] == "thresholds")["params"]
-    assert {id(raw) for raw in thresholds} == {id(layer.raw_threshold) for layer in str_layers(model).values()}
+    assert {id(raw) for raw in thresholds} == {id(weight.raw) for weight in thresholded_weights(model)}
     torch.optim.SGD(groups, lr=0.1)  # refuses a parameter in two groups
 
 

@@ -1,0 +1,101 @@
+"""What every module with a raw threshold shares."""
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from str_triton.nn.control import Control
+from str_triton.nn.raw_threshold import initial_raw, kept_apply
+from str_triton.nn.state import OPTIONS, RAW, options_tensor, saved_options
+from str_triton.ops.thresholds import threshold_function
+
+
+class ThresholdHolder:
+    """A mixin in front of `nn.Module`: a raw threshold, its options, and how both are saved.
+
+    Attributes:
+        raw_threshold: s, a Parameter; float32 (float64 if the weight is), also after `.half()` and the like. None in a
+            module without a threshold.
+        g, gradient: the options of `soft_threshold`.
+        control: the mark of the controller that sets the threshold.
+    """
+
+    g: str
+    gradient: str
+    raw_threshold: nn.Parameter | None
+    control: Control | None = None
+    _initial_raw: float | None = None
+    _shares_threshold = False  # An earlier module of the model has the same raw threshold.
+
+    def _hold(self, raw_threshold: nn.Parameter | None, g: str, gradient: str, initial: float | None = None) -> None:
+        self.register_parameter(RAW, raw_threshold)
+        self.g = g
+        self.gradient = gradient
+        self._initial_raw = initial
+
+    @property
+    def threshold(self) -> Tensor:
+        """g(raw_threshold), in units of the weights; raw_threshold's shape."""
+        return threshold_function(self.g).value(self.raw_threshold)
+
+    @torch.no_grad()
+    def scale_threshold(self, factor: float) -> None:
+        """Multiply the threshold, in place: raw_threshold becomes g^-1(factor * threshold)."""
+        self.raw_threshold.copy_(threshold_function(self.g).inverse(factor * self.threshold))
+
+    @torch.no_grad()
+    def reset_threshold(self) -> None:
+        """Set the raw threshold to its first value, in place."""
+        if self._parameters.get(RAW) is not None:
+            self.raw_threshold.fill_(self._first_raw())
+
+    def offsets_from(self, sizes: Tensor) -> Tensor:
+        """Return for each size the offset g^-1(|size|) - raw_threshold: added to raw_threshold, it and more prune it.
+
+        Detached, of the sizes' shape; -inf for a size of 0, inf for one that no threshold of g reaches.
+        """
+        raw = self.raw_threshold.detach()
+        magnitude = sizes.detach().abs().to(torch.promote_types(sizes.dtype, raw.dtype))
+        return threshold_function(self.g).inverse(magnitude) - raw
+
+    def _first_raw(self) -> float:
+        return initial_raw(self.g) if self._initial_raw is None else self._initial_raw
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        raw = self.raw_threshold
+        return super()._apply(fn if raw is None else kept_apply(fn, raw, self._first_raw()), recurse)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        raw = self.raw_threshold
+        if raw is not None:
+            if self._shares_threshold and not keep_vars:
+                # Formats without shared tensors, as safetensors, refuse a second name of a tensor.
+                destination[prefix + RAW] = raw.detach().clone()
+            destination[prefix + OPTIONS] = options_tensor(self.g, self.gradient, raw.device)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        try:
+            g = saved_options(state_dict, prefix) if self.raw_threshold is not None else None
+        except ValueError as error:
+            error_msgs.append(str(error))
+            return
+        if g not in (None, self.g):
+            error_msgs.append(
+                f"{prefix + RAW!r} was saved with g={g!r}, and the model has g={self.g!r}: make it with g={g!r}"
+            )
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )

@@ -1,0 +1,60 @@
+"""How a threshold stands in a state dict.
+
+A thresholded weight has the plain model's key and one more dimension in front, of size 1, so that no loader can take it
+for a plain weight. Beside its raw threshold stands a small uint8 tensor, a text that names g and the gradient.
+"""
+
+import torch
+from torch import Tensor
+
+from str_triton.ops.thresholds import THRESHOLD_FUNCTIONS
+
+RAW = "raw_threshold"
+OPTIONS = "threshold_options"
+LENGTH = 64  # bytes of an options text; the same for all options, so that all states of a model have the same shapes
+
+
+def options_tensor(g: str, gradient: str, device: torch.device) -> Tensor:
+    """Return the options of a threshold as a uint8 tensor that holds a text."""
+    text = f"g={g},gradient={gradient}".ljust(LENGTH).encode()
+    return torch.tensor(list(text), dtype=torch.uint8, device="cpu" if device.type == "meta" else device)
+
+
+def saved_g(name: str, options: Tensor) -> str:
+    """Return the g in an options tensor. Raises ValueError, which names the tensor's key, for other content."""
+    if options.dtype == torch.uint8 and options.dim() == 1 and options.numel() <= LENGTH and not options.is_meta:
+        text = bytes(options.tolist()).decode("ascii", "replace").strip()
+        g = dict(part.partition("=")[::2] for part in text.split(",")).get("g")
+        if g in THRESHOLD_FUNCTIONS:
+            return g
+    raise ValueError(f"{name!r} does not name a g that this version knows: the file is damaged or of a later version")
+
+
+def saved_options(state: dict[str, Tensor], prefix: str) -> str | None:
+    """Take the options of the threshold at `prefix` out of a state dict and return its g; None without a threshold.
+
+    Raises ValueError for a raw threshold that says no g.
+    """
+    options = state.pop(prefix + OPTIONS, None)
+    if options is not None:
+        return saved_g(prefix + OPTIONS, options)
+    if prefix + RAW in state:
+        raise ValueError(
+            f"{prefix + RAW!r} is a raw threshold, and nothing says which g applies it: save the state dict again, "
+            "from the sparsified model with this version of str_triton"
+        )
+    return None
+
+
+def marked(weight: Tensor) -> Tensor:
+    """Return the view of a thresholded weight that stands in a state dict."""
+    return weight.unsqueeze(0)
+
+
+def unmark(state: dict[str, Tensor], key: str, weight: Tensor) -> bool:
+    """Let a state dict hold the plain shape of `weight` under `key`; return whether it held a thresholded weight."""
+    saved = state.get(key)
+    if not isinstance(saved, Tensor) or saved.dim() != weight.dim() + 1 or saved.shape[0] != 1:
+        return False
+    state[key] = saved[0]
+    return True
