@@ -7,7 +7,8 @@ masks and state, with random zeros; every layer's execution is drawn at random. 
 other batches and for other sizes, saved and loaded. Under AddressSanitizer and UBSan, for the part in C:
 
     CC="gcc -fsanitize=address,undefined -fno-sanitize-recover=undefined -g" ASAN_OPTIONS=detect_leaks=0
-    LD_PRELOAD=$(gcc -print-file-name=libasan.so) XDG_CACHE_HOME=runs/asan python -m benchmarks.sparse_fuzz
+    LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libstdc++.so.6)" XDG_CACHE_HOME=runs/asan
+    python -m benchmarks.sparse_fuzz
 """
 
 import argparse

@@ -85,6 +85,12 @@ def plain_torch() -> Iterator[None]:
         yield
 
 
+def _context() -> contextlib.AbstractContextManager:
+    """Return `plain_torch`, or what is left of it where autocast is off: a graph names its devices."""
+    is_usual = torch.get_default_dtype() is torch.float32 and not torch.is_autocast_enabled("cpu")
+    return torch.no_grad() if is_usual else plain_torch()
+
+
 class SparseModel(CompiledModel):
     """A network that runs from a plan, for arguments of any size that the export holds for.
 
@@ -141,7 +147,7 @@ class SparseModel(CompiledModel):
 
     def run(self, leaves: Sequence[Any]) -> list[Any]:
         """Return the outputs, flat, for the leaves of a call's arguments."""
-        with plain_torch(), self._lock:
+        with _context(), self._lock:
             plan = self._plan(leaves)
             inputs = [leaves[i] for i in self._tensors]
             try:
