@@ -2,43 +2,53 @@
 
 The layers' thresholds relative to each other are the *distribution*; the offset is the *amount*. A weight w whose raw
 threshold is r is pruned from the offset g^-1(|w|) - r on, so that the offset for a given number of survivors (or their
-cost in FLOPs) is the k-th of these values: `select` finds it in two passes over the weights, on the device. Where the
-target names each layer's share, every layer has an offset of its own, and no distribution is left to choose.
+cost in FLOPs) is the k-th of these values. `allocate` finds it on the host and tells equal values apart; `select` finds
+it on a GPU between the points where exactness is promised, without waiting for the device. Where the target names each
+layer's share, every layer has an offset of its own, and no distribution is left to choose.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from str_triton.budget.count import count, counted_layers
-from str_triton.budget.offset_controller import OffsetController
+from str_triton.budget.allocate import NotANumberError, Source, allocate
+from str_triton.budget.count import count
+from str_triton.budget.offset_controller import OffsetController, unwrapped_names
 from str_triton.budget.select import select
-from str_triton.budget.target import Target
-from str_triton.nn import STRLayer, str_layers
+from str_triton.budget.survivors import keep_exactly, put
+from str_triton.budget.target import Costs, Target
+from str_triton.nn import Control, Matrix, ThresholdedWeight, matrices, thresholded_weights
+from str_triton.ops.thresholds import threshold_function
 
 FLOP_EXPONENT = 0.2  # More costs accuracy (docs/exact-budgets.md).
+UNCOVERED = 0.01  # Share of uncovered weights from which the controller warns.
 
 
 @dataclass
 class _Layer:
     """A thresholded weight, by the first of the layers that use it."""
 
-    name: str
-    module: STRLayer
-    cost: int  # of one surviving weight towards the target: 1, or its multiply-adds
-    flops: int  # multiply-adds of one weight; 0 if they were not counted
-    floor: int = 0  # weights that survive in any case
+    weight: ThresholdedWeight
+    cost: int  # of one surviving element towards the target: 1, or its multiply-adds
+    flops: int  # multiply-adds of one element; 0 if they were not counted
+    floor: int = 0  # elements that survive in any case
+
+    @property
+    def name(self) -> str:
+        return self.weight.name
 
     @property
     def raw(self) -> nn.Parameter:
-        return self.module.raw_threshold
+        return self.weight.raw
 
     @property
     def size(self) -> int:
-        return self.module.dense_weight.numel()
+        return self.weight.dense.numel()
 
 
 class SparsityController(OffsetController):
@@ -50,13 +60,17 @@ class SparsityController(OffsetController):
             optimizer.step()
             controller.step((i + 1) / steps)
 
-    The solve runs every `interval` steps and at progress 1, without host synchronization. In between the survivors
-    drift a little: evaluate, and write checkpoints, inside `with controller.exact()`, or after `solve()`.
+    Every `interval` steps the controller solves for the thresholds that the schedule will ask for at the next solve,
+    on a GPU without host synchronization, and in between it moves them there in equal steps. The survivors drift a
+    little on the way: evaluate, and write checkpoints, inside `with controller.exact()`. There, and from `finish()` or
+    `step(1.0)` on, the count is exact for every dtype and however many weights are equal: of weights that no threshold
+    tells apart the first ones survive (in the order of the model's layers and of a weight's elements), and the others
+    get the magnitude of the threshold, so that they are pruned; `exact()` puts them back on leaving.
 
     Args:
         model: a sparsified model.
-        target: what to reach. Sparsity is met to within one weight, FLOPs to within one weight's FLOPs, at every solve.
-            Of a layer with a share of its own round(share * weights) are zero at the end.
+        target: what to reach. Sparsity is met to within one weight, FLOPs to within one weight's FLOPs. Of a layer
+            with a share of its own round(share * weights) are zero at the end. Weights that are zero anyway stay zero.
         schedule: "cubic" (fast first, as in magnitude pruning), "linear" or "constant" from progress `begin` to `end`;
             before, all weights survive, and after, the target holds.
         example_input: for a target in FLOPs, as in `count`.
@@ -73,8 +87,9 @@ class SparsityController(OffsetController):
             otherwise drown the survivors (docs/methods.md). 1: they keep it throughout.
 
     Raises:
-        ValueError: a model without thresholds, a target that excluded layers make impossible or that names other
-            layers than the thresholded ones, a target in FLOPs without example_input, or arguments out of range.
+        ValueError: a model without thresholds or with another controller, a target that excluded layers make
+            impossible or that names other layers than the thresholded ones, a target in FLOPs without example_input, or
+            arguments out of range.
     """
 
     DISTRIBUTIONS = ("fixed", "flop-aware", "learned")
@@ -98,29 +113,35 @@ class SparsityController(OffsetController):
             raise ValueError(f"straight_through_until must be in [0, 1], got {straight_through_until}")
         self.straight_through_until = straight_through_until
         self.target = target
-        self._layers, self._others, self._fixed, self._dense = _inventory(
-            model, target, example_input, count_flops=target.flops is not None or distribution == "flop-aware"
+        self._layers, self._others, costs = _inventory(
+            model, target, example_input, count_flops=target.counts_flops or distribution == "flop-aware"
         )
+        self._dense = costs.thresholded
         shared = len({id(layer.raw) for layer in self._layers}) < len(self._layers)
-        if shared and (floor or distribution == "flop-aware" or target.layers is not None):
+        if shared and (floor or distribution == "flop-aware" or target.by_layer):
             raise ValueError(
                 "one raw threshold for several weights can neither keep a floor or a share in each nor be flop-aware: "
                 "sparsify with another granularity, or pass floor=0, distribution='fixed' and no target by layers"
             )
-        if target.layers is None:
-            self._keep = self._final_cost()
-            self._set_floors(floor)
-        else:
+        if target.by_layer:
             self._check_layers(target.layers)
+        else:
+            self._keep = min(target.keep(costs), self._dense)
+            self._set_floors(floor)
+        uses = list(thresholded_weights(model))
+        self._straight_through = [use.holder for use in uses if use.holder.gradient == "straight_through"]
+        self._take((layer.raw for layer in self._layers), [use.holder for use in uses])
         if distribution == "flop-aware":
             for layer in self._layers:
-                layer.module.scale_threshold(max(layer.flops, 1) ** FLOP_EXPONENT)
-        modules = str_layers(model).values()
-        self._straight_through = [module for module in modules if module.gradient == "straight_through"]
-        self._take((layer.raw for layer in self._layers), modules)
+                layer.weight.holder.scale_threshold(max(layer.flops, 1) ** FLOP_EXPONENT)
+        self._before = [raw.detach().clone() for raw in self._raws]
+        # How far the next solve's thresholds are, in parts of one step each; and who is then held back how much more.
+        self._drift: tuple[list[Tensor], list[Tensor]] | None = None
+        self._changed: list[tuple[int, Tensor, Tensor]] = []  # What exact() has to put back: layer, places, values.
         self._set_gradient()
 
     def _advance(self, progress: float) -> None:
+        self._pace = progress - self.progress
         super()._advance(progress)
         self._set_gradient()
 
@@ -129,6 +150,23 @@ class SparsityController(OffsetController):
         for module in self._straight_through:
             if module.gradient != gradient:  # at every step: nn.Module's assignment is slow
                 module.gradient = gradient
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        if self.steps == 0:
+            self.solve()
+        elif self._drift is not None:
+            self._move(self._drift[0])
+            torch._foreach_add_(self._held_back, self._drift[1])
+        if self.steps % self.interval == 0:
+            self._aim()
+
+    def _aim(self) -> None:
+        """Solve for the thresholds at the next solve, and spread the way there over the steps in between."""
+        ahead = min(self.progress + self._pace * self.interval, 1.0)
+        shifts, held = self._shifts(self._done(ahead))
+        more = [after - now for after, now in zip(held, self._held_back, strict=True)]
+        self._drift = tuple([change / self.interval for change in changes] for changes in (shifts, more))
 
     def _check_layers(self, shares: Mapping[str, float]) -> None:
         if self.distribution != "fixed":
@@ -139,102 +177,226 @@ class SparsityController(OffsetController):
         if unknown := sorted(shares.keys() - names):
             raise ValueError(f"the target names {unknown[0]!r}, which is no thresholded layer of the model")
 
-    def _final_cost(self) -> int:
-        """What the thresholded weights may cost at the end."""
-        if self.target.flops is not None:
-            keep = self.target.flops - self._fixed
-        else:
-            others = sum(getattr(module, attribute).numel() for module, attribute in self._others)
-            total = self._dense + others
-            nonzeros = self.target.nonzeros
-            keep = (total - round(self.target.sparsity * total) if nonzeros is None else nonzeros) - others
-        return min(keep, self._dense)
-
     def _set_floors(self, floor: float) -> None:
         if not 0 <= floor <= 1:
             raise ValueError(f"floor must be in [0, 1], got {floor}")
         density = max(self._keep, 0) / self._dense
         for layer in self._layers:
             uniform = int(floor * density * layer.size)
-            layer.floor = max(1, min(uniform, layer.module.dense_weight.shape[0])) if floor else 0
+            layer.floor = max(1, min(uniform, layer.weight.dense.shape[0])) if floor else 0
         least = sum(layer.floor * layer.cost for layer in self._layers)
         if self._keep < least:
-            unit = "FLOPs" if self.target.flops is not None else "weights"
+            unit = "FLOPs" if self.target.counts_flops else "weights"
             raise ValueError(
                 f"{self.target} cannot be met: it leaves {self._keep:,} {unit} to the thresholded layers, which need "
                 f"{least:,} or more; excluded layers and pools count as dense"
             )
 
-    def _cut(self) -> tuple[Tensor, Tensor, list[Tensor]]:
-        if self.target.layers is not None:
-            return self._cut_each(self.target.layers)
+    def _shifts(self, done: float) -> tuple[list[Tensor], list[Tensor]]:
+        if self._raws[0].device.type != "cpu":
+            return super()._shifts(done)
+        try:
+            return self._allocated(done)[:2]
+        except NotANumberError:  # Said where exactness is promised; until then the thresholds stay where they are.
+            return [torch.zeros_like(held) for held in self._held_back], self._held_back
+
+    def _allocated(self, done: float) -> tuple[list[Tensor], list[Tensor], list[int]]:
+        """Return how far to move each raw threshold, how far it is then held back, and what each layer keeps."""
+        before = {id(raw): held for raw, held in zip(self._raws, self._held_back, strict=True)}
+        middle = float(torch.cat([raw.detach().flatten() for raw in self._raws]).mean())
+        sources = [
+            Source(
+                layer.weight.dense,
+                threshold_function(layer.weight.holder.g).inverse,
+                layer.raw.detach() + before[id(layer.raw)] - middle,  # near 0, where float32 is fine
+                layer.cost,
+                layer.floor,
+            )
+            for layer in self._layers
+        ]
+        if self.target.by_layer:
+            found = [
+                allocate([source], layer.size - self._zeros(layer, done))
+                for source, layer in zip(sources, self._layers, strict=True)
+            ]
+            offsets, kept = [one.offset for one in found], [one.kept[0] for one in found]
+            own = {id(layer.raw): (offset, offset) for layer, offset in zip(self._layers, offsets, strict=True)}
+        else:
+            found = allocate(sources, int(self._budget(done)))
+            kept = found.kept
+            own = {
+                id(layer.raw): (found.offset, min(found.offset, cap))
+                for layer, cap in zip(self._layers, found.caps, strict=True)
+            }
+        shifts, held = [], []
+        for raw, now in zip(self._raws, self._held_back, strict=True):
+            common, offset = own[id(raw)]
+            held.append(torch.full_like(now, common - offset))
+            shifts.append(now + (offset - middle))
+        return shifts, held, kept
+
+    def _make_exact(self, done: float) -> None:
+        try:
+            shifts, self._held_back, kept = self._allocated(done)
+        except NotANumberError as error:
+            raise ValueError(
+                f"weight {self._layers[error.index].name!r} holds NaN, so that no share of it can be pruned: training "
+                "has diverged; go back to an earlier checkpoint"
+            ) from None
+        with torch.no_grad():
+            self._move(shifts)
+        for number, (layer, count_kept) in enumerate(zip(self._layers, kept, strict=True)):
+            changed = keep_exactly(layer.weight, count_kept)
+            if changed is not None:
+                self._changed.append((number, *changed))
+        if self._training is None:
+            self._drift = None
+
+    def _undo_exact(self) -> None:
+        for number, places, values in self._changed:
+            put(self._layers[number].weight.dense.detach(), places, values)
+        self._changed = []
+
+    def finish(self, model: nn.Module | None = None) -> None:
+        super().finish(model)
+        self._changed = []  # for good
+        self._set_gradient()
+
+    @contextmanager
+    def _borrow(self, model: nn.Module) -> Iterator[list[Control]]:
+        own = self._layers, self._others, self._raws, self._before, self._held_back, self._changed, self._drift
+        uses = unwrapped_names({use.name: use for use in thresholded_weights(model)})
+        for layer in self._layers:
+            use = uses.get(layer.name)
+            if use is None or use.dense.shape != layer.weight.dense.shape or use.raw.shape != layer.raw.shape:
+                raise ValueError(
+                    f"the model has no thresholded weight {layer.name!r} of shape {list(layer.weight.dense.shape)}: "
+                    "give a copy or an average of the controller's own model"
+                )
+        self._layers = [replace(layer, weight=uses[layer.name]) for layer in self._layers]
+        others = unwrapped_names({matrix.name: matrix for matrix in matrices(model)})
+        self._others = [others.get(other.name, other) for other in self._others]
+        self._raws = list({id(layer.raw): layer.raw for layer in self._layers}.values())
+        self._before = [raw.detach().clone() for raw in self._raws]
+        self._changed = []
+        try:
+            yield list(
+                {id(use.holder.control): use.holder.control for use in uses.values() if use.holder.control}.values()
+            )
+        finally:
+            self._layers, self._others, self._raws, self._before, self._held_back, self._changed, self._drift = own
+
+    def _cut(self, done: float) -> tuple[Tensor, Tensor, list[Tensor]]:
+        if self.target.by_layer:
+            return self._cut_each(done)
         held_back = {id(raw): held for raw, held in zip(self._raws, self._held_back, strict=True)}
         critical, caps = [], {}
         for layer in self._layers:
             values, cap = _critical_offsets(layer, held_back[id(layer.raw)])
             critical.append(values)
             caps[id(layer.raw)] = cap
-        below, above = select(critical, [layer.cost for layer in self._layers], self._budget_now())
+        budget = torch.zeros((), dtype=torch.int64, device=self._raws[0].device) + self._budget(done)
+        below, above = select(critical, [layer.cost for layer in self._layers], budget)
         return below, above, [caps[id(raw)] for raw in self._raws]
 
-    def _cut_each(self, shares: Mapping[str, float]) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Each layer on its own; the raw thresholds are one per layer and stand in the layers' order."""
-        done, device, cuts = self._done(), self._raws[0].device, []
+    def _cut_each(self, done: float) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Cut each layer on its own; the raw thresholds are one per layer and stand in the layers' order."""
+        device, cuts = self._raws[0].device, []
         for layer in self._layers:
-            values = layer.module.pruning_offsets().flatten().to(torch.float32)
-            keep = layer.size - round(done * round(shares[layer.name] * layer.size))
+            values = layer.weight.pruning_offsets().flatten().to(torch.float32)
+            keep = layer.size - self._zeros(layer, done)
             cuts.append(select([values], [1], torch.full((), keep, device=device)))
         below, above = (torch.stack(cut) for cut in zip(*cuts, strict=True))
         return below, above, [torch.full((), torch.inf, device=device)] * len(cuts)
 
-    def _budget_now(self) -> Tensor:
-        """What the thresholded weights may cost now; int64 on their device."""
-        done = self._done()
-        keep = torch.full((), self._dense - round(done * (self._dense - self._keep)), device=self._raws[0].device)
-        if self.target.flops is None and done == 1:  # Zeros in layers without a threshold count towards the target.
-            for module, attribute in self._others:
-                weight = getattr(module, attribute)
-                keep += weight.numel() - weight.count_nonzero()
+    def _zeros(self, layer: _Layer, done: float) -> int:
+        """Return how many elements of a layer with a share of its own are zero."""
+        return round(done * round(self.target.layers[layer.name] * layer.size))
+
+    def _budget(self, done: float) -> int | Tensor:
+        """Return what the thresholded weights may cost when the schedule has gone this far; int64 on the device.
+
+        At the end zeros in weights without a threshold count towards the target.
+        """
+        keep = self._dense - round(done * (self._dense - self._keep))
+        if done == 1 and not self.target.counts_flops:
+            for other in self._others:
+                weight = _weight_of(other)
+                keep = keep + weight.numel() - weight.count_nonzero()
         return keep
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"layers": None if self.target.layers is None else dict(self.target.layers)}
+        state = super().state_dict()
+        drift = None if self._drift is None else [[part.clone() for part in parts] for parts in self._drift]
+        return state | {
+            "layers": dict(self.target.layers) if self.target.by_layer else None,
+            "drift": drift,
+            "changed": [(number, places.clone(), values.clone()) for number, places, values in self._changed],
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state.get("layers") != self.target.layers:
+        if state.get("layers") != (self.target.layers if self.target.by_layer else None):
             raise ValueError("the state was made for another target by layers; has the file that names it changed?")
         super().load_state_dict(state)
+        device = self._raws[0].device
+        drift = state["drift"]
+        self._drift = None if drift is None else tuple([part.to(device) for part in parts] for parts in drift)
+        for number, places, values in state["changed"]:
+            put(self._layers[number].weight.dense.detach(), places.to(device), values.to(device))
         self._set_gradient()
 
 
 def _inventory(
     model: nn.Module, target: Target, example_input: Any, count_flops: bool
-) -> tuple[list[_Layer], list, int, int]:
-    """The thresholded weights, the counted weights without a threshold, what is fixed, and the cost of all weights."""
-    modules = str_layers(model)
-    if not modules:
+) -> tuple[list[_Layer], list[Matrix], Costs]:
+    """Return the thresholded weights, the covered weights without a threshold, and what all cost."""
+    first: dict[int, ThresholdedWeight] = {}
+    for use in thresholded_weights(model):
+        first.setdefault(id(use.dense), use)
+    if not first:
         raise ValueError("the model has no thresholded layers: call sparsify(model) first")
-    costs, fixed = {}, 0
+    flops, total = {}, 0
     if count_flops:
         if example_input is None:
             raise ValueError("to count FLOPs the controller needs example_input, an input of the model")
         budget = count(model, example_input)
-        costs = {row.name: row.dense_flops // row.params for row in budget.rows if row.params}
-    layers, others = [], []
-    for name, module, attribute in counted_layers(model):
-        if isinstance(module, STRLayer):
-            flops = costs.get(name, 0)
-            layers.append(_Layer(name, module, 1 if target.flops is None else flops, flops))
-        else:
-            others.append((module, attribute))
+        flops = {row.name: row.dense_flops // row.params for row in budget.rows if row.params}
+        total = budget.dense_flops
+    layers = []
+    for use in first.values():
+        own = flops.get(use.name, 0)
+        layers.append(_Layer(use, own if target.counts_flops else 1, own))
+    thresholded = {layer.name for layer in layers}
+    others = [matrix for matrix in matrices(model) if matrix.covered and matrix.name not in thresholded]
     dense = sum(layer.cost * layer.size for layer in layers)
     if dense == 0:
         raise ValueError(
             "the thresholded layers cost no FLOPs for this example_input, so that no threshold can meet a target"
         )
-    if target.flops is not None:
-        fixed = budget.dense_flops - dense
-    return layers, others, fixed, dense
+    _warn_of_uncovered(model)
+    return layers, others, Costs(dense, sum(_weight_of(matrix).numel() for matrix in others), total)
+
+
+def _warn_of_uncovered(model: nn.Module) -> None:
+    """Warn where more than 1 % of the model's weights are of kinds that `sparsify` does not cover."""
+    total, uncovered = 0, {}
+    for matrix in matrices(model):
+        size = _weight_of(matrix).numel()
+        total += size
+        if not (matrix.covered or matrix.excluded):
+            uncovered[matrix.name] = size
+    share = sum(uncovered.values()) / max(1, total)
+    if share > UNCOVERED:
+        names = ", ".join(list(uncovered)[:5]) + (f" and {len(uncovered) - 5} others" if len(uncovered) > 5 else "")
+        warnings.warn(
+            f"the target covers {100 * (1 - share):.1f} % of the model's weights; these are not covered: {names}. Name "
+            "them in sparsify(..., parameters=[...]) to sparsify them, or in exclude=[...] to leave them out",
+            stacklevel=4,
+        )
+
+
+def _weight_of(matrix: Matrix) -> Tensor:
+    return getattr(matrix.module, matrix.attribute).detach()
 
 
 def _critical_offsets(layer: _Layer, held_back: Tensor) -> tuple[Tensor, Tensor]:
@@ -242,9 +404,11 @@ def _critical_offsets(layer: _Layer, held_back: Tensor) -> tuple[Tensor, Tensor]
 
     Offsets count from where the raw threshold would be if no floor had held it back.
     """
-    values = (layer.module.pruning_offsets() - held_back).flatten().to(torch.float32)
+    values = (layer.weight.pruning_offsets() - held_back).flatten().to(torch.float32)
     if layer.floor == 0:
         return values, torch.full((), torch.inf, device=values.device)
-    top = values.topk(min(layer.floor + 1, values.numel()))
-    values.index_fill_(0, top.indices[: layer.floor], torch.inf)
-    return values, (top.values[layer.floor - 1] + top.values[-1]) / 2
+    top = values.topk(min(layer.floor, values.numel()))
+    last = top.values[-1]
+    below = values.where(values < last, -torch.inf).amax()
+    values.index_fill_(0, top.indices, torch.inf)
+    return values, torch.where(below.isinf(), last - 1, (last + below) / 2)

@@ -6,7 +6,7 @@ how far it may move a threshold, is for the kind of controller to say (`_cut`).
 
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from str_triton.nn import Control
 # What the optimizer may do to learned thresholds: steps at full length kill a layer (docs/exact-budgets.md).
 LEARNING_RATE = 0.1  # of its steps' length
 BOUND = 0.5  # largest distance of a raw threshold from the mean
+WRAPPERS = ("module", "_orig_mod")  # in front of the names in averages, DistributedDataParallel and torch.compile
 FREEZE = 0.35  # share of training after which the distribution stays
 
 
@@ -44,20 +45,26 @@ class OffsetController:
         self.distribution = distribution
         self.interval = interval
         self.progress, self.steps = 0.0, 0
-        self._training: list[Tensor] | None = None  # The raw thresholds to come back to, inside exact().
+        # Raw thresholds and what holds them back, to come back to, inside exact().
+        self._training: tuple[list[Tensor], list[Tensor]] | None = None
 
     def _take(self, raws: Iterable[nn.Parameter], modules: Iterable[nn.Module]) -> None:
-        """Hold these raw thresholds, each once, and tell the modules that theirs are held."""
+        """Hold these raw thresholds, each once, and mark the modules that use them."""
+        modules = list(modules)
+        if any(module.control is not None and module.control.is_held for module in modules):
+            raise ValueError(
+                "the model has a controller already: use that one, or delete it (del controller) before making another"
+            )
         self._raws = list({id(raw): raw for raw in raws}.values())
         self._before = [raw.detach().clone() for raw in self._raws]  # What the optimizer's step begins with.
         self._held_back = [raw.new_zeros(()) for raw in self._before]
         for raw in self._raws:
             raw.requires_grad_(self.distribution == "learned")
-        self._control = Control(owner=weakref.ref(self))
+        self._control = Control(owner=weakref.ref(self), status="no step was made")
         for module in modules:
             module.control = self._control
 
-    def _cut(self) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def _cut(self, done: float) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Between which two offsets to cut, and for each raw threshold the largest one that it may take.
 
         Scalars on the device of the raw thresholds, or a value for each, where each has an offset of its own: [raw
@@ -68,30 +75,102 @@ class OffsetController:
         raise NotImplementedError
 
     def step(self, progress: float) -> None:
-        """Call after `optimizer.step()`, with the share of training that is done, 0 to 1; at 1 the target is met."""
+        """Follow the schedule; call it after `optimizer.step()`.
+
+        Args:
+            progress: the share of training that is done, 0 to 1. At 1 the target is met, as by `finish()`.
+
+        Raises:
+            ValueError: progress out of range, or smaller than at the step before.
+        """
         self._advance(progress)
         if self.distribution == "learned":
             self._temper()
-        if self.steps % self.interval == 0 or progress == 1:
-            self.solve()
+        if progress == 1:
+            self.finish()
+        else:
+            self._follow()
         self.steps += 1
+
+    def _follow(self) -> None:
+        """Do what a step before the end does: solve at every interval."""
+        if self.steps % self.interval == 0:
+            self.solve()
 
     def _advance(self, progress: float) -> None:
         if not 0 <= progress <= 1:
             raise ValueError(f"progress must be in [0, 1], got {progress}")
+        if progress < self.progress:
+            raise ValueError(
+                f"progress must not go backwards, got {progress} after {self.progress}: "
+                "begin another training with a new controller"
+            )
         self.progress = progress
+        self._control.reached = False
+        self._control.status = f"progress {progress:.4g} of 1"
 
     @torch.no_grad()
     def solve(self) -> None:
         """Move all raw thresholds by one offset so that the model costs what the schedule says now."""
-        shifts, self._held_back = self._shifts()
+        shifts, self._held_back = self._shifts(self._done())
+        self._move(shifts)
+
+    def _move(self, shifts: list[Tensor]) -> None:
         for raw, before, shift in zip(self._raws, self._before, shifts, strict=True):
             raw.add_(shift)
             before.add_(shift)
 
-    def _shifts(self) -> tuple[list[Tensor], list[Tensor]]:
-        """By how much to move each raw threshold, and how far its floor then holds it back from the common offset."""
-        below, above, caps = self._cut()
+    def finish(self, model: nn.Module | None = None) -> None:
+        """Make the model meet the target now, exactly and for good.
+
+        `step(1.0)` does the same. Where an optimizer goes on afterwards, the model drifts from the target.
+
+        Args:
+            model: another model of the same structure, such as an average of weights
+                (`torch.optim.swa_utils.AveragedModel`), which meets the target by its own weights; None: the
+                controller's own.
+
+        Raises:
+            ValueError: a weight is NaN, or `model` has other thresholded weights.
+        """
+        if model is not None:
+            lent = self._raws
+            with self._borrow(model) as controls:
+                self._adopt(lent)
+                self._make_exact(done=1.0)
+            for control in controls:
+                control.reached = True
+            return
+        self.progress = 1.0
+        self._make_exact(done=1.0)
+        self._control.reached = True
+
+    def _make_exact(self, done: float) -> None:
+        """Move the raw thresholds, and what else it takes, until the model costs exactly what it should."""
+        shifts, self._held_back = self._shifts(done)
+        with torch.no_grad():
+            self._move(shifts)
+
+    def _undo_exact(self) -> None:
+        """Take back what `_make_exact` did beside moving raw thresholds."""
+
+    @contextmanager
+    def _borrow(self, model: nn.Module) -> Iterator[list[Control]]:
+        """Let the controller work on another model of the same structure; yield that model's marks."""
+        raise NotImplementedError
+        yield
+
+    @torch.no_grad()
+    def _adopt(self, raws: list[nn.Parameter]) -> None:
+        """Give a borrowed model the controller's own distribution, not an average of those on the way."""
+        for own, before, raw in zip(self._raws, self._before, raws, strict=True):
+            if own is not raw:
+                own.copy_(raw)
+                before.copy_(raw)
+
+    def _shifts(self, done: float) -> tuple[list[Tensor], list[Tensor]]:
+        """Return how far to move each raw threshold, and how far its floor then holds it back from the offset."""
+        below, above, caps = self._cut(done)
         # Halfway, where rounding cannot move a weight across; nothing to cut, or nothing to keep, is one step away.
         offset = torch.where(below.isinf(), above - 1, torch.where(above.isinf(), below + 1, (below + above) / 2))
         offset = offset.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
@@ -110,37 +189,52 @@ class OffsetController:
             before.copy_(raw)
 
     @contextmanager
-    def exact(self) -> Iterator[None]:
+    def exact(self, model: nn.Module | None = None) -> Iterator[None]:
         """Inside, the model costs exactly what the schedule says; on leaving, training goes on as if nothing had been.
 
         For evaluation and checkpoints: a state dict of the model taken inside holds the exact thresholds, and that of
-        the controller the ones to go on with.
+        the controller what to go on with.
+
+        Args:
+            model: another model of the same structure, such as an average of weights; None: the controller's own.
+
+        Raises:
+            ValueError: a weight is NaN, or `model` has other thresholded weights.
         """
-        if self._training is not None:
+        if model is None and self._training is not None:
             yield
             return
-        self._training = [raw.detach().clone() for raw in self._raws]
-        try:
-            with torch.no_grad():
-                for raw, shift in zip(self._raws, self._shifts()[0], strict=True):
-                    raw.add_(shift)
-            yield
-        finally:
-            with torch.no_grad():
-                for raw, value in zip(self._raws, self._training, strict=True):
-                    raw.copy_(value)
-            self._training = None
+        lent = self._raws
+        with self._borrow(model) if model is not None else nullcontext([self._control]) as controls:
+            held_back, outer = self._held_back, self._training
+            raws, before = ([raw.detach().clone() for raw in held] for held in (self._raws, self._before))
+            if model is None:
+                self._training = raws, held_back
+            try:
+                self._adopt(lent)
+                self._make_exact(self._done())
+                for control in controls:
+                    control.exact = True
+                yield
+            finally:
+                self._undo_exact()
+                with torch.no_grad():
+                    for raw, value in zip((*self._raws, *self._before), (*raws, *before), strict=True):
+                        raw.copy_(value)
+                self._held_back, self._training = held_back, outer
+                for control in controls:
+                    control.exact = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Progress and raw thresholds, for `load_state_dict`; solves first unless inside `exact()`."""
+        """Return progress and raw thresholds, for `load_state_dict`; solves first unless inside `exact()`."""
         if self._training is None:
             self.solve()
-        raws = self._raws if self._training is None else self._training
+        raws, held_back = (self._raws, self._held_back) if self._training is None else self._training
         return {
             "progress": self.progress,
             "steps": self.steps,
             "raw_thresholds": [raw.detach().clone() for raw in raws],
-            "held_back": [held.clone() for held in self._held_back],
+            "held_back": [held.clone() for held in held_back],
         }
 
     @torch.no_grad()
@@ -155,9 +249,22 @@ class OffsetController:
             raw.copy_(value)
             before.copy_(value)
         self._held_back = [held.to(raw) for held, raw in zip(state["held_back"], self._raws, strict=True)]
+        self._control.status = f"progress {self.progress:.4g} of 1"
 
-    def _done(self) -> float:
-        """How much of the way to the target the schedule has gone, 0 to 1."""
-        if self.begin <= self.progress < self.end:
-            return SCHEDULES[self.schedule]((self.progress - self.begin) / (self.end - self.begin))
-        return float(self.progress >= self.end)
+    def _done(self, progress: float | None = None) -> float:
+        """Return how much of the way to the target the schedule has gone, 0 to 1, at this progress (None: now)."""
+        progress = self.progress if progress is None else progress
+        if self.begin <= progress < self.end:
+            return SCHEDULES[self.schedule]((progress - self.begin) / (self.end - self.begin))
+        return float(progress >= self.end)
+
+
+def unwrapped_names(items: dict[str, Any]) -> dict[str, Any]:
+    """Return the items by their names without the words that wrappers of a model put in front."""
+    found = {}
+    for name, item in items.items():
+        parts = name.split(".")
+        while len(parts) > 1 and parts[0] in WRAPPERS:
+            del parts[0]
+        found.setdefault(".".join(parts), item)
+    return found

@@ -5,17 +5,18 @@ What its cut saves follows from its place in its matrix's order, since the small
 the offsets of all matrices, and a running sum of what they save, give the cost of every possible cut, on the device.
 """
 
-import math
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from str_triton.budget.offset_controller import OffsetController
+from str_triton.budget.offset_controller import OffsetController, unwrapped_names
 from str_triton.budget.rank_budget import factored_matrices, other_costs
-from str_triton.budget.target import RankTarget
-from str_triton.nn import LowRankWeight
+from str_triton.budget.survivors import put
+from str_triton.budget.target import RankCosts, RankTarget
+from str_triton.nn import Control, LowRankWeight
 
 # Offsets nearer than this many units of rounding count as equal: some ten roundings lie between an offset and the cut.
 TIE = 8
@@ -75,19 +76,22 @@ class RankController(OffsetController):
     ) -> None:
         super().__init__(schedule=schedule, begin=begin, end=end, distribution=distribution, interval=interval)
         self.target = target
-        thresholded = [matrix for matrix in factored_matrices(model).values() if matrix.raw_threshold is not None]
-        self._matrices = [matrix for matrix in thresholded if target.recurrent_flops is None or matrix.recurrent]
+        named = {n: m for n, m in factored_matrices(model).items() if m.raw_threshold is not None}
+        thresholded = list(named.values())
+        self._matrices = [matrix for matrix in thresholded if matrix.recurrent or not target.recurrent_only]
         if not self._matrices:
-            kind = "low-rank matrix" if target.recurrent_flops is None else "recurrent low-rank matrix"
+            kind = "recurrent low-rank matrix" if target.recurrent_only else "low-rank matrix"
             raise ValueError(f"the model has no {kind} with a threshold for {target}")
         if len({id(matrix.raw_threshold) for matrix in self._matrices}) < len(self._matrices):
             raise ValueError(
                 "one raw threshold for several matrices cannot keep a component in each: give each its own"
             )
-        self._full = sum(self._cost(matrix, matrix.max_rank) for matrix in self._matrices)
+        self._names = [name for name, matrix in named.items() if any(matrix is m for m in self._matrices)]
+        self._kept: list[Tensor] = []  # What exact() has to put back.
+        self._full = sum(target.cost(matrix, matrix.max_rank) for matrix in self._matrices)
         self._keep = self._final_cost(model)
         savings = [
-            self._cost(matrix, rank) - self._cost(matrix, rank - 1)
+            target.cost(matrix, rank) - target.cost(matrix, rank - 1)
             for matrix in self._matrices
             for rank in range(matrix.max_rank, 0, -1)
         ]
@@ -100,33 +104,21 @@ class RankController(OffsetController):
         self._first = [raw.detach().clone() for raw in self._raws]
         self._survivors: list[Tensor] | None = None  # The components that are left, once the ranks are settled.
 
-    def _cost(self, matrix: LowRankWeight, rank: int) -> int:
-        return rank if self.target.total_rank is not None else matrix.compact_cost(rank)
-
     def _final_cost(self, model: nn.Module) -> int:
-        """What the controlled matrices may cost at the end."""
-        matrices = list(factored_matrices(model).values())
-        controlled = set(map(id, self._matrices))
+        """Return what the controlled matrices may cost at the end."""
+        target, controlled = self.target, set(map(id, self._matrices))
+        matrices = [m for m in factored_matrices(model).values() if m.recurrent or not target.recurrent_only]
         others, other_recurrent = other_costs(model)
-        ((name, value),) = ((name, value) for name, value in vars(self.target).items() if value is not None)
-        if name == "recurrent_flops":
-            matrices, fixed = [matrix for matrix in matrices if matrix.recurrent], other_recurrent
-        else:
-            fixed = 0 if name == "total_rank" else others
-        fixed += sum(self._cost(matrix, matrix.max_rank) for matrix in matrices if id(matrix) not in controlled)
-        least = fixed + sum(self._cost(matrix, 1) for matrix in self._matrices)
-        largest = fixed + self._full
-        if name == "compression":
-            dense = others + sum(matrix.rows * matrix.columns for matrix in matrices)
-            final = math.floor(dense / value * (1 + 1e-12))  # RankBudget.compression gives back its own parameters.
-            bounds = f"{math.ceil(dense / largest * 1e4) / 1e4} to {math.floor(dense / least * 1e4) / 1e4}"
-        else:
-            # No more than the first that is too large: infinity has no floor.
-            final, bounds = math.floor(min(value, largest + 1)), f"{least} to {largest}"
-        if not least <= final <= largest:
-            problem = "above the maximum" if final > largest else "below one component per matrix"
-            raise ValueError(f"rank target {problem}: {name}={value}, possible are {bounds}")
-        return final - fixed
+        return target.keep(
+            RankCosts(
+                full=self._full,
+                least=sum(target.cost(matrix, 1) for matrix in self._matrices),
+                uncontrolled=sum(target.cost(m, m.max_rank) for m in matrices if id(m) not in controlled),
+                dense_matrices=sum(matrix.rows * matrix.columns for matrix in matrices),
+                others=others,
+                other_recurrent=other_recurrent,
+            )
+        )
 
     def step(self, progress: float) -> None:
         """Call after `optimizer.step()`, with the share of training that is done, 0 to 1; from `end` the target is met.
@@ -136,6 +128,7 @@ class RankController(OffsetController):
         if self._survivors is not None:
             self._advance(progress)
             self._hold()
+            self._control.reached = progress == 1
             return
         ends = progress >= self.end
         if ends or self.steps % (self.interval * REFACTOR) == 0:
@@ -144,6 +137,14 @@ class RankController(OffsetController):
         super().step(progress)
         if ends:
             self._settle()
+
+    def finish(self, model: nn.Module | None = None) -> None:
+        if self._survivors is None or model is not None:
+            super().finish(model)
+            return
+        self.progress = 1.0
+        self._hold()
+        self._control.reached = True
 
     @torch.no_grad()
     def solve(self) -> None:
@@ -154,8 +155,46 @@ class RankController(OffsetController):
         self._separate()
         super().solve()
 
-    def exact(self) -> AbstractContextManager[None]:
-        return super().exact() if self._survivors is None else nullcontext()
+    def exact(self, model: nn.Module | None = None) -> AbstractContextManager[None]:
+        return nullcontext() if self._survivors is not None and model is None else super().exact(model)
+
+    def _make_exact(self, done: float) -> None:
+        for name, matrix in zip(self._names, self._matrices, strict=True):
+            if not bool(torch.isfinite(matrix.singular_values()).all()):
+                raise ValueError(
+                    f"matrix {name!r} holds NaN or infinity, so that it has no rank: training has diverged; go back to "
+                    "an earlier checkpoint"
+                )
+        if self._survivors is None:
+            super()._make_exact(done)
+            return
+        self._kept = [matrix.m.detach().clone() for matrix in self._matrices]
+        self._hold()
+
+    def _undo_exact(self) -> None:
+        for matrix, m in zip(self._matrices, self._kept, strict=False):
+            put(matrix.m.detach(), torch.arange(len(m), device=m.device), m)
+        self._kept = []
+
+    @contextmanager
+    def _borrow(self, model: nn.Module) -> Iterator[list[Control]]:
+        own = self._matrices, self._raws, self._before, self._held_back
+        found = unwrapped_names(factored_matrices(model))
+        for name, matrix in zip(self._names, self._matrices, strict=True):
+            other = found.get(name)
+            if other is None or other.shape != matrix.shape or other.max_rank != matrix.max_rank:
+                raise ValueError(
+                    f"the model has no factored matrix {name!r} of shape {list(matrix.shape)} and {matrix.max_rank} "
+                    "components: give a copy or an average of the controller's own model"
+                )
+        self._matrices = [found[name] for name in self._names]
+        self._raws = [matrix.raw_threshold for matrix in self._matrices]
+        self._before = [raw.detach().clone() for raw in self._raws]
+        try:
+            controls = {id(matrix.control): matrix.control for matrix in self._matrices if matrix.control is not None}
+            yield list(controls.values())
+        finally:
+            self._matrices, self._raws, self._before, self._held_back = own
 
     def _settle(self) -> None:
         """Let the ranks be what they are now, from here on."""
@@ -195,7 +234,7 @@ class RankController(OffsetController):
         for raw, held in moved:
             raw.sub_(held)
 
-    def _cut(self) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def _cut(self, done: float) -> tuple[Tensor, Tensor, list[Tensor]]:
         critical, tie = self._critical_offsets()
         values, caps = zip(*(_keep_largest(offsets.sort().values, tie) for offsets in critical), strict=True)
         ordered, order = torch.cat(values).sort(stable=True)
@@ -203,7 +242,7 @@ class RankController(OffsetController):
         # At place n the first n are cut, which lie up to below[n], and the others, from above[n] on, are kept.
         below, above = torch.cat([-infinity, ordered]), torch.cat([ordered, infinity])
         saved = torch.cat([self._savings.new_zeros(1), self._savings[order].cumsum(0)])
-        enough = self._full - saved <= self._budget_now()
+        enough = self._full - saved <= self._budget(done)
         places = torch.arange(len(below), device=below.device)
         place = torch.where(enough & (above - below > tie), places, places[-1:]).amin()
         place = place.minimum((ordered < torch.inf).sum()).reshape(1)  # All that can be cut, where that is too little.
@@ -232,9 +271,9 @@ class RankController(OffsetController):
         ):
             matrix.m.mul_(move.exp())
 
-    def _budget_now(self) -> Tensor:
-        """What the controlled matrices may cost now; int64 on their device."""
-        keep = self._full - round(self._done() * (self._full - self._keep))
+    def _budget(self, done: float) -> Tensor:
+        """Return what the controlled matrices may cost when the schedule has gone this far; int64 on their device."""
+        keep = self._full - round(done * (self._full - self._keep))
         return torch.full((), keep, device=self._savings.device)
 
 

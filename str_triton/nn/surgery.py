@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from str_triton.nn.control import warn_if_unfinished
 from str_triton.nn.layers import STRLayer, str_class
 from str_triton.nn.parametrization import SoftThreshold, ThresholdedModule, parametrize_weights, unparametrized
 from str_triton.nn.raw_threshold import initial_raw, new_raw_threshold
@@ -120,6 +121,7 @@ def densify(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: a module has got parametrizations of somebody else since `sparsify`.
     """
+    warn_if_unfinished(model)
     plain: dict[int, nn.Module] = {}
     weights: dict[tuple, nn.Parameter] = {}
     for weight in list(thresholded_weights(model)):

@@ -96,14 +96,25 @@ def test_schedules(schedule, expected):
         assert abs(count(model, IMAGES).sparsity - sparsity) <= weights_share(count(model, IMAGES))
 
 
-def test_the_interval_decides_when_to_solve():
+def test_the_interval_decides_when_to_solve(monkeypatch):
     model = sparsify(convolutional_net())
     controller = SparsityController(model, Target(sparsity=0.8), interval=4, end=1.0)
     solved = []
-    controller.solve = lambda: solved.append(controller.progress)
-    for i in range(10):
+    shifts = controller._shifts
+    monkeypatch.setattr(controller, "_shifts", lambda done: solved.append(controller.progress) or shifts(done))
+    for i in range(9):
         controller.step((i + 1) / 10)
-    assert solved == [0.1, 0.5, 0.9, 1.0]
+    assert solved == [0.1, 0.1, 0.5, 0.9]  # at the first step for now and for the next solve
+
+
+def test_between_solves_the_thresholds_follow_the_schedule():
+    """Nothing else moves the weights here: at every step the count is near the schedule's value."""
+    model = sparsify(convolutional_net())
+    controller = SparsityController(model, Target(sparsity=0.8), interval=10, end=1.0, schedule="linear")
+    for i in range(60):
+        controller.step((i + 1) / 100)
+        if i >= 10:
+            assert abs(count(model, IMAGES).sparsity - 0.8 * (i + 1) / 100) < 0.01
 
 
 def deep_net():
@@ -346,9 +357,10 @@ def test_a_step_does_not_wait_for_the_gpu(target, distribution):
     controller = SparsityController(model, Target(**target), example_input=images, distribution=distribution)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        controller.step(1.0)
+        controller.step(0.9)  # Exactness, at 1, waits.
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    controller.finish()
     budget = count(model, images)
     assert abs(budget.sparsity - 0.9) <= 1 / budget.params or abs(budget.flops - 300_000) < 1000
 
@@ -356,7 +368,10 @@ def test_a_step_does_not_wait_for_the_gpu(target, distribution):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Target(sparsity=1.2), r"\[0, 1\), got 1.2"),
+        (lambda: Target(sparsity=90), r"got 90: did you mean 0\.9\?"),
+        (lambda: Target(flops=0.1), r"flops_share=0\.1"),
+        (lambda: Target(flops_share=30), "got 30"),
+        (lambda: Target(flops_share=0.0), r"\(0, 1\], got 0\.0"),
         (lambda: Target(sparsity=-0.1), "got -0.1"),
         (lambda: Target(sparsity=1.0), "got 1.0"),
         (lambda: Target(sparsity=float("nan")), "got nan"),
