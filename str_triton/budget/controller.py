@@ -23,7 +23,6 @@ from str_triton.budget.select import select
 from str_triton.budget.survivors import keep_exactly, put
 from str_triton.budget.target import Costs, Target
 from str_triton.nn import Control, Matrix, ThresholdedWeight, matrices, thresholded_weights
-from str_triton.ops.thresholds import threshold_function
 
 FLOP_EXPONENT = 0.2  # More costs accuracy (docs/exact-budgets.md).
 UNCOVERED = 0.01  # Share of uncovered weights from which the controller warns.
@@ -207,7 +206,7 @@ class SparsityController(OffsetController):
         sources = [
             Source(
                 layer.weight.dense,
-                threshold_function(layer.weight.holder.g).inverse,
+                layer.weight.inverse,
                 layer.raw.detach() + before[id(layer.raw)] - middle,  # near 0, where float32 is fine
                 layer.cost,
                 layer.floor,

@@ -1,6 +1,6 @@
 """The thresholded weights of a model, whichever kind of module applies the threshold."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from str_triton.nn.holder import ThresholdHolder
 from str_triton.nn.layers import STRLayer
 from str_triton.nn.parametrization import soft_thresholds
+from str_triton.ops.thresholds import threshold_function
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,11 @@ class ThresholdedWeight:
     def raw(self) -> nn.Parameter:
         """The raw threshold."""
         return self.holder.raw_threshold
+
+    @property
+    def inverse(self) -> Callable[[Tensor], Tensor]:
+        """g^-1: the raw threshold at which a magnitude begins to be pruned."""
+        return threshold_function(self.holder.g).inverse
 
     def pruning_offsets(self) -> Tensor:
         """Return for each weight the offset, added to the raw threshold, from which on the weight is pruned; detached.
