@@ -228,8 +228,11 @@ def check(seed: int) -> str | None:
         shape[:1] + shape[2:],
     ):
         x = torch.randn(batch, 3, height, width)
-        with torch.no_grad():
-            wanted = exact(x.double())
+        try:
+            with torch.no_grad():
+                wanted = exact(x.double())
+        except RuntimeError:  # It is too small for the layers.
+            continue
         for name, made in (("compiled", compiled), ("loaded", loaded)):
             try:
                 found = made(x.clone())
