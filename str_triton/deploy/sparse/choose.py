@@ -20,6 +20,7 @@ from str_triton.deploy.sparse.runtime.structs import LINEAR
 from str_triton.deploy.sparse.runtime.trial import Trial
 
 _DENSE = ("dense", "channels_last")
+CUT_LIMIT = 0.02  # seconds for one cut of a layer: there are some twenty
 
 
 def choose(
@@ -133,7 +134,7 @@ class _Stage:
             best: dict[Choice, float] = {}
             for choice in kept:
                 self.plan.cut(self.name, choice)
-                best[choice] = watch.race({0: self.run}, rounds, cold=False)[0]
+                best[choice] = watch.race({0: self.run}, rounds, cold=False, limit=CUT_LIMIT)[0]
             kept = sorted(best, key=best.get)[: max(1, len(kept) // 4)]
             rounds *= 2
         self.plan.cut(self.name, kept[0])

@@ -29,12 +29,15 @@ class Stopwatch:
     def is_quiet(self) -> bool:
         return not self._spreads or median(self._spreads) < RESTLESS
 
-    def race(self, calls: Calls, rounds: int | None = None, *, cold: bool = True) -> dict[Any, float]:
+    def race(
+        self, calls: Calls, rounds: int | None = None, *, cold: bool = True, limit: float = LIMIT
+    ) -> dict[Any, float]:
         """Return the fewest milliseconds of each call over `rounds` rounds or more; one call before is not counted.
 
         Args:
             calls: what to time, by name.
             rounds: how often, where nothing disturbs; default ROUNDS.
+            limit: seconds after which no more rounds are added to those.
             cold: empty the caches before each, as the other layers of a network do.
         """
         rounds = ROUNDS if rounds is None else rounds
@@ -53,7 +56,7 @@ class Stopwatch:
                 continue
             fastest = min(map(min, seconds.values()))
             running = {name: call for name, call in running.items() if min(seconds[name]) < HOPELESS * fastest}
-            if all(_is_confirmed(seconds[name]) for name in running) or time.perf_counter() - begin > LIMIT:
+            if all(_is_confirmed(seconds[name]) for name in running) or time.perf_counter() - begin > limit:
                 break
         if rounds > 1:
             self._spreads += [median(values) / min(values) for values in seconds.values()]
