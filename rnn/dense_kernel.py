@@ -54,11 +54,27 @@ def _run(
 ) -> tuple[Tensor, ...]:
     if x.is_cuda:
         weights = _in_one_buffer(weights)
+    elif cell == "lstm" and _autocast_fails():
+        with torch.autocast("cpu", enabled=False):
+            x, *states = (tensor.to(weights[0].dtype) for tensor in (x, *states))
+            return _run(cell, x, states, weights, bias, bidirectional, batch_sizes)
     run = getattr(torch._VF, cell)
     hx = tuple(states) if len(states) > 1 else states[0]
     # In training mode whenever a backward may follow, which cuDNN and oneDNN have in that mode only.
     options = list(weights), bias, 1, 0.0, torch.is_grad_enabled(), bidirectional
     return run(x, hx, *options, False) if batch_sizes is None else run(x, batch_sizes, hx, *options)
+
+
+def _autocast_fails() -> bool:
+    """Return whether autocast is on, and casts an LSTM on the CPU to a dtype that oneDNN lacks on this processor.
+
+    torch's own nn.LSTM raises RuntimeError there, for instance with bfloat16 where there is no AVX-512.
+    """
+    if not torch.is_autocast_enabled("cpu"):
+        return False
+    is_half = torch.get_autocast_dtype("cpu") == torch.float16
+    mkldnn = torch.ops.mkldnn
+    return not (mkldnn._is_mkldnn_fp16_supported() if is_half else mkldnn._is_mkldnn_bf16_supported())
 
 
 def _in_one_buffer(weights: Sequence[Tensor]) -> list[Tensor]:

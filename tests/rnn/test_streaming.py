@@ -21,7 +21,8 @@ def cut(layer: LowRankRNN, rank: int) -> None:
         for factor in layer.factors().values():
             sizes = factor.singular_values().sort(descending=True).values
             if rank < len(sizes):
-                factor.raw_threshold.fill_(sizes[rank].log())
+                # Between two of them: at one, the last bit of exp(log(size)) would decide.
+                factor.raw_threshold.fill_(((sizes[rank - 1] + sizes[rank]) / 2).log())
 
 
 def parts(state: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
