@@ -10,6 +10,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 
+from rnn import dense_kernel
 from rnn.dense_kernel import _in_one_buffer, dense_layer
 
 STEPS, INPUT, HIDDEN = 7, 3, 4
@@ -96,3 +97,15 @@ def test_weights_in_one_buffer_are_the_same_in_cudnns_order() -> None:
     offsets = [view.storage_offset() for view in (*views[:2], *views[4:6], *views[2:4], *views[6:])]
     sizes = [weight.numel() for weight in (*weights[:2], *weights[4:6], *weights[2:4], *weights[6:])]
     assert offsets == [0, *torch.tensor(sizes).cumsum(0)[:-1].tolist()]
+
+
+def test_autocast_leaves_an_lstm_in_the_weights_dtype_where_the_processor_lacks_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dense_kernel, "_autocast_fails", lambda: torch.is_autocast_enabled("cpu"))
+    layer, x, states = Layer(nn.LSTM(INPUT, HIDDEN)), torch.randn(STEPS, 2, INPUT), torch.zeros(2, 1, 2, HIDDEN)
+    expected = layer(x.bfloat16().float(), *states)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer(x.bfloat16(), *states)
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
