@@ -213,16 +213,14 @@ def test_a_bug_in_one_process_is_one_traceback_from_all(tmp_path: Path):
 
 @pytest.mark.parametrize(("how", "dead"), [(die, 1), (die_first, 0), (die_while_the_other_hangs, 1)])
 def test_when_a_process_dies_the_others_leave(tmp_path: Path, how: Callable[[], None], dead: int):
-    began = time.monotonic()
     ended = train_together(tmp_path / "run", disturb=how)
     assert ended.codes[dead] == -signal.SIGKILL
-    assert ended.codes[1 - dead] == 2
+    assert ended.codes[1 - dead] == 2  # by itself: one that waited for the dead would be killed by `run_job`
     assert ended.err[dead] == ""
     said = [line for line in ended.err[1 - dead].splitlines() if line.startswith("error: ")]
     assert len(said) == 1
     assert f"error: process {dead} of 2 has died" in said[0]
     assert "Traceback" not in ended.err[1 - dead]
-    assert time.monotonic() - began < 60
 
 
 @pytest.mark.parametrize(
