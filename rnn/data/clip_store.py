@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -20,9 +19,10 @@ from torch import Tensor
 
 from rnn.data.audio import RATE, mono
 from rnn.data.waiting import watched
+from str_triton.files import replacing, write_atomically
 from str_triton.training.errors import warn
 
-DRAFT = ".making-"
+DRAFT = "."  # how the names of unfinished files begin
 VERSION = 1  # of what is kept: a change of it makes new files
 NOISE_BOUNDS = (0.0, 0.8, 0.9, 1.0)  # each part's background noise is a stretch of its own of every recording
 REMARKS = {
@@ -106,21 +106,15 @@ def _write(
 ) -> dict:
     """Read all items into `samples` and note in `about` what it holds; each appears whole or not at all."""
     digest, found = hashlib.sha256(), Counter()
-    handle, making = tempfile.mkstemp(prefix=DRAFT, dir=samples.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            for item in watched(items, f"reading {name}"):
-                recorded, rate = read(item)
-                content = one_second(recorded, rate, found).tobytes()
-                digest.update(content)
-                file.write(content)
-        remarks = [f"{name}: recordings {text}: {found[kind]}" for kind, text in REMARKS.items() if found[kind]]
-        note = {"sha256": digest.hexdigest(), "remarks": remarks}
-        os.replace(making, samples)
-        Path(making).write_text(json.dumps(note))
-        os.replace(making, about)
-    finally:
-        Path(making).unlink(missing_ok=True)
+    with replacing(samples) as file:
+        for item in watched(items, f"reading {name}"):
+            recorded, rate = read(item)
+            content = one_second(recorded, rate, found).tobytes()
+            digest.update(content)
+            file.write(content)
+    remarks = [f"{name}: recordings {text}: {found[kind]}" for kind, text in REMARKS.items() if found[kind]]
+    note = {"sha256": digest.hexdigest(), "remarks": remarks}
+    write_atomically(about, json.dumps(note))
     return note
 
 
