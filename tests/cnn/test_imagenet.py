@@ -63,6 +63,6 @@ def test_two_steps_of_the_papers_recipe(
 
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["sparsity"] < 1e-6  # a normal number may be zero
-    assert DENSE[point.model].params - summary["params"] == (1000 - CLASSES) * second["model"]["fc.weight"].shape[1]
+    assert DENSE[point.model].params - summary["params"] == (1000 - CLASSES) * second["model"]["fc.weight"].shape[-1]
     plain = build(point.model, num_classes=CLASSES)
     plain.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))

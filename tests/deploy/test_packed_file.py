@@ -169,12 +169,11 @@ def test_what_is_no_file_is_not_replaced(tmp_path: Path):
 
 
 @pytest.mark.parametrize("old", [None, b"the old file"])
-def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, file_size_limit: Callable[[int], None], old: bytes | None):
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, file_size_limit: Callable, old: bytes | None):
     path = tmp_path / "model"
     if old is not None:
         path.write_bytes(old)
-    file_size_limit(1000)
-    with pytest.raises(OSError, match="File too large"):
+    with pytest.raises(OSError, match="File too large"), file_size_limit(1000):
         deploy.pack(Everything(), path)
     assert [(entry.name, entry.read_bytes()) for entry in tmp_path.iterdir()] == (
         [] if old is None else [("model", old)]

@@ -58,10 +58,10 @@ def test_damaged_checkpoints_alone_are_an_error(checkpoints: Checkpoints):
         checkpoints.load()
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_whole(checkpoints: Checkpoints, file_size_limit: Callable[[int], None]):
+def test_a_full_disk_leaves_the_last_checkpoint_whole(checkpoints: Checkpoints, file_size_limit: Callable):
     checkpoints.save(1, state(1))
-    file_size_limit(40_000)
-    with pytest.raises(UserError, match=r"cannot be written: .*the last whole one is .*1\.pt"):
+    too_large = pytest.raises(UserError, match=r"cannot be written: .*the last whole one is .*1\.pt")
+    with too_large, file_size_limit(40_000):
         checkpoints.save(2, state(2))
     assert [path.name for path in checkpoints.directory.iterdir()] == ["step-000000001.pt"]
     assert torch.equal(checkpoints.load()["weights"], state(1)["weights"])
