@@ -96,12 +96,12 @@ def swallow(file: BinaryIO) -> None:
     "write", [save, swallow, lambda file: file.write(bytes(40_001))], ids=["save", "swallow", "write"]
 )
 def test_a_write_that_fails_is_never_forgotten(
-    tmp_path: Path, file_size_limit: Callable[[int], None], write: Callable[[BinaryIO], object]
+    tmp_path: Path, file_size_limit: Callable, write: Callable[[BinaryIO], object]
 ):
     path = tmp_path / "file"
     path.write_bytes(b"old")
-    file_size_limit(40_000)
-    with pytest.raises(OSError, match="File too large") as caught, replacing(path) as file:
+    too_large = pytest.raises(OSError, match="File too large")
+    with too_large as caught, file_size_limit(40_000), replacing(path) as file:
         write(file)
     assert caught.value.filename == str(path)
     assert (names(tmp_path), path.read_bytes()) == (["file"], b"old")

@@ -142,7 +142,9 @@ def test_data_with_other_classes_than_before_are_refused(
     monkeypatch.setattr(train, "load", lambda *args: dataclasses.replace(load(*args), num_classes=11))
     assert resume(folder) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: the checkpoint is of another network: the shape of head.weight is [10, 64] in it")
+    assert error.startswith(
+        "error: the checkpoint is of another network: the shape of head.weight is [1, 10, 64] in it"
+    )
     assert error.count("\n") == 1
 
 
