@@ -42,13 +42,20 @@ def typed(kind: Any, value: Any, where: str) -> Any:
     Literal[...] or a union of such; int, which stands for the whole numbers from 0 to `LARGEST`; float, str, bool,
     None; or Any.
     """
-    origin, args = get_origin(kind), get_args(kind)
     if kind is Any:
         return value
+    is_integer = type(value) is int and 0 <= value <= LARGEST
+    if is_integer if kind is int else type(value) is kind:
+        return value
+    if kind is float and is_integer:
+        return float(value)
     if dataclasses.is_dataclass(kind):
         return _instance(kind, value, where)
+    origin, args = get_origin(kind), get_args(kind)
     if origin is UnionType:
         return _member(args, value, where)
+    if origin is Literal and isinstance(value, str) and value in args:
+        return value
     if origin is list and isinstance(value, list):
         return [typed(args[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
     if origin is tuple and isinstance(value, list):
@@ -57,13 +64,6 @@ def typed(kind: Any, value: Any, where: str) -> Any:
             return tuple(typed(*pair, f"{where}[{i}]") for i, pair in enumerate(zip(kinds, value, strict=True)))
     if origin is dict and isinstance(value, dict):
         return {key: typed(args[1], item, f"{where}[{_short(key)}]") for key, item in value.items()}
-    is_integer = type(value) is int and 0 <= value <= LARGEST
-    if kind is float and (is_integer or type(value) is float):
-        return float(value)
-    if is_integer if kind is int else type(value) is kind:
-        return value
-    if origin is Literal and isinstance(value, str) and value in args:
-        return value
     raise ValueError(f"{where}: expected {_name(kind)}, got {_short(value)}")
 
 
