@@ -7,47 +7,23 @@ it on a GPU between the points where exactness is promised, without waiting for 
 layer's share, every layer has an offset of its own, and no distribution is left to choose.
 """
 
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from str_triton.budget.allocate import NotANumberError, Source, allocate
-from str_triton.budget.count import count
+from str_triton.budget.count import counted_weights
+from str_triton.budget.inventory import Layer, take_inventory
 from str_triton.budget.offset_controller import OffsetController, unwrapped_names
 from str_triton.budget.select import select
 from str_triton.budget.survivors import keep_exactly, put
-from str_triton.budget.target import Costs, Target
-from str_triton.nn import Control, Matrix, ThresholdedWeight, matrices, thresholded_weights
+from str_triton.budget.target import Target
+from str_triton.nn import Control, thresholded_weights
 
 FLOP_EXPONENT = 0.2  # More costs accuracy (docs/exact-budgets.md).
-UNCOVERED = 0.01  # Share of uncovered weights from which the controller warns.
-
-
-@dataclass
-class _Layer:
-    """A thresholded weight, by the first of the layers that use it."""
-
-    weight: ThresholdedWeight
-    cost: int  # of one surviving element towards the target: 1, or its multiply-adds
-    flops: int  # multiply-adds of one element; 0 if they were not counted
-    floor: int = 0  # elements that survive in any case
-
-    @property
-    def name(self) -> str:
-        return self.weight.name
-
-    @property
-    def raw(self) -> nn.Parameter:
-        return self.weight.raw
-
-    @property
-    def size(self) -> int:
-        return self.weight.dense.numel()
 
 
 class SparsityController(OffsetController):
@@ -112,7 +88,7 @@ class SparsityController(OffsetController):
             raise ValueError(f"straight_through_until must be in [0, 1], got {straight_through_until}")
         self.straight_through_until = straight_through_until
         self.target = target
-        self._layers, self._others, costs = _inventory(
+        self._layers, self._others, costs = take_inventory(
             model, target, example_input, count_flops=target.counts_flops or distribution == "flop-aware"
         )
         self._dense = costs.thresholded
@@ -258,12 +234,11 @@ class SparsityController(OffsetController):
 
     def finish(self, model: nn.Module | None = None) -> None:
         super().finish(model)
-        self._changed = []  # for good
-        self._set_gradient()
+        if model is None:
+            self._changed = []  # for good
+            self._set_gradient()
 
-    @contextmanager
-    def _borrow(self, model: nn.Module) -> Iterator[list[Control]]:
-        own = self._layers, self._others, self._raws, self._before, self._held_back, self._changed, self._drift
+    def _bind(self, model: nn.Module) -> list[Control | None]:
         uses = unwrapped_names({use.name: use for use in thresholded_weights(model)})
         for layer in self._layers:
             use = uses.get(layer.name)
@@ -273,17 +248,11 @@ class SparsityController(OffsetController):
                     "give a copy or an average of the controller's own model"
                 )
         self._layers = [replace(layer, weight=uses[layer.name]) for layer in self._layers]
-        others = unwrapped_names({matrix.name: matrix for matrix in matrices(model)})
-        self._others = [others.get(other.name, other) for other in self._others]
+        weights = unwrapped_names({weight.name: weight for weight in counted_weights(model)})
+        self._others = [weights.get(other.name, other) for other in self._others]
         self._raws = list({id(layer.raw): layer.raw for layer in self._layers}.values())
-        self._before = [raw.detach().clone() for raw in self._raws]
         self._changed = []
-        try:
-            yield list(
-                {id(use.holder.control): use.holder.control for use in uses.values() if use.holder.control}.values()
-            )
-        finally:
-            self._layers, self._others, self._raws, self._before, self._held_back, self._changed, self._drift = own
+        return [use.holder.control for use in uses.values()]
 
     def _cut(self, done: float) -> tuple[Tensor, Tensor, list[Tensor]]:
         if self.target.by_layer:
@@ -308,7 +277,7 @@ class SparsityController(OffsetController):
         below, above = (torch.stack(cut) for cut in zip(*cuts, strict=True))
         return below, above, [torch.full((), torch.inf, device=device)] * len(cuts)
 
-    def _zeros(self, layer: _Layer, done: float) -> int:
+    def _zeros(self, layer: Layer, done: float) -> int:
         """Return how many elements of a layer with a share of its own are zero."""
         return round(done * round(self.target.layers[layer.name] * layer.size))
 
@@ -320,7 +289,7 @@ class SparsityController(OffsetController):
         keep = self._dense - round(done * (self._dense - self._keep))
         if done == 1 and not self.target.counts_flops:
             for other in self._others:
-                weight = _weight_of(other)
+                weight = other.value.detach()
                 keep = keep + weight.numel() - weight.count_nonzero()
         return keep
 
@@ -345,61 +314,8 @@ class SparsityController(OffsetController):
         self._set_gradient()
 
 
-def _inventory(
-    model: nn.Module, target: Target, example_input: Any, count_flops: bool
-) -> tuple[list[_Layer], list[Matrix], Costs]:
-    """Return the thresholded weights, the covered weights without a threshold, and what all cost."""
-    first: dict[int, ThresholdedWeight] = {}
-    for use in thresholded_weights(model):
-        first.setdefault(id(use.dense), use)
-    if not first:
-        raise ValueError("the model has no thresholded layers: call sparsify(model) first")
-    flops, total = {}, 0
-    if count_flops:
-        if example_input is None:
-            raise ValueError("to count FLOPs the controller needs example_input, an input of the model")
-        budget = count(model, example_input)
-        flops = {row.name: row.dense_flops // row.params for row in budget.rows if row.params}
-        total = budget.dense_flops
-    layers = []
-    for use in first.values():
-        own = flops.get(use.name, 0)
-        layers.append(_Layer(use, own if target.counts_flops else 1, own))
-    thresholded = {layer.name for layer in layers}
-    others = [matrix for matrix in matrices(model) if matrix.covered and matrix.name not in thresholded]
-    dense = sum(layer.cost * layer.size for layer in layers)
-    if dense == 0:
-        raise ValueError(
-            "the thresholded layers cost no FLOPs for this example_input, so that no threshold can meet a target"
-        )
-    _warn_of_uncovered(model)
-    return layers, others, Costs(dense, sum(_weight_of(matrix).numel() for matrix in others), total)
-
-
-def _warn_of_uncovered(model: nn.Module) -> None:
-    """Warn where more than 1 % of the model's weights are of kinds that `sparsify` does not cover."""
-    total, uncovered = 0, {}
-    for matrix in matrices(model):
-        size = _weight_of(matrix).numel()
-        total += size
-        if not (matrix.covered or matrix.excluded):
-            uncovered[matrix.name] = size
-    share = sum(uncovered.values()) / max(1, total)
-    if share > UNCOVERED:
-        names = ", ".join(list(uncovered)[:5]) + (f" and {len(uncovered) - 5} others" if len(uncovered) > 5 else "")
-        warnings.warn(
-            f"the target covers {100 * (1 - share):.1f} % of the model's weights; these are not covered: {names}. Name "
-            "them in sparsify(..., parameters=[...]) to sparsify them, or in exclude=[...] to leave them out",
-            stacklevel=4,
-        )
-
-
-def _weight_of(matrix: Matrix) -> Tensor:
-    return getattr(matrix.module, matrix.attribute).detach()
-
-
-def _critical_offsets(layer: _Layer, held_back: Tensor) -> tuple[Tensor, Tensor]:
-    """The offset from which each weight is pruned, inf for those of the floor; and the largest one that keeps these.
+def _critical_offsets(layer: Layer, held_back: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the offset from which each weight is pruned, inf in the floor, and the largest one that keeps the floor.
 
     Offsets count from where the raw threshold would be if no floor had held it back.
     """

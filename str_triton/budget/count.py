@@ -57,7 +57,7 @@ def count(model: nn.Module, example_input: Tensor | tuple | Mapping[str, Any]) -
     warn_if_unfinished(model)
     with _undisturbed(model, inputs):
         inputs = tree_map_only(Tensor, torch.clone, inputs)  # An in-place layer may come first.
-        weights = _weights(model)
+        weights = counted_weights(model)
         rows = _rows(model, weights)
         products = Products(weights, inputs)
         functions = Functions(products)
@@ -66,7 +66,7 @@ def count(model: nn.Module, example_input: Tensor | tuple | Mapping[str, Any]) -
             functional_call(model, buffers, *inputs)
     for operator, names in products.hidden.items():
         warnings.warn(
-            f"count: the FLOPs of {operator}, which uses {_some(sorted(names))}, are not known and left out",
+            f"count: the FLOPs of {operator}, which uses {some(sorted(names))}, are not known and left out",
             stacklevel=2,
         )
     rows = [
@@ -78,18 +78,8 @@ def count(model: nn.Module, example_input: Tensor | tuple | Mapping[str, Any]) -
     return Budget(rows)
 
 
-def counted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """Yield the covered weights of `count`: row name, module, and the module's attribute that holds the weight.
-
-    In the order of `model.named_modules()`; of layers that share a weight, the first. Raises ValueError for a lazy
-    layer.
-    """
-    for weight in _weights(model):
-        if weight.covered:
-            yield weight.name, weight.module, weight.attribute
-
-
-def _weights(model: nn.Module) -> list[Matrix]:
+def counted_weights(model: nn.Module) -> list[Matrix]:
+    """Return the weights that `count` has rows for, in its order. Raises ValueError for a lazy layer."""
     weights = list(matrices(model))
     for weight in weights:
         if any(map(nn.parameter.is_lazy, weight.sources)):
@@ -105,14 +95,14 @@ def _rows(model: nn.Module, weights: Sequence[Matrix]) -> list[LayerBudget]:
     rows, with_nan = [], []
     for weight in weights:
         threshold = thresholded.get((id(weight.module), weight.attribute))
-        value = getattr(weight.module, weight.attribute) if threshold is None else threshold.sparse
+        value = weight.value if threshold is None else threshold.sparse
         mean = None if threshold is None or value.is_meta else float(threshold.holder.threshold.mean())
         rows.append(LayerBudget(weight.name, value.numel(), nonzeros(value), 0, 0, mean, weight.covered))
         if _has_nan(value):
             with_nan.append(weight.name or "(model)")
     if with_nan:
         warnings.warn(
-            f"count: {_some(with_nan)} contain NaN, which counts as not zero: the sparsity says nothing here",
+            f"count: {some(with_nan)} contain NaN, which counts as not zero: the sparsity says nothing here",
             stacklevel=3,
         )
     return rows
@@ -123,7 +113,7 @@ def _has_nan(weight: Tensor) -> bool:
     return not weight.is_meta and not bool(weight.sum().isfinite()) and bool(weight.isnan().any())
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
     """Return the first names, and how many follow."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} others" if len(names) > 5 else "")
 

@@ -4,10 +4,11 @@ The thresholds relative to each other are the *distribution*; the offset is the 
 how far it may move a threshold, is for the kind of controller to say (`_cut`).
 """
 
+import copy
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,8 @@ from str_triton.nn import Control
 # What the optimizer may do to learned thresholds: steps at full length kill a layer (docs/exact-budgets.md).
 LEARNING_RATE = 0.1  # of its steps' length
 BOUND = 0.5  # largest distance of a raw threshold from the mean
-WRAPPERS = ("module", "_orig_mod")  # in front of the names in averages, DistributedDataParallel and torch.compile
 FREEZE = 0.35  # share of training after which the distribution stays
+WRAPPERS = ("module", "_orig_mod")  # in front of the names in averages, DistributedDataParallel and torch.compile
 
 
 class OffsetController:
@@ -65,12 +66,12 @@ class OffsetController:
             module.control = self._control
 
     def _cut(self, done: float) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Between which two offsets to cut, and for each raw threshold the largest one that it may take.
+        """Return between which two offsets to cut, and for each raw threshold the largest one that it may take.
 
         Scalars on the device of the raw thresholds, or a value for each, where each has an offset of its own: [raw
-        thresholds]. Offsets count from where a raw threshold would be if nothing had
-        held it back (`_held_back`). (below, above): what has an offset up to `below` is cut, from `above` on kept;
-        -inf for `below` where nothing need be cut.
+        thresholds]. Offsets count from where a raw threshold would be if nothing had held it back (`_held_back`).
+        (below, above): what has an offset up to `below` is cut, from `above` on kept; -inf for `below` where nothing
+        need be cut.
         """
         raise NotImplementedError
 
@@ -133,17 +134,11 @@ class OffsetController:
         Raises:
             ValueError: a weight is NaN, or `model` has other thresholded weights.
         """
-        if model is not None:
-            lent = self._raws
-            with self._borrow(model) as controls:
-                self._adopt(lent)
-                self._make_exact(done=1.0)
-            for control in controls:
-                control.reached = True
-            return
-        self.progress = 1.0
-        self._make_exact(done=1.0)
-        self._control.reached = True
+        controller = self if model is None else self._for(model)
+        controller.progress = 1.0
+        controller._adopt(self._raws)
+        controller._make_exact(done=1.0)
+        controller._control.reached = True
 
     def _make_exact(self, done: float) -> None:
         """Move the raw thresholds, and what else it takes, until the model costs exactly what it should."""
@@ -154,15 +149,24 @@ class OffsetController:
     def _undo_exact(self) -> None:
         """Take back what `_make_exact` did beside moving raw thresholds."""
 
-    @contextmanager
-    def _borrow(self, model: nn.Module) -> Iterator[list[Control]]:
-        """Let the controller work on another model of the same structure; yield that model's marks."""
+    def _for(self, model: nn.Module) -> Self:
+        """Return a controller like this one for another model of the same structure."""
+        twin = copy.copy(self)
+        twin._training = None
+        twin._control = next((control for control in twin._bind(model) if control is not None), Control())
+        twin._before = [raw.detach().clone() for raw in twin._raws]
+        return twin
+
+    def _bind(self, model: nn.Module) -> list[Control | None]:
+        """Take the weights of another model in place of the present ones; return the marks on its modules.
+
+        Raises ValueError if the other model has no weight of the same name and shape.
+        """
         raise NotImplementedError
-        yield
 
     @torch.no_grad()
     def _adopt(self, raws: list[nn.Parameter]) -> None:
-        """Give a borrowed model the controller's own distribution, not an average of those on the way."""
+        """Take over a distribution of thresholds: an average of the ones on the way is none."""
         for own, before, raw in zip(self._raws, self._before, raws, strict=True):
             if own is not raw:
                 own.copy_(raw)
@@ -201,29 +205,25 @@ class OffsetController:
         Raises:
             ValueError: a weight is NaN, or `model` has other thresholded weights.
         """
-        if model is None and self._training is not None:
+        controller = self if model is None else self._for(model)
+        if controller._training is not None:
             yield
             return
-        lent = self._raws
-        with self._borrow(model) if model is not None else nullcontext([self._control]) as controls:
-            held_back, outer = self._held_back, self._training
-            raws, before = ([raw.detach().clone() for raw in held] for held in (self._raws, self._before))
-            if model is None:
-                self._training = raws, held_back
-            try:
-                self._adopt(lent)
-                self._make_exact(self._done())
-                for control in controls:
-                    control.exact = True
-                yield
-            finally:
-                self._undo_exact()
-                with torch.no_grad():
-                    for raw, value in zip((*self._raws, *self._before), (*raws, *before), strict=True):
-                        raw.copy_(value)
-                self._held_back, self._training = held_back, outer
-                for control in controls:
-                    control.exact = False
+        held_back = controller._held_back
+        raws, before = ([raw.detach().clone() for raw in held] for held in (controller._raws, controller._before))
+        controller._training = raws, held_back
+        try:
+            controller._adopt(self._raws)
+            controller._make_exact(self._done())
+            controller._control.exact = True
+            yield
+        finally:
+            controller._undo_exact()
+            with torch.no_grad():
+                for raw, value in zip((*controller._raws, *controller._before), (*raws, *before), strict=True):
+                    raw.copy_(value)
+            controller._held_back, controller._training = held_back, None
+            controller._control.exact = False
 
     def state_dict(self) -> dict[str, Any]:
         """Return progress and raw thresholds, for `load_state_dict`; solves first unless inside `exact()`."""

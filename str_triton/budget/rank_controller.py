@@ -5,8 +5,7 @@ What its cut saves follows from its place in its matrix's order, since the small
 the offsets of all matrices, and a running sum of what they save, give the cost of every possible cut, on the device.
 """
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 
 from str_triton.budget.offset_controller import OffsetController, unwrapped_names
 from str_triton.budget.rank_budget import factored_matrices, other_costs
-from str_triton.budget.survivors import put
 from str_triton.budget.target import RankCosts, RankTarget
 from str_triton.nn import Control, LowRankWeight
 
@@ -128,7 +126,7 @@ class RankController(OffsetController):
         if self._survivors is not None:
             self._advance(progress)
             self._hold()
-            self._control.reached = progress == 1
+            self._control.reached = True  # The ranks are the target's, whatever the optimizer does.
             return
         ends = progress >= self.end
         if ends or self.steps % (self.interval * REFACTOR) == 0:
@@ -171,14 +169,13 @@ class RankController(OffsetController):
         self._kept = [matrix.m.detach().clone() for matrix in self._matrices]
         self._hold()
 
+    @torch.no_grad()
     def _undo_exact(self) -> None:
-        for matrix, m in zip(self._matrices, self._kept, strict=False):
-            put(matrix.m.detach(), torch.arange(len(m), device=m.device), m)
+        for matrix, m in zip(self._matrices, self._kept, strict=False):  # none where the ranks are not settled
+            matrix.m.copy_(m)
         self._kept = []
 
-    @contextmanager
-    def _borrow(self, model: nn.Module) -> Iterator[list[Control]]:
-        own = self._matrices, self._raws, self._before, self._held_back
+    def _bind(self, model: nn.Module) -> list[Control | None]:
         found = unwrapped_names(factored_matrices(model))
         for name, matrix in zip(self._names, self._matrices, strict=True):
             other = found.get(name)
@@ -189,12 +186,7 @@ class RankController(OffsetController):
                 )
         self._matrices = [found[name] for name in self._names]
         self._raws = [matrix.raw_threshold for matrix in self._matrices]
-        self._before = [raw.detach().clone() for raw in self._raws]
-        try:
-            controls = {id(matrix.control): matrix.control for matrix in self._matrices if matrix.control is not None}
-            yield list(controls.values())
-        finally:
-            self._matrices, self._raws, self._before, self._held_back = own
+        return [matrix.control for matrix in self._matrices]
 
     def _settle(self) -> None:
         """Let the ranks be what they are now, from here on."""
@@ -202,6 +194,7 @@ class RankController(OffsetController):
         for matrix, raw in zip(self._matrices, self._first, strict=True):
             matrix.settle(raw)
         self._survivors = [matrix.m != 0 for matrix in self._matrices]
+        self._control.reached = True
         for raw in self._raws:
             raw.requires_grad_(False)
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from str_triton.nn.holder import ThresholdHolder
@@ -35,6 +35,11 @@ class Matrix:
     sources: tuple[nn.Parameter, ...]
     covered: bool
     excluded: bool
+
+    @property
+    def value(self) -> Tensor:
+        """The module's attribute: the Parameter, or the tensor that is computed from the sources."""
+        return getattr(self.module, self.attribute)
 
 
 def matrices(model: nn.Module) -> Iterator[Matrix]:

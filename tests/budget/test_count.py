@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, parametrizations, prune, vector_to_parameters
 
 from str_triton.budget.budget import LayerBudget
-from str_triton.budget.count import count, counted_layers
+from str_triton.budget.count import count, counted_weights
 from str_triton.nn.control import Control
 from str_triton.nn.layers import STRConv2d
 from str_triton.nn.low_rank import LowRankWeight
@@ -15,6 +15,10 @@ from str_triton.nn.surgery import sparsify
 from str_triton.nn.thresholded import thresholded_weights
 
 # ---- the papers' networks ------------------------------------------------------------------------------------------
+
+
+def covered(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
+    return [(weight.name, weight.module, weight.attribute) for weight in counted_weights(model) if weight.covered]
 
 
 class Bottleneck(nn.Module):
@@ -255,7 +259,7 @@ def test_parameters_that_no_layer_owns_have_rows_that_are_not_covered():
     assert (budget.params, budget.nonzeros, budget.sparsity) == (16, 8, 0.5)
     assert (budget.uncovered_params, budget.uncovered_nonzeros) == (20, 10)
     assert (budget.dense_flops, budget.flops) == (64, 24)
-    assert list(counted_layers(model)) == [("", model, "weight")]
+    assert covered(model) == [("", model, "weight")]
 
 
 def test_a_product_of_two_parameters_belongs_to_the_larger_covered_one():
@@ -326,7 +330,7 @@ def test_shared_weights_count_once_for_parameters_and_at_each_use_for_flops():
     halve(model)
     budget = count(model, torch.zeros(3, dtype=torch.long))
     assert budget.rows == [LayerBudget("tokens", 40, 20, 120, 60), LayerBudget("up", 16, 8, 96, 48)]
-    assert list(counted_layers(model)) == [("tokens", model.tokens, "weight"), ("up", model.up, "weight")]
+    assert covered(model) == [("tokens", model.tokens, "weight"), ("up", model.up, "weight")]
 
 
 # ---- weights that are computed -------------------------------------------------------------------------------------

@@ -164,11 +164,11 @@ def test_an_unfinished_model_warns_once():
             count(model, example)
     with pytest.warns(UserWarning, match=r"0\.6667.*finish\(\)"):
         densify(copy.deepcopy(model))
-    _, fresh, _ = other = trained(30, 20)
-    fresh.finish()
+    other, finished, _ = trained(30, 20)
+    finished.finish()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        densify(other[0])
+        densify(other)
 
 
 def test_progress_that_goes_backwards_and_a_second_controller_are_errors():
@@ -210,6 +210,41 @@ def test_averages_meet_the_target_by_their_own_weights(dtype):
     assert all(torch.equal(value, own[key]) for key, value in model.state_dict().items())
     with pytest.raises(ValueError, match="'0'"):
         controller.finish(sparsify(nn.Sequential(nn.Linear(3, 3))))
+
+
+def test_an_average_can_be_finished_inside_exact():
+    model, controller, _ = trained(30, 20)
+    average = AveragedModel(model)
+    before = copy.deepcopy(model.state_dict())
+    with controller.exact():
+        assert any(not torch.equal(value, before[key]) for key, value in model.state_dict().items() if "weight" in key)
+        controller.finish(average)
+    after = model.state_dict()
+    assert all(torch.equal(after[key], before[key]) for key in before)
+
+
+class Mixture(nn.Module):
+    """Two experts in one raw Parameter, which sparsify does not know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(2, 6, 6))
+        self.head = nn.Linear(6, 4)
+
+
+def test_weights_that_are_not_covered_are_named():
+    with pytest.warns(UserWarning, match=r"covers 25\.0 % .* experts\. "):
+        SparsityController(sparsify(Mixture()), Target(sparsity=0.5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SparsityController(sparsify(Mixture(), exclude=["experts"]), Target(sparsity=0.5))
+        SparsityController(sparsify(Mixture(), parameters=["experts"]), Target(sparsity=0.5)).finish()
+
+
+def test_a_lazy_layer_is_named():
+    model = sparsify(nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(3)), exclude=["1"])
+    with pytest.raises(ValueError, match="'1' is lazy"):
+        SparsityController(model, Target(sparsity=0.5))
 
 
 @pytest.mark.parametrize("steps", [12, 40])

@@ -1,0 +1,82 @@
+"""What a sparsity controller finds in a model: the weights that it controls, the other ones, and what they cost."""
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from str_triton.budget.count import count, counted_weights, some
+from str_triton.budget.target import Costs, Target
+from str_triton.nn import Matrix, ThresholdedWeight, thresholded_weights
+
+UNCOVERED = 0.01  # Share of uncovered weights from which the controller warns.
+
+
+@dataclass
+class Layer:
+    """A thresholded weight, by the first of the layers that use it."""
+
+    weight: ThresholdedWeight
+    cost: int  # of one surviving element towards the target: 1, or its multiply-adds
+    flops: int  # multiply-adds of one element; 0 if they were not counted
+    floor: int = 0  # elements that survive in any case
+
+    @property
+    def name(self) -> str:
+        return self.weight.name
+
+    @property
+    def raw(self) -> nn.Parameter:
+        return self.weight.raw
+
+    @property
+    def size(self) -> int:
+        return self.weight.dense.numel()
+
+
+def take_inventory(
+    model: nn.Module, target: Target, example_input: Any, count_flops: bool
+) -> tuple[list[Layer], list[Matrix], Costs]:
+    """Return the thresholded weights, the covered weights without a threshold, and what all cost."""
+    first: dict[int, ThresholdedWeight] = {}
+    for use in thresholded_weights(model):
+        first.setdefault(id(use.dense), use)
+    if not first:
+        raise ValueError("the model has no thresholded layers: call sparsify(model) first")
+    flops, total = {}, 0
+    if count_flops:
+        if example_input is None:
+            raise ValueError("to count FLOPs the controller needs example_input, an input of the model")
+        budget = count(model, example_input)
+        flops = {row.name: row.dense_flops // row.params for row in budget.rows if row.params}
+        total = budget.dense_flops
+    layers = []
+    for use in first.values():
+        own = flops.get(use.name, 0)
+        layers.append(Layer(use, own if target.counts_flops else 1, own))
+    thresholded = {layer.name for layer in layers}
+    weights = counted_weights(model)
+    others = [weight for weight in weights if weight.covered and weight.name not in thresholded]
+    dense = sum(layer.cost * layer.size for layer in layers)
+    if dense == 0:
+        raise ValueError(
+            "the thresholded layers cost no FLOPs for this example_input, so that no threshold can meet a target"
+        )
+    _warn_of_uncovered(weights)
+    return layers, others, Costs(dense, sum(other.value.numel() for other in others), total)
+
+
+def _warn_of_uncovered(weights: list[Matrix]) -> None:
+    """Warn where more than 1 % of a model's weights are of kinds that `sparsify` does not cover."""
+    sizes = [weight.value.numel() for weight in weights]
+    uncovered = [not (weight.covered or weight.excluded) for weight in weights]
+    share = sum(size for size, is_left in zip(sizes, uncovered, strict=True) if is_left) / max(1, sum(sizes))
+    if share > UNCOVERED:
+        names = [weight.name for weight, is_left in zip(weights, uncovered, strict=True) if is_left]
+        warnings.warn(
+            f"the target covers {100 * (1 - share):.1f} % of the model's weights; these are not covered: "
+            f"{some(names)}. Name them in sparsify(..., parameters=[...]) to sparsify them, or in exclude=[...] to "
+            "leave them out",
+            stacklevel=4,
+        )
