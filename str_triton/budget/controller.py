@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from str_triton.budget.allocate import NotANumberError, Source, allocate
 from str_triton.budget.count import counted_weights
-from str_triton.budget.inventory import Layer, take_inventory
+from str_triton.budget.inventory import Layer, take_inventory, warn_of_zeros
 from str_triton.budget.offset_controller import OffsetController, unwrapped_names
 from str_triton.budget.select import select
 from str_triton.budget.survivors import keep_exactly, put
@@ -65,6 +65,10 @@ class SparsityController(OffsetController):
         ValueError: a model without thresholds or with another controller, a target that excluded layers make
             impossible or that names other layers than the thresholded ones, a target in FLOPs without example_input, or
             arguments out of range.
+
+    Warns:
+        UserWarning: more than 1 % of the weights are of kinds that `sparsify` does not cover and nobody excluded, or
+            more weights are zero already than the target asks for.
     """
 
     DISTRIBUTIONS = ("fixed", "flop-aware", "learned")
@@ -96,13 +100,18 @@ class SparsityController(OffsetController):
         if shared and (floor or distribution == "flop-aware" or target.by_layer):
             raise ValueError(
                 "one raw threshold for several weights can neither keep a floor or a share in each nor be flop-aware: "
-                "sparsify with another granularity, or pass floor=0, distribution='fixed' and no target by layers"
+                "sparsify with another granularity, or pass floor=0, distribution='fixed' and no target by layers; "
+                "weights that were tied once must be tied again after to_empty or load_state_dict(assign=True)"
             )
         if target.by_layer:
             self._check_layers(target.layers)
+            keep = [layer.size - self._zeros(layer, 1.0) for layer in self._layers]
         else:
             self._keep = min(target.keep(costs), self._dense)
             self._set_floors(floor)
+            keep = [int(self._budget(1.0))]
+        if sum(keep) < self._dense:
+            warn_of_zeros(self._layers, keep)
         uses = list(thresholded_weights(model))
         self._straight_through = [use.holder for use in uses if use.holder.gradient == "straight_through"]
         self._take((layer.raw for layer in self._layers), [use.holder for use in uses])

@@ -8,6 +8,7 @@ from torch import nn
 
 from str_triton.budget.count import count, counted_weights, some
 from str_triton.budget.target import Costs, Target
+from str_triton.files import percent
 from str_triton.nn import Matrix, ThresholdedWeight, thresholded_weights
 
 UNCOVERED = 0.01  # Share of uncovered weights from which the controller warns.
@@ -67,6 +68,29 @@ def take_inventory(
     return layers, others, Costs(dense, sum(other.value.numel() for other in others), total)
 
 
+def warn_of_zeros(layers: list[Layer], keep: list[int]) -> None:
+    """Warn of weights that have more zeros than a target asks for, so that nothing will be pruned there.
+
+    keep: what the nonzero weights of all layers may cost together; or of each layer alone, a number for each.
+    """
+    if any(layer.weight.dense.is_meta for layer in layers):
+        return
+    parts = []
+    for group, most in zip([layers] if len(keep) == 1 else [[layer] for layer in layers], keep, strict=True):
+        nonzeros = [int(layer.weight.dense.count_nonzero()) for layer in group]
+        size = sum(layer.size for layer in group)
+        zeros = size - sum(nonzeros)
+        if zeros and sum(layer.cost * number for layer, number in zip(group, nonzeros, strict=True)) < most:
+            where = "" if len(keep) == 1 else f" of {group[0].name}"
+            parts.append(f"{zeros:,} of the {size:,} thresholded weights{where} ({percent(zeros / size)})")
+    if parts:
+        warnings.warn(
+            f"more weights are zero already than the target asks for: {some(parts)}. No others will be pruned there, "
+            "and the model stays sparser than the target unless training moves zeros to other values",
+            stacklevel=3,
+        )
+
+
 def _warn_of_uncovered(weights: list[Matrix]) -> None:
     """Warn where more than 1 % of a model's weights are of kinds that `sparsify` does not cover."""
     sizes = [weight.value.numel() for weight in weights]
@@ -75,7 +99,7 @@ def _warn_of_uncovered(weights: list[Matrix]) -> None:
     if share > UNCOVERED:
         names = [weight.name for weight, is_left in zip(weights, uncovered, strict=True) if is_left]
         warnings.warn(
-            f"the target covers {100 * (1 - share):.1f} % of the model's weights; these are not covered: "
+            f"the target covers {percent(1 - share, 1)} of the model's weights; these are not covered: "
             f"{some(names)}. Name them in sparsify(..., parameters=[...]) to sparsify them, or in exclude=[...] to "
             "leave them out",
             stacklevel=4,

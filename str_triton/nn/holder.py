@@ -65,7 +65,23 @@ class ThresholdHolder:
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         raw = self.raw_threshold
-        return super()._apply(fn if raw is None else kept_apply(fn, raw, self._first_raw()), recurse)
+        if raw is None:
+            return super()._apply(fn, recurse)
+        super()._apply(kept_apply(fn, raw, self._first_raw()), recurse)
+        self._keep_tie(raw)
+        return self
+
+    def _keep_tie(self, before: nn.Parameter) -> None:
+        """Share the raw threshold with the modules that shared `before`, in whose place torch has put new Parameters.
+
+        torch makes one per module where it moves from the meta device and where it assigns loaded tensors.
+        """
+        now = self.raw_threshold
+        if now is before:
+            return
+        other = vars(before).setdefault("_successor", now)
+        if (other.device, other.dtype, other.shape) == (now.device, now.dtype, now.shape):
+            self.raw_threshold = other
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -96,6 +112,9 @@ class ThresholdHolder:
                 f"{prefix + RAW!r} was saved with g={g!r}, and the model has g={self.g!r}: make it with g={g!r}"
             )
             return
+        raw = self.raw_threshold
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        if raw is not None:
+            self._keep_tie(raw)

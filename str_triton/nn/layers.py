@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from str_triton.files import percent
 from str_triton.nn.holder import ThresholdHolder
 from str_triton.nn.kinds import weight_refusal
 from str_triton.nn.raw_threshold import initial_raw, new_raw_threshold
@@ -168,10 +169,8 @@ class STRLayer(ThresholdHolder):
         with torch.no_grad():
             low, high = self.threshold.min().item(), self.threshold.max().item()
             nonzeros = int(self.sparse_weight.count_nonzero())
-        sparsity = 100 * (1 - nonzeros / self.weight.numel())
         threshold = f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
-        # Not 100.00% for a layer that keeps a few weights.
-        return f"{text}, threshold={threshold}, sparsity={min(sparsity, 99.99) if nonzeros else 100.0:.2f}%"
+        return f"{text}, threshold={threshold}, sparsity={percent(1 - nonzeros / self.weight.numel())}"
 
 
 class STRConv1d(STRLayer, nn.Conv1d):

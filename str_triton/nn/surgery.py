@@ -114,9 +114,13 @@ def sparsify(
 def densify(model: nn.Module) -> nn.Module:
     """Turn thresholded modules into plain ones that hold the thresholded weights, in place.
 
-    Outputs are the same bit for bit, classes and the keys of the state dict are the ones before `sparsify`, and shared
-    weights stay shared. The weights are new Parameters, which an optimizer made before does not know; -0.0 becomes 0.0.
-    A bare STR layer is returned as a new module, a model without thresholds as it is.
+    Outputs are the same bit for bit, with one exception: torch.matmul chooses its kernel by `requires_grad`, so that
+    under torch.no_grad the last bits may differ where a module multiplies with a Parameter by matmul, as
+    nn.MultiheadAttention does in training mode. After `model.requires_grad_(False)` they are the same there too.
+
+    Classes and the keys of the state dict are the ones before `sparsify`, and shared weights stay shared. The weights
+    are new Parameters, which an optimizer made before does not know; -0.0 becomes 0.0. A bare STR layer is returned as
+    a new module, a model without thresholds as it is.
 
     Raises:
         ValueError: a module has got parametrizations of somebody else since `sparsify`.

@@ -241,6 +241,46 @@ def test_weights_that_are_not_covered_are_named():
         SparsityController(sparsify(Mixture(), parameters=["experts"]), Target(sparsity=0.5)).finish()
 
 
+@pytest.mark.parametrize(("size", "warns"), [(10, False), (11, True)])
+def test_the_warning_begins_above_one_percent(size, warns):
+    """Of 990 covered weights and `size` others: 10 are 1 % of all."""
+    model = nn.Sequential(nn.Linear(33, 30), Mixture())
+    model[1].experts, model[1].head = nn.Parameter(torch.randn(size, 1)), nn.Identity()
+    sparsify(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        SparsityController(model, Target(sparsity=0.5))
+    assert [("1.experts" in str(w.message), "98.9 %" in str(w.message)) for w in caught] == [(True, True)] * warns
+
+
+@pytest.mark.parametrize(
+    ("target", "part"),
+    [
+        ({"sparsity": 0.5}, r"150 of the 200 thresholded weights \(75\.00 %\)"),
+        ({"nonzeros": 60}, r"150 of the 200 "),
+        ({"flops_share": 0.5}, r"150 of the 200 "),
+        ({"layers": {"0": 0.5, "1": 0.95}}, r"60 of the 100 thresholded weights of 0 \(60\.00 %\)"),
+    ],
+)
+def test_a_model_with_more_zeros_than_the_target_says_so(target, part):
+    model = nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 10))
+    with torch.no_grad():
+        model[0].weight[:6] = 0
+        model[1].weight[:9] = 0
+    sparsify(model)
+    with pytest.warns(UserWarning, match=part) as caught:
+        controller = SparsityController(model, Target(**target), example_input=torch.zeros(1, 10))
+    assert len(caught) == 1
+    controller.finish()
+    if "layers" not in target:
+        assert count(model, torch.zeros(1, 10)).nonzeros == 50
+    del controller
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for enough in ({"sparsity": 0.75}, {"sparsity": 0.0}, {"layers": {"0": 0.6, "1": 0.9}}):
+            SparsityController(model, Target(**enough))
+
+
 def test_a_lazy_layer_is_named():
     model = sparsify(nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(3)), exclude=["1"])
     with pytest.raises(ValueError, match="'1' is lazy"):

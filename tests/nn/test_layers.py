@@ -320,13 +320,17 @@ def test_repr_says_what_the_layer_does():
         layer.weight.copy_(torch.linspace(0.05, 0.15, layer.weight.numel()).view_as(layer.weight))
     assert repr(layer) == (
         "STRConv2d(3, 4, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), bias=False, "
-        "g=identity, gradient=masked, threshold=0.1, sparsity=50.00%)"
+        "g=identity, gradient=masked, threshold=0.1, sparsity=50.00 %)"
     )
     assert "threshold=0.0001, " in repr(STRLinear(3, 4))
     layer = STRLinear(3, 2, granularity="filter", g="identity")
     with torch.no_grad():
         layer.raw_threshold.copy_(torch.tensor([[0.0], [100.0]]))
-    assert repr(layer).endswith("threshold=0 to 100, sparsity=50.00%)")
+    assert repr(layer).endswith("threshold=0 to 100, sparsity=50.00 %)")
+    layer = STRLinear(768, 768, g="identity", initial_threshold=0.5)
+    with torch.no_grad():
+        layer.weight.zero_()[0, :29] = 1
+    assert repr(layer).endswith("sparsity=99.995 %)")
     assert repr(STRLinear(3, 4, device="meta")).endswith("bias=True, g=exp, gradient=straight_through)")
     assert repr(STRLinear.from_dense(nn.Linear(0, 4))).endswith("gradient=straight_through)")
 

@@ -204,6 +204,23 @@ def test_the_meta_device_leaves_no_garbage():
     assert model.linear.threshold.item() == pytest.approx(0.05)
 
 
+@pytest.mark.parametrize("granularity", ["layer", "global"])
+@pytest.mark.parametrize("fill", ["to_empty", "assign"])
+def test_leaving_the_meta_device_keeps_shared_thresholds(granularity, fill):
+    state = sparsify(TiedText(), granularity=granularity).state_dict()
+    with torch.device("meta"):
+        model = sparsify(TiedText(), granularity=granularity)
+    kinds = len({id(weight.raw) for weight in thresholded_weights(model)})
+    if fill == "to_empty":
+        model.to_empty(device="cpu").load_state_dict(state)
+    else:
+        model.load_state_dict(state, assign=True)
+    assert model.decoder.raw_threshold is model.embedding.raw_threshold
+    assert not model.decoder.raw_threshold.is_meta
+    assert len({id(weight.raw) for weight in thresholded_weights(model)}) == kinds
+    assert len({id(weight.raw) for weight in thresholded_weights(copy.deepcopy(model))}) == kinds
+
+
 def test_a_matrix_in_factors_becomes_its_compact_form():
     layer = LowRankLinear(9, 8)
     with torch.no_grad():
