@@ -79,9 +79,11 @@ class ThresholdHolder:
         now = self.raw_threshold
         if now is before:
             return
-        other = vars(before).setdefault("_successor", now)
-        if (other.device, other.dtype, other.shape) == (now.device, now.dtype, now.shape):
-            self.raw_threshold = other
+        same = before  # Loading comes to a module with two names twice.
+        if before.device != now.device or not torch.equal(before, now):
+            same = vars(before).setdefault("_successor", now)
+        if (same.device, same.dtype, same.shape) == (now.device, now.dtype, now.shape):
+            self.raw_threshold = same
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -69,7 +69,7 @@ def kept_apply(fn: Callable[[Tensor], Tensor], raw_threshold: nn.Parameter, firs
     """Return `fn` of a module's `_apply` (.half(), .to(dtype), .to_empty(), ...) that keeps the raw threshold usable.
 
     The raw threshold stays at least float32: 16 bits lose the small steps of training, and the thresholds of very
-    negative raw ones. Where it comes from the meta device, and so has no value, it becomes `first`.
+    negative raw ones. Where `fn` keeps no value, as `.to_empty()`, it becomes `first`.
     """
 
     def apply(tensor: Tensor) -> Tensor:
@@ -79,8 +79,12 @@ def kept_apply(fn: Callable[[Tensor], Tensor], raw_threshold: nn.Parameter, firs
         if applied.dtype.itemsize < 4:
             wide = torch.empty_like(applied, dtype=torch.float32)
             applied = wide if tensor.is_meta else wide.copy_(tensor)
-        if tensor.is_meta and not applied.is_meta:
+        if not applied.is_meta and (tensor.is_meta or not _equal(applied, tensor.to(applied))):
             applied.fill_(first if tensor is raw_threshold else 0.0)
         return applied
 
     return apply
+
+
+def _equal(first: Tensor, second: Tensor) -> bool:
+    return torch.allclose(first, second, rtol=0, atol=0, equal_nan=True)

@@ -204,6 +204,17 @@ def test_the_meta_device_leaves_no_garbage():
     assert model.linear.threshold.item() == pytest.approx(0.05)
 
 
+def test_to_empty_twice_leaves_no_garbage():
+    """It comes to a module with two parents once for each."""
+    with torch.device("meta"):
+        child = nn.Linear(3, 3)
+        model = sparsify(nn.Sequential(nn.Sequential(child), nn.Sequential(child)), initial_threshold=0.05)
+    assert model.to_empty(device="cpu")[0][0].threshold.item() == pytest.approx(0.05)
+    with torch.no_grad():
+        child.raw_threshold.fill_(0.7)
+    assert child.double().float().raw_threshold.item() == torch.tensor(0.7).item()
+
+
 @pytest.mark.parametrize("granularity", ["layer", "global"])
 @pytest.mark.parametrize("fill", ["to_empty", "assign"])
 def test_leaving_the_meta_device_keeps_shared_thresholds(granularity, fill):
