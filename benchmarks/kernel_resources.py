@@ -32,7 +32,7 @@ from triton.runtime.jit import JITFunction
 
 from str_triton.ops import low_rank_gpu, singular_value_threshold, soft_threshold, soft_threshold_many
 from str_triton.ops.low_rank_cell import CELLS
-from str_triton.ops.low_rank_plan import saved_shape
+from str_triton.ops.low_rank_plan import padded
 
 TARGETS = {
     "sm_86": GPUTarget("cuda", 86, 32),
@@ -147,7 +147,7 @@ def _low_rank_launches(cell: str, hidden: int, rank: int, dtype: str, precision:
 
     outputs, states = zeros(steps, batch, hidden), [zeros(batch, hidden) for _ in of.states]
     gates_x, p = zeros(steps, batch, of.gates * hidden), zeros(steps, batch, rank)
-    saved = zeros(*saved_shape(of, steps, batch, hidden))
+    saved = zeros(steps, batch, of.saved * padded(hidden))
     scale = torch.zeros(of.scalars, dtype=torch.promote_types(DTYPES[dtype], torch.float32))
     weights = zeros(of.gates * hidden, rank), zeros(hidden, rank), zeros(of.bias_blocks * hidden), scale, states
     forward = (cell, gates_x, *weights, None, False, True, precision)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from str_triton.ops import low_rank_cpu, low_rank_gpu, vmap
+from str_triton.ops import differentiable, low_rank_cpu, low_rank_gpu, vmap
 from str_triton.ops.low_rank_cell import CELLS, Cell, compute_dtype
 from str_triton.ops.low_rank_checks import check, check_precision
-from str_triton.ops.low_rank_plan import saved_shape
+from str_triton.ops.low_rank_plan import padded
 from str_triton.ops.soft_threshold import known_signature
 
 # ---- registration -------------------------------------------------------------------------------------------------
@@ -40,8 +40,7 @@ def _(cell, gates_x, w, v, bias, scale, states, lengths, reverse, save, precisio
     outputs, finals = gates_x.new_empty(steps, batch, hidden), [torch.empty_like(state) for state in states]
     p, saved = (gates_x.new_empty(0) for _ in range(2))
     if save and gates_x.device.type != "cpu":
-        p = gates_x.new_empty(steps, batch, rank)
-        saved = gates_x.new_empty(saved_shape(CELLS[cell], steps, batch, hidden))
+        p, saved = (gates_x.new_empty(steps, batch, n) for n in (rank, CELLS[cell].saved * padded(hidden)))
     elif save and len(states) > 1:
         saved = torch.empty_like(outputs)
     return [outputs, *finals, p, saved]
@@ -98,6 +97,14 @@ class _LowRankRNN(torch.autograd.Function):
         return vmap.loop(_LowRankRNN.apply)(info, in_dims, *arguments)
 
 
+def _differentiable(cell, gates_x, w, v, bias, scale, states, lengths, reverse, save, precision):
+    results = _LowRankRNN.apply(cell, lengths, reverse, precision, gates_x, w, v, bias, scale, *states)
+    return list(results)
+
+
+differentiable.register(_LIBRARY, "low_rank_rnn", _differentiable)
+
+
 # ---- what the public functions share ------------------------------------------------------------------------------
 
 
@@ -127,7 +134,8 @@ def run(
     if scalars:
         scale = torch.cat([raw.reshape(1).to(compute).sigmoid() for raw in scalars.values()])
     tensors = gates_x, w, v, bias, scale, *(state.contiguous() for state in states.values())
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if needs_grad and not torch.compiler.is_exporting():  # torch.export keeps the op, which has a gradient of its own.
         results = _LowRankRNN.apply(cell.name, lengths, reverse, precision, *tensors)
     else:
         arguments = (cell.name, *tensors[:5], list(tensors[5:]), lengths, reverse, False, precision)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from str_triton.ops import vmap
+from str_triton.ops import differentiable, vmap
 from str_triton.ops.soft_threshold import DTYPES, known_signature  # and registers the op that thresholds the spectrum
 from str_triton.ops.thresholds import threshold_function
 
@@ -181,6 +181,9 @@ class _SingularValueThreshold(torch.autograd.Function):
     @staticmethod
     def vmap(info, in_dims, *arguments):
         return vmap.loop(_SingularValueThreshold.apply)(info, in_dims, *arguments)
+
+
+differentiable.register(_LIBRARY, "singular_value_threshold", _SingularValueThreshold.apply)
 
 
 # ---- public function ----------------------------------------------------------------------------------------------

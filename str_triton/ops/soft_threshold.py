@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from str_triton.ops import vmap
+from str_triton.ops import differentiable, vmap
 from str_triton.ops.layout import BLOCK, _blocks, _compute_dtype, _flat, _laid_out, _prepared, _rows
 from str_triton.ops.thresholds import threshold_function
 
@@ -172,6 +172,29 @@ class _SoftThreshold(torch.autograd.Function):
     @staticmethod
     def vmap(info, in_dims, *arguments):
         return vmap.loop(_SoftThreshold.apply)(info, in_dims, *arguments)
+
+
+class _Op(torch.autograd.Function):
+    """The registered op as a function of alpha, with the masked gradient."""
+
+    @staticmethod
+    def forward(ctx, x, alpha):
+        out = torch.ops.str_triton.soft_threshold(x, alpha)
+        ctx.save_for_backward(out, alpha)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        out, alpha = ctx.saved_tensors
+        slope = torch.ones_like(alpha) if ctx.needs_input_grad[1] else None
+        grad_x, grad_alpha = torch.ops.str_triton.soft_threshold_backward(
+            _laid_out(grad, out.stride()), out, slope, True
+        )
+        return grad_x, None if slope is None else grad_alpha
+
+
+differentiable.register(_LIBRARY, "soft_threshold", _Op.apply)
 
 
 # ---- public function ----------------------------------------------------------------------------------------------

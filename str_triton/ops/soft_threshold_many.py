@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from str_triton.ops import vmap
+from str_triton.ops import differentiable, vmap
 from str_triton.ops.layout import (
     BLOCK,
     _blocks,
@@ -238,6 +238,33 @@ class _SoftThresholdMany(torch.autograd.Function):
     @staticmethod
     def vmap(info, in_dims, *arguments):
         return vmap.loop(_SoftThresholdMany.apply)(info, in_dims, *arguments)
+
+
+class _Op(torch.autograd.Function):
+    """The registered op as a function of xs and alpha, with the masked gradient."""
+
+    @staticmethod
+    def forward(ctx, alpha, thresholds, *xs):
+        flat = torch.ops.str_triton.soft_threshold_many(list(xs), alpha, thresholds)
+        ctx.save_for_backward(flat, alpha)
+        ctx.thresholds, ctx.layouts = thresholds, [torch.empty_like(x, device="meta") for x in xs]
+        return flat
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        flat, alpha = ctx.saved_tensors
+        starts, grad = _flat_starts(ctx.layouts)[0], grad.contiguous()
+        grads = [_view(grad, layout, start) for layout, start in zip(ctx.layouts, starts, strict=True)]
+        grad_flat, grad_alpha = torch.ops.str_triton.soft_threshold_many_backward(
+            grads, flat, torch.ones_like(alpha), ctx.thresholds, True
+        )
+        return grad_alpha, None, *(_view(grad_flat, x, start) for x, start in zip(ctx.layouts, starts, strict=True))
+
+
+differentiable.register(
+    _LIBRARY, "soft_threshold_many", lambda xs, alpha, thresholds: _Op.apply(alpha, thresholds, *xs)
+)
 
 
 # ---- public function ----------------------------------------------------------------------------------------------

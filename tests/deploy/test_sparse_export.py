@@ -57,6 +57,41 @@ def test_changes_in_place(by_kernels, change: str):
         same(model, compiled, torch.randn(shape))
 
 
+@pytest.mark.parametrize("product", [torch.matmul, torch.mm, lambda x, w: torch.addmm(w[0], x, w)])
+def test_a_product_with_a_weight_is_a_layer(by_kernels, product: Callable):
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(6, 4) * (torch.rand(6, 4) < 0.3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return product(x, self.weight)
+
+    model = Product()
+    compiled = deploy.compile_sparse(model, torch.randn(3, 6))
+    assert len(compiled.choices) == 1
+    same(model, compiled, torch.randn(2, 6))
+
+
+def test_a_clamp_with_its_limits_swapped(by_kernels):
+    model = prune(nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 4)), 0.5)
+    model[0].register_forward_hook(lambda module, args, y: y.clamp(2.0, -1.0))
+    compiled = deploy.compile_sparse(model, torch.randn(3, 6))
+    assert isinstance(compiled, deploy.SparseModel)
+    same(model, compiled, torch.randn(2, 6))
+
+
+def test_whatever_stands_in_the_way_of_the_graph_the_layers_are_compiled(monkeypatch, by_kernels):
+    def fail(*_: object) -> None:
+        raise KeyError("no such node")
+
+    monkeypatch.setattr("str_triton.deploy.sparse.compile.lower", fail)
+    model = prune(nn.Sequential(nn.Linear(6, 4), nn.ReLU()), 0.5)
+    compiled = deploy.compile_sparse(model, torch.randn(3, 6))
+    assert "KeyError" in str(compiled)
+    same(model, compiled, torch.randn(2, 6))
+
+
 @pytest.mark.parametrize("linear", [True, False])
 def test_rows_chosen_by_a_mask(by_kernels, linear: bool):
     def between(y: Tensor) -> Tensor:

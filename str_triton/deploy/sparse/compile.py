@@ -146,6 +146,9 @@ def _compile(model: nn.Module, args: tuple, kwargs: dict[str, Any], tune: bool) 
             except (NotExported, Unfit) as error:
                 problems.append(str(error))
                 continue
+            except Exception as error:  # A fault of this package's: the model works all the same, and `print` tells.
+                problems.append(f"its exported graph cannot be compiled: {type(error).__name__}: {error}")
+                continue
             problem = difference(dense, network, _calls(network, args, kwargs))
             if problem is None:
                 network.reset(dict(dense.named_buffers()))

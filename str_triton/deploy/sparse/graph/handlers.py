@@ -39,7 +39,7 @@ def _linear(context: Context, node: fx.Node) -> Node | None:
     weight, bias = given["weight"], given["bias"]
     if not context.is_weight(weight, 2) or not context.is_bias(bias):
         return None
-    return _product(context, node, given["input"], context.known[weight], bias, weight)
+    return _linear_layer(context, node, given["input"], context.known[weight], bias, weight)
 
 
 def _product(context: Context, node: fx.Node) -> Node | None:
@@ -54,10 +54,10 @@ def _product(context: Context, node: fx.Node) -> Node | None:
         return None
     if given.get("beta", 1) != 1 or given.get("alpha", 1) != 1:
         return None
-    return _product(context, node, x, matrix, bias, weight)
+    return _linear_layer(context, node, x, matrix, bias, weight)
 
 
-def _product(context: Context, node: fx.Node, x: Any, matrix: Tensor, bias: Any, weight: fx.Node) -> Node | None:
+def _linear_layer(context: Context, node: fx.Node, x: Any, matrix: Tensor, bias: Any, weight: fx.Node) -> Node | None:
     if x in context.known or not is_float(node) or not dimensions(x):
         return None
     return _layer(context, Linear, node, x, matrix, bias, weight)
@@ -105,7 +105,7 @@ def _clamp(context: Context, node: fx.Node) -> Node | None:
     low, high = default or (given.get("min_val", given.get("min")), given.get("max_val", given.get("max")))
     low, high = -math.inf if low is None else low, math.inf if high is None else high
     numbers = all(isinstance(limit, int | float) and not math.isnan(limit) for limit in (low, high))
-    if x in context.known or not numbers or not is_float(node) or not is_float(x):
+    if x in context.known or not numbers or low > high or not is_float(node) or not is_float(x):
         return None
     return Clamp(context.name(node), [context.value(x).name], (float(low), float(high)))
 
