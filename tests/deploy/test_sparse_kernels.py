@@ -158,14 +158,54 @@ def test_max_pool_and_mean(kernels, kernel, stride, padding):
     torch.testing.assert_close(got, pooled.mean((2, 3)), rtol=1e-5, atol=1e-5)
 
 
+def linear(outputs: int, inputs: int, density: float = 0.5, name: str = "y", x: str = "x") -> Linear:
+    weight = thinned(outputs, inputs, density=density)
+    return Linear(name, [x], weight, torch.randn(outputs), (0.0, float("inf")), name)
+
+
+def expected_linear(node: Linear, x: Tensor) -> Tensor:
+    return F.linear(x.double(), node.weight.double(), node.bias.double()).relu().float()
+
+
+# One row; fewer than a vector; with the rows of a square, and one more; features of whole vectors and not.
 @pytest.mark.parametrize("density", [0.0, 0.1, 1.0])
-@pytest.mark.parametrize("shape", [(1, 33), (5, 33), (2, 3, 33), (33,)])
+@pytest.mark.parametrize(
+    "shape", [(1, 33), (33,), (2, 33), (2, 3, 33), (8, 32), (1, 9, 31), (3, 1, 5, 17), (16, 48), (3, 11, 30), (130, 5)]
+)
 def test_linear(kernels, shape, density):
-    node = Linear("y", ["x"], thinned(21, 33, density=density), torch.randn(21), (0.0, float("inf")), "y")
+    node = linear(21, shape[-1], density)
     x = torch.randn(shape)
-    want = F.linear(x.double(), node.weight.double(), node.bias.double()).relu().float()
     for choice in CUTS:
-        torch.testing.assert_close(run(kernels, [node], x, choice), want, rtol=1e-5, atol=1e-5)
+        got = run(kernels, [node], x, choice)
+        torch.testing.assert_close(got, expected_linear(node, x), rtol=1e-5, atol=1e-5)
+
+
+def test_linear_layers_share_the_turned_input_and_pass_it_on(kernels):
+    a, b = linear(40, 33, name="a"), linear(21, 33, name="b")
+    c, d = linear(9, 40, name="c", x="a"), linear(7, 21, name="d", x="b")
+    x = torch.randn(5, 7, 33)
+    graph = Graph([Input("x", []), a, b, c, d], [Ref("c"), Ref("d"), Ref("a")])
+    plan = Plan(graph, try_out(graph, [x]), {node.name: CUTS[1] for node in graph.layers()}, kernels)
+    plan.run([torch.randn_like(x)])
+    values = plan.run([x])
+    assert [task.kind for task in plan.tasks].count("copy") == 4  # x once, and three outputs
+    wanted = {"a": expected_linear(a, x), "c": expected_linear(c, expected_linear(a, x))}
+    wanted["d"] = expected_linear(d, expected_linear(b, x))
+    for name, value in wanted.items():
+        torch.testing.assert_close(values[name], value, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [12, 160])  # 160: images of a batch run one by one
+def test_linear_layers_between_convolutions(kernels, size):
+    first, last = chain((3, 1, 1), (3, 1, 1))
+    middle = linear(size, size, 0.1, "m", "y0")
+    last.inputs = ["m", "y0"]  # An image and a residual that have different forms.
+    x = torch.randn(2, 6, size, size)
+    inner = expected(first, x)
+    own = F.conv2d(expected_linear(middle, inner).double(), last.weight.double(), last.bias.double(), padding=1)
+    for choice in CUTS:
+        got = run(kernels, [first, middle, last], x, choice)
+        torch.testing.assert_close(got, (own + inner).float(), rtol=1e-4, atol=1e-3)
 
 
 def test_nan_and_infinity_reach_what_reads_them_and_nothing_else(kernels):
@@ -211,3 +251,7 @@ def test_other_processors(kernels, tmp_path: Path, flags: tuple[str, ...]):
     for width in (*range(1, 9), 14):  # 14: a file may come from a processor with more registers.
         got = run(library, nodes, x, Choice("sparse", width, 3, 2))
         torch.testing.assert_close(got, y, rtol=1e-4, atol=1e-4)
+    for rows in (1, 3, 19):
+        node, x = linear(21, 35), torch.randn(rows, 35)
+        got = run(library, [node], x, Choice("sparse", 2, 3, 2))
+        torch.testing.assert_close(got, expected_linear(node, x), rtol=1e-5, atol=1e-5)

@@ -14,7 +14,7 @@ from str_triton.deploy.sparse import stopwatch
 from str_triton.deploy.sparse.cost import estimate
 from str_triton.deploy.sparse.executions import EXECUTIONS
 from str_triton.deploy.sparse.executions.choice import Choice
-from str_triton.deploy.sparse.graph.nodes import Convolution, Graph, Layer, MaxPool, Mean
+from str_triton.deploy.sparse.graph.nodes import Graph, Layer, Linear, MaxPool, Mean
 from str_triton.deploy.sparse.runtime.plan import Plan, Segment
 from str_triton.deploy.sparse.runtime.structs import LINEAR
 from str_triton.deploy.sparse.runtime.trial import Trial
@@ -125,7 +125,7 @@ class _Stage:
         op = self.segment.operations[self.number][0]
         lanes = self.library.str_triton_lanes()
         if op.kind == LINEAR:  # Its tensors are gone.
-            self._tensors = torch.randn(op.images * op.x.image), torch.empty(op.images * op.y.image)
+            self._tensors = torch.randn(op.x.image), torch.empty(op.y.image)
             op.x.data, op.y.data = (tensor.data_ptr() for tensor in self._tensors)
         cuts = _cuts(op.length // lanes * op.images * op.planes, self.threads, lanes)
 
@@ -164,24 +164,30 @@ def _weigh(
     copy_milliseconds: Callable[[tuple[int, ...]], float],
 ) -> dict[str, Choice]:
     """Start from the kernels wherever they can run, and change one layer at a time for as long as that saves time."""
-    copies = {name: copy_milliseconds(shape) for name, shape in shapes.items() if len(shape) == 4}
+    # Turned values cost about twice as much.
+    copies = {name: copy_milliseconds(shape) * (1 if len(shape) == 4 else 2) for name, shape in shapes.items()}
     readers: dict[str, set[str]] = {node.name: set() for node in graph.nodes}
     for node in graph.nodes:
         for name in node.inputs:
             readers[name].add(node.name)
     nodes = {node.name: node for node in graph.nodes}
+    kept = set(graph.kept())
     pools = {node.name for node in graph.nodes if isinstance(node, MaxPool | Mean)}
     choices = by_torch | by_kernel
 
-    def ours(name: str) -> bool:
-        if isinstance(nodes[name], MaxPool):
-            return ours(nodes[name].inputs[0])
-        return isinstance(nodes[name], Convolution) and choices[name].execution == "sparse"
+    def form(name: str) -> type | None:
+        """Return the kind of layer in whose padded buffers a node reads and writes; None: torch's tensors."""
+        node = nodes[name]
+        if isinstance(node, MaxPool):
+            return form(node.inputs[0])
+        if not isinstance(node, Layer) or choices[name].execution != "sparse":
+            return None
+        return None if isinstance(node, Linear) and math.prod(shapes[name][:-1]) == 1 else type(node)
 
     def crossings(name: str) -> float:
         """Milliseconds of the copies of one value; a pool reads whatever form there is."""
-        forms = {ours(reader) for reader in readers[name] - pools}
-        return copies.get(name, 0.0) * len(forms - {ours(name)})
+        forms = {form(reader) for reader in readers[name] - pools} | ({None} if name in kept else set())
+        return copies.get(name, 0.0) * len(forms - {form(name)})
 
     def local(name: str) -> float:
         return choices[name].ms + sum(map(crossings, {name, *nodes[name].inputs}))

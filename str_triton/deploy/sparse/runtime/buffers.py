@@ -13,10 +13,15 @@ FLOAT = 4
 
 
 class Key(NamedTuple):
-    """A value in padded form: its name and its phases."""
+    """A value in padded form: its name and its phases.
+
+    Attributes:
+        turned: the value [..., features] lies as one image of one row: features are channels, and rows are pixels.
+    """
 
     value: str
     phases: tuple[int, int]
+    turned: bool = False
 
 
 @dataclass
@@ -29,7 +34,7 @@ class _Place:
 
 @dataclass
 class Buffers:
-    """Images by key, each [images, C, H, W] with shapes from `shapes`.
+    """Images by key, each [images, C, H, W] with shapes that follow from `shapes`.
 
     First connect and widen everything, then take and release in the order of use, then allocate.
 
@@ -50,7 +55,16 @@ class Buffers:
 
     def images(self, key: Key) -> int:
         """Return how many images of a value are there at once."""
-        return self.shapes[key.value][0] if self.group is None or key in self.whole else self.group
+        return self.shape(key)[0] if key in self.whole else self.at_once(key)
+
+    def at_once(self, key: Key) -> int:
+        """Return how many images of a value one operation reads or writes."""
+        return self.shape(key)[0] if self.group is None or key.turned else self.group
+
+    def shape(self, key: Key) -> tuple[int, int, int, int]:
+        """Return the shape [images, C, H, W] of a value in this form."""
+        shape = self.shapes[key.value]
+        return (1, shape[-1], 1, math.prod(shape[:-1])) if key.turned else shape
 
     def root(self, key: Key) -> Key:
         """Return the key that stands for all those with the same frame."""
@@ -72,16 +86,16 @@ class Buffers:
         """Make room for the images and for the zeros around x, once all are connected."""
         frame = self.frame(y)
         for key in (x, y):
-            sizes = plane_sizes(self.shapes[key.value][2:], key.phases)
+            sizes = plane_sizes(self.shape(key)[2:], key.phases)
             frame.rows = max(frame.rows, *(rows for rows, _ in sizes))
             frame.columns = max(frame.columns, *(columns for _, columns in sizes))
-        window.widen(frame, self.shapes[x.value][2:], self.shapes[y.value][2:])
+        window.widen(frame, self.shape(x)[2:], self.shape(y)[2:])
 
     def take(self, key: Key) -> None:
         """Find a place for an image that is written next."""
         if key in self._places:
             return
-        floats = self.images(key) * self.shapes[key.value][1] * self.frame(key).channel(math.prod(key.phases))
+        floats = self.images(key) * self.shape(key)[1] * self.frame(key).channel(math.prod(key.phases))
         # The groups of a batch run through the same places in turn, which one that holds all cannot share.
         free = [] if key in self.whole else self._free.get(self._layout(key), [])
         # The smallest that is large enough, or else the largest, which grows.
@@ -102,7 +116,7 @@ class Buffers:
 
     def _layout(self, key: Key) -> tuple:
         """What decides where an image's zeros lie: a smaller one would read what a larger one left around it."""
-        return self.root(key), key.phases, self.shapes[key.value][2:]
+        return self.root(key), key.phases, self.shape(key)[2:]
 
     def allocate(self) -> None:
         """Get the memory, all zeros. Around it there is room for what strips read beyond their image."""
@@ -121,7 +135,7 @@ class Buffers:
         begin = self._places[key].begin + plane * frame.plane + frame.origin
         return View(
             data=self._memory.ctypes.data + FLOAT * begin,
-            image=self.shapes[key.value][1] * channel,
+            image=self.shape(key)[1] * channel,
             channel=channel,
             plane=frame.plane,
             row=frame.pitch,

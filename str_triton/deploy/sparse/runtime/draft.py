@@ -1,5 +1,6 @@
 """What a plan will do, in order: which form every value takes, and where a copy must change it."""
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass, field
 
@@ -42,8 +43,8 @@ class Draft:
     def __init__(self, graph: Graph, trial: Trial, choices: dict[str, Choice], kernels: bool) -> None:
         self.shapes, self.choices, self.kernels = trial.shapes, choices, kernels
         self.nodes = {node.name: node for node in graph.nodes}
-        self.images: set[str] = set()  # Values that lie in padded buffers.
-        self._written: set[str] = set()  # Those of them that a kernel makes there.
+        self.images: set[str] = set()  # Values that lie in padded buffers as images of a batch.
+        self._written: set[str] = set()  # Values that a kernel makes in padded buffers.
         for node in graph.nodes:
             if self._by_window(node):
                 self._written.add(node.name)
@@ -64,18 +65,26 @@ class Draft:
         """Check whether a kernel computes this node from an image to an image."""
         if isinstance(node, Convolution):
             return self._by_kernels(node)
-        if isinstance(node, MaxPool) and node.inputs[0] in self._written:
+        if isinstance(node, Linear):
+            return self._by_kernels(node) and math.prod(self.shapes[node.name][:-1]) > 1
+        if isinstance(node, MaxPool) and self._is_image(node.inputs[0]):
             producer = self.nodes[node.inputs[0]]
             # Zeros around the image are as good as minus infinity where nothing is negative.
             return node.padding == (0, 0) or (isinstance(producer, Layer) and producer.clamp[0] >= 0)
         return False
+
+    def _is_image(self, name: str) -> bool:
+        """Check whether a kernel makes this value, and not in turned form."""
+        return name in self._written and not isinstance(self.nodes[name], Linear)
 
     def _windows(self, graph: Graph) -> dict[str, Window]:
         """The window of each convolution and pool. From the end: what reads a value decides in which phases it lies."""
         wanted: dict[str, set[tuple[int, int]]] = defaultdict(set)
         windows = {}
         for node in reversed(graph.nodes):
-            if node.name in self._written:
+            if isinstance(node, Linear):
+                windows[node.name] = Window(PLAIN, PLAIN, (0, 0), PLAIN, PLAIN)
+            elif node.name in self._written:
                 free = isinstance(node, Convolution) and node.is_pointwise and len(node.inputs) == 1
                 phases = next(iter(wanted[node.name])) if free and len(wanted[node.name]) == 1 else PLAIN
                 window = Window(node.kernel, node.stride, node.padding, node.dilation, phases)
@@ -89,15 +98,14 @@ class Draft:
 
     def _add(self, node: Node) -> None:
         if node.name in self._written:
-            window = self.windows[node.name]
-            reads = [self._image(node.inputs[0], window.reads)]
-            reads += [self._image(name, window.phases) for name in node.inputs[1:]]
-            writes = Key(node.name, window.phases)
-            self.images.add(node.name)
+            window, writes = self.windows[node.name], self._own(node.name)
+            reads = [self._image(Key(node.inputs[0], window.reads, writes.turned))]
+            reads += [self._image(Key(name, window.phases)) for name in node.inputs[1:]]
+            self._note(writes)
             self.tasks.append(Task("window", node, reads, writes, window=window))
             self._made.add(writes)
-        elif isinstance(node, Mean) and node.inputs[0] in self._written:
-            self.tasks.append(Task("mean", node, [self._image(node.inputs[0], PLAIN)], makes=node.name))
+        elif isinstance(node, Mean) and self._is_image(node.inputs[0]):
+            self.tasks.append(Task("mean", node, [self._image(Key(node.inputs[0], PLAIN))], makes=node.name))
         elif isinstance(node, Linear) and self._by_kernels(node):
             self._tensor(node.inputs[0])
             self.tasks.append(Task("linear", node, tensors=node.inputs[:1], makes=node.name))
@@ -106,18 +114,27 @@ class Draft:
                 self._tensor(name)
             self.tasks.append(Task("torch", node, tensors=list(node.inputs), makes=node.name))
 
-    def _image(self, name: str, phases: tuple[int, int]) -> Key:
-        """A value in a padded buffer, in these phases."""
-        key = Key(name, phases)
-        self.images.add(name)
+    def _own(self, name: str) -> Key:
+        """Return the form in which a kernel makes a value."""
+        return Key(name, self.windows[name].phases, isinstance(self.nodes[name], Linear))
+
+    def _note(self, key: Key) -> None:
+        if not key.turned:
+            self.images.add(key.value)
+
+    def _image(self, key: Key) -> Key:
+        """Have a value in this form, by a copy if need be."""
+        self._note(key)
         if key in self._made:
             return key
-        if name not in self._written:
+        name = key.value
+        made = self._own(name) if name in self._written else None
+        if made is None or made.turned != key.turned:
+            self._tensor(name)
             self.tasks.append(Task("copy", self.nodes[name], [], key, [name]))
         else:
-            made = Key(name, self.windows[name].phases)
-            if PLAIN not in (made.phases, phases):
-                made = self._image(name, PLAIN)
+            if PLAIN not in (made.phases, key.phases):
+                made = self._image(Key(name, PLAIN))
             self.tasks.append(Task("copy", self.nodes[name], [made], key))
         self._made.add(key)
         return key
@@ -125,7 +142,7 @@ class Draft:
     def _tensor(self, name: str) -> None:
         """A value as torch's tensor."""
         if name in self._written and name not in self._made:
-            source = Key(name, self.windows[name].phases)
+            source = self._own(name)
             self.tasks.append(Task("copy", self.nodes[name], [source], makes=name))
             self._made.add(name)
 

@@ -7,6 +7,8 @@
    strided convolution reads an image that is split into its phases (for stride 2: even and odd rows and columns), one
    plane each, so that its taps are plain offsets, too. Depthwise convolutions are lists of a few taps like any other.
 
+   A linear layer for several rows is a 1x1 convolution: each feature is a channel, and the rows are its pixels.
+
    Vector extensions of gcc and clang, no intrinsics; without OpenMP everything runs on the calling thread. */
 
 #include <math.h>
@@ -21,10 +23,14 @@
 #define LANES 16
 #define WIDEST 16
 #define COPIES(x) x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x
+#define LOWER 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define UPPER 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
 #elif defined(__AVX__)
 #define LANES 8
 #define WIDEST 8
 #define COPIES(x) x, x, x, x, x, x, x, x
+#define LOWER 0, 8, 1, 9, 2, 10, 3, 11
+#define UPPER 4, 12, 5, 13, 6, 14, 7, 15
 #else
 #define LANES 4
 #ifdef __aarch64__
@@ -33,12 +39,22 @@
 #define WIDEST 8
 #endif
 #define COPIES(x) x, x, x, x
+#define LOWER 0, 4, 1, 5
+#define UPPER 2, 6, 3, 7
 #endif
 
 typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int32_t bits __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 
-enum { CONVOLUTION, MAX_POOL, COPY, MEAN, LINEAR };
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (bits){__VA_ARGS__})
+#endif
+
+#define GRAIN 16 /* floats in a cache line */
+
+enum { CONVOLUTION, MAX_POOL, COPY, MEAN, LINEAR, TURN };
 
 typedef struct {
     float value;
@@ -55,7 +71,7 @@ typedef struct {
     int64_t items; /* what the threads share out among themselves */
     view x, y, residual;
     int64_t images, channels, planes;
-    int64_t length;               /* floats of a plane that are computed, a multiple of 16 */
+    int64_t length;               /* floats of a plane that are computed, a multiple of LANES */
     int64_t rows, columns;        /* COPY and MEAN: pixels of a plane */
     int64_t tiles, blocks, width; /* a plane in tiles, the channels in blocks, a strip in vectors */
     int64_t tables;               /* of taps: 1, or as many as planes, each with its own; COPY: column phases */
@@ -198,22 +214,72 @@ static void mean(const operation *op, int64_t item) {
     op->y.data[image * op->y.image + channel] = (float)(sum / (double)(op->rows * op->columns));
 }
 
-/* One block of outputs for every row: x [images, inputs], y [images, channels]. */
+/* One block of outputs for one row. */
 static void linear(const operation *op, int64_t block) {
+    const float *x = op->x.data;
     for (int64_t i = op->block_first[block]; i < op->block_first[block + 1]; i++) {
-        const tap *begin = op->taps + op->first[i], *end = op->taps + op->first[i + 1];
-        for (int64_t image = 0; image < op->images; image++) {
-            const float *x = op->x.data + image * op->x.image;
-            float sum[4] = {op->bias[i], 0, 0, 0};
-            const tap *t = begin;
-            for (; t + 4 <= end; t += 4)
-                for (int j = 0; j < 4; j++) sum[j] += t[j].value * x[t[j].offset];
-            for (; t < end; t++) sum[0] += t->value * x[t->offset];
-            float value = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-            if (op->low > value) value = op->low;
-            if (value > op->high) value = op->high;
-            op->y.data[image * op->y.image + i] = value;
+        const tap *t = op->taps + op->first[i], *end = op->taps + op->first[i + 1];
+        float sum[4] = {op->bias[i], 0, 0, 0};
+        for (; t + 4 <= end; t += 4) {
+            __asm__ volatile(""); /* Else gcc collects four x in a vector, which takes four times as long. */
+            for (int j = 0; j < 4; j++) sum[j] += t[j].value * x[t[j].offset];
         }
+        for (; t < end; t++) sum[0] += t->value * x[t->offset];
+        float value = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+        if (op->low > value) value = op->low;
+        if (value > op->high) value = op->high;
+        op->y.data[i] = value;
+    }
+}
+
+/* Each step interleaves the upper half of the rows with the lower half: in the number of an element, (row, lane), the
+   highest bit of each moves to the lowest place of the other. */
+static inline __attribute__((always_inline)) void transpose(vec *v) {
+    for (int step = 1; step < LANES; step *= 2) {
+        vec w[LANES];
+        for (int i = 0; i < LANES / 2; i++) {
+            w[2 * i] = SHUFFLE(v[i], v[i + LANES / 2], LOWER);
+            w[2 * i + 1] = SHUFFLE(v[i], v[i + LANES / 2], UPPER);
+        }
+        for (int i = 0; i < LANES; i++) v[i] = w[i];
+    }
+}
+
+/* GRAIN pixels of GRAIN channels at most, between a tensor [columns, channels], in which the channel's stride is 1, and an
+   image of one row, which has room for whole vectors of pixels. */
+static void turn_square(const operation *op, const float *x, float *y, int64_t channels, int64_t pixels) {
+    const int to_image = op->x.channel == 1;
+    for (int64_t p = 0; p < pixels; p += LANES, x += LANES * op->x.column, y += LANES * op->y.column) {
+        const int64_t present = pixels - p < LANES ? pixels - p : LANES;
+        int64_t c = 0;
+        for (; c + LANES <= channels; c += LANES) {
+            vec v[LANES];
+            for (int64_t i = 0; i < LANES; i++)
+                v[i] = !to_image ? at(x + (c + i) * op->x.channel, 0)
+                    : i < present ? at(x + i * op->x.column + c, 0) : splat(0);
+            transpose(v);
+            for (int64_t i = 0; i < LANES; i++)
+                if (to_image)
+                    *(vec *)(y + (c + i) * op->y.channel) = v[i];
+                else if (i < present)
+                    *(vec *)(y + i * op->y.column + c) = v[i];
+        }
+        for (; c < channels; c++)
+            for (int64_t i = 0; i < present; i++)
+                y[c * op->y.channel + i * op->y.column] = x[c * op->x.channel + i * op->x.column];
+    }
+}
+
+/* GRAIN pixels and one of `blocks` parts of the channels. */
+static void turn(const operation *op, int64_t item) {
+    const int64_t block = item % op->blocks, pixel = item / op->blocks * GRAIN, pixels = op->columns - pixel;
+    const int64_t squares = (op->channels + GRAIN - 1) / GRAIN;
+    for (int64_t i = squares * block / op->blocks; i < squares * (block + 1) / op->blocks; i++) {
+        const int64_t c = i * GRAIN, channels = op->channels - c;
+        turn_square(
+            op, op->x.data + c * op->x.channel + pixel * op->x.column,
+            op->y.data + c * op->y.channel + pixel * op->y.column, channels < GRAIN ? channels : GRAIN,
+            pixels < GRAIN ? pixels : GRAIN);
     }
 }
 
@@ -222,6 +288,7 @@ static void run_item(const operation *op, int64_t item) {
         case COPY: copy(op, item); break;
         case MEAN: mean(op, item); break;
         case LINEAR: linear(op, item); break;
+        case TURN: turn(op, item); break;
         default: strips(op, item);
     }
 }

@@ -15,7 +15,7 @@ class TooLarge(ValueError):
     """An image whose places do not fit into 32 bits."""
 
 
-GRAIN = 16  # floats in a cache line: planes begin at whole lines, and lengths are multiples of it
+GRAIN = 16  # floats in a cache line, kernels.c knows it, too: planes begin at whole lines, lengths are multiples of it
 
 
 @dataclass

@@ -7,32 +7,46 @@ import numpy as np
 from torch import Tensor
 
 from str_triton.deploy.sparse.executions.choice import Choice
-from str_triton.deploy.sparse.graph.nodes import Convolution, Linear, MaxPool
+from str_triton.deploy.sparse.graph.nodes import Convolution, Layer, Linear, MaxPool
 from str_triton.deploy.sparse.runtime.buffers import FLOAT, Buffers, Key
-from str_triton.deploy.sparse.runtime.layout import Window, mask, offsets, plane_sizes
-from str_triton.deploy.sparse.runtime.structs import CONVOLUTION, COPY, LINEAR, MAX_POOL, MEAN, TAP, Operation, View
+from str_triton.deploy.sparse.runtime.layout import GRAIN, Window, mask, offsets, plane_sizes
+from str_triton.deploy.sparse.runtime.structs import (
+    CONVOLUTION,
+    COPY,
+    LINEAR,
+    MAX_POOL,
+    MEAN,
+    TAP,
+    TURN,
+    Operation,
+    View,
+)
+
+TURNED = 256  # channels that a thread turns at a time
 
 
 class Operations:
-    """Makes operations and keeps the arrays alive that they point to."""
+    """Makes operations for kernels with vectors of `lanes` floats, and keeps the arrays alive that they point to."""
 
-    def __init__(self, buffers: Buffers) -> None:
-        self.buffers = buffers
+    def __init__(self, buffers: Buffers, lanes: int) -> None:
+        self.buffers, self.lanes = buffers, lanes
         self._kept: list[np.ndarray] = []
         self._masks: dict[tuple, np.ndarray] = {}
 
     def window(
-        self, node: Convolution | MaxPool, window: Window, x: Key, y: Key, residual: Key | None, choice: Choice
+        self, node: Layer | MaxPool, window: Window, x: Key, y: Key, residual: Key | None, choice: Choice
     ) -> Operation:
-        """A convolution or a max pool."""
-        buffers, frame, shape = self.buffers, self.buffers.frame(y), self.buffers.shapes[y.value]
+        """A convolution, a linear layer on turned values, or a max pool."""
+        buffers, frame, shape = self.buffers, self.buffers.frame(y), self.buffers.shape(y)
         planes = math.prod(y.phases)
         op = Operation(x=buffers.view(x), y=buffers.view(y))
-        op.images, op.channels, op.planes, op.tables = buffers.group or shape[0], shape[1], planes, window.tables
+        op.images, op.channels, op.planes, op.tables = buffers.at_once(y), shape[1], planes, window.tables
         op.length = frame.length(max(rows for rows, _ in plane_sizes(shape[2:], y.phases)))
+        if y.turned:  # A few rows take no more vectors than they need.
+            op.length = -(-shape[3] // self.lanes) * self.lanes
         if window.tables > 1 or planes == 1:
             op.x.plane = 0  # The taps say which plane they read.
-        if isinstance(node, Convolution):
+        if isinstance(node, Layer):
             op.kind, (op.low, op.high) = CONVOLUTION, node.clamp
             index, values = _nonzeros(node)
             bias = node.bias.numpy()
@@ -68,7 +82,7 @@ class Operations:
         if op.kind == LINEAR:
             op.items = op.blocks
         else:
-            op.tiles = max(1, min(choice.tiles, op.length // 16))
+            op.tiles = max(1, min(choice.tiles, op.length // GRAIN))
             op.items = op.images * op.planes * op.tiles * op.blocks
 
     def copies(self, value: str, source: Key | None, target: Key | None) -> list[tuple[Operation, int]]:
@@ -78,8 +92,10 @@ class Operations:
 
         Returns them with the place of their first pixel in the tensor, in bytes: its address is known when it exists.
         """
-        images, channels, height, width = self.buffers.shapes[value]
-        images = self.buffers.group or images
+        if (source or target).turned:
+            return [(self._turn(source, target), 0)]
+        _, channels, height, width = self.buffers.shapes[value]
+        images = self.buffers.at_once(source or target)
         phases = max(key.phases for key in (source, target) if key)
         found = []
         for p in range(phases[0]):
@@ -97,18 +113,28 @@ class Operations:
             found.append((op, FLOAT * p * width))
         return found
 
+    def _turn(self, source: Key | None, target: Key | None) -> Operation:
+        """Return the copy of a value [..., features] between torch's tensor (None) and its turned form."""
+        _, channels, _, columns = self.buffers.shape(source or target)
+        tensor = View(None, 0, 1, 0, 0, channels)
+        x, y = (self.buffers.view(key) if key else tensor for key in (source, target))
+        op = Operation(kind=TURN, channels=channels, columns=columns, blocks=-(-channels // TURNED), x=x, y=y)
+        op.items = op.blocks * -(-columns // GRAIN)
+        return op
+
     def mean(self, source: Key) -> Operation:
-        images, channels, rows, columns = self.buffers.shapes[source.value]
-        images = self.buffers.group or images
+        _, channels, rows, columns = self.buffers.shapes[source.value]
+        images = self.buffers.at_once(source)
         op = Operation(kind=MEAN, images=images, channels=channels, planes=1, rows=rows, columns=columns)
         op.x, op.y = self.buffers.view(source), View(None, channels, 1, 0, 0, 0)
         op.items = images * channels
         return op
 
-    def linear(self, node: Linear, rows: int, choice: Choice) -> Operation:
+    def linear(self, node: Linear, choice: Choice) -> Operation:
+        """Return a linear layer for one row."""
         index, values = _nonzeros(node)
         outputs, inputs = node.weight.shape
-        op = Operation(kind=LINEAR, images=rows, channels=outputs, planes=1, tables=1)
+        op = Operation(kind=LINEAR, images=1, channels=outputs, planes=1, tables=1)
         op.x, op.y = View(None, inputs, 1, 0, 0, 0), View(None, outputs, 1, 0, 0, 0)
         op.low, op.high = node.clamp
         taps = np.empty(len(values), TAP)
@@ -139,13 +165,14 @@ def _tensor(channels: int, height: int, width: int) -> View:
 
 
 def _nonzeros(node: Convolution | Linear) -> tuple[np.ndarray, np.ndarray]:
-    """Where the weights are that are not zero, [dimensions, n], sorted by output channel, and their values.
+    """Return where the weights are that are not zero, [4, n], sorted by output channel, and their values.
 
     The second row counts input channels of the whole layer, also where channels are grouped.
     """
     weight: Tensor = node.weight
-    index = np.array(np.nonzero(weight.numpy()))
-    values = weight.numpy()[tuple(index)]
+    array = weight.numpy().reshape(*weight.shape, *[1] * (4 - weight.dim()))
+    index = np.array(np.nonzero(array))
+    values = array[tuple(index)]
     if isinstance(node, Convolution) and node.groups > 1:
         index[1] += index[0] // (weight.shape[0] // node.groups) * weight.shape[1]
     return index, values

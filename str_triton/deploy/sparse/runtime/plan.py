@@ -65,7 +65,7 @@ class Plan:
         whole = _crossing(self.segments) if group else set()
         self.buffers = Buffers(trial.shapes, group, whole)
         place(self.tasks, self.buffers)
-        self._operations = Operations(self.buffers)
+        self._operations = Operations(self.buffers, library.str_triton_lanes() if library is not None else 1)
         for segment in self.segments:
             if isinstance(segment, Segment):
                 segment.close([self._make(task) for task in segment.tasks], trial.shapes, self.buffers)
@@ -121,8 +121,7 @@ class Plan:
             case "mean":
                 return [self._operations.mean(task.reads[0])], [0]
             case "linear":
-                shape = self.shapes[task.tensors[0]]
-                return [self._operations.linear(task.node, math.prod(shape[:-1]), choice)], [0]
+                return [self._operations.linear(task.node, choice)], [0]
         source = task.reads[0] if task.reads else None
         value = (source or task.writes).value
         operations, begins = zip(*self._operations.copies(value, source, task.writes), strict=True)
@@ -152,7 +151,7 @@ def _split(tasks: list[Task], shapes: dict[str, tuple[int, ...]], group: int | N
             segments.append(task.node)
             continue
         groups = 1
-        if group and task.kind != "linear":
+        if group and task.kind != "linear" and not any(key.turned for key in task.images()):
             groups = shapes[(task.writes or task.reads[0]).value][0] // group
         last = segments[-1] if segments else None
         if not isinstance(last, Segment) or last.groups != groups:

@@ -4,7 +4,7 @@ import ctypes
 
 import numpy as np
 
-CONVOLUTION, MAX_POOL, COPY, MEAN, LINEAR = range(5)
+CONVOLUTION, MAX_POOL, COPY, MEAN, LINEAR, TURN = range(6)
 
 
 class View(ctypes.Structure):
