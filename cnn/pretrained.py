@@ -8,6 +8,16 @@ from cnn.models import state_shapes
 from cnn.weights import fill, read_weights
 
 
+def check_start(path: str | os.PathLike[str], *, needs_zeros: bool) -> None:
+    """Read the file that `start_from` will read; raise as it does, and `ValueError` where zeros are needed and missing.
+
+    Zeros are needed in weights of two or more dimensions.
+    """
+    weights = read_weights(path)
+    if needs_zeros and all(weight.dim() < 2 or bool(weight.all()) for weight in weights.values()):
+        raise ValueError(f"--method keep-zeros: no weight in --pretrained {path} is zero")
+
+
 def start_from(
     path: str | os.PathLike[str],
     model: nn.Module,

@@ -19,6 +19,7 @@ METHODS = {
     "gmp": ("uniform", "erk", "global"),
     "dnw": ("uniform", "erk"),
     "rigl": ("erk", "uniform"),
+    "keep-zeros": (),
     "dense": (),
 }
 TARGETS = ("target_sparsity", "target_flops", "budget")
@@ -50,7 +51,8 @@ class Config(TrainConfig):
     method: str = "str-exact"
     """str-exact: soft thresholds that meet a target exactly; str: the paper's way, without a target; gmp: gradual
     magnitude pruning; dnw: the largest weights of a dense network in training; rigl: connections that move, sparse from
-    the start; dense: prunes nothing."""
+    the start; keep-zeros: the zeros of an already pruned --pretrained network stay, the other weights are trained;
+    dense: prunes nothing."""
     target_sparsity: float | None = None
     """Share of the weights that are zero at the end, 0 to 1; 0.9 where no target is given."""
     target_flops: float | None = None
@@ -211,6 +213,8 @@ def settle(config: Config) -> Config:
         )
     if config.new_classifier and config.pretrained is None:
         raise UserError("--new-classifier says what to leave of a trained network: name one with --pretrained FILE")
+    if config.method == "keep-zeros" and config.pretrained is None:
+        raise UserError("--method keep-zeros starts from a pruned network: name it with --pretrained FILE")
     _check_ranges(config)
     return config
 

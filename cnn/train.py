@@ -19,10 +19,9 @@ from cnn.data import Data, batches, load, steps_per_epoch
 from cnn.methods import Masked, prepare
 from cnn.methods.budget_file import named_sparsities
 from cnn.models import build, single_value_norms, state_shapes
-from cnn.pretrained import start_from
+from cnn.pretrained import check_start, start_from
 from cnn.published import PUBLISHED
 from cnn.recipes import FINETUNING, RECIPES, RESUME_MAY_CHANGE, Config, recipe_for, settle
-from cnn.weights import read_weights
 from str_triton import Budget, count, densify, parameter_groups
 from str_triton.files import percent, printable
 from str_triton.training.checkpoints import Checkpoints
@@ -202,14 +201,14 @@ class Experiment(Loop):
 def check_inputs(config: Config) -> None:
     """Look at all files and names that a run needs besides its images, before time is spent on reading those.
 
-    Raises as `build`, `read_weights` and `named_sparsities` do, and `UserError` where the recipe needs a trained
+    Raises as `build`, `check_start` and `named_sparsities` do, and `UserError` where the recipe needs a trained
     network and none is named.
     """
     state_shapes(config.model, 2, 1)
     if config.pretrained is None and config.recipe in FINETUNING:
         raise UserError(f"{config.recipe} starts from a trained dense network: name it with --pretrained FILE")
     if config.pretrained is not None and not has_checkpoint(config):
-        read_weights(config.pretrained)
+        check_start(config.pretrained, needs_zeros=config.method == "keep-zeros")
     if config.budget is not None:
         named_sparsities(config.budget)
 

@@ -12,6 +12,7 @@ from cnn.methods.budget_file import layer_sparsities
 from cnn.methods.distributions import DISTRIBUTIONS, uniform
 from cnn.methods.dnw import DNW
 from cnn.methods.gmp import GMP
+from cnn.methods.keep_zeros import KeepZeros
 from cnn.methods.masks import Masked
 from cnn.methods.rigl import RigL
 from cnn.methods.soft import str_as_published, str_exact
@@ -44,6 +45,8 @@ def prepare(config: Config, model: nn.Module, example: Tensor) -> SparsityContro
         return str_as_published(config, model)
     weights = counted_weights(model, example)
     shares = None if config.budget is None else layer_sparsities(config.budget, weights)
+    if config.method == "keep-zeros":
+        return KeepZeros(weights)
     if config.method == "str-exact":
         return str_exact(config, model, example, shares)
     return masked(config, weights, shares)

@@ -1,5 +1,6 @@
 """Counts what a model costs by watching one forward pass."""
 
+import math
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -97,6 +98,7 @@ def _rows(model: nn.Module, weights: Sequence[Matrix]) -> list[LayerBudget]:
         threshold = thresholded.get((id(weight.module), weight.attribute))
         value = weight.value if threshold is None else threshold.sparse
         mean = None if threshold is None or value.is_meta else float(threshold.holder.threshold.mean())
+        mean = None if mean == math.inf else mean  # Of kept zeros; JSON has no infinity.
         rows.append(LayerBudget(weight.name, value.numel(), nonzeros(value), 0, 0, mean, weight.covered))
         if _has_nan(value):
             with_nan.append(weight.name or "(model)")

@@ -45,6 +45,12 @@ def take_inventory(
         first.setdefault(id(use.dense), use)
     if not first:
         raise ValueError("the model has no thresholded layers: call sparsify(model) first")
+    for use in first.values():
+        if bool(use.raw.isinf().any()):
+            raise ValueError(
+                f"the thresholds of {use.name!r} are infinite, and no controller can move them: sparsify(keep_zeros="
+                "True) makes such ones. For a target beyond the present zeros call sparsify(gradient='masked') instead"
+            )
     flops, total = {}, 0
     if count_flops:
         if example_input is None:

@@ -65,6 +65,13 @@ def new_raw_threshold(
     return nn.Parameter(torch.full(shapes.get(granularity, (1,)), raw, dtype=dtype, device=weight.device))
 
 
+@torch.no_grad()
+def zeros_kept(weight: Tensor) -> nn.Parameter:
+    """Return the raw threshold (g = "identity") that keeps a weight's zeros: inf there, else 0; it does not train."""
+    raw = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+    return nn.Parameter(raw.masked_fill_(weight == 0, math.inf), requires_grad=False)
+
+
 def kept_apply(fn: Callable[[Tensor], Tensor], raw_threshold: nn.Parameter, first: float) -> Callable[[Tensor], Tensor]:
     """Return `fn` of a module's `_apply` (.half(), .to(dtype), .to_empty(), ...) that keeps the raw threshold usable.
 

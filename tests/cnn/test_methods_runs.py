@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
+import torch
 
 from cnn import train
+from cnn.models import build
 from str_triton import Budget
 from tests.cnn.train_runs import begin, resume, run
 from tests.runs import after_calls, assert_same_result
@@ -68,6 +70,39 @@ def test_an_interrupted_run_ends_in_the_same_bits(
         assert begin(tmp_path / "run", *options) == 143
     assert resume(tmp_path / "run") == 0
     assert_same_result(tmp_path / "run", tmp_path / "whole")
+
+
+def test_the_zeros_of_a_pruned_network_stay(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch):
+    """Also where the run was interrupted, and the file is gone by then."""
+    state = build("resnet-digits", num_classes=10, in_channels=1).state_dict()
+    zeros = {f"{name}.weight": torch.rand_like(state[f"{name}.weight"]) < 0.7 for name in LAYERS}
+    for name, where in zeros.items():
+        state[name][where] = 0.0
+    file = tmp_path / "pruned.pth"
+    torch.save(state, file)
+    options = ["--method", "keep-zeros", "--pretrained", str(file)]
+    assert begin(tmp_path / "whole", *options) == 0
+    weights = safetensors.torch.load_file(tmp_path / "whole" / "model.safetensors")
+    assert all(torch.equal(weights[name] == 0, where) for name, where in zeros.items())
+    assert not torch.equal(weights["head.weight"], state["head.weight"])
+    with monkeypatch.context() as patch:
+        after_calls(patch, train, "learning_rate", 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert begin(tmp_path / "run", *options) == 143
+    file.unlink()
+    assert resume(tmp_path / "run") == 0
+    assert_same_result(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_network_without_zeros_has_none_to_keep(tmp_path: Path, capsys: pytest.CaptureFixture):
+    torch.save(build("resnet-digits", num_classes=10, in_channels=1).state_dict(), tmp_path / "dense.pth")
+    for options, message in (
+        ([], "--pretrained FILE"),
+        (["--pretrained", str(tmp_path / "dense.pth")], "no weight in"),
+    ):
+        assert begin(tmp_path / "run", "--method", "keep-zeros", *options) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert message in error
 
 
 def test_a_budget_that_changes_on_the_way_is_refused(

@@ -77,7 +77,7 @@ def test_channels_last_is_a_matter_of_memory(method: str, tmp_path: Path, quick:
     assert {key: (t.shape, t.dtype) for key, t in ours.items()} == {k: (t.shape, t.dtype) for k, t in theirs.items()}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "keep-zeros"])  # It needs a pruned file.
 def test_bf16_trains_in_half_precision_and_keeps_float32(
     method: str, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
 ):
