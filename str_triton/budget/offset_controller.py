@@ -59,11 +59,22 @@ class OffsetController:
         self._raws = list({id(raw): raw for raw in raws}.values())
         self._before = [raw.detach().clone() for raw in self._raws]  # What the optimizer's step begins with.
         self._held_back = [raw.new_zeros(()) for raw in self._before]
-        for raw in self._raws:
-            raw.requires_grad_(self.distribution == "learned")
+        self._modules = modules
+        self._let_learn(self.distribution == "learned")
         self._control = Control(owner=weakref.ref(self), status="no step was made")
         for module in modules:
             module.control = self._control
+
+    def _let_learn(self, learn: bool) -> None:
+        """Let the forward give the raw thresholds gradients, or not.
+
+        `requires_grad` is not taken away: DistributedDataParallel, which may have wrapped the model before, would wait
+        for the gradient.
+        """
+        for module in self._modules:
+            module.learns_threshold = learn
+            if learn:
+                module.raw_threshold.requires_grad_(True)
 
     def _cut(self, done: float) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Return between which two offsets to cut, and for each raw threshold the largest one that it may take.

@@ -94,10 +94,11 @@ class RankController(OffsetController):
             for rank in range(matrix.max_rank, 0, -1)
         ]
         self._savings = torch.tensor(savings, device=self._matrices[0].raw_threshold.device)
-        for matrix in thresholded:
-            matrix.raw_threshold.requires_grad_(False)
+        modules = [m for m in model.modules() if isinstance(m, LowRankWeight) and m.raw_threshold is not None]
+        for module in modules:
+            module.learns_threshold = False
         held = {id(matrix.raw_threshold) for matrix in self._matrices}
-        modules = [m for m in model.modules() if isinstance(m, LowRankWeight) and id(m.raw_threshold) in held]
+        modules = [module for module in modules if id(module.raw_threshold) in held]
         self._take((matrix.raw_threshold for matrix in self._matrices), modules)
         self._first = [raw.detach().clone() for raw in self._raws]
         self._survivors: list[Tensor] | None = None  # The components that are left, once the ranks are settled.
@@ -195,8 +196,7 @@ class RankController(OffsetController):
             matrix.settle(raw)
         self._survivors = [matrix.m != 0 for matrix in self._matrices]
         self._control.reached = True
-        for raw in self._raws:
-            raw.requires_grad_(False)
+        self._let_learn(False)
 
     @torch.no_grad()
     def _hold(self) -> None:
@@ -212,8 +212,7 @@ class RankController(OffsetController):
         survivors = state["survivors"]
         if survivors is not None:
             survivors = [mask.to(matrix.m.device) for mask, matrix in zip(survivors, self._matrices, strict=True)]
-        for raw in self._raws:
-            raw.requires_grad_(survivors is None and self.distribution == "learned")
+        self._let_learn(survivors is None and self.distribution == "learned")
         self._survivors = survivors
         self._first = [first.to(raw) for first, raw in zip(state["first"], self._raws, strict=True)]
 

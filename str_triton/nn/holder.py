@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from str_triton.nn.control import Control
 from str_triton.nn.raw_threshold import initial_raw, kept_apply
 from str_triton.nn.state import OPTIONS, RAW, options_tensor, saved_options
+from str_triton.ops.soft_threshold import soft_threshold
 from str_triton.ops.thresholds import threshold_function
 
 
@@ -19,12 +20,15 @@ class ThresholdHolder:
         raw_threshold: s, a Parameter; float32 (float64 if the weight is), also after `.half()` and the like. None in a
             module without a threshold.
         g, gradient: the options of `soft_threshold`.
+        learns_threshold: the forward gives the raw threshold a gradient. A controller that needs none turns this off
+            and leaves `requires_grad` as it is, which DistributedDataParallel reads once, when it wraps the model.
         control: the mark of the controller that sets the threshold.
     """
 
     g: str
     gradient: str
     raw_threshold: nn.Parameter | None
+    learns_threshold: bool = True
     control: Control | None = None
     _initial_raw: float | None = None
     _shares_threshold = False  # An earlier module of the model has the same raw threshold.
@@ -39,6 +43,12 @@ class ThresholdHolder:
     def threshold(self) -> Tensor:
         """g(raw_threshold), in units of the weights; raw_threshold's shape."""
         return threshold_function(self.g).value(self.raw_threshold)
+
+    def apply_threshold(self, values: Tensor) -> Tensor:
+        """Return S_g(values, raw_threshold), with the module's options."""
+        return soft_threshold(
+            values, self.raw_threshold, g=self.g, gradient=self.gradient, learn_threshold=self.learns_threshold
+        )
 
     @torch.no_grad()
     def scale_threshold(self, factor: float) -> None:

@@ -122,7 +122,15 @@ class STRLayer(ThresholdHolder):
         The bias is the same Parameter object; the weight is a new one, trainable if this layer's is.
         """
         dense = with_class(self, self.dense_class)
-        for name in ("g", "gradient", "dense_class", "control", "_initial_raw", "_shares_threshold"):
+        for name in (
+            "g",
+            "gradient",
+            "dense_class",
+            "learns_threshold",
+            "control",
+            "_initial_raw",
+            "_shares_threshold",
+        ):
             vars(dense).pop(name, None)
         del dense.raw_threshold
         dense.weight = plain_parameter(self.sparse_weight, self.weight)
@@ -141,7 +149,7 @@ class STRLayer(ThresholdHolder):
     @property
     def sparse_weight(self) -> Tensor:
         """The weight that the forward uses: thresholded, differentiable, of weight's shape and dtype."""
-        return soft_threshold(self.weight, self.raw_threshold, g=self.g, gradient=self.gradient)
+        return self.apply_threshold(self.weight)
 
     def pruning_offsets(self) -> Tensor:
         """Return for each weight the offset, added to raw_threshold, from which on the weight is pruned; detached.

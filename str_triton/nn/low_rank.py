@@ -130,7 +130,7 @@ class LowRankWeight(ThresholdHolder, nn.Module):
         if self.gradient == "straight_through":
             norms = norms.detach()  # Else three factors would move the size of what is cut (docs/derivations.md).
         sizes = self.m.to(norms.dtype) * norms
-        return (soft_threshold(sizes, self.raw_threshold, g=self.g, gradient=self.gradient) / norms).to(self.u.dtype)
+        return (self.apply_threshold(sizes) / norms).to(self.u.dtype)
 
     @torch.no_grad()
     def singular_values(self) -> Tensor:

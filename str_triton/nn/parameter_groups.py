@@ -14,7 +14,9 @@ def parameter_groups(
     norm_weight_decay: float = 0.0,
     spectrum_weight_decay: float | None = None,
 ) -> list[dict]:
-    """The trainable parameters of a model in groups for a torch optimizer, each parameter once.
+    """Return the trainable parameters of a model in groups for a torch optimizer, each parameter once.
+
+    Raw thresholds that a controller holds and that learn nothing are left out.
 
     Membership follows module type, parameter identity and dimensions, never a name. Build the controller, if there is
     one, before.
@@ -32,6 +34,7 @@ def parameter_groups(
         "norms". Two are named "thresholds" if a controller holds only some of them.
     """
     special: dict[int, tuple[str, float]] = {}
+    held: set[int] = set()
     for module in model.modules():
         if isinstance(module, LowRankWeight) and module.m is not None:
             decay = weight_decay if spectrum_weight_decay is None else spectrum_weight_decay
@@ -40,11 +43,13 @@ def parameter_groups(
             default = 0.0 if module.control else weight_decay
             decay = default if threshold_weight_decay is None else threshold_weight_decay
             special[id(module.raw_threshold)] = ("thresholds", decay)
+            if not module.learns_threshold:
+                held.add(id(module.raw_threshold))
         elif isinstance(module, NORMS):
             special.update((id(p), ("norms", norm_weight_decay)) for p in module.parameters(recurse=False))
     groups: dict[tuple[str, float], list[nn.Parameter]] = {}
     for parameter in model.parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and id(parameter) not in held:
             default = ("norms", norm_weight_decay) if parameter.dim() < 2 else ("weights", weight_decay)
             groups.setdefault(special.get(id(parameter), default), []).append(parameter)
     order = ["weights", "thresholds", "spectra", "norms"]

@@ -37,11 +37,10 @@ class SoftThreshold(ThresholdHolder, nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         """Return the thresholded weight; within one forward of the module, the same tensor at every use."""
         if self._computed is None:
-            return soft_threshold(weight, self.raw_threshold, g=self.g, gradient=self.gradient)
+            return self.apply_threshold(weight)
         with_graph = torch.is_grad_enabled()
         if with_graph not in self._computed:
-            value = soft_threshold(weight, self.raw_threshold, g=self.g, gradient=self.gradient)
-            self._computed[with_graph] = value
+            self._computed[with_graph] = self.apply_threshold(weight)
         return self._computed[with_graph]
 
     def right_inverse(self, weight: Tensor) -> Tensor:

@@ -145,29 +145,29 @@ def known_signature(function: Callable) -> Callable:
 class _SoftThreshold(torch.autograd.Function):
     @staticmethod
     @known_signature
-    def forward(x, raw, g, masked):
+    def forward(x, raw, g, masked, learned):
         x, raw = _prepared(x, raw)
         return torch.ops.str_triton.soft_threshold(x, threshold_function(g).value(raw.to(_compute_dtype(x, raw))))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, raw, ctx.g, ctx.masked = inputs
+        _, raw, ctx.g, ctx.masked, ctx.learned = inputs
         ctx.save_for_backward(output, raw)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         out, raw = ctx.saved_tensors
-        learned = ctx.needs_input_grad[1]
+        learned = ctx.learned and ctx.needs_input_grad[1]
         if not ctx.masked and not learned:
-            return grad, None, None, None
+            return grad, None, None, None, None
         slope = None
         if learned:
             slope = threshold_function(ctx.g).derivative(_prepared(out, raw)[1].to(_compute_dtype(out, raw)))
         grad_x, grad_raw = torch.ops.str_triton.soft_threshold_backward(
             _laid_out(grad, out.stride()), out, slope, ctx.masked
         )
-        return grad_x if ctx.masked else grad, grad_raw.to(raw.dtype) if learned else None, None, None
+        return grad_x if ctx.masked else grad, grad_raw.to(raw.dtype) if learned else None, None, None, None
 
     @staticmethod
     def vmap(info, in_dims, *arguments):
@@ -200,7 +200,9 @@ differentiable.register(_LIBRARY, "soft_threshold", _Op.apply)
 # ---- public function ----------------------------------------------------------------------------------------------
 
 
-def soft_threshold(x: Tensor, raw_threshold: Tensor, *, g: str = "sigmoid", gradient: str = "masked") -> Tensor:
+def soft_threshold(
+    x: Tensor, raw_threshold: Tensor, *, g: str = "sigmoid", gradient: str = "masked", learn_threshold: bool = True
+) -> Tensor:
     """S = sign(x) relu(|x| - g(s)) with a learnable raw threshold s.
 
     With grad = dL/dS the gradients are
@@ -218,6 +220,9 @@ def soft_threshold(x: Tensor, raw_threshold: Tensor, *, g: str = "sigmoid", grad
             shape, one per weight. Any of these dtypes, on x's device.
         g: "sigmoid", "exp", "softplus", or "identity" (the threshold itself; a negative value acts as 0).
         gradient: "masked" or "straight_through".
+        learn_threshold: False leaves out dL/ds, as `raw_threshold.requires_grad=False` does, but keeps raw_threshold in
+            the autograd graph. DistributedDataParallel waits at every step for each parameter that required a gradient
+            when the model was wrapped.
 
     Returns:
         Tensor of x's shape and dtype; of x's strides too, unless x has gaps or overlaps in memory, or thresholds are
@@ -232,7 +237,7 @@ def soft_threshold(x: Tensor, raw_threshold: Tensor, *, g: str = "sigmoid", grad
     """
     _check_options(g, gradient)
     _check_pair(x, raw_threshold)
-    return _SoftThreshold.apply(x, raw_threshold, g, gradient == "masked")
+    return _SoftThreshold.apply(x, raw_threshold, g, gradient == "masked", learn_threshold)
 
 
 def _check_options(g: str, gradient: str) -> None:
