@@ -10,7 +10,7 @@ from torch.func import functional_call
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from str_triton import STRLinear, densify, sparsify
-from str_triton.nn import matrices, parametrization, thresholded_weights
+from str_triton.nn import holder, matrices, thresholded_weights
 from tests import oracle
 
 OPTIONS = {"g": "identity", "initial_threshold": 0.1}
@@ -206,8 +206,8 @@ def test_a_recurrent_layer_follows_its_weights_everywhere(build, example):
 @pytest.mark.parametrize("name", ["Experts", "LSTM"])
 def test_a_weight_read_many_times_is_thresholded_once_in_a_forward(name, monkeypatch):
     calls = []
-    original = parametrization.soft_threshold
-    monkeypatch.setattr(parametrization, "soft_threshold", lambda *a, **k: calls.append(1) or original(*a, **k))
+    original = holder.soft_threshold
+    monkeypatch.setattr(holder, "soft_threshold", lambda *a, **k: calls.append(1) or original(*a, **k))
     build, example = CASES[name]
     model, x = sparsified(build), example()
     weights = list(thresholded_weights(model))
