@@ -21,7 +21,7 @@ demo: .venv/.train ## train a small CNN and a small GRU to exact budgets on real
 	$(BIN)/python rnn/train.py
 
 test: .venv/.dev ## run the whole test suite
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: .venv/.dev ## check style and formatting
 	$(BIN)/ruff check .

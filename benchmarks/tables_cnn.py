@@ -23,6 +23,21 @@ def demo() -> str:
     return markdown(["seed", "accuracy %", "sparsity %", "weights left", "FLOPs, % of dense", "seconds"], rows)
 
 
+@table("batch-norm-lag", EXACT_BUDGETS)
+def batch_norm_lag() -> str:
+    """How much accuracy an evaluation loses to statistics that lag, at most and in the mean of an epoch."""
+    rows = []
+    for name, epochs in results("batch_norm_lag.json")[0]["runs"].items():
+        row = [name]
+        for statistics in ("running", "20 batches"):
+            gaps = [100 * (epoch["all batches"] - epoch[statistics]) for epoch in epochs]
+            worst = max(range(len(gaps)), key=gaps.__getitem__)
+            row += [f"{gaps[worst]:.1f} (epoch {epochs[worst]['epoch']})", f"{mean(gaps):.1f}"]
+        rows.append(row)
+    header = ["method", "running averages: largest gap", "mean gap", "20 batches: largest gap", "mean gap"]
+    return markdown(header, rows)
+
+
 @table("exact-budgets", EXACT_BUDGETS)
 def exact_budgets() -> str:
     """Methods at each sparsity, beside the dense network of the same recipe."""

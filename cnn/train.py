@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from cnn.models import build, single_value_norms, state_shapes
 from cnn.pretrained import check_start, start_from
 from cnn.published import PUBLISHED
 from cnn.recipes import FINETUNING, RECIPES, RESUME_MAY_CHANGE, Config, recipe_for, settle
-from str_triton import Budget, count, densify, parameter_groups
+from str_triton import Budget, count, densify, parameter_groups, refresh_batch_norm
 from str_triton.files import percent, printable
 from str_triton.training.checkpoints import Checkpoints
 from str_triton.training.command_line import CommandLine
@@ -37,6 +38,7 @@ from str_triton.training.schedules import decayed_thresholds, warmup_cosine
 PROGRAM = "python cnn/train.py"
 PURPOSE = "Train a convolutional network to an exact sparsity or FLOP budget."
 COMMAND_LINE = CommandLine(PROGRAM, PURPOSE, RECIPES, recipe_for, RESUME_MAY_CHANGE, settle, PUBLISHED)
+REFRESH_BATCHES = 20  # for batch norm's statistics (docs/exact-budgets.md)
 ARRIVED = -10.0  # a raw threshold above this is a threshold of 5e-5 and more: from there its gradient moves it too
 
 
@@ -133,7 +135,18 @@ class Experiment(Loop):
                 meter.add(F.cross_entropy(outputs, labels), outputs, labels)
         return meter.all_means(self.accelerator)
 
+    def refresh_batch_norm(self, epoch: int) -> None:
+        """Compute the running statistics of batch norm anew, for the weights as they are now.
+
+        Every process does so with its own part of the batches, and all get the mean.
+        """
+        images = (images for images, _ in islice(self.batches(epoch, 0), REFRESH_BATCHES))
+        refresh_batch_norm(self.model, (part.contiguous(memory_format=memory_format(self.config)) for part in images))
+        statistics = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
+        torch._foreach_copy_(statistics, self.accelerator.reduce(statistics, "mean"))
+
     def measure(self, run: Run, epoch: int) -> Record:
+        self.refresh_batch_norm(epoch)
         test = self.evaluate()
         run.require_finite(epoch * self.steps, test.loss)
         self.budget = count(self.model, self.example)

@@ -24,6 +24,7 @@ from str_triton.nn import (
     densify,
     parameter_groups,
     plain_state_dict,
+    refresh_batch_norm,
     sparsify,
 )
 from str_triton.ops.cells.fastgrnn import low_rank_fastgrnn
@@ -64,6 +65,7 @@ __all__ = [
     "low_rank_plan",
     "parameter_groups",
     "plain_state_dict",
+    "refresh_batch_norm",
     "shared_memory_limit",
     "singular_value_threshold",
     "soft_threshold",

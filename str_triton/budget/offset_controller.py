@@ -244,6 +244,7 @@ class OffsetController:
         return {
             "progress": self.progress,
             "steps": self.steps,
+            "reached": self._control.reached,
             "raw_thresholds": [raw.detach().clone() for raw in raws],
             "held_back": [held.clone() for held in held_back],
         }
@@ -260,6 +261,7 @@ class OffsetController:
             raw.copy_(value)
             before.copy_(value)
         self._held_back = [held.to(raw) for held, raw in zip(state["held_back"], self._raws, strict=True)]
+        self._control.reached = state["reached"]
         self._control.status = f"progress {self.progress:.4g} of 1"
 
     def _done(self, progress: float | None = None) -> float:

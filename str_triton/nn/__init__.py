@@ -1,5 +1,6 @@
 """Layers built on the ops, and model surgery."""
 
+from str_triton.nn.batch_norm import refresh_batch_norm
 from str_triton.nn.control import Control, warn_if_unfinished
 from str_triton.nn.holder import ThresholdHolder
 from str_triton.nn.layers import STRConv1d, STRConv2d, STRConv3d, STREmbedding, STRLayer, STRLinear
@@ -29,6 +30,7 @@ __all__ = [
     "matrices",
     "parameter_groups",
     "plain_state_dict",
+    "refresh_batch_norm",
     "sparsify",
     "str_layers",
     "thresholded_weights",

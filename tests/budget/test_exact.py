@@ -171,6 +171,18 @@ def test_an_unfinished_model_warns_once():
         densify(other)
 
 
+def test_a_finished_model_is_finished_after_a_resume():
+    model, controller, _ = trained(30, 30)
+    with controller.exact():
+        states = copy.deepcopy((model.state_dict(), controller.state_dict()))
+    other, resumed, _ = trained(30, 0)
+    other.load_state_dict(states[0])
+    resumed.load_state_dict(states[1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        densify(other)
+
+
 def test_progress_that_goes_backwards_and_a_second_controller_are_errors():
     model, controller, _ = trained(30, 20)
     with pytest.raises(ValueError, match=r"backwards, got 0\.5"):

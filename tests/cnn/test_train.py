@@ -13,7 +13,7 @@ import torch
 
 from cnn import data, train
 from cnn.models import build
-from str_triton import Budget, count, sparsify
+from str_triton import Budget, count, refresh_batch_norm, sparsify
 from str_triton.training.metrics import read_metrics
 from tests.cnn.train_runs import begin, run
 from tests.runs import last_checkpoint
@@ -49,6 +49,26 @@ def test_the_saved_model_is_dense_and_has_the_measured_accuracy(whole_run: Path)
     summary = json.loads((whole_run / "summary.json").read_text())
     assert (model.eval()(images).argmax(1) == labels).double().mean() == pytest.approx(summary["accuracy"], abs=0.003)
     assert count(model, images[:1]).nonzeros == summary["nonzeros"]
+
+
+def test_the_statistics_of_batch_norm_are_those_of_the_saved_weights(whole_run: Path):
+    """Recomputed from training batches, while running averages of ten steps are still far from any weights'."""
+    model = build("resnet-digits", num_classes=10, in_channels=1)
+    model.load_state_dict(safetensors.torch.load_file(whole_run / "model.safetensors"))
+    saved = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+    stream = data.batches(
+        data.load("digits").train,
+        batch_size=256,
+        seed=0,
+        epoch=2,
+        augment=True,
+        shuffle=True,
+        workers=0,
+        drop_last=True,
+    )
+    refresh_batch_norm(model, stream)
+    for name, buffer in saved.items():
+        torch.testing.assert_close(model.get_buffer(name), buffer, atol=1e-3, rtol=1e-3)
 
 
 def test_evaluation_and_checkpoints_see_the_schedules_exact_value(whole_run: Path):
