@@ -14,22 +14,22 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
+ALL_RESULTS = ROOT / "docs" / "results.md"
 MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 EXACT_BUDGETS = ROOT / "docs" / "exact-budgets.md"
 LEARNED_RANK = ROOT / "docs" / "learned-rank.md"
 METHODS_STUDY = ROOT / "docs" / "methods.md"
 DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
-    document: {} for document in (README, EXACT_BUDGETS, LEARNED_RANK, METHODS_STUDY)
+    document: {} for document in (README, ALL_RESULTS, EXACT_BUDGETS, LEARNED_RANK, METHODS_STUDY)
 }
-TABLES = DOCUMENTS[README]
 
 
 class NotMeasured(Exception):
     """There is no result file for a table: the README says so in its place."""
 
 
-def table(name: str, document: Path = README) -> Callable[[Callable[[], str]], Callable[[], str]]:
+def table(name: str, document: Path = ALL_RESULTS) -> Callable[[Callable[[], str]], Callable[[], str]]:
     """Register a function that returns a table's Markdown as the document's table `name`."""
 
     def register(function: Callable[[], str]) -> Callable[[], str]:

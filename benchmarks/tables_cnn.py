@@ -3,7 +3,7 @@
 from statistics import mean
 from typing import Any
 
-from benchmarks.documents import EXACT_BUDGETS, METHODS_STUDY, lines, markdown, results, spread, table
+from benchmarks.documents import EXACT_BUDGETS, METHODS_STUDY, README, lines, markdown, results, spread, table
 
 
 @table("demo")
@@ -94,7 +94,7 @@ METHODS = (
 
 
 @table("methods", METHODS_STUDY)
-@table("methods")
+@table("methods", README)
 def methods() -> str:
     """The methods at each sparsity, beside the dense network."""
     return _by_sparsity([run for run in lines("methods.jsonl") if run["line"] in ("dense", *METHODS)])

@@ -1,4 +1,4 @@
-"""The README keeps its word: its tables, its links, its Python, and the script that runs its commands."""
+"""README and guides keep their word: tables, links, Python, and the script that runs their commands."""
 
 import re
 from pathlib import Path
@@ -7,10 +7,14 @@ import pytest
 import torch
 
 from benchmarks import documents, readme_tables
-from tests.check_readme import check_for, commands, run
+from tests.check_commands import DOCUMENTS, ROOT, check_for, commands, run
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+PYTHON = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCKS = [
+    pytest.param(code, id=f"{document.stem}-{number}")
+    for document in DOCUMENTS
+    for number, code in enumerate(PYTHON.findall(document.read_text()))
+]
 
 
 def test_tables_are_up_to_date() -> None:
@@ -40,19 +44,28 @@ def test_a_spread_is_the_mean_and_the_sample_deviation() -> None:
     assert documents.spread([0.25]) == "0.25"
 
 
-def test_links_lead_somewhere() -> None:
-    targets = [target for target in re.findall(r"\]\(([^)#]+)", README) if "://" not in target]
-    assert targets
-    assert [target for target in targets if not (ROOT / target).exists()] == []
+def headings(document: Path) -> set[str]:
+    """The anchors of a document's headings, as GitHub names them."""
+    lines = re.findall(r"^#+ (.*)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in lines}
 
 
-@pytest.mark.parametrize("code", re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL))
+@pytest.mark.parametrize("document", [*DOCUMENTS, *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"])
+def test_links_lead_somewhere(document: Path) -> None:
+    for target, _, anchor in re.findall(r"\]\(([^)#]*)(#([^)]+))?\)", document.read_text()):
+        if "://" not in target:
+            page = document.parent / target if target else document
+            assert page.exists(), target
+            assert not anchor or anchor in headings(page), f"{target}#{anchor}"
+
+
+@pytest.mark.parametrize("code", BLOCKS)
 def test_python_blocks_run(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     model = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(288, 10))
     batches = [(torch.randn(16, 1, 8, 8), torch.randint(10, (16,))) for _ in range(4)]
     names = {"model": model, "batches": batches}
-    exec(compile(code, "README.md", "exec"), names)
+    exec(compile(code, "block", "exec"), names)
     if "densify" in names:
         weights = torch.cat([parameter.flatten() for parameter in names["model"].parameters() if parameter.dim() > 1])
         assert 0 < weights.count_nonzero() <= 0.5 * weights.numel()

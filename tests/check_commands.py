@@ -1,4 +1,4 @@
-"""Runs every command of the README's bash blocks: python tests/check_readme.py. Exits with 1 if one fails.
+"""Run every command of the bash blocks in README and guides: python tests/check_commands.py. Exit with 1 if one fails.
 
 A command runs as it stands, in the root of the repository, unless a rule below names a cheaper stand-in for it. The
 output says of each command what was run, and why where that is not the command itself.
@@ -15,22 +15,23 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
 BLOCK = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PLACEHOLDER = re.compile(r"(?<![\w./-])(\w+:)?[A-Z]{3,}(?![\w./=-])")  # DIR, imagefolder:DIR; not PIP_ARGS=...
 TIMEOUT = 600  # Seconds for one command; coreutils' timeout ends its children too.
 
 
 class Check(NamedTuple):
-    """What is run for a README's command, the options its output has to name, and why it is not the command itself."""
+    """What is run for a command, the options its output has to name, and why it is not the command itself."""
 
     command: str
     options: list[str]
     why: str
 
 
-def commands(readme: str) -> Iterator[str]:
+def commands(text: str) -> Iterator[str]:
     """The commands of a text's bash blocks: a line each, a backslash joins two, comments are dropped."""
-    for block in BLOCK.findall(readme):
+    for block in BLOCK.findall(text):
         for line in block.replace("\\\n", " ").splitlines():
             command = re.sub(r"(^|\s)#.*", "", line).strip()
             if command:
@@ -84,9 +85,9 @@ def run(check: Check) -> str:
 
 
 def main() -> int:
-    """Check every command, in the README's order and each once."""
+    """Check every command, in the documents' order and each once."""
     failures = 0
-    for command in dict.fromkeys(commands((ROOT / "README.md").read_text())):
+    for command in dict.fromkeys(commands("\n".join(document.read_text() for document in DOCUMENTS))):
         check = check_for(command)
         start = time.monotonic()
         problem = run(check)
