@@ -1,5 +1,6 @@
 """A model of what executions cost, from a few rates of this machine that are measured once in a process."""
 
+import ctypes
 import functools
 import math
 import time
@@ -9,14 +10,15 @@ import torch
 import torch.nn.functional as F
 
 from str_triton.deploy.sparse.executions.choice import Choice
-from str_triton.deploy.sparse.graph.nodes import Convolution, Graph, Layer
+from str_triton.deploy.sparse.graph.nodes import Convolution, Graph, Layer, Linear
 from str_triton.deploy.sparse.runtime.plan import Plan
 from str_triton.deploy.sparse.runtime.structs import CONVOLUTION, LINEAR
 
 CALL = 5e-3  # milliseconds of one more call of torch's
 # The kernels' multiplications a second in units of torch's dense ones, as measured on two processors.
-RATES = {CONVOLUTION: 0.45, LINEAR: 0.08}
-DEPTHWISE = 0.1  # how fast torch multiplies in depthwise layers, in the same unit
+RATES = {CONVOLUTION: 0.45, LINEAR: 0.04}
+# How fast torch multiplies in depthwise layers, and in linear layers for one row, in the same unit.
+DEPTHWISE, ONE_ROW = 0.1, 0.2
 
 
 @functools.cache
@@ -49,14 +51,18 @@ def estimate(
             by_torch[node.name] = Choice("dense", ms=0.0)
             continue
         pixels = _pixels(node, shape)
-        slow = DEPTHWISE if isinstance(node, Convolution) and node.is_depthwise else 1.0
+        slow = 1.0
+        if isinstance(node, Convolution) and node.is_depthwise:
+            slow = DEPTHWISE
+        elif isinstance(node, Linear) and pixels == 1:
+            slow = ONE_ROW
         dense = CALL + node.weight.numel() * pixels / (rate * slow)
         by_torch[node.name] = Choice("dense", ms=dense, ms_dense=dense)
         found = _operation(plan, node)
         if found is not None:
-            kind, vectors = found
+            kind, vectors, nonzeros = found
             # Each output costs about as much as two weights.
-            weights = int(node.weight.count_nonzero()) + 2 * node.weight.shape[0]
+            weights = nonzeros + 2 * node.weight.shape[0]
             ms = weights * pixels / (rate * RATES[kind])
             by_kernel[node.name] = _cut(vectors, threads, ms, dense)
     return by_torch, by_kernel
@@ -66,8 +72,8 @@ def _pixels(node: Layer, shape: tuple[int, ...]) -> int:
     return math.prod(shape) // node.weight.shape[0]
 
 
-def _operation(plan: Plan | None, node: Layer) -> tuple[int, int] | None:
-    """Return the kind of a layer's operation in a plan, and its vectors of pixels."""
+def _operation(plan: Plan | None, node: Layer) -> tuple[int, int, int] | None:
+    """Return the kind of a layer's operation in a plan, its vectors of pixels, and its weights that are not zero."""
     try:
         segment, number = plan.operation(node.name) if plan is not None else (None, 0)
     except KeyError:
@@ -75,7 +81,8 @@ def _operation(plan: Plan | None, node: Layer) -> tuple[int, int] | None:
     if segment is None:
         return None
     op = segment.operations[number][0]
-    return op.kind, op.length // plan.library.str_triton_lanes() * op.images * op.planes
+    first = ctypes.cast(op.first, ctypes.POINTER(ctypes.c_int32))
+    return op.kind, op.length // plan.library.str_triton_lanes() * op.images * op.planes, first[op.channels]
 
 
 def _cut(vectors: int, threads: int, ms: float, dense: float) -> Choice:

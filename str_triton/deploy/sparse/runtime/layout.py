@@ -117,18 +117,13 @@ class Window:
         return any((above, below, left, right))
 
 
-def offsets(window: Window, frame: Frame, plane: int, index: np.ndarray) -> np.ndarray:
-    """Offsets in floats of weights at `index` [4, n] (output channel, input channel, ky, kx) for one written plane."""
-    channel, rows, columns = (
-        index[1],
-        window.shifts(0, plane // window.phases[1]),
-        window.shifts(1, plane % window.phases[1]),
-    )
-    row_phase, row_shift = np.array(rows)[index[2]].T
-    column_phase, column_shift = np.array(columns)[index[3]].T
-    stride = frame.channel(math.prod(window.reads))
-    places = (row_phase * window.reads[1] + column_phase) * frame.plane
-    result = channel * stride + places + row_shift * frame.pitch + column_shift
+def offsets(window: Window, frame: Frame, plane: int, channels: int) -> np.ndarray:
+    """Return the offsets in floats, [channels, kernel height, kernel width], of what one written plane reads."""
+    rows, columns = window.shifts(0, plane // window.phases[1]), window.shifts(1, plane % window.phases[1])
+    row_phase, row_shift = (np.array(numbers, np.int64)[:, None] for numbers in zip(*rows, strict=True))
+    column_phase, column_shift = (np.array(numbers, np.int64) for numbers in zip(*columns, strict=True))
+    places = (row_phase * window.reads[1] + column_phase) * frame.plane + row_shift * frame.pitch + column_shift
+    result = np.arange(channels)[:, None, None] * frame.channel(math.prod(window.reads)) + places
     if result.size and np.abs(result).max() >= 2**31:
         raise TooLarge(f"an image of {int(np.abs(result).max()):,} floats is too large for 32-bit offsets")
     return result.astype(np.int32)

@@ -4,10 +4,9 @@ import ctypes
 import math
 
 import numpy as np
-from torch import Tensor
 
 from str_triton.deploy.sparse.executions.choice import Choice
-from str_triton.deploy.sparse.graph.nodes import Convolution, Layer, Linear, MaxPool
+from str_triton.deploy.sparse.graph.nodes import Layer, Linear, MaxPool
 from str_triton.deploy.sparse.runtime.buffers import FLOAT, Buffers, Key
 from str_triton.deploy.sparse.runtime.layout import GRAIN, Window, mask, offsets, plane_sizes
 from str_triton.deploy.sparse.runtime.structs import (
@@ -48,18 +47,16 @@ class Operations:
             op.x.plane = 0  # The taps say which plane they read.
         if isinstance(node, Layer):
             op.kind, (op.low, op.high) = CONVOLUTION, node.clamp
-            index, values = _nonzeros(node)
-            bias = node.bias.numpy()
+            weight, bias, groups = node.weight.numpy(), node.bias.numpy(), getattr(node, "groups", 1)
         else:
             op.kind = MAX_POOL
-            index = np.indices((shape[1], 1, *node.kernel)).reshape(4, -1)
-            index[1] = index[0]
-            values, bias = np.zeros(index.shape[1], np.float32), None
-        first = np.searchsorted(index[0], np.arange(shape[1] + 1)).astype(np.int32)
-        taps = np.empty((window.tables, index.shape[1]), TAP)
+            weight, bias, groups = np.ones((shape[1], *node.kernel), np.float32), None, shape[1]
+        first, places, values = _nonzeros(weight, groups)
+        taps = np.empty((window.tables, len(values)), TAP)
         for plane, table in enumerate(taps):
-            table["value"], table["offset"] = values, offsets(window, frame, plane, index)
-        starts = np.concatenate([first + plane * index.shape[1] for plane in range(window.tables)]).astype(np.int32)
+            found = offsets(window, frame, plane, self.buffers.shape(x)[1]).ravel()
+            table["value"], table["offset"] = values, found[places]
+        starts = np.concatenate([first + plane * len(values) for plane in range(window.tables)]).astype(np.int32)
         self._point(op, taps=taps, first=starts, bias=bias)
         if residual is not None:
             op.residual = buffers.view(residual)
@@ -132,14 +129,13 @@ class Operations:
 
     def linear(self, node: Linear, choice: Choice) -> Operation:
         """Return a linear layer for one row."""
-        index, values = _nonzeros(node)
         outputs, inputs = node.weight.shape
         op = Operation(kind=LINEAR, images=1, channels=outputs, planes=1, tables=1)
         op.x, op.y = View(None, inputs, 1, 0, 0, 0), View(None, outputs, 1, 0, 0, 0)
         op.low, op.high = node.clamp
+        first, places, values = _nonzeros(node.weight.numpy(), 1)
         taps = np.empty(len(values), TAP)
-        taps["value"], taps["offset"] = values, index[1]
-        first = np.searchsorted(index[0], np.arange(outputs + 1)).astype(np.int32)
+        taps["value"], taps["offset"] = values, places
         self._point(op, taps=taps, first=first, bias=node.bias.numpy())
         self.cut(op, choice)
         return op
@@ -164,15 +160,17 @@ def _tensor(channels: int, height: int, width: int) -> View:
     return View(None, channels * height * width, height * width, 0, width, 1)
 
 
-def _nonzeros(node: Convolution | Linear) -> tuple[np.ndarray, np.ndarray]:
-    """Return where the weights are that are not zero, [4, n], sorted by output channel, and their values.
+def _nonzeros(weight: np.ndarray, groups: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Find the weights that are not zero, by output channel.
 
-    The second row counts input channels of the whole layer, also where channels are grouped.
+    Returns:
+        Where each channel's begin in the two others; their places in what all groups together read, [inputs, kernel];
+        their values.
     """
-    weight: Tensor = node.weight
-    array = weight.numpy().reshape(*weight.shape, *[1] * (4 - weight.dim()))
-    index = np.array(np.nonzero(array))
-    values = array[tuple(index)]
-    if isinstance(node, Convolution) and node.groups > 1:
-        index[1] += index[0] // (weight.shape[0] // node.groups) * weight.shape[1]
-    return index, values
+    channels, size = weight.shape[0], weight[0].size
+    flat = np.flatnonzero(weight.ravel() != 0)
+    first = np.searchsorted(flat, np.arange(channels + 1) * size).astype(np.int32)
+    # Of the flat place in the weight, only the part within the channel counts, after that of the groups before.
+    channel = np.arange(channels)
+    shift = channel * size - channel // (channels // groups) * size
+    return first, flat - np.repeat(shift, np.diff(first)), weight.ravel()[flat]
