@@ -2,6 +2,7 @@
 
 import ctypes
 import itertools
+import math
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from str_triton.deploy.sparse.executions.choice import Choice
-from str_triton.deploy.sparse.graph.nodes import Convolution, Graph, Input, Linear, MaxPool, Mean
+from str_triton.deploy.sparse.graph.nodes import ACTIVATIONS, Convolution, Graph, Input, Linear, MaxPool, Mean
 from str_triton.deploy.sparse.graph.refs import Ref
 from str_triton.deploy.sparse.runtime import build
 from str_triton.deploy.sparse.runtime.plan import Plan
@@ -206,6 +207,35 @@ def test_linear_layers_between_convolutions(kernels, size):
     for choice in CUTS:
         got = run(kernels, [first, middle, last], x, choice)
         torch.testing.assert_close(got, (own + inner).float(), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations(kernels, name):
+    """From far below where they vanish to far beyond where they are the identity, at infinities, and NaN."""
+    x = torch.cat([torch.linspace(-120, 120, 997), torch.linspace(-6, 6, 1000), torch.tensor([math.nan, math.inf])])
+    want = ACTIVATIONS[name](x.double()).float()
+    pointwise = Convolution("y", ["x"], torch.ones(1, 1, 1, 1), torch.zeros(1), activation=name)
+    got = run(kernels, [pointwise], x.view(1, 1, 1, -1), CUTS[0]).flatten()
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6, equal_nan=True)
+    one, many = (Linear("y", ["x"], torch.eye(9), torch.zeros(9), activation=name) for _ in range(2))
+    rows = x[900:1080].view(20, 9)
+    torch.testing.assert_close(run(kernels, [many], rows, CUTS[2]).flatten(), want[900:1080], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(run(kernels, [one], rows[3], CUTS[2]), want[927:936], rtol=1e-6, atol=1e-6)
+
+
+def test_an_activation_follows_the_residual_and_the_clamp(kernels):
+    (node,) = chain((3, 1, 1))
+    node.inputs, node.clamp, node.activation = ["x", "x"], (-0.5, 0.7), "sigmoid"
+    x = torch.randn(2, 6, 9, 10)
+    inner = F.conv2d(x.double(), node.weight.double(), node.bias.double(), padding=1) + x
+    want = inner.clamp(-0.5, 0.7).sigmoid().float()
+    torch.testing.assert_close(run(kernels, [node], x, CUTS[1]), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(node.run({"x": x}), want, rtol=1e-5, atol=1e-5)
+    # What the activation makes of the zeros around an image must not reach the next layer.
+    last = chain((3, 1, 1))[0]
+    last.name, last.inputs = "z", ["y0"]
+    got = run(kernels, [node, last], x, CUTS[1])
+    torch.testing.assert_close(got, expected(last, want), rtol=1e-4, atol=1e-4)
 
 
 def test_nan_and_infinity_reach_what_reads_them_and_nothing_else(kernels):

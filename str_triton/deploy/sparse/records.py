@@ -15,6 +15,7 @@ from str_triton.deploy.sparse.graph.operators import allowed, operator_name, res
 from str_triton.deploy.sparse.graph.refs import Ref, references
 
 MOST = 2**20  # of a stride, a padding, a cut; far beyond what makes sense, and far below what could overflow
+LARGEST = torch.finfo(torch.float32).max
 _DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool", "complex64")
 _FORMATS = ("contiguous_format", "channels_last", "channels_last_3d", "preserve_format")
 
@@ -184,7 +185,9 @@ def _is_layer(node: nodes.Layer, dims: int, most_inputs: int) -> bool:
         isinstance(node.clamp, tuple)
         and len(node.clamp) == 2
         and all(type(limit) in (int, float) for limit in node.clamp)
+        and all(abs(limit) <= LARGEST or math.isinf(limit) for limit in node.clamp)
     )
+    limits = limits and node.activation in ("", *nodes.ACTIVATIONS)
     return fits and limits and node.clamp[0] <= node.clamp[1] and 1 <= len(node.inputs) <= most_inputs
 
 

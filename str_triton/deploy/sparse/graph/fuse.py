@@ -7,13 +7,18 @@ from typing import Any
 import torch
 
 from str_triton.deploy.sparse.graph.nodes import Add, Call, Clamp, Convolution, Graph, Input, Layer, Linear, Node, Norm
-from str_triton.deploy.sparse.graph.refs import rename
+from str_triton.deploy.sparse.graph.refs import Ref, rename
+
+_ACTIVATIONS = {
+    getattr(torch.ops.aten, name).default: name for name in ("hardswish", "hardsigmoid", "sigmoid", "silu", "gelu")
+}
 
 
 def fuse(graph: Graph) -> Graph:
     """Fold norms, fuse sums and activations, turn what could not be fused into calls, and drop what nobody reads."""
     graph = _fuse_sums(_absorb(graph, Norm, _fold_norm))
     graph = _absorb(graph, Clamp, _fuse_clamp)
+    graph = _absorb(graph, Call, _fuse_activation)
     nodes = [node.as_call() if isinstance(node, Norm | Clamp | Add) else node for node in graph.nodes]
     return _without_unread(Graph(nodes, graph.outputs, graph.changes))
 
@@ -55,7 +60,7 @@ def _absorb(graph: Graph, kind: type[Node], change: Callable[[Layer, Any], bool]
     users, nodes = _users(graph), {node.name: node for node in graph.nodes}
     merged: dict[str, Node] = {}
     for node in graph.nodes:
-        layer = _producer(nodes, merged, node.inputs[0]) if isinstance(node, kind) else None
+        layer = _producer(nodes, merged, node.inputs[0]) if isinstance(node, kind) and node.inputs else None
         if isinstance(layer, Layer) and users[node.inputs[0]] == 1 and change(layer, node):
             merged[node.name] = layer
     return _without(graph, merged)
@@ -75,6 +80,18 @@ def _fold_norm(layer: Layer, norm: Norm) -> bool:
 def _fuse_clamp(layer: Layer, clamp: Clamp) -> bool:
     (low, high), (lower, upper) = layer.clamp, clamp.clamp
     layer.clamp = (min(max(low, lower), upper), max(min(high, upper), lower))
+    return True
+
+
+def _fuse_activation(layer: Layer, call: Call) -> bool:
+    name = _ACTIVATIONS.get(call.target, "")
+    approximate = call.kwargs.get("approximate", "none")
+    if name == "gelu" and approximate == "tanh":
+        name = "gelu_tanh"
+    is_plain = call.args == (Ref(call.inputs[0]),) and call.kwargs.keys() <= {"approximate"}
+    if not name or not is_plain or layer.activation:
+        return False
+    layer.activation = name
     return True
 
 

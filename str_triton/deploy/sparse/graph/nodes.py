@@ -4,8 +4,9 @@ A node is a layer that this package executes itself (a convolution, a linear lay
 of one of torch's operations, which runs as it stands.
 """
 
+import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,15 @@ from str_triton.deploy.sparse.graph.operators import operator_name, resolve
 from str_triton.deploy.sparse.graph.refs import Ref, references, substitute
 
 FREE = (-math.inf, math.inf)
+# Activations that can be part of a layer, in the order in which kernels.c counts them from 1.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "hardswish": F.hardswish,
+    "hardsigmoid": F.hardsigmoid,
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+}
 
 
 @dataclass
@@ -116,14 +126,16 @@ class Layer(Node):
 
     Attributes:
         weight: float32, batch norm folded in; bias: [out].
-        clamp: the activation, as lowest and highest value.
+        clamp: the lowest and highest value of the output.
         label: the module's name in the model, for people.
+        activation: a name in ACTIVATIONS, which follows the clamp; "": none.
     """
 
     weight: Tensor
     bias: Tensor
     clamp: tuple[float, float] = FREE
     label: str = ""
+    activation: str = field(default="", kw_only=True)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what executions prepared, which neither copies nor files can hold."""
@@ -141,8 +153,10 @@ class Layer(Node):
         if len(self.inputs) > 1:
             y = y + values[self.inputs[1]]
         if self.clamp == (0.0, math.inf):
-            return y.relu_()
-        return y if self.clamp == FREE else y.clamp_(*self.clamp)
+            y = y.relu_()
+        elif self.clamp != FREE:
+            y = y.clamp_(*self.clamp)
+        return ACTIVATIONS[self.activation](y) if self.activation else y
 
 
 @dataclass

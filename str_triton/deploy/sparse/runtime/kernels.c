@@ -13,6 +13,7 @@
 
 #include <math.h>
 #include <stdint.h>
+#include <string.h>
 #ifdef _OPENMP
 #include <omp.h>
 #include <sched.h>
@@ -55,6 +56,7 @@ typedef int32_t bits __attribute__((vector_size(LANES * 4), aligned(4), may_alia
 #define GRAIN 16 /* floats in a cache line */
 
 enum { CONVOLUTION, MAX_POOL, COPY, MEAN, LINEAR, TURN };
+enum { NONE, HARDSWISH, HARDSIGMOID, SIGMOID, SILU, GELU, GELU_TANH };
 
 typedef struct {
     float value;
@@ -80,7 +82,8 @@ typedef struct {
     const int32_t *block_first; /* [blocks + 1]: where each block of channels begins */
     const float *bias;          /* [channels] */
     const int32_t *mask;        /* [planes][length]: -1 or 0; NULL: every pixel is real */
-    float low, high;            /* the activation clamps to them */
+    float low, high;            /* outputs are clamped to them */
+    int64_t activation;         /* what follows the clamp */
 } operation;
 
 typedef struct {
@@ -107,6 +110,52 @@ static inline vec clamp(vec v, vec low, vec high) {
     return choose(v > high, high, v);
 }
 
+/* e^v, right to two units in the last place: e^v = 2^n e^r with |r| < 0.35, and a polynomial of r. From 2^127.5 on it is
+   infinite, below the smallest normal number it is that. */
+static inline vec exponential(vec v) {
+    v = clamp(v, splat(-87.0f), splat(89.0f));
+    const vec magic = splat(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer in the lowest bits */
+    const vec shifted = v * 1.44269504f + magic;
+    const vec n = shifted - magic;
+    const vec r = (v - n * 0.693359375f) - n * -2.12194440e-4f;
+    vec p = splat(1.0f / 5040);
+    p = p * r + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    return p * (vec)(((bits)shifted - (bits)magic + 127) << 23);
+}
+
+/* x times the normal distribution's integral up to x: the tail beyond |x| is a polynomial in t times e^(-x^2 / 2)
+   (Abramowitz and Stegun, 7.1.26: right to 1e-7). */
+static inline vec gelu(vec x) {
+    const vec z = choose(x < 0, -x, x) * 0.70710678f;
+    const vec t = 1.0f / (1.0f + 0.3275911f * z);
+    vec tail = t * 1.061405429f - 1.453152027f;
+    tail = tail * t + 1.421413741f;
+    tail = tail * t - 0.284496736f;
+    tail = (tail * t + 0.254829592f) * t * 0.5f * exponential(-z * z);
+    return x * choose(x < 0, tail, 1.0f - tail);
+}
+
+static __attribute__((noinline)) void activate(int64_t activation, vec *v, int64_t count) {
+    const vec zero = splat(0), one = splat(1);
+    for (int64_t i = 0; i < count; i++) {
+        const vec x = v[i];
+        switch (activation) {
+            case HARDSWISH: v[i] = x * clamp(x * (1.0f / 6) + 0.5f, zero, one); break;
+            case HARDSIGMOID: v[i] = clamp(x * (1.0f / 6) + 0.5f, zero, one); break;
+            case SIGMOID: v[i] = 1.0f / (1.0f + exponential(-x)); break;
+            case SILU: v[i] = x / (1.0f + exponential(-x)); break;
+            case GELU: v[i] = gelu(x); break;
+            case GELU_TANH: v[i] = x / (1.0f + exponential(x * (-1.59576912f - 0.0713548163f * x * x))); break;
+        }
+    }
+}
+
 /* `width` is a constant in each copy that the compiler makes of these two, so that the sums live in registers. */
 #define EACH(j) for (int j = 0; j < width; j++)
 
@@ -126,6 +175,12 @@ static inline __attribute__((always_inline)) void convolve(const operation *op, 
             EACH(j) sum[j] += at(residual, j);
         }
         EACH(j) sum[j] = clamp(sum[j], low, high);
+        if (op->activation) {
+            vec y[WIDEST]; /* Not the sums themselves: what has an address does not live in registers. */
+            EACH(j) y[j] = sum[j];
+            activate(op->activation, y, width);
+            EACH(j) sum[j] = y[j];
+        }
         if (s.mask) EACH(j) sum[j] = (vec)((bits)sum[j] & (bits)at((const float *)s.mask, j));
         float *y = s.y + i * op->y.channel;
         EACH(j) *(vec *)(y + j * LANES) = sum[j];
@@ -229,6 +284,13 @@ static void linear(const operation *op, int64_t block) {
         if (op->low > value) value = op->low;
         if (value > op->high) value = op->high;
         op->y.data[i] = value;
+    }
+    for (int64_t i = op->block_first[block]; op->activation && i < op->block_first[block + 1]; i += LANES) {
+        const int64_t left = op->block_first[block + 1] - i, size = sizeof(float) * (left < LANES ? left : LANES);
+        vec y = splat(0);
+        memcpy(&y, op->y.data + i, size);
+        activate(op->activation, &y, 1);
+        memcpy(op->y.data + i, &y, size);
     }
 }
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 
 from str_triton.deploy.sparse.executions.choice import Choice
-from str_triton.deploy.sparse.graph.nodes import Layer, Linear, MaxPool
+from str_triton.deploy.sparse.graph.nodes import ACTIVATIONS, Layer, Linear, MaxPool
 from str_triton.deploy.sparse.runtime.buffers import FLOAT, Buffers, Key
 from str_triton.deploy.sparse.runtime.layout import GRAIN, Window, mask, offsets, plane_sizes
 from str_triton.deploy.sparse.runtime.structs import (
@@ -46,7 +46,8 @@ class Operations:
         if window.tables > 1 or planes == 1:
             op.x.plane = 0  # The taps say which plane they read.
         if isinstance(node, Layer):
-            op.kind, (op.low, op.high) = CONVOLUTION, node.clamp
+            op.kind = CONVOLUTION
+            _activate(op, node)
             weight, bias, groups = node.weight.numpy(), node.bias.numpy(), getattr(node, "groups", 1)
         else:
             op.kind = MAX_POOL
@@ -132,7 +133,7 @@ class Operations:
         outputs, inputs = node.weight.shape
         op = Operation(kind=LINEAR, images=1, channels=outputs, planes=1, tables=1)
         op.x, op.y = View(None, inputs, 1, 0, 0, 0), View(None, outputs, 1, 0, 0, 0)
-        op.low, op.high = node.clamp
+        _activate(op, node)
         first, places, values = _nonzeros(node.weight.numpy(), 1)
         taps = np.empty(len(values), TAP)
         taps["value"], taps["offset"] = values, places
@@ -153,6 +154,11 @@ class Operations:
         if identity not in self._masks:
             self._masks[identity] = mask(frame, size, key.phases, length)
         return self._masks[identity]
+
+
+def _activate(op: Operation, node: Layer) -> None:
+    op.low, op.high = node.clamp
+    op.activation = list(ACTIVATIONS).index(node.activation) + 1 if node.activation else 0
 
 
 def _tensor(channels: int, height: int, width: int) -> View:

@@ -28,6 +28,7 @@ class Operation(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("taps", "first", "block_first", "bias", "mask")),
         ("low", ctypes.c_float),
         ("high", ctypes.c_float),
+        ("activation", ctypes.c_int64),
     ]
 
 
