@@ -143,14 +143,20 @@ class SparsityController(OffsetController):
             self._move(self._drift[0])
             torch._foreach_add_(self._held_back, self._drift[1])
         if self.steps % self.interval == 0:
-            self._aim()
+            self._aim(self.interval)
 
-    def _aim(self) -> None:
-        """Solve for the thresholds at the next solve, and spread the way there over the steps in between."""
-        ahead = min(self.progress + self._pace * self.interval, 1.0)
+    def _aim(self, steps: int) -> None:
+        """Solve for the thresholds at the next solve, `steps` steps ahead, and spread the way there over the steps."""
+        ahead = min(self.progress + self._pace * steps, 1.0)
         shifts, held = self._shifts(self._done(ahead))
         more = [after - now for after, now in zip(held, self._held_back, strict=True)]
-        self._drift = tuple([change / self.interval for change in changes] for changes in (shifts, more))
+        self._drift = tuple([change / steps for change in changes] for changes in (shifts, more))
+
+    @torch.no_grad()
+    def solve(self) -> None:
+        super().solve()
+        if self._drift is not None and self._training is None:
+            self._aim(-self.steps % self.interval + 1)  # The rest of the way begins from here.
 
     def _check_layers(self, shares: Mapping[str, float]) -> None:
         if self.distribution != "fixed":

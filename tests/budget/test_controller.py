@@ -127,6 +127,20 @@ def deep_net():
     return nn.Sequential(*layers)
 
 
+@pytest.mark.parametrize("at", [3, 10, 20, 21, 29])
+def test_a_state_dict_between_solves_does_not_lead_past_the_schedule(at):
+    """It moves the thresholds to where the schedule is: what is left of the way to the next solve is shorter."""
+    model = sparsify(convolutional_net())
+    controller = SparsityController(model, Target(sparsity=0.9), schedule="linear", end=1.0, interval=20)
+    for step in range(1, 40):
+        controller.step(step / 40)
+        if step == at:
+            controller.state_dict()
+        if step in (1, 21, at):
+            assert count(model, IMAGES).sparsity == pytest.approx(0.9 * step / 40, abs=0.002)
+    assert 0.7 < count(model, IMAGES).sparsity < 0.9
+
+
 def test_no_layer_is_emptied_at_99_5_percent():
     model = sparsify(deep_net())
     SparsityController(model, Target(sparsity=0.995)).step(1.0)
