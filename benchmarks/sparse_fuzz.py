@@ -1,10 +1,11 @@
 """Random networks through `deploy.compile_sparse`, against eager PyTorch in float64.
 
-    python -m benchmarks.sparse_fuzz [--first 0] [--count 2000]
+    python -m benchmarks.sparse_fuzz [--first 0] [--count 2000] [--minutes 60] [--name sparse_fuzz]
 
-Each seed is a network of random layers, norms, activations, residual sums, concatenations, gates, changes in place,
-masks and state, with random zeros; every layer's execution is drawn at random. It is compared for the example, for
-other batches and for other sizes, saved and loaded. Under AddressSanitizer and UBSan, for the part in C:
+Each seed is a network of benchmarks/sparse_fuzz_networks.py, with random zeros; every layer's execution is drawn at
+random. It is compared for the example, for other batches (none, one, many) and for other sizes, in several memory
+formats, saved and loaded; results must not change with the next call, nor arguments with this one. What was run is
+added to benchmarks/results/NAME.json. Under AddressSanitizer and UBSan, for the part in C:
 
     CC="gcc -fsanitize=address,undefined -fno-sanitize-recover=undefined -g" ASAN_OPTIONS=detect_leaks=0
     LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libstdc++.so.6)" XDG_CACHE_HOME=runs/asan
@@ -13,185 +14,63 @@ other batches and for other sizes, saved and loaded. Under AddressSanitizer and 
 
 import argparse
 import copy
+import json
+import os
 import random
 import tempfile
+import time
 import warnings
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+import torch.utils._pytree as pytree
+from torch import Tensor
 
+from benchmarks.sparse_fuzz_networks import Case, case
+from benchmarks.timing import RESULTS, write
 from str_triton import deploy
 from str_triton.deploy.sparse.executions import EXECUTIONS
 from str_triton.deploy.sparse.executions.choice import Choice
+from str_triton.deploy.sparse.model import CompiledModel
 
 TOLERANCE = 1e-4  # of the largest value, at least of 1
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "hardtanh": lambda x: F.hardtanh(x, -0.5, 0.7),
-    "clamp": lambda x: x.clamp(-1.0, 2.0),
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "hardswish": F.hardswish,
-    "relu_": lambda x: F.relu_(x * 1.0),
-    "tanh": torch.tanh,
-}
+SLACK = 10.0  # where the network itself is ill-conditioned: times the difference of eager float32 from float64
 
 
-class Attention(nn.Module):
-    """Self-attention over the pixels."""
+@dataclass
+class Tally:
+    """What was run.
 
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm, self.qkv, self.out = (
-            nn.LayerNorm(channels),
-            nn.Linear(channels, 3 * channels),
-            nn.Linear(channels, channels),
-        )
+    Attributes:
+        largest: the largest difference, of the largest value or of 1.
+        amplified: comparisons beyond the tolerance, where eager float32 is beyond it as well.
+        unsaved: networks that a file cannot hold, and said so.
+    """
 
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = x.flatten(2).transpose(1, 2)
-        q, k, v = self.qkv(self.norm(tokens)).chunk(3, -1)
-        tokens = tokens + self.out(F.scaled_dot_product_attention(q, k, v))
-        return tokens.transpose(1, 2).reshape(x.shape)
+    networks: int = 0
+    comparisons: int = 0
+    empty_batches: int = 0
+    largest: float = 0.0
+    amplified: int = 0
+    unsaved: int = 0
+    layer_by_layer: int = 0
+    kinds: Counter[str] = field(default_factory=Counter)
+    executions: Counter[str] = field(default_factory=Counter)
 
-
-class Gate(nn.Module):
-    """Squeeze and excitation."""
-
-    def __init__(self, channels: int, keep: bool) -> None:
-        super().__init__()
-        self.down, self.up, self.keep = nn.Conv2d(channels, 4, 1), nn.Conv2d(4, channels, 1), keep
-
-    def forward(self, x: Tensor) -> Tensor:
-        mean = x.mean((2, 3), keepdim=True) if self.keep else F.adaptive_avg_pool2d(x, 1)
-        return x * torch.sigmoid(self.up(F.relu(self.down(mean))))
+    def record(self) -> dict[str, Any]:
+        """Return it for a JSON file."""
+        return {**vars(self), "kinds": dict(sorted(self.kinds.items())), "executions": dict(self.executions)}
 
 
-class RandomNetwork(nn.Module):
-    """A network that a random generator draws, [B, 3, H, W] -> a tensor, a tuple or a dict."""
-
-    def __init__(self, draw: random.Random) -> None:
-        super().__init__()
-        self.steps: list[tuple[str, str]] = []
-        self.parts = nn.ModuleDict()
-        channels = 3
-        for index in range(draw.randint(2, 9)):
-            kind = draw.choice(
-                (
-                    "conv",
-                    "conv",
-                    "conv",
-                    "conv",
-                    "norm",
-                    "act",
-                    "residual",
-                    "concat",
-                    "gate",
-                    "change",
-                    "pool",
-                    "attend",
-                    "mask",
-                )
-            )
-            name = f"{kind}{index}"
-            made, channels = self._part(kind, channels, draw)
-            if made is not None:
-                self.parts[name] = made
-            detail = {
-                "act": draw.choice(list(ACTIVATIONS)),
-                "change": draw.choice(("narrow", "index", "select")),
-                "pool": draw.choice(("max", "mean")),
-            }
-            self.steps.append((name, detail.get(kind, "")))
-        self.head = nn.Linear(channels, 5) if draw.random() < 0.6 else None
-        self.result = draw.choice(("tensor", "tuple", "dict"))
-        self.counts = draw.random() < 0.2
-        self.register_buffer("calls", torch.zeros(()))
-
-    def _part(self, kind: str, channels: int, draw: random.Random) -> tuple[nn.Module | None, int]:
-        if kind == "conv":
-            out = draw.choice((4, 6, 8, 12, 16))
-            groups = draw.choice([g for g in (1, 1, 1, 2, 4, channels) if channels % g == 0 and out % g == 0] or [1])
-            kernel = (draw.choice((1, 1, 3, 3, 5)), draw.choice((1, 3, 3)))
-            dilation = draw.choice((1, 1, 1, 2))
-            stride = draw.choice((1, 1, 1, 2, 3))
-            mode = draw.choice(("zeros", "zeros", "zeros", "reflect"))
-            padding = (
-                "same"
-                if stride == 1 and mode == "zeros" and draw.random() < 0.2
-                else (draw.randint(0, 2), draw.randint(0, 2))
-            )
-            options = {"groups": groups, "bias": draw.random() < 0.5, "padding_mode": mode, "dilation": dilation}
-            return nn.Conv2d(channels, out, kernel, stride, padding, **options), out
-        if kind == "norm":
-            norms = (
-                lambda c: nn.BatchNorm2d(c),
-                lambda c: nn.BatchNorm2d(c, affine=False),
-                lambda c: nn.GroupNorm(1, c),
-                lambda c: nn.InstanceNorm2d(c),
-            )
-            return draw.choice(norms)(channels), channels
-        if kind in ("residual", "concat"):
-            conv = nn.Conv2d(channels, channels, draw.choice((1, 3)), padding="same", bias=draw.random() < 0.5)
-            inner = nn.Sequential(conv, nn.BatchNorm2d(channels)) if draw.random() < 0.5 else conv
-            return inner, channels * (2 if kind == "concat" else 1)
-        if kind == "gate":
-            return Gate(channels, draw.random() < 0.5), channels
-        return (Attention(channels), channels) if kind == "attend" else (None, channels)
-
-    def forward(self, x: Tensor) -> Tensor | tuple | dict:
-        for name, detail in self.steps:
-            x = self._step(name, detail, x)
-        if self.counts:
-            self.calls += 1
-            x = x * self.calls
-        y = x.mean((2, 3)) if self.head is None else self.head(x.mean((2, 3)))
-        return {"tensor": y, "tuple": (y, x), "dict": {"scores": y, "parts": [x, y.argmax(1) * 0]}}[self.result]
-
-    def _step(self, name: str, detail: str, x: Tensor) -> Tensor:
-        part = dict(self.parts.items()).get(name)
-        if name.startswith("residual"):
-            return F.relu(x + part(x))
-        if name.startswith("concat"):
-            return torch.cat([x, part(x)], 1)
-        if part is not None:
-            return part(x)
-        if name.startswith("act"):
-            return ACTIVATIONS[detail](x)
-        if name.startswith("mask"):
-            return x.masked_fill(x > 1.0, 0.5)
-        if name.startswith("pool"):
-            small = min(x.shape[2:]) < 4
-            return x if small else F.max_pool2d(x, 3, 2, 1) if detail == "max" else F.avg_pool2d(x, 2)
-        y = x * 1.0
-        if detail == "narrow":
-            y.narrow(1, 0, 2).add_(1.0)
-        elif detail == "select":
-            y.select(1, 1).mul_(3.0)
-        else:
-            y[:, :, 0] = 2.0
-        return y
+class Wrong(Exception):
+    """A difference between a compiled network and its model."""
 
 
-def network(seed: int) -> tuple[RandomNetwork, tuple[int, ...]]:
-    """Return the network of a seed, with random zeros, and the shape of an example."""
-    draw = random.Random(seed)
-    torch.manual_seed(seed)
-    model = RandomNetwork(draw)
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            module.weight.data *= torch.rand_like(module.weight) < draw.choice((0.05, 0.3, 1.0))
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.3)
-            module.running_var.uniform_(0.3, 2)
-    return model.eval(), (draw.randint(1, 3), 3, draw.randint(14, 26), draw.randint(14, 26))
-
-
-def forced(compiled: deploy.SparseModel, draw: random.Random) -> None:
+def forced(compiled: deploy.SparseModel, draw: random.Random, tally: Tally) -> None:
     """Draw the execution of every layer."""
     for name in compiled.choices:
         cut = draw.randint(1, 9), draw.randint(1, 9), draw.randint(1, 4)
@@ -200,84 +79,179 @@ def forced(compiled: deploy.SparseModel, draw: random.Random) -> None:
         shapes = dict.fromkeys((*node.inputs, name), (1, 1, 1, 1))
         fitting = [key for key, execution in EXECUTIONS.items() if execution.by_kernels or execution.fits(node, shapes)]
         compiled.choices[name] = Choice(draw.choice([*fitting, "sparse", "sparse", "sparse"]), *cut)
+        tally.executions[compiled.choices[name].execution] += 1
     compiled._plans.clear()
 
 
-def check(seed: int) -> str | None:
+def check(seed: int, tally: Tally | None = None) -> str | None:
     """Return what is wrong with the compiled network of a seed; None if nothing is."""
-    model, shape = network(seed)
-    draw = random.Random(-seed)
+    tally = Tally() if tally is None else tally
+    network, draw = case(seed), random.Random(-seed)
+    model, example = network.model, network.model.example(*network.sizes)
     try:
         with torch.no_grad():
-            copy.deepcopy(model)(torch.zeros(shape))
-    except RuntimeError:  # An image that is too small for its layers.
+            copy.deepcopy(model)(*example)
+    except (RuntimeError, ValueError):  # An image that is too small for its layers.
         return None
-    compiled = deploy.compile_sparse(model, torch.randn(shape), tune=False)
+    tally.networks += 1
+    tally.kinds.update(set(model.kinds))
+    compiled = deploy.compile_sparse(model, example, tune=False)
     if not isinstance(compiled, deploy.SparseModel):
-        return f"it is a {type(compiled).__name__}: {compiled.notes}"
-    forced(compiled, draw)
+        tally.layer_by_layer += 1
+        if any("cannot be compiled" in note or "not used" in note for note in compiled.notes):
+            return f"it is a {type(compiled).__name__}: {compiled.notes}"
+        made: dict[str, CompiledModel] = {"compiled": compiled}
+    else:
+        forced(compiled, draw, tally)
+        made = {"compiled": compiled} | _loaded(compiled, tally)
+    try:
+        _compare(network, made, draw, tally)
+    except Wrong as wrong:
+        return str(wrong)
+    return None
+
+
+def _loaded(compiled: deploy.SparseModel, tally: Tally) -> dict[str, CompiledModel]:
+    """Return the network saved and loaded, if a file can hold it."""
     with tempfile.TemporaryDirectory() as folder:
-        compiled.save(Path(folder) / "net")
-        loaded = deploy.load_sparse(Path(folder) / "net")
-    exact = copy.deepcopy(model).double()
-    for batch, height, width in (
-        shape[:1] + shape[2:],
-        (shape[0] + 2, *shape[2:]),
-        (1, 31, 17),
-        (2, 40, 40),
-        shape[:1] + shape[2:],
-    ):
-        x = torch.randn(batch, 3, height, width)
+        try:
+            compiled.save(Path(folder) / "net")
+        except ValueError as error:
+            if "torch.save" not in str(error):
+                raise
+            tally.unsaved += 1
+            return {}
+        return {"loaded": deploy.load_sparse(Path(folder) / "net")}
+
+
+def _sizes(network: Case) -> Iterator[tuple[int, int, int]]:
+    batch, height, width = network.sizes
+    yield network.sizes
+    yield batch + 2, height, width
+    yield 1, 31, 17
+    yield 0, height, width
+    yield 2, 40, 40
+    yield network.sizes
+
+
+def _compare(network: Case, made: dict[str, CompiledModel], draw: random.Random, tally: Tally) -> None:
+    exact = copy.deepcopy(network.model).double()
+    held: list[tuple[list[Any], list[Any]]] = []  # results of calls before, and copies of them
+    for sizes in _sizes(network):
+        args = network.model.example(*sizes)
+        before = copy.deepcopy(exact)
         try:
             with torch.no_grad():
-                wanted = exact(x.double())
-        except RuntimeError:  # It is too small for the layers.
+                wanted = exact(*pytree.tree_map(_double, args))
+        except (RuntimeError, ValueError, IndexError, ZeroDivisionError):  # Too small for the layers.
+            exact = before
             continue
-        for name, made in (("compiled", compiled), ("loaded", loaded)):
+        for name, compiled in made.items():
+            where = f"{name} for {[tuple(t.shape) for t in _tensors(args)]}"
+            given = pytree.tree_map(lambda leaf: _laid_out(leaf, draw), args)
             try:
-                found = made(x.clone())
+                found = compiled(*given)
             except ValueError as error:
                 if name == "loaded" and "compiled for" in str(error):  # It holds one branch alone.
-                    loaded.reset(compiled.state())
+                    compiled.reset(made["compiled"].state())
                     continue
                 raise
-            if problem := differs(found, wanted):
-                return f"{name} for {tuple(x.shape)}: {problem}"
-        if compiled.state() and not loaded.state().keys():
-            return "the loaded network has no state"
-    return None
+            if not _equal(given, args):
+                raise Wrong(f"{where}: it changes its argument")
+            if not all(_equal(*pair) for pair in held):
+                raise Wrong(f"{where}: it changes the results of an earlier call")
+            leaves = _tensors(found)
+            held = [*held[-2:], (leaves, [leaf.clone() for leaf in leaves])]
+            _compare_results(where, found, wanted, before, args, tally)
+            tally.comparisons += 1
+            tally.empty_batches += sizes[0] == 0
 
 
-def differs(found: object, wanted: object) -> str | None:
-    """Return how two results differ."""
-    ours, theirs = (torch.utils._pytree.tree_leaves(result) for result in (found, wanted))
+def _compare_results(where: str, found: Any, wanted: Any, before: Any, args: tuple, tally: Tally) -> None:
+    structures = [pytree.tree_structure(result) for result in (found, wanted)]
+    if structures[0] != structures[1]:
+        raise Wrong(f"{where}: {structures[0]}, not {structures[1]}")
+    ours, theirs = _tensors(found), _tensors(wanted)
     for a, b in zip(ours, theirs, strict=True):
-        if a.shape != b.shape:
-            return f"shape {tuple(a.shape)}, not {tuple(b.shape)}"
-        scale = max(1.0, float(b.abs().max())) if b.numel() else 1.0
-        if not torch.allclose(a.double(), b.double(), rtol=TOLERANCE, atol=TOLERANCE * scale):
-            return f"off by {float((a.double() - b.double()).abs().max()):.2g}, values up to {scale:.2g}"
-    return None
+        if a.shape != b.shape or a.is_floating_point() != b.is_floating_point():
+            raise Wrong(f"{where}: {a.dtype} {tuple(a.shape)}, not {b.dtype} {tuple(b.shape)}")
+    error = max(map(_difference, ours, theirs), default=0.0)
+    if not error <= TOLERANCE:
+        with torch.no_grad():
+            eager = _tensors(before.float()(*args))
+        if not error <= SLACK * max(map(_difference, eager, theirs)):
+            raise Wrong(f"{where}: off by {error:.2g} of the largest value")
+        tally.amplified += 1
+        return
+    tally.largest = max(tally.largest, error)
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    """Return the largest difference, as a part of the largest value or of 1; infinity where only one is finite."""
+    if not b.numel():
+        return 0.0
+    a, b = a.double(), b.double()
+    finite = b.isfinite()
+    if not torch.equal(finite, a.isfinite()):
+        return float("inf")
+    scale = max(1.0, float(b[finite].abs().max())) if finite.any() else 1.0
+    return float((a - b)[finite].abs().max()) / scale if finite.any() else 0.0
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _equal(a: Any, b: Any) -> bool:
+    pairs = zip(_tensors(a), _tensors(b), strict=True)
+    return all(x.shape == y.shape and torch.allclose(x, y, rtol=0, atol=0, equal_nan=True) for x, y in pairs)
+
+
+def _double(leaf: Any) -> Any:
+    return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+
+def _laid_out(leaf: Any, draw: random.Random) -> Any:
+    """Return a tensor of the same values that lies in memory in another way, or wants a gradient."""
+    match draw.choice(("plain", "plain", "transposed", "channels_last", "sliced", "gradient")):
+        case "transposed" if leaf.dim() > 1:
+            return leaf.transpose(0, -1).contiguous().transpose(0, -1)
+        case "channels_last" if leaf.dim() == 4:
+            return leaf.contiguous(memory_format=torch.channels_last)
+        case "sliced" if leaf.dim():
+            return torch.cat([leaf, leaf], -1)[..., : leaf.shape[-1]]
+        case "gradient" if leaf.is_floating_point():
+            return leaf.clone().requires_grad_()
+    return leaf.clone()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--count", type=int, default=2000)
+    parser.add_argument("--minutes", type=float, default=1e6, help="end after so many")
+    parser.add_argument("--name", default="sparse_fuzz", help="of the result file")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    wrong = 0
-    for seed in range(options.first, options.first + options.count):
+    tally, wrong, begin = Tally(), {}, time.monotonic()
+    sanitizers = "address, undefined" if "-fsanitize=address,undefined" in os.environ.get("CC", "") else ""
+    seed = options.first
+    while seed < options.first + options.count and time.monotonic() - begin < 60 * options.minutes:
         try:
-            problem = check(seed)
+            problem = check(seed, tally)
         except Exception as error:  # Whatever it is, it is what this looks for.
             problem = f"{type(error).__name__}: {error}"
         if problem:
-            wrong += 1
+            wrong[seed] = problem
             print(f"seed {seed}: {problem}", flush=True)
-        elif seed % 10 == 9:
-            print(f"{seed + 1 - options.first} networks, {wrong} wrong", flush=True)
-    raise SystemExit(wrong > 0)
+        elif seed % 20 == 19:
+            print(f"{tally.networks} networks, {tally.comparisons} comparisons, {len(wrong)} wrong", flush=True)
+        seed += 1
+    run = {"seeds": [options.first, seed], "sanitizers": sanitizers, "wrong": wrong, **tally.record()}
+    path = RESULTS / f"{options.name}.json"
+    runs = json.loads(path.read_text())["runs"] if path.exists() else []
+    write(options.name, {"runs": [*runs, run]})
+    raise SystemExit(len(wrong) > 0)
 
 
 if __name__ == "__main__":

@@ -187,6 +187,61 @@ def test_state(by_kernels, replaces: bool):
     assert float(copy.deepcopy(compiled).state()["seen"]) == 3
 
 
+def test_state_of_a_submodule_that_is_replaced(by_kernels):
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen = self.seen + 1
+            return x * (self.seen > 3)  # seen by nobody in the first calls
+
+    model = nn.Sequential(nn.Linear(2, 2), Counts()).eval()
+    compiled = deploy.compile_sparse(model, torch.randn(1, 2))
+    assert isinstance(compiled, deploy.SparseModel)
+    for _ in range(5):
+        x = torch.randn(1, 2)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_sizes_that_an_export_fixes_go_to_the_model(by_kernels):
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            keep = torch.arange(len(x)) % 2 == 0
+            y = x.index_put((keep,), self.first(x)[::2])
+            y.flatten(0).clamp_(max=1.0)
+            return self.last(y)
+
+    model = prune(Rows(), 0.5)
+    compiled = deploy.compile_sparse(model, torch.randn(2, 4))
+    assert isinstance(compiled, deploy.SparseModel)
+    for rows in (2, 4, 1, 5):
+        same(model, compiled, torch.randn(rows, 4))
+
+
+def test_a_norm_by_the_batch_takes_no_images(by_kernels):
+    def change(y: Tensor) -> None:
+        y.narrow(1, 0, 2).add_(1.0)  # which lets torch decompose the norm
+
+    model = nn.Sequential(nn.BatchNorm2d(16, track_running_stats=False), prune(Two(change), 0.5)).eval()
+    compiled = deploy.compile_sparse(model, torch.randn(2, 16, 5, 5))
+    assert isinstance(compiled, deploy.SparseModel)
+    for batch in (2, 0):
+        same(model, compiled, torch.randn(batch, 16, 5, 5))
+
+
+def test_nothing_is_printed_about_what_cannot_be_exported(by_kernels, capfd):
+    model = prune(Two(lambda y: y[: int(y.sum() > 0) + 1], linear=True), 0.5)
+    deploy.compile_sparse(model, torch.randn(3, 16), tune=False)
+    assert capfd.readouterr() == ("", "")
+
+
 class Remembers(nn.Module):
     """It keeps a state where no export finds it."""
 

@@ -9,25 +9,11 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from str_triton.deploy.sparse.graph.signature import Signature, Unfit
+from str_triton.deploy.sparse.state import Buffers
+
 ROUNDING = 1e-4  # of the largest value: what float32 may differ by
 SLACK = 10.0  # a network may differ from float64 by so many times what the model itself does
-
-
-class Buffers:
-    """The buffers of a model as they were, to be put back."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._values = [
-            (module, name, value, value.clone())
-            for module in model.modules()
-            for name, value in module._buffers.items()
-            if value is not None
-        ]
-
-    def restore(self) -> None:
-        for module, name, tensor, value in self._values:
-            tensor.copy_(value)
-            module._buffers[name] = tensor
 
 
 def clone(tree: Any) -> Any:
@@ -130,3 +116,36 @@ def resized(args: tuple, kwargs: dict[str, Any], sizes: dict[str, tuple[int, int
 
     flat, structure = pytree.tree_flatten((args, kwargs))
     return pytree.tree_unflatten([other(given, leaf) for given, leaf in zip(flat, leaves, strict=True)], structure)
+
+
+def takes_more(model: nn.Module, signature: Signature, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Try whether the model takes arguments that the signature excludes; one dimension at a time has another size."""
+    flat, structure = pytree.tree_flatten((args, kwargs))
+    buffers = Buffers(model)
+    for number, given in enumerate(flat):
+        for dim in range(given.dim() if isinstance(given, Tensor) else 0):
+            old = given.shape[dim]
+            for size in {0, 1, 2, old + 1} - {old} if old else ():
+                leaves = clone(flat)
+                leaves[number] = given.index_select(dim, torch.arange(size, device="cpu") % old)
+                if not _fits(signature, leaves) and _takes(model, *pytree.tree_unflatten(leaves, structure)):
+                    buffers.restore()
+                    return True
+                buffers.restore()
+    return False
+
+
+def _fits(signature: Signature, leaves: list[Any]) -> bool:
+    try:
+        signature.check(leaves)
+    except Unfit:
+        return False
+    return True
+
+
+def _takes(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> bool:
+    try:
+        model(*args, **kwargs)
+    except Exception:
+        return False
+    return True

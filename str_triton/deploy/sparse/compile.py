@@ -2,7 +2,6 @@
 
 import copy
 import os
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from str_triton.deploy.plain_state import unwrapped
 from str_triton.deploy.sparse import file
-from str_triton.deploy.sparse.agree import Buffers, clone, difference, resized
+from str_triton.deploy.sparse.agree import clone, difference, resized, takes_more
 from str_triton.deploy.sparse.choose import choose
 from str_triton.deploy.sparse.fallback import ModulewiseModel, layer_graph, layer_inputs, left_to_torch
 from str_triton.deploy.sparse.graph.export import Exported, NotExported, exports
@@ -21,8 +20,10 @@ from str_triton.deploy.sparse.graph.lower import lower
 from str_triton.deploy.sparse.graph.nodes import Graph
 from str_triton.deploy.sparse.graph.signature import Signature, Unfit, check_tensor
 from str_triton.deploy.sparse.model import CompiledModel, SparseModel, plain_torch
+from str_triton.deploy.sparse.quiet import quiet
 from str_triton.deploy.sparse.runtime.build import library
 from str_triton.deploy.sparse.runtime.trial import try_out
+from str_triton.deploy.sparse.state import Buffers, change_in_place
 from str_triton.nn import densify, warn_if_unfinished
 
 BUSY = "the machine was busy while the executions were timed: compile again on a quiet one"
@@ -137,7 +138,10 @@ def _compile(model: nn.Module, args: tuple, kwargs: dict[str, Any], tune: bool) 
         shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         given = f"shape {shapes[0]}" if len(shapes) == 1 else f"shapes {', '.join(map(str, shapes))}"
         raise ValueError(f"{type(model).__name__} does not take an example of {given}: {error}") from error
+    changed = buffers.changed()
     buffers.restore()
+    if changed:
+        change_in_place(dense, changed)
     problems = []
     try:
         for exported in exports(dense, clone(args), clone(kwargs)):
@@ -149,7 +153,9 @@ def _compile(model: nn.Module, args: tuple, kwargs: dict[str, Any], tune: bool) 
             except Exception as error:  # A fault of this package's: the model works all the same, and `print` tells.
                 problems.append(f"its exported graph cannot be compiled: {type(error).__name__}: {error}")
                 continue
-            problem = difference(dense, network, _calls(network, args, kwargs))
+            forgotten = changed - network.state().keys()
+            problem = f"it does not keep {min(forgotten)}, which a call changes" if forgotten else None
+            problem = problem or difference(dense, network, _calls(network, args, kwargs))
             if problem is None:
                 network.reset(dict(dense.named_buffers()))
                 return network
@@ -160,11 +166,10 @@ def _compile(model: nn.Module, args: tuple, kwargs: dict[str, Any], tune: bool) 
 
 
 def _lowered(exported: Exported, model: nn.Module, args: tuple, kwargs: dict[str, Any], tune: bool) -> SparseModel:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet():
         lowered = lower(exported.program)
     inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    source = None if exported.is_open else model
+    source = None if exported.is_open and not takes_more(model, exported.signature, args, kwargs) else model
     return _tuned(fuse(lowered.graph), exported.signature, inputs, lowered.left, tune, source)
 
 

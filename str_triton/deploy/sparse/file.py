@@ -1,13 +1,10 @@
 """A compiled network as a packed file: its tensors, and its graph and choices as JSON; reading one runs nothing."""
 
-import contextlib
 import dataclasses
-import logging
 import math
 import os
 import platform
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from str_triton.deploy.sparse.executions.choice import Choice
 from str_triton.deploy.sparse.graph.nodes import Graph, Input, State
 from str_triton.deploy.sparse.graph.refs import Ref
 from str_triton.deploy.sparse.graph.signature import Leaf, Signature
+from str_triton.deploy.sparse.quiet import quiet
 from str_triton.deploy.sparse.records import Refused, choice_of, decode, encode, node_of, node_record
 
 FORMAT, VERSION = "str_triton.sparse", 2
@@ -170,7 +168,7 @@ def _dry_run(content: Content) -> None:
     values = [leaf.value for leaf in content.signature.leaves if leaf.dtype is None]
     _require(all(isinstance(value, int | float | str | bool | None) for value in values), "a constant argument is none")
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    with torch.no_grad(), mode, _silent(logging.getLogger("torch._subclasses.fake_tensor")):
+    with torch.no_grad(), mode, quiet():
         given = [
             torch.empty(shape, dtype=leaf.dtype, device="cpu")
             for shape, leaf in zip(content.example, leaves, strict=True)
@@ -190,16 +188,6 @@ def _dry_run(content: Content) -> None:
     content.signature.check(
         [next(given_values) if leaf.dtype is not None else leaf.value for leaf in content.signature.leaves]
     )
-
-
-@contextlib.contextmanager
-def _silent(logger: logging.Logger) -> Iterator[None]:
-    """Keep torch from printing tracebacks of what is refused."""
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
 
 
 def _signature_record(signature: Signature, tensors: dict[str, Tensor]) -> dict[str, Any]:

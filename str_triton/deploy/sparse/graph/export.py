@@ -1,7 +1,5 @@
 """torch.export of a model: a functional graph of ATen operations, with as many sizes left open as the model allows."""
 
-import contextlib
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +13,7 @@ from torch.fx.experimental import _config as shapes_config
 from torch.fx.experimental.symbolic_shapes import ShapeGuardPythonPrinter
 
 from str_triton.deploy.sparse.graph.signature import Leaf, Signature, compile_guard, parameter_names
+from str_triton.deploy.sparse.quiet import quiet
 
 _INPUTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR, InputKind.USER_INPUT)
 
@@ -25,7 +24,7 @@ class NotExported(Exception):
 
 @dataclass
 class Exported:
-    """An exported model: `program` is functional; `is_open`: every call that the model takes fits the signature."""
+    """An exported model: `program` is functional; `is_open`: the conditions on its sizes exclude no usual ones."""
 
     program: ExportedProgram
     signature: Signature
@@ -44,10 +43,11 @@ def exports(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Iterator[E
     for sizes in (_all, _first, _none):
         for strict in (False, True):
             try:
-                program = _export(model, args, kwargs, sizes, strict)
+                # In this order: a retrace may fix sizes that the export had left open.
+                program = _functional(_export(model, args, kwargs, sizes, strict))
                 signature = _signature(program, model, args, kwargs)
-                is_open = sizes is _all and signature.holds_for_usual_sizes()
-                found = Exported(_functional(program), signature, is_open)
+                is_open = signature.holds_for_usual_sizes()
+                found = Exported(program, signature, is_open)
             except Exception as error:  # torch.export fails in as many ways as models do.
                 reason = reason or error
             else:
@@ -84,15 +84,8 @@ def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any], sizes: Any, s
     if sizes is _none:
         every = None
     # Sizes of 0 and 1 are sizes like others: a branch on them becomes a guard.
-    with _quiet(), shapes_config.patch(backed_size_oblivious=True):
+    with quiet(), shapes_config.patch(backed_size_oblivious=True):
         return torch.export.export(model, args, kwargs, dynamic_shapes=every, strict=strict)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _functional(program: ExportedProgram) -> ExportedProgram:
@@ -101,7 +94,7 @@ def _functional(program: ExportedProgram) -> ExportedProgram:
         if _is_mutable(node):
             functional = _functional_form(node)
             if functional is None:
-                with _quiet():
+                with quiet():
                     return program.run_decompositions({})
             node.target = functional
     return program

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, fx
 
 from str_triton.deploy.sparse.graph.context import Context, bound, dimensions, is_float, pair, same_shape
-from str_triton.deploy.sparse.graph.nodes import Add, Clamp, Convolution, Linear, MaxPool, Mean, Node, Norm
+from str_triton.deploy.sparse.graph.nodes import Add, Call, Clamp, Convolution, Linear, MaxPool, Mean, Node, Norm
+from str_triton.deploy.sparse.graph.refs import references
 
 aten = torch.ops.aten
 
@@ -97,6 +98,16 @@ def _norm(context: Context, node: fx.Node) -> Node | None:
     return Norm(context.name(node), [context.value(given["input"]).name], scale, shift, dimensions(given["input"]))
 
 
+def _norm_by_batch(context: Context, node: fx.Node) -> Node | None:
+    """Lower a norm by the statistics of the batch to the operation of the model's, which takes empty batches, too."""
+    if any(user.args[1] != 0 for user in node.users):
+        return None
+    x, weight, bias, *options = (context.arguments(value) for value in bound(node).values())
+    args = (x, weight, bias, None, None, *options, False)
+    name = context.name(node)
+    return Call(name, references(args), aten.batch_norm.default, args, label=context.label(node))
+
+
 def _clamp(context: Context, node: fx.Node) -> Node | None:
     given = bound(node)
     x = given["self"]
@@ -156,6 +167,7 @@ HANDLERS: dict[Any, Handler] = {
     aten.linear.default: _linear,
     **dict.fromkeys((aten.addmm.default, aten.mm.default, aten.matmul.default), _product),
     **dict.fromkeys((aten.batch_norm.default, aten._native_batch_norm_legit_no_training.default), _norm),
+    aten._native_batch_norm_legit.no_stats: _norm_by_batch,
     **dict.fromkeys((aten.relu.default, aten.relu6.default, aten.hardtanh.default), _clamp),
     **dict.fromkeys((aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default), _clamp),
     aten.add.Tensor: _add_tensors,

@@ -28,6 +28,7 @@ _CHECKS = (
 )
 # A view by strides that are those of another run need not be possible in this one.
 _RESHAPES = (aten.view.default, aten._unsafe_view.default)
+_NORMS = (aten._native_batch_norm_legit.no_stats, aten._native_batch_norm_legit_no_training.default)
 _PRODUCTS = ("conv", "linear", "addmm", "mm", "matmul", "bmm", "gru", "lstm", "rnn")
 
 
@@ -127,8 +128,8 @@ class _Lowering(Context):
                 made = self._call(node)
             made.variable = _is_variable(node)
             self.nodes.append(made)
-            # Of the batch norm with three results only the first is ever read.
-            several = isinstance(made, Norm) and target is not aten.batch_norm.default
+            # Of norms with three results only the first is ever read.
+            several = target in _NORMS and (isinstance(made, Norm) or made.target is aten.batch_norm.default)
             self.values[node] = [Ref(made.name)] if several else Ref(made.name)
 
     def _is_known(self, node: fx.Node) -> bool:
