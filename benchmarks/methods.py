@@ -30,7 +30,7 @@ from benchmarks.exact_budgets import IMAGE, WEIGHT_DECAY, fit, measured, network
 from benchmarks.timing import RESULTS, machine
 from cnn.data import load
 from cnn.methods import Masked, prepare
-from cnn.recipes import Config, settle
+from cnn.recipes import Config, resolve
 from str_triton import count
 
 WIDTHS, EPOCHS = (16, 32, 64), 4
@@ -111,7 +111,7 @@ def train(
             options["budget"] = file.name
         elif options["method"] not in ("dense", "str"):
             options["target_sparsity"] = target
-        config = settle(Config(recipe="methods", weight_decay=weight_decay, **options))
+        config = resolve(Config(recipe="methods", weight_decay=weight_decay, **options))
         pruner = prepare(config, model, IMAGE)
     if until is not None:
         pruner.straight_through_until = until

@@ -21,7 +21,7 @@ from cnn.rebuild import Network, rebuild
 from str_triton import Budget, count
 from str_triton.files import percent, write_atomically
 from str_triton.training.environment import describe_environment
-from str_triton.training.errors import UserError, blame_input, run_program, warn
+from str_triton.training.errors import UserError, as_user_error, run_program, warn
 from str_triton.training.meter import Meter
 
 PROGRAM = "python cnn/evaluate.py"
@@ -80,7 +80,7 @@ def program(args: Sequence[str] | None) -> None:
     """Evaluate what ``args`` name, print a table, and write it where they say."""
     options = tyro.cli(Options, args=args, prog=PROGRAM, description=PURPOSE)
     device = check(options)
-    with blame_input(ValueError, OSError):
+    with as_user_error(ValueError, OSError):
         network = rebuild(options.path, options.model)
         # Corrupt training images do not matter here; `left_out` holds those of the test.
         name, data = read_data(options, network, [].append if options.skip_corrupt else None)
@@ -99,7 +99,7 @@ def program(args: Sequence[str] | None) -> None:
         content |= {"corrupt": len(set(corrupt))}
         content |= {"model_images_per_second": alone, "batch_size": options.batch_size}
         content |= {"budget": totals(budget), "environment": describe_environment(device)}
-        with blame_input(OSError):
+        with as_user_error(OSError):
             write_atomically(Path(options.json), json.dumps(content, indent=2) + "\n")
 
 
@@ -141,7 +141,7 @@ def examples(
     data: Data, options: Options, device: torch.device, on_corrupt: OnCorrupt
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The test images and their labels on the device, each once."""
-    with blame_input(ValueError, OSError):
+    with as_user_error(ValueError, OSError):
         yield from batches(
             data.test,
             batch_size=options.batch_size,

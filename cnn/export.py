@@ -18,7 +18,7 @@ from cnn.export_onnx import to_onnx
 from cnn.rebuild import Network, rebuild
 from str_triton import count, deploy
 from str_triton.files import percent, write_atomically
-from str_triton.training.errors import UserError, blame_input, one_line, run_program
+from str_triton.training.errors import UserError, as_user_error, one_line, run_program
 
 PURPOSE = "Write a trained network for use elsewhere."
 LOAD = """from cnn.models import build
@@ -75,7 +75,7 @@ def program(args: Sequence[str] | None) -> None:
         commands, args=args, prog="python -m cnn.export", description=PURPOSE
     )
     check(options)
-    with blame_input(ValueError, OSError):
+    with as_user_error(ValueError, OSError):
         network = rebuild(options.path, options.model)
     example = torch.zeros(1, *image_shape(options, network))
     {Pack: pack, Onnx: onnx, Sparse: sparse}[type(options)](options, network, example)
@@ -112,7 +112,7 @@ def pack(options: Pack, network: Network, example: Tensor) -> None:
     """Write the packed file and its card, and print what it holds."""
     budget = count(network.model, example)
     facts = known_facts(options, network)
-    with blame_input(ValueError, OSError):
+    with as_user_error(ValueError, OSError):
         metadata = {"model": network.name, "num_classes": network.num_classes, "image_shape": list(example.shape[1:])}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # the summary says it too, where nothing got smaller
@@ -142,7 +142,7 @@ def known_facts(options: Pack, network: Network) -> dict[str, str]:
     summary = Path(options.path) / "summary.json"
     if network.config is None or not summary.is_file():
         return {}
-    with blame_input(ValueError, OSError):
+    with as_user_error(ValueError, OSError):
         accuracy = json.loads(summary.read_text())["accuracy"]
     rounded = "" if options.values == "float32" else ", before rounding"
     return {"data": network.config.data, f"accuracy on the test images{rounded}": f"{100 * accuracy:.2f} %"}
@@ -151,7 +151,7 @@ def known_facts(options: Pack, network: Network) -> dict[str, str]:
 def onnx(options: Onnx, network: Network, example: Tensor) -> None:
     """Write the ONNX file once it has been checked."""
     content, difference = to_onnx(network.model, example, options.path)
-    with blame_input(OSError):
+    with as_user_error(OSError):
         write_atomically(Path(options.out), content)
     print(
         f"wrote {options.out}: {len(content):,} bytes, images [batch, {', '.join(map(str, example.shape[1:]))}] -> "
@@ -161,7 +161,7 @@ def onnx(options: Onnx, network: Network, example: Tensor) -> None:
 
 def sparse(options: Sparse, network: Network, example: Tensor) -> None:
     """Write the compiled network, and print the choice for each layer."""
-    with blame_input(ValueError, OSError):
+    with as_user_error(ValueError, OSError):
         compiled = deploy.compile_sparse(network.model, example.expand(options.batch_size, -1, -1, -1).contiguous())
         compiled.save(options.out)
     print(f"{compiled}\n\nwrote {options.out}")

@@ -23,7 +23,7 @@ from cnn.models import build
 from cnn.resnet import ResNet
 from str_triton import STRConv2d, STRLinear, count, densify, deploy, sparsify
 from str_triton.files import replacing, write_atomically
-from str_triton.training.errors import UserError, blame_input, run_program
+from str_triton.training.errors import UserError, as_user_error, run_program
 
 ARCHITECTURES = {"ResNet50": "resnet50", "MobileNetV1": "mobilenetv1"}
 OPTIONS = ".threshold_options"
@@ -186,7 +186,7 @@ def program(args: Sequence[str] | None) -> None:
     ):
         if path is not None and path.suffix not in endings:
             raise UserError(f"{option} {path}: the name must end in {' or '.join(endings)}")
-    with blame_input(ValueError, OSError):
+    with as_user_error(ValueError, OSError):
         model, metadata = load(options.file)
         budget = count(model, torch.zeros(1, 3, 224, 224))
         plain = (f"{key} {value}" for key, value in metadata.items() if isinstance(value, str | bool | int | float))

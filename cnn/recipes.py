@@ -189,7 +189,7 @@ def recipe_for(config: Config) -> str:
     )
 
 
-def settle(config: Config) -> Config:
+def resolve(config: Config) -> Config:
     """``config`` with target, distribution and the method's other options made definite.
 
     What the recipe itself says of a target, or of options that the chosen method does not take, gives way to the
@@ -198,7 +198,7 @@ def settle(config: Config) -> Config:
     if config.method not in METHODS:
         raise UserError(f"--method {config.method}: there is no such method; the methods are {', '.join(METHODS)}")
     recipe = RECIPES[config.recipe]() if config.recipe in RECIPES else Config(recipe=config.recipe)
-    config = _settle_options(_settle_target(config, recipe), recipe)
+    config = _resolve_options(_resolve_target(config, recipe), recipe)
     distributions = METHODS[config.method]
     if config.distribution is None and distributions and config.budget is None:
         config = replace(config, distribution=distributions[0])
@@ -219,7 +219,7 @@ def settle(config: Config) -> Config:
     return config
 
 
-def _settle_target(config: Config, recipe: Config) -> Config:
+def _resolve_target(config: Config, recipe: Config) -> Config:
     """``config`` with exactly one target, or with none where the method meets none."""
     given = {name: value for name in TARGETS if (value := getattr(config, name)) is not None}
     asked = {name: value for name, value in given.items() if value != getattr(recipe, name)}
@@ -245,7 +245,7 @@ def _settle_target(config: Config, recipe: Config) -> Config:
     return config
 
 
-def _settle_options(config: Config, recipe: Config) -> Config:
+def _resolve_options(config: Config, recipe: Config) -> Config:
     """``config`` with defaults for the options that its method takes, and without the others."""
     for name, defaults in TAKEN_BY.items():
         value = getattr(config, name)

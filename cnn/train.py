@@ -22,13 +22,13 @@ from cnn.methods.budget_file import named_sparsities
 from cnn.models import build, single_value_norms, state_shapes
 from cnn.pretrained import check_start, start_from
 from cnn.published import PUBLISHED
-from cnn.recipes import FINETUNING, RECIPES, RESUME_MAY_CHANGE, Config, recipe_for, settle
+from cnn.recipes import FINETUNING, RECIPES, RESUME_MAY_CHANGE, Config, recipe_for, resolve
 from str_triton import Budget, count, densify, parameter_groups, refresh_batch_norm
 from str_triton.files import percent, printable
 from str_triton.training.checkpoints import Checkpoints
 from str_triton.training.command_line import CommandLine
-from str_triton.training.errors import UserError, blame_input, one_line, tell, warn
-from str_triton.training.loop import Loop, Outcome
+from str_triton.training.errors import UserError, as_user_error, one_line, tell, warn
+from str_triton.training.loop import Loop, StepOutput
 from str_triton.training.meter import Means, Meter
 from str_triton.training.metrics import Record, read_metrics
 from str_triton.training.report import report
@@ -37,7 +37,7 @@ from str_triton.training.schedules import decayed_thresholds, warmup_cosine
 
 PROGRAM = "python cnn/train.py"
 PURPOSE = "Train a convolutional network to an exact sparsity or FLOP budget."
-COMMAND_LINE = CommandLine(PROGRAM, PURPOSE, RECIPES, recipe_for, RESUME_MAY_CHANGE, settle, PUBLISHED)
+COMMAND_LINE = CommandLine(PROGRAM, PURPOSE, RECIPES, recipe_for, RESUME_MAY_CHANGE, resolve, PUBLISHED)
 REFRESH_BATCHES = 20  # for batch norm's statistics (docs/exact-budgets.md)
 ARRIVED = -10.0  # a raw threshold above this is a threshold of 5e-5 and more: from there its gradient moves it too
 
@@ -62,7 +62,7 @@ class Experiment(Loop):
 
     @classmethod
     def prepare(cls, config: Config, accelerator: Accelerator) -> "Experiment":
-        with blame_input(ValueError, OSError):
+        with as_user_error(ValueError, OSError):
             check_inputs(config)
             corrupt: list[str] = []
             data = load(config.data, config.data_dir, corrupt.append if config.skip_corrupt else None)
@@ -98,7 +98,7 @@ class Experiment(Loop):
         )
 
     def batches(self, epoch: int, start: int, *, training: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
-        with blame_input(ValueError, OSError):
+        with as_user_error(ValueError, OSError):
             yield from batches(
                 self.data.train if training else self.data.test,
                 batch_size=self.config.batch_size,
@@ -115,11 +115,11 @@ class Experiment(Loop):
                 on_corrupt=self.corrupt.append if self.config.skip_corrupt else None,
             )
 
-    def forward(self, batch: tuple[Tensor, Tensor]) -> Outcome:
+    def forward(self, batch: tuple[Tensor, Tensor]) -> StepOutput:
         images, labels = batch
         outputs = self.network(images.contiguous(memory_format=memory_format(self.config)))
         loss = F.cross_entropy(outputs, labels, label_smoothing=self.config.label_smoothing)
-        return Outcome(loss, outputs, labels)
+        return StepOutput(loss, outputs, labels)
 
     def learning_rate(self, step: int) -> float:
         return learning_rate(self.config, self.steps, step)

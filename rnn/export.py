@@ -12,7 +12,7 @@ from rnn.finished_run import FinishedRun, open_run
 from rnn.one_line_parser import OneLineParser
 from str_triton import RankBudget, deploy
 from str_triton.files import write_atomically
-from str_triton.training.errors import UserError, blame_input, run_program, warn
+from str_triton.training.errors import UserError, as_user_error, run_program, warn
 
 PROGRAM = "python -m rnn.export"
 STEPS = 99  # frames of a second of speech
@@ -25,7 +25,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
     def program() -> None:
         options = parser().parse_args(args)
-        with blame_input(OSError, ValueError):
+        with as_user_error(OSError, ValueError):
             options.export(options)
 
     return run_program(program)

@@ -17,7 +17,7 @@ from rnn.data.clips import SILENCE, UNKNOWN
 from rnn.data.sound_stream import LogMelStream, pieces
 from rnn.finished_run import FinishedRun, open_run
 from rnn.one_line_parser import OneLineParser
-from str_triton.training.errors import UserError, blame_input, run_program
+from str_triton.training.errors import UserError, as_user_error, run_program
 
 PROGRAM = "python rnn/listen.py"
 SPEECH = ("speech-commands", "hub", "spoken")  # kinds of data whose features are log-mels
@@ -134,7 +134,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
     def program() -> None:
         options = parser().parse_args(args)
-        with blame_input(OSError, ValueError), opened(options.file) as (stream, name):
+        with as_user_error(OSError, ValueError), opened(options.file) as (stream, name):
             listen(Listener(open_run(options.run)), pieces(stream, name, options.rate))
 
     return run_program(program)

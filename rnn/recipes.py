@@ -191,7 +191,7 @@ def _task_of(data: str) -> Literal["classify", "lm"]:
     return "lm" if kind == "text" or (kind == "hub" and ":" in place) else "classify"
 
 
-def settle(config: Config) -> Config:
+def resolve(config: Config) -> Config:
     """``config`` with task and target made definite; `UserError` for values or combinations that make no sense."""
     if config.task is None:
         config = replace(config, task=_task_of(config.data))

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from rnn.data import Data, Text, with_validation
 from rnn.models import State
 from rnn.recipes import Config
-from str_triton.training.loop import Outcome
+from str_triton.training.loop import StepOutput
 from str_triton.training.meter import Means, Meter
 
 
@@ -52,7 +52,7 @@ class Task(ABC):
         """This process's part of the training batches of an epoch from number ``start`` on."""
 
     @abstractmethod
-    def forward(self, network: nn.Module, batch: Any) -> Outcome:
+    def forward(self, network: nn.Module, batch: Any) -> StepOutput:
         """The training loss of a batch."""
 
     @abstractmethod
@@ -98,10 +98,11 @@ class Classify(Task):
             generator = _generator(seed, epoch, step, self.accelerator.process_index)
             yield self.data.train.batch(part, augment=True, generator=generator, device=self.accelerator.device)
 
-    def forward(self, network: nn.Module, batch: tuple[Tensor, Tensor | None, Tensor]) -> Outcome:
+    def forward(self, network: nn.Module, batch: tuple[Tensor, Tensor | None, Tensor]) -> StepOutput:
         x, lengths, labels = batch
         outputs = network(x, lengths)
-        return Outcome(F.cross_entropy(outputs, labels, label_smoothing=self.config.label_smoothing), outputs, labels)
+        loss = F.cross_entropy(outputs, labels, label_smoothing=self.config.label_smoothing)
+        return StepOutput(loss, outputs, labels)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, part: str) -> Means:
@@ -158,12 +159,13 @@ class Language(Task):
         for step in range(start, self.steps):
             yield windows[step]
 
-    def forward(self, network: nn.Module, batch: tuple[Tensor, Tensor]) -> Outcome:
+    def forward(self, network: nn.Module, batch: tuple[Tensor, Tensor]) -> StepOutput:
         characters, following = batch
         outputs, state = network(characters, self._states.popleft())
         self._states.append(tuple(part.detach() for part in state) if isinstance(state, tuple) else state.detach())
         outputs, labels = outputs.flatten(0, 1), following.flatten()
-        return Outcome(F.cross_entropy(outputs, labels, label_smoothing=self.config.label_smoothing), outputs, labels)
+        loss = F.cross_entropy(outputs, labels, label_smoothing=self.config.label_smoothing)
+        return StepOutput(loss, outputs, labels)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, part: str) -> Means:

@@ -16,12 +16,12 @@ from rnn.baselines import common_ranks, svd_ranks
 from rnn.data import load
 from rnn.finished_run import interface
 from rnn.models import Architecture, architecture_of, compact, copy_weights
-from rnn.recipes import PUBLISHED, RECIPES, RESUME_MAY_CHANGE, TARGETED, Config, recipe_for, settle
+from rnn.recipes import PUBLISHED, RECIPES, RESUME_MAY_CHANGE, TARGETED, Config, recipe_for, resolve
 from rnn.tasks import Task, make_task
 from str_triton import RankBudget, RankController, RankTarget, count_ranks, parameter_groups
 from str_triton.training.command_line import CommandLine
-from str_triton.training.errors import blame_input
-from str_triton.training.loop import Loop, Outcome
+from str_triton.training.errors import as_user_error
+from str_triton.training.loop import Loop, StepOutput
 from str_triton.training.meter import Means
 from str_triton.training.metrics import Record
 from str_triton.training.report import report
@@ -30,7 +30,7 @@ from str_triton.training.schedules import warmup_cosine
 
 PROGRAM = "python rnn/train.py"
 PURPOSE = "Train a recurrent network that learns its rank, down to an exact target."
-COMMAND_LINE = CommandLine(PROGRAM, PURPOSE, RECIPES, recipe_for, RESUME_MAY_CHANGE, settle, PUBLISHED)
+COMMAND_LINE = CommandLine(PROGRAM, PURPOSE, RECIPES, recipe_for, RESUME_MAY_CHANGE, resolve, PUBLISHED)
 END = 0.5  # share of training after which the target holds; later cuts cost accuracy (docs/learned-rank.md)
 SETTLED = 0.9  # share of training after which the ranks of --method str count as final
 SPECTRUM = 64  # singular values of a matrix that the metrics hold of an epoch
@@ -62,7 +62,7 @@ class Experiment(Loop):
 
     @classmethod
     def prepare(cls, config: Config, accelerator: Accelerator) -> "Experiment":
-        with blame_input(ValueError, OSError):
+        with as_user_error(ValueError, OSError):
             data = load(
                 config.data,
                 task=config.task,
@@ -94,10 +94,10 @@ class Experiment(Loop):
         )
 
     def batches(self, epoch: int, start: int) -> Iterator[Any]:
-        with blame_input(ValueError, OSError):
+        with as_user_error(ValueError, OSError):
             yield from self.task.batches(epoch, start)
 
-    def forward(self, batch: Any) -> Outcome:
+    def forward(self, batch: Any) -> StepOutput:
         return self.task.forward(self.network, batch)
 
     def learning_rate(self, step: int) -> float:
@@ -105,7 +105,7 @@ class Experiment(Loop):
 
     def begin_epoch(self, epoch: int) -> None:
         if self.config.method == "svd-finetune" and self.cut_ranks is None and epoch >= cut_epoch(self.config):
-            with blame_input(ValueError):
+            with as_user_error(ValueError):
                 ranks = svd_ranks(self.model, self.architecture, rank_target(self.config))
             self.cut(ranks)
 

@@ -69,9 +69,10 @@ def batches(
     if workers < 0:
         raise ValueError(f"workers {workers}: the number of worker processes cannot be negative")
     order = permutation(len(dataset), seed, epoch) if shuffle else torch.arange(len(dataset))
-    plan = _Plan(dataset, order, batch_size, seed, epoch, augment, rank, world_size, on_corrupt is not None)
-    items = _items(plan, range(start, steps), 0 if dataset.in_memory else workers, torch.device(device).type == "cuda")
-    return _on_device(items, dataset, torch.device(device), on_corrupt)
+    source = _Batches(dataset, order, batch_size, seed, epoch, augment, rank, world_size, on_corrupt is not None)
+    device = torch.device(device)
+    items = _items(source, range(start, steps), 0 if dataset.in_memory else workers, pin=device.type == "cuda")
+    return _on_device(items, dataset, device, on_corrupt)
 
 
 class _Item(NamedTuple):
@@ -87,7 +88,7 @@ class _Item(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class _Plan:
+class _Batches:
     """What a worker needs: the k-th item is this rank's part of batch k, or the error that it met."""
 
     dataset: Images
@@ -113,11 +114,11 @@ class _Plan:
             return error
 
 
-def _items(plan: _Plan, steps: range, workers: int, pin: bool) -> Iterable[_Item | Exception]:
+def _items(source: _Batches, steps: range, workers: int, pin: bool) -> Iterable[_Item | Exception]:
     if workers == 0:
-        return map(plan.__getitem__, steps)
+        return map(source.__getitem__, steps)
     return DataLoader(
-        plan,
+        source,
         batch_size=None,
         sampler=steps,
         num_workers=workers,

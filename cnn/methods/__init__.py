@@ -31,7 +31,7 @@ def prepare(config: Config, model: nn.Module, example: Tensor) -> SparsityContro
     last included.
 
     Args:
-        config: a settled configuration.
+        config: a resolved configuration.
         model: a plain model with the weights to start from.
         example: an input of the model.
 

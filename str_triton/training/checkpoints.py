@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from str_triton.files import replacing
-from str_triton.training.errors import UserError, blame_input, one_line, warn
+from str_triton.training.errors import UserError, as_user_error, one_line, warn
 
 KEEP = 2
 _NAME = re.compile(r"step-(\d+)\.pt")
@@ -67,7 +67,7 @@ class Checkpoints:
         damaged: list[Path] = []
         for step in reversed(self.steps()):
             path = self.path(step)
-            with blame_input(OSError):
+            with as_user_error(OSError):
                 content = path.read_bytes()
             try:
                 state = _checked(_decode(content), step, keys)
@@ -84,7 +84,7 @@ class Checkpoints:
 
     def _tidy(self, damaged: Sequence[Path]) -> None:
         """Set damaged checkpoints aside, and remove what a kill has left of an unfinished write."""
-        with blame_input(OSError):
+        with as_user_error(OSError):
             for draft in self.directory.glob(".step-*"):
                 draft.unlink()
             for path in damaged:

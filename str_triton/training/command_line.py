@@ -23,7 +23,7 @@ class CommandLine(Generic[ConfigT]):
         recipes: the recipes by name.
         recipe_for: the recipe's name where none is given, from what the options say with the first recipe's defaults.
         may_change: fields that may differ from the run to go on with, besides those of every run.
-        settle: the configuration with everything made definite; `UserError` where it makes no sense.
+        resolve: the configuration with everything made definite; `UserError` where it makes no sense.
         published: by recipe, what was published for it, lines of text for --describe.
     """
 
@@ -32,7 +32,7 @@ class CommandLine(Generic[ConfigT]):
     recipes: Mapping[str, Callable[[], ConfigT]]
     recipe_for: Callable[[ConfigT], str]
     may_change: frozenset[str] = frozenset()
-    settle: Callable[[ConfigT], ConfigT] = lambda config: config
+    resolve: Callable[[ConfigT], ConfigT] = lambda config: config
     published: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def read(self, args: Sequence[str]) -> ConfigT:
@@ -41,7 +41,7 @@ class CommandLine(Generic[ConfigT]):
         Raises `UserError` for an unknown recipe, for values that make no sense and for what cannot be gone on with.
         Prints and raises ``SystemExit`` as parsers do for --help and --describe and for options that do not parse.
         """
-        config = self.settle(self._read(args))
+        config = self.resolve(self._read(args))
         if config.describe:
             self._describe(config)
             raise SystemExit(0)

@@ -23,7 +23,7 @@ class Interrupted(Exception):
 
 
 @contextmanager
-def blame_input(*kinds: type[Exception]) -> Iterator[None]:
+def as_user_error(*kinds: type[Exception]) -> Iterator[None]:
     """Turn the named exceptions of a block that handles outside input into a `UserError` with the same message."""
     try:
         yield

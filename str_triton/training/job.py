@@ -24,7 +24,7 @@ from str_triton.training.errors import (
     BAD_INPUT,
     Interrupted,
     UserError,
-    blame_input,
+    as_user_error,
     is_first_process,
     run_program,
     tell,
@@ -50,7 +50,7 @@ def run_job(program: Callable[[], None]) -> int:
 
 
 def _run_among_others(program: Callable[[], None]) -> None:
-    with blame_input(ValueError, DistError):  # an environment without MASTER_ADDR, or nobody there
+    with as_user_error(ValueError, DistError):  # an environment without MASTER_ADDR, or nobody there
         store, rank, size = next(rendezvous("env://"))
     with Watch(PrefixStore("job", store), rank, size) as watch, warnings.catch_warnings():
         if rank > 0:  # process 0 gives the same ones

@@ -17,9 +17,9 @@ from torch.linalg import LinAlgError
 
 from str_triton.training.command_line import CommandLine
 from str_triton.training.config import TrainConfig, check_parts, make_accelerator
-from str_triton.training.errors import UserError, blame_input
+from str_triton.training.errors import UserError, as_user_error
 from str_triton.training.job import first_process_speaks, run_job
-from str_triton.training.meter import Means, Meter, Pace
+from str_triton.training.meter import Means, Meter, Throughput
 from str_triton.training.metrics import Record
 from str_triton.training.run import Run
 from str_triton.training.run_folder import RunFolder, default_run_dir
@@ -43,7 +43,7 @@ class Controller(Protocol):
         """Go on with `state_dict()`."""
 
 
-class Outcome(NamedTuple):
+class StepOutput(NamedTuple):
     """What a batch gives: its mean loss, scores [N, classes] and labels [N]."""
 
     loss: Tensor
@@ -104,7 +104,7 @@ class Loop(ABC):
         """This process's part of an epoch's batches from number ``start`` on, on the device."""
 
     @abstractmethod
-    def forward(self, batch: Any) -> Outcome:
+    def forward(self, batch: Any) -> StepOutput:
         """What the network makes of a training batch, or of a part of one."""
 
     @abstractmethod
@@ -132,34 +132,34 @@ class Loop(ABC):
     def train(self, run: Run) -> None:
         """Train from wherever the run stands to the last epoch, with a checkpoint and a budget at every epoch's end."""
         total = self.config.epochs * self.steps
-        meter, pace = Meter(self.accelerator.device), Pace()
+        meter, throughput = Meter(self.accelerator.device), Throughput()
         step = self.restore(run, meter)
         while step < total:
             epoch = step // self.steps
-            with self.blame_divergence(run, step):
+            with self.as_divergence(run, step):
                 self.begin_epoch(epoch)
             self.network.train()
-            pace.reset()
+            throughput.reset()
             for batch in self.batches(epoch, step % self.steps):
                 step += 1
-                with self.blame_divergence(run, step):
-                    self.descend(batch, step - 1, meter)
+                with self.as_divergence(run, step):
+                    self.train_step(batch, step - 1, meter)
                     if self.controller is not None:
                         self.controller.step(step / total)
-                pace.add(self.config.batch_size)
+                throughput.add(self.config.batch_size)
                 if run.due or step == total:
                     text = self.status(epoch, meter.means())
-                    run.show(step, f"{text}  {pace.per_second():,.0f} examples/s")
+                    run.show(step, f"{text}  {throughput.per_second():,.0f} examples/s")
                 if step % LOG_STEPS == 0:
                     self.log_step(run, step, meter)
                 if step % self.steps != 0:
-                    with pace.halted():
-                        self.pause(run, step, meter)
-            self.end_epoch(run, step, meter, pace)
+                    with throughput.paused():
+                        self.maybe_checkpoint(run, step, meter)
+            self.end_epoch(run, step, meter, throughput)
             if run.stopping(step):
                 run.leave(step)
 
-    def descend(self, batch: Any, step: int, meter: Meter) -> None:
+    def train_step(self, batch: Any, step: int, meter: Meter) -> None:
         """One step of the optimizer; ``meter`` counts what the batch gave."""
         rate = self.learning_rate(step)
         for group in self.optimizer.param_groups:
@@ -168,16 +168,16 @@ class Loop(ABC):
         for number, part in enumerate(parts, start=1):
             last = number == len(parts)  # the processes' gradients meet in the last backward alone
             with nullcontext() if last else self.accelerator.no_sync(self.network):
-                outcome = self.forward(part)
-                self.accelerator.backward(outcome.loss / len(parts))
-            meter.add(*outcome)
+                output = self.forward(part)
+                self.accelerator.backward(output.loss / len(parts))
+            meter.add(*output)
         if self.max_norm is not None:
             self.accelerator.clip_grad_norm_(self.network.parameters(), self.max_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     @contextmanager
-    def blame_divergence(self, run: Run, step: int) -> Iterator[None]:
+    def as_divergence(self, run: Run, step: int) -> Iterator[None]:
         """Turn what a block raises because of weights that are NaN, infinite or close to it into a `UserError`."""
         try:
             yield
@@ -198,26 +198,26 @@ class Loop(ABC):
         rate = self.learning_rate(step - 1)
         run.log({"kind": "step", "step": step, "lr": rate, "loss": means.loss, "accuracy": means.accuracy})
 
-    def pause(self, run: Run, step: int, meter: Meter) -> None:
+    def maybe_checkpoint(self, run: Run, step: int, meter: Meter) -> None:
         """Within an epoch: save where it is time to, and leave where the run was asked to."""
         stopping = run.stopping(step)
         if stopping or step % self.config.checkpoint_steps == 0:
             run.require_finite(step, meter.all_means(self.accelerator).loss, self.model.state_dict().values())
-            with self.blame_divergence(run, step), self.exact():
+            with self.as_divergence(run, step), self.exact():
                 self.save(run, step, meter)
         if stopping:
             run.leave(step)
 
-    def end_epoch(self, run: Run, step: int, meter: Meter, pace: Pace) -> None:
+    def end_epoch(self, run: Run, step: int, meter: Meter, throughput: Throughput) -> None:
         """Measure, and write metrics and checkpoint, all at the schedule's exact value."""
-        training, speed = meter.all_means(self.accelerator), pace.per_second()
+        training, speed = meter.all_means(self.accelerator), throughput.per_second()
         run.require_finite(step, training.loss, self.model.state_dict().values())
         meter.reset()
         epoch = step // self.steps
         means = {"train_loss": training.loss, "train_accuracy": training.accuracy}
         means["examples_per_second"] = round(speed, 1)
         self.share_buffers()
-        with self.blame_divergence(run, step), self.exact():
+        with self.as_divergence(run, step), self.exact():
             measured = self.measure(run, epoch)
             self.record = run.log({"kind": "epoch", "step": step, "epoch": epoch, **means, **measured})
             self.save(run, step, meter)
@@ -240,7 +240,7 @@ class Loop(ABC):
         if state is None:
             return 0
         step = state["step"]
-        with run.blame_checkpoint(step):
+        with run.as_damaged_checkpoint(step):
             if state.get("steps", self.steps) != self.steps:
                 raise ValueError(f"an epoch of it has {state['steps']} steps, here {self.steps}: other data")
             self.load_state(state)
@@ -265,7 +265,7 @@ class Loop(ABC):
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.controller is not None:
-            with blame_input(ValueError):  # another target, from a file that has changed since
+            with as_user_error(ValueError):  # another target, from a file that has changed since
                 self.controller.load_state_dict(state["controller"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])

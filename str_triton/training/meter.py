@@ -46,7 +46,7 @@ class Meter:
         return _means(self.reduced(accelerator))
 
 
-class Pace:
+class Throughput:
     """Examples per second of training. What a clock of the wall says: wait for the device before asking."""
 
     def __init__(self) -> None:
@@ -54,22 +54,22 @@ class Pace:
 
     def reset(self) -> None:
         """Start again from nothing."""
-        self._examples, self._halted, self._began = 0, 0.0, time.monotonic()
+        self._examples, self._paused, self._began = 0, 0.0, time.monotonic()
 
     def add(self, examples: int) -> None:
         """Count so many more."""
         self._examples += examples
 
     @contextmanager
-    def halted(self) -> Iterator[None]:
+    def paused(self) -> Iterator[None]:
         """The time that the block takes is not training's."""
         began = time.monotonic()
         yield
-        self._halted += time.monotonic() - began
+        self._paused += time.monotonic() - began
 
     def per_second(self) -> float:
         """Examples per second since `reset`."""
-        return self._examples / max(time.monotonic() - self._began - self._halted, 1e-9)
+        return self._examples / max(time.monotonic() - self._began - self._paused, 1e-9)
 
 
 def _means(totals: Tensor) -> Means:

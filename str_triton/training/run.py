@@ -18,7 +18,7 @@ from str_triton.budget.budget import Budget
 from str_triton.budget.rank_budget import RankBudget
 from str_triton.training.checkpoints import Checkpoints, random_state, set_random_state_of
 from str_triton.training.environment import describe_environment
-from str_triton.training.errors import Interrupted, UserError, blame_input, one_line, warn
+from str_triton.training.errors import Interrupted, UserError, as_user_error, one_line, warn
 from str_triton.training.metrics import FILE as METRICS
 from str_triton.training.metrics import Metrics, Record
 from str_triton.training.progress import ProgressBar
@@ -84,14 +84,14 @@ class Run:
                 f"process {self.accelerator.process_index} finds no checkpoint of step {step} in {self.path}: "
                 "keep the run in a directory that all machines share"
             )
-        with self.blame_checkpoint(step):
+        with self.as_damaged_checkpoint(step):
             set_random_state_of(self.accelerator.process_index, state["random"] if state else [random_state()])
             self._began -= state["seconds"] if state else 0.0
         self._met = step, time.monotonic()
         if self.folder is not None:
             if state is None and (self.path / METRICS).exists():
                 warn(f"there is no checkpoint in {self.path}: the run begins again")
-            with self.blame_checkpoint(step), blame_input(OSError):
+            with self.as_damaged_checkpoint(step), as_user_error(OSError):
                 self._metrics = Metrics(self.path, step, state and state.get("record"))
                 if state is not None:
                     self._record_session(step)
@@ -99,7 +99,7 @@ class Run:
         return state
 
     @contextmanager
-    def blame_checkpoint(self, step: int) -> Iterator[None]:
+    def as_damaged_checkpoint(self, step: int) -> Iterator[None]:
         """Turn what a checkpoint's wrong content raises in a block that takes it over into a `UserError`."""
         try:
             yield
@@ -117,7 +117,7 @@ class Run:
         record = record | {"seconds": round(self.elapsed(), 3)}
         if self._metrics is not None:
             try:
-                with blame_input(OSError):
+                with as_user_error(OSError):
                     self._metrics.append(record)
             except ValueError as error:
                 raise self.diverged(record["step"], "a number of the metrics became NaN or infinite") from error
@@ -127,7 +127,7 @@ class Run:
         """Write a checkpoint of ``state`` and the random states of all processes, which meet here."""
         states = gather_object([random_state()])
         if self._metrics is not None:
-            with blame_input(OSError):
+            with as_user_error(OSError):
                 self._metrics.sync()
             own = dict(zip(OWN, (step, self.elapsed(), states), strict=True))
             self._checkpoints.save(step, {**state, **own})
@@ -135,13 +135,13 @@ class Run:
     def write(self, name: str, content: bytes | str) -> None:
         """Write a file of the run folder atomically. Raises `UserError` when it cannot be written."""
         if self.folder is not None:
-            with blame_input(OSError):
+            with as_user_error(OSError):
                 self.folder.write(name, content)
 
     def write_budget(self, budget: Budget | RankBudget) -> None:
         """Write budget.csv and budget.json, each atomically. Raises `UserError` when they cannot be written."""
         if self.folder is not None:
-            with blame_input(OSError):
+            with as_user_error(OSError):
                 budget.to_csv(self.path / "budget.csv")
                 budget.to_json(self.path / "budget.json")
 

@@ -8,7 +8,7 @@ import tyro
 
 from cnn import evaluate, export, train
 from cnn.recipes import RECIPES
-from tests.check_readme import commands
+from tests.check_commands import commands
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "imagenet.md").read_text()
 IMAGES = 1_281_167

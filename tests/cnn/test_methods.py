@@ -14,7 +14,7 @@ from cnn.methods.dnw import DNW
 from cnn.methods.gmp import GMP
 from cnn.methods.rigl import RigL
 from cnn.models import build
-from cnn.recipes import METHODS, Config, digits, settle
+from cnn.recipes import METHODS, Config, digits, resolve
 from str_triton import count
 from tests.runs import same_bits
 
@@ -30,7 +30,7 @@ def net(seed: int = 0) -> nn.Module:
 
 
 def configure(method: str, **options) -> Config:
-    return settle(replace(digits(), method=method, **options))
+    return resolve(replace(digits(), method=method, **options))
 
 
 def train(model: nn.Module, controller, optimizer, first: int, last: int, total: int) -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from cnn.models import build
 from cnn.published import DENSE, POINTS, PUBLISHED
-from cnn.recipes import RECIPES, Config, recipe_for, settle
+from cnn.recipes import RECIPES, Config, recipe_for, resolve
 from cnn.train import COMMAND_LINE, announce_pruning, learning_rate, pruning_start
 from str_triton.training.errors import UserError
 
@@ -40,7 +40,7 @@ def test_there_is_a_recipe_for_every_published_point():
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_is_whole(name: str):
-    config = settle(RECIPES[name]())
+    config = resolve(RECIPES[name]())
     assert config.recipe == name
     assert RECIPES[name].__doc__
     assert "\n" not in RECIPES[name].__doc__.strip()
@@ -82,15 +82,15 @@ STR     90.23 %  74.31 %       2.49M  343M
 
 
 def test_a_few_settings_by_hand():
-    config = settle(RECIPES["mobilenetv1-str-89.01"]())
+    config = resolve(RECIPES["mobilenetv1-str-89.01"]())
     assert (config.weight_decay, config.raw_threshold_init) == (3.751757813e-5, -12800.0)
-    config = settle(RECIPES["resnet50-str-97.78"]())
+    config = resolve(RECIPES["resnet50-str-97.78"]())
     assert (config.weight_decay, config.raw_threshold_init) == (5.217578125e-5, -12800.0)
     for name, target in zip(EXACT + FINETUNING, 2 * (0.8, 0.9, 0.95, 0.98, 0.99), strict=True):
-        config = settle(RECIPES[name]())
+        config = resolve(RECIPES[name]())
         assert (config.method, config.target_sparsity, config.weight_decay) == ("str-exact", target, 3.0517578125e-5)
         assert (config.distribution, config.gradient, config.lr_schedule) == ("fixed", "switched", "cosine")
-    config = settle(RECIPES["mobilenetv1-dense"]())
+    config = resolve(RECIPES["mobilenetv1-dense"]())
     assert (config.method, config.model, config.weight_decay) == ("dense", "mobilenetv1", 2**-15)
     assert build(config.model).fc.out_features == 1000
 
@@ -153,10 +153,10 @@ def test_what_a_recipe_says_of_its_own_method_gives_way_to_another():
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_what_is_settled_stays_so(name: str):
+def test_resolving_twice_changes_nothing(name: str):
     """A resumed run settles its saved configuration again."""
-    config = settle(RECIPES[name]())
-    assert settle(config) == config
+    config = resolve(RECIPES[name]())
+    assert resolve(config) == config
 
 
 # From the paper's lambda, s_init and schedule alone.

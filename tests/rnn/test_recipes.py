@@ -2,14 +2,14 @@ import dataclasses
 
 import pytest
 
-from rnn.recipes import PUBLISHED, RECIPES, Config, recipe_for, settle
+from rnn.recipes import PUBLISHED, RECIPES, Config, recipe_for, resolve
 from rnn.train import COMMAND_LINE, first_candidate, learning_rate
 from str_triton.training.errors import UserError
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_is_whole(name: str):
-    config = settle(RECIPES[name]())
+    config = resolve(RECIPES[name]())
     assert config.recipe == name
     assert config.task == ("lm" if name == "text-lstm" else "classify")
     assert RECIPES[name].__doc__
@@ -32,7 +32,7 @@ def test_the_data_choose_the_recipe(options: list[str], recipe: str):
 
 def test_the_papers_recipes_have_its_settings():
     for name, hidden in (("google12-fastgrnn", 100), ("har2-fastgrnn", 80)):
-        config = settle(RECIPES[name]())
+        config = resolve(RECIPES[name]())
         assert (config.epochs, config.batch_size, config.lr, config.hidden_size) == (300, 100, 1e-2, hidden)
         assert (config.method, config.cell, config.raw_threshold_init) == ("str", "fastgrnn", -10.0)
         assert [learning_rate(config, 10, step) for step in (0, 1999, 2000, 2999)] == [1e-2, 1e-2, 1e-3, 1e-3]
@@ -52,11 +52,11 @@ def test_describe_prints_everything_and_trains_nothing(capsys: pytest.CaptureFix
 
 
 def test_a_target_is_made_definite():
-    assert settle(Config(recipe="spoken-gru")).target_compression == 3.0
-    given = settle(Config(recipe="spoken-gru", target_params=9000))
+    assert resolve(Config(recipe="spoken-gru")).target_compression == 3.0
+    given = resolve(Config(recipe="spoken-gru", target_params=9000))
     assert (given.target_params, given.target_compression, given.target_rank) == (9000, None, None)
-    assert settle(RECIPES["japanese-vowels-gru"]()).target_rank
-    assert settle(Config(recipe="spoken-gru", method="dense")).target_compression is None
+    assert resolve(RECIPES["japanese-vowels-gru"]()).target_rank
+    assert resolve(Config(recipe="spoken-gru", method="dense")).target_compression is None
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_a_target_is_made_definite():
 )
 def test_what_makes_no_sense_is_refused(fields: dict, message: str):
     with pytest.raises(UserError) as refusal:
-        settle(Config(recipe="spoken-gru", **fields))
+        resolve(Config(recipe="spoken-gru", **fields))
     assert str(refusal.value).startswith(message)
 
 

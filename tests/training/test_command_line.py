@@ -117,10 +117,10 @@ def test_what_needs_a_gpu_says_so(option: str, value: str, monkeypatch: pytest.M
         make_accelerator(dataclasses.replace(small(), **{option: value}))
 
 
-def test_describe_prints_the_settled_configuration_and_what_was_published(capsys: pytest.CaptureFixture):
+def test_describe_prints_the_resolved_configuration_and_what_was_published(capsys: pytest.CaptureFixture):
     described = dataclasses.replace(
         COMMAND_LINE,
-        settle=lambda config: dataclasses.replace(config, lr=2 * config.lr),
+        resolve=lambda config: dataclasses.replace(config, lr=2 * config.lr),
         published={"large": "accuracy 99"},
     )
     for name, rate, ends in (("large", "1.0", "\naccuracy 99\n"), ("small", "0.2", "data-dir          none\n")):

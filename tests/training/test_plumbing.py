@@ -10,9 +10,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from str_triton.training.errors import Interrupted, UserError, blame_input, run_program
+from str_triton.training.errors import Interrupted, UserError, as_user_error, run_program
 from str_triton.training.hub import read_splits
-from str_triton.training.meter import Meter, Pace
+from str_triton.training.meter import Meter, Throughput
 from str_triton.training.progress import ProgressBar
 from str_triton.training.schedules import decayed_thresholds, warmup_cosine
 from str_triton.training.signals import StopRequest
@@ -46,12 +46,12 @@ def test_success_is_0_and_a_bug_keeps_its_traceback():
         run_program(raising(ZeroDivisionError()))
 
 
-def test_blame_input_gives_one_line_and_leaves_other_errors_alone():
-    with pytest.raises(UserError, match=r"^/nowhere: No such file or directory$"), blame_input(OSError):
+def test_as_user_error_gives_one_line_and_leaves_other_errors_alone():
+    with pytest.raises(UserError, match=r"^/nowhere: No such file or directory$"), as_user_error(OSError):
         open("/nowhere")
-    with pytest.raises(UserError, match=r"^two lines$"), blame_input(ValueError):
+    with pytest.raises(UserError, match=r"^two lines$"), as_user_error(ValueError):
         raise ValueError("two\n  lines")
-    with pytest.raises(KeyError), blame_input(OSError, ValueError):
+    with pytest.raises(KeyError), as_user_error(OSError, ValueError):
         raise KeyError("bug")
 
 
@@ -122,16 +122,16 @@ def test_meter_weighs_batches_by_their_size():
 def test_pace_leaves_halts_out(monkeypatch: pytest.MonkeyPatch):
     now = 100.0
     monkeypatch.setattr("time.monotonic", lambda: now)
-    pace = Pace()
-    pace.add(30)
+    throughput = Throughput()
+    throughput.add(30)
     now = 102.0
-    with pace.halted():
+    with throughput.paused():
         now = 110.0
-    pace.add(10)
-    assert pace.per_second() == 20.0
-    pace.reset()
+    throughput.add(10)
+    assert throughput.per_second() == 20.0
+    throughput.reset()
     now = 111.0
-    assert pace.per_second() == 0.0
+    assert throughput.per_second() == 0.0
 
 
 def text_of(console: Console) -> str:
