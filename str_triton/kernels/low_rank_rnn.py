@@ -20,10 +20,12 @@ from str_triton.kernels.time_loop import (
     load,
     load_factor,
     load_rows,
+    load_saved,
     load_scalars,
     load_tiles,
     sequence_lengths,
     store,
+    store_saved,
     store_tiles,
     time_before,
     time_index,
@@ -36,7 +38,7 @@ from str_triton.kernels.time_loop import (
 @triton.jit
 def _forward(
     x, p, state, pieces, w, v, bias, scale, p_outputs, p_saved, o_h, o_s, hidden, mask, active,
-    STEP: tl.constexpr, HAS_LENGTHS: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
+    STEP: tl.constexpr, HAS_LENGTHS: tl.constexpr, SAVE: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
     APPROX: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """The state after the step of a tile of hidden units, and its part of V^T h. Writes what the step leaves."""
@@ -45,7 +47,7 @@ def _forward(
         q += (up(w[i], p, PRECISION, COMPUTE),)
     new, h, saved = STEP(to_compute(x, COMPUTE), q, bias, state, scale, APPROX)
     if SAVE:
-        store_tiles(p_saved + o_s, hidden, saved, mask)
+        store_saved(p_saved, o_s, hidden, saved, mask, active, HAS_LENGTHS, WHOLE, pieces.shape[0])
     store(p_outputs + o_h, h, mask)
     return where_active(active, new, state, HAS_LENGTHS), down(v, h, pieces, PRECISION, COMPUTE)
 
@@ -56,7 +58,7 @@ def low_rank_rnn_forward_kernel(
     steps, batch, hidden, rank,
     STEP: tl.constexpr, GATES: tl.constexpr, BIASES: tl.constexpr, SAVED: tl.constexpr, SCALARS: tl.constexpr,
     HAS_LENGTHS: tl.constexpr, REVERSE: tl.constexpr, SAVE: tl.constexpr, RESIDENT: tl.constexpr, AHEAD: tl.constexpr,
-    PRECISION: tl.constexpr, APPROX: tl.constexpr, COMPUTE: tl.constexpr, SPLIT: tl.constexpr,
+    WHOLE: tl.constexpr, PRECISION: tl.constexpr, APPROX: tl.constexpr, COMPUTE: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Outputs, the last c, and with SAVE what the backward needs. p_state: scratch where it is not RESIDENT."""
@@ -99,6 +101,7 @@ def low_rank_rnn_forward_kernel(
     for step in range(steps):
         t = time_index(step, steps, REVERSE)
         at = t * batch + first
+        p_step = p_saved + (t * tl.num_programs(0) * BLOCK_B + first) * (SAVED * hidden)
         active = t < lengths
         if SAVE:
             store(p_p + at * rank + row * rank + i_r, p, active & (i_r < rank))
@@ -110,9 +113,9 @@ def low_rank_rnn_forward_kernel(
             else:
                 x = load_tiles(p_x + at * (GATES * hidden) + o_x, hidden, active & exists, GATES)
             state, pieces = _forward(
-                x, p, state, zero, w, v, bias, scale, p_outputs + at * hidden, p_saved + at * (SAVED * hidden),
+                x, p, state, zero, w, v, bias, scale, p_outputs + at * hidden, p_step,
                 o_h, o_s, hidden, active & exists, active,
-                STEP, HAS_LENGTHS, SAVE, PRECISION, APPROX, COMPUTE,
+                STEP, HAS_LENGTHS, SAVE, WHOLE, PRECISION, APPROX, COMPUTE,
             )  # fmt: skip
             if AHEAD:
                 x = x_next
@@ -128,8 +131,8 @@ def low_rank_rnn_forward_kernel(
                 x = load_tiles(p_x + at * (GATES * hidden) + o_x, hidden, mask, GATES)
                 state, pieces = _forward(
                     x, p, load(p_state + o_h, m_h, COMPUTE), pieces, w, v, bias, scale,
-                    p_outputs + at * hidden, p_saved + at * (SAVED * hidden), o_h, o_s, hidden, mask, active,
-                    STEP, HAS_LENGTHS, SAVE, PRECISION, APPROX, COMPUTE,
+                    p_outputs + at * hidden, p_step, o_h, o_s, hidden, mask, active,
+                    STEP, HAS_LENGTHS, SAVE, WHOLE, PRECISION, APPROX, COMPUTE,
                 )  # fmt: skip
                 store(p_state + o_h, state, m_h)
             # The next step's threads may read other elements of the state than they wrote.
@@ -148,23 +151,27 @@ def low_rank_rnn_forward_kernel(
 
 @triton.jit
 def _load_step(
-    t, lengths, exists, wanted, first, batch, hidden, row, i_h, p_grad_outputs, p_outputs, p_saved, p_s0,
-    REVERSE: tl.constexpr, SAVED: tl.constexpr, HAS_C: tl.constexpr,
+    t, lengths, exists, wanted, first, steps, batch, hidden, row, i_h, p_grad_outputs, p_outputs, p_saved, p_s0,
+    REVERSE: tl.constexpr, SAVED: tl.constexpr, HAS_C: tl.constexpr, WHOLE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """What the backward of step t reads: the gradient of its output, the state before it, and what it saved."""
     at = t * batch + first
     mask = (t < lengths) & exists & wanted
     o_h, o_s = row * hidden + i_h[:, None], row * (SAVED * hidden) + i_h[:, None]
-    before, inside = time_before(t, lengths, REVERSE)
+    before, inside = time_before(t, lengths, steps, REVERSE)
+    width = tl.num_programs(0) * row.shape[1]
     if HAS_C:  # c is the last of what a step saves.
-        p_before = p_saved + ((before * batch + first) * SAVED + SAVED - 1) * hidden + o_s
+        p_before = p_saved + (before * width + first) * (SAVED * hidden)
+        (state,) = load_saved(p_before, o_s, hidden, mask & inside, wanted, SAVED - 1, SAVED, WHOLE, SPLIT)
+        if WHOLE:
+            state = tl.where(inside, state, 0)
     else:
-        p_before = p_outputs + (before * batch + first) * hidden + o_h
+        state = tl.load(p_outputs + (before * batch + first) * hidden + o_h, mask=mask & inside, other=0)
     # One of the two loads gives 0.
-    state = tl.load(p_before, mask=mask & inside, other=0)
     state += tl.load(p_s0 + o_h, mask=mask & (inside == 0), other=0)
     grad = tl.load(p_grad_outputs + at * hidden + o_h, mask=mask, other=0)
-    return grad, state, load_tiles(p_saved + at * (SAVED * hidden) + o_s, hidden, mask, SAVED)
+    p_step = p_saved + (t * width + first) * (SAVED * hidden)
+    return grad, state, load_saved(p_step, o_s, hidden, mask, wanted, 0, SAVED, WHOLE, SPLIT)
 
 
 @triton.jit
@@ -201,7 +208,7 @@ def low_rank_rnn_backward_kernel(
     steps, batch, hidden, rank,
     STEP: tl.constexpr, GATES: tl.constexpr, SAVED: tl.constexpr, SCALARS: tl.constexpr,
     HAS_LENGTHS: tl.constexpr, REVERSE: tl.constexpr, RESIDENT: tl.constexpr, AHEAD: tl.constexpr,
-    PRECISION: tl.constexpr, APPROX: tl.constexpr, COMPUTE: tl.constexpr, SPLIT: tl.constexpr,
+    WHOLE: tl.constexpr, PRECISION: tl.constexpr, APPROX: tl.constexpr, COMPUTE: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Gradients of x, p (all steps), h0 and c0, what w and the bias need beside them, and each program's of scale."""
@@ -230,8 +237,8 @@ def low_rank_rnn_backward_kernel(
         carry = load(p_grad_s + o_h, m_h, COMPUTE)
         if AHEAD:
             loaded = _load_step(
-                time_index(0, steps, not REVERSE), lengths, exists, True, first, batch, hidden, row, i_h,
-                p_grad_outputs, p_outputs, p_saved, p_s0, REVERSE, SAVED, HAS_C,
+                time_index(0, steps, not REVERSE), lengths, exists, True, first, steps, batch, hidden, row, i_h,
+                p_grad_outputs, p_outputs, p_saved, p_s0, REVERSE, SAVED, HAS_C, WHOLE, SPLIT,
             )  # fmt: skip
     else:
         for start in range(0, hidden, BLOCK_H):
@@ -249,13 +256,13 @@ def low_rank_rnn_backward_kernel(
         if RESIDENT:
             if AHEAD:  # What the next step reads is on its way while this step computes.
                 loaded_next = _load_step(
-                    time_index(step + 1, steps, not REVERSE), lengths, exists, step + 1 < steps, first, batch, hidden,
-                    row, i_h, p_grad_outputs, p_outputs, p_saved, p_s0, REVERSE, SAVED, HAS_C,
+                    time_index(step + 1, steps, not REVERSE), lengths, exists, step + 1 < steps, first, steps, batch,
+                    hidden, row, i_h, p_grad_outputs, p_outputs, p_saved, p_s0, REVERSE, SAVED, HAS_C, WHOLE, SPLIT,
                 )  # fmt: skip
             else:
                 loaded = _load_step(
-                    t, lengths, exists, True, first, batch, hidden, row, i_h,
-                    p_grad_outputs, p_outputs, p_saved, p_s0, REVERSE, SAVED, HAS_C,
+                    t, lengths, exists, True, first, steps, batch, hidden, row, i_h,
+                    p_grad_outputs, p_outputs, p_saved, p_s0, REVERSE, SAVED, HAS_C, WHOLE, SPLIT,
                 )  # fmt: skip
             carry, pieces, sums = _backward(
                 loaded, carry, grad_p, zero, sums, w, v, scale, p_grad_h, p_x, p_extra, o_h, o_x, hidden,
@@ -272,8 +279,8 @@ def low_rank_rnn_backward_kernel(
                 exists = (i_h < hidden)[:, None]
                 m_h = (lengths > 0) & exists
                 loaded = _load_step(
-                    t, lengths, exists, True, first, batch, hidden, row, i_h,
-                    p_grad_outputs, p_outputs, p_saved, p_s0, REVERSE, SAVED, HAS_C,
+                    t, lengths, exists, True, first, steps, batch, hidden, row, i_h,
+                    p_grad_outputs, p_outputs, p_saved, p_s0, REVERSE, SAVED, HAS_C, WHOLE, SPLIT,
                 )  # fmt: skip
                 carry, pieces, sums = _backward(
                     loaded, load(p_state + o_h, m_h, COMPUTE), grad_p, pieces, sums, w, v, scale,

@@ -40,6 +40,46 @@ def store_tiles(pointers, stride, tiles, mask):
 
 
 @triton.jit
+def store_saved(
+    p_step, o_s, stride, tiles, mask, active, HAS_LENGTHS: tl.constexpr, WHOLE: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Store what a step saves; WHOLE: each tile as one piece, in the order in which threads hold a matrix product.
+
+    So nothing passes through shared memory. NVIDIA's order: of 16 rows and 8 columns a thread has rows n and n + 8, in
+    each two columns; the order is no more than speed elsewhere. Where a sequence does not run 0 is stored.
+    """
+    if WHOLE:
+        H: tl.constexpr = tiles[0].shape[0]
+        B: tl.constexpr = tiles[0].shape[1]
+        for i in tl.static_range(len(tiles)):
+            tile = tl.reshape(
+                where_active(active, tiles[i], 0, HAS_LENGTHS), [H // SPLIT // 16, SPLIT, 2, 8, B // 2, 2]
+            )
+            tile = tl.reshape(tl.permute(tile, (1, 3, 4, 0, 2, 5)), [H * B])
+            tl.store(p_step + i * H * B + tl.arange(0, H * B), tile.to(p_step.dtype.element_ty))
+    else:
+        store_tiles(p_step + o_s, stride, tiles, mask)
+
+
+@triton.jit
+def load_saved(
+    p_step, o_s, stride, mask, wanted, FIRST: tl.constexpr, END: tl.constexpr, WHOLE: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Load tiles FIRST to END of what `store_saved` stored."""
+    if WHOLE:
+        H: tl.constexpr = o_s.shape[0]
+        B: tl.constexpr = o_s.shape[1]
+        tiles = ()
+        for i in tl.static_range(FIRST, END):
+            tile = tl.load(p_step + i * H * B + tl.arange(0, H * B), mask=wanted, other=0)
+            tile = tl.reshape(tile, [SPLIT, 8, B // 2, H // SPLIT // 16, 2, 2])
+            tiles += (tl.reshape(tl.permute(tile, (3, 0, 4, 1, 2, 5)), [H, B]),)
+    else:
+        tiles = load_tiles(p_step + FIRST * stride + o_s, stride, mask, END - FIRST)
+    return tiles
+
+
+@triton.jit
 def load_rows(p_factor, i_h, hidden, rank, BLOCK_R: tl.constexpr):
     """Rows i_h of a factor [hidden, rank], as [BLOCK_H, BLOCK_R]; 0 where there is none."""
     i_r = tl.arange(0, BLOCK_R)
@@ -107,11 +147,11 @@ def time_index(step, steps, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def time_before(t, lengths, REVERSE: tl.constexpr):
+def time_before(t, lengths, steps, REVERSE: tl.constexpr):
     """The time index of the state that step t starts from, and for which sequences there is one: others have h0."""
     if REVERSE:
-        before = t + 1
-        inside = before < lengths
+        before = tl.minimum(t + 1, steps - 1)
+        inside = t + 1 < lengths
     else:
         before = tl.maximum(t - 1, 0)
         inside = (t > 0) & (lengths > 0)

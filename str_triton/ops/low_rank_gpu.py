@@ -10,7 +10,7 @@ from torch import Tensor
 
 from str_triton.ops.low_rank_cell import CELLS, Cell, compute_dtype, grad_v
 from str_triton.ops.low_rank_checks import check_lengths, rnn_precision
-from str_triton.ops.low_rank_plan import layout, padded
+from str_triton.ops.low_rank_plan import layout, padded, saved_shape
 
 
 def shared_memory_limit(device: torch.device) -> int | None:
@@ -46,8 +46,8 @@ def forward(
     gates_x, bias, v = _pad(gates_x, hidden), _pad(bias, hidden), _pad(v, hidden, 0)
     w, (h0, *c0) = _pad(w, hidden, 0), [_pad(state, hidden) for state in states]
     (outputs,) = _buffers(gates_x, lengths, size)
-    widths = (rank, of.saved * size) if save else ()
-    p, saved = _buffers(gates_x, lengths, *widths) if save else (gates_x.new_empty(0) for _ in range(2))
+    (p,) = _buffers(gates_x, lengths, rank) if save else (gates_x.new_empty(0),)
+    saved = gates_x.new_empty(saved_shape(of, steps, batch, hidden) if save else 0)
     c = [torch.empty_like(state) for state in c0]
     if h0.numel():
         options = _options(of, v, lengths, reverse, precision, backward=False)
@@ -120,6 +120,7 @@ def _options(
         "REVERSE": reverse,
         "RESIDENT": plan.kind == "resident",
         "AHEAD": plan.ahead,
+        "WHOLE": plan.kind == "resident" and plan.block_hidden == padded(len(v)),
         # Most of AMD's chips have no TF32.
         "PRECISION": (precision or rnn_precision()) if v.dtype == torch.float32 and kind == "nvidia" else "ieee",
         "APPROX": kind == "nvidia" and v.dtype != torch.float64,

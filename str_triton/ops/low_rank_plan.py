@@ -125,6 +125,11 @@ def padded(hidden: int) -> int:
     return -(-hidden // 16) * 16
 
 
+def saved_shape(cell: Cell, steps: int, batch: int, hidden: int) -> tuple[int, int, int]:
+    """Return the shape of what a GPU's forward saves: whole tiles, which hold 8 or 16 sequences."""
+    return steps, padded(batch), cell.saved * padded(hidden)
+
+
 def layout(
     cell: Cell, hidden: int, rank: int, dtype: torch.dtype, shared_memory: int, backward: bool, chip: str = "nvidia"
 ) -> Plan:

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from str_triton.ops import differentiable, low_rank_cpu, low_rank_gpu, vmap
 from str_triton.ops.low_rank_cell import CELLS, Cell, compute_dtype
 from str_triton.ops.low_rank_checks import check, check_precision
-from str_triton.ops.low_rank_plan import padded
+from str_triton.ops.low_rank_plan import saved_shape
 from str_triton.ops.soft_threshold import known_signature
 
 # ---- registration -------------------------------------------------------------------------------------------------
@@ -40,7 +40,8 @@ def _(cell, gates_x, w, v, bias, scale, states, lengths, reverse, save, precisio
     outputs, finals = gates_x.new_empty(steps, batch, hidden), [torch.empty_like(state) for state in states]
     p, saved = (gates_x.new_empty(0) for _ in range(2))
     if save and gates_x.device.type != "cpu":
-        p, saved = (gates_x.new_empty(steps, batch, n) for n in (rank, CELLS[cell].saved * padded(hidden)))
+        p = gates_x.new_empty(steps, batch, rank)
+        saved = gates_x.new_empty(saved_shape(CELLS[cell], steps, batch, hidden))
     elif save and len(states) > 1:
         saved = torch.empty_like(outputs)
     return [outputs, *finals, p, saved]
