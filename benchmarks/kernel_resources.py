@@ -30,9 +30,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from str_triton.ops import low_rank_gpu, singular_value_threshold, soft_threshold, soft_threshold_many
+from str_triton.ops import low_rank_gpu, radix_select, singular_value_threshold, soft_threshold, soft_threshold_many
 from str_triton.ops.low_rank_cell import CELLS
-from str_triton.ops.low_rank_plan import padded
+from str_triton.ops.low_rank_plan import saved_shape
 
 TARGETS = {
     "sm_86": GPUTarget("cuda", 86, 32),
@@ -80,6 +80,7 @@ def launches(all_variants: bool = True) -> list[Launch]:
     return [
         *soft_threshold_launches(all_variants),
         *singular_value_threshold_launches(),
+        *radix_select_launches(all_variants),
         *low_rank_launches(every_size() if all_variants else REPRESENTATIVE),
     ]
 
@@ -117,6 +118,15 @@ def singular_value_threshold_launches() -> Iterator[Launch]:
         yield f"{dtype}, {size} x {size}", partial(singular_value_threshold._recombine_triton, u, s, vh, DTYPES[dtype])
 
 
+def radix_select_launches(all_variants: bool) -> Iterator[Launch]:
+    prefix, cut = torch.zeros((), dtype=torch.int64), torch.zeros(())
+    for aligned in (True, False) if all_variants else (True,):
+        values, name = [_tensor((100,), torch.float32, aligned)] * 2, "aligned" if aligned else "misaligned"
+        for shift in (24, 16, 8, 0) if all_variants else (24, 0):
+            yield f"shift {shift}, {name}", partial(radix_select._histogram_triton, values, [1, 1], prefix, shift)
+        yield name, partial(radix_select._least_triton, values, cut)
+
+
 Size = tuple[str, int, int, str, str]  # cell, hidden size, rank, dtype, precision
 # A size of every kind: resident and streamed, no powers of two, no multiple of 16, float32 in each precision.
 REPRESENTATIVE: list[Size] = [
@@ -147,7 +157,7 @@ def _low_rank_launches(cell: str, hidden: int, rank: int, dtype: str, precision:
 
     outputs, states = zeros(steps, batch, hidden), [zeros(batch, hidden) for _ in of.states]
     gates_x, p = zeros(steps, batch, of.gates * hidden), zeros(steps, batch, rank)
-    saved = zeros(steps, batch, of.saved * padded(hidden))
+    saved = zeros(*saved_shape(of, steps, batch, hidden))
     scale = torch.zeros(of.scalars, dtype=torch.promote_types(DTYPES[dtype], torch.float32))
     weights = zeros(of.gates * hidden, rank), zeros(hidden, rank), zeros(of.bias_blocks * hidden), scale, states
     forward = (cell, gates_x, *weights, None, False, True, precision)

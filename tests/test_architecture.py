@@ -32,7 +32,7 @@ ROOMS = {
     "str_triton.kernels": (set(), {"triton"}),
     "str_triton.ops": (set(), {"torch"}),
     "str_triton.nn": ({"str_triton.ops"}, {"torch", "numpy"}),
-    "str_triton.budget": ({"str_triton.nn"}, {"torch", "numpy"}),
+    "str_triton.budget": ({"str_triton.nn", "str_triton.ops"}, {"torch", "numpy"}),
     "str_triton.deploy": ({"str_triton.nn", "str_triton.budget"}, {"torch", "numpy", "safetensors"}),
     "str_triton.training": ({"str_triton.budget"}, {"torch", "numpy"} | TRAINING_EXTRAS),
     "cnn": (

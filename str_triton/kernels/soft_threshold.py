@@ -119,7 +119,7 @@ COLUMNS = tl.constexpr(4)
 
 
 @triton.jit
-def _tensor(p_owner, p_layout, p_addresses, like, ALIGNED: tl.constexpr):
+def table_entry(p_owner, p_layout, p_addresses, like, ALIGNED: tl.constexpr):
     """The entry of this program's tensor, its address as a pointer of the type of `like`, and its block."""
     pid = tl.program_id(0)
     owner = tl.load(p_owner + pid)
@@ -143,7 +143,7 @@ def soft_threshold_many_kernel(
     PER_WEIGHT: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """`soft_threshold_kernel` for a list of tensors, found in a table."""
-    p_entry, p_x, block = _tensor(p_owner, p_layout, p_addresses, like_x, ALIGNED)
+    p_entry, p_x, block = table_entry(p_owner, p_layout, p_addresses, like_x, ALIGNED)
     p_alpha += _first_threshold(p_entry, PER_WEIGHT)
     # The launcher starts every tensor at a multiple of 16 elements of the flat buffer.
     p_out += tl.multiple_of(tl.load(p_entry + 1), 16)
@@ -156,7 +156,7 @@ def soft_threshold_many_backward_kernel(
     MASKED: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """`soft_threshold_backward_kernel` for a list of tensors, found in a table."""
-    p_entry, p_grad, block = _tensor(p_owner, p_layout, p_addresses, like_grad, ALIGNED)
+    p_entry, p_grad, block = table_entry(p_owner, p_layout, p_addresses, like_grad, ALIGNED)
     start = tl.multiple_of(tl.load(p_entry + 1), 16)
     if p_slope is not None:
         first = _first_threshold(p_entry, True)

@@ -6,7 +6,7 @@ copied from the host: numbers reach the GPU as arguments of a launch. Nothing wa
 captured in a CUDA graph.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 import torch
@@ -113,23 +113,33 @@ class _Tables:
     def __init__(self, xs: list[Tensor], thresholds: list[int]):
         views = [_rows(x, count) for x, count in zip(xs, thresholds, strict=True)]
         self.per_weight = any(per_weight for _, _, per_weight in views)
-        addresses = tuple(x.data_ptr() for x in xs)
-        self.aligned = all(address % 16 == 0 for address in addresses)  # What a load of 16 bytes at once needs.
         programs = [rows * _blocks(cols) for rows, cols, _ in views]
         first_thresholds, total = _starts(thresholds, 16 if self.per_weight else 1)
-        layout = zip(
+        rows = zip(
             (cols for _, cols, _ in views), _flat_starts(xs)[0], _starts(programs)[0], first_thresholds, strict=True
         )
-        layout = tuple(number for row in layout for number in row)
-        device = xs[0].device
-        # A table is written on this stream, and therefore only there sure to have arrived.
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-        # A CUDA graph writes its own: a cached one might be gone when the graph runs, and none is written until then.
-        cached = not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
-        written, layout_tables = (f if cached else f.__wrapped__ for f in (_written, _layout_tables))
-        self.addresses = written(addresses, device, stream)
-        reduced = 0 if self.per_weight else total
-        self.layout, self.owners, self.threshold_owners = layout_tables(layout, sum(programs), reduced, device, stream)
+        self.addresses, self.layout, self.owners, self.threshold_owners, self.aligned = tables(
+            xs, rows, sum(programs), 0 if self.per_weight else total
+        )
+
+
+def tables(
+    xs: list[Tensor], rows: Iterable[tuple[int, int, int, int]], programs: int, thresholds: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
+    """Return tables of the tensors' addresses and of `rows`, who owns each program and threshold, and the alignment.
+
+    A row is a tensor's: two numbers for the kernel, the first program and the first threshold. Alignment: whether all
+    addresses allow loads of 16 bytes at once.
+    """
+    addresses, layout = tuple(x.data_ptr() for x in xs), tuple(number for row in rows for number in row)
+    device = xs[0].device
+    # A table is written on this stream, and therefore only there sure to have arrived.
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    # A CUDA graph writes its own: a cached one might be gone when the graph runs, and none is written until then.
+    cached = not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+    written, layout_tables = (f if cached else f.__wrapped__ for f in (_written, _layout_tables))
+    owners = layout_tables(layout, programs, thresholds, device, stream)
+    return written(addresses, device, stream), *owners, all(address % 16 == 0 for address in addresses)
 
 
 @lru_cache(maxsize=64)

@@ -40,3 +40,8 @@ def test_large_values_and_costs_keep_their_order():
     values = [torch.tensor([-3e38, -1e-45, 0.0, 1e-45, 3e38])]
     below, above = select(values, [10**12], torch.tensor(2 * 10**12))
     assert (below, above) == (0.0, torch.tensor(1e-45))
+
+
+def test_both_zeros_are_equal():
+    below, above = select([torch.tensor([-0.0, 0.0, 1.0])], [1], torch.tensor(2))
+    assert (below, above) == (0.0, 1.0)

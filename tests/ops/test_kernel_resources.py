@@ -22,6 +22,7 @@ from benchmarks.kernel_resources import (
     access_bits,
     builds,
     low_rank_launches,
+    radix_select_launches,
     resources,
     singular_value_threshold_launches,
     soft_threshold_launches,
@@ -59,7 +60,7 @@ class Build:
 # The recurrent kernels for every target, the others for one of each kind.
 @pytest.fixture(scope="module", params=["sm_86", "sm_90", "gfx942"])
 def built(request: pytest.FixtureRequest) -> list[Build]:
-    others = [*soft_threshold_launches(all_variants=False), *singular_value_threshold_launches()]
+    others = [*soft_threshold_launches(False), *singular_value_threshold_launches(), *radix_select_launches(False)]
     return [Build(request.param, *build) for build in builds(request.param, others)]
 
 
@@ -132,12 +133,27 @@ def test_instructions_of_time_loops(loops):
                 assert found.exponentials == {"gru": 3, "lstm": 5, "fastgrnn": 2, "mgu": 2}[cell] * tile, build
 
 
+def test_no_atomics_on_global_memory(built):
+    """Histograms may count in shared memory, in integers."""
+    patterns = {"ptx": r"\b(?:atom|red)\.(?:\w+\.)*global[\w.]*", "amdgcn": r"(?:global|buffer|flat)_atomic\w+"}
+    for build in built:
+        code = build.kernel.asm
+        (pattern,) = (patterns[kind] for kind in patterns if kind in code)
+        assert not re.findall(pattern, code["ptx" if "ptx" in code else "amdgcn"]), build
+
+
 def test_instructions_of_a_step(loops):
-    """Per thread: 1408 forward and 1092 backward before the approximate activations and programs of 8 sequences."""
+    """Per thread: 1408 forward and 1092 backward before the approximate activations and programs of 8 sequences.
+
+    Saved as whole tiles, which need no detour through shared memory, the gates cost 8 barriers less in each.
+    """
     steps = {build.backward: build.resources.loop for build in loops if build.variant == LARGEST_LOOP}
     if loops[0].target == "sm_90":
-        assert steps[False] <= 533
-        assert steps[True] <= 560
+        assert steps[False] <= 470
+        assert steps[True] <= 525
+        barriers = {build.backward: build.resources.barriers for build in loops if build.variant == LARGEST_LOOP}
+        assert barriers[False] <= 29
+        assert barriers[True] <= 34
 
 
 def test_memory_is_moved_in_vectors(built):

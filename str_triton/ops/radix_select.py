@@ -1,0 +1,123 @@
+"""The two passes of a radix selection over many float32 tensors (budget/select.py): kernels/radix_select.py.
+
+Values are ordered by 32-bit keys, of which a histogram takes eight bits, the digit at `shift`, of those elements whose
+higher bits are a prefix. Costs are integers, so their sums are the same bits in whatever order they are added. Nothing
+waits for a GPU.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from str_triton.ops.layout import _starts
+from str_triton.ops.soft_threshold_many import tables
+
+BINS = 256
+SPAN, BLOCK = 1 << 14, 1 << 11  # Elements per program, and at a time.
+SIGN = 1 << 31
+
+
+def keys(values: Tensor) -> Tensor:
+    """Return the keys of float32 values as int64, 0 to 2^32 - 1. Both zeros have one key."""
+    bits = (values + 0.0).view(torch.int32).to(torch.int64)
+    return torch.where(bits < 0, ~bits, bits + SIGN)
+
+
+def value_of(key: Tensor) -> Tensor:
+    """Return the float32 value of a key."""
+    return torch.where(key < SIGN, ~key, key - SIGN).to(torch.int32).view(torch.float32)
+
+
+# ---- reference, and CPU implementation ----------------------------------------------------------------------------
+
+
+def _histogram(values: list[Tensor], costs: list[int], prefix: Tensor, shift: int) -> Tensor:
+    total = torch.zeros(BINS, dtype=torch.int64)
+    for value, cost in zip(values, costs, strict=True):
+        key = keys(value.flatten())
+        key = key[key >> (shift + 8) == prefix]
+        total += cost * torch.bincount((key >> shift) & (BINS - 1), minlength=BINS)
+    return total
+
+
+def _least(values: list[Tensor], cut: Tensor) -> Tensor:
+    above = torch.cat([value.flatten() for value in values])
+    return torch.where(above > cut, above, torch.inf).amin() if len(above) else cut.new_full((), torch.inf)
+
+
+# ---- Triton implementation ----------------------------------------------------------------------------------------
+
+
+def _histogram_triton(values: list[Tensor], costs: list[int], prefix: Tensor, shift: int) -> Tensor:
+    from str_triton.kernels.radix_select import radix_select_histogram_kernel
+
+    owners, *table, aligned = _tables(values, costs)
+    partial = prefix.new_empty((len(owners), BINS))
+    if len(owners):
+        with torch.cuda.device_of(prefix):
+            radix_select_histogram_kernel[(len(owners),)](
+                owners, *table, values[0], prefix, partial, SHIFT=shift, SPAN=SPAN, BLOCK=BLOCK, ALIGNED=aligned
+            )
+    return partial.sum(0)
+
+
+def _least_triton(values: list[Tensor], cut: Tensor) -> Tensor:
+    from str_triton.kernels.radix_select import radix_select_least_kernel
+
+    owners, *table, aligned = _tables(values, [0] * len(values))
+    partial = cut.new_full((max(len(owners), 1),), torch.inf)
+    if len(owners):
+        with torch.cuda.device_of(cut):
+            radix_select_least_kernel[(len(owners),)](
+                owners, *table, values[0], cut, partial, SPAN=SPAN, BLOCK=BLOCK, ALIGNED=aligned
+            )
+    return partial.amin()
+
+
+def _tables(values: list[Tensor], costs: list[int]) -> tuple[Tensor, Tensor, Tensor, bool]:
+    programs = [-(-value.numel() // SPAN) for value in values]
+    rows = zip([value.numel() for value in values], costs, _starts(programs)[0], [0] * len(values), strict=True)
+    addresses, layout, owners, _, aligned = tables(values, rows, sum(programs), 0)
+    return owners, layout, addresses, aligned
+
+
+# ---- registration -------------------------------------------------------------------------------------------------
+
+_LIBRARY = torch.library.Library("str_triton", "FRAGMENT")
+_LIBRARY.define("radix_select_histogram(Tensor[] values, int[] costs, Tensor prefix, int shift) -> Tensor")
+_LIBRARY.define("radix_select_least(Tensor[] values, Tensor cut) -> Tensor")
+_LIBRARY.impl("radix_select_histogram", _histogram, "CPU")
+_LIBRARY.impl("radix_select_histogram", _histogram_triton, "CUDA")
+_LIBRARY.impl("radix_select_least", _least, "CPU")
+_LIBRARY.impl("radix_select_least", _least_triton, "CUDA")
+
+
+@torch.library.register_fake("str_triton::radix_select_histogram")
+def _(values, costs, prefix, shift):
+    return prefix.new_empty(BINS)
+
+
+@torch.library.register_fake("str_triton::radix_select_least")
+def _(values, cut):
+    return torch.empty_like(cut)
+
+
+# ---- public functions ---------------------------------------------------------------------------------------------
+
+
+def cost_histogram(values: Sequence[Tensor], costs: Sequence[int], prefix: Tensor, shift: int) -> Tensor:
+    """Return what the elements cost together whose key is prefix | digit | anything, for each digit: int64 [256].
+
+    Args:
+        values: contiguous float32 tensors on one device.
+        costs: for each tensor what one of its elements costs, a whole number from 0 to 2^56.
+        prefix: int64 scalar on the same device, the key's bits above the digit.
+        shift: the number of bits below the digit: 24, 16, 8 or 0.
+    """
+    return torch.ops.str_triton.radix_select_histogram(list(values), list(costs), prefix, shift)
+
+
+def least_above(values: Sequence[Tensor], cut: Tensor) -> Tensor:
+    """Return the least value above `cut`, a float32 scalar on the values' device; inf if there is none."""
+    return torch.ops.str_triton.radix_select_least(list(values), cut)
