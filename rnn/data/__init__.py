@@ -1,6 +1,6 @@
-"""Sequences for training and testing: `load` reads a data set by its name.
+"""Data sets of sequences: `load` reads one by its name.
 
-The modules of the data sets are imported when one is asked for, so that no set needs another's libraries.
+`load` imports a data set's module only when it is asked for, so a data set needs no other data set's libraries.
 """
 
 import torch
@@ -13,8 +13,8 @@ KNOWN = (
     "japanese-vowels, speech-commands:DIR, hub:NAME, hub:NAME:COLUMN (text), spoken:WORD,WORD,..., har:PATH, "
     "text, text:FILE"
 )
-BARE = ("japanese-vowels", "text")
-WITH_A_PLACE = ("speech-commands", "hub", "spoken", "har", "text")
+WITHOUT_ARGUMENT = ("japanese-vowels", "text")
+WITH_ARGUMENT = ("speech-commands", "hub", "spoken", "har", "text")
 TASKS = ("classify", "lm")
 
 
@@ -32,23 +32,26 @@ def load(
     """Read the data set that `spec` names.
 
     - "japanese-vowels": the utterances that come with the project, see `load_japanese_vowels`;
-    - "speech-commands:DIR": a folder of words as the Speech Commands are published, see `load_speech_commands`;
-    - "hub:NAME": the same from the Hugging Face hub; "hub:NAME:COLUMN" a column of text, for task "lm" only;
+    - "speech-commands:DIR": a folder in the layout of Speech Commands, see `load_speech_commands`;
+    - "hub:NAME": a speech data set of the Hugging Face hub, see `load_hub`;
+    - "hub:NAME:COLUMN": a column of text of the hub, for task "lm" only, see `hub_text`;
     - "spoken:WORD,WORD,...": these words, spoken by a speech synthesiser, see `load_spoken`;
     - "har:PATH": the UCI HAR folder or zip file, see `load_har`;
     - "text" and "text:FILE": Python's own help or a file, see `load_text` (task "lm") and `load_snippets` ("classify").
 
-    task "classify" gives `Data`, "lm" `Text`. `words` (for the speech commands) are the words to tell apart, `classes`
-    (for har) is 6 or 2, `noise` the standard deviation of noise on standardised input vectors, `seed` decides what
-    is made up ("spoken"), `device` where features are kept or computed, `cache_dir` where what is computed once stays.
+    task: "classify" returns `Data`, "lm" returns `Text`. seed: for the parts of a data set that are drawn at random.
+    words: the classes (speech commands only). classes: 6 or 2 (har only). noise: standard deviation of the noise that
+    training adds to standardised vectors. device: where the features are kept or computed. cache_dir: the folder of the
+    cache.
 
-    Raises ValueError or OSError with one line that names what is wrong with the data or does not go together.
+    Raises ValueError or OSError. The message is one line that names the fault in the data, or the arguments that do not
+    fit the data.
     """
     kind, _, place = spec.partition(":")
-    if spec not in BARE and not (kind in WITH_A_PLACE and place):
+    if spec not in WITHOUT_ARGUMENT and not (kind in WITH_ARGUMENT and place):
         raise ValueError(f"unknown data {spec!r}; known are {KNOWN}")
-    of_text = kind == "text" or (kind == "hub" and ":" in place)
-    _check(spec, kind, of_text, task, words, classes, noise)
+    is_text = kind == "text" or (kind == "hub" and ":" in place)
+    _check(spec, kind, is_text, task, words, classes, noise)
     audio = {"seed": seed, "noise": noise, "device": device, "cache_dir": cache_dir}
     match kind:
         case "japanese-vowels":
@@ -63,11 +66,11 @@ def load(
             from rnn.data.text import load_snippets, load_text
 
             return load_text(place or None) if task == "lm" else load_snippets(place or None)
-        case "hub" if of_text:
+        case "hub" if is_text:
             from rnn.data.hub import hub_text
-            from rnn.data.text import as_text
+            from rnn.data.text import split_text
 
-            return as_text(hub_text(place), spec)
+            return split_text(hub_text(place), spec)
         case "hub":
             from rnn.data.hub import load_hub
 
@@ -83,18 +86,18 @@ def load(
 
 
 def _check(
-    spec: str, kind: str, of_text: bool, task: str, words: tuple[str, ...] | None, classes: int | None, noise: float
+    spec: str, kind: str, is_text: bool, task: str, words: tuple[str, ...] | None, classes: int | None, noise: float
 ) -> None:
-    """Refuse what does not go together with the data."""
+    """Raise ValueError for an argument that does not fit the data."""
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}; known are {', '.join(TASKS)}")
-    if task == "lm" and not of_text:
-        raise ValueError(f"task 'lm' is for text; {spec!r} can only be classified")
-    if task == "classify" and of_text and kind == "hub":
+    if task == "lm" and not is_text:
+        raise ValueError(f"task 'lm' needs text; for {spec!r} use task 'classify'")
+    if task == "classify" and is_text and kind == "hub":
         raise ValueError(f"{spec!r} is text without labels: use task 'lm'")
-    if words is not None and (of_text or kind not in ("speech-commands", "hub")):
-        raise ValueError(f"words are chosen from speech-commands:DIR and hub:NAME; {spec!r} does not take them")
+    if words is not None and (is_text or kind not in ("speech-commands", "hub")):
+        raise ValueError(f"words can be chosen only for speech-commands:DIR and hub:NAME, not for {spec!r}")
     if classes is not None and kind != "har":
-        raise ValueError(f"a number of classes is for har:PATH; {spec!r} does not take one")
-    if noise and of_text:
-        raise ValueError(f"noise {noise} is for vectors; {spec!r} is text and does not take it")
+        raise ValueError(f"the number of classes can be chosen only for har:PATH, not for {spec!r}")
+    if noise and is_text:
+        raise ValueError(f"noise {noise} can be added only to vectors, and {spec!r} is text")

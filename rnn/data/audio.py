@@ -1,6 +1,6 @@
-"""Sound: another sample rate, and the log-mel features of a second of speech.
+"""Sound: resampling, and the log-mel features of one second of speech.
 
-Samples are 16-bit whole numbers throughout, so that no feature can be NaN or infinite.
+Samples are 16-bit integers throughout, so no feature can be NaN or infinite.
 """
 
 import math
@@ -14,43 +14,43 @@ from rnn.data.wav import parse_wav, read_wav, to_int16, write_wav
 
 __all__ = ["LogMel", "mel_filters", "mono", "parse_wav", "read_wav", "resample", "to_int16", "write_wav"]
 
-RATE = 16_000  # Hz; every clip is a second
+RATE = 16_000  # Hz; every clip is one second long
 WINDOW, HOP = 400, 160  # samples: 25 ms, 10 ms; the spectrum of a window has a step of 40 Hz
 BANDS, LOWEST, HIGHEST = 32, 20.0, 8000.0  # mel bands and their range in Hz
-MARGIN = 40  # zeros at both ends: frame t is centred at (t + 1) * 10 ms, which makes 99 of them
+MARGIN = 40  # zeros at both ends: frame t is centred at (t + 1) * 10 ms, so a clip has 99 frames
 FRAMES = 99
 FLOOR = 1e-6  # added to the energy before the logarithm
 
 
 def resample(samples: np.ndarray, source: int, target: int = RATE) -> np.ndarray:
-    """Floating-point [frames] at `source` Hz as [round(frames * target / source)] at `target` Hz.
+    """Resample floating-point [frames] from `source` Hz to `target` Hz: [round(frames * target / source)].
 
-    By the Fourier transform of the whole recording: what lies under both Nyquist frequencies stays as it is, the rest
-    is cut off. Zeros behind the end keep the end from running into the beginning.
+    The Fourier transform of the whole recording is cut at the lower of the two Nyquist frequencies. Zeros after the end
+    keep the end from wrapping around to the beginning.
     """
     if source == target:
         return samples
-    step = source // math.gcd(source, target)  # so many samples are a whole number of the others
+    step = source // math.gcd(source, target)  # `step` source samples are a whole number of target samples
     padded = -(-(len(samples) + source // 10) // step) * step
     count = padded * target // source
     spectrum = np.fft.rfft(samples, padded)
-    kept = (min(padded, count) + 1) // 2  # a Nyquist frequency itself stands for two, and is left out
+    kept = (min(padded, count) + 1) // 2  # without the Nyquist frequency, where two frequencies coincide
     out = np.fft.irfft(spectrum[:kept], count) * (count / padded)
     return out[: round(len(samples) * target / source)]
 
 
 def mono(samples: np.ndarray, rate: int) -> np.ndarray:
-    """int16 [frames, channels] at `rate` Hz as int16 [frames] at 16 kHz, the channels' mean."""
+    """Average the channels of int16 [frames, channels] at `rate` Hz and resample to int16 [frames] at 16 kHz."""
     if samples.shape[1] == 1 and rate == RATE:
         return samples[:, 0]
     return to_int16(resample(samples.mean(1) / 32768.0, rate))
 
 
 def mel_filters() -> Tensor:
-    """float32 [201, 32]: the weight of each frequency in each band.
+    """Return the weight of each frequency in each mel band, float32 [201, 32].
 
-    Triangles whose corners are evenly spaced on the mel scale 2595 log10(1 + f / 700) (O'Shaughnessy, 1987); a band
-    begins at the centre of the one below it and ends at the centre of the one above.
+    Each band is a triangle. The corners are evenly spaced on the mel scale 2595 log10(1 + f / 700) (O'Shaughnessy,
+    1987). A band begins at the centre of the band below and ends at the centre of the band above.
     """
     mel_range = 2595 * np.log10(1 + np.array([LOWEST, HIGHEST]) / 700)
     corners = 700 * (10 ** (np.linspace(*mel_range, BANDS + 2) / 2595) - 1)
@@ -63,8 +63,9 @@ def mel_filters() -> Tensor:
 class LogMel:
     """The front end: int16 or floating-point [B, 16000] on `device` -> float32 [B, 99, 32].
 
-    log(energy + 1e-6) in 32 mel bands of 25 ms Hann windows every 10 ms, of samples between -1 and 1 (floating-point
-    input is taken to be that already). Frame t is centred at (t + 1) * 10 ms; 2.5 ms of zeros stand at both ends.
+    A feature is log(energy + 1e-6) in one of 32 mel bands of a 25 ms Hann window; windows begin every 10 ms. int16
+    samples are scaled to -1 ... 1; floating-point samples must have that range already. Frame t is centred at
+    (t + 1) * 10 ms, because 2.5 ms of zeros are added at both ends.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
@@ -72,17 +73,17 @@ class LogMel:
         self.filters = mel_filters().to(device)
 
     def __call__(self, waveforms: Tensor) -> Tensor:
-        if waveforms.device.type == "cpu":  # a few clips at a time stay in the processor's cache: nearly twice as fast
+        if waveforms.device.type == "cpu":  # eight clips fit into the processor's cache: nearly twice as fast
             return torch.cat([self._features(part) for part in waveforms.split(8)])
         return self._features(waveforms)
 
     def _features(self, waveforms: Tensor) -> Tensor:
         if not waveforms.is_floating_point():
             waveforms = waveforms.float() / 32768
-        return self.of_windows(F.pad(waveforms, (MARGIN, MARGIN)).unfold(1, WINDOW, HOP))
+        return self.from_windows(F.pad(waveforms, (MARGIN, MARGIN)).unfold(1, WINDOW, HOP))
 
-    def of_windows(self, windows: Tensor) -> Tensor:
-        """The features of windows of samples between -1 and 1, float32 [..., 400] -> [..., 32]."""
+    def from_windows(self, windows: Tensor) -> Tensor:
+        """Return the features, float32 [..., 32], of windows of samples between -1 and 1, float32 [..., 400]."""
         spectrum = torch.fft.rfft(windows * self.window)
         power = spectrum.real.square() + spectrum.imag.square()
         return (power @ self.filters + FLOOR).log_()

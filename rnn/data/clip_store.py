@@ -1,4 +1,4 @@
-"""Clips of a second from recordings of any kind, read once and kept in a file that memory is mapped to."""
+"""The cache of clips: recordings are converted to clips of one second once, and then read from a memory-mapped file."""
 
 import errno
 import hashlib
@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from rnn.data.audio import RATE, mono
-from rnn.data.waiting import watched
+from rnn.data.progress import with_progress
 from str_triton.files import replacing, write_atomically
 from str_triton.training.errors import warn
 
-DRAFT = "."  # how the names of unfinished files begin
-VERSION = 1  # of what is kept: a change of it makes new files
-NOISE_BOUNDS = (0.0, 0.8, 0.9, 1.0)  # each part's background noise is a stretch of its own of every recording
+DRAFT = "."  # the prefix of unfinished files' names
+VERSION = 1  # of the cached clips; another version makes new files
+NOISE_BOUNDS = (0.0, 0.8, 0.9, 1.0)  # every recording of noise is divided here between training, validation and test
 REMARKS = {
     "rate": f"not at {RATE} Hz, resampled",
     "channels": "in stereo, mixed to one channel",
@@ -35,13 +35,13 @@ Item = TypeVar("Item")
 
 
 def cache_root(cache_dir: str | None) -> Path:
-    """The folder for what is computed once: `cache_dir`, or str-triton in the user's cache folder."""
+    """Return the cache folder: `cache_dir`, or str-triton in the user's cache folder."""
     if cache_dir is not None:
         return Path(cache_dir)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "str-triton"
 
 
-def kept_clips(
+def cached_clips(
     items: Sequence[Item],
     read: Callable[[Item], tuple[np.ndarray, int]],
     *,
@@ -49,23 +49,24 @@ def kept_clips(
     identity: str,
     cache_dir: str | None,
 ) -> tuple[Tensor, str]:
-    """The clips that `read` makes of `items`, int16 [N, 16000], and the SHA-256 of their bytes.
+    """Return the clips of `items`, int16 [N, 16000], and the SHA-256 of their bytes.
 
-    read: item -> samples, int16 [frames, channels], and the rate in Hz. They are mixed, resampled to 16 kHz, cut to a
-    second or filled up with zeros; what had to be done is said in one warning each for all of them.
+    read: a function that returns an item's samples, int16 [frames, channels], and rate in Hz. The channels are
+    averaged, the samples resampled to 16 kHz, and cut or padded with zeros to one second. One warning for each kind of
+    conversion counts the clips that needed it.
 
-    They are kept in `cache_dir` under a name made from `identity`, and come from there the next time unless that file
-    is damaged. Raises ValueError where the cache cannot be written.
+    The clips are cached in `cache_dir` under a name made from `identity`. A later call reads them from there unless the
+    file is damaged. Raises ValueError where the cache cannot be written.
     """
     folder = cache_root(cache_dir) / "clips"
     key = hashlib.sha256(f"{VERSION} {identity}".encode()).hexdigest()[:24]
     samples, about = folder / f"{key}.int16", folder / f"{key}.json"
-    note = _undamaged(samples, about, len(items))
+    note = _valid_note(samples, about, len(items))
     if note is None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             needed, free = 2 * RATE * len(items), shutil.disk_usage(folder).free
-            if needed > free:  # known now, and not after minutes of reading
+            if needed > free:  # fail now rather than after minutes of reading
                 raise OSError(errno.ENOSPC, f"it takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
             _remove_leftovers(folder)
             note = _write(samples, about, items, read, name)
@@ -76,21 +77,21 @@ def kept_clips(
             raise ValueError(f"the cache {folder} cannot be written ({reason}): name another folder for it") from error
     for remark in note["remarks"]:
         warn(remark)
-    # Copy on write: torch takes no read-only memory, and nobody writes to this.
+    # Copy on write, because torch warns about read-only memory. Nothing writes to it.
     clips = np.memmap(samples, np.int16, mode="c", shape=(len(items), RATE))
     return torch.from_numpy(clips), note["sha256"]
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what runs that were killed while they read have left; a file of the last day may be another run's."""
+    """Remove the unfinished files of killed runs. Files younger than a day stay: another run may be writing them."""
     for file in folder.glob(f"{DRAFT}*"):
-        with suppress(FileNotFoundError):  # another run was faster
+        with suppress(FileNotFoundError):  # another run removed it first
             if time.time() - file.stat().st_mtime > 86_400:
                 file.unlink()
 
 
-def _undamaged(samples: Path, about: Path, count: int) -> dict | None:
-    """What was noted about the clips when they were kept, or None where they are missing or damaged."""
+def _valid_note(samples: Path, about: Path, count: int) -> dict | None:
+    """Return the note in `about`, or None where the clips are missing or damaged."""
     try:
         note = json.loads(about.read_text())
         with samples.open("rb") as file:
@@ -104,12 +105,12 @@ def _undamaged(samples: Path, about: Path, count: int) -> dict | None:
 def _write(
     samples: Path, about: Path, items: Sequence[Item], read: Callable[[Item], tuple[np.ndarray, int]], name: str
 ) -> dict:
-    """Read all items into `samples` and note in `about` what it holds; each appears whole or not at all."""
+    """Write the clips of all items to `samples` and a note (hash, remarks) to `about`, each file atomically."""
     digest, found = hashlib.sha256(), Counter()
     with replacing(samples) as file:
-        for item in watched(items, f"reading {name}"):
+        for item in with_progress(items, f"reading {name}"):
             recorded, rate = read(item)
-            content = one_second(recorded, rate, found).tobytes()
+            content = to_one_second(recorded, rate, found).tobytes()
             digest.update(content)
             file.write(content)
     remarks = [f"{name}: recordings {text}: {found[kind]}" for kind, text in REMARKS.items() if found[kind]]
@@ -118,17 +119,18 @@ def _write(
     return note
 
 
-def one_second(samples: np.ndarray, rate: int, found: Counter) -> np.ndarray:
-    """int16 [frames, channels] at `rate` Hz as int16 [16000] at 16 kHz; `found` counts what had to be done."""
+def to_one_second(samples: np.ndarray, rate: int, found: Counter) -> np.ndarray:
+    """Convert int16 [frames, channels] at `rate` Hz to int16 [16000] at 16 kHz; count the conversions in `found`."""
     found.update(rate=rate != RATE, channels=samples.shape[1] > 1, length=len(samples) > rate)
     clip = mono(samples[:rate], rate)[:RATE]
     return np.pad(clip, (0, RATE - len(clip)))
 
 
-def background_parts(recordings: Sequence[np.ndarray]) -> tuple[Tensor, ...]:
-    """int16 [frames] recordings at 16 kHz, divided: a stretch of each for training, validation and testing, end to end.
+def split_background(recordings: Sequence[np.ndarray]) -> tuple[Tensor, ...]:
+    """Divide recordings, int16 [frames] at 16 kHz, between training, validation and testing.
 
-    A part is at least a second, repeated if need be; without recordings all parts are empty.
+    Each part gets a piece of every recording, concatenated to int16 [frames]. A part shorter than a second is repeated
+    up to one second. Without recordings all parts are empty.
     """
     parts = []
     for low, high in pairwise(NOISE_BOUNDS):

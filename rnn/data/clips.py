@@ -1,4 +1,4 @@
-"""Clips of a second as examples: classes chosen, samples turned into log-mel features a batch at a time."""
+"""Clips of one second as examples: the choice of classes, augmentation, and log-mel features."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -16,18 +16,19 @@ WORDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
 SILENCE, UNKNOWN = "silence", "unknown"
 PARTS = ("train", "validation", "test")
 
-SHIFT = RATE // 10  # samples: training clips are moved by up to 100 ms either way
-NOISE_PROBABILITY, NOISE_VOLUME = 0.8, 0.1  # background noise in training: how often, and its greatest factor
-STATISTICS_CLIPS = 4096  # mean and deviation of the features come from so many training clips at most
+SHIFT = RATE // 10  # samples; training shifts a clip by up to 100 ms in either direction
+NOISE_PROBABILITY, NOISE_VOLUME = 0.8, 0.1  # background noise in training: its probability and its maximum factor
+STATISTICS_CLIPS = 4096  # the maximum number of training clips that mean and deviation are computed from
 CHUNK = 512  # clips whose features are computed at once
 
 
 @dataclass(frozen=True, eq=False)
 class Recordings:
-    """Clips and what is said in them, before classes are chosen and before the clips are read.
+    """Clips and their words, before classes are chosen and before the clips are read.
 
-    Clip k says `words[labels[k]]` and belongs to `PARTS[parts[k]]` (both int64 [N]). background: int16 [any] for each
-    part, empty where there is none. read: returns the waveforms, int16 [N, 16000], and their SHA-256.
+    Clip k says `words[labels[k]]` and belongs to `PARTS[parts[k]]` (both int64 [N]). background: the background noise
+    of each part, int16 [any], empty where a part has none. read: returns the waveforms, int16 [N, 16000], and their
+    SHA-256.
     """
 
     words: tuple[str, ...]
@@ -39,14 +40,15 @@ class Recordings:
 
 @dataclass(frozen=True, eq=False)
 class Clips:
-    """Some of the clips that are there: row `rows[k]` of `waveforms`, or, beyond its end, of `more`.
+    """A selection of clips: clip k is row `rows[k]` of `waveforms` and `generated`, concatenated.
 
-    rows: int64 [n]; waveforms and more: int16 [any, 16000]. Called with int64 [B] it gives int16 [B, 16000].
+    rows: int64 [n]; waveforms and generated: int16 [any, 16000]. Call it with indices, int64 [B], to get the clips,
+    int16 [B, 16000].
     """
 
     rows: Tensor
     waveforms: Tensor
-    more: Tensor
+    generated: Tensor
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -56,7 +58,7 @@ class Clips:
         stored = rows < count
         clips = torch.empty(len(rows), RATE, dtype=torch.int16)
         clips[stored] = self.waveforms[rows[stored]]
-        clips[~stored] = self.more[rows[~stored] - count]
+        clips[~stored] = self.generated[rows[~stored] - count]
         return clips
 
 
@@ -64,9 +66,9 @@ class Clips:
 class Speech:
     """The log-mel features of `clips`. See `common.Examples`: x is [B, 99, 32], standardised; lengths are None.
 
-    With `augment` a clip is moved by up to 100 ms, in four of five cases mixed with a piece of `background` (int16
-    [any]) of a volume up to 0.1, and normal noise of standard deviation `noise` is added to the features. Without,
-    features are computed once, for all clips, and kept on the device that was asked for.
+    `augment` shifts a clip by up to 100 ms, mixes four of five clips with a piece of `background` (int16 [any]) at a
+    volume of up to 0.1, and adds normal noise of standard deviation `noise` to the features. Without `augment` the
+    features of all clips are computed once and kept on the device.
     """
 
     clips: Clips
@@ -88,20 +90,20 @@ class Speech:
             if str(device) not in self._features:
                 self._features[str(device)] = torch.cat(list(features(self.clips, front_end, device)))
             return self._features[str(device)][indices.to(device)], None, labels
-        x = front_end(self._augmented(self.clips(indices), generator, device))
+        x = front_end(self._augment(self.clips(indices), generator, device))
         if self.noise:
             x += self.noise * torch.randn(x.shape, generator=generator, device=generator.device).to(device)
         return x, None, labels
 
-    def _augmented(self, clips: Tensor, generator: torch.Generator, device: torch.device | str) -> Tensor:
-        """Samples between about -1 and 1, float32 [B, 16000] on `device`."""
+    def _augment(self, clips: Tensor, generator: torch.Generator, device: torch.device | str) -> Tensor:
+        """Shift clips and add background noise: samples of about -1 ... 1, float32 [B, 16000] on `device`."""
 
         def draw() -> Tensor:
             return torch.rand(len(clips), 1, generator=generator, device=generator.device, dtype=torch.float64).cpu()
 
         time = torch.arange(RATE)
-        moved = F.pad(clips, (SHIFT, SHIFT)).gather(1, (draw() * (2 * SHIFT + 1)).long() + time)
-        samples = moved.to(device).float() / 32768
+        shifted = F.pad(clips, (SHIFT, SHIFT)).gather(1, (draw() * (2 * SHIFT + 1)).long() + time)
+        samples = shifted.to(device).float() / 32768
         if len(self.background):
             volumes = (draw() < NOISE_PROBABILITY) * draw() * NOISE_VOLUME
             pieces = self.background[(draw() * (len(self.background) - RATE + 1)).long() + time]
@@ -119,7 +121,7 @@ class Speech:
 def features(
     clips: Clips, front_end: Callable[[Tensor], Tensor], device: torch.device | str, every: int = 1
 ) -> Iterator[Tensor]:
-    """The features of every `every`-th clip, in their order: float32 [some, 99, 32] on `device`, chunk by chunk."""
+    """Yield the features of every `every`-th clip in chunks, float32 [up to CHUNK, 99, 32] on `device`."""
     for chunk in torch.arange(0, len(clips), every).split(CHUNK):
         yield front_end(clips(chunk).to(device))
 
@@ -133,25 +135,26 @@ def speech_data(
     noise: float,
     device: torch.device | str,
 ) -> Data:
-    """Choose classes from `recordings`.
+    """Make a data set with the classes `words` from `recordings`.
 
-    `words` None: the ten words of the published task, then the classes silence and unknown; ("all",): every word, and
-    nothing else; others: those, silence and unknown. In each part silence and unknown get as many examples as a chosen
-    word has on average, which for ten words is the published tenth; which ones, `seed` decides: silence is a piece of
-    that part's background noise at a random volume, unknown a clip of a word that was not chosen.
+    words: None for the ten words of the published task, silence and unknown; ("all",) for every word and no other
+    class; any other tuple for these words, silence and unknown. An example of silence is a piece of the part's
+    background noise at a random volume. An example of unknown is a clip of a word that was not chosen. In each part
+    silence and unknown get as many examples as a chosen word has on average; `seed` selects them. For ten words that is
+    the published tenth.
 
-    Features are standardised by band with the mean and deviation of (up to 4,096, evenly spaced) training clips. Raises
-    ValueError for words that are not there, a class without clips in a part, silence without background noise: before
-    the clips are read, which may take minutes.
+    Each mel band is standardised with the mean and deviation of up to 4,096 evenly spaced training clips. Raises
+    ValueError for unknown words, a class without clips in a part, and silence without background noise. These checks
+    come before the clips are read, which may take minutes.
     """
     check_noise(noise)
     everything = words == ("all",)
-    chosen = recordings.words if everything else _chosen(recordings, name, WORDS if words is None else words)
+    chosen = recordings.words if everything else _check_words(recordings, name, WORDS if words is None else words)
     class_of = torch.full((len(recordings.words),), -1)
     class_of[[recordings.words.index(word) for word in chosen]] = torch.arange(len(chosen))
     classes = class_of[recordings.labels]
     generator = torch.Generator().manual_seed(seed)
-    rows, labels, silence, silent = {}, {}, [], len(recordings.labels)
+    rows, labels, silence, next_row = {}, {}, [], len(recordings.labels)
     for number, part in enumerate(PARTS):
         here = recordings.parts == number
         known = torch.nonzero(here & (classes >= 0))[:, 0]
@@ -161,17 +164,17 @@ def speech_data(
             others = torch.nonzero(here & (classes < 0))[:, 0]
             unknown = others[torch.randperm(len(others), generator=generator)[:count]].sort().values
             silence.append(_silence(recordings.background[number], count, generator))
-            rows[part] = torch.cat([known, torch.arange(silent, silent + count), unknown])
+            rows[part] = torch.cat([known, torch.arange(next_row, next_row + count), unknown])
             extra = torch.tensor([len(chosen)] * count + [len(chosen) + 1] * len(unknown), dtype=torch.int64)
             labels[part] = torch.cat([labels[part], extra])
-            silent += count
+            next_row += count
     class_names = chosen if everything else (*chosen, SILENCE, UNKNOWN)
     _check_classes(labels, class_names, name)
-    more = torch.cat([*silence, torch.empty(0, RATE, dtype=torch.int16)])
+    generated = torch.cat([*silence, torch.empty(0, RATE, dtype=torch.int16)])
     waveforms, digest = recordings.read()
-    clips = {part: Clips(rows[part], waveforms, more) for part in PARTS}
+    clips = {part: Clips(rows[part], waveforms, generated) for part in PARTS}
     every = math.ceil(len(clips["train"]) / STATISTICS_CLIPS)
-    # The statistics do not depend on the device that trains later, so they need not be kept there.
+    # The statistics are moved to the device that trains later, so the features of the sample need not stay on `device`.
     sample = torch.cat([chunk.cpu() for chunk in features(clips["train"], LogMel(device), device, every)])
     standardise = Standardisation.of(sample, None)
     examples = {part: Speech(clips[part], labels[part], recordings.background[0], standardise, noise) for part in PARTS}
@@ -179,29 +182,29 @@ def speech_data(
     return Data(name=name, class_names=class_names, input_size=BANDS, **options)
 
 
-def _chosen(recordings: Recordings, name: str, words: tuple[str, ...]) -> tuple[str, ...]:
-    """`words`, checked."""
-    there = ", ".join(recordings.words)
+def _check_words(recordings: Recordings, name: str, words: tuple[str, ...]) -> tuple[str, ...]:
+    """Return `words`; raise ValueError where they do not fit the recordings."""
+    known = ", ".join(recordings.words)
     if not words:
-        raise ValueError(f"{name}: no words are named; its words are {there}")
+        raise ValueError(f"{name}: no words are named; its words are {known}")
     for word in words:
         if word in ("all", SILENCE, UNKNOWN):
             raise ValueError(
-                f"{name}: {word!r} cannot be one of several words (silence and unknown come by themselves)"
+                f"{name}: {word!r} cannot be one of several words (silence and unknown are always classes)"
             )
         if word not in recordings.words:
-            raise ValueError(f"{name} has no word {word!r}; its words are {there} ('all' takes them all)")
+            raise ValueError(f"{name} has no word {word!r}; its words are {known} ('all' selects all of them)")
         if words.count(word) > 1:
             raise ValueError(f"{name}: the word {word!r} is named twice")
     if len(words) == len(recordings.words):
-        raise ValueError(f"{name}: all of its words are named, which leaves none for the class unknown: use 'all'")
+        raise ValueError(f"{name}: all words are named and the class unknown has none left: use 'all'")
     if not all(len(noise) for noise in recordings.background):
-        raise ValueError(f"{name} has no background noise, of which the class silence is made: use the words 'all'")
+        raise ValueError(f"{name} has no background noise, which the class silence needs: use the words 'all'")
     return words
 
 
 def _silence(background: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """int16 [count, 16000]: pieces of `background`, at volumes between 0 and 1."""
+    """Draw pieces of `background` at volumes between 0 and 1, int16 [count, 16000]."""
     starts, volumes = torch.rand(2, count, 1, generator=generator, dtype=torch.float64)
     pieces = background[(starts * (len(background) - RATE + 1)).long() + torch.arange(RATE)]
     return (pieces * volumes).round().to(torch.int16)
@@ -209,7 +212,7 @@ def _silence(background: Tensor, count: int, generator: torch.Generator) -> Tens
 
 def _check_classes(labels: dict[str, Tensor], class_names: tuple[str, ...], name: str) -> None:
     if len(class_names) < 2:
-        raise ValueError(f"{name} has one word, {class_names[0]!r}: telling words apart takes two")
+        raise ValueError(f"{name} has one word, {class_names[0]!r}: it takes two classes or more")
     for part in PARTS:
         counts = torch.bincount(labels[part], minlength=len(class_names))
         if not counts.all():

@@ -1,4 +1,4 @@
-"""What every data set is here: labelled sequences, or one long text for a language model."""
+"""The types of all data sets: labelled sequences (`Data`), or one long text for a language model (`Text`)."""
 
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -11,7 +11,7 @@ from rnn.data.vectors import Standardisation
 
 
 class Examples(Protocol):
-    """A map-style set of labelled sequences, read a batch at a time."""
+    """A map-style set of labelled sequences that is read in batches."""
 
     labels: Tensor
     """int64 [N] on the CPU."""
@@ -21,10 +21,10 @@ class Examples(Protocol):
     def batch(
         self, indices: Tensor, *, augment: bool, generator: torch.Generator, device: torch.device | str
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """The sequences of `indices` (int64 [B] on the CPU), padded with zeros to the longest of them.
+        """Return the sequences of `indices` (int64 [B] on the CPU), padded with zeros to the longest one.
 
-        Returns x float32 [B, T, input_size] on `device`; the lengths, int64 [B] on the CPU, or None where all are T;
-        and the labels, int64 [B] on `device`. `generator` is drawn from only with `augment`.
+        Returns x, float32 [B, T, input_size] on `device`; the lengths, int64 [B] on the CPU, or None where all lengths
+        are T; and the labels, int64 [B] on `device`. Without `augment` no random numbers are drawn.
         """
         ...
 
@@ -33,8 +33,8 @@ class Examples(Protocol):
 class Data:
     """Labelled sequences of `input_size` numbers a step; label k stands for `class_names[k]`.
 
-    `notes` says what a report has to: where the data come from, how they were split, a hash. `standardisation` is what
-    was done to the vectors of the steps last; None: nothing.
+    notes: facts for the report, such as the source, the split and a hash. standardisation: the standardisation of the
+    vectors, None where the vectors were not standardised.
     """
 
     name: str
@@ -49,13 +49,13 @@ class Data:
 
     @property
     def num_classes(self) -> int:
-        """The number of classes."""
+        """Return the number of classes."""
         return len(self.class_names)
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text in three parts, each int64 [N] on the CPU: the numbers of its characters in `vocabulary`."""
+    """A text in three parts, each int64 [N] on the CPU: the indices of the characters in `vocabulary`."""
 
     name: str
     vocabulary: tuple[str, ...]
@@ -68,14 +68,14 @@ class Text:
 
 @dataclass(frozen=True, eq=False)
 class Merged:
-    """The examples of `first`, then those of `second`. See `Examples`."""
+    """The examples of `first` followed by the examples of `second`. See `Examples`."""
 
     first: Examples
     second: Examples
 
     @property
     def labels(self) -> Tensor:
-        """int64 [N] on the CPU."""
+        """Return the labels, int64 [N] on the CPU."""
         return torch.cat([self.first.labels, self.second.labels])
 
     def __len__(self) -> int:
@@ -100,7 +100,7 @@ class Merged:
             [torch.full((len(x),), x.shape[1]) if lengths is None else lengths for x, lengths, _ in parts]
         )
         labels = torch.cat([labels for _, _, labels in parts])
-        # Where each example of the batch stands in the two parts laid end to end.
+        # The position of each example of the batch in the concatenation of the two parts.
         places = torch.empty_like(indices)
         places[torch.cat([torch.nonzero(in_first)[:, 0], torch.nonzero(~in_first)[:, 0]])] = torch.arange(len(indices))
         lengths = None if bool((lengths == steps).all()) else lengths[places]
@@ -109,10 +109,10 @@ class Merged:
 
 
 def with_validation(data: Data) -> Data:
-    """`data` with the validation examples added to the training ones, for runs whose length was chosen before.
+    """Return `data` with the validation examples added to the training examples, for runs of a fixed length.
 
-    `validation` stays what it is, so that curves can still be drawn, but it now measures training: `notes["train"]`
-    says so. The standardisation stays that of the smaller training set.
+    `validation` does not change, so curves can still be drawn. It now measures performance on training data:
+    `notes["train"]` says so. The standardisation does not change either.
     """
     count = len(data.train) + len(data.validation)
     note = f"training and validation examples together ({count}): the validation score is no estimate"

@@ -1,12 +1,12 @@
-"""A program of its own that speaks words with eSpeak NG: run by its path, it imports nothing of this project.
+"""A separate program that speaks words with eSpeak NG. It is run by its path and imports nothing of this project.
 
-eSpeak NG is under the GPL-3. Only this process loads its library; the process that trains talks to it through pipes:
+eSpeak NG is under the GPL-3. Only this process loads its library. The training process talks to it through pipes:
 
-- arguments: the library's file, the folder that holds espeak-ng-data ("" for the library's own), the random seed;
-- it writes the sample rate in Hz as a line of text;
-- it reads a line "VOICE RATE PITCH RANGE WORD" for each word (RATE in words a minute, PITCH and RANGE from 0 to 99) and
-  answers with a line that holds the number of bytes, then those bytes: mono 16-bit samples of the machine's byte order;
-  -1 instead of the number: no such voice.
+- The arguments are the library's file, the folder that holds espeak-ng-data ("" for the library's own), and the seed.
+- The program first writes the sample rate in Hz as a line of text.
+- For each word it reads a line "VOICE RATE PITCH RANGE WORD" (RATE in words a minute, PITCH and RANGE from 0 to 99).
+- It answers with a line that holds the number of bytes, then these bytes: mono 16-bit samples in native byte order.
+  The number -1 means that the voice does not exist.
 """
 
 import ctypes
@@ -17,17 +17,17 @@ import shutil
 import sys
 from pathlib import Path
 
-# Constants of eSpeak's speak_lib.h.
+# Constants from eSpeak's speak_lib.h.
 SYNCHRONOUS, DO_NOT_EXIT, UTF8 = 2, 0x8000, 1
 RATE, PITCH, RANGE = 1, 3, 4
 LIBRARY_NAMES = ("libespeak-ng.so.1", "libespeak-ng.so", "libespeak-ng.dylib", "espeak-ng.dll", "libespeak-ng.dll")
 
 
 def find_library() -> tuple[str, str] | None:
-    """The library's file and the folder with its data ("": it knows its own), or None where there is no eSpeak NG.
+    """Return eSpeak NG's library file and data folder ("" for the library's default), or None where it is missing.
 
-    Takes the package espeakng_loader, or else what the system has: the library that the linker finds, or the one beside
-    the program `espeak-ng`. Looks only; loads nothing.
+    Looks for the package espeakng_loader, then for the library that the linker finds, then for the library next to the
+    program `espeak-ng`. Loads nothing.
     """
     package = importlib.util.find_spec("espeakng_loader")
     if package is not None and package.origin:
@@ -49,12 +49,12 @@ def find_library() -> tuple[str, str] | None:
 
 
 def main(library: str, data: str, seed: int) -> None:
-    """Answer the lines of standard input until it ends."""
+    """Speak the words on standard input until it ends."""
     espeak = ctypes.CDLL(library)
     rate = espeak.espeak_Initialize(SYNCHRONOUS, 0, data.encode() or None, DO_NOT_EXIT)
     sys.stdout.buffer.write(b"%d\n" % rate)
     sys.stdout.buffer.flush()
-    # Breath and whisper are random. An eSpeak without a generator of its own draws from the C library.
+    # Breath and whisper are random. An eSpeak without its own generator uses that of the C library.
     set_seed = getattr(espeak, "espeak_ng_SetRandSeed", None) or ctypes.CDLL(None).srand
     set_seed(ctypes.c_long(seed))
     spoken = bytearray()
@@ -73,7 +73,7 @@ def main(library: str, data: str, seed: int) -> None:
         voice, speed, pitch, spread, word = line.split()
         spoken.clear()
         variant = voice.partition("+")[2]
-        # eSpeak itself passes over a variant that it does not know: two speakers would then be one.
+        # eSpeak silently ignores an unknown variant: two speakers would then sound the same.
         if not (variants / variant).exists() or espeak.espeak_SetVoiceByName(voice.encode()) != 0:
             sys.stdout.buffer.write(b"-1\n")
         else:

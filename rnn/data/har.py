@@ -1,7 +1,8 @@
-"""Human activity from a phone at the waist: the UCI HAR data set, read as it is published.
+"""UCI HAR: human activities, recorded by a phone at the waist.
 
 J. Reyes-Ortiz, D. Anguita, A. Ghio, L. Oneto, X. Parra, UCI Machine Learning Repository, 2013, doi:10.24432/C54S4K.
-Windows of 128 steps (2.56 s at 50 Hz) of nine signals, six activities, 21 people for training and nine for testing.
+The data set has windows of 128 steps (2.56 s at 50 Hz) of nine signals, six activities, 21 people for training and nine
+for testing.
 """
 
 import io
@@ -23,28 +24,30 @@ from str_triton.training.errors import one_line
 SIGNALS = tuple(f"{kind}_{axis}" for kind in ("total_acc", "body_acc", "body_gyro") for axis in "xyz")
 STEPS = 128
 ACTIVITIES = ("walking", "walking upstairs", "walking downstairs", "sitting", "standing", "laying")  # labels 1 ... 6
-# The two classes of Kusupati et al. (2020) and of the FastGRNN paper before them.
+# The two classes of the FastGRNN paper, which Kusupati et al. (2020) use as well.
 TWO = (("sitting", "laying", "walking upstairs"), ("standing", "walking", "walking downstairs"))
 FOLDER = "UCI HAR Dataset"
-EVERY = 5
-LARGEST = 2**28  # bytes of a file; the largest published one that is read, a zip file in the zip file, has 61 million
+EVERY = 5  # every fifth of the training people is for validation
+LARGEST = 2**28  # the maximum bytes of a file; the largest published file, the inner zip file, has 61 million
 
 
 def load_har(path: str, *, classes: int = 6, noise: float = 0.0, device: torch.device | str = "cpu") -> Data:
-    """Read the folder "UCI HAR Dataset", or one that holds it, or the zip file, even the one with a zip file in it.
+    """Read UCI HAR from a folder or a zip file.
 
-    classes: 6 activities, or 2: sitting, laying and walking upstairs against standing, walking and walking downstairs.
-    Every fifth of the people in the training part, in the order of their numbers, is for validation (`notes` names
-    them). Features [N, 128, 9] in the order of SIGNALS are standardised by the others; `noise`: see `VectorExamples`.
+    path: the folder "UCI HAR Dataset", a folder that holds it, a zip file of it, or the published zip file with a zip
+    file inside. classes: 6 activities, or 2: sitting, laying and walking upstairs against standing, walking and walking
+    downstairs. noise: see `VectorExamples`. Every fifth of the people in the training part, in the order of their
+    numbers, is for validation (`notes` names them). Features [N, 128, 9] are in the order of SIGNALS and standardised
+    with the statistics of the remaining training people.
 
-    Raises ValueError with one line that names the file for one that is missing, is no table of numbers, has the wrong
-    shape, NaN, or a label outside 1 ... 6; OSError for one that cannot be read.
+    Raises ValueError, with a message of one line, for a file that is missing, is not a table of numbers, or has the
+    wrong shape, NaN, or a label outside 1 ... 6; OSError for a file that cannot be read.
     """
     if classes not in (2, 6):
         raise ValueError(f"har has 6 classes or 2, not {classes}")
-    root = _root(Path(path))
+    root = _find_root(Path(path))
     _require_files(root)
-    published, test = _part(root, "train"), _part(root, "test")
+    published, test = _read_part(root, "train"), _read_part(root, "test")
     people = published.people.unique()
     held_out = people[EVERY - 1 :: EVERY]
     if not len(held_out):
@@ -78,23 +81,23 @@ def load_har(path: str, *, classes: int = 6, noise: float = 0.0, device: torch.d
 
 @dataclass(frozen=True)
 class _Part:
-    """features float32 [N, 128, 9], labels int64 [N] from 0, people int64 [N]."""
+    """The windows of "train" or "test": features float32 [N, 128, 9], labels int64 [N] from 0, people int64 [N]."""
 
     features: Tensor
     labels: Tensor
     people: Tensor
 
 
-def _root(path: Path) -> Path | zipfile.Path:
-    """The folder, on the disk or in a zip file, that holds "train" and "test"."""
+def _find_root(path: Path) -> Path | zipfile.Path:
+    """Return the folder, on the disk or in a zip file, that holds "train" and "test"."""
     if path.is_dir():
         places: list[Path | zipfile.Path] = [path, path / FOLDER]
     elif path.is_file():
-        outer = _opened(path, path)
+        outer = _open_zip(path, path)
         places = [outer, outer / FOLDER]
         inner = outer / f"{FOLDER}.zip"
         if inner.is_file():
-            places += [place := _opened(io.BytesIO(_content(inner)), inner), place / FOLDER]
+            places += [place := _open_zip(io.BytesIO(_read_content(inner)), inner), place / FOLDER]
     else:
         raise ValueError(f"har:{path}: no such folder or zip file")
     for place in places:
@@ -103,27 +106,27 @@ def _root(path: Path) -> Path | zipfile.Path:
     raise ValueError(f'har:{path}: no "{FOLDER}" in it (a folder with "train" and "test")')
 
 
-def _opened(source: Path | io.BytesIO, name: Path | zipfile.Path) -> zipfile.Path:
-    """Open a zip file for reading. Messages name it `name`: it may lie in another zip file."""
+def _open_zip(source: Path | io.BytesIO, name: Path | zipfile.Path) -> zipfile.Path:
+    """Open a zip file for reading. `name` is its name in messages, since the file may lie inside another zip file."""
     try:
         archive = zipfile.ZipFile(source)
     except (zipfile.BadZipFile, NotImplementedError, OverflowError, ValueError, struct.error):
-        raise ValueError(f"{name}: neither a folder nor a whole zip file") from None
+        raise ValueError(f"{name}: neither a folder nor a complete zip file") from None
     archive.filename = str(name)
     return zipfile.Path(archive)
 
 
-def _content(file: Path | zipfile.Path) -> bytes:
-    """Read a file on the disk or in a zip file, LARGEST bytes at most: few bytes may unpack to any number."""
+def _read_content(file: Path | zipfile.Path) -> bytes:
+    """Read a file on the disk or in a zip file. Raises ValueError beyond LARGEST bytes, as a zip bomb would have."""
     try:
         with file.open("rb") as stream:
             content = stream.read(LARGEST + 1)
     except NotImplementedError as error:
-        raise ValueError(f"{file}: {one_line(error)}: unpack the zip file, and name the folder") from None
-    except RuntimeError:  # zipfile's word for a file that needs a password
-        raise ValueError(f"{file}: encrypted: unpack the zip file, and name the folder") from None
+        raise ValueError(f"{file}: {one_line(error)}: unpack the zip file and name the folder") from None
+    except RuntimeError:  # zipfile raises it for a file that needs a password
+        raise ValueError(f"{file}: encrypted: unpack the zip file and name the folder") from None
     except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, ValueError, struct.error, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # bz2's errors have no number
+        if isinstance(error, OSError) and error.errno is not None:  # bz2's errors for damaged data have no number
             raise
         raise ValueError(f"{file}: damaged inside the zip file ({one_line(error)})") from None
     if len(content) > LARGEST:
@@ -131,15 +134,15 @@ def _content(file: Path | zipfile.Path) -> bytes:
     return content
 
 
-def _table(file: Path | zipfile.Path, columns: int) -> Tensor:
-    """Return float64 [rows, columns] of a file with a line per row."""
-    content = _content(file)
+def _read_table(file: Path | zipfile.Path, columns: int) -> Tensor:
+    """Read a table with a line per row, float64 [rows, columns]."""
+    content = _read_content(file)
     if not content.strip():
         raise ValueError(f"{file}: empty")
     try:
         rows = torch.from_numpy(np.loadtxt(io.BytesIO(content), ndmin=2, comments=None))
     except (ValueError, UnicodeDecodeError) as error:
-        reason = str(error).split(";")[0]  # behind it numpy advises the programmer
+        reason = str(error).split(";")[0]  # the rest is numpy's advice for programmers
         raise ValueError(f"{file}: not a table of numbers ({reason})") from None
     if rows.shape[1] != columns:
         raise ValueError(f"{file}: {rows.shape[1]} numbers in a row; a file of this name has {columns}")
@@ -152,26 +155,26 @@ def _signal_files(root: Path | zipfile.Path, part: str) -> list[Path | zipfile.P
 
 
 def _require_files(root: Path | zipfile.Path) -> None:
-    """Raise ValueError where a file is missing, before the others are read."""
+    """Raise ValueError for a missing file, before any file is read."""
     for part in ("train", "test"):
         for file in (root / part / f"y_{part}.txt", root / part / f"subject_{part}.txt", *_signal_files(root, part)):
             if not file.is_file():
                 raise ValueError(f"{file}: missing")
 
 
-def _part(root: Path | zipfile.Path, part: str) -> _Part:
-    """Read the windows of "train" or "test": only the raw signals, not the 561 features made from them."""
-    activities = _table(root / part / f"y_{part}.txt", 1)[:, 0]
+def _read_part(root: Path | zipfile.Path, part: str) -> _Part:
+    """Read the raw signals of "train" or "test". The 561 published features are not used."""
+    activities = _read_table(root / part / f"y_{part}.txt", 1)[:, 0]
     wrong = torch.nonzero(~torch.isin(activities, torch.arange(1, 7)))[:, 0]
     if len(wrong):
         file, row = root / part / f"y_{part}.txt", int(wrong[0])
         raise ValueError(f"{file}: label {activities[row].item():g} in row {row + 1}; labels are 1 to 6")
-    people = _table(root / part / f"subject_{part}.txt", 1)[:, 0]
+    people = _read_table(root / part / f"subject_{part}.txt", 1)[:, 0]
     wrong = torch.nonzero((people != people.round()) | (people.abs() > 1e6))[:, 0]
     if len(wrong):
         file, row = root / part / f"subject_{part}.txt", int(wrong[0])
         raise ValueError(f"{file}: subject {people[row].item():g} in row {row + 1}; subjects are whole numbers")
-    tables = {file: _table(file, STEPS).float() for file in _signal_files(root, part)}
+    tables = {file: _read_table(file, STEPS).float() for file in _signal_files(root, part)}
     for file, rows in {root / part / f"subject_{part}.txt": people, **tables}.items():
         if len(rows) != len(activities):
             raise ValueError(f"{file}: {len(rows)} rows, but y_{part}.txt has {len(activities)}")

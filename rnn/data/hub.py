@@ -1,4 +1,4 @@
-"""Speech and text of the Hugging Face hub, and of local folders in its format."""
+"""Speech and text from the Hugging Face hub, and from local folders in its format."""
 
 import io
 from functools import partial
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from rnn.data.audio import mono
-from rnn.data.clip_store import background_parts, kept_clips
+from rnn.data.clip_store import cached_clips, split_background
 from rnn.data.clips import PARTS, Recordings, speech_data
 from rnn.data.common import Data
 from rnn.data.wav import CHANNELS, RATES, is_wav, parse_wav
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 AUDIO_COLUMN, LABEL_COLUMNS = "audio", ("label", "labels", "word")
-LONGEST = 3_600  # seconds of a compressed recording
+LONGEST = 3_600  # the maximum length of a compressed recording in seconds
 SILENT = ("_silence_", "_background_noise_")  # recordings of these labels are background noise, not words
 
 
@@ -33,14 +33,15 @@ def load_hub(
     device: torch.device | str = "cpu",
     cache_dir: str | None = None,
 ) -> Data:
-    """Read the speech data set NAME or NAME@CONFIGURATION of the hub, such as google/speech_commands, or a local folder
-    of parquet or arrow files or of `save_to_disk`.
+    """Read the speech data set `place`: NAME or NAME@CONFIGURATION of the hub, or a local folder.
 
-    It has the splits train, validation and test with the columns audio and label (or labels, or word; a ClassLabel or
-    strings). Recordings labelled _silence_ are background noise: each part gets a stretch of every one in train; those
-    of other splits are left out. Clips are treated, kept and divided into classes as by `load_speech_commands`.
+    An example is google/speech_commands. A local folder holds parquet or arrow files, or the output of `save_to_disk`.
+    The data set must have the splits train, validation and test with the columns audio and label (or labels, or word; a
+    ClassLabel or strings). Recordings labelled _silence_ in train are background noise: each part gets a piece of every
+    one. Such recordings in other splits are left out. Conversion, cache and classes are those of
+    `load_speech_commands`.
 
-    Raises ValueError, in one line, also for what the `datasets` library reports.
+    Raises ValueError with a message of one line, also for errors of the `datasets` library.
     """
     name = f"hub:{place}"
     splits = read_splits(place, "@")
@@ -48,7 +49,7 @@ def load_hub(
     if missing:
         raise ValueError(f"{name} has no split {' and no split '.join(map(repr, missing))}, only {', '.join(splits)}")
     said = {part: _labels(splits[part], f"{name} {part}") for part in PARTS}
-    sounds = {part: _encoded(splits[part], f"{name} {part}") for part in PARTS}
+    sounds = {part: _audio_column(splits[part], f"{name} {part}") for part in PARTS}
     items, silent = [], []
     for part in PARTS:
         for row, word in enumerate(said[part]):
@@ -58,24 +59,24 @@ def load_hub(
 
     def read(item: tuple[str, int]) -> tuple[np.ndarray, int]:
         part, row = item
-        return _decoded(sounds[part][row][AUDIO_COLUMN], f"{name} {part}[{row}]", place)
+        return _decode(sounds[part][row][AUDIO_COLUMN], f"{name} {part}[{row}]", place)
 
     identity = repr((place, [(part, len(said[part]), splits[part]._fingerprint) for part in PARTS]))
     known = tuple(sorted({said[part][row] for part, row in items}))
     numbers = {word: number for number, word in enumerate(known)}
     labels = torch.tensor([numbers[said[part][row]] for part, row in items])
     parts = torch.tensor([PARTS.index(part) for part, _ in items])
-    background = background_parts([mono(*read(item)) for item in silent if item[0] == "train"])
-    clips = partial(kept_clips, items, read, name=name, identity=identity, cache_dir=cache_dir)
+    background = split_background([mono(*read(item)) for item in silent if item[0] == "train"])
+    clips = partial(cached_clips, items, read, name=name, identity=identity, cache_dir=cache_dir)
     recordings = Recordings(known, labels, parts, background, clips)
     return speech_data(recordings, name, words=words, seed=seed, noise=noise, device=device)
 
 
 def hub_text(place: str) -> str:
-    """The text of `place`, NAME:COLUMN or NAME@CONFIGURATION:COLUMN: that column of all splits, a line break between.
+    """Return the text of `place`, NAME:COLUMN or NAME@CONFIGURATION:COLUMN: the column's rows, joined by line breaks.
 
-    The order is train, validation, test, then what else there is. Raises ValueError, in one line, for a column that is
-    missing or holds no text, and for what the `datasets` library reports.
+    The order of the splits is train, validation, test, then all others. Raises ValueError with a message of one line
+    for a column that is missing or holds no text, and for errors of the `datasets` library.
     """
     source, _, column = place.rpartition(":")
     splits = read_splits(source, "@")
@@ -86,13 +87,13 @@ def hub_text(place: str) -> str:
             raise ValueError(f"{where} has no column {column!r}; its columns are {', '.join(rows.column_names)}")
         for text in rows.select_columns([column])[:][column]:
             if not isinstance(text, str | None):
-                raise ValueError(f"{where}: column {column!r} holds {repr(text)[:40]}, which is no text")
+                raise ValueError(f"{where}: column {column!r} holds {repr(text)[:40]}, which is not text")
             texts.append(text or "")
     return "\n".join(texts)
 
 
 def _labels(rows: "Dataset", place: str) -> list[str]:
-    """What is said in each recording."""
+    """Return the word of each recording."""
     column = next((column for column in LABEL_COLUMNS if column in rows.column_names), None)
     if column is None:
         expected = " or ".join(map(repr, LABEL_COLUMNS))
@@ -110,8 +111,8 @@ def _labels(rows: "Dataset", place: str) -> list[str]:
     return said
 
 
-def _encoded(rows: "Dataset", place: str) -> "Dataset":
-    """The column of recordings alone, left as the bytes that are stored."""
+def _audio_column(rows: "Dataset", place: str) -> "Dataset":
+    """Return the column of recordings as stored bytes, without decoding them."""
     import datasets
 
     if AUDIO_COLUMN not in rows.column_names:
@@ -122,8 +123,8 @@ def _encoded(rows: "Dataset", place: str) -> "Dataset":
     return rows
 
 
-def _decoded(value: object, name: str, place: str) -> tuple[np.ndarray, int]:
-    """The samples, int16 [frames, channels], and the rate of a stored recording: bytes, or a file in folder `place`."""
+def _decode(value: object, name: str, place: str) -> tuple[np.ndarray, int]:
+    """Decode a recording (bytes, or a file in folder `place`) to samples, int16 [frames, channels], and their rate."""
     if isinstance(value, dict):
         path, value = value.get("path"), value.get("bytes")
         if value is None and path:
@@ -136,12 +137,12 @@ def _decoded(value: object, name: str, place: str) -> tuple[np.ndarray, int]:
     try:
         import soundfile
     except (ImportError, OSError):  # OSError: the package without its library
-        raise ValueError(f"{name} is no WAV file; others need the package soundfile: pip install soundfile") from None
+        raise ValueError(f"{name} is not a WAV file; other formats need soundfile: pip install soundfile") from None
     try:
         with soundfile.SoundFile(io.BytesIO(value)) as file:
             if not (RATES[0] <= file.samplerate <= RATES[1] and file.channels <= CHANNELS[1]):
                 raise ValueError(f"{name}: {file.channels} channels at {file.samplerate:,} Hz cannot be read")
-            if file.frames > LONGEST * file.samplerate:  # silence of days fits into a few bytes
+            if file.frames > LONGEST * file.samplerate:  # a few compressed bytes can decode to days of silence
                 raise ValueError(f"{name} is longer than the {LONGEST:,} seconds that a recording may have")
             return file.read(dtype="int16", always_2d=True), file.samplerate
     except soundfile.SoundFileError as error:

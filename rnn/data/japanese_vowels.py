@@ -1,10 +1,12 @@
-"""Japanese Vowels: nine men say /ae/, and the task is to tell who speaks. The data set that comes with the project.
+"""Japanese Vowels: nine men say /ae/, and the label is the speaker. The data set comes with the project.
 
-M. Kudo, J. Toyama, M. Shimbo, UCI Machine Learning Repository, 1999, doi:10.24432/C5NS47, CC BY 4.0. 640 utterances of
-7 to 29 steps, each step 12 LPC cepstrum coefficients; the published split has 270 for training and 370 for testing.
-The file in assets/ holds a line per step: the number of the utterance (1 ... 270 training, 271 ... 640 testing), the
-speaker (1 ... 9), and the coefficients in the decimal digits of the UEA archive's .ts files, which hold a line per
-utterance; made by reading those two files and writing each utterance's steps below each other, in their order.
+M. Kudo, J. Toyama, M. Shimbo, UCI Machine Learning Repository, 1999, doi:10.24432/C5NS47, CC BY 4.0. It has 640
+utterances of 7 to 29 steps, each with 12 LPC cepstrum coefficients. The published split has 270 utterances for training
+and 370 for testing.
+
+The file in assets/ was made from the two .ts files of the UEA archive, which hold a line per utterance. It holds a line
+per step: the number of the utterance (1 ... 270 training, 271 ... 640 testing), the speaker (1 ... 9), and the
+coefficients with the decimal digits of the archive.
 """
 
 import gzip
@@ -24,14 +26,14 @@ from str_triton.training.errors import one_line
 
 FILE = Path(__file__).parents[1] / "assets" / "japanese_vowels.csv.gz"
 SPEAKERS, TRAINING = 9, 270
-EVERY = 5
+EVERY = 5  # every fifth training utterance is for validation
 
 
 def load_japanese_vowels(*, noise: float = 0.0, device: torch.device | str = "cpu") -> Data:
-    """216 / 54 / 370 utterances: every fifth training utterance of each speaker (six of thirty) is for validation.
+    """Read 216 utterances for training, 54 for validation and 370 for testing.
 
-    The split is the same for every seed. Features are standardised by the 216; `noise` (see `VectorExamples`) is added
-    to them in training. Raises ValueError if the file has been damaged.
+    Every fifth training utterance of each speaker (six of thirty) is for validation, whatever the seed. Features are
+    standardised with the statistics of the 216. noise: see `VectorExamples`. Raises ValueError for a damaged file.
     """
     content = FILE.read_bytes()
     try:
@@ -40,9 +42,9 @@ def load_japanese_vowels(*, noise: float = 0.0, device: torch.device | str = "cp
         raise ValueError(f"{FILE} is damaged ({one_line(error)}): install the project again") from None
     features, lengths, labels = _utterances(table)
     training = torch.arange(TRAINING)
-    # An utterance's place among those of its speaker: the training part has them speaker by speaker.
-    place = torch.cat([torch.arange(int(count)) for count in torch.bincount(labels[:TRAINING])])
-    held_out = place % EVERY == EVERY - 1
+    # The index of an utterance among those of its speaker. The training part is sorted by speaker.
+    index = torch.cat([torch.arange(int(count)) for count in torch.bincount(labels[:TRAINING])])
+    held_out = index % EVERY == EVERY - 1
     parts = {
         "train": training[~held_out],
         "validation": training[held_out],
@@ -69,7 +71,7 @@ def load_japanese_vowels(*, noise: float = 0.0, device: torch.device | str = "cp
 
 
 def _utterances(table: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return features [N, T, 12] padded with zeros, lengths [N] and labels [N] of the file's text."""
+    """Parse the text of the file: features [N, T, 12] padded with zeros, lengths [N] and labels [N]."""
     rows = torch.from_numpy(np.loadtxt(io.StringIO(table), delimiter=",", dtype=np.float64))
     check_finite(rows, FILE)
     numbers, lengths = torch.unique_consecutive(rows[:, 0].long(), return_counts=True)

@@ -1,7 +1,7 @@
-"""Speech Commands, or one's own recordings in the same layout: a folder of WAV files for each word.
+"""Speech Commands, or recordings of one's own in the same layout: a folder of WAV files for each word.
 
-P. Warden, Speech Commands: A Dataset for Limited-Vocabulary Speech Recognition, 2018, arXiv:1804.03209; versions 1 and
-2 alike.
+P. Warden, Speech Commands: A Dataset for Limited-Vocabulary Speech Recognition, 2018, arXiv:1804.03209. Versions 1 and
+2 have the same layout.
 """
 
 import os
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rnn.data.audio import mono, read_wav
-from rnn.data.clip_store import background_parts, kept_clips
+from rnn.data.clip_store import cached_clips, split_background
 from rnn.data.clips import PARTS, Recordings, speech_data
 from rnn.data.common import Data
 from rnn.data.plain_text import read_text
@@ -36,32 +36,33 @@ def load_speech_commands(
 ) -> Data:
     """Read the folder `place`: a folder of clips per word, validation_list.txt, testing_list.txt, _background_noise_.
 
-    Clips are WAV files of a second; shorter ones are filled up with zeros, longer ones cut, other rates resampled to
-    16 kHz, stereo mixed, with one warning each for the whole set. They are read once and kept in `cache_dir`. The lists
-    name the clips for validation and testing (word/file.wav), as published by speaker; all others are for training.
-    Folders whose names begin with "_" or "." are no words; recordings that are no WAV files are left out, with a
-    warning.
-    For `words`, `seed` and the features see `clips.speech_data`; `noise`: standard deviation of noise on the
-    standardised features of training batches.
+    Clips are WAV files of one second. Shorter clips are padded with zeros and longer ones cut; other rates are
+    resampled to 16 kHz and stereo is averaged, with one warning of each kind. The converted clips are cached in
+    `cache_dir`. The lists name the clips for validation and testing (word/file.wav); the published lists keep speakers
+    apart. All other clips are for training. Folders whose names begin with "_" or "." are not words. Recordings in
+    other formats than WAV are skipped with a warning.
 
-    Raises ValueError or OSError, in one line, for a folder that is missing or has no words or lists, a list that names
-    what is not there, a file that is truncated, empty or no WAV, and what `speech_data` refuses.
+    words, seed and the features: see `clips.speech_data`. noise: standard deviation of the noise that training adds to
+    the standardised features.
+
+    Raises ValueError or OSError with a message of one line for a missing folder, missing words or lists, a list that
+    names a missing file, a file that is truncated, empty or not WAV, and for the errors of `speech_data`.
     """
     root, name = Path(place), f"speech-commands:{place}"
     if not root.is_dir():
         raise ValueError(f"{name}: no such folder")
-    files = _files(root, name)
-    parts = _parts(root, list(files), name)
-    said = [file.split("/")[0] for file in files]
-    known = tuple(dict.fromkeys(said))
+    files = _find_clips(root, name)
+    parts = _read_parts(root, list(files), name)
+    spoken = [file.split("/")[0] for file in files]
+    known = tuple(dict.fromkeys(spoken))
     numbers = {word: number for number, word in enumerate(known)}
-    labels = torch.tensor([numbers[word] for word in said])
-    noises = _listed(root / BACKGROUND) if (root / BACKGROUND).is_dir() else Listing([], [], [])
+    labels = torch.tensor([numbers[word] for word in spoken])
+    noises = _list_folder(root / BACKGROUND) if (root / BACKGROUND).is_dir() else Listing([], [], [])
     if noises.others:
-        warn(f"{name}: background noise that is no .wav file is left out: {noises.others[0].name}")
-    background = background_parts([mono(*read_wav(file.path)) for file in noises.clips])
+        warn(f"{name}: background noise that is not a .wav file is skipped: {noises.others[0].name}")
+    background = split_background([mono(*read_wav(file.path)) for file in noises.clips])
     clips = partial(
-        kept_clips,
+        cached_clips,
         list(files),
         lambda file: read_wav(root / file),
         name=name,
@@ -73,15 +74,15 @@ def load_speech_commands(
 
 
 class Listing(NamedTuple):
-    """What of a folder of clips is a WAV file, a recording of another kind, and a folder; in alphabetic order."""
+    """The WAV files, the recordings in other formats, and the folders of a folder, each in alphabetic order."""
 
     clips: list[os.DirEntry]
     others: list[os.DirEntry]
     folders: list[os.DirEntry]
 
 
-def _listed(folder: Path) -> Listing:
-    """Sort the entries of a folder; raise ValueError for a WAV file that is no file."""
+def _list_folder(folder: Path) -> Listing:
+    """List a folder; raise ValueError for a folder or a broken link whose name ends in .wav."""
     found = Listing([], [], [])
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
@@ -94,18 +95,20 @@ def _listed(folder: Path) -> Listing:
                 found.others.append(entry)
             elif ending == ".wav":
                 if not entry.is_file():
-                    raise ValueError(f"{entry.path} is no file, or a link to none: remove it")
+                    raise ValueError(f"{entry.path} is not a file, or a broken link: remove it")
                 found.clips.append(entry)
     return found
 
 
-def _files(root: Path, name: str) -> dict[str, tuple[int, int]]:
-    """Return every clip, "word/file.wav", with its size and its time of change; words and files in alphabetic order.
+def _find_clips(root: Path, name: str) -> dict[str, tuple[int, int]]:
+    """Return all clips, "word/file.wav", with size and modification time, in alphabetic order.
 
-    Warns of what might be meant as a clip or as a word and is left out.
+    Warns about skipped files and folders that may have been meant as clips or words.
     """
     files, others, empty, nested = {}, [], [], []
-    words = {entry.name: _listed(root / entry.name) for entry in _listed(root).folders if entry.name[0] != "_"}
+    words = {
+        entry.name: _list_folder(root / entry.name) for entry in _list_folder(root).folders if entry.name[0] != "_"
+    }
     _check_links(root, list(words), name)
     for word, found in words.items():
         for entry in found.clips:
@@ -117,40 +120,40 @@ def _files(root: Path, name: str) -> dict[str, tuple[int, int]]:
         elif not found.others:
             empty.append(word)
     if not files:
-        kinds = f", only files as {others[0]}: convert them" if others else ""
+        kinds = f", only files such as {others[0]}: convert them to WAV" if others else ""
         raise ValueError(f"{name} has no folder with WAV files for a word{kinds}")
-    for kind, left_out in (
-        ("recordings that are no .wav file", others),
+    for kind, skipped in (
+        ("recordings that are not .wav files", others),
         ("folders without a .wav file", empty),
-        ("folders in the folders of words", nested),
+        ("folders inside the folders of words", nested),
     ):
-        if left_out:
-            warn(f"{name}: {kind} are left out: {len(left_out)}, as {left_out[0]}")
+        if skipped:
+            warn(f"{name}: {kind} are skipped: {len(skipped)}, for example {skipped[0]}")
     return files
 
 
 def _check_links(root: Path, words: list[str], name: str) -> None:
-    """Raise ValueError where two words are one folder: each of its clips would be of both classes."""
+    """Raise ValueError where two words are links to one folder: its clips would belong to both classes."""
     seen: dict[tuple[int, int], str] = {}
     for word in words:
         status = (root / word).stat()
         other = seen.setdefault((status.st_dev, status.st_ino), word)
         if other != word:
-            raise ValueError(f"{name}: {other!r} and {word!r} are one folder, by a link: remove one of them")
+            raise ValueError(f"{name}: {other!r} and {word!r} are one folder, because of a link: remove one of them")
 
 
-def _parts(root: Path, files: list[str], name: str) -> Tensor:
-    """Return the number of each file's part, int64 [N]."""
+def _read_parts(root: Path, files: list[str], name: str) -> Tensor:
+    """Return the index in PARTS of each file, int64 [N]."""
     part_of = dict.fromkeys(files, 0)
-    composed = {unicodedata.normalize("NFC", file): file for file in files}  # a Mac writes accents in another way
+    composed = {unicodedata.normalize("NFC", file): file for file in files}  # macOS decomposes accented letters
     for part, file in LISTS.items():
         if not (root / file).is_file():
             raise ValueError(f"{name} has no {file}, which names its clips for {part}")
-        entries = _entries(root / file)
+        entries = _read_list(root / file)
         missing = [entry for entry in entries if entry not in composed]
         if missing:
-            number = f" (nor are {len(missing) - 1} more of {len(entries)})" if len(missing) > 1 else ""
-            raise ValueError(f"{root / file} names {missing[0]}, which is not there{number}")
+            number = f" ({len(missing)} of its {len(entries)} files are missing)" if len(missing) > 1 else ""
+            raise ValueError(f"{root / file} names {missing[0]}, which does not exist{number}")
         for clip in (composed[entry] for entry in entries):
             if part_of[clip] not in (0, PARTS.index(part)):
                 raise ValueError(f"{clip} is in both {' and '.join(LISTS.values())} of {root}")
@@ -158,12 +161,12 @@ def _parts(root: Path, files: list[str], name: str) -> Tensor:
     return torch.tensor(list(part_of.values()))
 
 
-def _entries(file: Path) -> list[str]:
-    """Return the clips, "word/file.wav", that a list names: also by "./word/file.wav" or with backslashes."""
+def _read_list(file: Path) -> list[str]:
+    """Return the clips that a list names, as "word/file.wav". Accepts "./word/file.wav" and backslashes."""
     entries = []
     for line in filter(None, map(str.strip, read_text(file).split("\n"))):
-        steps = [step for step in line.replace("\\", "/").split("/") if step not in ("", ".")]
-        if line[0] in "/\\" or line[1:2] == ":" or ".." in steps:
-            raise ValueError(f"{file} names {line}: write word/file.wav, as seen from the folder of the list")
-        entries.append(unicodedata.normalize("NFC", "/".join(steps)))
+        names = [name for name in line.replace("\\", "/").split("/") if name not in ("", ".")]
+        if line[0] in "/\\" or line[1:2] == ":" or ".." in names:
+            raise ValueError(f"{file} names {line}: write word/file.wav, relative to the folder of the list")
+        entries.append(unicodedata.normalize("NFC", "/".join(names)))
     return entries

@@ -1,4 +1,4 @@
-"""Spoken words from nothing: a folder of clips made by eSpeak NG, whose voices for testing are unseen in training."""
+"""Synthetic speech: a folder of clips made by eSpeak NG, with different speakers for training and testing."""
 
 import contextlib
 import csv
@@ -20,18 +20,18 @@ from rnn.data import espeak_worker
 from rnn.data.audio import RATE, resample, to_int16, write_wav
 from rnn.data.clip_store import cache_root
 from rnn.data.common import Data
+from rnn.data.progress import with_progress
 from rnn.data.speech_commands import load_speech_commands
-from rnn.data.waiting import watched
 
 CLIPS_PER_WORD = 300
-VERSION = 1  # of the recipe below: a change of it makes new folders
+VERSION = 1  # of the way in which clips are made; another version makes new folders
 SHARES = {"train": 0.7, "validation": 0.1, "test": 0.2}
 
 ACCENTS = (
     *("en", "en-us", "en-us-nyc", "en-029", "en-gb-scotland"),
     *("en-gb-x-rp", "en-gb-x-gbclan", "en-gb-x-gbcwmd"),
 )
-# eSpeak's variants are its speakers. Robots and whispers are left out; variants of one family stay in one part.
+# A variant of eSpeak stands for a speaker. Robots and whispers are left out. Variants of one family stay in one part.
 SPEAKERS = {
     "train": (
         *("f1", "f2", "f4", "m1", "m2", "m3", "m6", "m8", "klatt", "klatt2", "klatt3", "klatt4", "klatt5", "klatt6"),
@@ -60,15 +60,15 @@ SPEAKERS = {
 }
 SPEEDS, PITCHES, RANGES = (120, 240), (25, 75), (20, 80)  # words a minute; eSpeak's scales from 0 to 99
 FASTEST = 450
-NOISE_RATIOS = (0.0, 20.0)  # dB: the word's power over the noise's
-LEVELS = (-15.0, -1.0)  # dB: the loudest sample, of the loudest possible
+NOISE_RATIOS = (0.0, 20.0)  # dB: the signal-to-noise ratio
+LEVELS = (-15.0, -1.0)  # dB: the loudest sample relative to full scale
 NOISES = ("white", "pink", "hum")
 NOISE_SECONDS = 30
-TRIM, TRIM_MARGIN = 0.01, RATE // 100  # silence is what stays under a hundredth of the peak; 10 ms of it are left
+TRIM, TRIM_MARGIN = 0.01, RATE // 100  # samples under a hundredth of the peak are silence; 10 ms of it are kept
 
 
 class Clip(NamedTuple):
-    """How a clip was made: a line of clips.csv."""
+    """The settings that a clip was made with: a line of clips.csv."""
 
     file: str
     part: str
@@ -89,9 +89,9 @@ def load_spoken(
     cache_dir: str | None = None,
     clips_per_word: int = CLIPS_PER_WORD,
 ) -> Data:
-    """`words` as classes, spoken by eSpeak NG: see `make_spoken` and `load_speech_commands`, whose folder it makes.
+    """Make clips of `words` with `make_spoken` and read them with `load_speech_commands`; the classes are the words.
 
-    `noise`: standard deviation of noise on the standardised features of training batches.
+    noise: standard deviation of the noise that training adds to the standardised features.
     """
     folder = make_spoken(words, seed=seed, cache_dir=cache_dir, clips_per_word=clips_per_word)
     options = {"noise": noise, "device": device, "cache_dir": cache_dir}
@@ -103,18 +103,18 @@ def load_spoken(
 def make_spoken(
     words: tuple[str, ...], *, seed: int = 0, cache_dir: str | None = None, clips_per_word: int = CLIPS_PER_WORD
 ) -> Path:
-    """Make a folder in the layout of Speech Commands in the cache, once for the same arguments; its path.
+    """Make a folder in the layout of Speech Commands in the cache and return its path. The same arguments reuse it.
 
-    Each clip is a second at 16 kHz: a word by a random speaker, accent, speed, pitch and pitch range, at a random
-    place, with white noise, pink noise or mains hum 0 to 20 dB under it (the task would be too easy without), at a
-    random level. 70 % of a word's clips are for training, 10 % for validation, 20 % for testing, and no speaker of one
-    part is in another; accents are. `_background_noise_` holds half a minute of each noise, clips.csv how every clip
-    was made. The same words, seed and versions of eSpeak and numpy give the same files, bit for bit.
+    Each clip is one second at 16 kHz: a word by a random speaker with a random accent, speed, pitch and pitch range, at
+    a random position and level. White noise, pink noise or mains hum lies 0 to 20 dB below the word, because the task
+    would be too easy without noise. 70 % of a word's clips are for training, 10 % for validation and 20 % for testing.
+    The parts share accents, but no speaker. `_background_noise_` holds half a minute of each noise; clips.csv holds the
+    settings of every clip. The same words, seed and versions of eSpeak and numpy give the same files, bit for bit.
 
-    Raises ValueError for fewer than two words, one with other letters than a to z, one that takes longer than a second,
-    fewer than ten clips a word, and where there is no eSpeak NG.
+    Raises ValueError for fewer than two words, a word with other letters than a to z, a word that takes longer than a
+    second, fewer than ten clips a word, and a missing eSpeak NG.
     """
-    words = _checked(words, clips_per_word)
+    words = _check_words(words, clips_per_word)
     root = cache_root(cache_dir) / "spoken"
     key = hashlib.sha256(repr((VERSION, words, seed, clips_per_word)).encode()).hexdigest()[:12]
     folder = root / f"{'-'.join(words)[:60]}-{key}"
@@ -124,23 +124,23 @@ def make_spoken(
     if found is None:
         raise ValueError("spoken: needs eSpeak NG: pip install espeakng-loader, or the system's espeak-ng")
     root.mkdir(parents=True, exist_ok=True)
-    making = Path(tempfile.mkdtemp(prefix=".making-", dir=root))
+    unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=root))
     try:
         with Speaker(*found, seed) as speaker:
-            _fill(making, words, seed, clips_per_word, speaker)
-        making.chmod(0o755)
+            _write_clips(unfinished, words, seed, clips_per_word, speaker)
+        unfinished.chmod(0o755)
         try:
-            making.rename(folder)
+            unfinished.rename(folder)
         except OSError:
-            if not folder.is_dir():  # otherwise another process was faster: its folder is the same
+            if not folder.is_dir():  # if it exists, another process has made the same folder
                 raise
     finally:
-        shutil.rmtree(making, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
     return folder
 
 
-def _checked(words: tuple[str, ...], clips_per_word: int) -> tuple[str, ...]:
-    """The words in small letters and in alphabetic order, so that their order does not matter."""
+def _check_words(words: tuple[str, ...], clips_per_word: int) -> tuple[str, ...]:
+    """Return the words in lower case and alphabetic order; raise ValueError for words that cannot be spoken."""
     words = tuple(word.strip().lower() for word in words)
     for word in words:
         if not re.fullmatch("[a-z]+", word):
@@ -148,23 +148,23 @@ def _checked(words: tuple[str, ...], clips_per_word: int) -> tuple[str, ...]:
     if len(set(words)) < len(words):
         raise ValueError(f"spoken: {max(words, key=words.count)!r} is named twice")
     if len(words) < 2:
-        raise ValueError(f"spoken: {len(words)} word is not enough to tell words apart: name two or more")
+        raise ValueError(f"spoken: {len(words)} word is not enough: name two or more")
     if clips_per_word < 10:
-        raise ValueError(f"spoken: {clips_per_word} clips a word: at least 10 make three parts")
+        raise ValueError(f"spoken: {clips_per_word} clips a word: it takes at least 10 for three parts")
     return tuple(sorted(words))
 
 
 class Speaker:
-    """eSpeak NG in a process of its own; see espeak_worker.py."""
+    """A process that runs eSpeak NG; see espeak_worker.py."""
 
     def __init__(self, library: str, data: str, seed: int) -> None:
         self.library = library
-        self.complaints = tempfile.TemporaryFile()  # a pipe that nobody reads would stop the process when it is full
-        # -I: the folder of the worker does not get onto its path, nor does the user's environment change it.
+        self.errors = tempfile.TemporaryFile()  # a pipe that nothing reads would block the process when it is full
+        # -I keeps the worker's folder and the user's environment out of the worker's import path.
         command = [sys.executable, "-I", espeak_worker.__file__, library, data, str(seed)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.complaints)
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors)
         try:
-            self.rate = self._number()
+            self.rate = self._read_number()
             if self.rate <= 0:
                 raise ValueError(f"spoken: eSpeak NG ({library}) found no data: is its package complete?")
         except BaseException:
@@ -177,14 +177,14 @@ class Speaker:
     def __exit__(self, *error: object) -> None:
         self.process.kill()
         self.process.communicate()
-        self.complaints.close()
+        self.errors.close()
 
     def say(self, word: str, voice: str, speed: int, pitch: int, pitch_range: int) -> np.ndarray:
-        """The word without the silence around it, float64 [frames] at 16 kHz, peak 1."""
-        with contextlib.suppress(BrokenPipeError):  # it has ended: the missing answer tells
+        """Speak a word: float64 [frames] at 16 kHz with peak 1, without the silence around it."""
+        with contextlib.suppress(BrokenPipeError):  # the process has ended: `_read_number` reports it
             self.process.stdin.write(f"{voice} {speed} {pitch} {pitch_range} {word}\n".encode())
             self.process.stdin.flush()
-        count = self._number()
+        count = self._read_number()
         if count < 0:
             raise ValueError(f"spoken: eSpeak NG ({self.library}) has no voice {voice!r}: it may be too old")
         samples = np.frombuffer(self.process.stdout.read(count), np.int16) / 32768
@@ -195,29 +195,29 @@ class Speaker:
         loud = np.flatnonzero(np.abs(sound) > TRIM * peak)
         return sound[max(0, loud[0] - TRIM_MARGIN) : loud[-1] + TRIM_MARGIN] / peak
 
-    def _number(self) -> int:
+    def _read_number(self) -> int:
         line = self.process.stdout.readline()
         if not line:
             self.process.wait()
-            self.complaints.seek(0)
-            causes = self.complaints.read().decode(errors="replace").split("\n")
-            cause = next((text.strip() for text in reversed(causes) if text.strip()), "it ended")
+            self.errors.seek(0)
+            lines = self.errors.read().decode(errors="replace").split("\n")
+            cause = next((line.strip() for line in reversed(lines) if line.strip()), "it ended")
             raise ValueError(f"spoken: eSpeak NG ({self.library}) does not work here: {cause}")
         return int(line)
 
 
-def _fill(folder: Path, words: tuple[str, ...], seed: int, clips_per_word: int, speaker: Speaker) -> None:
-    """Write all of the folder's files."""
+def _write_clips(folder: Path, words: tuple[str, ...], seed: int, clips_per_word: int, speaker: Speaker) -> None:
+    """Write all files of the folder."""
     random = np.random.default_rng(seed)
     noise_folder = folder / "_background_noise_"
     noise_folder.mkdir()
     for kind in NOISES:
         write_wav(noise_folder / f"{kind}.wav", to_int16(0.1 * make_noise(kind, NOISE_SECONDS * RATE, random)))
-    plans = list(_plans(words, clips_per_word, random))
-    for clip in watched(plans, "speaking"):
+    plans = list(_plan_clips(words, clips_per_word, random))
+    for clip in with_progress(plans, "speaking"):
         word = clip.file.split("/")[0]
         (folder / word).mkdir(exist_ok=True)
-        write_wav(folder / clip.file, _clip(word, clip, speaker, random))
+        write_wav(folder / clip.file, _make_clip(word, clip, speaker, random))
     for part, name in (("validation", "validation_list.txt"), ("test", "testing_list.txt")):
         (folder / name).write_text("".join(f"{clip.file}\n" for clip in plans if clip.part == part))
     with (folder / "clips.csv").open("w", newline="") as file:
@@ -226,8 +226,8 @@ def _fill(folder: Path, words: tuple[str, ...], seed: int, clips_per_word: int, 
         writer.writerows(plans)
 
 
-def _plans(words: tuple[str, ...], clips_per_word: int, random: np.random.Generator) -> Iterator[Clip]:
-    """What to say how. A part's speakers take turns, so that each of them says each word about as often."""
+def _plan_clips(words: tuple[str, ...], clips_per_word: int, random: np.random.Generator) -> Iterator[Clip]:
+    """Yield the settings of each clip. Speakers take turns, so each speaker says each word about equally often."""
     for word in words:
         held_out = {part: round(SHARES[part] * clips_per_word) for part in ("validation", "test")}
         counts = {"train": clips_per_word - sum(held_out.values()), **held_out}
@@ -245,8 +245,8 @@ def _plans(words: tuple[str, ...], clips_per_word: int, random: np.random.Genera
                 yield Clip(file, part, voice, speed, pitch, pitch_range, str(random.choice(NOISES)), ratio)
 
 
-def _clip(word: str, clip: Clip, speaker: Speaker, random: np.random.Generator) -> np.ndarray:
-    """The clip's samples, int16 [16000]."""
+def _make_clip(word: str, clip: Clip, speaker: Speaker, random: np.random.Generator) -> np.ndarray:
+    """Make a clip's samples, int16 [16000]."""
     speed = clip.speed
     sound = speaker.say(word, clip.voice, speed, clip.pitch, clip.pitch_range)
     while len(sound) > RATE:
@@ -262,7 +262,10 @@ def _clip(word: str, clip: Clip, speaker: Speaker, random: np.random.Generator) 
 
 
 def make_noise(kind: str, count: int, random: np.random.Generator) -> np.ndarray:
-    """float64 [count] of mean power 1: "white", "pink" (power as 1 / frequency above 20 Hz) or "hum" (of the mains)."""
+    """Draw noise of mean power 1, float64 [count].
+
+    kind: "white", "pink" (power proportional to 1 / frequency above 20 Hz) or "hum" (of the mains).
+    """
     noise = random.standard_normal(count)
     if kind == "pink":
         spectrum = np.fft.rfft(noise)

@@ -1,8 +1,8 @@
-"""Characters: a text for a language model, and snippets of text to tell apart.
+"""Text as characters: one text for a language model, or labelled snippets to classify.
 
-The text that is always there is Python's own help, the topics of `help()`. It differs by Python's version: `notes`
-records the version and a hash. A fifth of it repeats itself, since long topics hold short ones whole: each paragraph
-is kept once, or test and training parts would share text and scores would flatter.
+The default text is Python's own help, the topics of `help()`. The help depends on Python's version, so `notes` records
+the version and a hash. Long topics repeat short topics, a fifth of the help in total. Each paragraph is kept only once,
+because otherwise training and test parts would share text and the scores would be too good.
 """
 
 import hashlib
@@ -21,37 +21,37 @@ from rnn.data.plain_text import read_text
 from str_triton.training.errors import warn
 
 REPLACEMENT = "\ufffd"
-MIN_COUNT = 5  # characters that the training part has less often become REPLACEMENT
+MIN_COUNT = 5  # characters that are rarer than that in the training part become REPLACEMENT
 SHORTEST = 2_000  # characters: 100 in each of the two parts of 5 %
-TOPICS, SNIPPET, STRIDE = 16, 128, 32
+TOPICS, SNIPPET, STRIDE = 16, 128, 32  # the number of topics; characters of a snippet, and between training snippets
 LONGEST = 512  # characters of a labelled line
-EVERY = 10
+EVERY = 10  # of every ten lines of a label one is for validation and one for test
 SEPARATOR = "\n\n\n"  # between topics
 
-Parts = dict[str, list[tuple[str, int]]]  # of "train", "validation" and "test": texts and their labels
+Parts = dict[str, list[tuple[str, int]]]  # "train", "validation" and "test" -> pairs of text and label
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Characters and their numbers. `symbols[0]` is REPLACEMENT and stands for all that are not here."""
+    """A list of characters; a character is encoded as its index. REPLACEMENT, index 0, stands for all others."""
 
     symbols: tuple[str, ...]
 
     @classmethod
     def of(cls, text: str) -> "Vocabulary":
-        """Take the characters that `text` has at least MIN_COUNT times, by code point, after REPLACEMENT.
+        """Collect the characters that occur at least MIN_COUNT times in `text`, sorted by code point.
 
-        Raises ValueError where there is none.
+        Raises ValueError where no character is that frequent.
         """
         points, counts = np.unique(_code_points(text), return_counts=True)
         frequent = [chr(point) for point in points[counts >= MIN_COUNT]]
         symbols = [symbol for symbol in frequent if symbol != REPLACEMENT]
         if not symbols:
-            raise ValueError(f"no character occurs {MIN_COUNT} times in the training text: it takes a longer one")
+            raise ValueError(f"no character occurs {MIN_COUNT} times in the training text: use a longer text")
         return cls((REPLACEMENT, *symbols))
 
     def encode(self, text: str) -> Tensor:
-        """The numbers of the characters of `text`: int64 [len(text)]."""
+        """Return the indices of the characters of `text`, int64 [len(text)]."""
         points = _code_points(text)
         known = _code_points("".join(self.symbols[1:]))
         numbers = np.zeros(int(max(points.max(initial=0), known.max(initial=0))) + 1, dtype=np.int64)
@@ -61,10 +61,11 @@ class Vocabulary:
 
 @dataclass(frozen=True, eq=False)
 class Snippets:
-    """Texts of `symbols` different characters, one-hot. See `common.Examples`.
+    """Labelled texts over a vocabulary of `symbols` characters, read as one-hot vectors. See `common.Examples`.
 
-    codes: int64 [N, T], -1 at the padded steps; labels: int64 [N]; lengths: int64 [N], or None where all have T
-    characters; all on the CPU. Batches are x [B, T, symbols], zeros at the padded steps. `augment` changes nothing.
+    codes: int64 [N, T], -1 at the padded steps. labels: int64 [N]. lengths: int64 [N], or None where all texts have T
+    characters. All three are on the CPU. A batch is x [B, T, symbols] with zeros at the padded steps. `augment` has no
+    effect.
     """
 
     codes: Tensor
@@ -74,7 +75,7 @@ class Snippets:
 
     @classmethod
     def of(cls, texts: list[tuple[str, int]], vocabulary: Vocabulary) -> "Snippets":
-        """From pairs of a text and its label."""
+        """Encode pairs of a text and its label."""
         lengths = torch.tensor([len(text) for text, _ in texts])
         codes = vocabulary.encode("".join(text for text, _ in texts)).split(lengths.tolist())
         padded = pad_sequence(codes, batch_first=True, padding_value=-1)
@@ -97,21 +98,21 @@ class Snippets:
 
 
 def load_text(file: str | None = None) -> Text:
-    """`file`, in UTF-8, or Python's help (topics in the order of their names): see `as_text`.
+    """Read `file`, by default Python's help with its topics in alphabetic order, and split it with `split_text`.
 
-    Line ends become "\\n". Raises ValueError for a file that is empty, too short, or not UTF-8, and OSError for one
+    Line ends become "\\n". Raises ValueError for a file that is empty, too short, or not UTF-8, and OSError for a file
     that cannot be read.
     """
     if file is not None:
-        return as_text(_read(file), f"text:{file}")
-    return as_text(SEPARATOR.join(python_topics().values()), "text", python=platform.python_version())
+        return split_text(_read(file), f"text:{file}")
+    return split_text(SEPARATOR.join(python_topics().values()), "text", python=platform.python_version())
 
 
-def as_text(text: str, name: str, **notes: str) -> Text:
-    """Cut `text` by position: the first 90 % are for training, 5 % each for validation and test.
+def split_text(text: str, name: str, **notes: str) -> Text:
+    """Split `text` by position: 90 % for training, then 5 % for validation and 5 % for test.
 
-    The vocabulary is that of the training part; `notes` gets the SHA-256 of the text as UTF-8 and the share of the
-    test characters that are replaced. Raises ValueError for a text of fewer than SHORTEST characters.
+    The vocabulary comes from the training part. `notes` gets the SHA-256 of the text as UTF-8 and the share of the test
+    characters that are replaced. Raises ValueError for a text of fewer than SHORTEST characters.
     """
     if len(text) < SHORTEST:
         raise ValueError(f"{name}: {len(text):,} characters; a language model takes at least {SHORTEST:,}")
@@ -128,19 +129,19 @@ def as_text(text: str, name: str, **notes: str) -> Text:
 
 
 def load_snippets(file: str | None = None) -> Data:
-    """`load_lines(file)`, or without a file `load_topics()`."""
+    """Read labelled snippets: `load_lines(file)`, or `load_topics()` without a file."""
     return load_topics() if file is None else load_lines(file)
 
 
 def load_topics() -> Data:
-    """Snippets of Python's help, to be told which of its TOPICS longest topics they are from.
+    """Make snippets of the TOPICS longest topics of Python's help; a snippet's label is its topic.
 
-    Each topic is cut by position into 70 % training, 15 % validation and 15 % test, and these into snippets of SNIPPET
-    characters: in training one begins every STRIDE characters, elsewhere they do not overlap.
+    Each topic is split by position into 70 % training, 15 % validation and 15 % test, and each part into snippets of
+    SNIPPET characters. A training snippet begins every STRIDE characters. Other snippets do not overlap.
     """
     topics = python_topics()
     names = tuple(sorted(sorted(topics, key=lambda topic: (-len(topics[topic]), topic))[:TOPICS]))
-    training, parts = "", _no_parts()
+    training, parts = "", _empty_parts()
     for label, name in enumerate(names):
         text = topics[name]
         ends = [0, len(text) * 70 // 100, len(text) * 85 // 100, len(text)]
@@ -157,30 +158,31 @@ def load_topics() -> Data:
 
 
 def load_lines(file: str) -> Data:
-    """The lines of `file`, "label<TAB>text" in UTF-8: the text is to be told its label.
+    """Read labelled texts from the lines "label<TAB>text" of `file`, in UTF-8.
 
-    Texts of more than LONGEST characters are cut; empty lines and repeated ones are left out. Of the lines of each
-    label the ninth of every ten is for validation, the tenth for test.
+    Texts of more than LONGEST characters are cut. Empty lines and repeated lines are skipped. Of every ten lines of a
+    label the ninth is for validation and the tenth for test.
 
-    Raises ValueError, naming file and line, for one without a tab, label or text; also for a file that is empty or not
-    UTF-8, has a single label, or a label with fewer than EVERY lines; OSError for a file that cannot be read.
+    Raises ValueError, naming file and line, for a line without a tab, label or text. Raises ValueError also for a file
+    that is empty or not UTF-8, that has a single label, or a label with fewer than EVERY lines; OSError for a file that
+    cannot be read.
     """
     text = _read(file)
     by_label = _labelled_lines(text, file)
     names = tuple(sorted(by_label))
     if len(names) < 2:
-        raise ValueError(f"{file}: all lines have the label {names[0]!r}; it takes two to tell apart")
-    parts = _no_parts()
+        raise ValueError(f"{file}: all lines have the label {names[0]!r}; it takes at least two labels")
+    parts = _empty_parts()
     for label, name in enumerate(names):
         lines = by_label[name]
         if len(lines) < EVERY:
             raise ValueError(f"{file}: {len(lines)} different lines with the label {name!r}; it takes {EVERY} of each")
-        for place, line in enumerate(lines):
-            part = {EVERY - 2: "validation", EVERY - 1: "test"}.get(place % EVERY, "train")
+        for index, line in enumerate(lines):
+            part = {EVERY - 2: "validation", EVERY - 1: "test"}.get(index % EVERY, "train")
             parts[part].append((line, label))
     notes = {
         "sha256": _hash(text),
-        "split": "of every ten lines of a label 8 for training, 1 validation, 1 test",
+        "split": "of every ten lines of a label 8 for training, 1 for validation, 1 for test",
         "length": f"lines are cut to {LONGEST} characters",
     }
     training = "".join(line for line, _ in parts["train"])
@@ -188,21 +190,21 @@ def load_lines(file: str) -> Data:
 
 
 def python_topics() -> dict[str, str]:
-    """The topics of Python's help by name, in the order of the names, each paragraph in one topic only.
+    """Return the topics of Python's help by name, in alphabetic order, each paragraph in one topic only.
 
-    A paragraph that is in several stays in the longest of them. Topics that lose more than half of their characters
-    that way are left out. Raises ValueError where Python comes without its help.
+    A paragraph that several topics share stays in the longest of them. Topics that lose more than half of their
+    characters in this way are left out. Raises ValueError where Python's help is not installed.
     """
     try:
         from pydoc_data.topics import topics
     except ModuleNotFoundError:
-        raise ValueError("this Python comes without its help texts (pydoc_data): name a file, text:FILE") from None
+        raise ValueError("this Python has no help texts (pydoc_data is missing): name a file, text:FILE") from None
     seen: set[str] = set()
     kept = {}
     for name in sorted(topics, key=lambda name: (-len(topics[name]), name)):
         new = []
         for paragraph in topics[name].split("\n\n"):
-            words = " ".join(paragraph.split())  # a quoted one may be indented differently
+            words = " ".join(paragraph.split())  # a repeated paragraph may be indented differently
             if words not in seen:
                 seen.add(words)
                 new.append(paragraph)
@@ -212,12 +214,12 @@ def python_topics() -> dict[str, str]:
     return dict(sorted(kept.items()))
 
 
-def _no_parts() -> Parts:
+def _empty_parts() -> Parts:
     return {"train": [], "validation": [], "test": []}
 
 
 def _labelled_lines(text: str, file: str) -> dict[str, list[str]]:
-    """Return the different lines of each label, in their order; warn of how many are repeated or cut."""
+    """Return the distinct lines of each label, in their order; warn with the numbers of repeated and cut lines."""
     by_label: dict[str, dict[str, None]] = defaultdict(dict)
     repeated = cut = 0
     for number, line in enumerate(text.split("\n"), start=1):
@@ -230,24 +232,24 @@ def _labelled_lines(text: str, file: str) -> dict[str, list[str]]:
         cut += len(line) > LONGEST
         repeated += line[:LONGEST] in known
         known[line[:LONGEST]] = None
-    for number, what in (
+    for count, remark in (
         (cut, f"are longer than {LONGEST} characters and cut"),
-        (repeated, "are repeated and left out"),
+        (repeated, "are repeated and skipped"),
     ):
-        if number:
-            warn(f"text:{file}: {number} lines {what}")
+        if count:
+            warn(f"text:{file}: {count} lines {remark}")
     return {label: list(lines) for label, lines in by_label.items()}
 
 
 def _snippets(name: str, class_names: tuple[str, ...], training: str, parts: Parts, notes: dict[str, str]) -> Data:
-    """The data set of `parts`, with the vocabulary of the `training` text."""
+    """Make the data set of `parts` with the vocabulary of the `training` text."""
     vocabulary = Vocabulary.of(training)
     examples = {part: Snippets.of(texts, vocabulary) for part, texts in parts.items()}
     return Data(name=name, class_names=class_names, input_size=len(vocabulary.symbols), notes=notes, **examples)
 
 
 def _read(file: str) -> str:
-    """Return the text of a file; raise ValueError where there is none in it."""
+    """Return the text of a file; raise ValueError for an empty file."""
     text = read_text(file)
     if not text.strip():
         raise ValueError(f"{file} is empty")

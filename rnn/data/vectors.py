@@ -1,4 +1,4 @@
-"""Sequences of vectors held in memory: standardised, padded a batch at a time, and noise on them for training."""
+"""Sequences of vectors in memory: standardisation, padding of batches, and noise for training."""
 
 import math
 from dataclasses import dataclass
@@ -9,23 +9,23 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Standardisation:
-    """(x - mean) / std by feature; `mean` and `std` float32 [F]."""
+    """The map x -> (x - mean) / std of each feature; `mean` and `std` are float32 [F]."""
 
     mean: Tensor
     std: Tensor
 
     @classmethod
     def of(cls, features: Tensor, lengths: Tensor | None) -> "Standardisation":
-        """The statistics over all steps of features [N, T, F], those at or beyond `lengths` (int64 [N]) left out.
+        """Compute the statistics of features [N, T, F] over all steps, without the padding beyond `lengths`, int64 [N].
 
-        They are summed in float64. A feature that never changes keeps its unit: its deviation counts as 1.
+        Sums are float64. A constant feature gets the deviation 1.
         """
         steps = features.flatten(0, 1) if lengths is None else features[_unpadded(lengths, features.shape[1])]
         std, mean = torch.std_mean(steps.double(), dim=0, correction=0)
         return cls(mean.float(), torch.where(std > 0, std, 1.0).float())
 
     def __call__(self, features: Tensor, lengths: Tensor | None) -> Tensor:
-        """[N, T, F] -> the same, float32; zeros at the padded steps."""
+        """Return standardised features, float32 [N, T, F], with zeros at the padded steps."""
         standardised = (features - self.mean) / self.std
         if lengths is not None:
             standardised.masked_fill_(~_unpadded(lengths, features.shape[1])[:, :, None], 0)
@@ -37,8 +37,8 @@ class VectorExamples:
     """Sequences in memory. See `common.Examples`.
 
     features: float32 [N, T, F], standardised, zeros at the padded steps; on any device. labels: int64 [N] on the CPU.
-    lengths: int64 [N] on the CPU, or None where all sequences have T steps. noise: with `augment` every number of every
-    unpadded step gets a normal one of that standard deviation added, fresh for each batch.
+    lengths: int64 [N] on the CPU, or None where all sequences have T steps. noise: standard deviation of the normal
+    noise that `augment` adds to the unpadded steps. Each batch draws new noise.
     """
 
     features: Tensor
@@ -68,16 +68,16 @@ class VectorExamples:
 
 
 def check_noise(noise: float) -> None:
-    """Raises ValueError unless `noise` can be a standard deviation."""
+    """Raise ValueError unless `noise` is a valid standard deviation."""
     if not (math.isfinite(noise) and noise >= 0):
         raise ValueError(f"noise {noise}: a standard deviation is a number >= 0")
 
 
 def check_finite(features: Tensor, file: object, names: tuple[str, ...] | None = None) -> None:
-    """Raise ValueError, naming `file`, the row from 1 and the column, if features [rows, columns] hold NaN or inf.
+    """Raise ValueError if features [rows, columns] hold NaN, infinity or a number that float32 cannot hold.
 
-    So do numbers that are infinite in float32. names: what the columns are called; without them they are numbered
-    from 1.
+    The message names `file`, the row (counted from 1) and the column. names: the columns' names; by default the columns
+    are numbered from 1.
     """
     finite = features.float().isfinite()
     if bool(finite.all()):
@@ -92,5 +92,5 @@ def check_finite(features: Tensor, file: object, names: tuple[str, ...] | None =
 
 
 def _unpadded(lengths: Tensor, steps: int) -> Tensor:
-    """bool [N, steps]: the steps that belong to each sequence."""
+    """Return the mask of the steps that are not padding, bool [N, steps]."""
     return torch.arange(steps) < lengths[:, None]

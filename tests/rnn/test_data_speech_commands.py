@@ -102,7 +102,7 @@ def test_a_training_clip_is_moved_by_up_to_100_ms_and_mixed_with_soft_noise(smal
     data = read(small)
     clips = torch.zeros(400, RATE, dtype=torch.int16)
     clips[:, RATE // 2] = 32767
-    mixed = data.train._augmented(clips, torch.Generator().manual_seed(0), "cpu")
+    mixed = data.train._augment(clips, torch.Generator().manual_seed(0), "cpu")
     shifts = RATE // 2 - mixed.argmax(1)
     assert -SHIFT <= int(shifts.min()) < -0.9 * SHIFT
     assert 0.9 * SHIFT < int(shifts.max()) <= SHIFT
@@ -153,7 +153,7 @@ def test_a_stopped_reading_leaves_nothing(small: Path, monkeypatch: pytest.Monke
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rnn.data.clip_store.one_second", stop)
+    monkeypatch.setattr("rnn.data.clip_store.to_one_second", stop)
     with pytest.raises(KeyboardInterrupt):
         read(small)
     assert list((small.parent / "cache" / "clips").iterdir()) == []
@@ -161,7 +161,7 @@ def test_a_stopped_reading_leaves_nothing(small: Path, monkeypatch: pytest.Monke
 
 def test_a_cache_that_cannot_be_written_is_named(small: Path):
     (small.parent / "cache").write_text("a file")
-    with pytest.raises(ValueError, match=r"the cache .*cache/clips cannot be written .*: name another folder for it"):
+    with pytest.raises(ValueError, match="cache/clips cannot be written"):
         read(small)
 
 
@@ -197,9 +197,9 @@ def test_odd_clips_are_made_fit_and_named_once(small: Path, capfd: pytest.Captur
     ("damage", "message"),
     [
         (lambda content: b"", "is empty"),
-        (lambda content: content[:1000], "is truncated: its header promises 32000 bytes of sound, 956 are there"),
-        (lambda content: content[:40] + struct.pack("<I", 0), "is empty: it has a header and no sound"),
-        (lambda content: b"ID3" + content, "is no WAV file"),
+        (lambda content: content[:1000], "is truncated: .*956.* 32000"),
+        (lambda content: content[:40] + struct.pack("<I", 0), "is empty"),
+        (lambda content: b"ID3" + content, "is not a WAV file"),
     ],
 )
 def test_a_damaged_clip_is_named(small: Path, damage: object, message: str):
@@ -216,7 +216,7 @@ def test_words_that_make_no_classes(tmp_path: Path, small: Path):
     refuse(small, "the word 'bed' is named twice", ("bed", "bed"))
     refuse(small, "'all' cannot be one of several words", ("all", "bed"))
     refuse(small, "'silence' cannot be one of several words", ("bed", "silence"))
-    refuse(small, "which leaves none for the class unknown: use 'all'", ("dog", "cat", "bed"))
+    refuse(small, "class unknown .*'all'", ("dog", "cat", "bed"))
     refuse(small, f"no words are named; {there}", ())
     refuse(make(tmp_path / "quiet", ("bed", "cat"), background=False), "no background noise", ("bed",))
     refuse(make(tmp_path / "one", ("bed",)), "has one word, 'bed'")

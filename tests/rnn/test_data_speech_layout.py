@@ -25,16 +25,16 @@ def test_folders_that_are_not_such_a_set(tmp_path: Path, small: Path):
     for name, part in (("validation_list.txt", "validation"), ("testing_list.txt", "test")):
         text = (small / name).read_text()
         (small / name).unlink()
-        refuse(small, f"small has no {name}, which names its clips for {part}$")
+        refuse(small, f"small has no {name}.*{part}$")
         (small / name).write_text(text + "\nbed/none.wav\n")
-        refuse(small, f"{name} names bed/none.wav, which is not there")
+        refuse(small, f"{name} names bed/none.wav")
         (small / name).write_bytes(b"\xff")
         refuse(small, f"{name} is not UTF-8 text")
         for line in ("/bed/t006.wav", r"C:\\bed\\t006.wav", "../small/bed/t006.wav", "bed/../bed/t006.wav"):
             (small / name).write_text(line)
-            refuse(small, rf"{name} names {re.escape(line)}: write word/file\.wav")
+            refuse(small, rf"{name} names {re.escape(line)}: .*word/file\.wav")
         (small / name).write_text("bed/a.wav\nbed/t006.wav\nbed/b.wav\n")
-        refuse(small, rf"{name} names bed/a\.wav, which is not there \(nor are 1 more of 3\)")
+        refuse(small, rf"{name} names bed/a\.wav.* \(2 of its 3 ")
         (small / name).write_text("")
         refuse(small, f"the class 'bed' has no clip for {part}")
         (small / name).write_text(text)
@@ -86,22 +86,22 @@ def test_what_is_left_out_is_counted(small: Path, capfd: pytest.CaptureFixture):
     assert len(data.train.background) == 16 * RATE
     name = f"warning: speech-commands:{small}: "
     assert capfd.readouterr().err.splitlines() == [
-        f"{name}recordings that are no .wav file are left out: 3, as stop/0.FLAC",
-        f"{name}folders without a .wav file are left out: 3, as LICENSES",
-        f"{name}folders in the folders of words are left out: 1, as bed/more",
-        f"{name}background noise that is no .wav file is left out: hum.mp3",
+        f"{name}recordings that are not .wav files are skipped: 3, for example stop/0.FLAC",
+        f"{name}folders without a .wav file are skipped: 3, for example LICENSES",
+        f"{name}folders inside the folders of words are skipped: 1, for example bed/more",
+        f"{name}background noise that is not a .wav file is skipped: hum.mp3",
     ]
 
 
 def test_links_that_lead_astray(small: Path):
     (small / "bed2").symlink_to(small / "bed")
-    refuse(small, "'bed' and 'bed2' are one folder, by a link: remove one of them")
+    refuse(small, "'bed' and 'bed2' are one folder")
     (small / "bed2").unlink()
     (small / "bed" / "x.wav").symlink_to(small / "nowhere")
-    refuse(small, r"bed/x\.wav is no file, or a link to none")
+    refuse(small, r"bed/x\.wav is not a file")
     (small / "bed" / "x.wav").unlink()
     os.mkfifo(small / "bed" / "x.wav")
-    refuse(small, r"bed/x\.wav is no file, or a link to none")
+    refuse(small, r"bed/x\.wav is not a file")
     (small / "bed" / "x.wav").unlink()
     (small / "circle").symlink_to(small / "circle")
     with pytest.raises(OSError, match="circle"):
@@ -111,21 +111,21 @@ def test_links_that_lead_astray(small: Path):
 def test_a_set_of_another_kind_of_file_says_so(tmp_path: Path):
     (tmp_path / "set" / "yes").mkdir(parents=True)
     (tmp_path / "set" / "yes" / "0.flac").write_bytes(b"fLaC")
-    refuse(tmp_path / "set", r"no folder with WAV files for a word, only files as yes/0\.flac: convert them")
+    refuse(tmp_path / "set", r"no folder with WAV files .*yes/0\.flac")
 
 
 @pytest.mark.parametrize("words", [("rat",), ("bed", "cat", "dog"), ("bed", "silence")])
 def test_words_are_checked_before_the_clips_are_read(
     small: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
 ):
-    monkeypatch.setattr("rnn.data.speech_commands.kept_clips", lambda *args, **options: pytest.fail("they were read"))
+    monkeypatch.setattr("rnn.data.speech_commands.cached_clips", lambda *args, **options: pytest.fail("they were read"))
     refuse(small, "word", words)
 
 
 def test_a_full_disk_is_named_before_the_clips_are_read(small: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("rnn.data.clip_store.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
-    monkeypatch.setattr("rnn.data.clip_store.one_second", lambda *args: pytest.fail("a clip was read"))
-    refuse(small, r"the cache .* cannot be written \(it takes 0\.0 GB, 0\.0 GB are free\): name another folder")
+    monkeypatch.setattr("rnn.data.clip_store.to_one_second", lambda *args: pytest.fail("a clip was read"))
+    refuse(small, r"cache/clips cannot be written \(.*0\.0 GB")
 
 
 def test_two_runs_read_the_same_set_at_once(small: Path):
@@ -139,7 +139,7 @@ def test_what_a_kill_left_in_the_cache_is_removed_after_a_day(small: Path):
     clips = small.parent / "cache" / "clips"
     clips.mkdir(parents=True)
     for name, age in (("old", 90_000), ("new", 60)):
-        (clips / f".making-{name}").write_bytes(b"half")
-        os.utime(clips / f".making-{name}", (time.time() - age,) * 2)
+        (clips / f".unfinished-{name}").write_bytes(b"half")
+        os.utime(clips / f".unfinished-{name}", (time.time() - age,) * 2)
     read(small)
-    assert [path.name for path in clips.glob(".making-*")] == [".making-new"]
+    assert [path.name for path in clips.glob(".unfinished-*")] == [".unfinished-new"]

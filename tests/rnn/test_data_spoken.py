@@ -158,7 +158,7 @@ def test_a_long_word_is_spoken_faster_and_a_longer_one_refused(tmp_path: Path):
         ("yes,so so", "spoken: 'so so' is not a word"),
         ("yes,ça", "spoken: 'ça' is not a word"),
         ("yes,no,Yes", "spoken: 'yes' is named twice"),
-        ("yes", "spoken: 1 word is not enough to tell words apart"),
+        ("yes", "spoken: 1 word is not enough"),
     ],
 )
 def test_words_that_cannot_be_made(spec: str, message: str, tmp_path: Path):
@@ -168,7 +168,7 @@ def test_words_that_cannot_be_made(spec: str, message: str, tmp_path: Path):
 
 
 def test_too_few_clips(tmp_path: Path):
-    with pytest.raises(ValueError, match="spoken: 9 clips a word: at least 10"):
+    with pytest.raises(ValueError, match=r"spoken: 9 clips a word: .*at least 10"):
         make_spoken(("yes", "no"), cache_dir=str(tmp_path), clips_per_word=9)
 
 

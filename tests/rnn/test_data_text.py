@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rnn.data import Data, Text, load
-from rnn.data.text import REPLACEMENT, Vocabulary, as_text, python_topics
+from rnn.data.text import REPLACEMENT, Vocabulary, python_topics, split_text
 
 ENGLISH = "It was a bright cold day in April, and the clocks were striking thirteen.\n" * 50
 
@@ -48,7 +48,7 @@ def test_a_file_is_cut_by_position(tmp_path: Path):
 
 def test_rare_and_unknown_characters_are_replaced():
     body = "abcde\n" * 500
-    text = as_text("é" * 4 + "ß" * 5 + body + "éßü𝄞", "x")
+    text = split_text("é" * 4 + "ß" * 5 + body + "éßü𝄞", "x")
     assert text.vocabulary == (REPLACEMENT, "\n", "a", "b", "c", "d", "e", "ß")
     assert text.train[:9].tolist() == [0] * 4 + [7] * 5
     assert characters(text, text.test)[-4:] == "\ufffdß\ufffd\ufffd"
@@ -77,7 +77,7 @@ def test_line_ends_and_byte_order_mark_leave_no_trace(tmp_path: Path):
         (b"", r"some\.txt is empty$"),
         (b" \n\n", r"some\.txt is empty$"),
         (b"caf\xe9 au lait", r"some\.txt is not UTF-8 text \(byte 3\)$"),
-        ("no mark".encode("utf-16-le"), r"some\.txt is no text, or not in UTF-8: character 2 is a NUL$"),
+        ("no mark".encode("utf-16-le"), r"some\.txt is not UTF-8 text: character 2 is a NUL$"),
         (b"\xff\xfea", r"some\.txt is not UTF-8 text"),
     ],
 )
@@ -114,7 +114,7 @@ def test_lines_that_are_cut_or_left_out_are_counted(tmp_path: Path, capsys: pyte
     assert len(data.train) + len(data.validation) + len(data.test) == 51
     assert capsys.readouterr().err.splitlines() == [
         f"warning: text:{file}: 2 lines are longer than 512 characters and cut",
-        f"warning: text:{file}: 2 lines are repeated and left out",
+        f"warning: text:{file}: 2 lines are repeated and skipped",
     ]
 
 
@@ -136,7 +136,7 @@ def test_a_paragraph_is_in_one_topic_only(monkeypatch: pytest.MonkeyPatch):
 
 def test_python_without_its_help_is_one_error(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(__import__("sys").modules, "pydoc_data.topics", None)
-    with pytest.raises(ValueError, match="this Python comes without its help texts"):
+    with pytest.raises(ValueError, match=r"pydoc_data.*text:FILE"):
         load("text", task="lm")
 
 
@@ -220,7 +220,7 @@ def test_long_lines_are_cut(tmp_path: Path):
         (["up\tone", "down two"], r"some\.txt: line 2 is not a label, a tab and a text$"),
         (["up\tone", "", "\ttwo"], r"some\.txt: line 3 is not a label, a tab and a text$"),
         (["up\t "], r"some\.txt: line 1 is not a label, a tab and a text$"),
-        (labelled({"up": 20}), r"some\.txt: all lines have the label 'up'; it takes two to tell apart$"),
+        (labelled({"up": 20}), r"some\.txt: all lines have the label 'up'"),
         (
             labelled({"up": 20, "down": 9}) + labelled({"down": 9}),
             r"some\.txt: 9 different lines with the label 'down'; it takes 10 of each$",

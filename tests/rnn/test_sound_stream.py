@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rnn.data.audio import BANDS, RATE, LogMel, write_wav
-from rnn.data.sound_stream import LogMelStream, pieces
+from rnn.data.sound_stream import LogMelStream, read_chunks
 
 
 def noise(count: int) -> torch.Tensor:
@@ -33,21 +33,21 @@ def test_a_wav_file_and_bare_samples_are_the_same(tmp_path: Path) -> None:
     sound = noise(5000)
     write_wav(tmp_path / "x.wav", sound.numpy())
     content = (tmp_path / "x.wav").read_bytes()
-    read = list(pieces(io.BytesIO(content), "x", None))
+    read = list(read_chunks(io.BytesIO(content), "x", None))
     assert torch.equal(torch.cat(read), sound)
     assert [len(piece) for piece in read] == [1600, 1600, 1600, 200]
-    assert torch.equal(torch.cat(list(pieces(io.BytesIO(sound.numpy().tobytes() + b"x"), "x", RATE))), sound)
+    assert torch.equal(torch.cat(list(read_chunks(io.BytesIO(sound.numpy().tobytes() + b"x"), "x", RATE))), sound)
     trailing = content + b"LIST" + struct.pack("<I", 4) + b"abcd"
-    assert torch.equal(torch.cat(list(pieces(io.BytesIO(trailing), "x", None))), sound)
+    assert torch.equal(torch.cat(list(read_chunks(io.BytesIO(trailing), "x", None))), sound)
     for size in (0, 0x7FFFF000, 0x7FFFFF00, 0xFFFFFFFF):  # as a crash, sox, arecord and ffmpeg leave it
         endless = content[:4] + bytes(4) + content[8:40] + struct.pack("<I", size) + content[44:]
-        assert torch.equal(torch.cat(list(pieces(io.BytesIO(endless), "x", None))), sound)
+        assert torch.equal(torch.cat(list(read_chunks(io.BytesIO(endless), "x", None))), sound)
 
 
 def test_a_truncated_file_is_heard_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_wav(tmp_path / "x.wav", noise(5000).numpy())
     content = (tmp_path / "x.wav").read_bytes()[:-2000]
-    assert sum(map(len, pieces(io.BytesIO(content), "x.wav", None))) == 4000
+    assert sum(map(len, read_chunks(io.BytesIO(content), "x.wav", None))) == 4000
     assert capsys.readouterr().err == "warning: x.wav is truncated: 2000 bytes of sound are missing\n"
 
 
@@ -63,21 +63,21 @@ def wav(channels: int = 1, rate: int = RATE, bits: int = 16, code: int = 1) -> b
     ("content", "rate", "message"),
     [
         (b"", None, "x is empty"),
-        (b"", RATE, "x is empty: there is no sound in it"),
-        (b"hello, this is text", None, "x is no WAV file; for bare 16-bit samples give their rate, --rate 16000"),
+        (b"", RATE, "x is empty: it holds no sound"),
+        (b"hello, this is text", None, "x is not a WAV file; .*--rate 16000"),
         (wav()[:20], None, "x is truncated: it ends before its sound begins"),
-        (wav()[:44], None, "x is empty: there is no sound in it"),
-        (wav(channels=2), None, "x has 2 channels; it takes one: mix them"),
+        (wav()[:44], None, "x is empty: it holds no sound"),
+        (wav(channels=2), None, "x has 2 channels; .*ffmpeg -i IN "),
         (wav(rate=44_100), None, "x is at 44100 Hz; .* resample it, ffmpeg -i IN -ar 16000 -ac 1 "),
         (b"\0\0", 8000, "x is at 8000 Hz"),
-        (wav(), RATE, "x begins as a WAV file does: leave out --rate 16000"),
+        (wav(), RATE, "x is a WAV file, .*--rate 16000"),
         (wav(rate=0), None, "a WAV file of 0 Hz; 1,000 to 768,000"),
         (wav(channels=65_535), None, "a WAV file of 65,535 channels; 1 to 64"),
         (wav(bits=8, code=7), None, r"x: WAV format 7 \(mu-law\) of 8 bits"),
-        (wav(bits=8), None, "x: WAV format 1 of 8 bits; it takes PCM of 16 bits"),
+        (wav(bits=8), None, "x: WAV format 1 of 8 bits; only 16-bit PCM"),
         (wav(bits=32, code=3), None, "x: WAV format 3 of 32 bits"),
     ],
 )
 def test_other_sound_is_refused(content: bytes, rate: int | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        list(pieces(io.BytesIO(content), "x", rate))
+        list(read_chunks(io.BytesIO(content), "x", rate))

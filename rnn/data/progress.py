@@ -1,16 +1,16 @@
-"""A bar on standard error for what takes long, and nothing for what does not."""
+"""A progress bar on standard error for loops that take long."""
 
 import time
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
-UNTIMED_SECONDS, SILENT_SECONDS = 1.0, 2.0  # the time left is judged by what comes after the first second
+UNTIMED_SECONDS, SILENT_SECONDS = 1.0, 2.0  # the estimate of the time left ignores the first second
 
 Item = TypeVar("Item")
 
 
-def watched(items: Sequence[Item], text: str) -> Iterator[Item]:
-    """Go through `items`; after two seconds say on standard error what is going on (`text`) and how long still."""
+def with_progress(items: Sequence[Item], text: str) -> Iterator[Item]:
+    """Yield `items`; after two seconds show a progress bar with `text` and the time left on standard error."""
     began, bar = time.monotonic(), None
     try:
         for number, item in enumerate(items):
