@@ -1,4 +1,4 @@
-"""Take a finished run elsewhere: python -m rnn.export c|onnx|pack RUN OUT."""
+"""Export a finished run: python -m rnn.export c|onnx|pack RUN OUT."""
 
 import argparse
 import json
@@ -15,13 +15,13 @@ from str_triton.files import write_atomically
 from str_triton.training.errors import UserError, as_user_error, run_program, warn
 
 PROGRAM = "python -m rnn.export"
-STEPS = 99  # frames of a second of speech
-TOLERANCE = 1e-4  # by which onnxruntime's scores may differ from torch's
+STEPS = 99  # the frames of one second of speech
+TOLERANCE = 1e-4  # the maximum difference between onnxruntime's and torch's scores
 VALUES = ("float32", "float16", "bfloat16")
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the program with ``args`` (default: those of the command line) and return its exit code."""
+    """Run the program with ``args`` (default: the command line's) and return its exit code."""
 
     def program() -> None:
         options = parser().parse_args(args)
@@ -32,8 +32,8 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    top = OneLineParser(prog=PROGRAM, description="Take a finished run of rnn/train.py elsewhere.")
+    """Return the parser of the command line."""
+    top = OneLineParser(prog=PROGRAM, description="Export a finished run of rnn/train.py.")
     commands = top.add_subparsers(title="targets", metavar="TARGET", required=True)
 
     def command(name: str, purpose: str, out: str, out_help: str) -> argparse.ArgumentParser:
@@ -44,45 +44,45 @@ def parser() -> argparse.ArgumentParser:
 
     c = command(
         "c",
-        "One header and one source in C99 for microcontrollers, without allocation: a call per frame",
+        "C99 for microcontrollers: a header and a source without allocation, one call per frame",
         "DIR",
-        "folder for both, which begin with its name; made if need be",
+        "the folder for the two files, whose names begin with the folder's name; made if missing",
     )
     c.add_argument(
         "--weights",
         choices=WEIGHTS,
         default="float32",
-        help="how matrices and biases are held, in int8 with a scale for each dense one and for each component of the "
-        "others; the arithmetic is float (default: float32)",
+        help="the type of the stored matrices and biases; int8 has a scale for each dense matrix, component and bias; "
+        "the arithmetic is float (default: float32)",
     )
     c.set_defaults(export=export_c)
-    onnx = command("onnx", "An ONNX model, checked by onnxruntime against torch", "FILE", "the .onnx file")
+    onnx = command("onnx", "ONNX, checked with onnxruntime against torch", "FILE", "the .onnx file")
     length = onnx.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, help=f"length of the sequences it takes (default: {STEPS})")
-    length.add_argument("--streaming", action="store_true", help="one step, with the state going in and out")
+    length.add_argument("--steps", type=int, help=f"the length of the input sequences (default: {STEPS})")
+    length.add_argument("--streaming", action="store_true", help="a single step, with the state as input and output")
     onnx.set_defaults(export=export_onnx)
     pack = command(
-        "pack", "A packed file with a checksum, and a model card (.md) beside it", "FILE", "the .safetensors file"
+        "pack", "A packed file with a checksum, and a model card (.md) next to it", "FILE", "the .safetensors file"
     )
     pack.add_argument(
-        "--values", choices=VALUES, default="float32", help="what matrices are rounded to (default: float32)"
+        "--values", choices=VALUES, default="float32", help="the type that matrices are rounded to (default: float32)"
     )
     pack.set_defaults(export=export_pack)
     return top
 
 
 def export_c(options: argparse.Namespace) -> None:
-    """C for microcontrollers."""
+    """Write C for microcontrollers and print its sizes."""
     sizes = write_c(open_run(options.run), options.out, weights=options.weights)
     print(f"{options.out}: C99, {options.weights} weights")
     print(sizes)
 
 
 def export_onnx(options: argparse.Namespace) -> None:
-    """An ONNX model; it is written once onnxruntime has given torch's scores."""
+    """Write an ONNX model, after checking onnxruntime's scores against torch's."""
     try:
         import onnx
-        import onnxruntime  # noqa: F401 (that it is there)
+        import onnxruntime  # noqa: F401 (checks that it is installed)
     except ModuleNotFoundError as missing:
         raise UserError(f"ONNX needs {missing.name}: pip install 'str-triton[onnx]'") from missing
     from rnn.onnx_export import largest_deviation, streaming, unrolled
@@ -103,9 +103,9 @@ def export_onnx(options: argparse.Namespace) -> None:
 
 
 def export_pack(options: argparse.Namespace) -> None:
-    """A packed file and its model card."""
+    """Write a packed file and its model card."""
     if options.out.suffix == ".md":
-        raise UserError(f"{options.out}: the card would take this name; give the packed file another suffix")
+        raise UserError(f"{options.out}: the model card gets this name; give the packed file another suffix")
     run = open_run(options.run)
     facts = run_facts(run)
     with warnings.catch_warnings(record=True) as remarks:
@@ -118,8 +118,8 @@ def export_pack(options: argparse.Namespace) -> None:
     card = deploy.model_card(
         options.out,
         title=run.name,
-        description="A recurrent network whose ranks were learned in training. The file's metadata name its outputs, "
-        "and the mean and deviation that its inputs were standardised with.",
+        description="A recurrent network whose ranks were learned in training. The file's metadata hold the names of "
+        "the outputs, and the mean and deviation of the inputs' standardisation.",
         facts=facts,
         code=card_code(run, options.out.name),
         pipeline_tag="text-generation" if run.config["task"] == "lm" else None,
@@ -129,7 +129,7 @@ def export_pack(options: argparse.Namespace) -> None:
 
 
 def run_facts(run: FinishedRun) -> dict[str, str]:
-    """What a model card says of the run."""
+    """Return the facts about the run for the model card."""
     summary = json.loads((run.folder / "summary.json").read_text())
     facts = {"data": run.config["data"], "recipe": summary["recipe"], "epochs": str(summary["epochs"])}
     if "accuracy" in summary:
@@ -140,7 +140,7 @@ def run_facts(run: FinishedRun) -> dict[str, str]:
 
 
 def card_code(run: FinishedRun, name: str) -> str:
-    """Lines that load the packed network in its compact form."""
+    """Return Python code that loads the packed network in its compact form."""
     model, rnn = run.model, run.model.rnn
     lm = run.config["task"] == "lm"
     inputs = len(run.outputs) if lm else rnn.input_size

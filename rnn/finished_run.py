@@ -1,4 +1,4 @@
-"""A finished run of rnn/train.py, as the programs that go on with it read it."""
+"""Finished runs of rnn/train.py, read by the programs that use the trained network."""
 
 import json
 from collections.abc import Mapping
@@ -18,14 +18,14 @@ from str_triton.training.errors import UserError, one_line
 
 @dataclass(frozen=True, eq=False)
 class FinishedRun:
-    """What training left.
+    """A finished run.
 
     Attributes:
-        folder: of the run.
-        config: its options, as config.json has them.
+        folder: the run's folder.
+        config: the run's options, from config.json.
         model: the compact network, on the CPU, in evaluation mode.
-        outputs: what its scores are for: names of classes, or the characters of a language model.
-        mean, std: float32 [inputs]; the network takes (features - mean) / std. None: the features as they are.
+        outputs: the meaning of the scores: the class names, or the characters of a language model.
+        mean, std: float32 [inputs]; the network's input is (features - mean) / std. None: no standardisation.
     """
 
     folder: Path
@@ -37,15 +37,15 @@ class FinishedRun:
 
     @property
     def name(self) -> str:
-        """Return the network in a few words."""
+        """Return a short description of the network."""
         rnn, cell = self.model.rnn, type(self.model.rnn).__name__.removeprefix("LowRank")
         layers = f"{rnn.num_layers} layers of " if rnn.num_layers > 1 else ""
         direction = "bidirectional " if rnn.bidirectional else ""
         return f"{direction}{cell}, {layers}{rnn.hidden_size} units, trained on {self.config['data']}"
 
 
-def interface(data: Data | Text) -> str:
-    """interface.json of a run on `data`: what stands around the network where it is used."""
+def interface_json(data: Data | Text) -> str:
+    """Return the content of interface.json: the names of the outputs and the standardisation of the inputs."""
     if isinstance(data, Text):
         return json.dumps({"outputs": data.vocabulary, "standardisation": None}) + "\n"
     numbers = data.standardisation and {name: value.tolist() for name, value in vars(data.standardisation).items()}
@@ -53,35 +53,35 @@ def interface(data: Data | Text) -> str:
 
 
 def open_run(folder: str | Path) -> FinishedRun:
-    """Read the folder of a finished run; `UserError` for one that is missing, unfinished, damaged or no such run."""
+    """Read the folder of a finished run; raise `UserError` for a folder that is missing, unfinished or damaged."""
     from safetensors import SafetensorError
 
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give one of rnn/train.py's runs")
+        raise UserError(f"{folder}: no such folder; name the folder of a run of rnn/train.py")
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is no run of rnn/train.py: it has no config.json")
+        raise UserError(f"{folder} is not a run of rnn/train.py: it has no config.json")
     for name in ("model.safetensors", "interface.json"):
         if not (folder / name).is_file():
             raise UserError(f"{folder} has no {name}: the run is not finished, or an older version made it")
     try:
         config = json.loads((folder / "config.json").read_text())
         from_plain(Config, config)
-        known = json.loads((folder / "interface.json").read_text())
+        interface = json.loads((folder / "interface.json").read_text())
         model = load_trained(folder)
-        mean, std = _standardisation(known["standardisation"], model.rnn.input_size)
+        mean, std = _standardisation(interface["standardisation"], model.rnn.input_size)
         scores = (model.decoder if isinstance(model, LanguageModel) else model.classifier).out_features
-        if scores != len(known["outputs"]):
-            raise ValueError(f"{scores} scores, but {len(known['outputs'])} names for them")
-        if not all(isinstance(name, str) for name in known["outputs"]):
-            raise ValueError("the names of its scores are no texts")
-        return FinishedRun(folder, config, model, tuple(known["outputs"]), mean, std)
+        if scores != len(interface["outputs"]):
+            raise ValueError(f"{scores} scores, but {len(interface['outputs'])} names for them")
+        if not all(isinstance(name, str) for name in interface["outputs"]):
+            raise ValueError("the names of its scores are not strings")
+        return FinishedRun(folder, config, model, tuple(interface["outputs"]), mean, std)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder} is no run of rnn/train.py, or damaged: {one_line(error)}") from error
+        raise UserError(f"{folder} is not a run of rnn/train.py, or damaged: {one_line(error)}") from error
 
 
 def _standardisation(numbers: Mapping[str, list[float]] | None, size: int) -> tuple[Tensor | None, Tensor | None]:
-    """Return mean and deviation of ``size`` inputs, as interface.json has them; ValueError for other numbers."""
+    """Return mean and deviation, float32 [size], from interface.json; raise ValueError for invalid numbers."""
     if numbers is None:
         return None, None
     mean, std = (torch.tensor(numbers[name], dtype=torch.float32) for name in ("mean", "std"))
@@ -91,5 +91,5 @@ def _standardisation(numbers: Mapping[str, list[float]] | None, size: int) -> tu
             or not bool(values.isfinite().all())
             or (values is std and not bool((std > 0).all()))
         ):
-            raise ValueError(f"its {name} are not {size} numbers by which inputs can be standardised")
+            raise ValueError(f"its {name} are not {size} numbers that can standardise inputs")
     return mean, std

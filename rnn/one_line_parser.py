@@ -1,4 +1,4 @@
-"""An argument parser whose complaint is one line, as that of all bad input."""
+"""An argument parser that reports errors in one line."""
 
 import argparse
 from typing import NoReturn
@@ -7,7 +7,7 @@ from str_triton.training.errors import UserError
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Raises `UserError` for arguments that do not parse."""
+    """An argument parser that raises `UserError` for invalid arguments."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} ({self.prog} --help)")

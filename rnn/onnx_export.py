@@ -1,6 +1,6 @@
-"""A finished run as an ONNX model: sequences of a fixed length, or one step with the state going in and out.
+"""Export of a finished run to ONNX: for sequences of a fixed length, or for one step with the state as an input.
 
-The graph is built by hand, an operator of ONNX for each of the formulas in `rnn.layers` and `rnn.fastgrnn`.
+The graph is built by hand from the formulas in `rnn.layers` and `rnn.fastgrnn`.
 """
 
 import json
@@ -14,16 +14,16 @@ from rnn.finished_run import FinishedRun
 from rnn.models import LanguageModel
 from rnn.onnx_graph import Graph, Layer
 
-OPSET, IR_VERSION = 18, 8  # of 2022, which every current runtime reads
-ModelProto = Any  # onnx.ModelProto, whose library arrives with the first model
-Value = tuple[str, type[np.generic], list[int | str]]  # a graph's input or output: name, dtype, shape
+OPSET, IR_VERSION = 18, 8  # the versions of 2022, which every current runtime reads
+ModelProto = Any  # onnx.ModelProto; onnx is imported only when a model is exported
+Value = tuple[str, type[np.generic], list[int | str]]  # an input or output of a graph: name, dtype, shape
 
 
 def unrolled(run: FinishedRun, steps: int) -> ModelProto:
-    """The network over sequences of ``steps`` steps.
+    """Export the network for sequences of ``steps`` steps.
 
-    A classifier takes frames [batch, steps, inputs], as they are before standardisation, and gives scores [batch,
-    outputs]; a language model takes characters int64 [batch, steps] and gives scores [batch, steps, outputs].
+    A classifier maps frames [batch, steps, inputs], not standardised, to scores [batch, outputs]. A language model maps
+    characters, int64 [batch, steps], to scores [batch, steps, outputs].
     """
     graph, model, rnn = Graph(), run.model, run.model.rnn
     x, inputs = _input(graph, run, ["batch", steps])
@@ -54,18 +54,18 @@ def unrolled(run: FinishedRun, steps: int) -> ModelProto:
 
 
 def streaming(run: FinishedRun) -> ModelProto:
-    """One step of the network: of a sequence that goes on, the next frame or character and the state before it.
+    """Export one step of the network, with the state as input and output.
 
-    Inputs are frame [batch, inputs] or character int64 [batch], h [layers, batch, hidden], an LSTM's c likewise, and
-    with mean pooling total float64 [batch, hidden] and steps int64 [1]. All of these begin as zeros; scores [batch,
-    outputs] come out, and the next state under the names next_h, ...
+    The inputs are frame [batch, inputs] or character, int64 [batch]; the state h [layers, batch, hidden], for an LSTM
+    also c of the same shape; and with mean pooling total, float64 [batch, hidden], and steps, int64 [1]. The state is
+    zero at the beginning of a sequence. The outputs are scores [batch, outputs] and the next state, next_h, ...
 
     Raises ValueError for a bidirectional network.
     """
     graph, model, rnn = Graph(), run.model, run.model.rnn
     if rnn.bidirectional:
         raise ValueError(
-            f"{run.folder}: a bidirectional network cannot go step by step: its second direction begins at the end"
+            f"{run.folder}: a bidirectional network cannot run step by step: its second direction begins at the end"
         )
     x, inputs = _input(graph, run, ["batch"])
     zero = graph.constant("axis_0", np.array([0], np.int64))
@@ -99,7 +99,7 @@ def _running_mean(graph: Graph, x: str) -> str:
 
 
 def _input(graph: Graph, run: FinishedRun, shape: list[int | str]) -> tuple[str, list[Value]]:
-    """The network's input as the layers take it, and the graph's input for it."""
+    """Add the graph's input and its standardisation or embedding; return the result's name and the graph's inputs."""
     plural = "s" if len(shape) > 1 else ""
     if isinstance(run.model, LanguageModel):
         embedding = graph.constant("embedding", run.model.embedding.weight)
@@ -134,9 +134,10 @@ def _model(graph: Graph, run: FinishedRun, inputs: list[Value], outputs: list[Va
 
 
 def largest_deviation(run: FinishedRun, content: bytes, steps: int | None) -> float:
-    """The largest difference between onnxruntime's scores and torch's, of two made-up sequences.
+    """Return the largest difference between onnxruntime's and torch's scores of two random sequences.
 
-    content: of the file. steps: of an `unrolled` graph; None: a `streaming` one, which goes through twenty steps.
+    content: the bytes of the ONNX file. steps: the number of steps of an `unrolled` graph, or None for a `streaming`
+    graph, which runs twenty steps.
     """
     import onnxruntime
 
@@ -147,27 +148,27 @@ def largest_deviation(run: FinishedRun, content: bytes, steps: int | None) -> fl
     shape = 2, steps or 20
     if isinstance(run.model, LanguageModel):
         x = torch.randint(len(run.outputs), shape, generator=generator)
-        given = x.numpy()
+        fed = x.numpy()
     else:
         x = torch.randn(*shape, run.model.rnn.input_size, generator=generator)
-        given = (x if run.mean is None else x * run.std + run.mean).numpy()
+        fed = (x if run.mean is None else x * run.std + run.mean).numpy()
     names = [value.name for value in session.get_inputs()]
     if steps is not None:
-        (scores,) = session.run(["scores"], {names[0]: given})
+        (scores,) = session.run(["scores"], {names[0]: fed})
         with torch.no_grad():
             expected = run.model(x)[0] if isinstance(run.model, LanguageModel) else run.model(x)
         return float(np.abs(scores - expected.numpy()).max())
-    deviation, state, own = 0.0, None, _beginning(session)
+    deviation, state, onnx_state = 0.0, None, _zero_state(session)
     for time in range(shape[1]):
-        scores, *following = session.run(None, {names[0]: given[:, time], **own})
-        own = dict(zip(own, following, strict=True))
+        scores, *following = session.run(None, {names[0]: fed[:, time], **onnx_state})
+        onnx_state = dict(zip(onnx_state, following, strict=True))
         expected, state = run.model.step(x[:, time], state)
         deviation = max(deviation, float(np.abs(scores - expected.numpy()).max()))
     return deviation
 
 
-def _beginning(session: Any) -> dict[str, np.ndarray]:
-    """Zeros for the state of two sequences, by the names of a streaming session's inputs."""
+def _zero_state(session: Any) -> dict[str, np.ndarray]:
+    """Return the zero state of two sequences by the names of a streaming session's inputs."""
     dtypes = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(int64)": np.int64}
     return {
         value.name: np.zeros([2 if size == "batch" else size for size in value.shape], dtypes[value.type])

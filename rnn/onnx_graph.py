@@ -1,6 +1,6 @@
-"""A graph of ONNX operators that grows, and the recurrent cells as nodes of it.
+"""A builder of ONNX graphs, and the recurrent cells as ONNX operators.
 
-ONNX's own GRU and LSTM take dense matrices only; here a matrix in factors stays two products.
+ONNX's own GRU and LSTM operators take only dense matrices. Here a matrix in factors stays two products.
 """
 
 from collections.abc import Sequence
@@ -16,30 +16,30 @@ States = tuple[str, ...]  # the names of h, or of h and c
 
 
 class Graph:
-    """Nodes and constants of a graph that grows; each value is known by its name."""
+    """A graph under construction: its nodes and constants. Every value is identified by its name."""
 
     def __init__(self) -> None:
-        self.nodes: list[Any] = []  # onnx.NodeProto, whose library arrives with the first of them
+        self.nodes: list[Any] = []  # onnx.NodeProto; onnx is imported with the first node
         self.constants: dict[str, np.ndarray] = {}
 
     def constant(self, name: str, values: Tensor | np.ndarray) -> str:
-        """Values under a name; returns the name."""
+        """Add a constant and return its name."""
         if isinstance(values, Tensor):
             values = values.detach().cpu().numpy()
         self.constants[name] = np.ascontiguousarray(values)
         return name
 
     def add(self, operator: str, *inputs: str, name: str | None = None, **attributes: int) -> str:
-        """A node with one output, called ``name`` or by the node's number; returns the output's name."""
+        """Add a node with one output and return the output's name, by default the operator and the node's number."""
         return self._node(operator, inputs, [name or f"{operator}_{len(self.nodes)}"], attributes)[0]
 
     def split(self, value: str, sizes: list[int], axis: int = -1) -> list[str]:
-        """The value in pieces of these sizes along the axis."""
+        """Split a value into pieces of these sizes along `axis` and return their names."""
         if len(sizes) == 1:
             return [value]
-        given = self.constant(f"sizes_{'_'.join(map(str, sizes))}", np.array(sizes, np.int64))
+        lengths = self.constant(f"sizes_{'_'.join(map(str, sizes))}", np.array(sizes, np.int64))
         names = [f"Split_{len(self.nodes)}_{piece}" for piece in range(len(sizes))]
-        return self._node("Split", (value, given), names, {"axis": axis})
+        return self._node("Split", (value, lengths), names, {"axis": axis})
 
     def _node(self, operator: str, inputs: Sequence[str], outputs: list[str], attributes: dict[str, int]) -> list[str]:
         from onnx import helper
@@ -49,9 +49,9 @@ class Graph:
 
 
 class Layer:
-    """One recurrent layer in one direction, as nodes.
+    """One direction of a recurrent layer as ONNX nodes.
 
-    Cells take the input's part of the gates and the states, [batch, ..., gates * hidden] and [batch, ..., hidden].
+    `cell` maps the projected input [batch, ..., gates * hidden] and the states [batch, ..., hidden] to the next states.
     """
 
     def __init__(self, graph: Graph, rnn: LowRankRNN, suffix: str) -> None:
@@ -66,7 +66,7 @@ class Layer:
             graph.constant(f"sigmoid_{name}_{suffix}", getattr(rnn, f"{name}_{suffix}").sigmoid())
 
     def project(self, x: str) -> str:
-        """What the input gives to the gates, of all steps at once."""
+        """Project the input of all steps to the gates; return the result's name."""
         return self._biased(product(self.graph, x, self.weights[f"weight_ih_{self.suffix}"]), "bias_ih")
 
     def _recur(self, h: str) -> str:
@@ -101,7 +101,7 @@ class Layer:
 
 
 def factors(graph: Graph, name: str, weight: LowRankWeight | Tensor) -> list[str]:
-    """What row vectors are multiplied with, one after the other: v and u^T, or the transpose of a dense matrix."""
+    """Add the factors of the transpose of `weight` as constants: v and u^T, or one transposed dense matrix."""
     if isinstance(weight, LowRankWeight):
         u = graph.constant(f"{name}.u", (weight.u * weight.spectrum()).mT)
         return [graph.constant(f"{name}.v", weight.v), u]
@@ -109,7 +109,7 @@ def factors(graph: Graph, name: str, weight: LowRankWeight | Tensor) -> list[str
 
 
 def product(graph: Graph, x: str, factors: list[str]) -> str:
-    """The product of row vectors with one factor after the other."""
+    """Multiply row vectors with one factor after the other; return the product's name."""
     for factor in factors:
         x = graph.add("MatMul", x, factor)
     return x

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rnn.baselines import common_ranks, svd_ranks
 from rnn.data import load
-from rnn.finished_run import interface
+from rnn.finished_run import interface_json
 from rnn.models import Architecture, architecture_of, compact, copy_weights
 from rnn.recipes import PUBLISHED, RECIPES, RESUME_MAY_CHANGE, TARGETED, Config, recipe_for, resolve
 from rnn.tasks import Task, make_task
@@ -195,7 +195,7 @@ class Experiment(Loop):
         }
         run.write("summary.json", json.dumps(summary, indent=2) + "\n")
         run.write("data.json", json.dumps({"name": self.task.data.name, **self.task.data.notes}, indent=2) + "\n")
-        run.write("interface.json", interface(self.task.data))
+        run.write("interface.json", interface_json(self.task.data))
         run.write("model.safetensors", packed(small, self.architecture))
         run.write("report.html", report(run.path))
         run.say(str(budget))

@@ -1,4 +1,4 @@
-"""Recurrent classifiers as C99 for microcontrollers."""
+"""Export of recurrent classifiers to C99 for microcontrollers."""
 
 from rnn.c_export.program import WEIGHTS, Sizes, write_c
 

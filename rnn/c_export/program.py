@@ -1,4 +1,4 @@
-"""A finished run as one C header and one C source."""
+"""Export of a finished run to one C header and one C source."""
 
 import re
 from collections.abc import Iterator
@@ -15,24 +15,26 @@ from rnn.models import SequenceClassifier
 from str_triton.files import write_atomically
 
 WEIGHTS = ("float32", "int8")
-WIDTH = 120  # characters of a line
-INCLUDED = ("math", "stddef", "stdint")  # whose headers ours must not hide
-# Of the header's comment, by whether features are taken as they are, and whether the network reads in both directions.
+WIDTH = 120  # the maximum length of a line
+RESERVED = ("math", "stddef", "stdint")  # a header of ours with one of these names would hide C's own
+# Sentences of the header's comment. Index 1: the data are not standardised, or the network is bidirectional.
 _FEATURES = (
-    "the features as they are, not standardised: the program subtracts the mean and divides by the deviation itself",
-    "the features as they are",
+    "the raw features, not standardised: the program subtracts the mean and divides by the deviation",
+    "the raw features",
 )
 _READY = ("After any frame", "After both passes over the whole sequence")
-POINTER = 4  # bytes, and of a size_t, on the 32-bit processors that the figures are for
+POINTER = 4  # bytes of a pointer and of a size_t on a 32-bit processor
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of the program's data where a pointer has 4, its instructions left out.
+    """The sizes of the program's data in bytes on a 32-bit processor, without its instructions.
 
     Attributes:
-        weights: matrices and biases. tables: scales, means and deviations, and the records of the layers.
-        state: of one sequence. stack: the arrays of the deepest call.
+        weights: matrices and biases.
+        tables: scales, means, deviations and the records of the layers.
+        state: the state of one sequence.
+        stack: the arrays of the deepest call.
     """
 
     weights: int
@@ -42,7 +44,7 @@ class Sizes:
 
     @property
     def flash(self) -> int:
-        """Weights and tables."""
+        """Return the bytes of weights and tables."""
         return self.weights + self.tables
 
     def __str__(self) -> str:
@@ -53,22 +55,22 @@ class Sizes:
 
 
 def write_c(run: FinishedRun, folder: str | Path, *, weights: str = "float32") -> Sizes:
-    """Write NAME.h and NAME.c to `folder`, which gives them NAME; it is made if need be.
+    """Write NAME.h and NAME.c to `folder`. NAME comes from the folder's name; a missing folder is made.
 
-    weights: "float32", or "int8", see `StoredMatrix`; all arithmetic is float.
+    weights: "float32" or "int8", see `StoredMatrix`. All arithmetic is float.
 
     Raises:
-        ValueError: a language model, several bidirectional layers, unknown weights, weights that are not finite.
+        ValueError: a language model, several bidirectional layers, unknown `weights`, weights that are not finite.
         OSError: the folder cannot be written.
     """
     if weights not in WEIGHTS:
         raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
     if not isinstance(run.model, SequenceClassifier):
-        raise ValueError(f"{run.folder} is a language model; C is written for classifiers of feature vectors")
+        raise ValueError(f"{run.folder} is a language model; only classifiers of feature vectors can be exported to C")
     if run.model.rnn.bidirectional and run.model.rnn.num_layers > 1:
         raise ValueError(
-            f"{run.folder}: {run.model.rnn.num_layers} bidirectional layers; the second needs all of the first one's "
-            "outputs, which no call per frame can give: train with --layers 1 or without --bidirectional"
+            f"{run.folder}: {run.model.rnn.num_layers} bidirectional layers; the second needs all outputs of the "
+            "first, which a call per frame cannot provide: train with --layers 1 or without --bidirectional"
         )
     folder = Path(folder)
     name = identifier(folder)
@@ -81,17 +83,18 @@ def write_c(run: FinishedRun, folder: str | Path, *, weights: str = "float32") -
 
 
 def identifier(folder: Path) -> str:
-    """The name of a folder as one for C: what its functions and files begin with."""
+    """Return a C identifier from a folder's name, the prefix of the program's functions and files."""
     name = re.sub(r"[^0-9A-Za-z]+", "_", folder.resolve().name).strip("_").lower()
-    return name if name[:1].isalpha() and name not in INCLUDED else f"rnn_{name}".rstrip("_")
+    return name if name[:1].isalpha() and name not in RESERVED else f"rnn_{name}".rstrip("_")
 
 
 class _Program:
-    """The parts of the text.
+    """The C program of a run.
 
     Attributes:
-        suffixes: of the layers' weights, layer by layer and in each direction by direction.
-        matrices, biases: by their names in the source. mean: the classifier sees the mean of the outputs.
+        suffixes: the suffixes of the weights' names, by layer and then by direction.
+        matrices, biases: the stored weights by their names in the source.
+        mean: whether the classifier sees the mean of the outputs.
     """
 
     def __init__(self, run: FinishedRun, name: str, *, int8: bool) -> None:
@@ -141,9 +144,9 @@ class _Program:
             hidden=rnn.hidden_size,
             layers=rnn.num_layers,
             directions=1 + rnn.bidirectional,
-            widest=self._widest(),
+            max_rank=self._largest_rank(),
             weight="int8_t" if self.int8 else "float",
-            scale_field="    const float *scale; /* of each component, or of a dense matrix */\n" * self.int8,
+            scale_field="    const float *scale; /* one for each component, or one for a dense matrix */\n" * self.int8,
             vector_scale_field="    float scale;\n" * self.int8,
             vector_scale="v->scale * (float)" * self.int8,
             cell_fields="".join(f"    float {name}; /* after its sigmoid */\n" for name in rnn.scalars),
@@ -172,7 +175,9 @@ class _Program:
             weights=weights,
             tables=sum(values.nbytes for _, _, values in arrays) - weights + records,
             state=sum(4 * count for _, _, count in self._state()),
-            stack=max(standardised + 4 * (2 * self._widest() + rnn.hidden_size), 4 * len(self.run.outputs) + pooled),
+            stack=max(
+                standardised + 4 * (2 * self._largest_rank() + rnn.hidden_size), 4 * len(self.run.outputs) + pooled
+            ),
         )
 
     def _title(self) -> str:
@@ -180,20 +185,20 @@ class _Program:
         return _comment(f"{self.run.name}; {precision}; written by str-triton")
 
     def _state(self) -> list[tuple[str, str, int]]:
-        """Type, name and length of the state's arrays."""
+        """Return type, name and length of the state's arrays."""
         directions, hidden = 1 + self.rnn.bidirectional, self.rnn.hidden_size
         names = list(template.CELLS[self.rnn.cell].states)
         state = [("float", name, len(self.suffixes) * hidden) for name in names]
         if self.mean:
-            state += [("float", name, directions * hidden) for name in ("total", "lost")]
+            state += [("float", name, directions * hidden) for name in ("total", "compensation")]
             state.append(("uint32_t", "steps", directions))
         return state
 
-    def _widest(self) -> int:
+    def _largest_rank(self) -> int:
         return max(1, *(matrix.rank for matrix in self.matrices.values()))
 
     def _arrays(self) -> Iterator[tuple[str, str, np.ndarray]]:
-        """Name, type and values of each array."""
+        """Yield name, type and values of each array."""
         for name, matrix in self.matrices.items():
             for part, kind in (("rows", "weight"), ("inner", "weight"), ("scale", "float")):
                 if (values := getattr(matrix, part)) is not None:
@@ -205,7 +210,7 @@ class _Program:
             yield "deviation", "float", as_float32(self.run.std)
 
     def _data(self) -> str:
-        """The arrays, the layers and the classifier."""
+        """Return the C definitions of the arrays, the layers and the classifier."""
         arrays = (_array(name, kind, values) for name, kind, values in self._arrays())
         layers = []
         for suffix in self.suffixes:
@@ -235,14 +240,14 @@ class _Program:
 
 
 def _bias(rnn: LowRankRNN, suffix: str) -> np.ndarray:
-    """Return the biases of a layer as its C cell takes them; zeros where the layer has none."""
+    """Return the biases of a layer in the order of its C cell; zeros where the layer has none."""
     none = np.zeros(rnn.gates * rnn.hidden_size, np.float32)
     biases = (as_float32(getattr(rnn, f"{name}_{suffix}")) if rnn.bias else none for name in rnn.biases)
     return template.CELLS[rnn.cell].bias(*(bias.reshape(rnn.gates, -1) for bias in biases)).flatten()
 
 
 def _array(name: str, kind: str, values: np.ndarray) -> str:
-    """A constant array in lines of at most WIDTH characters."""
+    """Return the C definition of a constant array, in lines of at most WIDTH characters."""
     lines, line = [], "   "
     for number in values.flatten().tolist():
         text = f" {number}," if values.dtype == np.int8 else f" {_number(number)},"
@@ -255,11 +260,11 @@ def _array(name: str, kind: str, values: np.ndarray) -> str:
 
 
 def _number(value: float) -> str:
-    """A float constant of C that reads back as the same float32."""
+    """Return a C float constant that reads back as the same float32."""
     text = f"{value:.9g}"
     return f"{text}f" if re.search(r"[.e]", text) else f"{text}.0f"
 
 
 def _comment(text: str) -> str:
-    """Text as it can stand in a comment."""
+    """Return text that is safe inside a C comment."""
     return re.sub(r"[^ -~]", "_", text).replace("*/", "* /").replace("/*", "/ *")

@@ -1,4 +1,4 @@
-"""The text of the C program, with places for the numbers; `program` fills them in."""
+"""Templates of the C program; `rnn.c_export.program` fills them in."""
 
 from collections.abc import Callable
 from string import Template
@@ -9,7 +9,7 @@ import numpy as np
 HEADER = Template("""\
 /* $title.
  *
- * C99, no allocation; of the library it needs expf and tanhf. One call per frame:
+ * C99 without allocation. It needs expf and tanhf of the math library. One call per frame:
  *
  *     ${name}_state state;
  *     ${name}_init(&state);
@@ -18,7 +18,7 @@ $calls
  *
  * A frame is an array of ${guard}_INPUTS floats:
  * $features.
- * $ready ${name}_logits gives the score of each class, before any softmax.
+ * $ready ${name}_logits returns the score of each class, without a softmax.
  * The classes:
  *
 $classes
@@ -42,13 +42,13 @@ $state
 /* Begin a sequence. */
 void ${name}_init(${name}_state *state);
 
-/* Go on by one frame$forward. */
+/* Process one frame$forward. */
 void ${name}_step(${name}_state *state, const float frame[${guard}_INPUTS]);
 $backward
-/* The score of each class. */
+/* Write the score of each class to logits. */
 void ${name}_logits(const ${name}_state *state, float logits[${guard}_OUTPUTS]);
 
-/* The class with the largest score. */
+/* Return the class with the largest score. */
 int ${name}_predict(const ${name}_state *state);
 
 #ifdef __cplusplus
@@ -71,17 +71,17 @@ enum {
     HIDDEN = $hidden,
     LAYERS = $layers,
     DIRECTIONS = $directions,
-    WIDEST = $widest /* the largest rank */
+    MAX_RANK = $max_rank
 };
 
 typedef $weight weight;
 
-/* A matrix of rows; in factors, rows times inner, or dense, where inner is NULL. */
+/* A matrix: the product of rows and inner, or rows alone, where inner is NULL. */
 typedef struct {
     const weight *rows;
     const weight *inner;
-$scale_field    size_t columns; /* of the matrix */
-    size_t size; /* of a row: the rank, or columns */
+$scale_field    size_t columns; /* columns of the matrix */
+    size_t size; /* length of a row: the rank, or columns */
 } matrix;
 
 typedef struct {
@@ -104,16 +104,16 @@ static float dot(const weight *w, const float *x, size_t count)
     return sum;
 }
 
-/* What the rows of m are multiplied with for its product with x: x itself, or its product with inner, put in room. */
-static const float *project(const matrix *m, const float *x, float *room)
+/* Return the vector that the rows of m are multiplied with: x, or the product of inner and x, written to buffer. */
+static const float *project(const matrix *m, const float *x, float *buffer)
 {
     if (m->inner == NULL) {
         return x;
     }
     for (size_t k = 0; k < m->size; k++) {
-        room[k] = $component;
+        buffer[k] = $component;
     }
-    return room;
+    return buffer;
 }
 
 static float row(const matrix *m, size_t i, const float *projected)
@@ -183,9 +183,9 @@ static float sigmoid(float x)
 
 _BEGIN = """\
 {
-    float room_x[WIDEST], room_h[WIDEST], next[HIDDEN];
-    const float *p = project(&l->input, x, room_x);
-    const float *q = project(&l->hidden, h, room_h);
+    float buffer_x[MAX_RANK], buffer_h[MAX_RANK], next[HIDDEN];
+    const float *p = project(&l->input, x, buffer_x);
+    const float *q = project(&l->hidden, h, buffer_h);
     for (size_t i = 0; i < HIDDEN; i++) {
 """
 _END = """\
@@ -198,14 +198,20 @@ _END = """\
 
 
 def _gate(name: str, number: int) -> str:
-    """The sum of gate `number` of unit i."""
+    """Return C code that computes gate `number` of unit i before its activation."""
     at = {0: "i", 1: "HIDDEN + i"}.get(number, f"{number} * HIDDEN + i")
     products = f"row(&l->input, {at}, p) + row(&l->hidden, {at}, q)"
     return f"        const float {name} = at(&l->bias, {at})\n            + {products};\n"
 
 
 class Cell(NamedTuple):
-    """A cell in C: its code, and its bias there [blocks, hidden] from the layer's two [gates, hidden]."""
+    """A cell in C.
+
+    Attributes:
+        code: the C function.
+        bias: maps the layer's two biases [gates, hidden] to the C program's bias [blocks, hidden].
+        states: the names of the states.
+    """
 
     code: str
     bias: Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -225,7 +231,7 @@ CELLS = {
         next[i] = n + sigmoid(z) * (h[i] - n);
 """
         + _END,
-        # r and z of both matrices together, then n of the input's matrix and n of the recurrent one.
+        # The sums of both biases for r and z, then the input bias of n and the recurrent bias of n.
         lambda first, second: np.concatenate([first[:2] + second[:2], first[2:], second[2:]]),
     ),
     "lstm": Cell(
@@ -264,14 +270,14 @@ STANDARDISE = """\
     }
 """
 
-# Kahan's summation, or the sum of a long sequence would lose its small terms.
+# Kahan summation, because the sum of a long sequence would lose small terms.
 POOL = """\
     for (size_t i = 0; i < HIDDEN; i++) {
-        const size_t place = direction * HIDDEN + i;
-        const float term = input[i] - state->lost[place];
-        const float total = state->total[place] + term;
-        state->lost[place] = (total - state->total[place]) - term;
-        state->total[place] = total;
+        const size_t k = direction * HIDDEN + i;
+        const float term = input[i] - state->compensation[k];
+        const float total = state->total[k] + term;
+        state->compensation[k] = (total - state->total[k]) - term;
+        state->total[k] = total;
     }
     state->steps[direction]++;
 """
@@ -286,7 +292,7 @@ POOLED_MEAN = """\
 POOLED_LAST = "    const float *pooled = state->h + (LAYERS - 1) * HIDDEN;\n"
 
 BACKWARD_DECLARATION = Template("""
-/* The same from the last frame to the first: the network reads a sequence in both directions. */
+/* Process one frame of the backward pass, from the last to the first. */
 void ${name}_step_back(${name}_state *state, const float frame[${guard}_INPUTS]);
 """)
 STEP_BACK = Template("""

@@ -17,7 +17,7 @@ from str_triton import deploy
 
 
 def refused(capsys: pytest.CaptureFixture[str], *args: object) -> str:
-    """The one line that the program says where it exits with 2."""
+    """Run the program, which must exit with 2; return its one line on standard error."""
     assert main([str(argument) for argument in args]) == 2
     out, error = capsys.readouterr()
     assert out == ""
@@ -93,7 +93,7 @@ def test_bad_input_is_one_line(whole_run: Path, tmp_path: Path, capsys: pytest.C
     assert "--steps 0: at least 1" in refused(capsys, "onnx", whole_run, out, "--steps", "0")
     assert "a bidirectional network cannot" in refused(capsys, "onnx", whole_run, out, "--streaming")
     assert "not allowed with" in refused(capsys, "onnx", whole_run, out, "--streaming", "--steps", "3")
-    assert "x.md: the card would take this name" in refused(capsys, "pack", whole_run, tmp_path / "x.md")
+    assert "x.md: the model card gets this name" in refused(capsys, "pack", whole_run, tmp_path / "x.md")
     assert "arguments are required: TARGET" in refused(capsys)
     assert "No such file or directory" in refused(
         capsys, "onnx", whole_run, tmp_path / "none" / "x.onnx", "--steps", "2"
@@ -114,7 +114,7 @@ def test_a_damaged_run_is_one_line(whole_run: Path, tmp_path: Path, capsys: pyte
     (run / "interface.json").write_text(json.dumps(numbers))
     assert "damaged: its deviations are not 12 numbers" in refused(capsys, "c", run, tmp_path / "out")
     (run / "interface.json").write_text(json.dumps({"outputs": [1] * 9, "standardisation": None}))
-    assert "damaged: the names of its scores are no texts" in refused(capsys, "c", run, tmp_path / "out")
+    assert "damaged: the names of its scores" in refused(capsys, "c", run, tmp_path / "out")
     config = (run / "config.json").read_text()
     (run / "config.json").write_text(json.dumps(json.loads(config) | {"data": 5}))
     assert "damaged: data is 5, and must be a text" in refused(capsys, "c", run, tmp_path / "out")
