@@ -1,9 +1,10 @@
-"""What STR costs in training: a step of ResNet-50, dense, with STR, and with the literal formula under autograd.
+"""What STR costs in training on the CPU: a step of ResNet-50, dense, with STR, and by the literal formula.
 
     python -m benchmarks.training_step [--rounds 9] [--batch-size 32] [--image-size 64] [--threads 2]
 
 A step is forward, backward and SGD with momentum; the networks take turns. The controller's solves come at intervals:
-they are timed on their own, and their share is added to the ratio of the network that has a controller.
+they are timed on their own, and their share is added to the ratio of the network that has a controller. On a GPU:
+benchmarks/gpu.
 """
 
 import argparse
@@ -44,19 +45,35 @@ def literal(model: nn.Module) -> nn.Module:
 
 
 class Step:
-    """One training step of a network, ready to be called again and again."""
+    """One training step of a network, ready to be called again and again.
 
-    def __init__(self, model: nn.Module, batch_size: int, image_size: int, controlled: bool = False) -> None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = model.to(device, memory_format=torch.channels_last)
+    controlled: make a controller, which the step leaves alone. autocast: forward in bfloat16. backend: compile the
+    network with this backend of torch.compile.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batch_size: int,
+        image_size: int,
+        controlled: bool = False,
+        device: str = "cpu",
+        autocast: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        model = model.to(device, memory_format=torch.channels_last)
         self.controller = SparsityController(model, Target(sparsity=0.9)) if controlled else None
         self.optimizer = torch.optim.SGD(parameter_groups(model, 3e-5), lr=1e-3, momentum=0.875)
+        self.model = model if backend is None else torch.compile(model, backend=backend)
+        self.autocast = torch.autocast(device, torch.bfloat16, enabled=autocast)
         images = torch.randn(batch_size, 3, image_size, image_size, device=device)
         self.images = images.to(memory_format=torch.channels_last)
         self.labels = torch.randint(1000, (batch_size,), device=device)
 
     def __call__(self) -> None:
-        F.cross_entropy(self.model(self.images), self.labels).backward()
+        with self.autocast:
+            loss = F.cross_entropy(self.model(self.images), self.labels)
+        loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -87,7 +104,7 @@ def main() -> None:
         print(f"{name:22s} {1e3 * median(seconds[name]):9.1f} ms   {ratio:.3f} x dense")
     print(f"{'a solve':22s} {1e3 * solve:9.1f} ms, every {controller.interval} steps")
     write(
-        "training_step_" + ("gpu" if torch.cuda.is_available() else "cpu"),
+        "training_step_cpu",
         {
             "network": "ResNet-50",
             "batch_size": options.batch_size,

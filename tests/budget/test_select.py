@@ -45,3 +45,19 @@ def test_large_values_and_costs_keep_their_order():
 def test_both_zeros_are_equal():
     below, above = select([torch.tensor([-0.0, 0.0, 1.0])], [1], torch.tensor(2))
     assert (below, above) == (0.0, 1.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["random", "ties", "infinite"])
+def test_on_a_gpu_as_on_the_cpu(kind):
+    values = [torch.randn(n) * 4 - 3 for n in (0, 1, 100_003, 1 << 14, 7)]
+    if kind == "ties":
+        values = [value.round() for value in values]
+    if kind == "infinite":
+        values = [value.where(value.abs() < 4, value.sign() * torch.inf) for value in values]
+    costs = [5, 0, 3, 10**9, 1]
+    total = kept_cost(values, costs, -torch.inf)
+    for share in (0, 0.01, 0.5, 1):
+        keep = torch.tensor(int(share * total))
+        below, above = select([value.cuda() for value in values], costs, keep.cuda())
+        assert (below.cpu(), above.cpu()) == select(values, costs, keep)
