@@ -52,7 +52,8 @@ def count(model: nn.Module, example_input: Tensor | tuple | Mapping[str, Any]) -
 
     Warns:
         UserWarning: weights that contain NaN; a weight that an operator of another library uses, whose FLOPs are not
-            known; a model whose controller has not reached its target.
+            known; a thresholded layer whose dense weight the forward reads; a model whose controller has not reached
+            its target.
     """
     inputs = _arguments(example_input)
     warn_if_unfinished(model)
@@ -60,7 +61,7 @@ def count(model: nn.Module, example_input: Tensor | tuple | Mapping[str, Any]) -
         inputs = tree_map_only(Tensor, torch.clone, inputs)  # An in-place layer may come first.
         weights = counted_weights(model)
         rows = _rows(model, weights)
-        products = Products(weights, inputs)
+        products = Products(weights, inputs, {weight.name for weight in thresholded_weights(model)})
         functions = Functions(products)
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         with functions, products:
@@ -68,6 +69,13 @@ def count(model: nn.Module, example_input: Tensor | tuple | Mapping[str, Any]) -
     for operator, names in products.hidden.items():
         warnings.warn(
             f"count: the FLOPs of {operator}, which uses {some(sorted(names))}, are not known and left out",
+            stacklevel=2,
+        )
+    if products.unthresholded:
+        warnings.warn(
+            f"count: the forward reads the dense weight of {some(sorted(products.unthresholded))} in place of calling "
+            "the layer, so that its threshold has no effect: name the weight in sparsify(..., parameters=[...]), which "
+            "shows the thresholded one to every reader, or leave it out with exclude=[...]",
             stacklevel=2,
         )
     rows = [

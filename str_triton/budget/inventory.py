@@ -42,7 +42,8 @@ def take_inventory(
     """Return the thresholded weights, the covered weights without a threshold, and what all cost."""
     first: dict[int, ThresholdedWeight] = {}
     for use in thresholded_weights(model):
-        first.setdefault(id(use.dense), use)
+        if use.dense.numel():
+            first.setdefault(id(use.dense), use)
     if not first:
         raise ValueError("the model has no thresholded layers: call sparsify(model) first")
     for use in first.values():

@@ -6,7 +6,7 @@ under autocast, a transpose) is counted like any other.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 import torch
@@ -40,13 +40,16 @@ class Products(TorchDispatchMode):
         sparse: the same without those whose weight is zero.
         hidden: names of weights, by the operators of other libraries that take them and an activation, and compute
             nobody knows what.
+        unthresholded: names of weights that have a threshold and meet an activation without it.
     """
 
-    def __init__(self, weights: Sequence[Matrix], inputs: Any) -> None:
+    def __init__(self, weights: Sequence[Matrix], inputs: Any, thresholded: Set[str] = frozenset()) -> None:
         super().__init__()
         self.dense: dict[str, int] = {}
         self.sparse: dict[str, int] = {}
         self.hidden: dict[str, set[str]] = {}
+        self.unthresholded: set[str] = set()
+        self._thresholded = thresholded
         self._paused = False
         self._ranks = {weight.name: (weight.covered, sum(p.numel() for p in weight.sources)) for weight in weights}
         self._activations = {_storage(t) for t in tree_leaves(inputs) if _has_storage(t)}
@@ -71,6 +74,7 @@ class Products(TorchDispatchMode):
         out = func(*args, **kwargs)
         inputs = _tensors((args, kwargs))
         self._count(func, args, out, inputs)
+        self._find_unthresholded(inputs)
         self._trace([args[0]] if _chooses_matrices(func, args) else inputs, out)
         return out
 
@@ -112,6 +116,12 @@ class Products(TorchDispatchMode):
             if names:
                 self.hidden.setdefault(str(op), set()).update(names)
 
+    def _find_unthresholded(self, inputs: list[Tensor]) -> None:
+        parameters = {place[2] for tensor in inputs if (place := self._place(tensor)) and place[1] < math.inf}
+        bypassed = parameters & self._thresholded
+        if bypassed and any(map(self._is_activation, inputs)):
+            self.unthresholded |= bypassed
+
     def _count_loop(self, func: Any, args: tuple) -> None:
         """Count this library's loop over time, which uses each element of both factors once per step and sequence."""
         named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False))
@@ -145,11 +155,16 @@ class Products(TorchDispatchMode):
         return _has_storage(tensor) and _storage(tensor) in self._activations
 
     def _origin(self, tensor: Tensor) -> str | None:
+        place = self._place(tensor)
+        return place and place[2]
+
+    def _place(self, tensor: Tensor) -> tuple[float, float, str] | None:
+        """Return the first and the last byte of the weight in its storage, and its name; of a form of it (0, inf)."""
         if not _has_storage(tensor):
             return None
         offset = _offset(tensor)
         places = self._origins.get(_storage(tensor), ())
-        return next((name for begin, end, name in places if begin <= offset < end), None)
+        return next((place for place in places if place[0] <= offset < place[1]), None)
 
 
 class Functions(TorchFunctionMode):

@@ -1,5 +1,6 @@
 """The kinds of modules whose weights `sparsify` knows, and of those whose parameters are no weights."""
 
+import torch
 from torch import nn
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)  # _NormBase: batch and instance norms
@@ -38,6 +39,8 @@ def is_bias(module: nn.Module, attribute: str) -> bool:
 
 def weight_refusal(module: nn.Module, attribute: str) -> str | None:
     """Return why no threshold can stand in front of a weight, whichever way; None if one can."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "torch.jit has compiled its module"
     weight = module._parameters.get(attribute)
     if weight is None or nn.parameter.is_lazy(weight):
         return f"its {attribute} is no plain Parameter (parametrized, pruned, lazy, or tied by hand)"

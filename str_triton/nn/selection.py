@@ -26,12 +26,14 @@ class Candidate:
         module: the module that uses the weight.
         attribute: the module's attribute that holds the weight.
         is_known: `sparsify` knows the kind, or the user has named the weight in `parameters`.
+        is_named: the user has named the weight in `parameters`.
     """
 
     module_name: str
     module: nn.Module
     attribute: str
     is_known: bool
+    is_named: bool = False
 
     @property
     def parameter_name(self) -> str:
@@ -46,7 +48,7 @@ class Candidate:
     @property
     def parameter(self) -> nn.Parameter | None:
         """The weight, or None if it is computed from other parameters."""
-        return self.module._parameters.get(self.attribute)
+        return dict(self.module._parameters.items()).get(self.attribute)  # torch.jit's table has no get.
 
     @property
     def is_frozen(self) -> bool:
@@ -74,7 +76,7 @@ def select(
     known = [candidate for candidate in candidates if candidate.is_known]
     if not known:
         raise ValueError(f"nothing to sparsify: {type(model).__name__} has no weight of a kind that sparsify knows")
-    named = {c for c in known if c.attribute not in weight_attributes(c.module)}
+    named = {c for c in known if c.is_named}
     wanted = set(known) if include is None else _matching(known, include, "include") | named
     excluded = set() if exclude is None else _matching(candidates, exclude, "exclude")
     # Whoever names a frozen weight wants it.
@@ -98,7 +100,9 @@ def refusal_of(candidate: Candidate) -> str | None:
 
 
 def needs_parametrization(candidate: Candidate) -> bool:
-    """Return whether no thresholded layer of ours computes what the weight's module computes."""
+    """Return whether no thresholded layer of ours computes what the weight's module computes, or the user says so."""
+    if candidate.is_named:
+        return True
     is_layer = candidate.attribute == "weight" and str_class(candidate.module) is not None
     return not is_layer or refusal(candidate.module) is not None
 
@@ -112,7 +116,7 @@ def _candidates(model: nn.Module, patterns: list[str]) -> list[Candidate]:
             candidate = Candidate(name, module, attribute, attribute in known)
             matching = {pattern for pattern in patterns if fnmatchcase(candidate.parameter_name, pattern)}
             unmatched -= matching
-            found.append(Candidate(name, module, attribute, True) if matching else candidate)
+            found.append(Candidate(name, module, attribute, True, is_named=True) if matching else candidate)
     if unmatched:
         names = ", ".join(repr(pattern) for pattern in patterns if pattern in unmatched)
         raise ValueError(f"{names} in parameters matches no parameter of two or more dimensions")

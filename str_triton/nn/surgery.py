@@ -59,7 +59,8 @@ def sparsify(
     sparsified model both load; a plain one leaves the thresholds as they are.
 
     Code that reads a layer's `.weight` instead of calling the layer gets the dense weight, unless the reader is one of
-    torch's own modules (nn.MultiheadAttention and the like). Sparsify before DistributedDataParallel wraps the model.
+    torch's own modules (nn.MultiheadAttention and the like) or `parameters` names the weight; `count` warns of it.
+    Sparsify before DistributedDataParallel wraps the model.
 
     Args:
         model: any module.
@@ -72,7 +73,9 @@ def sparsify(
             as in fnmatch), by modules (a layer, or all those inside), or by a function of (module name, module).
             Default: all. `exclude` also takes the names of parameters that are of no known kind ("pos_embed"): budgets
             then do not report them as forgotten.
-        parameters: names or name patterns of further parameters to threshold ("*.experts.*").
+        parameters: names or name patterns of further parameters to threshold ("*.experts.*"), and of weights that code
+            reads from their layer ("blocks.*.qkv.weight"): these get a parametrization, which shows every reader the
+            thresholded weight.
         keep_zeros: fine-tune an already pruned model: weights that are zero now stay zero, whatever the optimizer and
             its momentum do, and all others train without a threshold. The model begins as the same function. This sets
             the options above itself: g "identity", the "masked" gradient, and one fixed threshold per weight, infinite

@@ -293,6 +293,17 @@ def test_a_model_with_more_zeros_than_the_target_says_so(target, part):
             SparsityController(model, Target(**enough))
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_weights_without_elements_are_no_obstacle():
+    """Such as those of nn.AdaptiveLogSoftmaxWithLoss where the model is small."""
+    model = sparsify(nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 0), nn.Linear(0, 4)))
+    controller = SparsityController(model, Target(sparsity=0.9))
+    controller.step(0.1)
+    controller.finish()
+    assert count(model, torch.zeros(1, 10)).nonzeros == 10
+    densify(model)
+
+
 def test_a_lazy_layer_is_named():
     model = sparsify(nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(3)), exclude=["1"])
     with pytest.raises(ValueError, match="'1' is lazy"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from str_triton import densify, sparsify
+from str_triton import count, densify, sparsify
 from str_triton.nn import matrices, thresholded_weights
 
 
@@ -62,6 +62,42 @@ def test_modules_exclude_what_is_inside():
     sparsify(model, exclude=model.body)
     assert names(model) == ["head"]
     assert excluded(model) == set(COVERED[:3])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_scripted_child_is_left_dense_or_refused():
+    model = nn.Sequential(torch.jit.script(nn.Linear(4, 4)), nn.Linear(4, 4))
+    with pytest.raises(ValueError, match=r"0 \(torch\.jit has compiled"):
+        sparsify(model, parameters=["0.weight"])
+    sparsify(model)
+    assert names(model) == ["1"]
+    assert [matrix.name for matrix in matrices(model) if not matrix.covered] == ["0"]
+
+
+class Reader(nn.Module):
+    """Reads the weight of a child without calling it, as attention in timm's BEiT, EVA and Swin V2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(4, 12, bias=False)
+        self.head = nn.Linear(12, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(nn.functional.linear(x, weight=self.qkv.weight, bias=None))
+
+
+def test_a_weight_that_others_read_is_reported_and_can_be_named():
+    x = torch.randn(3, 4)
+    with pytest.warns(UserWarning, match=r"dense weight of qkv .*parameters="):
+        count(sparsify(Reader()), x)
+    model = sparsify(Reader(), parameters=["qkv.weight"], initial_threshold=0.2)
+    assert names(model) == ["qkv", "head"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        row = count(model, x).rows[0]
+    assert row.flops == 3 * row.nonzeros < row.dense_flops
+    expected = model(x)
+    assert torch.equal(densify(model)(x), expected)
 
 
 def frozen() -> Model:
