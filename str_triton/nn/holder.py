@@ -81,18 +81,21 @@ class ThresholdHolder:
         self._keep_tie(raw)
         return self
 
+    @torch.no_grad()
     def _keep_tie(self, before: nn.Parameter) -> None:
-        """Share the raw threshold with the modules that shared `before`, in whose place torch has put new Parameters.
+        """Take `before` again, in whose place torch has put a new Parameter, or one new one with all that shared it.
 
-        torch makes one per module where it moves from the meta device and where it assigns loaded tensors.
+        torch makes one per module where it assigns loaded tensors, which would hide them from ties, optimizers and
+        controllers, and where it moves from the meta device.
         """
         now = self.raw_threshold
         if now is before:
             return
-        same = before  # Loading comes to a module with two names twice.
-        if before.device != now.device or not torch.equal(before, now):
-            same = vars(before).setdefault("_successor", now)
-        if (same.device, same.dtype, same.shape) == (now.device, now.dtype, now.shape):
+        if _kind(before) == _kind(now):
+            self.raw_threshold = before.copy_(now)
+            return
+        same = vars(before).setdefault("_successor", now)
+        if _kind(same) == _kind(now):
             self.raw_threshold = same
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -130,3 +133,7 @@ class ThresholdHolder:
         )
         if raw is not None:
             self._keep_tie(raw)
+
+
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.device, tensor.dtype, tensor.shape, type(tensor.data)

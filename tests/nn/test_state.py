@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from str_triton import LowRankLinear, densify, plain_state_dict, sparsify
+from str_triton import LowRankLinear, SparsityController, Target, densify, plain_state_dict, sparsify
 from str_triton.nn import thresholded_weights
 from tests.nn.test_surgery import MODELS, TiedText, every_model, small
 
@@ -202,6 +202,22 @@ def test_the_meta_device_leaves_no_garbage():
         model.linear.raw_threshold.fill_(7)
     model.linear.reset_parameters()
     assert model.linear.threshold.item() == pytest.approx(0.05)
+
+
+def test_assigned_thresholds_stay_with_their_controller():
+    state = sparsify(TiedText(), initial_threshold=0.3).state_dict()
+    model = sparsify(TiedText())
+    raw = model.lstm.parametrizations.weight_hh_l0[0].raw_threshold
+    controller = SparsityController(model, Target(sparsity=0.8))
+    model.load_state_dict(state, assign=True)
+    assert model.lstm.parametrizations.weight_hh_l0[0].raw_threshold is raw
+    assert raw.exp().item() == pytest.approx(0.3)
+    model.decoder.weight = model.embedding.weight
+    controller.finish()
+    weights = {id(weight.dense): weight for weight in thresholded_weights(model)}.values()
+    assert sum(int((weight.sparse == 0).sum()) for weight in weights) == round(
+        0.8 * sum(weight.dense.numel() for weight in weights)
+    )
 
 
 def test_to_empty_twice_leaves_no_garbage():
