@@ -138,11 +138,14 @@ class Experiment(Loop):
     def refresh_batch_norm(self, epoch: int) -> None:
         """Compute the running statistics of batch norm anew, for the weights as they are now.
 
-        Every process does so with its own part of the batches, and all get the mean.
+        Each process computes them from its own part of the batches, and all get the mean.
         """
+        buffers = self.model.named_buffers()
+        statistics = [buffer for name, buffer in buffers if name.endswith(("running_mean", "running_var"))]
+        if not statistics:
+            return
         images = (images for images, _ in islice(self.batches(epoch, 0), REFRESH_BATCHES))
         refresh_batch_norm(self.model, (part.contiguous(memory_format=memory_format(self.config)) for part in images))
-        statistics = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
         torch._foreach_copy_(statistics, self.accelerator.reduce(statistics, "mean"))
 
     def measure(self, run: Run, epoch: int) -> Record:
