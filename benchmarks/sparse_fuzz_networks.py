@@ -37,7 +37,7 @@ class Counter(nn.Module):
             case "replaced":
                 self.calls = self.calls + 1
             case "mean":
-                self.calls.mul_(0.5).add_(x.mean() * 0.5)
+                self.calls.mul_(0.5).add_(x.mean().nan_to_num() * 0.5)  # of no images
         return x + self.calls * 0.1
 
 

@@ -225,6 +225,27 @@ def test_sizes_that_an_export_fixes_go_to_the_model(by_kernels):
         same(model, compiled, torch.randn(rows, 4))
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_conditions_of_memory_formats_leave_the_batch_open(by_kernels, tmp_path, batch: int):
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.depthwise, self.norm = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.LayerNorm(8)
+            self.last = nn.Conv2d(8, 8, 2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.depthwise(x)
+            return self.last(self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+
+    model = prune(nn.Sequential(Block(), Block()), 0.5)
+    compiled = deploy.compile_sparse(model, torch.randn(batch, 8, 8, 8))
+    assert isinstance(compiled, deploy.SparseModel)
+    compiled.save(tmp_path / "net")
+    loaded = deploy.load_sparse(tmp_path / "net")
+    for other in (1, 2, 5):
+        same(model, loaded, torch.randn(other, 8, 8, 8))
+
+
 def test_a_norm_by_the_batch_takes_no_images(by_kernels):
     def change(y: Tensor) -> None:
         y.narrow(1, 0, 2).add_(1.0)  # which lets torch decompose the norm

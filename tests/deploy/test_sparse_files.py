@@ -43,6 +43,41 @@ def test_mutated_records(tmp_path: Path, by_kernels):
     assert not any("\n" in message for message in refused)
 
 
+def test_choices_that_do_not_fit_and_strides_beyond_reason(tmp_path: Path, by_kernels):
+    model = prune(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(72, 4)), 0.5)
+    x = torch.randn(2, 3, 8, 8)
+    deploy.compile_sparse(model, x).save(tmp_path / "net")
+    record, tensors = deploy.inspect(tmp_path / "net").metadata["sparse"], deploy.unpack(tmp_path / "net")
+    for execution in ("csr", "channels_last"):
+        changed = copy.deepcopy(record)
+        for choice in changed["choices"].values():
+            choice["execution"] = execution
+        deploy.pack(tensors, tmp_path / "changed", metadata={"sparse": changed}, plain_zeros=True)
+        torch.testing.assert_close(deploy.load_sparse(tmp_path / "changed")(x), model(x).detach())
+    (pool,) = (node for node in record["nodes"] if node["kind"] == "MaxPool")
+    pool["stride"] = {"tuple": [2**20, 2**20]}
+    record["nodes"].remove(next(node for node in record["nodes"] if node["kind"] == "Linear"))
+    record["choices"].pop(next(name for name in record["choices"] if name.startswith("linear")))
+    record["outputs"] = [{"ref": record["nodes"][-1]["name"]}]
+    deploy.pack(tensors, tmp_path / "changed", metadata={"sparse": record}, plain_zeros=True)
+    assert deploy.load_sparse(tmp_path / "changed")(x).shape == (2, 8)
+
+
+def test_an_input_is_not_changed_into_another_shape(tmp_path: Path):
+    record = _record([INPUT, {"kind": "Call", "name": "y", "inputs": ["x"], "variable": False, "label": "",
+                              "target": "ops.aten.sum.default", "args": {"tuple": [{"ref": "x"}]},
+                              "kwargs": {"dict": {}}}])  # fmt: skip
+    deploy.pack({"a": torch.zeros(100)}, tmp_path / "net", metadata={"sparse": record})
+    assert deploy.load_sparse(tmp_path / "net")(torch.ones(2, 3)).shape == (2, 3)
+    deploy.pack(
+        {"a": torch.zeros(100)},
+        tmp_path / "net",
+        metadata={"sparse": record | {"changes": {"dict": {"x": {"ref": "y"}}}}},
+    )
+    with pytest.raises(ValueError, match="x changes its shape"):
+        deploy.load_sparse(tmp_path / "net")
+
+
 STRANGE = [None, True, -1, 0, 2**31, 2**70, 1e308, "", "conv2d", "ops.aten.relu_.default", "ops.aten.from_file.default"]
 STRANGE += [[], [[]], {}, {"tuple": []}, {"tuple": [0, 0]}, {"tuple": [10**6, 10**6]}, {"ref": "nothing"}]
 STRANGE += [{"tensor": "nothing"}, {"float": "nan"}, {"dtype": "int64"}, {"slice": [0, 1, None]}]

@@ -9,7 +9,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from str_triton.deploy.sparse.graph.signature import Signature, Unfit
+from str_triton.deploy.sparse.graph.signature import Signature
 from str_triton.deploy.sparse.state import Buffers
 
 ROUNDING = 1e-4  # of the largest value: what float32 may differ by
@@ -128,19 +128,11 @@ def takes_more(model: nn.Module, signature: Signature, args: tuple, kwargs: dict
             for size in {0, 1, 2, old + 1} - {old} if old else ():
                 leaves = clone(flat)
                 leaves[number] = given.index_select(dim, torch.arange(size, device="cpu") % old)
-                if not _fits(signature, leaves) and _takes(model, *pytree.tree_unflatten(leaves, structure)):
+                if not signature.fits(leaves) and _takes(model, *pytree.tree_unflatten(leaves, structure)):
                     buffers.restore()
                     return True
                 buffers.restore()
     return False
-
-
-def _fits(signature: Signature, leaves: list[Any]) -> bool:
-    try:
-        signature.check(leaves)
-    except Unfit:
-        return False
-    return True
 
 
 def _takes(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> bool:

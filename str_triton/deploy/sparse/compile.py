@@ -194,9 +194,7 @@ def _calls(network: SparseModel, args: tuple, kwargs: dict[str, Any]) -> list[tu
             old = given.shape[0]
             sizes[leaf.sizes[0]] = (old, 2 if old == 1 else 1)
     other = resized(args, kwargs, sizes, signature.leaves)
-    try:
-        signature.check(pytree.tree_leaves(other))
-    except ValueError:
+    if not signature.fits(pytree.tree_leaves(other)):
         other = resized(args, kwargs, {}, signature.leaves)
     return [(args, kwargs), other, *([(args, kwargs)] if network.state() else [])]
 

@@ -174,12 +174,11 @@ def _dry_run(content: Content) -> None:
             for shape, leaf in zip(content.example, leaves, strict=True)
         ]
         outputs, changes = content.graph.run(given)
-    states = {node.name: node.value for node in content.graph.nodes if isinstance(node, State)}
+    kept = {node.name: node.value for node in content.graph.nodes if isinstance(node, State)}
+    kept |= {node.name: value for node, value in zip(inputs, given, strict=True)}
     for name, value in changes.items():
-        if name in states:
-            _require(
-                value.shape == states[name].shape and value.dtype == states[name].dtype, f"{name} changes its shape"
-            )
+        same = isinstance(value, Tensor) and (value.shape, value.dtype) == (kept[name].shape, kept[name].dtype)
+        _require(same, f"{name} changes its shape")
     refs = [output for output, ref in zip(outputs, content.graph.outputs, strict=True) if isinstance(ref, Ref)]
     _require(
         all(isinstance(output, Tensor | int | float | bool | torch.SymInt) for output in refs), "an output is none"

@@ -1,7 +1,8 @@
 """torch.export of a model: a functional graph of ATen operations, with as many sizes left open as the model allows."""
 
+import contextlib
+import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx.experimental import _config as shapes_config
 from torch.fx.experimental.symbolic_shapes import ShapeGuardPythonPrinter
 
+from str_triton.deploy.sparse.graph.batches import Exported, with_every_batch
 from str_triton.deploy.sparse.graph.signature import Leaf, Signature, compile_guard, parameter_names
 from str_triton.deploy.sparse.quiet import quiet
 
@@ -20,15 +22,6 @@ _INPUTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR, Inp
 
 class NotExported(Exception):
     """The model cannot be exported; the message says why, in one line."""
-
-
-@dataclass
-class Exported:
-    """An exported model: `program` is functional; `is_open`: the conditions on its sizes exclude no usual ones."""
-
-    program: ExportedProgram
-    signature: Signature
-    is_open: bool
 
 
 def exports(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Iterator[Exported]:
@@ -43,11 +36,8 @@ def exports(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Iterator[E
     for sizes in (_all, _first, _none):
         for strict in (False, True):
             try:
-                # In this order: a retrace may fix sizes that the export had left open.
-                program = _functional(_export(model, args, kwargs, sizes, strict))
-                signature = _signature(program, model, args, kwargs)
-                is_open = signature.holds_for_usual_sizes()
-                found = Exported(program, signature, is_open)
+                export = functools.partial(_exported, model, sizes, strict)
+                found = with_every_batch(export(args, kwargs), args, kwargs, export)
             except Exception as error:  # torch.export fails in as many ways as models do.
                 reason = reason or error
             else:
@@ -55,6 +45,12 @@ def exports(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Iterator[E
                 reason = reason or ValueError("its exported graph gives other values")
                 break
     raise NotExported(_one_line(reason)) from reason
+
+
+def _exported(model: nn.Module, sizes: Any, strict: bool, args: tuple, kwargs: dict[str, Any]) -> Exported:
+    # In this order: a retrace may fix sizes that the export had left open.
+    program = _functional(_export(model, args, kwargs, sizes, strict))
+    return Exported(program, _signature(program, model, args, kwargs))
 
 
 def _one_line(error: Exception | None) -> str:
@@ -83,9 +79,15 @@ def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any], sizes: Any, s
     every = named | shapes[1] if len(named) == len(args) else tuple(shapes[0]) if not kwargs else None
     if sizes is _none:
         every = None
-    # Sizes of 0 and 1 are sizes like others: a branch on them becomes a guard.
-    with quiet(), shapes_config.patch(backed_size_oblivious=True):
+    with quiet(), _ordinary_ones():
         return torch.export.export(model, args, kwargs, dynamic_shapes=every, strict=strict)
+
+
+def _ordinary_ones() -> contextlib.AbstractContextManager:
+    """Let sizes of 0 and 1 be sizes like others: a branch on them becomes a guard."""
+    if not hasattr(shapes_config, "backed_size_oblivious"):  # It is no public option of torch's.
+        return contextlib.nullcontext()
+    return shapes_config.patch(backed_size_oblivious=True)
 
 
 def _functional(program: ExportedProgram) -> ExportedProgram:
@@ -94,7 +96,7 @@ def _functional(program: ExportedProgram) -> ExportedProgram:
         if _is_mutable(node):
             functional = _functional_form(node)
             if functional is None:
-                with quiet():
+                with quiet(), _ordinary_ones():
                     return program.run_decompositions({})
             node.target = functional
     return program

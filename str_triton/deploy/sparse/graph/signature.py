@@ -79,6 +79,14 @@ class Signature:
             raise Unfit(f"the network was compiled for arguments {self.structure}, got {structure}")
         return leaves
 
+    def fits(self, leaves: Sequence[Any]) -> bool:
+        """Check whether the network holds for these arguments."""
+        try:
+            self.check(leaves)
+        except Unfit:
+            return False
+        return True
+
     def holds_for_usual_sizes(self) -> bool:
         """Check that the guards exclude no more than empty tensors do."""
         named = {size for leaf in self.leaves for size in leaf.sizes or () if isinstance(size, str)}

@@ -12,6 +12,7 @@ from str_triton.deploy.sparse.runtime.layout import Window
 from str_triton.deploy.sparse.runtime.trial import Trial
 
 PLAIN = (1, 1)
+MOST_PHASES = 1024  # of what a strided window reads: each is a plane of its own
 
 
 @dataclass
@@ -63,6 +64,8 @@ class Draft:
 
     def _by_window(self, node: Node) -> bool:
         """Check whether a kernel computes this node from an image to an image."""
+        if isinstance(node, Convolution | MaxPool) and math.prod(node.stride) > MOST_PHASES:
+            return False
         if isinstance(node, Convolution):
             return self._by_kernels(node)
         if isinstance(node, Linear):

@@ -46,6 +46,17 @@ class Mismatch(Exception):
     """A tensor is not what the plan was made for: torch must run this call."""
 
 
+def _fitting(graph: Graph, trial: Trial, choices: dict[str, Choice]) -> dict[str, Choice]:
+    """Return the choices, dense where an execution does not fit: a choice may come from a file, or of other shapes."""
+    unfit = [
+        node.name
+        for node in graph.layers()
+        if not (execution := EXECUTIONS[choices[node.name].execution]).by_kernels
+        and not execution.fits(node, trial.shapes)
+    ]
+    return choices | dict.fromkeys(unfit, Choice("dense")) if unfit else choices
+
+
 class Plan:
     """A network for inputs of one shape.
 
@@ -57,8 +68,9 @@ class Plan:
     """
 
     def __init__(self, graph: Graph, trial: Trial, choices: dict[str, Choice], library: ctypes.CDLL | None) -> None:
-        self.graph, self.shapes, self.choices, self.library = graph, trial.shapes, choices, library
-        draft = Draft(graph, trial, choices, library is not None)
+        self.graph, self.shapes, self.library = graph, trial.shapes, library
+        self.choices = _fitting(graph, trial, choices)
+        draft = Draft(graph, trial, self.choices, library is not None)
         self.tasks = draft.tasks
         group = _group(draft.images, trial.shapes)
         self.segments = _split(self.tasks, trial.shapes, group)

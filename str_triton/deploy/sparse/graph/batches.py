@@ -1,0 +1,84 @@
+"""Conditions on the number of images that matter to memory formats alone: one graph for one image and for many."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from str_triton.deploy.sparse.graph.signature import Signature
+
+MANY = (2, 3, 7)
+
+
+@dataclass
+class Exported:
+    """An exported model; its program is functional."""
+
+    program: ExportedProgram
+    signature: Signature
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the conditions on its sizes exclude no usual ones."""
+        return self.signature.holds_for_usual_sizes()
+
+
+def with_every_batch(
+    found: Exported, args: tuple, kwargs: dict[str, Any], export: Callable[[tuple, dict[str, Any]], Exported]
+) -> Exported:
+    """Return an export without conditions on the batch under which the graph is the same as under their opposite.
+
+    torch notes whether a batch is of one image wherever that decides about strides. Our graphs have none.
+    """
+    size = next((leaf.sizes[0] for leaf in found.signature.leaves if leaf.sizes), None)
+    if not isinstance(size, str):
+        return found
+    old = next(
+        given.shape[0]
+        for leaf, given in zip(found.signature.leaves, pytree.tree_leaves((args, kwargs)), strict=True)
+        if leaf.sizes and leaf.sizes[0] == size
+    )
+    other = _resized(found.signature, args, kwargs, size, 2 if old == 1 else 1)
+    if old == 0 or found.signature.fits(pytree.tree_leaves(other)):
+        return found
+    try:
+        twin = export(*other)
+    except Exception:  # torch.export fails in as many ways as models do.
+        return found
+    if twin.signature.leaves != found.signature.leaves or not _same(found.program, twin.program):
+        return found
+    few, many = (found, twin) if old == 1 else (twin, found)
+    every = {count: pytree.tree_leaves(_resized(found.signature, args, kwargs, size, count)) for count in (1, *MANY)}
+    if not few.signature.fits(every[1]) or not all(many.signature.fits(every[count]) for count in MANY):
+        return found
+    guards = [
+        guard
+        for guard in dict.fromkeys(few.signature.guards + many.signature.guards)
+        if all(dataclasses.replace(found.signature, guards=[guard]).fits(leaves) for leaves in every.values())
+    ]
+    return Exported(found.program, dataclasses.replace(found.signature, guards=guards))
+
+
+def _resized(signature: Signature, args: tuple, kwargs: dict[str, Any], size: str, count: int) -> Any:
+    """Return arguments in which every dimension of this name has `count` elements."""
+    flat, structure = pytree.tree_flatten((args, kwargs))
+    for number, leaf in enumerate(signature.leaves):
+        for dim, name in enumerate(leaf.sizes or ()):
+            if name == size:
+                index = torch.arange(count, device="cpu") % flat[number].shape[dim]
+                flat[number] = flat[number].index_select(dim, index)
+    return pytree.tree_unflatten(flat, structure)
+
+
+def _same(one: ExportedProgram, other: ExportedProgram) -> bool:
+    """Check that two programs are the same operations on the same constants."""
+    texts = [[node.format_node() for node in program.graph.nodes] for program in (one, other)]
+    if texts[0] != texts[1] or one.constants.keys() != other.constants.keys():
+        return False
+    pairs = ((value, other.constants[name]) for name, value in one.constants.items())
+    return all(isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b) for a, b in pairs)
