@@ -1,22 +1,28 @@
 """How fast `deploy.compile_sparse` makes published budgets on the CPU, beside PyTorch, onnxruntime and deepsparse.
 
-    python -m benchmarks.sparse_inference NETWORK [--rounds 11] [--threads 2] [--deepsparse PYTHON] [--until STEP]
+    python -m benchmarks.sparse_inference NETWORK... [--quick] [--rounds 11] [--threads 2] [--until STEP]
+        [--deepsparse PYTHON] [--mnn PYTHON] [--before CHECKOUT]
 
-NETWORK is one of mobilenetv1-89.01, resnet50-90.23, resnet50-95.03, resnet50-98.05: random masks at the published
-per-layer budgets, batch 1, 224x224. Three steps, of which those that are done are not done again while --work has
-their files: "prepare" (weights, ONNX, what torch.compile makes: not timed), "compile" (ours, which times the executions
-of each layer), and "time" (all in turns, medians). The two last need a quiet machine. PYTHON is that of an environment
-of its own with `pip install deepsparse==1.8.0` (Python 3.11); without it that peer is left out. Results are merged into
-benchmarks/results/sparse_inference.json, one entry per network.
+NETWORK is one of mobilenetv1-89.01, resnet50-90.23, resnet50-95.03, resnet50-98.05, or "all": random masks at the
+published per-layer budgets, 224x224, batch 1, and larger batches of ours. Three steps, of which those that are done are
+not done again while --work has their files: "prepare" (weights, ONNX, what torch.compile makes: not timed), "compile"
+(ours, which times the executions of each layer), and "time" (all in turns, medians). The two last need a quiet machine.
+PYTHON is that of an environment of its own with `pip install deepsparse==1.8.0` (Python 3.11) or `pip install MNN`;
+without it that peer is left out. CHECKOUT is another checkout of this repository, whose compile_sparse is timed beside
+ours as "before". Results are merged into benchmarks/results/sparse_inference_PROCESSOR.json, one entry per network;
+--quick takes few rounds and writes none.
 """
 
 import argparse
 import contextlib
+import functools
 import json
 import os
+import re
+import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.sparse_inference_peers import Contender, DeepSparse, compiled, eager, onnx_file, onnxruntime_session
+from benchmarks.sparse_inference_peers import Contender, Peer, compiled, eager, onnx_file, onnxruntime_session
 from benchmarks.timing import RESULTS, machine, version
 from cnn.models import build
 from cnn.published import layer_sparsities
@@ -35,10 +41,11 @@ NETWORKS = {
     for model, sparsity in (("mobilenetv1", 89.01), ("resnet50", 90.23), ("resnet50", 95.03), ("resnet50", 98.05))
 }
 STEPS = ("prepare", "compile", "time")
-RESULT = RESULTS / "sparse_inference.json"
 OURS = "compile_sparse"
 SETTLE = 0.05  # seconds until the threads of the one before no longer spin
 WARM, SECONDS = 3, 0.25  # calls of a turn that are not timed, and how long those that are take together, about
+QUICK = 3  # rounds of a quick run
+BATCHES = {"mobilenetv1": (1, 8, 64), "resnet50": (1, 8)}
 
 
 def random_network(model_name: str, sparsity: float, example: Tensor) -> nn.Module:
@@ -77,7 +84,7 @@ def prepare(name: str, work: Path, example: Tensor) -> nn.Module:
 def compile_ours(name: str, work: Path, model: nn.Module, example: Tensor) -> nn.Module:
     """What compile_sparse makes of the network, from its file where there is one that is newer than the code."""
     path = work / f"{name}.sparse"
-    changed = max(file.stat().st_mtime for file in (Path(deploy.__file__).parent / "sparse").glob("*.*"))
+    changed = max(file.stat().st_mtime for file in (Path(deploy.__file__).parent / "sparse").rglob("*.*"))
     if not path.exists() or path.stat().st_mtime < changed:
         begin = time.perf_counter()
         network = deploy.compile_sparse(model, example)
@@ -127,9 +134,11 @@ def repeated(function: Callable[[], Any]) -> Contender:
     return turn
 
 
-def measure(options: argparse.Namespace, model: nn.Module, ours: nn.Module, example: Tensor) -> dict[str, Any]:
-    """The entry of one network."""
-    name, work, threads = options.network, options.work, options.threads
+def measure(
+    name: str, options: argparse.Namespace, model: nn.Module, ours: nn.Module, example: Tensor
+) -> dict[str, Any]:
+    """Return the entry of one network."""
+    work, threads = options.work, options.threads
     expected = model(example)
     session = onnxruntime_session(work / f"{name}.onnx", threads)
     eager_name, eager_call = fastest(eager(model, example))
@@ -144,11 +153,11 @@ def measure(options: argparse.Namespace, model: nn.Module, ours: nn.Module, exam
     outputs = {key: call() for key, call in calls.items()}
     versions = {"onnxruntime": version("onnxruntime")}
     with contextlib.ExitStack() as stack:
-        if options.deepsparse is not None:
-            peer = DeepSparse(options.deepsparse, work / f"{name}.onnx", threads, example, work)
-            stack.callback(peer.close)
-            contenders["deepsparse"], outputs["deepsparse"] = peer.turn, peer.output
-            versions["deepsparse"] = peer.version
+        for key, python in {"deepsparse": options.deepsparse, "MNN": options.mnn, "before": options.before}.items():
+            if python is not None:
+                peer = _peer(key, python, name, work, threads, example)
+                stack.callback(peer.close)
+                contenders[key], outputs[key], versions[key] = peer.turn, peer.output, peer.version
         seconds = in_turns(contenders, options.rounds)
     budget = count(model, example)
     return {
@@ -166,9 +175,24 @@ def measure(options: argparse.Namespace, model: nn.Module, ours: nn.Module, exam
         "largest_difference": {key: float((output - expected).abs().max()) for key, output in outputs.items()},
         "largest_score": float(expected.abs().max()),
         "compile_seconds": float((work / f"{name}.seconds").read_text()),
+        "milliseconds_an_image": per_image(ours, BATCHES[NETWORKS[name][0]], options.rounds),
         "share_of_time": shares(model, ours, example),
         "layers": ours.table().splitlines(),
     }
+
+
+def _peer(key: str, python: str, name: str, work: Path, threads: int, example: Tensor) -> Peer:
+    if key == "before":
+        network = f"{(work / f'{name}.pt').resolve()},{NETWORKS[name][0]}"
+        return Peer(key, sys.executable, network, threads, example, work, path=python)
+    return Peer(key, python, str(work / f"{name}.onnx"), threads, example, work)
+
+
+def per_image(ours: nn.Module, batches: Sequence[int], rounds: int) -> dict[str, float]:
+    """Return our milliseconds an image at several sizes of a batch."""
+    images = {size: torch.randn(size, 3, 224, 224) for size in batches}
+    contenders = {str(size): repeated(functools.partial(ours, x)) for size, x in images.items()}
+    return {size: 1e3 * median(values) / int(size) for size, values in in_turns(contenders, rounds).items()}
 
 
 def ratio(theirs: list[float], ours: list[float]) -> float:
@@ -189,20 +213,28 @@ def shares(model: nn.Module, ours: nn.Module, example: Tensor, rounds: int = 9) 
     return {kind: part / total for kind, part in sorted(spent.items(), key=lambda item: -item[1])}
 
 
+def result_file(processor: str) -> Path:
+    """Return where the results of a machine with this processor stand."""
+    return RESULTS / f"sparse_inference_{re.sub(r'[^a-z0-9]+', '_', processor.lower()).strip('_')}.json"
+
+
 def merge(name: str, entry: dict[str, Any]) -> None:
-    """Put one network's entry into the result file."""
-    content = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    found = {key: (content | {name: entry})[key] for key in NETWORKS if key in content | {name: entry}}
-    RESULT.write_text(json.dumps(found, indent=2) + "\n")
-    print(f"wrote {RESULT}")
+    """Put one network's entry into the result file of this machine."""
+    path = result_file(entry["machine"]["processor"])
+    content = (json.loads(path.read_text()) if path.exists() else {}) | {name: entry}
+    path.write_text(json.dumps({key: content[key] for key in NETWORKS if key in content}, indent=2) + "\n")
+    print(f"wrote {path}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("network", choices=NETWORKS)
+    parser.add_argument("networks", nargs="+", choices=[*NETWORKS, "all"], metavar="NETWORK")
+    parser.add_argument("--quick", action="store_true")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--deepsparse", metavar="PYTHON")
+    parser.add_argument("--mnn", metavar="PYTHON")
+    parser.add_argument("--before", metavar="CHECKOUT")
     parser.add_argument("--until", choices=STEPS, default=STEPS[-1], help="the last step to do")
     parser.add_argument(
         "--work", type=Path, default=Path("runs/sparse_inference"), help="where steps leave their files"
@@ -212,19 +244,31 @@ def main() -> None:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str((options.work / "inductor").resolve())
     torch.set_num_threads(options.threads)
     example = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        model = prepare(options.network, options.work, example)
-        if options.until == "prepare":
-            return
-        ours = compile_ours(options.network, options.work, model, example)
-        if options.until == "compile":
-            return
-        entry = measure(options, model, ours, example)
-    for name, milliseconds in entry["milliseconds"].items():
-        times = f"{entry['times_as_fast'][name]:.2f} x" if name != OURS else ""
-        print(f"{name:15s} {milliseconds:8.2f} ms  {times:8s} differs by {entry['largest_difference'][name]:.1e}")
+    if options.quick:
+        options.rounds = QUICK
+    for name in NETWORKS if "all" in options.networks else options.networks:
+        with torch.no_grad():
+            run(name, options, example)
+
+
+def run(name: str, options: argparse.Namespace, example: Tensor) -> None:
+    """Do the steps for one network, and print what was measured."""
+    model = prepare(name, options.work, example)
+    if options.until == "prepare":
+        return
+    ours = compile_ours(name, options.work, model, example)
+    if options.until == "compile":
+        return
+    entry = measure(name, options, model, ours, example)
+    print(f"{name} on {entry['machine']['processor']}, compiled in {entry['compile_seconds']} s")
+    for key, milliseconds in entry["milliseconds"].items():
+        times = f"{entry['times_as_fast'][key]:.2f} x" if key != OURS else ""
+        print(f"{key:15s} {milliseconds:8.2f} ms  {times:8s} differs by {entry['largest_difference'][key]:.1e}")
+    sizes = entry["milliseconds_an_image"]
+    print("an image in a batch of", ", ".join(f"{size}: {milliseconds:.2f} ms" for size, milliseconds in sizes.items()))
     print(", ".join(f"{kind} {100 * share:.0f} %" for kind, share in entry["share_of_time"].items()))
-    merge(options.network, entry)
+    if not options.quick:
+        merge(name, entry)
 
 
 if __name__ == "__main__":

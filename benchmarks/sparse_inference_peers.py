@@ -1,7 +1,8 @@
-"""What `deploy.compile_sparse` is compared with: PyTorch, onnxruntime, and deepsparse in an environment of its own."""
+"""What `deploy.compile_sparse` is compared with: PyTorch, onnxruntime, and others in processes of their own."""
 
 import copy
 import json
+import os
 import signal
 import subprocess
 import warnings
@@ -21,26 +22,80 @@ Contender = Callable[[int], float]
 OPSET = 13  # the newest that deepsparse 1.8.0 knows well
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
-DEEPSPARSE = """
+# Programs of peers. Each reads the input from a file, writes what it computes to another, says READY with its version,
+# and then, for each number of calls that it reads, their median seconds. `call` makes one call.
+_BEGIN = """
 import json, sys, time
 from importlib.metadata import version
 from statistics import median
 import numpy as np
-from deepsparse import compile_model
 
-path, threads, images, scores = sys.argv[1:]
-engine = compile_model(path, batch_size=1, num_cores=int(threads))
-inputs = [np.load(images)]
-np.save(scores, engine.run(inputs)[0])
-print("READY", json.dumps(version("deepsparse")), flush=True)
+path, threads, images_path, scores_path = sys.argv[1:5]
+threads, images = int(threads), np.load(images_path)
+"""
+_END = """
+np.save(scores_path, call())
+print("READY", json.dumps(peer_version), flush=True)
 for line in sys.stdin:
     seconds = []
     for _ in range(int(line)):
         begin = time.perf_counter()
-        engine.run(inputs)
+        call()
         seconds.append(time.perf_counter() - begin)
     print("READY", median(seconds), flush=True)
 """
+_PROGRAMS = {
+    "deepsparse": """
+from deepsparse import compile_model
+
+engine = compile_model(path, batch_size=1, num_cores=threads)
+peer_version = version("deepsparse")
+
+def call():
+    return engine.run([images])[0]
+""",
+    # Its converter times which layers are faster sparse.
+    "MNN": """
+import os, subprocess
+import MNN
+
+converter, converted = os.path.join(os.path.dirname(sys.executable), "mnnconvert"), path + ".mnn"
+if not os.path.exists(converted):
+    files = ["--modelFile", path, "--MNNModel", converted, "--bizCode", "MNN"]
+    command = [converter, "-f", "ONNX", *files, "--detectSparseSpeedUp"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+net = MNN.Interpreter(converted)
+session = net.createSession({"backend": "CPU", "numThread": threads, "precision": "high"})
+given, made = net.getSessionInput(session), net.getSessionOutput(session)
+kind = MNN.Halide_Type_Float, MNN.Tensor_DimensionType_Caffe
+host = MNN.Tensor(images.shape, kind[0], images, kind[1])
+scores = MNN.Tensor(made.getShape(), kind[0], np.zeros(made.getShape(), np.float32), kind[1])
+peer_version = version("MNN")
+
+def call():
+    given.copyFrom(host)
+    net.runSession(session)
+    made.copyToHostTensor(scores)
+    return np.array(scores.getNumpyData())
+""",
+    # compile_sparse of another checkout, which stands first in Python's path.
+    "before": """
+import torch
+from cnn.models import build
+from str_triton import deploy
+
+torch.set_num_threads(threads)
+weights, name = path.split(",")
+model, x = build(name).eval(), torch.from_numpy(images)
+model.load_state_dict(torch.load(weights, weights_only=True))
+network = deploy.compile_sparse(model, x)
+peer_version = str(deploy.__file__)
+
+def call():
+    with torch.no_grad():
+        return network(x).numpy()
+""",
+}
 
 
 def eager(model: nn.Module, example: Tensor) -> dict[str, Callable[[], Tensor]]:
@@ -92,17 +147,32 @@ def onnxruntime_session(path: Path, threads: int) -> onnxruntime.InferenceSessio
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-class DeepSparse:
-    """deepsparse in a process of another Python: `turn` is the contender, `output` what it computed.
+class Peer:
+    """One of `_PROGRAMS` in a process of another Python: `turn` is the contender, `output` what it computed.
 
     Between its turns the process stands still: its threads would spin on the others' cores.
+
+    Args:
+        name: the program's.
+        python: the interpreter.
+        network: the path of the network's ONNX file; for "before" that of its weights, a comma, the model's name.
+        threads, example: how many, and the input.
+        work: a folder for files.
+        path: a folder that stands first in Python's path.
     """
 
-    def __init__(self, python: str, onnx: Path, threads: int, example: Tensor, work: Path) -> None:
-        images, scores = work / "images.npy", work / "scores.npy"
+    def __init__(
+        self, name: str, python: str, network: str, threads: int, example: Tensor, work: Path, path: str = ""
+    ) -> None:
+        images, scores = work / "images.npy", work / f"scores-{name}.npy"
         np.save(images, example.numpy())
-        command = [python, "-c", DEEPSPARSE, str(onnx), str(threads), str(images), str(scores)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        program = _BEGIN + _PROGRAMS[name] + _END
+        command = [python, "-c", program, network, str(threads), str(images), str(scores)]
+        environment = os.environ | ({"PYTHONPATH": path} if path else {})
+        self._name = name
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
         self.version: str = self._answer()
         self.output = torch.from_numpy(np.load(scores))
         self._process.send_signal(signal.SIGSTOP)
@@ -120,8 +190,8 @@ class DeepSparse:
         self._process.wait()
 
     def _answer(self) -> Any:
-        """What the process says next; it also prints a greeting."""
+        """Return what the process says next; some print more than that."""
         for line in self._process.stdout:
             if line.startswith("READY "):
                 return json.loads(line.removeprefix("READY "))
-        raise RuntimeError(f"deepsparse ended with exit code {self._process.wait()}")
+        raise RuntimeError(f"{self._name} ended with exit code {self._process.wait()}")

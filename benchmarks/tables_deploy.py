@@ -1,35 +1,50 @@
 """Tables of what a trained network becomes: sparse execution, packed files, C."""
 
+from typing import Any
+
 from benchmarks.documents import markdown, results, spread, table
+
+
+def sparse_runs() -> list[tuple[str, str, dict[str, Any]]]:
+    """Return network, processor and entry of every run of sparse_inference, those of one network side by side."""
+    runs = [
+        (name, run["machine"]["processor"], run)
+        for networks in results("sparse_inference*.json")
+        for name, run in networks.items()
+    ]
+    return sorted(runs, key=lambda run: run[0])
 
 
 @table("sparse-inference")
 def sparse_inference() -> str:
     """Milliseconds an image of compile_sparse and its peers, and how many times as fast it is."""
-    (networks,) = results("sparse_inference.json")
     rows = []
-    for name, run in networks.items():
+    for name, processor, run in sparse_runs():
         times, ratios = run["milliseconds"], run["times_as_fast"]
         peers = [f"{times[peer]:.1f} ({ratios[peer]:.2f}x)" if peer in times else "not measured" for peer in PEERS]
-        rows.append([name.replace("-", ", ") + " %", f"{times['compile_sparse']:.1f}", *peers])
-    return markdown(["network, sparsity", "compile_sparse, ms", *(f"{peer}, ms" for peer in PEERS)], rows)
+        rows.append([name.replace("-", ", ") + " %", processor, f"{times['compile_sparse']:.1f}", *peers])
+    peers = [f"{peer}, ms" for peer in PEERS]
+    return markdown(["network, sparsity", "processor", "compile_sparse, ms", *peers], rows)
 
 
-PEERS = ("eager", "torch.compile", "onnxruntime", "deepsparse")
+PEERS = ("eager", "torch.compile", "onnxruntime", "deepsparse", "MNN")
 
 
 @table("sparse-time")
 def sparse_time() -> str:
     """Where compile_sparse's time goes, by kind of layer."""
-    (networks,) = results("sparse_inference.json")
     kinds: dict[str, None] = {}
-    for run in networks.values():
+    for *_, run in sparse_runs():
         kinds |= dict.fromkeys(run["share_of_time"])
     rows = [
-        [name.replace("-", ", ") + " %", *(f"{100 * run['share_of_time'].get(kind, 0):.0f}" for kind in kinds)]
-        for name, run in networks.items()
+        [
+            name.replace("-", ", ") + " %",
+            processor,
+            *(f"{100 * run['share_of_time'].get(kind, 0):.0f}" for kind in kinds),
+        ]
+        for name, processor, run in sparse_runs()
     ]
-    return markdown(["network; share of time, %", *kinds], rows)
+    return markdown(["network; share of time, %", "processor", *kinds], rows)
 
 
 @table("packed-sizes")
