@@ -1,4 +1,4 @@
-"""What a recurrent layer is called with: torch's checks, with torch's messages, and packed sequences."""
+"""The inputs of a recurrent layer: torch's checks with torch's messages, and packed sequences."""
 
 from typing import NamedTuple, Self
 
@@ -8,12 +8,12 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 
 class Packing(NamedTuple):
-    """Sequences of several lengths, sorted by length.
+    """The lengths of packed sequences, sorted from longest to shortest.
 
     Attributes:
-        batch_sizes: int64 [T], how many sequences have each step; on the CPU.
-        lengths: int64 [B], longest first; on the CPU.
-        lengths_on_device: the same where the sequences are.
+        batch_sizes: int64 [T] on the CPU, the number of sequences that have each step.
+        lengths: int64 [B] on the CPU.
+        lengths_on_device: `lengths` on the device of the sequences.
     """
 
     batch_sizes: Tensor
@@ -22,22 +22,22 @@ class Packing(NamedTuple):
 
     @classmethod
     def of(cls, packed: PackedSequence) -> Self:
-        """The packing of a PackedSequence, whose data are sorted."""
+        """Compute the lengths of a PackedSequence."""
         positions = torch.arange(int(packed.batch_sizes[0]))
         lengths = (packed.batch_sizes[:, None] > positions).sum(0)
         return cls(packed.batch_sizes, lengths, lengths.to(packed.data.device, non_blocking=True))
 
     def padded(self, x: Tensor) -> Tensor:
-        """Steps as [T, B, features], zero behind the end of a sequence, from either form."""
+        """Return `x`, packed or padded, as padded steps [T, B, features] with zeros after the end of a sequence."""
         return pad_packed_sequence(PackedSequence(x, self.batch_sizes))[0] if x.dim() == 2 else x
 
     def packed(self, x: Tensor) -> Tensor:
-        """Steps as [sum of lengths, features] from either form."""
+        """Return `x`, packed or padded, as packed steps [sum of lengths, features]."""
         return pack_padded_sequence(x, self.lengths).data if x.dim() == 3 else x
 
 
 def check_input(layer: nn.Module, x: Tensor, dtype: torch.dtype, *, packed: bool) -> None:
-    """Raise what torch's layer would for an input of the wrong dtype or shape."""
+    """Raise the errors of torch's layer for an input of the wrong dtype or shape."""
     if not packed and x.dim() not in (2, 3):
         raise ValueError(f"{type(layer).__name__}: Expected input to be 2D or 3D, got {x.dim()}D instead")
     if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
@@ -55,10 +55,10 @@ def check_input(layer: nn.Module, x: Tensor, dtype: torch.dtype, *, packed: bool
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
 
 
-def checked_states(
+def prepare_states(
     states: tuple[Tensor, ...], expected: tuple[int, int, int], *, unbatched: bool, packed: bool
 ) -> tuple[Tensor, ...]:
-    """The initial states as [layers * directions, B, hidden_size]; raise what torch's layer would for another shape."""
+    """Return the initial states as [layers * directions, B, hidden_size]; raise torch's errors for a wrong shape."""
     dimensions = 2 if unbatched else 3
     if not packed and any(state.dim() != dimensions for state in states):
         kind = "unbatched 2-D" if unbatched else "batched 3-D"

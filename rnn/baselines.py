@@ -1,4 +1,4 @@
-"""What learned ranks are compared with: ranks fixed from the start, and the SVD of a trained dense network."""
+"""Baselines for learned ranks: ranks fixed from the start, and the SVD of a trained dense network."""
 
 from dataclasses import replace
 
@@ -8,11 +8,11 @@ from rnn.models import Architecture, copy_weights
 from str_triton import RankController, RankTarget, count_ranks
 
 
-def common_ranks(model: nn.Module, target: RankTarget) -> dict[str, int]:
-    """The rank of each matrix of ``model.rnn`` where all have the same, or their full one where that is less.
+def equal_ranks(model: nn.Module, target: RankTarget) -> dict[str, int]:
+    """Return a rank for each matrix of ``model.rnn``: one common rank, or the full rank where that is smaller.
 
-    The rank is the largest that meets ``target``; ``model`` holds all matrices at full rank. Equal ranks beat equal
-    shares of the full ranks by far where the inputs are few (docs/learned-rank.md).
+    The common rank is the largest that meets ``target``. ``model`` holds all matrices at full rank. For small inputs,
+    equal ranks are far better than equal shares of the full ranks (docs/learned-rank.md).
     """
     factors, budget = model.rnn.factors(), count_ranks(model)
     ((name, value),) = ((name, value) for name, value in vars(target).items() if value is not None)
@@ -22,13 +22,13 @@ def common_ranks(model: nn.Module, target: RankTarget) -> dict[str, int]:
         cost = getattr(at_rank, name)
         return cost >= value if name == "compression" else cost <= value
 
-    # The first meets the target, as a controller has checked.
+    # Rank 1 meets the target: a controller has checked it.
     common = max(filter(meets, range(1, max(factor.max_rank for factor in factors.values()) + 1)))
     return {name: min(common, factor.max_rank) for name, factor in factors.items()}
 
 
 def svd_ranks(model: nn.Module, architecture: Architecture, target: RankTarget) -> dict[str, int]:
-    """The ranks at which the SVD of dense ``model`` meets ``target``: one cut through all singular values together."""
+    """Return the ranks at which the SVD of a dense ``model`` meets ``target``, with one threshold for all matrices."""
     factored = architecture.build()
     copy_weights(model, factored)
     RankController(factored, target, schedule="constant", end=0.0).solve()

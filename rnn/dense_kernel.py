@@ -1,8 +1,8 @@
-"""torch's own recurrent kernel for one layer, as one operation of a graph too.
+"""torch's own recurrent kernel for one layer, as a single op under torch.compile.
 
-torch.compile would take torch's kernel apart into its time steps, some 25 operations each, which takes minutes to
-compile. The registered op hides it. Its backward runs the kernel forward again: what that keeps for its own backward
-differs by device, and is nothing that a graph could hold.
+torch.compile would unroll torch's kernel into its time steps, about 25 operations each, which takes minutes to compile.
+The registered op hides the kernel from the compiler. The op's backward pass runs the kernel's forward pass again,
+because the kernel's saved values differ by device and cannot be stored in a graph.
 """
 
 from collections.abc import Sequence
@@ -22,13 +22,13 @@ def dense_layer(
     bidirectional: bool,
     batch_sizes: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """One layer of nn.GRU ("gru") or nn.LSTM ("lstm"), with its cast under autocast; differentiable.
+    """Run one layer of nn.GRU ("gru") or nn.LSTM ("lstm"), differentiable, with nn.GRU's casts under autocast.
 
     Args:
-        x: [T, B, features]; with batch_sizes packed, [sum of lengths, features].
+        x: [T, B, features], or with batch_sizes packed [sum of lengths, features].
         states: h, or h and c, each [directions, B, hidden_size].
-        weights: weight_ih, weight_hh and the two biases if there are any, of each direction.
-        batch_sizes: of a PackedSequence. In a graph it takes the kernel apart after all.
+        weights: weight_ih, weight_hh and the two biases (if any) of each direction.
+        batch_sizes: the batch sizes of a PackedSequence. Under torch.compile they cause the kernel to be unrolled.
 
     Returns:
         The output [T, B, directions * hidden_size] or packed, and the last states.
@@ -60,15 +60,15 @@ def _run(
             return _run(cell, x, states, weights, bias, bidirectional, batch_sizes)
     run = getattr(torch._VF, cell)
     hx = tuple(states) if len(states) > 1 else states[0]
-    # In training mode whenever a backward may follow, which cuDNN and oneDNN have in that mode only.
+    # cuDNN and oneDNN can run a backward pass only in training mode, so use it whenever gradients are on.
     options = list(weights), bias, 1, 0.0, torch.is_grad_enabled(), bidirectional
     return run(x, hx, *options, False) if batch_sizes is None else run(x, batch_sizes, hx, *options)
 
 
 def _autocast_fails() -> bool:
-    """Return whether autocast is on, and casts an LSTM on the CPU to a dtype that oneDNN lacks on this processor.
+    """Return whether autocast casts to a dtype that oneDNN's LSTM does not support on this processor.
 
-    torch's own nn.LSTM raises RuntimeError there, for instance with bfloat16 where there is no AVX-512.
+    torch's own nn.LSTM raises RuntimeError in that case, for instance for bfloat16 on a processor without AVX-512.
     """
     if not torch.is_autocast_enabled("cpu"):
         return False
@@ -78,7 +78,7 @@ def _autocast_fails() -> bool:
 
 
 def _in_one_buffer(weights: Sequence[Tensor]) -> list[Tensor]:
-    """The same weights as views of one buffer, matrices before biases: where cuDNN expects them, and copies no more."""
+    """Copy the weights to views of one buffer, matrices before biases. cuDNN needs no further copy of that layout."""
     order = sorted(range(len(weights)), key=lambda i: weights[i].dim(), reverse=True)
     pieces = torch.cat([weights[i].flatten() for i in order]).split([weights[i].numel() for i in order])
     views = {i: piece.view_as(weights[i]) for i, piece in zip(order, pieces, strict=True)}
@@ -113,7 +113,7 @@ def _backward(
     bias: bool,
     bidirectional: bool,
 ) -> list[Tensor]:
-    """Gradients of x, the states and the weights."""
+    """Return the gradients of x, the states and the weights."""
     with torch.enable_grad():
         inputs = [tensor.detach().requires_grad_() for tensor in (x.contiguous(), *_contiguous(states), *weights)]
         x, states, weights = inputs[0], inputs[1 : 1 + len(states)], inputs[1 + len(states) :]

@@ -1,4 +1,4 @@
-"""LowRankFastGRNN: a gated recurrent network of two small matrices, whose ranks are learned."""
+"""LowRankFastGRNN: a gated recurrent layer of two small matrices with learned ranks."""
 
 from collections.abc import Mapping
 from typing import Any, Self
@@ -11,13 +11,14 @@ from str_triton import low_rank_fastgrnn
 
 
 class LowRankFastGRNN(LowRankRNN):
-    """FastGRNN, whose gate and candidate share the matrices W and R; the arguments, inputs and outputs of nn.GRU.
+    """FastGRNN, a cell whose gate and candidate share the matrices W and R. The interface is that of nn.GRU.
 
         a = W x_t + R h    z = sigmoid(a + b_gate)    c = tanh(a + b_update)
         h' = (sigmoid(zeta) (1 - z) + sigmoid(nu)) c + z h        W and R each u diag(S(m)) v^T
 
-    At first W and R are 0.1 randn, the biases 1, zeta 1 and nu -4. torch has no kernel for this cell: a recurrent
-    matrix that is dense (factorize="none", or after `compact`) goes through the same op, beside the identity.
+    The initial values are 0.1 randn for W and R, 1 for the biases and zeta, and -4 for nu. torch has no kernel for this
+    cell, so a dense recurrent matrix (factorize="none", or after `compact`) runs through the same op, with the identity
+    as its second factor.
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional: as in nn.GRU.
@@ -29,7 +30,7 @@ class LowRankFastGRNN(LowRankRNN):
 
     Inputs, outputs and errors are those of `LowRankGRU`.
 
-    Source: Kusupati et al., NeurIPS 2018 (arXiv 1901.02358); the low rank, Kusupati et al., ICML 2020, section 3.3.
+    Sources: Kusupati et al., NeurIPS 2018 (arXiv 1901.02358); for the low rank Kusupati et al., ICML 2020, section 3.3.
     """
 
     cell = "fastgrnn"
@@ -65,19 +66,19 @@ class LowRankFastGRNN(LowRankRNN):
 
     @classmethod
     def from_edgeml(cls, parameters: Mapping[str, Any], *, layout: str = "cell", **options) -> Self:
-        """One layer from the parameters of an EdgeML cell: the same function, at the cell's own ranks.
+        """Make one layer that computes the same function as an EdgeML cell, by default with the cell's ranks.
 
         Args:
-            parameters: the state dict of the cell, tensors or arrays of I inputs and H hidden units. With
-                layout="cell" (FastGRNNCell, row vectors): W [I, H], or W1 [I, r] and W2 [r, H]; U [H, H], or U1 [H, r]
-                and U2 [r, H]; bias_gate and bias_update [1, H]; zeta and nu [1, 1].
-            layout: "cuda" for a FastGRNNCUDACell, which holds the transposes of those matrices: W [H, I], or W1 [r, I]
-                and W2 [H, r]; U [H, H], or U1 [r, H] and U2 [H, r].
-            options: keyword-only arguments of the class; max_rank and input_max_rank are the cell's r by default.
+            parameters: the state dict of the cell, tensors or arrays, for I inputs and H hidden units. A FastGRNNCell
+                (layout="cell", row vectors) has W [I, H], or W1 [I, r] and W2 [r, H]; U [H, H], or U1 [H, r] and
+                U2 [r, H]; bias_gate and bias_update [1, H]; zeta and nu [1, 1].
+            layout: "cuda" for a FastGRNNCUDACell, which holds transposed matrices: W [H, I], or W1 [r, I] and W2
+                [H, r]; U [H, H], or U1 [r, H] and U2 [H, r].
+            options: keyword-only arguments of the class; max_rank and input_max_rank default to the cell's ranks.
 
         Raises:
-            ValueError: a key that is missing or unknown, a shape that does not fit (the message names the key), or an
-                unknown layout.
+            ValueError: a missing or unknown key, a shape that does not fit (the message names the key), or an unknown
+                layout.
         """
         if layout not in ("cell", "cuda"):
             raise ValueError(f"layout must be 'cell' or 'cuda', got {layout!r}")
@@ -90,26 +91,29 @@ class LowRankFastGRNN(LowRankRNN):
         layer._set("weight_ih_l0", w)
         layer._set("weight_hh_l0", u)
         for key, size in {"bias_gate": hidden, "bias_update": hidden, "zeta": 1, "nu": 1}.items():
-            value = _taken(values, key)
+            value = _take(values, key)
             if value.numel() != size:
                 raise ValueError(f"{key} must have shape [1, {size}], got {list(value.shape)}")
             layer._set(f"{key}_l0", value.flatten())
         if values:
-            raise ValueError(f"no parameter of a FastGRNN cell beside the others: {', '.join(values)}")
+            raise ValueError(f"unknown parameters of a FastGRNN cell: {', '.join(values)}")
         return layer
 
 
-def _taken(values: dict[str, Tensor], key: str) -> Tensor:
+def _take(values: dict[str, Tensor], key: str) -> Tensor:
     if key not in values:
-        raise ValueError(f"the parameters lack {key}; they have {', '.join(values)}")
+        raise ValueError(f"parameter {key} is missing; there are {', '.join(values)}")
     return values.pop(key)
 
 
-def _oriented(
+def _column_matrix(
     values: dict[str, Tensor], key: str, rows: int | None, columns: int | None, *, transposed: bool
 ) -> Tensor:
-    """The matrix of this shape (None: any) for column vectors, from one for row vectors unless it is `transposed`."""
-    value = _taken(values, key)
+    """Return a matrix for column vectors and check its shape; None allows any size.
+
+    The stored matrix is one for row vectors unless it is `transposed`.
+    """
+    value = _take(values, key)
     if value.dim() != 2:
         raise ValueError(f"{key} must have 2 dimensions, got shape {list(value.shape)}")
     matrix = value if transposed else value.mT
@@ -120,10 +124,13 @@ def _oriented(
 
 
 def _matrix(values: dict[str, Tensor], key: str, size: int | None, *, transposed: bool) -> tuple[Tensor, int | None]:
-    """The matrix [H, I] under `key` and None, or the product of its two factors and their rank; `size`: H and I."""
+    """Return the matrix [H, I] of `key` and its rank, which is None where the cell stores one dense matrix.
+
+    size: the value of both H and I, or None where they are not known.
+    """
     if f"{key}1" not in values:
-        return _oriented(values, key, size, size, transposed=transposed), None
-    first = _oriented(values, f"{key}1", None, size, transposed=transposed)
-    second = _oriented(values, f"{key}2", size, len(first), transposed=transposed)
+        return _column_matrix(values, key, size, size, transposed=transposed), None
+    first = _column_matrix(values, f"{key}1", None, size, transposed=transposed)
+    second = _column_matrix(values, f"{key}2", size, len(first), transposed=transposed)
     product = second @ first
     return product, min(len(first), *product.shape)

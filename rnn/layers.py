@@ -1,4 +1,4 @@
-"""LowRankGRU and LowRankLSTM: torch's recurrent layers, with matrices whose rank is learned."""
+"""LowRankGRU and LowRankLSTM: torch's recurrent layers with a learned rank of each matrix."""
 
 import torch
 from torch import Tensor, nn
@@ -8,31 +8,31 @@ from str_triton import low_rank_gru, low_rank_lstm
 
 
 class LowRankGRU(LowRankRNN):
-    """nn.GRU whose matrices are in factors, with a learned rank; the same arguments, inputs, outputs and messages.
+    """nn.GRU with matrices in factors and a learned rank. Arguments, inputs, outputs and messages are those of nn.GRU.
 
         r = sigmoid(x_r + R_r h + b_r)    z = sigmoid(x_z + R_z h + b_z)    n = tanh(x_n + r (R_n h + b_n))
         h' = (1 - z) n + z h              x = W x_t + b_ih,  b = b_hh,  W and R each u diag(S(m)) v^T over all gates
 
-    Right after construction with the same seed it computes the same function as nn.GRU, at full rank.
+    A new layer at full rank computes the same function as a new nn.GRU with the same seed.
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional: as in nn.GRU.
-        max_rank: components of each recurrent matrix; None: hidden_size.
-        input_max_rank: components of each input matrix, at most its smaller side; None: all.
-        factorize: "both" matrices, the "recurrent" ones, or "none".
-        ranks: the compact form instead, without thresholds: {"weight_hh_l0": 5, ...}; a matrix not named is dense.
-        g, gradient, raw_threshold_init: those of `LowRankWeight`.
+        max_rank: maximum rank of each recurrent matrix; None: hidden_size.
+        input_max_rank: maximum rank of each input matrix; None: the full rank.
+        factorize: the matrices in factors, "both" kinds, the "recurrent" ones, or "none".
+        ranks: makes a compact layer without thresholds: {"weight_hh_l0": 5, ...}; all other matrices are dense.
+        g, gradient, raw_threshold_init: arguments of `LowRankWeight`.
 
     Attributes:
         weight_ih_l0, weight_hh_l0, weight_ih_l0_reverse, ...: LowRankWeight [3 * hidden_size, ...], or Parameter.
         bias_ih_l0, bias_hh_l0, ...: Parameter [3 * hidden_size].
 
-    Inputs and outputs, as in nn.GRU: input [T, B, input_size], [B, T, input_size] with batch_first, [T, input_size], or
-    a PackedSequence; hx [num_layers * directions, B, hidden_size] or None. Returns output [T, B, directions *
-    hidden_size] in the input's form, and h of hx's shape.
+    Inputs and outputs are those of nn.GRU: input [T, B, input_size], [B, T, input_size] with batch_first,
+    [T, input_size], or a PackedSequence; hx [num_layers * directions, B, hidden_size] or None. The layer returns output
+    [T, B, directions * hidden_size], in the form of the input, and h in the shape of hx.
 
     Raises:
-        ValueError, RuntimeError, TypeError: as nn.GRU, with its messages; ranks out of range.
+        ValueError, RuntimeError, TypeError: as nn.GRU, with the same messages; ranks out of range.
     """
 
     cell = "gru"
@@ -57,14 +57,14 @@ class LowRankGRU(LowRankRNN):
 
 
 class LowRankLSTM(LowRankRNN):
-    """nn.LSTM whose matrices are in factors, with a learned rank; the same arguments, inputs, outputs and messages.
+    """nn.LSTM with matrices in factors and a learned rank. Arguments, inputs, outputs and messages are nn.LSTM's.
 
         i = sigmoid(x_i + R_i h + b_i)    f = sigmoid(x_f + R_f h + b_f)    g = tanh(x_g + R_g h + b_g)
         o = sigmoid(x_o + R_o h + b_o)    c' = f c + i g    h' = o tanh(c')
         x = W x_t + b_ih,  b = b_hh,  W and R each u diag(S(m)) v^T over all gates
 
-    Right after construction with the same seed it computes the same function as nn.LSTM, at full rank. It has no
-    projections (proj_size).
+    A new layer at full rank computes the same function as a new nn.LSTM with the same seed. Projections (proj_size) are
+    not supported.
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional: as in nn.LSTM.
@@ -74,10 +74,10 @@ class LowRankLSTM(LowRankRNN):
         weight_ih_l0, weight_hh_l0, weight_ih_l0_reverse, ...: LowRankWeight [4 * hidden_size, ...], or Parameter.
         bias_ih_l0, bias_hh_l0, ...: Parameter [4 * hidden_size].
 
-    Inputs and outputs are those of `LowRankGRU`, except that hx is (h, c) or None, and (h, c) is returned.
+    Inputs and outputs are those of `LowRankGRU`, but hx is (h, c) or None, and the layer returns (h, c).
 
     Raises:
-        ValueError, RuntimeError, TypeError: as nn.LSTM, with its messages; ranks out of range.
+        ValueError, RuntimeError, TypeError: as nn.LSTM, with the same messages; ranks out of range.
     """
 
     cell = "lstm"

@@ -1,4 +1,4 @@
-"""The forward of the recurrent layers: inputs as torch takes them, each layer by the op or by torch's own kernel."""
+"""The forward pass of the recurrent layers. Each layer runs either the low-rank op or torch's own kernel."""
 
 from abc import abstractmethod
 from typing import ClassVar
@@ -8,35 +8,38 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from rnn.arguments import Packing, check_input, checked_states
+from rnn.arguments import Packing, check_input, prepare_states
 from rnn.dense_kernel import dense_layer
 from rnn.matrices import LowRankMatrices
 from str_triton import LowRankWeight, low_rank_plan, shared_memory_limit
 
 
 class LowRankRNN(LowRankMatrices):
-    """Base of the layers; a subclass names its cell and runs one layer in one direction (`_loop`)."""
+    """The base class of the recurrent layers. A subclass names its cell and defines `_loop` and `_cell`."""
 
-    cell: ClassVar[str]  # As `low_rank_plan` and `dense_layer` name it.
-    states: ClassVar[int] = 1  # h, or h and c.
+    cell: ClassVar[str]  # the cell's name in `low_rank_plan` and `dense_layer`
+    states: ClassVar[int] = 1  # 1 for h, 2 for h and c
 
     @abstractmethod
     def _loop(
         self, suffix: str, gates_x: Tensor, states: list[Tensor], lengths: Tensor | None, *, reverse: bool
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The cell's op over gates_x [T, B, gates * hidden_size]: outputs, and the last states [B, hidden_size]."""
+        """Run the cell's op over gates_x [T, B, gates * hidden_size]; return the outputs and the last states.
+
+        Each state is [B, hidden_size].
+        """
 
     @abstractmethod
     def _cell(self, suffix: str, gates_x: Tensor, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """One step of the cell: gates_x [B, gates * hidden_size] and the states [B, hidden_size] to the next states."""
+        """Run one step of the cell: map gates_x [B, gates * hidden_size] and states [B, hidden_size] to new states."""
 
     def flatten_parameters(self) -> None:
-        """Nothing; torch's layers arrange their parameters for cuDNN here."""
+        """Do nothing. torch's layers arrange their parameters for cuDNN here."""
 
     def forward(
         self, input: Tensor | PackedSequence, hx: Tensor | tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor | PackedSequence, Tensor | tuple[Tensor, Tensor]]:
-        """As torch's layer: (output, h), or (output, (h, c)) of an LSTM; see the class."""
+        """Return (output, h), for an LSTM (output, (h, c)), as torch's layer does; see the class."""
         x, batch_sizes = (input.data, input.batch_sizes) if isinstance(input, PackedSequence) else (input, None)
         check_input(self, x, self._dtype, packed=batch_sizes is not None)
         unbatched = batch_sizes is None and x.dim() == 2
@@ -53,7 +56,7 @@ class LowRankRNN(LowRankMatrices):
             elif self.batch_first:
                 output = output.transpose(0, 1)
         else:
-            # The steps of a packed input are sorted by length; its states are not.
+            # A packed input is sorted by length, but the initial states are not.
             packing = Packing.of(input)
             if input.sorted_indices is not None:
                 states = tuple(state.index_select(1, input.sorted_indices) for state in states)
@@ -67,25 +70,25 @@ class LowRankRNN(LowRankMatrices):
     def step(
         self, x: Tensor, state: Tensor | tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor]]:
-        """One time step, for input that goes on without an end: what the forward computes, in constant memory.
+        """Run one time step, for endless input in constant memory. The result equals that of the forward pass.
 
-        Without gradients, and without dropout as in evaluation mode. After `compact` it is the fastest.
+        No gradients are recorded, and dropout is off as in evaluation mode. A layer is fastest after `compact`.
 
         Args:
-            x: [B, input_size], whatever batch_first says.
-            state: what the step before returned; None: zeros, as at the beginning of a sequence.
+            x: [B, input_size], regardless of batch_first.
+            state: the state that the previous step returned; None: zeros, at the beginning of a sequence.
 
         Returns:
-            The last layer's output [B, hidden_size], and the state: h [num_layers, B, hidden_size], or (h, c) of an
-            LSTM, as the forward returns them.
+            The last layer's output [B, hidden_size], and the state: h [num_layers, B, hidden_size], for an LSTM (h, c),
+            as the forward pass returns them.
 
         Raises:
-            RuntimeError: the layer is bidirectional; an input or state of the wrong shape. ValueError, TypeError: as
-            the forward.
+            RuntimeError: the layer is bidirectional, or an input or state has the wrong shape.
+            ValueError, TypeError: as the forward pass.
         """
         if self.bidirectional:
             raise RuntimeError(
-                f"{type(self).__name__}: a bidirectional layer cannot go step by step: its second direction begins at "
+                f"{type(self).__name__}: a bidirectional layer cannot run step by step: its second direction begins at "
                 "the end of the sequence"
             )
         check_input(self, x, self._dtype, packed=True)
@@ -103,7 +106,7 @@ class LowRankRNN(LowRankMatrices):
     def _initial_states(
         self, hx: Tensor | tuple[Tensor, ...] | None, x: Tensor, batch: int, *, unbatched: bool, packed: bool
     ) -> tuple[Tensor, ...]:
-        """Each state as [num_layers * directions, B, hidden_size], zeros by default."""
+        """Return the initial states, each [num_layers * directions, B, hidden_size], zeros by default."""
         shape = self.num_layers * (1 + self.bidirectional), batch, self.hidden_size
         if hx is None:
             return tuple(x.new_zeros(shape) for _ in range(self.states))
@@ -114,12 +117,12 @@ class LowRankRNN(LowRankMatrices):
         other = next((state.dtype for state in states if state.dtype != x.dtype), None)
         if other is not None and not torch.is_autocast_enabled(x.device.type):
             raise RuntimeError(f"{type(self).__name__}: hx must have the input's dtype {x.dtype}, got {other}")
-        return checked_states(states, shape, unbatched=unbatched, packed=packed)
+        return prepare_states(states, shape, unbatched=unbatched, packed=packed)
 
     def _layers(
         self, x: Tensor, states: tuple[Tensor, ...], packing: Packing | None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """All layers, over steps in time order [T, B, input] (or packed, [sum of lengths, input])."""
+        """Run all layers over steps in time order, [T, B, input] or packed [sum of lengths, input]."""
         directions = 1 + self.bidirectional
         finals = []
         for layer in range(self.num_layers):
@@ -136,8 +139,9 @@ class LowRankRNN(LowRankMatrices):
         return x, tuple(torch.cat(parts) for parts in zip(*finals, strict=True))
 
     def _runs_dense(self, layer: int, x: Tensor, batch: int, packed: bool) -> bool:
-        """Whether torch's own kernel, with the products formed once, runs this layer faster than the op."""
-        # In a graph torch's kernel runs twice for a backward, and the CPU's op takes matrices of any rank.
+        """Return whether torch's own kernel, with dense matrices formed once, runs this layer faster than the op."""
+        # In a compiled graph, torch's kernel runs its forward pass twice for a backward pass. The CPU's op has no limit
+        # on the rank, so it can always run instead.
         if not self.has_dense or (torch.compiler.is_compiling() and not x.is_cuda):
             return False
         matrices = [getattr(self, f"weight_hh_{suffix}") for suffix in self._suffixes(layer)]
@@ -159,7 +163,7 @@ class LowRankRNN(LowRankMatrices):
     def _low_rank_layer(
         self, layer: int, x: Tensor, states: tuple[Tensor, ...], packing: Packing | None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """One layer by the op: x and outputs [T, B, ...], states [directions, B, hidden_size]."""
+        """Run one layer with the low-rank op: x and outputs [T, B, ...], states [directions, B, hidden_size]."""
         lengths = None
         if packing is not None:
             x, lengths = packing.padded(x), packing.lengths_on_device
@@ -174,17 +178,17 @@ class LowRankRNN(LowRankMatrices):
         return output, tuple(torch.stack(parts) for parts in zip(*finals, strict=True))
 
     def _project(self, suffix: str, x: Tensor) -> Tensor:
-        """The part of the gates that the input gives: [T, B, gates * hidden_size]."""
+        """Compute the input's part of the gates, [T, B, gates * hidden_size]."""
         weight, bias = getattr(self, f"weight_ih_{suffix}"), getattr(self, f"bias_ih_{suffix}", None)
         return weight(x, bias) if isinstance(weight, LowRankWeight) else F.linear(x, weight, bias)
 
     def _recur(self, suffix: str, h: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The recurrent part of the gates at one step: h [B, hidden_size] -> [B, gates * hidden_size]."""
+        """Compute the recurrent part of the gates at one step: h [B, hidden_size] -> [B, gates * hidden_size]."""
         weight = getattr(self, f"weight_hh_{suffix}")
         return weight(h, bias) if isinstance(weight, LowRankWeight) else F.linear(h, weight, bias)
 
     def _recurrent_factors(self, suffix: str) -> tuple[Tensor, Tensor, Tensor]:
-        """u, m and v of the recurrent matrix for the op; one that is dense stands in u beside the identity."""
+        """Return u, m and v of the recurrent matrix for the op. A dense matrix is u, with the identity as v."""
         weight = getattr(self, f"weight_hh_{suffix}")
         if isinstance(weight, LowRankWeight):
             return weight.u, weight.spectrum(), weight.v
@@ -194,10 +198,10 @@ class LowRankRNN(LowRankMatrices):
     def _dense_layer(
         self, layer: int, x: Tensor, states: tuple[Tensor, ...], packing: Packing | None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """One layer by torch's own kernel: x and output [T, B, ...] or packed, states [directions, B, hidden_size]."""
+        """Run one layer with torch's kernel: x, output [T, B, ...] or packed, states [directions, B, hidden_size]."""
         names = "weight_ih", "weight_hh", *(self.biases if self.bias else ())
         owns = [getattr(self, f"{name}_{suffix}") for suffix in self._suffixes(layer) for name in names]
-        # Autocast casts what enters the kernel; until then the products must be like the biases.
+        # Autocast casts the kernel's inputs. Before that, the products must have the dtype of the biases.
         with torch.autocast(x.device.type, enabled=False):
             weights = [own.weight() if isinstance(own, LowRankWeight) else own for own in owns]
         batch_sizes = None

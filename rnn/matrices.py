@@ -1,4 +1,4 @@
-"""What a recurrent layer holds, under torch's names: matrices in factors and biases; the way to dense ones and back."""
+"""The parameters of a recurrent layer under torch's names, and the conversion from and to dense layers."""
 
 from collections.abc import Iterator, Mapping
 from typing import ClassVar, Self
@@ -13,16 +13,16 @@ ARGUMENTS = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "
 
 
 class LowRankMatrices(nn.Module):
-    """Base of the layers, without their forward.
+    """The base class of the recurrent layers without the forward pass: parameters and conversions.
 
-    Matrices are registered as `weight_ih_l0`, `weight_hh_l0`, `weight_ih_l0_reverse`, ...: a `LowRankWeight` where
-    factored, else a Parameter. All gates of a matrix are stacked in its rows and share its spectrum.
+    Matrices are registered as `weight_ih_l0`, `weight_hh_l0`, `weight_ih_l0_reverse`, ... A matrix in factors is a
+    `LowRankWeight`, a dense matrix a Parameter. The rows of a matrix hold all gates, so the gates share one spectrum.
     """
 
     gates: ClassVar[int]
     biases: ClassVar[tuple[str, ...]] = ("bias_ih", "bias_hh")
     scalars: ClassVar[tuple[str, ...]] = ()
-    # The torch layer that takes the same arguments, and whether it computes the same.
+    # The torch layer with the same arguments, and whether it computes the same function.
     torch_class: ClassVar[type[nn.RNNBase]]
     has_dense: ClassVar[bool] = True
 
@@ -51,7 +51,7 @@ class LowRankMatrices(nn.Module):
             raise ValueError(f"factorize must be one of {', '.join(map(repr, FACTORIZE))}, got {factorize!r}")
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
         self.bias, self.batch_first, self.dropout, self.bidirectional = bias, batch_first, dropout, bidirectional
-        # For torch's checks of these arguments, with torch's messages.
+        # torch's own layer checks these arguments, with torch's messages.
         self.torch_class(**self._arguments(), device="meta")
         self.factorize = factorize
         shapes = dict(self._shapes())
@@ -70,14 +70,14 @@ class LowRankMatrices(nn.Module):
                 self.add_module(name, matrix)
             else:
                 self.register_parameter(name, nn.Parameter(torch.empty(shape, device="meta", dtype=dtype)))
-        # Made without drawing, so that what is drawn now is what torch's layer draws.
+        # Nothing was drawn so far, so `reset_parameters` draws the same numbers as torch's layer.
         self.to_empty(device=torch.empty(0, device=device).device)
         self.reset_parameters()
 
     def _max_ranks(
         self, shapes: Mapping[str, tuple[int, ...]], max_rank: int | None, input_max_rank: int | None
     ) -> dict[str, int]:
-        """The number of components of each matrix that `factorize` names."""
+        """Return the maximum rank of each matrix that `factorize` selects."""
         if input_max_rank is not None and input_max_rank < 1:
             raise ValueError(f"input_max_rank must be at least 1, got {input_max_rank}")
         ranks = {}
@@ -85,16 +85,16 @@ class LowRankMatrices(nn.Module):
             if name.startswith("weight_hh") and self.factorize != "none":
                 ranks[name] = shape[1] if max_rank is None else max_rank
             elif name.startswith("weight_ih") and self.factorize == "both":
-                # The inputs of the layers differ in size, and so does what bounds their rank.
+                # The layers' inputs differ in size, so their full ranks differ as well.
                 ranks[name] = min(*shape, *([] if input_max_rank is None else [input_max_rank]))
         return ranks
 
     def _suffixes(self, layer: int) -> list[str]:
-        """Of the names in a layer, one for each direction."""
+        """Return the suffixes of a layer's parameter names, one for each direction."""
         return [f"l{layer}", f"l{layer}_reverse"] if self.bidirectional else [f"l{layer}"]
 
     def _shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """The name and shape of everything that torch's layer holds, in torch's order."""
+        """Yield the name and shape of every parameter of torch's layer, in torch's order."""
         rows = self.gates * self.hidden_size
         for layer in range(self.num_layers):
             suffixes = self._suffixes(layer)
@@ -107,12 +107,12 @@ class LowRankMatrices(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw every matrix and vector as torch's layer does: the same seed gives the same function at full rank."""
+        """Draw all parameters as torch's layer does. At full rank the same seed gives the same function."""
         for name, shape in self._shapes():
             self._set(name, self._initial(name, torch.empty(shape, device=self._device, dtype=self._dtype)))
 
     def _initial(self, name: str, value: Tensor) -> Tensor:
-        """The first value of a matrix or vector, written into `value`."""
+        """Draw the initial value of a parameter into `value`."""
         bound = self.hidden_size**-0.5
         return value.uniform_(-bound, bound)
 
@@ -139,7 +139,7 @@ class LowRankMatrices(nn.Module):
         return matrix.u.dtype if isinstance(matrix, LowRankWeight) else matrix.dtype
 
     def _arguments(self) -> dict[str, int | bool | float]:
-        """The arguments that torch's layer shares."""
+        """Return the arguments that torch's layer has as well."""
         return {name: getattr(self, name) for name in ARGUMENTS}
 
     def _like(self, **options) -> Self:
@@ -149,7 +149,7 @@ class LowRankMatrices(nn.Module):
     @classmethod
     @torch.no_grad()
     def from_dense(cls, dense: nn.RNNBase, *, max_rank: int | None = None, **options) -> Self:
-        """The layer with a torch layer's singular components, all of them unless the ranks say fewer; copies.
+        """Make a layer from copies of a dense layer's singular components, the largest ones where a rank is limited.
 
         Args:
             dense: nn.GRU for LowRankGRU, nn.LSTM for LowRankLSTM.
@@ -177,9 +177,9 @@ class LowRankMatrices(nn.Module):
 
     @torch.no_grad()
     def to_dense(self) -> nn.Module:
-        """A new layer of dense matrices that computes the same: nn.GRU for LowRankGRU, nn.LSTM for LowRankLSTM.
+        """Return a new dense layer that computes the same function: nn.GRU for LowRankGRU, nn.LSTM for LowRankLSTM.
 
-        LowRankFastGRNN, which torch does not have, gives its own class with factorize="none".
+        torch has no FastGRNN, so LowRankFastGRNN returns its own class with factorize="none".
         """
         if not self.has_dense:
             dense = self._like(factorize="none")
@@ -192,9 +192,10 @@ class LowRankMatrices(nn.Module):
 
     @torch.no_grad()
     def compact(self) -> Self:
-        """A new layer of the surviving components, without thresholds; a Parameter where dense is not larger.
+        """Return a new layer that holds only the surviving components, without thresholds.
 
-        Its state dict fits a layer made with `ranks=compact.ranks()` and the same sizes.
+        A matrix becomes a dense Parameter where its factors would not be smaller. The new layer's state dict fits a
+        layer made with `ranks=compact.ranks()` and the same sizes.
         """
         compacted = {name: factor.compact() for name, factor in self.factors().items()}
         matrices = {name: matrix for name, matrix in compacted.items() if matrix is not None}
@@ -207,12 +208,12 @@ class LowRankMatrices(nn.Module):
         return layer
 
     def factors(self) -> dict[str, LowRankWeight]:
-        """The factored matrices by their name in the layer, such as weight_hh_l0_reverse."""
+        """Return the matrices in factors by their names in the layer, such as weight_hh_l0_reverse."""
         names = (name for name, _ in self._shapes())
         return {name: own for name in names if isinstance(own := getattr(self, name), LowRankWeight)}
 
     def ranks(self) -> dict[str, int]:
-        """The rank of each of `factors()`: how many components its threshold leaves."""
+        """Return the rank of each matrix of `factors()`: the number of components that survive the threshold."""
         return {name: factor.rank for name, factor in self.factors().items()}
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""The networks: a recurrent layer with a classifier, or between an embedding and a decoder."""
+"""The networks: a sequence classifier and a character language model, each on a recurrent layer."""
 
 import copy
 import json
@@ -20,14 +20,16 @@ State = Tensor | tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a network is, except for the ranks of its matrices.
+    """The architecture of a network, without the ranks of its matrices.
 
     Attributes:
-        task: "classify" a sequence of vectors, or "lm", the next character of a text.
+        task: "classify" for sequences of vectors, "lm" for a language model.
         cell: "gru", "lstm" or "fastgrnn".
-        inputs, outputs: size of a step's vector and number of classes; for a text both are the size of the vocabulary.
-        hidden_size, layers, bidirectional, dropout: of the recurrent layers; dropout is before the scores too.
-        pooling: what of a sequence the classifier sees, the "last" states or the "mean" output of the last layer.
+        inputs, outputs: the size of a step's vector and the number of classes; for "lm" both are the size of the
+            vocabulary.
+        hidden_size, layers, bidirectional: options of the recurrent layers.
+        dropout: the dropout between the recurrent layers and before the scores.
+        pooling: the classifier's input, the "last" states or the "mean" output of the last layer.
     """
 
     task: str
@@ -41,7 +43,7 @@ class Architecture:
     pooling: str = "last"
 
     def build(self, **options: Any) -> "SequenceClassifier | LanguageModel":
-        """A network with fresh weights; ``options`` are the keyword-only ones of the layers (`LowRankGRU`)."""
+        """Build a network with new weights; ``options`` are keyword-only arguments of the layers (`LowRankGRU`)."""
         lm = self.task == "lm"
         rnn = CELLS[self.cell](
             self.hidden_size if lm else self.inputs,
@@ -57,13 +59,13 @@ class Architecture:
         return SequenceClassifier(rnn, self.outputs, self.dropout, self.pooling)
 
 
-class Streamed(NamedTuple):
-    """What a `SequenceClassifier` keeps of a sequence whose steps come one by one.
+class StreamState(NamedTuple):
+    """The state of a `SequenceClassifier` that runs step by step.
 
     Attributes:
         rnn: the state of the recurrent layers.
-        total: with mean pooling the sum of the outputs so far, float64 [B, hidden_size], or rounding would add up.
-        steps: how many there were.
+        total: with mean pooling, the sum of the outputs, float64 [B, hidden_size] to limit rounding errors.
+        steps: the number of steps so far.
     """
 
     rnn: State
@@ -72,9 +74,9 @@ class Streamed(NamedTuple):
 
 
 class SequenceClassifier(nn.Module):
-    """Scores from the last layer's last states or from the mean of its outputs, of both directions where there are two.
+    """A recurrent layer with a linear classifier of its last states or of the mean of its outputs.
 
-    Sequences [B, T, input_size], with lengths int64 [B] on the CPU where they are padded -> [B, num_classes].
+    Maps sequences [B, T, input_size] to scores [B, num_classes]. Padded sequences need lengths, int64 [B] on the CPU.
     """
 
     def __init__(self, rnn: nn.Module, num_classes: int, dropout: float = 0.0, pooling: str = "last") -> None:
@@ -97,23 +99,25 @@ class SequenceClassifier(nn.Module):
         return self.classifier(self.dropout(pooled))
 
     @torch.no_grad()
-    def step(self, x: Tensor, state: Streamed | None = None) -> tuple[Tensor, Streamed]:
-        """The scores of the sequence up to here: a step [B, input_size] and the state before it -> scores and state.
+    def step(self, x: Tensor, state: StreamState | None = None) -> tuple[Tensor, StreamState]:
+        """Run one step, x [B, input_size], and return the scores of the sequence so far and the new state.
 
-        In constant memory, without gradients and dropout; see `LowRankRNN.step`. state None: the sequence begins.
+        state: the state of the previous step, None at the beginning of a sequence. Memory is constant; there are no
+        gradients and no dropout; see `LowRankRNN.step`.
         """
         rnn, total, steps = (None, None, 0) if state is None else state
         pooled, rnn = self.rnn.step(x, rnn)
         if self.pooling == "mean":
             total = pooled.double() if total is None else total + pooled
             pooled = (total / (steps + 1)).to(pooled.dtype)
-        return self.classifier(pooled), Streamed(rnn, total, steps + 1)
+        return self.classifier(pooled), StreamState(rnn, total, steps + 1)
 
 
 class LanguageModel(nn.Module):
-    """Scores of the next character at each step of a text.
+    """A character language model: an embedding, a recurrent layer and a decoder.
 
-    Characters int64 [B, T] and the state before them (None: zeros) -> scores [B, T, characters] and the state after.
+    Maps characters, int64 [B, T], and the state before them (None: zeros) to the scores of each next character,
+    [B, T, characters], and the state after them.
     """
 
     def __init__(self, rnn: nn.Module, characters: int, dropout: float = 0.0) -> None:
@@ -129,16 +133,16 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def step(self, characters: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """One character of each text, int64 [B], and the state before it -> scores [B, characters] and the state.
+        """Run one step, a character of each text, int64 [B]; return scores [B, characters] and the new state.
 
-        In constant memory, without gradients and dropout; see `LowRankRNN.step`.
+        Memory is constant; there are no gradients and no dropout; see `LowRankRNN.step`.
         """
         output, state = self.rnn.step(self.embedding(characters), state)
         return self.decoder(output), state
 
 
 def compact(model: SequenceClassifier | LanguageModel) -> SequenceClassifier | LanguageModel:
-    """A copy of ``model`` that holds the surviving components alone, without thresholds."""
+    """Return a copy of ``model`` that holds only the surviving components, without thresholds."""
     small = copy.deepcopy(model)
     small.rnn = model.rnn.compact()
     return small
@@ -146,9 +150,9 @@ def compact(model: SequenceClassifier | LanguageModel) -> SequenceClassifier | L
 
 @torch.no_grad()
 def copy_weights(source: nn.Module, target: nn.Module) -> None:
-    """Give ``target`` the weights of ``source``, the same network with dense matrices.
+    """Copy the weights of ``source``, a network with dense matrices, to ``target``.
 
-    Where ``target`` holds a matrix in factors it takes the largest singular components, as many as it has.
+    A matrix in factors of ``target`` gets the largest singular components, as many as its maximum rank.
     """
     factors = {name: module for name, module in target.named_modules() if isinstance(module, LowRankWeight)}
     own = dict(target.named_parameters())
@@ -160,19 +164,19 @@ def copy_weights(source: nn.Module, target: nn.Module) -> None:
 
 
 def architecture_of(config: Mapping[str, Any], inputs: int, outputs: int) -> Architecture:
-    """The architecture that a configuration asks for, for data of these sizes."""
+    """Return the architecture of a configuration, for data of these sizes."""
     given = {field.name: config[field.name] for field in fields(Architecture) if field.name in config}
     return Architecture(**given, inputs=inputs, outputs=outputs)
 
 
 def load_trained(run_dir: str | Path) -> SequenceClassifier | LanguageModel:
-    """The compact network of a finished run of rnn/train.py, on the CPU, in evaluation mode."""
+    """Load the compact network of a finished run of rnn/train.py, on the CPU, in evaluation mode."""
     from safetensors import safe_open
 
     config = json.loads((Path(run_dir) / "config.json").read_text())
     with safe_open(Path(run_dir) / "model.safetensors", "pt") as file:
         sizes = json.loads(file.metadata()["network"])
-        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (the file is no dict)
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (the file is not a dict)
     model = architecture_of(config, sizes["inputs"], sizes["outputs"]).build(ranks=sizes["ranks"])
     model.load_state_dict(weights)
     return model.eval()

@@ -1,4 +1,4 @@
-"""The configuration of a training run, and the named recipes that fill it in."""
+"""The configuration of a training run, and the named recipes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,74 +16,75 @@ DEFAULT_COMPRESSION = 3.0
 
 @dataclass(frozen=True, kw_only=True)
 class Config(TrainConfig):
-    """What is trained, on what, and how. Every field is an option of the command line; recipes set the defaults."""
+    """The configuration of a run. Every field is an option of the command line; recipes set the defaults."""
 
-    workers: tyro.conf.Suppress[int] = 0  # the examples are in memory: there is nothing for others to read
+    workers: tyro.conf.Suppress[int] = 0  # the examples are in memory, so no worker processes read them
 
     data: str = "japanese-vowels"
-    """Data: japanese-vowels, speech-commands:DIR, hub:NAME, spoken:WORD,WORD,..., har:PATH, text, text:FILE or
+    """Data set: japanese-vowels, speech-commands:DIR, hub:NAME, spoken:WORD,WORD,..., har:PATH, text, text:FILE or
     hub:NAME:COLUMN (text)."""
     task: Literal["classify", "lm"] | None = None
-    """classify sequences, or guess the next character of a text (lm); by default what the data are for."""
+    """Task: classify sequences, or model the next character of a text (lm); by default it depends on the data."""
     words: str | None = None
-    """Words to tell apart besides silence and unknown, with commas between them, for speech-commands and hub; by
-    default the ten of the published task, and 'all' takes every word, without these two."""
+    """Words that are classes, separated by commas, besides the classes silence and unknown (for speech-commands and
+    hub); by default the ten words of the published task. 'all' selects every word, without silence and unknown."""
     classes: int | None = None
-    """Classes of har: 6, or the paper's 2."""
+    """Number of classes of har: 6, or the paper's 2."""
     noise: float = 0.0
-    """Deviation of the noise that is added to training inputs, which have a deviation of 1."""
+    """Standard deviation of the noise that is added to standardised training inputs."""
     data_seed: int = 0
-    """Seed of what is made or chosen of the data: spoken clips, unknown words."""
+    """Seed of the random parts of the data: spoken clips, examples of the class unknown."""
     cache_dir: str | None = None
-    """Directory for what is computed once from the data; the user's cache directory by default."""
+    """Cache directory for converted data; by default the user's cache directory."""
 
     cell: Literal["gru", "lstm", "fastgrnn"] = "gru"
     """Recurrent cell."""
     hidden_size: int = 128
-    """Numbers in a layer's state, of each direction."""
+    """Hidden units of a layer in each direction."""
     layers: int = 1
-    """Recurrent layers."""
+    """Number of recurrent layers."""
     bidirectional: bool = False
-    """A second direction in every layer, from the end to the beginning."""
+    """Read sequences in both directions."""
     dropout: float = 0.0
     """Dropout between the layers and before the scores."""
     pooling: Literal["last", "mean"] = "last"
-    """What of a sequence is classified: the last states, or the mean of all outputs."""
+    """The classifier's input: the last states, or the mean of all outputs."""
 
     method: Literal["str-exact", "str", "fixed", "svd-finetune", "dense"] = "str-exact"
-    """str-exact learns ranks that meet a target exactly; str is the paper's way, without a target; fixed gives every
-    matrix the same rank from the start; svd-finetune cuts a dense network halfway; dense cuts nothing."""
+    """Method: str-exact learns ranks that meet a target exactly; str is the paper's method, without a target; fixed
+    gives every matrix the same rank from the start; svd-finetune cuts a dense network halfway; dense cuts nothing."""
     target_rank: int | None = None
-    """Components of all matrices together at the end."""
+    """Target: the sum of all matrices' ranks."""
     target_params: int | None = None
-    """Parameters of the whole compact network at the end."""
+    """Target: the number of parameters of the compact network."""
     target_compression: float | None = None
-    """How many times fewer parameters than the dense network's; 3 where a recipe names no target and none is given."""
+    """Target: the dense network's number of parameters divided by the compact network's; 3 where neither an option
+    nor the recipe gives a target."""
     spectrum_decay: float = 0.0
-    """Weight decay of the spectra; with --method str also that of the raw thresholds (lambda of the paper)."""
+    """Weight decay of the spectra, and with --method str also of the raw thresholds (the paper's lambda)."""
     raw_threshold_init: float = -10.0
-    """Where the raw thresholds of --method str start; the threshold is their exponential."""
+    """Initial raw threshold of --method str; the threshold is its exponential."""
     choose: Literal["validation", "last"] = "validation"
-    """validation: of the epochs in which the target holds (str: of the last tenth) the best one on validation data;
-    last: train on training and validation data together and take the last epoch."""
+    """Choice of the epoch. validation: the best epoch on validation data, among those in which the target holds (str:
+    the last tenth). last: train on training and validation data together and take the last epoch."""
 
     lr: float = 3e-3
     """Peak learning rate of Adam."""
     lr_schedule: Literal["cosine", "step"] = "cosine"
-    """cosine: a linear rise, then half a cosine to zero; step: constant, and a tenth after two thirds of the epochs.
-    svd-finetune goes through it twice, before the cut and after it."""
+    """Learning rate schedule. cosine: linear warmup, then half a cosine down to zero. step: constant, then a tenth
+    after two thirds of the epochs. svd-finetune runs the schedule twice, before and after the cut."""
     max_norm: float = 1.0
-    """Longer gradients are cut to this norm; 0 leaves them."""
+    """Maximum norm of the gradient; longer gradients are clipped, 0 clips none."""
     bptt: int = 100
-    """Characters of each stream in a step of a text."""
+    """Characters that a step of the language model reads from each stream."""
 
 
 RESUME_MAY_CHANGE = frozenset({"cache_dir"})
 
 
 def japanese_vowels_gru() -> Config:
-    """Nine speakers saying one vowel, bundled: a bidirectional GRU, well under a minute on two cores."""
-    # The network is so small that a second thread costs more than it gives.
+    """Bundled recordings of one vowel, nine speakers: a bidirectional GRU, well under a minute on two cores."""
+    # For so small a network, a second thread costs more time than it saves.
     return Config(
         recipe="japanese-vowels-gru",
         threads=1,
@@ -99,7 +100,7 @@ def japanese_vowels_gru() -> Config:
 
 
 def spoken_gru() -> Config:
-    """Twelve words, spoken by a speech synthesiser (needs eSpeak NG). Fits other labelled sequences too."""
+    """Twelve words of a speech synthesiser (needs eSpeak NG): a GRU, suitable for other labelled sequences too."""
     return Config(
         recipe="spoken-gru",
         data="spoken:yes,no,up,down,left,right,on,off,stop,go,start,end",
@@ -114,15 +115,15 @@ def spoken_gru() -> Config:
 
 
 def text_lstm() -> Config:
-    """A language model of characters, on the help text that comes with Python."""
+    """Python's help text: a character language model, an LSTM."""
     return Config(
         recipe="text-lstm", data="text", cell="lstm", hidden_size=256, epochs=15, batch_size=32, lr=6e-3, dropout=0.2
     )
 
 
 def google12_fastgrnn() -> Config:
-    """The paper's Google-12: FastGRNN on ten words, silence and unknown of the speech commands (give --data)."""
-    return _of_the_paper(
+    """The paper's Google-12: FastGRNN on ten words, silence and unknown of Speech Commands (needs --data)."""
+    return _paper_config(
         recipe="google12-fastgrnn",
         data="speech-commands:DIR",
         words="yes,no,up,down,left,right,on,off,stop,go",
@@ -131,11 +132,11 @@ def google12_fastgrnn() -> Config:
 
 
 def har2_fastgrnn() -> Config:
-    """The paper's HAR-2: FastGRNN on the motion data of UCI HAR in two classes (give --data)."""
-    return _of_the_paper(recipe="har2-fastgrnn", data="har:DIR", classes=2, hidden_size=80)
+    """The paper's HAR-2: FastGRNN on the motion data of UCI HAR in two classes (needs --data)."""
+    return _paper_config(recipe="har2-fastgrnn", data="har:DIR", classes=2, hidden_size=80)
 
 
-def _of_the_paper(**own: object) -> Config:
+def _paper_config(**own: object) -> Config:
     return Config(
         cell="fastgrnn",
         method="str",
@@ -159,7 +160,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "har2-fastgrnn": har2_fastgrnn,
 }
 
-# What a recipe aims at where no target is given.
+# The target of a recipe where no option gives one; all other recipes have DEFAULT_COMPRESSION.
 DEFAULT_TARGETS: dict[str, dict[str, int]] = {"japanese-vowels-gru": {"target_rank": 14}}
 
 _SOURCE = "published (Kusupati et al., ICML 2020), accuracy in %; at full rank, which is"
@@ -179,20 +180,20 @@ PUBLISHED = {
 
 
 def recipe_for(config: Config) -> str:
-    """The recipe where none is named: by the data."""
+    """Return the recipe for the configuration's data, for runs that name no recipe."""
     if config.data == "japanese-vowels":
         return "japanese-vowels-gru"
     return "text-lstm" if _task_of(config.data) == "lm" else "spoken-gru"
 
 
 def _task_of(data: str) -> Literal["classify", "lm"]:
-    """What the data are for: text has no labels, though a text file may hold some."""
+    """Return the default task of the data. Text defaults to "lm", although a text file may hold labels."""
     kind, _, place = data.partition(":")
     return "lm" if kind == "text" or (kind == "hub" and ":" in place) else "classify"
 
 
 def resolve(config: Config) -> Config:
-    """``config`` with task and target made definite; `UserError` for values or combinations that make no sense."""
+    """Return ``config`` with its task and target filled in; raise `UserError` for invalid values or combinations."""
     if config.task is None:
         config = replace(config, task=_task_of(config.data))
     given = [name for name in TARGETS if getattr(config, name) is not None]
@@ -200,13 +201,13 @@ def resolve(config: Config) -> Config:
     if len(given) > 1:
         raise UserError(f"{' and '.join(options)} are both given: choose one")
     if given and config.method not in TARGETED:
-        raise UserError(f"{options[0]}: --method {config.method} meets no target; {', '.join(TARGETED)} do")
+        raise UserError(f"{options[0]}: --method {config.method} has no target; {', '.join(TARGETED)} have one")
     if not given and config.method in TARGETED:
         config = replace(config, **DEFAULT_TARGETS.get(config.recipe, {"target_compression": DEFAULT_COMPRESSION}))
     if config.task == "lm" and _task_of(config.data) != "lm":
-        raise UserError(f"--task lm is for text; {config.data!r} can only be classified")
+        raise UserError(f"--task lm needs text; for {config.data!r} use --task classify")
     if config.bidirectional and config.task == "lm":
-        raise UserError("--bidirectional: a language model (--task lm) must not see what follows")
+        raise UserError("--bidirectional: a language model (--task lm) must not see the characters that follow")
     _check_ranges(config)
     return config
 

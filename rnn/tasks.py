@@ -1,6 +1,6 @@
-"""What a training step is: classifying sequences, or guessing a text's next character with the state carried over.
+"""The training tasks: classification of sequences, and language modelling with a state that persists between steps.
 
-Order and augmentation are functions of (seed, epoch, step), so that a resumed run meets the same examples.
+Order and augmentation depend only on (seed, epoch, step), so a resumed run sees the same examples.
 """
 
 import math
@@ -27,9 +27,10 @@ class Task(ABC):
     """The part of a training run that depends on the kind of data.
 
     Attributes:
-        data: what is trained on.
-        figure: the name of what is reported, and `sign`: 1 where more of it is better, -1 where less is.
-        inputs, outputs: sizes for the network.
+        data: the data set.
+        figure: the name of the reported metric.
+        sign: 1 where a larger metric is better, -1 where a smaller one is.
+        inputs, outputs: the network's input and output sizes.
         steps: optimizer steps in an epoch.
     """
 
@@ -49,34 +50,34 @@ class Task(ABC):
 
     @abstractmethod
     def batches(self, epoch: int, start: int) -> Iterator[Any]:
-        """This process's part of the training batches of an epoch from number ``start`` on."""
+        """Yield this process's part of an epoch's training batches, from batch number ``start`` on."""
 
     @abstractmethod
     def forward(self, network: nn.Module, batch: Any) -> StepOutput:
-        """The training loss of a batch."""
+        """Run the network on a training batch and compute the loss."""
 
     @abstractmethod
     def evaluate(self, model: nn.Module, part: str) -> Means:
-        """Loss and accuracy of the whole "validation" or "test" part."""
+        """Compute loss and accuracy on the whole "validation" or "test" part."""
 
     @abstractmethod
     def value(self, means: Means) -> float:
-        """The reported figure."""
+        """Return the reported metric."""
 
     @abstractmethod
     def text(self, value: float) -> str:
-        """The figure as people read it."""
+        """Format the metric for people."""
 
-    def carried(self) -> Any:
-        """What a checkpoint holds of the epoch besides the model: tensors and plain values."""
+    def state(self) -> Any:
+        """Return the task's own state for a checkpoint: tensors and plain values."""
         return None
 
-    def carry(self, state: Any) -> None:  # noqa: B027 (most tasks carry nothing)
-        """Put back what `carried` returned."""
+    def load_state(self, state: Any) -> None:  # noqa: B027 (classification has no state)
+        """Restore the state that `state` returned."""
 
 
 class Classify(Task):
-    """Labelled sequences; accuracy."""
+    """Classification of labelled sequences; the metric is accuracy."""
 
     figure, sign = "accuracy", 1
 
@@ -111,7 +112,7 @@ class Classify(Task):
         meter = Meter(self.accelerator.device)
         for members in torch.arange(len(examples)).split(self.config.batch_size):
             own = self._part(members)
-            if len(own) > 0:  # a small last batch may leave nothing for some processes
+            if len(own) > 0:  # a small last batch may be empty on some processes
                 options = {"augment": False, "generator": _generator(0), "device": self.accelerator.device}
                 x, lengths, labels = examples.batch(own, **options)
                 outputs = model(x, lengths)
@@ -129,9 +130,10 @@ class Classify(Task):
 
 
 class Language(Task):
-    """A text as ``batch_size`` streams that are read side by side, ``bptt`` characters a step; bits per character.
+    """Language modelling of a text as ``batch_size`` parallel streams; the metric is bits per character.
 
-    The state goes on from step to step (its gradient does not), and starts from zero with each epoch.
+    A step reads ``bptt`` characters of each stream. The recurrent state persists between steps, without gradients, and
+    is zero at the beginning of each epoch.
     """
 
     figure, sign = "bits_per_character", -1
@@ -149,12 +151,12 @@ class Language(Task):
                 f"{config.batch_size} and --bptt {config.bptt}: choose smaller ones"
             )
         self.inputs = self.outputs = len(data.vocabulary)
-        # The streams' states, in order, of each part of a step (--accumulate) on its own: the first is the next one's.
+        # The streams' states, one for each part of a step (--accumulate). The first belongs to the next part.
         self._states: deque[State | None] = deque([None] * config.accumulate)
 
     def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         if start == 0:
-            self.carry(None)
+            self.load_state(None)
         windows = self._windows(self.data.train)
         for step in range(start, self.steps):
             yield windows[step]
@@ -178,9 +180,9 @@ class Language(Task):
         return meter.all_means(self.accelerator)
 
     def _windows(self, text: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """This process's streams in pieces: characters [streams, bptt] and the ones that follow them."""
+        """Cut this process's streams into steps: characters [streams, bptt] and the characters that follow them."""
         count = self.config.batch_size
-        if len(text) < 2 * count:  # a short text for evaluation: one stream a process
+        if len(text) < 2 * count:  # a short text for evaluation: use one stream a process
             count = self.accelerator.num_processes
         streams = text[: len(text) // count * count].view(count, -1)
         own = streams.tensor_split(self.accelerator.num_processes)[self.accelerator.process_index]
@@ -194,31 +196,31 @@ class Language(Task):
     def text(self, value: float) -> str:
         return f"{value:.4f} bits per character"
 
-    def carried(self) -> tuple[Tensor, ...] | None:
+    def state(self) -> tuple[Tensor, ...] | None:
         if self._states[0] is None:
             return None
         states = [state if isinstance(state, tuple) else (state,) for state in self._states]
         parts = [torch.cat(pieces, 1) for pieces in zip(*states, strict=True)]
-        # The streams of all processes, which are what `gather` puts beside each other.
+        # `gather` concatenates the streams of all processes along the first dimension.
         return tuple(self.accelerator.gather(part.transpose(0, 1).contiguous()).transpose(0, 1) for part in parts)
 
-    def carry(self, state: tuple[Tensor, ...] | None) -> None:
+    def load_state(self, state: tuple[Tensor, ...] | None) -> None:
         number, processes = len(self._states), self.accelerator.num_processes
         if state is None:
             self._states = deque([None] * number)
             return
         mine = range(number * self.accelerator.process_index, number * (self.accelerator.process_index + 1))
         pieces = [part.to(self.accelerator.device).tensor_split(number * processes, 1) for part in state]
-        owns = [[column[place].contiguous() for column in pieces] for place in mine]
-        self._states = deque(tuple(own) if len(own) > 1 else own[0] for own in owns)
+        states = [[part_pieces[index].contiguous() for part_pieces in pieces] for index in mine]
+        self._states = deque(tuple(own) if len(own) > 1 else own[0] for own in states)
 
 
 def make_task(config: Config, data: Data | Text, accelerator: Accelerator) -> Task:
-    """The task that the data are for; ``ValueError`` where the configuration does not fit them."""
+    """Return the task for the data; raise ``ValueError`` where the configuration does not fit the data."""
     return (Language if isinstance(data, Text) else Classify)(config, data, accelerator)
 
 
 def _generator(*numbers: int) -> torch.Generator:
-    """Random numbers that depend on ``numbers`` alone."""
+    """Return a random generator that depends only on ``numbers``."""
     seed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(seed >> np.uint64(1)))

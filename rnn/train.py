@@ -1,4 +1,4 @@
-"""Train a recurrent network that learns its rank, down to an exact target: python rnn/train.py [RECIPE] [OPTIONS]."""
+"""Train a recurrent network with a learned rank that meets an exact target: python rnn/train.py [RECIPE] [OPTIONS]."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from rnn.baselines import common_ranks, svd_ranks
+from rnn.baselines import equal_ranks, svd_ranks
 from rnn.data import load
 from rnn.finished_run import interface_json
 from rnn.models import Architecture, architecture_of, compact, copy_weights
@@ -29,28 +29,28 @@ from str_triton.training.run import Run
 from str_triton.training.schedules import warmup_cosine
 
 PROGRAM = "python rnn/train.py"
-PURPOSE = "Train a recurrent network that learns its rank, down to an exact target."
+PURPOSE = "Train a recurrent network with a learned rank that meets an exact target."
 COMMAND_LINE = CommandLine(PROGRAM, PURPOSE, RECIPES, recipe_for, RESUME_MAY_CHANGE, resolve, PUBLISHED)
-END = 0.5  # share of training after which the target holds; later cuts cost accuracy (docs/learned-rank.md)
-SETTLED = 0.9  # share of training after which the ranks of --method str count as final
-SPECTRUM = 64  # singular values of a matrix that the metrics hold of an epoch
+END = 0.5  # fraction of training after which the target holds; later cuts cost accuracy (docs/learned-rank.md)
+SETTLED = 0.9  # fraction of training after which the ranks of --method str count as final
+SPECTRUM = 64  # the maximum number of singular values of a matrix in the metrics of an epoch
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the program with ``args`` (default: those of the command line) and return its exit code."""
+    """Run the program with ``args`` (default: the command line's) and return its exit code."""
     return Experiment.main(COMMAND_LINE, args)
 
 
 @dataclass(kw_only=True)
 class Experiment(Loop):
-    """What is trained, on what.
+    """A training run of a recurrent network.
 
     Attributes:
-        task: the data, and what a step with them is.
-        architecture: of the network; its ranks are the method's.
-        budget: what the network cost when last counted.
-        cut_ranks: with --method svd-finetune, the ranks after the cut; None before.
-        best: of the epochs to choose from the best one so far: its number, its validation figure, its model's state.
+        task: the task and its data.
+        architecture: the network's architecture; the method decides the ranks.
+        budget: the network's cost at the last count.
+        cut_ranks: with --method svd-finetune, the ranks after the cut, None before it.
+        best: the best epoch so far: its number, its validation metric and the model's state.
     """
 
     config: Config
@@ -110,9 +110,9 @@ class Experiment(Loop):
             self.cut(ranks)
 
     def cut(self, ranks: dict[str, int]) -> None:
-        """Go on with the ``ranks`` largest singular components of the dense matrices, and a new optimizer."""
-        self.accelerator.free_memory()  # which forgets the dense network's optimizer
-        with torch.random.fork_rng(devices=[]):  # first weights are drawn, which a resumed run draws once more
+        """Replace the dense matrices by their ``ranks`` largest singular components, and make a new optimizer."""
+        self.accelerator.free_memory()  # releases the dense network's optimizer
+        with torch.random.fork_rng(devices=[]):  # initial weights are drawn here, and once more in a resumed run
             model = self.architecture.build(ranks=ranks).to(self.accelerator.device)
         copy_weights(self.model, model)
         self.model, self.cut_ranks = model, ranks
@@ -135,14 +135,14 @@ class Experiment(Loop):
                 row.name: {
                     "rank": row.rank,
                     "threshold": row.threshold,
-                    "spectrum": thinned(self.model.get_submodule(row.name).singular_values()),
+                    "spectrum": downsample(self.model.get_submodule(row.name).singular_values()),
                 }
                 for row in self.budget.rows
             },
         }
 
     def keep_if_best(self, epoch: int, figure: float) -> None:
-        """Keep the model where it may be chosen and is not worse than those before it."""
+        """Keep a copy of the model if its epoch may be chosen and no earlier one is better."""
         if epoch < first_candidate(self.config):
             return
         worse = self.best is not None and self.task.sign * (figure - self.best["figure"]) < 0
@@ -152,7 +152,7 @@ class Experiment(Loop):
         self.best = {"epoch": epoch, "figure": figure, "model": state}
 
     def state(self) -> dict[str, Any]:
-        own = {"cut_ranks": self.cut_ranks, "best": self.best, "carried": self.task.carried()}
+        own = {"cut_ranks": self.cut_ranks, "best": self.best, "carried": self.task.state()}
         return super().state() | own
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -160,7 +160,7 @@ class Experiment(Loop):
             self.cut(state["cut_ranks"])
         super().load_state(state)
         self.best = state["best"]
-        self.task.carry(state["carried"])
+        self.task.load_state(state["carried"])
         self.budget = count_ranks(self.model)
 
     def status(self, epoch: int, means: Means) -> str:
@@ -168,8 +168,8 @@ class Experiment(Loop):
         return f"epoch {epoch + 1}/{self.config.epochs}  loss {means.loss:.3f}  {text}{rank_text(self.budget)}"
 
     def finish(self, run: Run) -> None:
-        """Test the chosen epoch's model, write it with summary.json and the report, and print what it costs."""
-        self.accelerator.unwrap_model(self.network, keep_fp32_wrapper=False)  # or a copy would drag autocast along
+        """Test the chosen epoch's model, write the run's results and print its metric and cost."""
+        self.accelerator.unwrap_model(self.network, keep_fp32_wrapper=False)  # so that the copy has no autocast wrapper
         self.model.load_state_dict(self.best["model"])
         self.budget = budget = count_ranks(self.model)
         small = compact(self.model)
@@ -196,7 +196,7 @@ class Experiment(Loop):
         run.write("summary.json", json.dumps(summary, indent=2) + "\n")
         run.write("data.json", json.dumps({"name": self.task.data.name, **self.task.data.notes}, indent=2) + "\n")
         run.write("interface.json", interface_json(self.task.data))
-        run.write("model.safetensors", packed(small, self.architecture))
+        run.write("model.safetensors", to_safetensors(small, self.architecture))
         run.write("report.html", report(run.path))
         run.say(str(budget))
         run.say(
@@ -207,7 +207,7 @@ class Experiment(Loop):
 
 
 def build(config: Config, architecture: Architecture) -> tuple[nn.Module, RankController | None]:
-    """The model that the method starts with, and a controller where it drives the ranks to a target.
+    """Build the model that the method starts with, and the controller of --method str-exact (None otherwise).
 
     Raises ``ValueError`` for a target that cannot be met.
     """
@@ -220,39 +220,42 @@ def build(config: Config, architecture: Architecture) -> tuple[nn.Module, RankCo
     controller = RankController(model, rank_target(config), end=END)
     if config.method == "str-exact":
         return model, controller
-    torch.set_rng_state(random)  # the model above was for the controller's checks alone
+    torch.set_rng_state(random)  # the model above served only to check the target
     if config.method == "fixed":
-        return architecture.build(ranks=common_ranks(model, rank_target(config))), None
+        return architecture.build(ranks=equal_ranks(model, rank_target(config))), None
     return architecture.build(factorize="none"), None
 
 
 def rank_target(config: Config) -> RankTarget:
-    """What the network is to cost at the end."""
+    """Return the target of the configuration."""
     return RankTarget(total_rank=config.target_rank, params=config.target_params, compression=config.target_compression)
 
 
 def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Adam:
-    """Adam; what decays, decays as a part of the gradient, as in the paper's formula."""
+    """Return Adam. Weight decay is a part of the gradient, as in the paper's formula."""
     thresholds = config.spectrum_decay if config.method == "str" else None
     groups = parameter_groups(model, config.weight_decay, thresholds, spectrum_weight_decay=config.spectrum_decay)
     return torch.optim.Adam(groups, lr=config.lr)
 
 
 def cut_epoch(config: Config) -> int:
-    """The epochs that --method svd-finetune trains the dense network."""
+    """Return the number of epochs before the cut of --method svd-finetune."""
     return config.epochs // 2
 
 
 def first_candidate(config: Config) -> int:
-    """The first epoch that may be chosen: there the target holds, or (--method str) the ranks are about final."""
-    share = {"str-exact": END, "str": SETTLED}.get(config.method, 0.0)
+    """Return the first epoch that may be chosen: from there on the target holds, or the ranks of str are final."""
+    fraction = {"str-exact": END, "str": SETTLED}.get(config.method, 0.0)
     if config.method == "svd-finetune":
         return cut_epoch(config) + 1
-    return -int(-share * config.epochs // 1)
+    return -int(-fraction * config.epochs // 1)
 
 
 def learning_rate(config: Config, steps: int, step: int) -> float:
-    """The learning rate of the step after ``step`` others: the schedule at its middle, which is never quite zero."""
+    """Return the learning rate of step number ``step``, from 0: the schedule in the middle of the step.
+
+    The middle keeps the last step's rate above zero.
+    """
     begin, end = 0, config.epochs
     if config.method == "svd-finetune":
         cut = cut_epoch(config)
@@ -264,22 +267,24 @@ def learning_rate(config: Config, steps: int, step: int) -> float:
 
 
 def rank_text(budget: RankBudget) -> str:
-    """The ranks as a line about a network ends with; nothing where all of its matrices are dense."""
+    """Return the total rank as the end of a status line, or "" where all matrices are dense."""
     return f"  rank {budget.total_rank}" if budget.rows else ""
 
 
-def thinned(values: Tensor) -> list[float]:
-    """At most 64 of the values, evenly chosen, largest first, with four digits."""
+def downsample(values: Tensor) -> list[float]:
+    """Return at most SPECTRUM evenly spaced values, from largest to smallest, with four digits."""
     ordered = values.sort(descending=True).values
-    places = torch.linspace(0, len(ordered) - 1, min(len(ordered), SPECTRUM)).round().long()
-    return [float(f"{value:.4g}") for value in ordered.cpu()[places].tolist()]
+    indices = torch.linspace(0, len(ordered) - 1, min(len(ordered), SPECTRUM)).round().long()
+    return [float(f"{value:.4g}") for value in ordered.cpu()[indices].tolist()]
 
 
-def packed(model: nn.Module, architecture: Architecture) -> bytes:
-    """The compact model's weights as safetensors, with the sizes that `rnn.models.load_trained` needs."""
+def to_safetensors(model: nn.Module, architecture: Architecture) -> bytes:
+    """Return the compact model's weights as safetensors, with the sizes that `rnn.models.load_trained` needs."""
     sizes = {"inputs": architecture.inputs, "outputs": architecture.outputs, "ranks": model.rnn.ranks()}
     weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
-    return safetensors.torch.save(weights, {"network": json.dumps(sizes)})  # one entry: several have no order
+    return safetensors.torch.save(
+        weights, {"network": json.dumps(sizes)}
+    )  # one entry, because the order of several is not defined
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""An exported C program compiled by the system's compiler and run on sequences: what its tests and benchmark share."""
+"""Helpers of the C export's tests and benchmark: compile an exported program and run it on sequences."""
 
 import os
 import shutil
@@ -59,7 +59,7 @@ BACKWARD = """\
 
 
 def compiled(folder: Path, *flags: str, longest: int = 256) -> Path:
-    """The program of the NAME.h and NAME.c in ``folder`` with a main, in that folder."""
+    """Compile the NAME.h and NAME.c in ``folder`` with a main function; return the program's path."""
     (header,) = folder.glob("*.h")
     name = header.stem
     named = {"name": name, "guard": name.upper()}
@@ -74,9 +74,9 @@ def compiled(folder: Path, *flags: str, longest: int = 256) -> Path:
 def scores(
     program: Path, sequences: Sequence[np.ndarray], outputs: int, repeats: int = 1
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """Float32 scores [N, outputs], predicted classes [N], and seconds per frame, for frames [steps, inputs] each."""
+    """Run the program; return float32 scores [N, outputs], predicted classes [N], and seconds per frame."""
     given = b"".join(struct.pack("<I", len(frames)) + frames.astype("<f4").tobytes() for frames in sequences)
-    # A debugger's or another tool's preloaded libraries would come before the sanitizer's.
+    # Libraries that a debugger or another tool preloads would be loaded before the sanitizer's.
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     done = subprocess.run([program, str(repeats)], input=given, capture_output=True, env=environment)
     assert done.returncode == 0, done.stderr.decode()

@@ -5,8 +5,8 @@ import pytest
 
 @pytest.fixture(scope="session")
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny run that nothing disturbed."""
-    from tests.rnn.train_runs import RANK, begin  # not above: the tests of the layers need none of what it imports
+    """Return the folder of a tiny run that was not interrupted."""
+    from tests.rnn.train_runs import RANK, begin  # not at the top: the layers' tests do not need its imports
 
     folder = tmp_path_factory.mktemp("runs") / "whole"
     assert begin(folder, *RANK) == 0
@@ -15,5 +15,5 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out the pictures, which take longer than a tiny run's training."""
+    """Leave out the report, which takes longer than a tiny run's training."""
     monkeypatch.setattr("rnn.train.report", lambda folder: "")

@@ -1,4 +1,4 @@
-"""What the tests of the speech commands share: small folders in their layout."""
+"""Helpers of the speech commands' tests: small folders in their layout."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def sound(number: int, frames: int = RATE) -> np.ndarray:
 
 
 def make(root: Path, words: tuple[str, ...], background: bool = True) -> Path:
-    """Clips for every word and part, each of its own noise; a file's number tells its part."""
+    """Make clips of different noise for every word and part. A file's name tells its part."""
     lists = {"train": [], "validation": [], "test": []}
     number = 0
     for word in words:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from rnn.baselines import common_ranks, svd_ranks
+from rnn.baselines import equal_ranks, svd_ranks
 from rnn.models import Architecture
 from str_triton import RankTarget, count_ranks
 
@@ -19,8 +19,8 @@ ARCHITECTURE = Architecture(
         (RankTarget(compression=2.0), "compression"),
     ],
 )
-def test_common_ranks_are_the_largest_that_meet_the_target(target: RankTarget, figure: str):
-    ranks = common_ranks(ARCHITECTURE.build(), target)
+def test_equal_ranks_are_the_largest_that_meet_the_target(target: RankTarget, figure: str):
+    ranks = equal_ranks(ARCHITECTURE.build(), target)
     full = {name: factor.max_rank for name, factor in ARCHITECTURE.build().rnn.factors().items()}
     assert ranks.keys() == full.keys()
     common = max(ranks.values())
@@ -36,7 +36,7 @@ def test_common_ranks_are_the_largest_that_meet_the_target(target: RankTarget, f
 
 
 def test_the_common_rank_may_be_the_whole_one():
-    ranks = common_ranks(ARCHITECTURE.build(), RankTarget(compression=1.0))
+    ranks = equal_ranks(ARCHITECTURE.build(), RankTarget(compression=1.0))
     assert ranks == {name: factor.max_rank for name, factor in ARCHITECTURE.build().rnn.factors().items()}
 
 

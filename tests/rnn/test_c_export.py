@@ -1,4 +1,4 @@
-"""The C program: clean under every warning and sanitizer, and the network's scores to the last digits."""
+"""The C export: no warning or sanitizer report, and the network's scores to the last digits."""
 
 import copy
 import re
@@ -22,7 +22,7 @@ needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C compiler")
 
 
 def made_run(cell: str, *, standardised: bool = True, rank: int | None = 3, **options: object) -> FinishedRun:
-    """A network as a run leaves it; with `rank`, thresholds leave so many components of each matrix."""
+    """Make a finished run with a random network; `rank` components of each matrix survive (None: dense)."""
     torch.manual_seed(0)
     model = Architecture("classify", cell, INPUTS, OUTPUTS, HIDDEN, **options).build(
         factorize="none" if rank is None else "both"
@@ -54,7 +54,7 @@ def torch_scores(run: FinishedRun, model: SequenceClassifier, frames: list[np.nd
 
 
 def with_stored_weights(model: SequenceClassifier) -> SequenceClassifier:
-    """A float64 copy of the network with the int8 matrices that C computes with."""
+    """Return a float64 copy of the network with the int8 weights of the C program."""
     model = copy.deepcopy(model).double()
     with torch.no_grad():
         for name, weight in [*model.rnn.factors().items(), *model.named_parameters()]:
@@ -69,7 +69,7 @@ def with_stored_weights(model: SequenceClassifier) -> SequenceClassifier:
     rnn = model.rnn
     for suffix in (suffix for layer in range(rnn.num_layers) for suffix in rnn._suffixes(layer)):
         first, second = (getattr(rnn, f"{name}_{suffix}").data for name in rnn.biases)
-        # What C adds up beforehand stands in the first, and zeros in the second.
+        # The C program stores sums of biases: put them into the first bias, and zeros into the second.
         shared = {"gru": 2 * HIDDEN, "lstm": 4 * HIDDEN, "fastgrnn": 0}[rnn.cell]
         first[:shared] += second[:shared]
         second[:shared] = 0
@@ -107,7 +107,7 @@ def test_the_program_gives_torchs_scores(case: str, weights: str, tmp_path: Path
     model = run.model if weights == "float32" else with_stored_weights(run.model)
     np.testing.assert_allclose(logits, torch_scores(run, model, frames), rtol=0, atol=1e-5)
     assert (best == logits.argmax(1)).all()
-    # int8 moves a weight by at most 1/254 of the largest beside it: of scores of about 1, a few hundredths.
+    # int8 changes a weight by at most 1/254 of the largest weight, and scores of about 1 by a few hundredths.
     exact = torch_scores(run, run.model, frames)
     np.testing.assert_allclose(logits, exact, rtol=0, atol=1e-5 if weights == "float32" else 0.05)
 

@@ -1,4 +1,4 @@
-"""Resampling, and the log-mel features against a literal sum in float64."""
+"""Resampling, and the log-mel features compared with a literal sum in float64."""
 
 import math
 
@@ -17,7 +17,7 @@ def tone(frequency: float, seconds: float = 1.0, rate: int = RATE, volume: float
 def test_resampling_keeps_a_tone_and_its_length(rate: int):
     got, expected = resample(tone(1000, 0.72, rate), rate), tone(1000, 0.72)
     assert len(got) == len(expected)
-    inner = slice(800, -800)  # the ends are those of a tone that begins and stops at once
+    inner = slice(800, -800)  # without the ends, where the tone begins and stops abruptly
     assert np.abs(got[inner] - expected[inner]).max() < 2e-3
 
 
@@ -33,7 +33,7 @@ def test_the_end_does_not_run_into_the_beginning():
 
 
 def literal_log_mel(samples: np.ndarray) -> np.ndarray:
-    """Frame by frame, frequency by frequency, band by band, in float64; samples between -1 and 1."""
+    """Compute the features of samples between -1 and 1 in float64, one frame, frequency and band at a time."""
     padded = np.concatenate([np.zeros(40), samples, np.zeros(40)])
     window = np.array([0.5 - 0.5 * math.cos(2 * math.pi * n / 400) for n in range(400)])
     mel = [2595 * math.log10(1 + f / 700) for f in (20, 8000)]

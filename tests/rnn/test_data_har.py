@@ -1,4 +1,4 @@
-"""UCI HAR, from folders and zip files made up in its format."""
+"""UCI HAR: folders and zip files with random data in its format."""
 
 import io
 import zipfile
@@ -17,7 +17,7 @@ Files = dict[str, str]
 
 
 def raw(part: str) -> np.ndarray:
-    """float64 [N, 128, 9]: two windows of each activity and subject."""
+    """Draw a window of each activity and subject, float64 [N, 128, 9]."""
     count = len(SUBJECTS[part]) * 6
     signals = np.random.default_rng(len(part)).normal(size=(count, 128, 9))
     return np.round(signals * np.arange(1, 10) + np.arange(9), 4)
@@ -25,7 +25,7 @@ def raw(part: str) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def published() -> Files:
-    """The files as published, by their path: a line starts with two blanks and numbers have exponents."""
+    """Return the files by path in the published format: a line begins with blanks, numbers have exponents."""
     files = {"README.txt": "made up"}
     for part, people in SUBJECTS.items():
         windows = raw(part)
@@ -219,7 +219,7 @@ MEMBER = "UCI HAR Dataset/train/y_train.txt"
 
 
 def with_header(content: bytes, offset: int, value: int) -> bytes:
-    """Change two bytes of the member's header, and of the archive's entry for it, which begins two bytes later."""
+    """Change two bytes in the header of MEMBER, and in its entry in the archive's directory, two bytes later."""
     changed = bytearray(content)
     for begin in (b"PK\3\4", b"PK\1\2"):
         name = changed.index(MEMBER.encode(), changed.index(begin))

@@ -39,7 +39,7 @@ def first_of(part: str) -> int:
 
 
 def folder(tmp_path: Path, change: object = None, strings: bool = False, silence: bool = True) -> Path:
-    """Parquet files as the hub converts Speech Commands; `change(part, columns)` may spoil them."""
+    """Write Parquet files in the hub's format of Speech Commands; `change(part, columns)` may damage them."""
     root = tmp_path / "set"
     root.mkdir()
     for part, count in COUNTS.items():
@@ -57,7 +57,7 @@ def folder(tmp_path: Path, change: object = None, strings: bool = False, silence
             change(part, columns)
         features = datasets.Features({name: features.get(name, datasets.Value("string")) for name in columns})
         rows = datasets.Dataset.from_dict(columns, features=features)
-        if "audio" in columns:  # not above: encoding takes torchcodec, even for what is encoded
+        if "audio" in columns:  # not above: encoding needs torchcodec, even for recordings that are encoded already
             rows = rows.cast_column("audio", datasets.Audio(sampling_rate=RATE))
         rows.to_parquet(root / f"{part}-00000-of-00001.parquet")
     return root
@@ -159,7 +159,7 @@ def test_other_tables_are_refused(tmp_path: Path):
 
 
 def table(tmp_path: Path, labels: dict[str, list], kind: object) -> Path:
-    """A set of the recordings of `folder` with other labels."""
+    """Write Parquet files with other labels."""
     root = tmp_path / "other"
     root.mkdir()
     for part, values in labels.items():

@@ -1,4 +1,4 @@
-"""A folder in the layout of Speech Commands: its parts and classes, its faults, the cache, what training does to it."""
+"""A folder in the layout of Speech Commands: parts, classes, faults, cache and augmentation."""
 
 import struct
 import wave
@@ -81,7 +81,9 @@ def test_the_seed_chooses_silence_and_unknown(small: Path):
     whole = torch.arange(len(first.train))
     assert torch.equal(first.train.clips(whole), again.train.clips(whole))
     assert not torch.equal(first.train.clips(whole), other.train.clips(whole))
-    assert torch.equal(first.train.clips(whole[:8]), other.train.clips(whole[:8]))  # the words themselves
+    assert torch.equal(
+        first.train.clips(whole[:8]), other.train.clips(whole[:8])
+    )  # the clips of words do not depend on the seed
 
 
 def test_augmentation_belongs_to_its_generator(small: Path):
@@ -145,7 +147,7 @@ def test_the_cache_serves_and_a_damaged_one_is_made_anew(small: Path, monkeypatc
 
 def test_a_changed_file_is_read_again(small: Path):
     read(small)
-    write_wav(small / "bed" / "t006.wav", sound(500))  # of the same size
+    write_wav(small / "bed" / "t006.wav", sound(500))  # a file of the same size
     assert torch.equal(read(small).test.clips(torch.tensor([0]))[0], torch.from_numpy(sound(500)))
 
 
@@ -166,7 +168,7 @@ def test_a_cache_that_cannot_be_written_is_named(small: Path):
 
 
 def test_odd_clips_are_made_fit_and_named_once(small: Path, capfd: pytest.CaptureFixture):
-    rate8 = (sound(1, 8001)[1:] + sound(1, 8001)[:-1]) // 2  # nothing at 4 kHz, which no 8 kHz can hold
+    rate8 = (sound(1, 8001)[1:] + sound(1, 8001)[:-1]) // 2  # no content at 4 kHz, the Nyquist frequency
     stereo, long = np.stack([sound(2), sound(3)], 1), sound(4, 3 * RATE)
     write_wav(small / "bed" / "t006.wav", rate8, 8000)
     write_wav(small / "bed" / "t007.wav", rate8, 8000)
@@ -177,7 +179,7 @@ def test_odd_clips_are_made_fit_and_named_once(small: Path, capfd: pytest.Captur
         file.writeframes(stereo.tobytes())
     write_wav(small / "cat" / "t015.wav", long)
     write_wav(small / "dog" / "t022.wav", sound(5, 100))
-    for _ in range(2):  # the second time from the cache
+    for _ in range(2):  # the second time it is read from the cache
         clips = read(small).test.clips(torch.arange(6))
         name = f"warning: speech-commands:{small}: "
         assert capfd.readouterr().err.splitlines() == [
@@ -186,7 +188,7 @@ def test_odd_clips_are_made_fit_and_named_once(small: Path, capfd: pytest.Captur
             f"{name}recordings longer than a second, cut: 1",
         ]
     near = torch.from_numpy(rate8).float()
-    assert (clips[0, ::2].float() - near)[100:-100].abs().max() < 20  # every second sample is one of the old ones
+    assert (clips[0, ::2].float() - near)[100:-100].abs().max() < 20  # every second sample is an original one
     assert (clips[2].float() - torch.from_numpy(stereo.mean(1)).float()).abs().max() <= 0.5
     assert torch.equal(clips[3], torch.from_numpy(long[:RATE]))
     assert torch.equal(clips[4, :100], torch.from_numpy(sound(5, 100)))

@@ -1,4 +1,4 @@
-"""Folders in the layout of Speech Commands as people make them: lists, links, files of other kinds."""
+"""Hand-made folders in the layout of Speech Commands: lists, links, files of other kinds."""
 
 import os
 import re
@@ -46,7 +46,7 @@ def test_folders_that_are_not_such_a_set(tmp_path: Path, small: Path):
     "written",
     [
         lambda text: b"\xef\xbb\xbf" + text.encode(),
-        lambda text: text.encode("utf-16"),  # as PowerShell writes it
+        lambda text: text.encode("utf-16"),  # the encoding of PowerShell
         lambda text: text.replace("/", "\\").encode(),
         lambda text: text.replace("\n", "\r\n").encode(),
         lambda text: ("\n\n./" + text.replace("\n", "  \n\n./").removesuffix("./") + "\n").encode(),

@@ -1,4 +1,4 @@
-"""Words spoken by eSpeak NG: the same files for a seed, speakers of one part only, and every way it can fail."""
+"""Words spoken by eSpeak NG: the same files for a seed, no speaker in two parts, and all errors."""
 
 import csv
 import hashlib
@@ -72,7 +72,7 @@ def test_no_speaker_is_in_two_parts(folder: Path):
 def test_the_parts_speakers_and_their_families_do_not_overlap():
     families = {part: {name.rstrip("0123456789").lower() for name in SPEAKERS[part]} for part in SPEAKERS}
     for part in families:
-        families[part] -= {"f", "m"}  # numbered, but speakers of their own
+        families[part] -= {"f", "m"}  # numbered names, but different speakers
     everyone = [name for part in SPEAKERS for name in SPEAKERS[part]]
     assert len(set(everyone)) == len(everyone)
     assert sum(map(len, families.values())) == len(set.union(*families.values()))
@@ -87,7 +87,7 @@ def test_clips_are_a_second_of_speech_in_noise(folder: Path):
         peak = np.abs(samples.astype(float)).max() / 32768
         assert 10 ** (-15.1 / 20) < peak < 10 ** (-0.9 / 20)
         power = np.square(samples[:, 0].astype(float)).reshape(20, -1).mean(1)
-        assert power.min() > 0  # noise everywhere
+        assert power.min() > 0  # there is noise in every part of the clip
         powers.append((float(clip["noise_ratio"]), 10 * np.log10(power.max() / power.min())))
     ratios, ranges = np.array(powers).T
     assert ratios.min() >= 0
@@ -220,7 +220,7 @@ def test_an_espeak_that_ends_on_the_way_is_named(tmp_path: Path):
 
 
 def test_the_training_process_never_loads_espeak():
-    """NOTICE promises it: the library is in the worker's process alone, and that imports nothing of the project."""
+    """Check NOTICE's promise: only the worker loads the library, and the worker imports nothing of the project."""
     code = (
         "import sys; from pathlib import Path; from rnn.data.spoken import make_spoken\n"
         "import tempfile\n"

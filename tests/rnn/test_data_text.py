@@ -1,4 +1,4 @@
-"""Text for a language model, and snippets of text to tell apart."""
+"""Text for a language model, and labelled snippets of text."""
 
 from pathlib import Path
 
@@ -129,7 +129,7 @@ def test_a_paragraph_is_in_one_topic_only(monkeypatch: pytest.MonkeyPatch):
     own = "own words " * 50
     monkeypatch.setattr("pydoc_data.topics.topics", {"z": long, "b": short, "a": f"{shared}\n\n{own}"})
     kept = python_topics()
-    assert list(kept) == ["a", "z"]  # b would have kept its title only
+    assert list(kept) == ["a", "z"]  # topic b would keep only its title
     assert kept["a"] == own
     assert kept["z"] == f"title\n\n{shared}\n\n" + "long " * 200
 
@@ -193,7 +193,7 @@ def test_lines_with_labels_are_split_by_label(tmp_path: Path):
         [3, 2],
         [3, 2],
     ]
-    # Of each ten lines the ninth is validation, the tenth test; a line's length is 8 (or 6) and its number.
+    # Of every ten lines the ninth is validation and the tenth test. A line's length is 8 (or 6) plus its number.
     assert data.validation.lengths.tolist() == [17, 27, 37, 15, 25]
     assert data.test.lengths.tolist() == [18, 28, 38, 16, 26]
 

@@ -105,7 +105,7 @@ def test_japanese_vowels_are_the_published_numbers():
     features, lengths, labels = module._utterances(gzip.decompress(module.FILE.read_bytes()).decode())
     assert features.dtype == torch.float32
     assert features[0, :3, 0].tolist() == torch.tensor([1.860936, 1.891651, 1.939205]).tolist()
-    # The last utterance of the testing part, by its speaker's number and its first and last step.
+    # The last test utterance: its speaker's number, first step and last step.
     assert (int(labels[-1]), int(lengths[-1])) == (8, 11)
     assert features[-1, [0, 10], 0].tolist() == torch.tensor([1.421622, 1.177449]).tolist()
     assert not features[-1, 11:].any()

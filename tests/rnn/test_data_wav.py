@@ -1,4 +1,4 @@
-"""WAV files of every kind that is read, and of every kind that is refused."""
+"""WAV files: all formats that are read, and all that are refused."""
 
 import io
 import struct
@@ -12,7 +12,7 @@ from rnn.data.audio import RATE, mono
 from rnn.data.wav import parse_wav, read_header, read_wav, write_wav
 
 GUID = bytes.fromhex("000000001000800000aa00389b71")
-NO_SIZE = (0, 0x7FFFF000, 0x7FFFFF00, 0xFFFFFFFF)  # of data, as a crash, sox, arecord and ffmpeg leave it
+NO_SIZE = (0, 0x7FFFF000, 0x7FFFFF00, 0xFFFFFFFF)  # sizes of the data chunk that a crash, sox, arecord and ffmpeg leave
 
 
 def chunk(kind: bytes, content: bytes, size: int | None = None) -> bytes:
@@ -31,7 +31,7 @@ def riff(*chunks: bytes, size: int | None = None, kind: bytes = b"RIFF") -> byte
 
 
 def wav(content: bytes, **options: int) -> bytes:
-    """The bytes of a WAV file, put together by hand."""
+    """Return the bytes of a WAV file."""
     return riff(chunk(b"fmt ", form(**options)), chunk(b"LIST", b"abc"), chunk(b"data", content))
 
 
@@ -112,7 +112,7 @@ def test_odd_chunks_and_a_frame_that_is_cut_short():
 
 
 class Endless(io.RawIOBase):
-    """A header, then zeros without an end; counts what is read."""
+    """A stream of a header and endless zeros that counts the bytes read."""
 
     def __init__(self, begin: bytes) -> None:
         self.begin, self.count, self.largest = begin, 0, 0
@@ -199,4 +199,4 @@ def test_any_damage_is_a_value_error():
         try:
             parse_wav(bytes(damaged), "x")
         except ValueError as error:
-            assert "\n" not in str(error)  # noqa: PT017 (the damage may as well leave a good file)
+            assert "\n" not in str(error)  # noqa: PT017 (the damaged file may still be valid)

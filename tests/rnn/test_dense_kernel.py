@@ -1,4 +1,4 @@
-"""torch's own kernel for one layer: the same in a graph, as one operation."""
+"""torch's own kernel for one layer: one op under torch.compile, with the same results."""
 
 from collections.abc import Callable
 

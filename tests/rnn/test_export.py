@@ -1,4 +1,4 @@
-"""`python -m rnn.export`: what it writes and says, and one line for what it cannot do."""
+"""`python -m rnn.export`: its files and output, and one line for each error."""
 
 import builtins
 import json
@@ -30,7 +30,7 @@ def test_a_run_knows_what_stands_around_its_network(whole_run: Path) -> None:
     run = open_run(whole_run)
     assert run.outputs == tuple(f"speaker {number}" for number in range(1, 10))
     assert run.mean.shape == run.std.shape == (12,)
-    assert run.mean.abs().max() > 0.01  # the coefficients as they are in the file have other means
+    assert run.mean.abs().max() > 0.01  # the file's coefficients are not standardised
     assert run.name == "bidirectional GRU, 8 units, trained on japanese-vowels"
 
 

@@ -1,4 +1,4 @@
-"""LowRankGRU and LowRankLSTM at full rank are nn.GRU and nn.LSTM: outputs, gradients, forms of input, messages."""
+"""LowRankGRU and LowRankLSTM at full rank equal nn.GRU and nn.LSTM: outputs, gradients, inputs, messages."""
 
 import itertools
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ each_cell = pytest.mark.parametrize("torch_class", LOW_RANK, ids=lambda cls: cls
 
 
 def set_path(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    """Every factored layer by the op ("loop"), or by torch's kernel ("dense")."""
+    """Run every layer in factors with the op ("loop"), or with torch's kernel ("dense")."""
     monkeypatch.setattr(rnn.low_rank_rnn, "low_rank_plan", lambda *args, **kwargs: SimpleNamespace(kind=kind))
 
 
@@ -42,7 +42,7 @@ def packed(x: Tensor, form: str, *, batch_first: bool) -> Tensor | PackedSequenc
 
 
 def run(layer: nn.Module, x: Tensor, states: list[Tensor], form: str) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs and states, and the gradients of a fixed loss: of the input, the states and all parameters."""
+    """Return outputs, states, and the gradients of a fixed loss for the input, the states and all parameters."""
     x = x.clone().requires_grad_()
     states = [state.clone().requires_grad_() for state in states]
     hx = None if not states else states[0] if isinstance(layer, nn.GRU | LowRankGRU) else tuple(states)
@@ -72,7 +72,7 @@ def test_outputs_and_gradients_are_torchs(torch_class: type, factorize: str, mon
         dense = torch_class(*arguments)
         torch.manual_seed(num_layers)
         layer = LOW_RANK[torch_class](*arguments, factorize=factorize)
-        # The dense weights as functions of the layer's parameters, which take torch's gradients to those.
+        # The dense weights as functions of the layer's parameters, so that torch's gradients reach these.
         names = [name for name, _ in dense.named_parameters()]
         owns = [getattr(layer, name) for name in names]
         weights = [own.weight() if isinstance(own, LowRankWeight) else own * 1 for own in owns]
@@ -84,7 +84,7 @@ def test_outputs_and_gradients_are_torchs(torch_class: type, factorize: str, mon
             results, grads = run(dense, x, states, form)
             inputs, grads = grads[: 1 + len(states)], grads[1 + len(states) :]
             grads = torch.autograd.grad(weights, list(layer.parameters()), grads, retain_graph=True)
-            # A layer without factors is dense whatever the plan says.
+            # A layer without factors is always dense, whatever the plan.
             for kind in ("loop",) if factorize == "none" else ("loop", "dense"):
                 set_path(monkeypatch, kind)
                 own_results, own_grads = run(layer, x, states, form)
@@ -174,7 +174,7 @@ def test_messages_are_torchs(torch_class: type) -> None:
     if torch_class is nn.LSTM:
         wrong = (x, (torch.zeros(2, 2, HIDDEN), torch.zeros(2, 2, HIDDEN + 1)))
         assert error(layer, *wrong) == error(dense, *wrong)
-    else:  # nn.LSTM does not look at packed input before its kernel does.
+    else:  # nn.LSTM does not check packed input before it calls its kernel.
         for wrong in (
             (pack_padded_sequence(x, torch.tensor([5, 3])), torch.zeros(2, 3, HIDDEN)),
             (pack_padded_sequence(x[..., :2], torch.tensor([5, 3])),),
@@ -197,7 +197,7 @@ def test_messages_of_the_constructor_are_torchs(torch_class: type) -> None:
 
 @each_cell
 def test_a_longer_state_than_the_packed_batch_is_refused(torch_class: type) -> None:
-    """torch would take the first rows of it."""
+    """Check for an error, because torch would silently use the first rows."""
     x = pack_padded_sequence(torch.randn(STEPS, 2, INPUT), torch.tensor([3, 5]), enforce_sorted=False)
     with pytest.raises(RuntimeError, match=r"Expected hidden(\[0\])? size \(1, 2, 4\), got \[1, 3, 4\]"):
         LOW_RANK[torch_class](INPUT, HIDDEN)(x, states_of(torch_class, 1, 3, HIDDEN))
@@ -232,7 +232,7 @@ def test_options_out_of_range_are_named() -> None:
 @each_cell
 @pytest.mark.parametrize("kind", ["loop", "dense", None])
 def test_an_empty_batch(torch_class: type, kind: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    if kind is not None:  # else as planned
+    if kind is not None:  # otherwise the plan decides
         set_path(monkeypatch, kind)
     layer = LOW_RANK[torch_class](INPUT, HIDDEN, 2, bidirectional=True)
     output, final = layer(torch.randn(STEPS, 0, INPUT))
@@ -286,7 +286,7 @@ def test_a_model_compiles_in_one_graph(torch_class: type, factorize: str) -> Non
 
 @each_cell
 def test_a_graph_on_a_gpu_follows_the_plan(torch_class: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One on the CPU holds the op, whose backward needs no second run."""
+    """Check the plan's use. On the CPU a graph always holds the op, which needs no second forward pass."""
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     monkeypatch.setattr(rnn.low_rank_rnn, "shared_memory_limit", lambda device: {"cuda": 227 * 1024}.get(device.type))
     with FakeTensorMode():
@@ -328,7 +328,7 @@ def test_autocast(torch_class: type, path: str) -> None:
 
 @each_cell
 def test_autocast_leaves_the_weights_to_torchs_kernel(torch_class: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels that cast want all weights in one dtype, products and biases."""
+    """Check the dtypes: a kernel that casts needs matrices and biases in one dtype."""
     kernel, dtypes = getattr(torch._VF, torch_class.__name__.lower()), set()
 
     def spy(x, hx, weights, *options):

@@ -1,4 +1,4 @@
-"""From torch's layers, back to them, and to the compact form; copies and state dicts."""
+"""Conversions from torch's layers, back to them, and to the compact form; copies and state dicts."""
 
 import copy
 import io
@@ -92,7 +92,7 @@ def cut(matrix: LowRankWeight, rank: int) -> None:
     nn.init.constant_(matrix.raw_threshold, ((sizes[rank] + sizes[rank + 1]) / 2).log().item())
 
 
-# Ranks to leave: the two of the backward direction are dense then, whatever the number of gates.
+# The ranks that survive. Both matrices of the backward direction become dense, whatever the number of gates.
 CUTS = {"weight_ih_l0": 0, "weight_hh_l0": 2, "weight_ih_l0_reverse": 6, "weight_hh_l0_reverse": 7}
 
 
@@ -204,7 +204,7 @@ def test_meta_and_dtype(layer_class: type) -> None:
 
 @each_layer
 def test_packed_sequences_in_any_order_are_run_one_by_one(layer_class: type) -> None:
-    """Each sequence of a packed batch gives what it gives alone, its states included."""
+    """Check that a sequence of a packed batch gives the same outputs and states as alone."""
     layer = layer_class(INPUT, HIDDEN, 2, bidirectional=True, max_rank=3)
     sequences = [torch.randn(length, INPUT) for length in (3, 7, 1, 7)]
     output, final = layer(pack_sequence(sequences, enforce_sorted=False))

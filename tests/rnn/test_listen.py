@@ -1,4 +1,4 @@
-"""Listening: every window is scored as the network scores a clip, a word is said once, and bad input is one line."""
+"""The word spotter: a window's scores are those of a clip, a word is reported once, an error is one line."""
 
 import dataclasses
 import io
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rnn.data.audio import RATE, LogMel, write_wav
 from rnn.finished_run import FinishedRun
-from rnn.listen import Heard, Listener, main
+from rnn.listen import Detection, Listener, main
 from rnn.models import Architecture
 
 WORDS = ("low", "high", "silence", "unknown")
@@ -33,7 +33,7 @@ def made_run(cell: str = "gru", pooling: str = "mean", **options: object) -> Fin
 
 
 def tones_run() -> FinishedRun:
-    """A FastGRNN that is told by hand what to listen for: energy in the lower or in the upper bands."""
+    """Make a FastGRNN with weights set by hand that detects energy in the lower or in the upper bands."""
     run = made_run("fastgrnn")
     rnn, classifier = run.model.rnn, run.model.classifier
     with torch.no_grad():
@@ -41,7 +41,7 @@ def tones_run() -> FinishedRun:
             parameter.zero_()
         rnn.zeta_l0.fill_(10)
         rnn.nu_l0.fill_(-10)
-        rnn.bias_gate_l0.fill_(-10)  # no memory: h is the candidate
+        rnn.bias_gate_l0.fill_(-10)  # no memory: h equals the candidate
         rnn.weight_ih_l0[0, :8] = rnn.weight_ih_l0[1, 24:] = 0.1
         classifier.weight[0, 0] = classifier.weight[1, 1] = 40
         classifier.weight[0, 1] = classifier.weight[1, 0] = -40
@@ -65,7 +65,7 @@ def test_each_window_has_the_scores_of_a_clip(cell: str, pooling: str, monkeypat
     torch.testing.assert_close(torch.stack(seen), run.model(windows).softmax(1), rtol=0, atol=1e-5)
 
 
-def heard(run: FinishedRun, sound: np.ndarray) -> list[Heard]:
+def detect(run: FinishedRun, sound: np.ndarray) -> list[Detection]:
     listener = Listener(run)
     return [*listener(torch.from_numpy(sound)), *listener.end()]
 
@@ -73,7 +73,7 @@ def heard(run: FinishedRun, sound: np.ndarray) -> list[Heard]:
 def test_words_are_said_once_at_their_time() -> None:
     silence = np.zeros(2 * RATE, np.int16)
     sound = np.concatenate([silence, tone(300, 0.8), silence, tone(6000, 0.8), silence, tone(300, 0.8), silence])
-    found = heard(tones_run(), sound)
+    found = detect(tones_run(), sound)
     assert [word for _, word, _ in found] == ["low", "high", "low"]
     for (seconds, _, probability), expected in zip(found, (2.4, 5.2, 8.0), strict=True):
         assert abs(seconds - expected) < 0.3
@@ -82,13 +82,13 @@ def test_words_are_said_once_at_their_time() -> None:
 
 def test_silence_and_unknown_are_no_words_and_neither_is_quiet() -> None:
     run, sound = tones_run(), np.concatenate([np.zeros(RATE, np.int16), tone(300, 2), np.zeros(RATE, np.int16)])
-    assert [word for _, word, _ in heard(run, sound)] == ["low"]
+    assert [word for _, word, _ in detect(run, sound)] == ["low"]
     for name in ("silence", "unknown"):
-        assert heard(dataclasses.replace(run, outputs=(name, *WORDS[1:])), sound) == []
-    with torch.no_grad():  # a network that hears a word in everything
+        assert detect(dataclasses.replace(run, outputs=(name, *WORDS[1:])), sound) == []
+    with torch.no_grad():  # a network that detects a word everywhere
         run.model.classifier.bias[0] = 1000
-    assert heard(run, np.zeros(3 * RATE, np.int16)) == []
-    assert len(heard(run, tone(300, 3))) == 1
+    assert detect(run, np.zeros(3 * RATE, np.int16)) == []
+    assert len(detect(run, tone(300, 3))) == 1
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def test_bad_input_is_one_line(
         return error
 
     write_wav(tmp_path / "x.wav", tone(300, 1))
-    assert "trained on japanese-vowels, which is no speech" in refused(whole_run, tmp_path / "x.wav")
+    assert "trained on japanese-vowels" in refused(whole_run, tmp_path / "x.wav")
     assert "no such folder" in refused(tmp_path / "none", tmp_path / "x.wav")
     assert "none.wav: No such file" in refused(whole_run, tmp_path / "none.wav")
     assert "arguments are required: RUN" in refused()

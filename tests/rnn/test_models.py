@@ -23,7 +23,7 @@ def test_padding_does_not_change_the_scores(cell: str, bidirectional: bool):
 
 
 def test_scores_come_from_the_last_states_of_both_directions():
-    """As nn.GRU computes them, of its last layer."""
+    """Compare with the last states of nn.GRU's last layer."""
     model = architecture(bidirectional=True, layers=2).build(factorize="none")
     gru = nn.GRU(5, 6, 2, batch_first=True, bidirectional=True)
     gru.load_state_dict(model.rnn.state_dict())
@@ -45,7 +45,7 @@ def test_a_text_in_pieces_gives_the_scores_of_the_whole(cell: str):
     torch.testing.assert_close(torch.cat([first, second], dim=1), whole)
     changed = characters.clone()
     changed[:, 6:] = 0
-    torch.testing.assert_close(model(changed)[0][:, :6], whole[:, :6])  # nothing is seen of what follows
+    torch.testing.assert_close(model(changed)[0][:, :6], whole[:, :6])  # the following characters have no influence
 
 
 def test_dropout_is_in_training_alone():

@@ -1,4 +1,4 @@
-"""ONNX models: valid, with the factors as two products, and the network's scores in onnxruntime."""
+"""The ONNX export: valid models, two products for factors, and the network's scores in onnxruntime."""
 
 import dataclasses
 from pathlib import Path
@@ -47,7 +47,7 @@ def test_a_matrix_in_factors_is_two_products_at_each_step() -> None:
     assert shapes["weight_hh_l1.v"] == [HIDDEN, 3]
     assert shapes["weight_hh_l1.u"] == [3, HIDDEN]
     products = [node.input[1] for node in model.node if node.op_type == "MatMul"]
-    # Those of the input take all steps at once.
+    # The input's products process all steps at once.
     assert {factor: products.count(factor) for factor in products} == {
         **{f"weight_{kind}_l{i}.{factor}": n for kind, n in (("ih", 1), ("hh", 7)) for i in (0, 1) for factor in "uv"},
         "scores.weight": 1,

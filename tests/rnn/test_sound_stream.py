@@ -1,4 +1,4 @@
-"""Sound piece by piece: the features of the whole, and every input that cannot be listened to."""
+"""Streams of sound: the features equal those of the whole recording, and every bad input is refused."""
 
 import io
 import struct
@@ -23,7 +23,7 @@ def test_features_are_those_of_the_whole_recording(lengths: list[int]) -> None:
     assert all(part.shape[1] == BANDS for part in parts)
     frames = torch.cat(parts)
     whole = LogMel()(sound[None])[0] if len(sound) > 400 else torch.empty(1, BANDS)
-    # A frame ends 360 samples after it begins, except that the last one may end in 40 zeros.
+    # A frame ends 360 samples after it begins; the last one may end with 40 zeros.
     assert len(frames) == max(0, (len(sound) + 40 - 400) // 160 + 1)
     assert len(whole) - 1 <= len(frames) <= len(whole)
     torch.testing.assert_close(frames, whole[: len(frames)], rtol=0, atol=1e-5)
@@ -39,7 +39,7 @@ def test_a_wav_file_and_bare_samples_are_the_same(tmp_path: Path) -> None:
     assert torch.equal(torch.cat(list(read_chunks(io.BytesIO(sound.numpy().tobytes() + b"x"), "x", RATE))), sound)
     trailing = content + b"LIST" + struct.pack("<I", 4) + b"abcd"
     assert torch.equal(torch.cat(list(read_chunks(io.BytesIO(trailing), "x", None))), sound)
-    for size in (0, 0x7FFFF000, 0x7FFFFF00, 0xFFFFFFFF):  # as a crash, sox, arecord and ffmpeg leave it
+    for size in (0, 0x7FFFF000, 0x7FFFFF00, 0xFFFFFFFF):  # sizes that a crash, sox, arecord and ffmpeg leave
         endless = content[:4] + bytes(4) + content[8:40] + struct.pack("<I", size) + content[44:]
         assert torch.equal(torch.cat(list(read_chunks(io.BytesIO(endless), "x", None))), sound)
 

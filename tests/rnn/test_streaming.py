@@ -1,4 +1,4 @@
-"""One time step at a time: what the whole sequence gives, in constant memory and without a graph."""
+"""Steps one at a time: the results of the whole sequence, in constant memory and without gradients."""
 
 import gc
 
@@ -16,12 +16,12 @@ each_cell = pytest.mark.parametrize("cell", LAYERS)
 
 
 def cut(layer: LowRankRNN, rank: int) -> None:
-    """Set thresholds that leave so many components of each matrix."""
+    """Set thresholds so that `rank` components of each matrix survive."""
     with torch.no_grad():
         for factor in layer.factors().values():
             sizes = factor.singular_values().sort(descending=True).values
             if rank < len(sizes):
-                # Between two of them: at one, the last bit of exp(log(size)) would decide.
+                # Put the threshold between two sizes: at a size, the last bit of exp(log(size)) would decide.
                 factor.raw_threshold.fill_(((sizes[rank - 1] + sizes[rank]) / 2).log())
 
 
@@ -58,7 +58,7 @@ def test_ten_thousand_steps_are_the_sequence_in_constant_memory(cell: str) -> No
         assert (own - expected).abs().max() <= 1e-6
         assert own.grad_fn is None
         assert not own.requires_grad
-    assert counts[1] <= counts[0]  # fewer where other tests left garbage behind
+    assert counts[1] <= counts[0]  # fewer if other tests left garbage behind
 
 
 @each_cell

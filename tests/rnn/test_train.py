@@ -1,4 +1,4 @@
-"""The training program from outside: what it writes and what it refuses."""
+"""The training program: its files and output, and one line for each error."""
 
 import json
 import os
@@ -64,7 +64,7 @@ def test_other_targets_are_met(tmp_path: Path, quick: None, method: str, target:
     assert begin(tmp_path / "run", "--method", method, *target) == 0
     summary = summary_of(tmp_path / "run")
     if target[0] == "--target-params":
-        step = 136 if method == "fixed" else 60  # parameters of one rank more, of all four matrices or of one
+        step = 136 if method == "fixed" else 60  # parameters that one more rank costs, in all four matrices or in one
         assert 600 - step < summary["params"] <= 600
     else:
         assert 1.4 <= summary["dense_params"] / summary["params"] < 1.55
@@ -90,12 +90,14 @@ def test_baselines_meet_a_rank(tmp_path: Path, quick: None, method: str):
 def test_methods_without_a_target(tmp_path: Path, quick: None, method: str, capsys: pytest.CaptureFixture):
     decay = ["--spectrum-decay", "0.01"] if method == "str" else []
     assert begin(tmp_path / "run", "--method", method, *decay) == 0
-    assert ("  rank " in capsys.readouterr().out.split("\nmatrix ")[0]) == (method == "str")  # a dense one has none
+    assert ("  rank " in capsys.readouterr().out.split("\nmatrix ")[0]) == (
+        method == "str"
+    )  # a dense network has no rank
     state = last_checkpoint(tmp_path / "run")
     assert state["controller"] is None
     raws = [value for name, value in state["model"].items() if name.endswith("raw_threshold")]
     assert len(raws) == (4 if method == "str" else 0)
-    assert all(raw.item() > -10.0 for raw in raws)  # weight decay has drawn them towards 0
+    assert all(raw.item() > -10.0 for raw in raws)  # weight decay has moved them towards 0
     summary = summary_of(tmp_path / "run")
     assert method == "str" or (summary["ranks"], summary["params"]) == ({}, summary["dense_params"])
     assert accuracy_on_test(load_trained(tmp_path / "run")) == pytest.approx(summary["accuracy"], abs=0.003)
@@ -106,7 +108,7 @@ def test_the_chosen_epoch_is_the_best_on_validation_data_among_those_at_the_targ
     options = ["--epochs", "10", "--choose", "validation", "--lr", "0.02", *RANK]
     assert begin(folder, *options) == 0
     epochs = [record for record in read_metrics(folder) if record["kind"] == "epoch"]
-    # Epochs are measured at the schedule's exact value, though training itself solves every twentieth step alone.
+    # Epochs are measured at the schedule's exact value, although training solves only every twentieth step.
     cut = [1 - (1 - record["epoch"] / 5) ** 3 for record in epochs[:4]]
     assert [record["total_rank"] for record in epochs[:4]] == [40 - round(30 * done) for done in cut]
     candidates = [record for record in epochs if record["epoch"] >= 5]
@@ -148,7 +150,7 @@ def test_a_language_model_is_measured_in_bits_per_character(tmp_path: Path):
     assert "Bits per character" in (folder / "report.html").read_text()
 
 
-# What a person can get wrong.
+# Wrong input of users.
 
 
 @pytest.mark.parametrize(
@@ -165,8 +167,8 @@ def test_a_language_model_is_measured_in_bits_per_character(tmp_path: Path):
         (["--target-compression", "nan"], "--target-compression nan"),
         (["--target-compression", "1000"], "possible are 1.0 to 15.2917"),
         (["--target-params", "9000", "--target-rank", "20"], "choose one"),
-        (["--method", "str", "--target-rank", "20"], "--target-rank 20: --method str meets no target"),
-        (["--method", "dense", "--target-params", "20"], "--target-params 20: --method dense meets no target"),
+        (["--method", "str", "--target-rank", "20"], "--target-rank 20: --method str "),
+        (["--method", "dense", "--target-params", "20"], "--target-params 20: --method dense "),
         (["--method", "svd-finetune", "--epochs", "1"], "--epochs 1"),
         (["--batch-size", "2000"], "batch size 2000 is larger than the 270 training sequences"),
         (["--batch-size", "0"], "--batch-size 0"),
@@ -203,7 +205,7 @@ def test_bad_input_is_one_message_and_exit_code_2(
     assert run(*args, "--device", "cpu", "--run-dir", "runs/run") == 2
     output = capsys.readouterr()
     assert message in output.err
-    assert output.err.startswith("error: ") == (output.err.count("\n") == 1)  # else the parser's box
+    assert output.err.startswith("error: ") == (output.err.count("\n") == 1)  # otherwise it is the parser's box
     assert "Traceback" not in output.err
     assert sorted(os.listdir()) == ["empty", "latin.txt", "short.txt"]
 
@@ -211,7 +213,7 @@ def test_bad_input_is_one_message_and_exit_code_2(
 def test_features_that_are_not_numbers_are_one_message(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
-    """The check itself is the data's; here its error comes out as it should."""
+    """Check that the data set's error becomes one line and exit code 2."""
     monkeypatch.setattr("rnn.data.japanese_vowels.np.loadtxt", lambda *args, **kwargs: [[1.0, 1.0, float("nan")]])
     monkeypatch.setattr("rnn.data.japanese_vowels.torch.from_numpy", torch.tensor)
     assert begin(tmp_path / "run") == 2
@@ -224,7 +226,7 @@ def test_features_that_are_not_numbers_are_one_message(
 def test_a_loss_that_becomes_nan_keeps_the_last_good_checkpoint(
     tmp_path: Path, quick: None, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
-    """From the eighth step on; the checkpoints are of steps 2, 4, 5 and 6."""
+    """Make the loss NaN from step 8 on; the checkpoints are those of steps 2, 4, 5 and 6."""
     monkeypatch.setattr(train, "learning_rate", lambda config, steps, step: float("nan") if step >= 7 else 0.01)
     assert begin(tmp_path / "run", *RANK) == 2
     error = capsys.readouterr().err

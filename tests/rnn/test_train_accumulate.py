@@ -1,4 +1,4 @@
-"""--accumulate in the training of recurrent networks, and its processes: the same results but for rounding."""
+"""--accumulate and several processes in recurrent training: the same results except for rounding."""
 
 import os
 import signal
@@ -13,17 +13,17 @@ from tests.processes import run_job
 from tests.rnn.train_runs import RANK, TINY, begin, resume, text_options
 from tests.runs import after_calls, assert_same_result, last_checkpoint
 
-# Augmentation draws for each process's share as a whole; parts of it see the same.
+# Augmentation draws once for a process's whole share, so its parts see the same noise.
 SPEECH = [*RANK, "--batch-size", "52"]
 
 
 def options_of(kind: str, folder: Path) -> list[str]:
-    """Without dropout, which draws other numbers for parts than for the whole."""
+    """Return options without dropout, whose random numbers for parts differ from those for the whole batch."""
     return [*(SPEECH if kind == "speech" else text_options(folder)), "--dropout", "0"]
 
 
 def train_stopped(args: list[str]) -> int:
-    """The program in one of several processes, with a signal in the third step."""
+    """Train in one of several processes, with a signal in the third step."""
     run.MEETING_SECONDS = 0.0
     with pytest.MonkeyPatch.context() as patch:
         after_calls(patch, train, "learning_rate", 3, lambda: os.kill(os.getpid(), signal.SIGTERM))

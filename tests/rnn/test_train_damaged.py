@@ -1,4 +1,4 @@
-"""The training program on runs whose files were damaged, and on numbers that become NaN or infinite."""
+"""The training program with damaged files, and with values that become NaN or infinite."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from tests.runs import after_calls, assert_same_result
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that was stopped after 8 of its 10 steps, with the checkpoints of steps 6 and 8."""
+    """Return a run that was stopped after 8 of its 10 steps, with the checkpoints of steps 6 and 8."""
     folder = tmp_path_factory.mktemp("stopped") / "run"
     with pytest.MonkeyPatch.context() as patch:
         after_calls(patch, train, "learning_rate", 8, lambda: os.kill(os.getpid(), signal.SIGTERM))

@@ -1,4 +1,4 @@
-"""The training program killed, interrupted and resumed: it ends in the same bits as if nothing had been."""
+"""The training program killed, interrupted and resumed: the results equal those of an undisturbed run, bit for bit."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ SVD = ["--method", "svd-finetune", "--choose", "validation", "--batch-size", "50
 
 @pytest.fixture(scope="module")
 def whole_text_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """An undisturbed run of a language model, and its options."""
+    """Return an undisturbed run of a language model, and its options."""
     folder = tmp_path_factory.mktemp("text")
     options = [*text_options(folder), "--cell", "lstm", "--dropout", "0.2", "--choose", "validation"]
     assert begin(folder / "run", *options) == 0
@@ -28,14 +28,14 @@ def whole_text_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list
 
 @pytest.fixture(scope="module")
 def whole_svd_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An undisturbed run that is cut after its first epoch of three, of four steps each."""
+    """Return an undisturbed run of svd-finetune: three epochs of four steps, cut after the first."""
     folder = tmp_path_factory.mktemp("svd") / "run"
     assert begin(folder, *SVD, *RANK) == 0
     return folder
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
-    """Have a signal come in the course of a step."""
+    """Send a signal during a step."""
     after_calls(monkeypatch, train, "learning_rate", step, lambda: os.kill(os.getpid(), number))
 
 
@@ -75,7 +75,7 @@ def test_a_run_killed_while_it_writes_ends_in_the_same_bits(
 
 
 def test_kill_9_and_resume(tmp_path: Path, quick: None, whole_run: Path):
-    """A real process, killed at whatever moment comes after its first checkpoint."""
+    """Kill a real process at an arbitrary moment after its first checkpoint."""
     folder = tmp_path / "run"
     command = [sys.executable, "rnn/train.py", *TINY, *RANK, "--run-dir", folder]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:

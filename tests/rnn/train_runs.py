@@ -1,4 +1,4 @@
-"""What the tests of the training program share: tiny runs."""
+"""Helpers of the training program's tests: tiny runs."""
 
 from pathlib import Path
 
@@ -7,11 +7,11 @@ from tests.runs import run_main
 
 # 2 epochs of 5 steps.
 TINY = ["--epochs", "2", "--batch-size", "54", "--hidden-size", "8", "--checkpoint-steps", "2", "--device", "cpu"]
-RANK = ["--target-rank", "10"]  # of 2 x (12 + 8)
+RANK = ["--target-rank", "10"]  # the full ranks are 2 x (12 + 8)
 
 
 def begin(folder: Path, *options: str) -> int:
-    """A tiny run in ``folder``; its exit code."""
+    """Start a tiny run in ``folder`` and return its exit code."""
     return run(*TINY, *options, "--run-dir", str(folder))
 
 
@@ -24,7 +24,7 @@ def run(*args: str) -> int:
 
 
 def text_options(folder: Path) -> list[str]:
-    """Options for a language model on a small text, which is written to ``folder``: 2 epochs of 5 steps."""
+    """Write a small text to ``folder``; return options for a language model on it: 2 epochs of 5 steps."""
     file = folder / "text.txt"
     sentences = (f"the {n}th of {n * n % 17} numbers is {n * 7 % 13}, or so they say.\n" for n in range(70))
     file.write_text("".join(sentences))

@@ -48,7 +48,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     assert f"{path} is damaged" in capsys.readouterr().err
     assert checkpoints.steps() == [1]
     checkpoints.save(3, state(3))
-    assert checkpoints.steps() == [1, 3]  # the damaged one does not count as one of two
+    assert checkpoints.steps() == [1, 3]  # the damaged checkpoint does not count towards the two that are kept
 
 
 def test_damaged_checkpoints_alone_are_an_error(checkpoints: Checkpoints):
@@ -79,7 +79,7 @@ def draws() -> tuple[float, float, float]:
 
 
 def test_random_states_survive_a_checkpoint(checkpoints: Checkpoints):
-    np.random.randn()  # leaves NumPy with a Gaussian in reserve
+    np.random.randn()  # NumPy now holds a second Gaussian in reserve
     checkpoints.save(1, {"step": 1, "random": random_state()})
     expected = [draws() for _ in range(3)]
     set_random_state(checkpoints.load()["random"])
@@ -95,5 +95,5 @@ def test_a_process_without_a_random_state_gets_one_of_its_own():
     set_random_state(states[0])
     assert drawn[0] == drawn[1] == draws()
     assert drawn[2] == drawn[4]
-    for place in range(3):  # Python's, NumPy's and torch's
+    for place in range(3):  # the states of Python, NumPy and torch
         assert len({numbers[place] for numbers in drawn}) == 3

@@ -1,4 +1,4 @@
-"""The small pieces: errors, signals, schedules, meter, progress."""
+"""Small modules: errors, signals, schedules, meter, progress."""
 
 import io
 import os
@@ -167,7 +167,7 @@ def test_bars_of_the_hubs_library_come_from_the_first_process_alone(
         folder = tmp_path / process
         folder.mkdir()
         datasets.Dataset.from_dict({"a": [1, 2]}).to_parquet(folder / "train.parquet")
-        datasets.enable_progress_bars()  # whatever other tests left
+        datasets.enable_progress_bars()  # undo the settings of other tests
         capfd.readouterr()
         monkeypatch.setenv("RANK", process)
         try:

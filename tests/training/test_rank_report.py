@@ -20,7 +20,7 @@ BUDGET = RankBudget(
 
 
 def run_folder(folder: Path, name: str, *, epochs: int = 3, rows: int = 3, cut: int = 0) -> Path:
-    """A finished run; before epoch ``cut`` no matrix is in factors."""
+    """Write a finished run; before epoch ``cut`` no matrix is in factors."""
     budget = RankBudget(BUDGET.rows[:rows], 777)
     value = 0.97 if name == "accuracy" else 1.875
     summary = {name: value, f"validation_{name}": value if name == "accuracy" else None}

@@ -40,7 +40,7 @@ def run_folder(folder: Path, *, epochs: int, thresholds: bool) -> Path:
 
 
 class Tags(HTMLParser):
-    """Checks that tags nest, and notes what would be fetched from elsewhere."""
+    """A parser that checks the nesting of tags and records the external addresses."""
 
     def __init__(self) -> None:
         super().__init__()

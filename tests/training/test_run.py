@@ -25,7 +25,7 @@ def open_run(accelerator: Accelerator, path: Path, *, resume: bool = False) -> R
 def test_a_resumed_run_goes_on_where_it_was(accelerator: Accelerator, tmp_path: Path):
     with open_run(accelerator, tmp_path / "run") as run:
         assert run.restore(10) is None
-        run._began -= 1e6  # as if it had run that long
+        run._began -= 1e6  # as if it had run for a million seconds
         run.log({"kind": "step", "step": 3, "loss": 1.0})
         run.save(3, {"weight": torch.ones(2)})
         run.log({"kind": "step", "step": 4, "loss": 0.5})

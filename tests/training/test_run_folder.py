@@ -9,7 +9,7 @@ import pytest
 from str_triton.training.errors import UserError
 from str_triton.training.run_folder import RunFolder, default_run_dir
 
-# What another run does with the lock; without importing torch, to be quick.
+# Another run's use of the lock, without importing torch, to be quick.
 HOLD = """
 import fcntl, sys, time
 file = open(sys.argv[1], "a+")
@@ -21,7 +21,7 @@ time.sleep(60)
 
 @pytest.fixture
 def other_run(tmp_path: Path):
-    """A process that holds the lock of the run folder tmp_path / "run"."""
+    """Start a process that holds the lock of the run folder tmp_path / "run"."""
     RunFolder.create(tmp_path / "run", {"config.json": "{}"}).close()
     with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / "run" / "lock"], stdout=subprocess.PIPE) as process:
         process.stdout.readline()
@@ -91,7 +91,7 @@ def test_a_folder_in_use_is_refused_until_its_process_is_killed(tmp_path: Path, 
 
 
 def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path):
-    """Data workers may outlive a killed parent: a child that inherits the open file must not hold the folder."""
+    """Check the lock of a killed parent. Data workers may outlive it and inherit the open file."""
     folder = RunFolder.create(tmp_path / "run", {"config.json": "{}"})
     child = os.fork()
     if child == 0:
