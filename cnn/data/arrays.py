@@ -14,7 +14,7 @@ from cnn.data.counter_random import uniforms
 
 @dataclass(frozen=True)
 class Augmentation:
-    """A shift by up to `padding` pixels each way, black coming in at the border, and a mirroring of half the images."""
+    """Random shifts by up to `padding` pixels each way, filled with black. `flip` also mirrors half the images."""
 
     padding: int = 0
     flip: bool = False
@@ -22,11 +22,11 @@ class Augmentation:
     DRAWS = 3
 
     def mirrors(self, draws: Sequence[float]) -> bool:
-        """Whether the image with these draws is mirrored."""
+        """Return whether an image with these draws is mirrored."""
         return self.flip and draws[2] < 0.5
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
-        """uint8 [B, C, H, W] and draws [>= DRAWS, B] in [0, 1) -> uint8 [B, C, H, W]."""
+        """Augment images, uint8 [B, C, H, W], by `draws`, random numbers [>= DRAWS, B] in [0, 1)."""
         if not (self.padding or self.flip):
             return images
         count, channels, height, width = images.shape
@@ -35,7 +35,7 @@ class Augmentation:
         if self.flip:
             columns = torch.where((draws[2] < 0.5)[:, None], columns.flip(1), columns)
         padded = F.pad(images, [self.padding] * 4)
-        # One gather in flat memory: several times faster than indexing windows of the padded images.
+        # One gather in flat memory is several times faster than indexing windows of the padded images.
         planes = torch.arange(count * channels).view(count, channels, 1, 1) * (padded.shape[2] * padded.shape[3])
         places = planes + (rows * padded.shape[3])[:, None, :, None] + columns[:, None, None, :]
         return padded.reshape(-1).gather(0, places.view(-1)).view(images.shape)
@@ -43,14 +43,14 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Normalisation:
-    """(x - mean) / std by channel, with `mean` and `std` in pixel values (0 ... 255)."""
+    """Normalisation by channel, (x - mean) / std. `mean` and `std` are in pixel values, 0 ... 255."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     @classmethod
     def of(cls, images: Tensor) -> "Normalisation":
-        """The statistics of uint8 [N, C, H, W], exactly: from the count of each pixel value."""
+        """Compute the exact statistics of images, uint8 [N, C, H, W], by counting each pixel value."""
         values = torch.arange(256, dtype=torch.float64)
         mean, std = [], []
         for channel in range(images.shape[1]):
@@ -63,7 +63,7 @@ class Normalisation:
         return cls(tuple(mean), tuple(std))
 
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 [B, C, H, W] -> float32 [B, C, H, W], contiguous, on the same device."""
+        """Normalise images, uint8 [B, C, H, W], to float32, contiguous, on the same device."""
         mean = _by_channel(self.mean, images.device)
         scale = _by_channel(tuple(1 / std for std in self.std), images.device)
         return images.to(torch.float32, memory_format=torch.contiguous_format).sub_(mean).mul_(scale)
@@ -71,7 +71,7 @@ class Normalisation:
 
 @cache
 def _by_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """float32 [C, 1, 1]; made once, because a copy to the device at each batch would wait for it."""
+    """Return `values` as float32 [C, 1, 1]. They are cached, because a copy to the device would synchronize."""
     return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
 
 
@@ -92,7 +92,7 @@ class ArrayImages:
     def batch(
         self, indices: Tensor, *, seed: int, epoch: int, augment: bool, on_corrupt: OnCorrupt = None
     ) -> tuple[Tensor, Tensor]:
-        images = self.images.index_select(0, indices)  # twenty times the speed of images[indices]
+        images = self.images.index_select(0, indices)  # twenty times as fast as images[indices]
         if augment:
             images = self.augmentation(images, uniforms(seed, epoch, indices, Augmentation.DRAWS))
         return images, self.labels[indices]

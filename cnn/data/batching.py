@@ -1,4 +1,4 @@
-"""An epoch's batches, the same bits whatever the number of workers, processes, or interruptions."""
+"""The batches of an epoch. Their bits do not depend on the number of workers or processes, or on interruptions."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -14,10 +14,10 @@ from cnn.data.counter_random import permutation
 
 
 def steps_per_epoch(dataset: Images, batch_size: int, *, drop_last: bool = False, world_size: int = 1) -> int:
-    """The number of batches that `batches` gives in an epoch, the same on every rank.
+    """Return the number of batches that `batches` yields in an epoch. It is the same on every rank.
 
-    Raises ValueError where there can be none: a batch size below 1 or not divisible by `world_size`, or, with
-    `drop_last`, above the number of images.
+    Raises ValueError for a batch size below 1 or not divisible by `world_size`, and with `drop_last` for one above the
+    number of images.
     """
     if batch_size < 1:
         raise ValueError(f"batch size {batch_size}: it must be at least 1")
@@ -46,20 +46,26 @@ def batches(
     device: torch.device | str = "cpu",
     on_corrupt: OnCorrupt = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Go once through `dataset`: (images float32 [B, C, H, W], normalised, and labels int64 [B]), both on `device`.
+    """Yield the batches of one epoch: normalised images, float32 [B, C, H, W], and labels, int64 [B], on `device`.
 
-    Order and augmentation are functions of (seed, epoch, index): `workers` (0 decodes in this process; data in memory
-    never uses any) changes the speed only, and torch's random state is neither read nor written. `start` is the first
-    batch to give, for resuming within an epoch. `batch_size` is that of all ranks together: rank r gets the r-th part
-    of each, and every rank gets the same number of batches. Without `drop_last` the last one may be smaller: parts then
-    differ by an image, and are empty where fewer images than ranks are left, so that no image is seen twice.
+    Order and augmentation are functions of (seed, epoch, index). Torch's random state is neither read nor written.
+    Without `drop_last` the last batch may be smaller. The ranks' parts of it then differ by one image. A part is empty
+    where fewer images than ranks are left, so that no image is seen twice.
 
-    Pixels travel to the device as uint8, a quarter of the bytes, out of pinned memory where that is a GPU, so that the
-    copy waits for nothing; there they are normalised.
+    Pixels are copied to the device as uint8, a quarter of the bytes, and normalised there. For a GPU they are copied
+    from pinned memory, so that the copy is asynchronous.
 
-    Raises ValueError at once for arguments that make no sense (see `steps_per_epoch`), and on the way when an image
-    cannot be decoded; with `on_corrupt` that is told of the image, in this process, and the batch goes on without it
-    (`Images.batch`), in training with as many images as ever.
+    Args:
+        batch_size: the batch size of all ranks together; rank r gets the r-th part of each batch.
+        workers: processes that decode images; 0 decodes in this process. They change the speed only. Data in memory
+            never use any.
+        start: the first batch to yield, for resuming within an epoch.
+        on_corrupt: called, in this process, with a line about each image that cannot be decoded. The batch goes on
+            without that image (see `Images.batch`); in training another image takes its place.
+
+    Raises:
+        ValueError: at once for invalid arguments (see `steps_per_epoch`), and during the epoch when an image cannot be
+            decoded and `on_corrupt` is None.
     """
     steps = steps_per_epoch(dataset, batch_size, drop_last=drop_last, world_size=world_size)
     if not 0 <= rank < world_size:
@@ -76,20 +82,20 @@ def batches(
 
 
 class _Item(NamedTuple):
-    """A batch as it leaves the data set: uint8 images, labels, and the lines about corrupt images."""
+    """A batch before normalisation: uint8 images, labels, and the lines about corrupt images."""
 
     images: Tensor
     labels: Tensor
     corrupt: list[str]
 
     def pin_memory(self) -> "_Item":
-        """What DataLoader calls, in a thread beside the training."""
+        """Copy the batch to pinned memory. DataLoader calls this in a thread of its own."""
         return self._replace(images=self.images.pin_memory(), labels=self.labels.pin_memory())
 
 
 @dataclass(frozen=True, eq=False)
 class _Batches:
-    """What a worker needs: the k-th item is this rank's part of batch k, or the error that it met."""
+    """One rank's batches of an epoch, as a dataset for DataLoader: item k is its part of batch k, or the error met."""
 
     dataset: Images
     order: Tensor
@@ -110,7 +116,7 @@ class _Batches:
         try:
             return _Item(*self.dataset.batch(part, **options), corrupt)
         except (OSError, ValueError) as error:
-            # Raised in a worker, it would come out with that worker's traceback for a message.
+            # DataLoader would replace the message of an error raised in a worker by the worker's traceback.
             return error
 
 
@@ -125,7 +131,7 @@ def _items(source: _Batches, steps: range, workers: int, pin: bool) -> Iterable[
         collate_fn=_unchanged,
         worker_init_fn=_leave_the_group,
         pin_memory=pin,
-        generator=torch.Generator(),  # or it would draw its workers' seed from the global one
+        generator=torch.Generator(),  # by default DataLoader draws the workers' seed from the global generator
     )
 
 
@@ -148,10 +154,10 @@ def _unchanged(item: object) -> object:
 
 
 def _leave_the_group(worker: int) -> None:
-    """Ctrl-C and `timeout` signal the whole process group: only the training process is to hear that.
+    """Move a worker to its own process group, so that only the training process gets Ctrl-C and `timeout`'s signal.
 
-    Ignoring the signals instead would hang the exit of a program that leaves an epoch open: SIGTERM is how Python ends
-    the children that are left.
+    A worker must not ignore these signals: Python ends its remaining children with SIGTERM, so a program that stops in
+    the middle of an epoch would hang at exit.
     """
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)

@@ -1,4 +1,4 @@
-"""What every data set is here: two sets of images, and what a model has to know of them."""
+"""The interface of all data sets: training and test images, and the figures that a model needs."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,30 +8,30 @@ import torch
 from torch import Tensor
 
 OnCorrupt = Callable[[str], None] | None
-"""What is told of each corrupt image, in a line that names it, and then goes on; None ends with that line instead."""
+"""A function that gets a line about each corrupt image, which is then skipped; None: a corrupt image is an error."""
 
 
 class Images(Protocol):
     """A map-style set of labelled images, read a batch at a time."""
 
     in_memory: bool
-    """Whether `batch` only looks up: worker processes would cost more than they give."""
+    """Whether `batch` only copies from memory, so that worker processes would not pay."""
     normalisation: Callable[[Tensor], Tensor]
-    """What makes of a batch's pixels, on any device, float32 [B, C, H, W] of about zero mean and unit variance."""
+    """Maps a batch's pixels, on any device, to float32 [B, C, H, W] of about zero mean and unit variance."""
 
     def __len__(self) -> int: ...
 
     def batch(
         self, indices: Tensor, *, seed: int, epoch: int, augment: bool, on_corrupt: OnCorrupt = None
     ) -> tuple[Tensor, Tensor]:
-        """The images and labels of `indices` (int64 [B]).
+        """Return the images, uint8 [B, C, H, W], not yet normalised, and labels, int64 [B], of `indices`, int64 [B].
 
-        Returns uint8 [B, C, H, W], not yet normalised, and int64 [B]. An image's bits depend on (seed, epoch, its
-        index) alone, not on the others in the batch; without `augment` on its index alone.
+        The bits of an image depend only on (seed, epoch, its index), without `augment` only on its index. They do not
+        depend on the other images in the batch.
 
-        Raises ValueError, naming the image, when one cannot be decoded. With `on_corrupt` that is told instead, and the
-        next image that can be decoded stands in for it, label and all; without `augment`, which is to say in testing,
-        where no image should count twice, it is left out.
+        Raises ValueError, which names the image, when one cannot be decoded and `on_corrupt` is None. Otherwise
+        `on_corrupt` is called. With `augment` (in training) the next image that can be decoded then takes its place,
+        with that image's label. Without `augment` (in testing) the image is left out, so that no image counts twice.
         """
         ...
 
@@ -40,7 +40,7 @@ class Images(Protocol):
 class Data:
     """A data set: `train` and `test` images of `image_shape` = (C, H, W), with labels 0 ... num_classes - 1.
 
-    `left_out` holds a line about each corrupt image that is already left out of `test`.
+    `left_out` holds a line about each corrupt image that was left out of `test` on loading.
     """
 
     train: Images
@@ -55,17 +55,22 @@ TEST_SHARE = 0.2
 
 
 def stratified_split(labels: Tensor, keys: Tensor, class_names: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Hold out a fifth of each class: the images with its lowest `keys`.
+    """Split each class 80/20 and return the indices of the training and of the test images, both in ascending order.
 
-    labels: int64 [N]; keys: int64 [N], random-looking and belonging to the image, so that the split is always the same.
-    Returns the indices of the training and of the test images, each in ascending order. Raises ValueError for a class
-    with a single image.
+    The test set gets the images of each class with the lowest keys.
+
+    Args:
+        labels: int64 [N].
+        keys: int64 [N], pseudorandom and a function of the image, so that the split is always the same.
+
+    Raises:
+        ValueError: a class has a single image.
     """
     held_out = torch.zeros(len(labels), dtype=torch.bool)
     for label, name in enumerate(class_names):
         members = torch.nonzero(labels == label)[:, 0]
         if len(members) == 1:
-            raise ValueError(f"class {name!r} has one image: holding out a test set takes at least two per class")
+            raise ValueError(f"class {name!r} has one image: a test set can be held out of two or more per class")
         count = max(1, round(TEST_SHARE * len(members)))
         held_out[members[torch.argsort(keys[members], stable=True)[:count]]] = True
     return torch.nonzero(~held_out)[:, 0], torch.nonzero(held_out)[:, 0]

@@ -1,7 +1,7 @@
-"""Random numbers without a generator's state: a hash of a counter, so that any of them can be had alone, in any order.
+"""Counter-based random numbers: each is a hash of its position, so it can be computed alone and in any order.
 
-The hash is splitmix64 (Steele, Lea, Flood, 2014): number d of image i is mix(mix(key + i G) + d G), with the odd
-constant G and a key made in the same way from (seed, epoch). int64 products wrap: arithmetic modulo 2^64.
+The hash is splitmix64 (Steele, Lea, Flood, 2014). Number d of image i is mix(mix(key + i G) + d G), with the odd
+constant G and a key computed in the same way from (seed, epoch). int64 products wrap, so arithmetic is modulo 2^64.
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def _signed(number: int) -> int:
-    """`number` modulo 2^64 as the int64 of the same bits."""
+    """Return the int64 that has the bits of `number` modulo 2^64."""
     return (number + 2**63) % 2**64 - 2**63
 
 
@@ -19,7 +19,7 @@ _FACTOR_2 = _signed(0x94D049BB133111EB)
 
 
 def _shift_right(x: Tensor, count: int) -> Tensor:
-    """Logical shift: int64's own >> would fill with the sign."""
+    """Shift right logically. The operator >> of int64 would fill with the sign bit."""
     return (x >> count) & (2 ** (64 - count) - 1)
 
 
@@ -30,22 +30,22 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def bits(seed: int, epoch: int, indices: Tensor, draws: Tensor) -> Tensor:
-    """64 random bits for each of `indices` and `draws` (int64, broadcast): int64. Any Python int will do as a seed."""
+    """Return 64 random bits, int64, for each index and draw (int64, broadcast). Any Python int can be the seed."""
     key = _mix(_mix(torch.tensor(_signed(seed))) + _signed((epoch + 1) * _GOLDEN))
     return _mix(_mix(key + (indices + 1) * _GOLDEN) + (draws + 1) * _GOLDEN)
 
 
 def uniforms(seed: int, epoch: int, indices: Tensor, count: int) -> Tensor:
-    """`count` numbers in [0, 1) for each of `indices` (int64 [B]): float32 [count, B], multiples of 2^-24."""
+    """Return `count` numbers in [0, 1) for each of `indices`, int64 [B]: float32 [count, B], multiples of 2^-24."""
     drawn = bits(seed, epoch, indices, torch.arange(1, count + 1)[:, None])
     return _shift_right(drawn, 40).float() * 2.0**-24
 
 
 def order_keys(length: int, seed: int, epoch: int) -> Tensor:
-    """A random int64 for each of 0 ... length - 1, independent of what `uniforms` gives: draw 0 is its own."""
+    """Return a random int64 for each of 0 ... length - 1. It is draw 0, which `uniforms` does not use."""
     return bits(seed, epoch, torch.arange(length), torch.tensor(0))
 
 
 def permutation(length: int, seed: int, epoch: int) -> Tensor:
-    """An order of 0 ... length - 1 (int64 [length])."""
+    """Return a random permutation of 0 ... length - 1, int64 [length]."""
     return torch.argsort(order_keys(length, seed, epoch), stable=True)

@@ -1,8 +1,8 @@
-"""From an encoded image (JPEG, PNG, ...) to the pixels of a part of it, upright and scaled: Pillow decodes.
+"""Decoding of images (JPEG, PNG, ...) with Pillow, and cropping, turning upright and scaling of the pixels.
 
-The decoder should take most of the time. So only the part that is asked for is copied out of Pillow's image, PyTorch
-scales it (its bilinear filter for uint8 is Pillow's, within one level, in a fraction of the time), and EXIF data are
-read only where there are any.
+Decoding should take most of the time, so the rest is kept cheap. Only the crop is copied out of Pillow's image. PyTorch
+scales it: its bilinear filter for uint8 agrees with Pillow's within one level and is several times as fast. EXIF data
+are parsed only where there are any.
 """
 
 import logging
@@ -30,18 +30,18 @@ EXIF_ORIENTATION = 0x0112
 DRAFTED = ("JPEG", "MPO")
 """The formats that Pillow can decode at a fraction of their size."""
 EXIF_PLACES = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
-"""Where Pillow finds an orientation, in an image's info."""
+"""The keys of an image's info from which Pillow reads an orientation."""
 
-# Pillow logs what it stumbles over, and Python prints what nobody handles; the exception that follows is enough.
+# Python prints log messages that have no handler. Pillow logs errors in files, and also raises an exception for them.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 @contextmanager
 def opened(name: str, content: str | bytes) -> "Iterator[Image]":
-    """Open an image, to be decoded later. Raises ValueError with `name`, in one line, for whatever goes wrong inside.
+    """Open an image without decoding it. Raise ValueError, one line with `name`, for any error in the block.
 
-    What Pillow warns of (damaged EXIF data, odd tags, an unusual size) is no reason to do without the pixels. Images
-    of more than 179 megapixels, which may be small files, are an error.
+    Pillow's warnings (damaged EXIF data, odd tags, an unusual size) are ignored: the pixels are usable. Images of more
+    than 179 megapixels, which may be small files, are an error.
     """
     import PIL.Image
 
@@ -50,39 +50,41 @@ def opened(name: str, content: str | bytes) -> "Iterator[Image]":
             warnings.simplefilter("ignore")
             with PIL.Image.open(BytesIO(content) if isinstance(content, bytes) else content) as image:
                 yield image
-    except Exception as error:  # damaged files make Pillow's decoders raise nearly everything, SyntaxError too
+    except Exception as error:  # for damaged files Pillow's decoders raise many types, SyntaxError among them
         raise ValueError(f"{name}: not a readable image ({_cause(error)}); replace or remove it") from error
 
 
 def _cause(error: Exception) -> str:
     import PIL
 
-    if isinstance(error, PIL.UnidentifiedImageError):  # its own text names the buffer in memory
-        return "of no known format"
+    if isinstance(error, PIL.UnidentifiedImageError):  # its message shows the address of a buffer
+        return "unknown format"
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def upright_size(image: "Image") -> tuple[int, int]:
-    """Return (width, height) as a viewer shows it; orientations 5 to 8 of a camera lie on the side."""
+    """Return (width, height) of the image after turning it upright. Orientations 5 to 8 swap the two."""
     return image.size[::-1] if _orientation(image) >= 5 else image.size
 
 
 def decode(
     name: str, content: str | bytes, size: tuple[int, int], choose: Callable[[int, int], Box], *, mirror: bool = False
 ) -> np.ndarray:
-    """Decode an image, turn it upright, and scale the box that `choose(width, height)` names to `size` (height, width).
+    """Decode an image, turn it upright, crop it to `choose(width, height)`, and scale that to `size` (height, width).
 
-    Returns uint8 [height, width, 3], mirrored if asked for. Grey (of 1 to 16 bits), palette and CMYK images become RGB,
-    alpha is dropped, and of several frames or pages the first is taken. A JPEG that is at least twice as large as
-    needed is decoded at a half, a quarter or an eighth of its size. Raises ValueError with `name` if the image cannot
-    be decoded, or if its pixels have no known range (32 bits, floating point).
+    Returns uint8 [height, width, 3], mirrored with `mirror`. Grey (of 1 to 16 bits), palette and CMYK images become
+    RGB. Alpha is dropped. The first of several frames or pages is taken. A JPEG at least twice as large as needed is
+    decoded at a half, a quarter or an eighth of its size.
+
+    Raises ValueError with `name` if the image cannot be decoded, or if the range of its pixels is unknown (32 bits,
+    floating point).
     """
     import PIL.Image
 
     height, width = size
     with opened(name, content) as image:
         if image.format not in DRAFTED:
-            image.load()  # a PNG may say its orientation after its pixels
+            image.load()  # a PNG may store its orientation after its pixels
         orientation, (full_width, full_height) = _orientation(image), upright_size(image)
         left, top, right, bottom = choose(full_width, full_height)
         scale = min((right - left) / width, (bottom - top) / height)
@@ -99,14 +101,14 @@ def decode(
 
 
 def _orientation(image: "Image") -> int:
-    """Return the orientation, 1 to 8, by EXIF data or XMP; 1 where they are damaged, as viewers do."""
-    if image.format == "TIFF":  # Pillow turns it upright itself, and gives its size as that of the upright image
+    """Return the orientation, 1 to 8, from EXIF data or XMP. Return 1 where these are damaged, as viewers do."""
+    if image.format == "TIFF":  # Pillow turns TIFF images upright itself, and reports their upright size
         return 1
     if not any(place in image.info for place in EXIF_PLACES):
         return 1
     try:
         orientation = image.getexif().get(EXIF_ORIENTATION, 1)
-    except Exception:  # as in `opened`
+    except Exception:  # damaged data raise many types, see `opened`
         return 1
     return orientation if orientation in range(1, 9) else 1
 
@@ -129,34 +131,36 @@ def _turned(image: "Image", orientation: int) -> "Image":
 def _to_rgb(image: "Image") -> "Image":
     import PIL.Image
 
-    # PPM's mode I holds 0 to 65535, whatever the file's own maximum.
+    # Pillow scales a PPM of mode I to 0 ... 65535, whatever the maximum in the file.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # Pillow would clip it at 255
     if image.mode in ("I", "F"):
-        raise ValueError(f"pixels of 32 bits, mode {image.mode}, have no known range")
-    if image.mode == "P" and "transparency" in image.info:  # as Pillow demands; alpha is dropped
+        raise ValueError(f"the range of its 32-bit pixels (mode {image.mode}) is unknown")
+    if image.mode == "P" and "transparency" in image.info:  # Pillow warns without it; alpha is dropped below
         image = image.convert("RGBA")
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def whole(width: int, height: int) -> Box:
-    """All of the image."""
+    """Return the box of the whole image."""
     return 0, 0, width, height
 
 
 def centre(width: int, height: int) -> Box:
-    """The square in the middle that is left of resizing to 256 and cropping 224, to the nearest pixel."""
+    """Return the central square that resizing to 256 and cropping to 224 would keep, to the nearest pixel."""
     side = max(1, round(TEST_SHARE_OF_SIDE * min(width, height)))
     return _middle(width, height, side, side)
 
 
 def random_crop(width: int, height: int, draws: Sequence[float]) -> Box:
-    """8 % to 100 % of the area at an aspect from 3:4 to 4:3, anywhere: what torchvision's RandomResizedCrop draws.
+    """Return a random box with 8 % to 100 % of the area and an aspect ratio of 3:4 to 4:3.
 
-    As there, areas are uniform and aspects uniform in their logarithm; what sticks out of the image is drawn again, ten
-    times at most, and then the largest box in the middle whose aspect is within the range is taken.
+    The distribution is that of torchvision's RandomResizedCrop: uniform areas, and aspect ratios uniform in their
+    logarithm. A box that does not fit into the image is drawn again, at most ten times. After that the largest central
+    box with an aspect ratio in the range is taken.
 
-    draws: CROP_DRAWS numbers in [0, 1): the position across and down, then an area and an aspect for each try.
+    Args:
+        draws: CROP_DRAWS numbers in [0, 1): the position across and down, then an area and an aspect for each try.
     """
     across, down, *tries = draws
     for area, aspect in zip(tries[::2], tries[1::2], strict=True):

@@ -18,10 +18,10 @@ FILE = Path(__file__).parents[1] / "assets" / "digits.csv.gz"
 
 
 def load_digits() -> Data:
-    """A fixed, stratified 80/20 split (1,438 / 359 images), whatever the seed of the training.
+    """Read the digits and split them 80/20 by class: 1,438 and 359 images, whatever the seed of the training.
 
-    No augmentation: in trials shifts by a pixel, a lot at this size, left test accuracy the same or a little lower, and
-    small rotations changed it by no more than the seeds do.
+    The images are not augmented. In trials, shifts by one pixel (large for this size) left test accuracy the same or a
+    little lower, and small rotations changed it by no more than the choice of a seed does.
     """
     with gzip.open(FILE, "rt") as file:
         rows = torch.from_numpy(np.loadtxt(file, delimiter=",", dtype=np.uint8))

@@ -1,4 +1,4 @@
-"""Images as files or bytes (JPEG, PNG, ...), decoded when a batch asks for them."""
+"""Images stored as files or bytes (JPEG, PNG, ...) and decoded for each batch."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -17,26 +17,26 @@ from cnn.data.decoding import CROP_DRAWS, centre, decode, opened, random_crop, u
 from str_triton.training.errors import warn
 
 SMALL = 64
-"""Sets of images that are mostly at most so wide and high keep their size, and are held in memory if they fit."""
+"""A data set of small images, most at most this wide and high, keeps its size and is held in memory if it fits."""
 LARGE = 224
-"""Images of all other sets are cut and scaled to squares of this size."""
-LOOKED_AT = 100
-"""So many images, evenly spread over the training images, decide on the size and on whether there is colour."""
+"""The images of all other data sets are cropped and scaled to squares of this size."""
+SAMPLES = 100
+"""The number of training images, evenly spread, that decide on the size and on whether the images have colour."""
 MEMORY = 2**30
-"""Bytes of pixels, training and test together, that are held in memory at most."""
-IN_A_ROW = 100
-"""So many corrupt images one after the other are no longer skipped: something else is wrong."""
+"""The largest number of bytes of pixels, training and test together, to hold in memory."""
+MAX_CORRUPT_IN_A_ROW = 100
+"""The number of corrupt images in a row after which reading stops: something else is wrong."""
 GREY = ("1", "L", "LA", "La")
 IMAGENET = Normalisation(mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375))
 
 
 class Source(Protocol):
-    """Encoded images by number, and what to call them in an error."""
+    """Encoded images by number, with names for error messages."""
 
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> tuple[str, str | bytes]:
-        """The image's name, and either the path of a file or the bytes of one."""
+        """Return an image's name, and the path or the bytes of its file."""
         ...
 
 
@@ -44,7 +44,7 @@ class Source(Protocol):
 class EncodedImages:
     """Images decoded on demand: RGB of `size` (height, width), `labels` int64 [N]. See `common.Images`.
 
-    Large ones (`crop`) are trained on random crops and tested on the central one; small ones are taken whole.
+    With `crop`, for large images, training takes random crops and testing the central one. Small images are used whole.
     """
 
     source: Source
@@ -76,7 +76,7 @@ class EncodedImages:
         return pixels, self.labels[taken]
 
     def _decode_into(self, image: np.ndarray, index: int, draws: Sequence[float] | None, on_corrupt: OnCorrupt) -> int:
-        """Fill `image` with that of `index`, or with the next that is not corrupt, and return whose it is."""
+        """Decode image number `index`, or the next one that is not corrupt, into `image`, and return its number."""
         choose, mirror = whole, False
         if self.crop and draws is None:
             choose = centre
@@ -84,7 +84,7 @@ class EncodedImages:
             choose = partial(random_crop, draws=draws[Augmentation.DRAWS :])
             mirror = self.augmentation.mirrors(draws)
 
-        tries = min(IN_A_ROW, len(self))
+        tries = min(MAX_CORRUPT_IN_A_ROW, len(self))
         for number in range(index, index + tries):
             number %= len(self)
             try:
@@ -95,7 +95,7 @@ class EncodedImages:
                     raise
                 on_corrupt(str(error))
                 last = error
-        raise ValueError(f"{tries} images in a row cannot be read, at last {last}")
+        raise ValueError(f"{tries} images in a row cannot be read; the last: {last}")
 
 
 def encoded_data(
@@ -107,14 +107,15 @@ def encoded_data(
     name: str,
     on_corrupt: OnCorrupt = None,
 ) -> Data:
-    """Return the data set of two sources of encoded images; the majority of the training images decides on the size.
+    """Return the data set of two sources of encoded images.
 
-    Small images are shifted by up to an eighth of their height, large ones cropped at random. Images are mirrored if
-    the majority has colour: grey images are often writing, which mirroring spoils. A warning says where not all images
-    are of the kind or the size that was decided on. With `on_corrupt`, images that cannot be decoded have no vote and
-    are left out of what is held in memory.
+    The majority of the training images decides on the size. Small images are shifted at random by up to an eighth of
+    their height, large ones are cropped at random. Images are mirrored if the majority has colour: grey images are
+    often writing, which must not be mirrored. A warning is printed where images differ in kind or size from the
+    majority. With `on_corrupt`, images that cannot be decoded do not count in the majority and are left out of images
+    held in memory.
     """
-    small, (height, width), coloured = _first_look(train, name, on_corrupt)
+    small, (height, width), coloured = _majority(train, name, on_corrupt)
     size = (height, width)
     augmentation = Augmentation(padding=height // 8 if small else 0, flip=coloured)
     sets = [
@@ -138,12 +139,12 @@ def encoded_data(
     return Data(sets[0], sets[1], num_classes, (3, *size), name, left_out)
 
 
-def _first_look(source: Source, name: str, on_corrupt: OnCorrupt) -> tuple[bool, tuple[int, int], bool]:
+def _majority(source: Source, name: str, on_corrupt: OnCorrupt) -> tuple[bool, tuple[int, int], bool]:
     """Return whether most images are small, the (height, width) to read all of them at, and whether most have colour.
 
-    Only the headers of `LOOKED_AT` images are read. Of the sizes of small images the most frequent is taken.
+    Only the headers of `SAMPLES` images are read. The size of small images is the most frequent one.
     """
-    count = min(LOOKED_AT, len(source))
+    count = min(SAMPLES, len(source))
     sizes, coloured = Counter[tuple[int, int]](), 0
     for place in range(count):
         try:
@@ -158,14 +159,14 @@ def _first_look(source: Source, name: str, on_corrupt: OnCorrupt) -> tuple[bool,
             last = error
     readable = sizes.total()
     if readable == 0:
-        raise ValueError(f"none of {count} images can be read, at last {last}")
+        raise ValueError(f"none of {count} images can be read; the last: {last}")
     small = {size: number for size, number in sizes.items() if max(size) <= SMALL}
     among = sum(small.values())
     is_small = among > readable // 2
     size = max(small, key=lambda own: (small[own], own)) if is_small else (LARGE, LARGE)
     if (is_small and small[size] < readable) or (not is_small and small):
         warn(
-            f"{name}: of {readable} images looked at, {among} are at most {SMALL} pixels wide and high"
+            f"{name}: of {readable} sampled images, {among} are at most {SMALL} pixels wide and high"
             + (f", and {small[size]} are {size[1]}x{size[0]}" if is_small else "")
             + f"; all are scaled to {size[1]}x{size[0]}"
         )

@@ -1,4 +1,4 @@
-"""A folder of images: one folder per class."""
+"""Image folders with one folder per class."""
 
 import hashlib
 import os
@@ -30,15 +30,15 @@ LEFTOVERS = (
     *("__macosx", "__pycache__", "@eadir", "lost+found", "$recycle.bin", "system volume information"),
     *("thumbs.db", "desktop.ini"),
 )
-"""The names, in lower case, of folders and files that archives and systems leave beside images."""
+"""The names, in lower case, of folders and files that archives and operating systems leave beside images."""
 
 
 @dataclass(frozen=True, eq=False)
 class Files:
     """Image files below `root`.
 
-    `paths`, uint8 [N, L], holds them filled up with zeros: every worker process shares the one tensor, however it is
-    started, while it would copy a list of a million strings.
+    `paths`, uint8 [N, L], holds the paths padded with zeros. Worker processes share this tensor, however they are
+    started; a list of a million strings would be copied to each.
     """
 
     root: str
@@ -58,33 +58,33 @@ class Files:
 
 
 def load_folder(place: str, on_corrupt: OnCorrupt = None) -> Data:
-    """Read DIR/train/CLASS/ and DIR/val/CLASS/ (or test), images at any depth below; DIR/CLASS/ is split 80/20 by name.
+    """Read DIR/train/CLASS/ and DIR/val/CLASS/ (or test), or split DIR/CLASS/ 80/20 by name.
 
-    Classes are the folders' names in alphabetical order. Links are followed, but for those that lead back to a folder
-    above. Hidden files and folders are passed over, and so are what systems leave behind (`LEFTOVERS`); of files with
-    other endings than an image's, and of circular links, a warning tells the number. The split sorts each class by a
-    hash of the path below DIR, so it is the same everywhere, whatever the training's seed.
+    Images may lie at any depth below their class. Classes are the folders' names in alphabetical order. Links are
+    followed, except those that lead back to a folder above. Hidden files and folders are skipped, and so are those of
+    `LEFTOVERS`. A warning gives the number of skipped files that do not end like an image, and of circular links. The
+    split sorts each class by a hash of the path below DIR, so it is the same everywhere, whatever the training's seed.
 
-    Raises FileNotFoundError or ValueError for a folder that does not look like that, and for unreadable images.
+    Raises FileNotFoundError or ValueError for another layout of the folder, and for unreadable images.
     """
     root = Path(place)
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such directory; --data imagefolder:DIR takes one with a folder per class")
     parts, name = _parts(root), f"imagefolder:{place}"
-    passed_over = Counter[str]()
-    classes, train, test = _of_parts(root, parts, passed_over) if parts else _held_out(root, passed_over)
-    if passed_over:
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in passed_over.most_common(8))
-        warn(f"{name}: passed over, as no images: {kinds}")
+    skipped = Counter[str]()
+    classes, train, test = _read_parts(root, parts, skipped) if parts else _split(root, skipped)
+    if skipped:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in skipped.most_common(8))
+        warn(f"{name}: skipped, not images: {kinds}")
     return encoded_data(*train, *test, len(classes), name, on_corrupt)
 
 
 Part = tuple[Files, Tensor]
 
 
-def _held_out(root: Path, passed_over: Counter[str]) -> tuple[list[str], Part, Part]:
+def _split(root: Path, skipped: Counter[str]) -> tuple[list[str], Part, Part]:
     """Return the classes of DIR/CLASS/, and a training and a test set with their labels."""
-    classes, paths, labels = _listing(root, passed_over)
+    classes, paths, labels = _listing(root, skipped)
     keys = torch.tensor([_key(path) for path in paths])
     train, test = (
         (Files.of(root, [paths[index] for index in indices.tolist()]), labels[indices])
@@ -93,8 +93,8 @@ def _held_out(root: Path, passed_over: Counter[str]) -> tuple[list[str], Part, P
     return classes, train, test
 
 
-def _of_parts(root: Path, parts: dict[str, str], passed_over: Counter[str]) -> tuple[list[str], Part, Part]:
-    """Return the classes of DIR/train/CLASS/, the training set, and that of DIR/val/CLASS/ (or test)."""
+def _read_parts(root: Path, parts: dict[str, str], skipped: Counter[str]) -> tuple[list[str], Part, Part]:
+    """Return the classes of DIR/train/CLASS/, the training set, and the test set of DIR/val/CLASS/ (or test)."""
     train, held_out = parts.get("train"), parts.get("val") or parts.get("test")
     if train is None:
         raise ValueError(
@@ -104,8 +104,8 @@ def _of_parts(root: Path, parts: dict[str, str], passed_over: Counter[str]) -> t
         raise ValueError(
             f"{root} has {train} but neither val nor test: add one, or hold out a fifth by naming {root / train}"
         )
-    classes, paths, labels = _listing(root / train, passed_over)
-    test_classes, test_paths, test_labels = _listing(root / held_out, passed_over)
+    classes, paths, labels = _listing(root / train, skipped)
+    test_classes, test_paths, test_labels = _listing(root / held_out, skipped)
     if missing := sorted(set(classes) ^ set(test_classes)):
         lacking = held_out if missing[0] in classes else train
         raise ValueError(
@@ -115,7 +115,7 @@ def _of_parts(root: Path, parts: dict[str, str], passed_over: Counter[str]) -> t
 
 
 def _parts(root: Path) -> dict[str, str]:
-    """Return the folders of `root` that are parts of a data set ("train", "val", "test"), by the part that each is."""
+    """Return the names of the folders of `root` that are parts of a data set, by part ("train", "val", "test")."""
     parts: dict[str, str] = {}
     for name in sorted(_folders(root)):
         part = PARTS.get(name.lower())
@@ -135,7 +135,7 @@ def _counts(name: str) -> bool:
     return not name.startswith(".") and name.lower() not in LEFTOVERS
 
 
-def _listing(root: Path, passed_over: Counter[str]) -> tuple[list[str], list[str], Tensor]:
+def _listing(root: Path, skipped: Counter[str]) -> tuple[list[str], list[str], Tensor]:
     """Return the class names, the images' paths below `root` in alphabetical order, and their labels, int64."""
     classes = sorted(_folders(root))
     if len(classes) < 2:
@@ -149,7 +149,7 @@ def _listing(root: Path, passed_over: Counter[str]) -> tuple[list[str], list[str
     _warn_of_nested(root, classes)
     paths, labels = [], []
     for label, name in enumerate(classes):
-        members = sorted(_images(root / name, name, [_identity(root)], passed_over))
+        members = sorted(_images(root / name, name, [_identity(root)], skipped))
         if not members:
             raise ValueError(f"{root / name}: zero images (files ending in {' '.join(ENDINGS)}) in this class")
         paths += members
@@ -158,7 +158,7 @@ def _listing(root: Path, passed_over: Counter[str]) -> tuple[list[str], list[str
 
 
 def _warn_of_nested(root: Path, classes: Sequence[str]) -> None:
-    """Warn where every class is made of the same folders, so that those may be the real classes."""
+    """Warn where all classes hold the same folders, which may then be the real classes."""
     names = sorted(_folders(root / classes[0]))
     if len(names) > 1 and all(sorted(_folders(root / name)) == names for name in classes[1:]):
         warn(
@@ -171,25 +171,25 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _images(folder: Path, inside: str, above: list[tuple[int, int]], passed_over: Counter[str]) -> Iterator[str]:
-    """Yield the images in a folder, which is `inside` the listed one, below the folders `above`."""
+def _images(folder: Path, relative: str, above: list[tuple[int, int]], skipped: Counter[str]) -> Iterator[str]:
+    """Yield the paths of the images in a folder, each beginning with `relative`. `above` are the folders above it."""
     own = _identity(folder)
     if own in above:
-        passed_over["circular links"] += 1
+        skipped["circular links"] += 1
         return
     with os.scandir(folder) as entries:
         for entry in entries:
-            path = os.path.join(inside, entry.name)
+            path = os.path.join(relative, entry.name)
             if not _counts(entry.name):
                 continue
             if entry.is_dir():
-                yield from _images(folder / entry.name, path, [*above, own], passed_over)
+                yield from _images(folder / entry.name, path, [*above, own], skipped)
             elif not entry.name.lower().endswith(ENDINGS):
-                passed_over[os.path.splitext(entry.name)[1].lower() or "without an ending"] += 1
-            elif entry.is_file() or entry.is_symlink():  # a broken link is a corrupt image, which is named and counted
+                skipped[os.path.splitext(entry.name)[1].lower() or "without an ending"] += 1
+            elif entry.is_file() or entry.is_symlink():  # a broken link is reported as a corrupt image
                 yield path
             else:
-                passed_over["pipes and devices"] += 1
+                skipped["pipes and devices"] += 1
 
 
 def _identity(folder: Path) -> tuple[int, int]:
@@ -198,6 +198,6 @@ def _identity(folder: Path) -> tuple[int, int]:
 
 
 def _key(path: str) -> int:
-    """Return 64 bits of the path's hash, as an int64; the same on systems that separate folders by a backslash."""
+    """Return 64 bits of the path's hash as an int64. It is the same on systems that separate folders by a backslash."""
     digest = hashlib.blake2b(os.fsencode(path.replace(os.sep, "/")), digest_size=8).digest()
     return int.from_bytes(digest, "big", signed=True)

@@ -24,10 +24,10 @@ TEST_SPLITS = ("test", "validation", "valid", "val")
 
 @dataclass(frozen=True, eq=False)
 class Column:
-    """The images of a split, encoded as they are stored.
+    """The encoded images of a split.
 
-    `rows` is one column, mapped into memory from its files: worker processes share its pages, and only those of the
-    rows that are asked for are read. Its format is "arrow": as Python objects a row would take three times as long.
+    `rows` has one column and is memory-mapped: worker processes share its pages, and only the pages that are needed
+    are read. Its format is "arrow", in which reading a row takes a third of the time of Python objects.
     """
 
     rows: "Dataset"
@@ -56,13 +56,14 @@ class Column:
 def load_hub(place: str, on_corrupt: OnCorrupt = None) -> Data:
     """Read `NAME` or `NAME:CONFIGURATION` of the hub, or a local folder of parquet or arrow files or of `save_to_disk`.
 
-    Takes the columns image (or img) and label (or labels, fine_label), and the splits train and test (or validation,
-    where test is missing or hides its labels); without either a fifth of train, stratified and always the same, is held
-    out. Images are stored as bytes, or as paths below the local folder. Labels are whole numbers from 0, or booleans.
-    Raises ValueError, in one line, also for what the `datasets` library reports.
+    The columns are image (or img) and label (or labels, fine_label). The splits are train and test, or validation where
+    test is missing or hides its labels. Without either, a fifth of each class of train is held out, always the same.
+    Images are stored as bytes, or as paths below the local folder. Labels are whole numbers from 0, or booleans.
 
-    Parquet files are converted once, below HF_DATASETS_CACHE, to Arrow files, which take about as much disk again; what
-    `save_to_disk` wrote is mapped into memory where it lies. Images are read in random order: keep them on a fast disk.
+    Parquet files are converted once to Arrow files below HF_DATASETS_CACHE, which need about as much disk space again.
+    Folders of `save_to_disk` are memory-mapped in place. Images are read in random order: keep them on a fast disk.
+
+    Raises ValueError, in one line, also for errors of the `datasets` library.
     """
     splits = read_splits(place, ":")
     name = f"hub:{place}"
@@ -76,7 +77,7 @@ def load_hub(place: str, on_corrupt: OnCorrupt = None) -> Data:
     labels = _labels(train, label, f"{name} train")
     classes = getattr(train.features[label], "names", None) or _numbered(labels, f"{name} train")
     if len(classes) < 2 or int(labels.min()) == int(labels.max()):
-        raise ValueError(f"{name} train: all labels are {int(labels[0])}; training takes at least two classes")
+        raise ValueError(f"{name} train: all labels are {int(labels[0])}; training needs at least two classes")
     held_out = _held_out(splits, label, name)
     if held_out is None:
         kept, taken = stratified_split(labels, order_keys(len(labels), 0, 0), classes)
@@ -104,7 +105,7 @@ def _one_of(names: tuple[str, ...], columns: list[str], place: str) -> str:
 
 
 def _labels(rows: "Dataset", column: str, place: str) -> Tensor:
-    """Return a split's labels, int64 [N]."""
+    """Return the labels of a split, int64 [N]."""
     values = rows.select_columns([column]).with_format("arrow")[:].column(0)
     kind = str(values.type)
     if values.null_count or not kind.startswith(("int", "uint", "bool")):
@@ -112,23 +113,23 @@ def _labels(rows: "Dataset", column: str, place: str) -> Tensor:
             value for value in values.to_pylist() if value is None or not kind.startswith(("int", "uint", "bool"))
         )
         raise ValueError(
-            f"{place}: column {column!r} holds {repr(odd)[:40]}; labels must be whole numbers from 0: "
-            f"class_encode_column({column!r}) of the datasets library makes them of texts"
+            f"{place}: column {column!r} holds {repr(odd)[:40]}; labels must be whole numbers from 0: convert texts "
+            f"with class_encode_column({column!r}) of the datasets library"
         )
     return torch.from_numpy(values.to_numpy().astype(np.int64))
 
 
 def _numbered(labels: Tensor, place: str) -> list[str]:
-    """Return the names of the classes 0 to the largest label. Raises ValueError where most of them have no image."""
+    """Return names for the classes from 0 to the largest label. Raise ValueError where most of them have no image."""
     if labels.min() < 0:
         count = int((labels < 0).sum())
         raise ValueError(
-            f"{place}: {count:,} of {len(labels):,} labels are negative, as {int(labels.min())}: remove them"
+            f"{place}: {count:,} of {len(labels):,} labels are negative, such as {int(labels.min())}: remove them"
         )
     count, used = int(labels.max()) + 1, len(labels.unique())
     if used * 2 < count:
         raise ValueError(
-            f"{place}: the labels run to {count - 1:,}, but only {used:,} different ones are used: number them from 0"
+            f"{place}: labels run to {count - 1:,}, but only {used:,} different ones occur: number them from 0"
         )
     if used < count:
         warn(f"{place}: {count - used} of the {count} classes from 0 to {count - 1} have no images")
@@ -136,7 +137,7 @@ def _numbered(labels: Tensor, place: str) -> list[str]:
 
 
 def _held_out(splits: "DatasetDict | dict[str, Dataset]", label: str, name: str) -> tuple[str, Tensor] | None:
-    """The split to test on and its labels; one whose labels are all -1, as in a competition, is passed over."""
+    """Return the split to test on and its labels. Skip splits whose labels are all -1, as those of competitions."""
     for split in TEST_SPLITS:
         if split in splits and len(splits[split]):
             _one_of((label,), splits[split].column_names, f"{name} {split}")
@@ -147,7 +148,7 @@ def _held_out(splits: "DatasetDict | dict[str, Dataset]", label: str, name: str)
 
 
 def _encoded(rows: "Dataset", column: str) -> "Dataset":
-    """That column alone, its images left as the bytes that are stored."""
+    """Return a data set of that column alone, with its images not decoded."""
     import datasets
 
     rows = rows.select_columns([column])

@@ -1,4 +1,4 @@
-"""MNIST and the sets published in its format: IDX files, gzipped or not."""
+"""MNIST and other data sets in its format: IDX files, gzipped or not."""
 
 import gzip
 import math
@@ -16,12 +16,12 @@ from cnn.data.arrays import ArrayImages, Augmentation, Normalisation
 from cnn.data.common import Data
 
 LARGEST = 2**32
-"""Bytes; the largest published set, EMNIST by class, has 0.6 x 10^9."""
+"""The largest file to read, in bytes. The largest published one, of EMNIST by class, has 0.6 x 10^9."""
 
 
 @dataclass(frozen=True)
 class Published:
-    """How a set was published: its classes, the first words of its file names, and what its files need."""
+    """A published data set: its classes, the prefixes of its file names, and how to treat its images."""
 
     num_classes: int
     first_label: int = 0
@@ -49,9 +49,9 @@ SETS = {
 
 
 def load_idx(name: str, data_dir: str | None) -> Data:
-    """Read the four files of the set `name` from `data_dir`; "emnist" alone will do where one of its splits lies there.
+    """Read the four files of the data set `name` from `data_dir`. "emnist" stands for the one split that is there.
 
-    Raises FileNotFoundError for a missing directory or file and ValueError for files that are not what they should be.
+    Raises FileNotFoundError for a missing directory or file, and ValueError for damaged or wrong files.
     """
     if data_dir is None:
         raise ValueError(f"{name} needs --data-dir: the directory that holds its IDX files")
@@ -66,7 +66,7 @@ def load_idx(name: str, data_dir: str | None) -> Data:
     test_images, test_labels = _read_pair(*test, published)
     if train_images.shape[1:] != test_images.shape[1:]:
         sizes = " and ".join(f"{height}x{width}" for _, _, height, width in (train_images.shape, test_images.shape))
-        raise ValueError(f"{directory}: training and test images differ in size ({sizes}); they are not of one set")
+        raise ValueError(f"{directory}: training and test images differ in size ({sizes}): take both from one data set")
     normalisation, augmentation = Normalisation.of(train_images), Augmentation(padding=2, flip=published.flip)
     return Data(
         train=ArrayImages(train_images, train_labels, normalisation, augmentation),
@@ -89,40 +89,40 @@ def _only_emnist_split(directory: Path) -> str:
 
 
 def _find(directory: Path, part: str, kind: str, dimensions: int) -> Path | None:
-    """The file of that part ("train") and kind ("images") under any of the names in use."""
+    """Return the file of a part ("train") and a kind ("images") under any of the names in use, or None."""
     stems = [f"{part}-{kind}{separator}idx{dimensions}-ubyte" for separator in "-."]
     candidates = [directory / (stem + ending) for stem in stems for ending in ("", ".gz")]
     return next((path for path in candidates if path.is_file()), None)
 
 
 def _pair_of(directory: Path, part: str) -> tuple[Path, Path]:
-    """Return the paths of a part's images and labels."""
+    """Return the paths of the images and the labels of a part."""
     found = []
     for kind, dimensions in (("images", 3), ("labels", 1)):
         path = _find(directory, part, kind, dimensions)
         if path is None:
             wanted = f"{part}-{kind}-idx{dimensions}-ubyte"
-            raise FileNotFoundError(f"{directory}: no {wanted} or {wanted}.gz; put the set's four IDX files there")
+            raise FileNotFoundError(f"{directory}: no {wanted} or {wanted}.gz; put the four IDX files there")
         found.append(path)
     return found[0], found[1]
 
 
 def _read_pair(images_path: Path, labels_path: Path, published: Published) -> tuple[Tensor, Tensor]:
-    """Return a part's images, uint8 [N, 1, H, W], and labels, int64 [N] from 0."""
+    """Return the images of a part, uint8 [N, 1, H, W], and its labels, int64 [N] from 0."""
     images, labels = read_idx(images_path, 3), read_idx(labels_path, 1).long()
     if images.numel() == 0:
         raise ValueError(f"{images_path}: zero images (its dimensions are {' x '.join(map(str, images.shape))})")
     if len(images) != len(labels):
         raise ValueError(
             f"{images_path} has {len(images)} images but {labels_path} has {len(labels)} labels; "
-            "take both from the same set"
+            "take both from the same data set"
         )
     first, last = published.first_label, published.first_label + published.num_classes - 1
     low, high = int(labels.min()), int(labels.max())
     if low < first or high > last:
         raise ValueError(
-            f"{labels_path}: labels run from {low} to {high}, those of this set from {first} to {last}; "
-            "is it the set that --data names?"
+            f"{labels_path}: labels run from {low} to {high}, but this data set's from {first} to {last}; "
+            "check that --data names the right one"
         )
     if published.transposed:
         images = images.transpose(1, 2).contiguous()
@@ -130,10 +130,10 @@ def _read_pair(images_path: Path, labels_path: Path, published: Published) -> tu
 
 
 def read_idx(path: Path, dimensions: int) -> Tensor:
-    """Return the uint8 array in an IDX file, gzipped or not (its first bytes tell). Raises ValueError with its name.
+    """Return the uint8 array in an IDX file, gzipped or not. Raise ValueError, which names the file, if it is damaged.
 
     The format: 0, 0, 8 for unsigned bytes, the number of dimensions, each dimension as a big-endian uint32, the data.
-    No more is unpacked than the header promises, and no more than `LARGEST` bytes.
+    Not more is unpacked than the header says, and not more than `LARGEST` bytes.
     """
     try:
         with open(path, "rb") as file:
@@ -141,9 +141,9 @@ def read_idx(path: Path, dimensions: int) -> Tensor:
             file.seek(0)
             return _array(gzip.GzipFile(fileobj=file) if packed else file, path, dimensions)
     except EOFError:
-        raise ValueError(f"{path}: truncated: its compressed data end too soon; fetch it again") from None
+        raise ValueError(f"{path}: truncated: its compressed data end too soon; download it again") from None
     except (zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}: damaged: {error}; fetch it again") from None
+        raise ValueError(f"{path}: damaged: {error}; download it again") from None
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
 
@@ -153,18 +153,18 @@ def _array(file: BinaryIO, path: Path, dimensions: int) -> Tensor:
     if header[:4] != bytes((0, 0, 8, dimensions)) and len(header) >= 4:
         raise ValueError(
             f"{path}: begins with the bytes {header[:4].hex(' ')}, not 00 00 08 {dimensions:02x}; "
-            f"this is no IDX file of unsigned bytes in {dimensions} dimension{'s' * (dimensions > 1)}"
+            f"this is not an IDX file of unsigned bytes in {dimensions} dimension{'s' * (dimensions > 1)}"
         )
     if len(header) < 4 + 4 * dimensions:
         raise ValueError(
-            f"{path}: truncated: {len(header)} bytes, and the header alone has {4 + 4 * dimensions}; fetch it again"
+            f"{path}: truncated: {len(header)} bytes, and the header alone has {4 + 4 * dimensions}; download it again"
         )
     shape = struct.unpack(f">{dimensions}I", header[4:])
     expected, size = math.prod(shape), " x ".join(map(str, shape))
     if expected > LARGEST:
-        raise ValueError(f"{path}: its header says {size} bytes, and at most {LARGEST:,} are read: it is damaged")
-    content = file.read(expected + 1)  # to the end: only there a gzip file's checksum is compared
+        raise ValueError(f"{path}: damaged: its header says {size} bytes, more than {LARGEST:,}; download it again")
+    content = file.read(expected + 1)  # one more byte: gzip checks its checksum only at the end of the file
     if len(content) != expected:
         what = f"truncated: {len(content)} follow" if len(content) < expected else "more follow"
-        raise ValueError(f"{path}: its header says {size} = {expected} bytes, {what}; fetch it again")
+        raise ValueError(f"{path}: its header says {size} = {expected} bytes, {what}; download it again")
     return torch.from_numpy(np.frombuffer(content, np.uint8).reshape(shape).copy())

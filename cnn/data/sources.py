@@ -1,4 +1,4 @@
-"""From the name of a data set to its images."""
+"""Reading of a data set by its name."""
 
 from cnn.data.common import Data, OnCorrupt
 from cnn.data.digits import load_digits
@@ -12,19 +12,19 @@ KNOWN = "digits, mnist, fashion-mnist, kmnist, emnist[:SPLIT], imagefolder:DIR, 
 def load(spec: str, data_dir: str | None = None, on_corrupt: OnCorrupt = None) -> Data:
     """Read the data set that `spec` names.
 
-    - "digits": the handwritten digits that come with the project;
-    - "mnist", "fashion-mnist", "kmnist", "emnist" or "emnist:letters" and its like: IDX files in `data_dir`;
+    - "digits": the bundled handwritten digits;
+    - "mnist", "fashion-mnist", "kmnist", "emnist" or "emnist:letters" and other splits: IDX files in `data_dir`;
     - "imagefolder:DIR": a folder per class, see `load_folder`;
-    - "hub:NAME": a data set of the Hugging Face hub or a local folder of that format, see `load_hub`.
+    - "hub:NAME": a data set of the Hugging Face hub or a local folder in its format, see `load_hub`.
 
-    Raises ValueError or FileNotFoundError with one line that names what is wrong. With `on_corrupt` an image that
-    cannot be decoded is not wrong: see `Images.batch`.
+    Raises ValueError or FileNotFoundError with one line that names the fault. With `on_corrupt` images that cannot be
+    decoded are skipped, see `Images.batch`.
     """
     kind, _, place = spec.partition(":")
     if spec in SETS or spec == "emnist":
         return load_idx(spec, data_dir)
     if data_dir is not None:
-        raise ValueError(f"--data-dir {data_dir} is for sets of IDX files; --data {spec} does not take it")
+        raise ValueError(f"--data-dir {data_dir} is for data sets of IDX files; --data {spec} does not take it")
     if spec == "digits":
         return load_digits()
     if kind == "imagefolder" and place:

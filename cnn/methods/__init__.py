@@ -1,7 +1,7 @@
-"""The methods that make a network sparse, side by side: each prepares a model and gives what the training loop drives.
+"""The methods that make a network sparse. Each one prepares a model and gives the training loop a controller.
 
-`prepare` is the only way in. What it returns steps with the loop (`step`), is evaluated in `exact()`, and resumes from
-its `state_dict()`; methods with masks also `attach` to the optimizer.
+`prepare` is the only entry point. The loop calls the controller's `step`, evaluates in its `exact()`, and resumes from
+its `state_dict()`. Methods with masks also `attach` to the optimizer.
 """
 
 from collections.abc import Mapping
@@ -21,14 +21,14 @@ from str_triton import SparsityController, count
 
 __all__ = ["Masked", "prepare"]
 
-FLOOR = 0.5  # share of a uniform layer's survivors that a global choice leaves to each; as in SparsityController
+FLOOR = 0.5  # "global" leaves each layer at least this share of its weights under "uniform"; as in SparsityController
 
 
 def prepare(config: Config, model: nn.Module, example: Tensor) -> SparsityController | Masked | None:
-    """Make the model ready for ``config.method``, in place, and return what drives it to its target, if it has one.
+    """Prepare the model for ``config.method``, in place, and return the controller of its target, if there is one.
 
-    The weights that count are those that `count` lists: of convolution, linear and embedding layers, the first and the
-    last included.
+    The method prunes the weights that `count` lists as covered: those of convolution, linear and embedding layers,
+    including the first and the last layer.
 
     Args:
         config: a resolved configuration.
@@ -53,15 +53,18 @@ def prepare(config: Config, model: nn.Module, example: Tensor) -> SparsityContro
 
 
 def counted_weights(model: nn.Module, example: Tensor) -> dict[str, nn.Parameter]:
-    """Return the weights that `count` lists as covered, by its names, in its order."""
+    """Return the weights that `count` lists as covered, with the names and in the order of its table."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     names = [row.name for row in count(model, example).covered_rows]
-    # The projections of nn.MultiheadAttention are listed by their own names, all others by their layers'.
+    # The table lists the projections of nn.MultiheadAttention by parameter name, all other weights by layer name.
     return {name: parameters[name if name in parameters else f"{name}.weight".lstrip(".")] for name in names}
 
 
 def masked(config: Config, weights: Mapping[str, nn.Parameter], shares: Mapping[str, float] | None) -> Masked:
-    """GMP, DNW or RigL over the weights; each layer keeps what its share leaves, or the distribution gives it."""
+    """Return GMP, DNW or RigL for the weights.
+
+    ``shares`` holds the sparsity of each layer. Without it ``config.distribution`` decides how many weights each keeps.
+    """
     shapes = [weight.shape for weight in weights.values()]
     sizes = [weight.numel() for weight in weights.values()]
     total = sum(sizes) - round((config.target_sparsity or 0.0) * sum(sizes))

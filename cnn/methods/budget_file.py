@@ -11,14 +11,16 @@ from str_triton import Budget
 
 
 def layer_sparsities(path: str, layers: Iterable[str]) -> dict[str, float]:
-    """The share of zeros, 0 to 1, that a file names for each of the model's layers, in the model's order.
+    """Return the sparsity, 0 to 1, of each of the model's layers from a file, in the model's order.
 
-    ``path`` is the folder of a finished run; its budget.json or budget.csv; a JSON object {layer: sparsity in %}; a CSV
-    file of two columns, layer and sparsity in %, with or without a heading; or the name of a published point.
+    Args:
+        path: the folder of a finished run; its budget.json or budget.csv; a JSON object {layer: sparsity in %}; a CSV
+            file of two columns, layer and sparsity in %, with or without a heading; or the name of a published point.
+        layers: the names of the model's layers.
 
     Raises:
         ValueError: a damaged file, a value outside 0 to 100 %, a layer that is missing, unknown or named twice.
-        OSError: a file that cannot be read.
+        OSError: the file cannot be read.
     """
     found, layers = named_sparsities(path), list(layers)
     for name in layers:
@@ -26,12 +28,12 @@ def layer_sparsities(path: str, layers: Iterable[str]) -> dict[str, float]:
             raise ValueError(f"--budget {path}: the model's layer {name!r} is missing; the file must name every layer")
     for name in found:
         if name not in layers:
-            raise ValueError(f"--budget {path}: the model has no layer {name!r}; its first one is {layers[0]!r}")
+            raise ValueError(f"--budget {path}: the model has no layer {name!r}; its first layer is {layers[0]!r}")
     return {name: found[name] for name in layers}
 
 
 def named_sparsities(path: str) -> dict[str, float]:
-    """Return all that `layer_sparsities` takes its values from: the shares of zeros by layer. Raises as that does."""
+    """Return all sparsities in a file, by layer, whatever the layers are called. See `layer_sparsities`."""
     point = next((point for point in published.POINTS if point.name == path), None)
     if point is None:
         return read_sparsities(Path(path))
@@ -39,13 +41,13 @@ def named_sparsities(path: str) -> dict[str, float]:
 
 
 def read_sparsities(path: Path) -> dict[str, float]:
-    """The shares of zeros in a file of any of the kinds that `layer_sparsities` takes, whatever layers it names."""
+    """Return all sparsities in a run folder or a file, by layer. See `layer_sparsities` for the kinds of files."""
     if path.is_dir():
         if not (path / "summary.json").is_file():
             raise ValueError(f"--budget {path}: not the folder of a finished run (no summary.json)")
         path = path / "budget.json"
     try:
-        text = path.read_text(encoding="utf-8-sig")  # spreadsheets put a byte order mark in front
+        text = path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"--budget {path}: not a text file: {error}") from None
     return _from_json(path, text) if text.lstrip().startswith(("{", "[")) else _from_csv(path, text)
@@ -86,7 +88,7 @@ def _collect(path: Path, shares: Iterable[tuple[str, float]]) -> dict[str, float
     found: dict[str, float] = {}
     for name, share in shares:
         if name in found:
-            raise ValueError(f"--budget {path}: layer {name!r} stands there twice")
+            raise ValueError(f"--budget {path}: layer {name!r} is named twice")
         found[name] = share
     return found
 

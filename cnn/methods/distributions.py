@@ -1,4 +1,4 @@
-"""How the weights that a network may keep are shared out to its layers: whole numbers that add up exactly."""
+"""Distributions of the weights to keep over the layers: whole numbers whose sum is exact."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,15 +6,16 @@ import torch
 
 
 def uniform(shapes: Sequence[torch.Size], total: int) -> list[int]:
-    """Every layer keeps the same share of its weights."""
+    """Return how many weights each layer keeps when all layers have the same sparsity."""
     sizes = [shape.numel() for shape in shapes]
     return apportion([total * size / sum(sizes) for size in sizes], sizes, total)
 
 
 def erdos_renyi_kernel(shapes: Sequence[torch.Size], total: int) -> list[int]:
-    """ERK (Evci et al., 2020): a layer's density is proportional to sum(shape) / numel, at most 1.
+    """Return how many weights each layer keeps by ERK (Evci et al., 2020): density ~ sum(shape) / numel, at most 1.
 
-    A layer that would pass 1 is dense, and the others share what it leaves, which may bring further ones there.
+    A layer whose density would exceed 1 becomes dense, and the rest is distributed over the others. That repeats until
+    no density exceeds 1.
     """
     sizes, dense = [shape.numel() for shape in shapes], set()
     while True:
@@ -34,22 +35,22 @@ DISTRIBUTIONS: dict[str, Callable[[Sequence[torch.Size], int], list[int]]] = {
 
 
 def apportion(shares: Sequence[float], sizes: Sequence[int], total: int) -> list[int]:
-    """Whole numbers near ``shares`` that add up to ``total``, each from 1 to its size.
+    """Round ``shares`` to whole numbers whose sum is ``total``, each from 1 to its size.
 
-    Shares are rounded down; what that leaves goes, one by one, to those that lost most (the largest remainders).
+    Shares are rounded down. The rest is added, one by one, to the shares with the largest remainders.
 
     Raises:
-        ValueError: fewer than one for each, or more than there are.
+        ValueError: ``total`` is below the number of layers, or above the sum of ``sizes``.
     """
     if not len(sizes) <= total <= sum(sizes):
         raise ValueError(
-            f"the target cannot be met: it leaves {total:,} of {sum(sizes):,} weights to {len(sizes)} layers, "
-            "which need one each"
+            f"the target cannot be met: it leaves {total:,} of {sum(sizes):,} weights for {len(sizes)} layers, "
+            "and each needs at least one: choose a lower sparsity"
         )
     keep = [min(max(int(share), 1), size) for share, size in zip(shares, sizes, strict=True)]
     order = sorted(range(len(keep)), key=lambda i: keep[i] - shares[i])
     left = total - sum(keep)
-    step = 1 if left > 0 else -1  # below 0 where layers were given their first weight
+    step = 1 if left > 0 else -1  # `left` is negative where shares below 1 were raised to 1
     while left:
         for i in order[::step]:
             if left and 1 <= keep[i] + step <= sizes[i]:

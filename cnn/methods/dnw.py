@@ -1,4 +1,4 @@
-"""DNW, discovering neural wirings (Wortsman et al., 2019): the largest weights work, and all of them learn."""
+"""DNW, discovering neural wirings (Wortsman et al., 2019): the largest weights are used, and all are trained."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,10 +11,10 @@ from cnn.methods.masks import Masked, largest
 
 
 class DNW(Masked):
-    """In every forward each layer has its ``keep`` largest weights alone; the gradient moves all of them.
+    """A method whose forward pass uses only the ``keep`` largest weights of each layer, while all weights are trained.
 
-    The model holds the sparse weights, so that the gradient at the zeros is there without further ado; the dense ones
-    stand in for them while the optimizer steps, decay included. The target holds from the first step to the last.
+    The model holds the sparse weights, so autograd gives the gradients at the zeros as well. The dense weights replace
+    them during the optimizer's step, weight decay included. The target holds from the first step to the last.
     """
 
     def __init__(self, weights: Mapping[str, nn.Parameter], keep: Sequence[int]) -> None:
@@ -33,7 +33,7 @@ class DNW(Masked):
 
     @torch.no_grad()
     def _rewire(self, moved: bool = False) -> None:
-        """Choose the largest of the dense weights, which the optimizer may have ``moved``, and zero the others."""
+        """Keep the largest dense weights and zero the others. With ``moved``, first take them from the model."""
         for weight, dense, mask, keep in zip(self.weights, self.dense, self.masks, self.keep, strict=True):
             if moved:
                 dense.copy_(weight)

@@ -1,4 +1,4 @@
-"""GMP, gradual magnitude pruning (Zhu and Gupta, 2017): the smallest weights go, more and more of them, for good."""
+"""GMP, gradual magnitude pruning (Zhu and Gupta, 2017): more and more of the smallest weights are pruned for good."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,16 +9,16 @@ from cnn.methods.masks import Masked, largest
 
 
 class GMP(Masked):
-    """Prunes along a cubic schedule from the beginning to `END` of training, as `SparsityController` does by default.
+    """A method that prunes along a cubic schedule until `END` of training, as `SparsityController` does by default.
 
-    What is pruned stays zero. The target holds from `END` on.
+    Pruned weights stay zero. The target holds from `END` on.
 
     Args:
         weights: the Parameters, by the names of their layers.
-        keep: for each of them how many elements survive; or, with ``total``, how many do in any case.
+        keep: the number of elements of each weight that survive; with ``total``, the least number.
         interval: steps between prunings.
-        total: how many survive of all weights together, the largest wherever they are ("global"); None: each layer
-            keeps its own number.
+        total: the number of elements of all weights together that survive, the largest ones of all layers ("global").
+            None: each layer keeps its own number.
     """
 
     END = 0.7
@@ -33,7 +33,7 @@ class GMP(Masked):
     ) -> None:
         super().__init__(weights, keep)
         self.total, self.interval = total, interval
-        self.pruned = -1.0  # how much of the way the last pruning went; pruning so far twice changes nothing
+        self.pruned = -1.0  # `done` of the last pruning; the same value again would change nothing
 
     def step(self, progress: float) -> None:
         done = 1 - (1 - min(progress / self.END, 1)) ** 3
@@ -44,8 +44,8 @@ class GMP(Masked):
 
     @torch.no_grad()
     def prune(self, done: float) -> None:
-        """Choose the survivors; ``done``: the share of the way from all weights to the target, 0 to 1."""
-        # What is pruned ranks behind a survivor of value 0.
+        """Choose the survivors. ``done`` is the share of the way from the dense network to the target, 0 to 1."""
+        # Pruned elements rank behind survivors whose value is 0.
         scores = [weight.abs().where(mask, -1.0) for weight, mask in zip(self.weights, self.masks, strict=True)]
         if self.total is None:
             numbers = [_between(done, s.numel(), keep) for s, keep in zip(scores, self.keep, strict=True)]
@@ -57,7 +57,7 @@ class GMP(Masked):
         self.pruned = done
 
     def _choose_globally(self, scores: Sequence[Tensor], done: float) -> list[Tensor]:
-        """The largest of all layers, and of each layer in any case the `keep` largest."""
+        """Return masks of the largest elements of all layers, among them the `keep` largest of each layer."""
         sizes = [s.numel() for s in scores]
         held = [s.masked_fill(largest(s, keep), torch.inf) for s, keep in zip(scores, self.keep, strict=True)]
         chosen = largest(torch.cat([s.flatten() for s in held]), _between(done, sum(sizes), self.total))

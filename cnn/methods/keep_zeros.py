@@ -1,4 +1,4 @@
-"""Fine-tuning of an already pruned network, whose zeros stay as they are."""
+"""Fine-tuning of a pruned network whose zeros stay zero."""
 
 from collections.abc import Mapping
 
@@ -8,7 +8,7 @@ from cnn.methods.masks import Masked
 
 
 class KeepZeros(Masked):
-    """Sets what is zero now to zero after each step. A survivor that passes through zero trains on."""
+    """A method that sets the weights that are zero now to zero after each step. The other weights stay trainable."""
 
     def __init__(self, weights: Mapping[str, nn.Parameter]) -> None:
         super().__init__(weights, keep=[weight.numel() for weight in weights.values()])

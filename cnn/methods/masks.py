@@ -1,4 +1,4 @@
-"""What the methods with masks share: plain layers whose weights hold the zeros themselves, and exact counts."""
+"""The common part of the methods with masks: plain layers whose weights hold the zeros, and exact counts."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -10,14 +10,14 @@ from torch.optim import Optimizer
 
 
 class Masked:
-    """Keeps some of each weight's elements and sets the others to zero; a controller for `Loop`.
+    """A controller for `Loop` that keeps some elements of each weight and sets the others to zero.
 
-    Masks change at steps, never in between: the model always holds what the schedule said last, and `exact()` has
-    nothing to do. Each process computes the same masks, since weights and averaged gradients are the same.
+    Masks change only at steps, so the model always holds the schedule's current value and `exact()` does nothing. Each
+    process computes the same masks, since weights and averaged gradients are the same.
 
     Args:
         weights: the Parameters, by the names of their layers.
-        keep: for each of them how many elements are not zero at the end.
+        keep: the number of elements of each weight that are not zero at the end.
     """
 
     def __init__(self, weights: Mapping[str, nn.Parameter], keep: Sequence[int]) -> None:
@@ -26,48 +26,48 @@ class Masked:
         self.progress, self.steps = 0.0, 0
 
     def attach(self, optimizer: Optimizer) -> None:
-        """Take part in the steps of the optimizer that trains the weights; to be called once, before the first."""
+        """Register hooks on the optimizer's steps. Call this once, before the first step."""
 
     def step(self, progress: float) -> None:
-        """Call after `optimizer.step()`, with the share of training that is done, 0 to 1."""
+        """Update the masks after `optimizer.step()`. ``progress`` is the share of training that is done, 0 to 1."""
         self.progress = progress
         self.steps += 1
 
     def exact(self) -> AbstractContextManager:
-        """Where the schedule's value holds exactly: everywhere."""
+        """Return a context that does nothing: the schedule's value holds at any time."""
         return nullcontext()
 
     def state_dict(self) -> dict[str, Any]:
-        """What to go on with."""
+        """Return the state for resuming."""
         masks = [mask.clone() for mask in self.masks]
         return {"progress": self.progress, "steps": self.steps, "keep": self.keep, "masks": masks}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict()`; ValueError if it was made for another target or model."""
+        """Resume from `state_dict()`. Raise ValueError if it belongs to another target or model."""
         if state["keep"] != self.keep:
-            raise ValueError("the state was made for another target by layers; has the file that names it changed?")
+            raise ValueError("the state belongs to another target by layer; has the file of --budget changed?")
         self.progress, self.steps = state["progress"], state["steps"]
         for mask, value in zip(self.masks, state["masks"], strict=True):
             mask.copy_(value)
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Set what the masks leave out to zero."""
+        """Set the elements outside the masks to zero."""
         for weight, mask in zip(self.weights, self.masks, strict=True):
-            weight.masked_fill_(~mask, 0.0)  # a product would leave -0.0, whose sign a packed file has to store
+            weight.masked_fill_(~mask, 0.0)  # a product would give -0.0, whose sign a packed file must store
 
 
 def largest(scores: Tensor, number: int) -> Tensor:
-    """Where the ``number`` largest of ``scores`` are, exactly so many; of equal ones the first. Bool, of their shape.
+    """Return a mask of exactly ``number`` elements, the largest of ``scores``; among equal ones the first.
 
-    Nothing is fetched from the device.
+    Does not synchronize with the device.
     """
     if not 0 < number < scores.numel():
         return torch.full_like(scores, number > 0, dtype=torch.bool)
     flat = scores.flatten()
     if flat.is_cpu:
-        cut = flat.kthvalue(flat.numel() - number + 1).values  # several times as fast as topk there
+        cut = flat.kthvalue(flat.numel() - number + 1).values  # on the CPU several times as fast as topk
     else:
         cut = flat.topk(number, sorted=False).values.amin()
     above, equal = flat > cut, flat == cut

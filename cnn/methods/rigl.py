@@ -1,4 +1,4 @@
-"""RigL (Evci et al., 2020): sparse from the start; now and then the smallest weights give way to the steepest zeros."""
+"""RigL (Evci et al., 2020): sparse from the start; at intervals zeros with large gradients replace small weights."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,29 +9,28 @@ from torch.optim import Optimizer
 
 from cnn.methods.masks import Masked, largest
 
-FRACTION = 0.3  # of the connections, dropped by the first update; a cosine takes it to 0 at END
+FRACTION = 0.3  # share of the connections that the first update drops; a cosine decreases it to 0 at END
 END = 0.75  # share of training after which the connections stay
 
 
 class RigL(Masked):
-    """Moves connections every ``interval`` steps; each layer has ``keep`` of them, chosen at random at first.
+    """A method that moves connections every ``interval`` steps. Each layer has ``keep`` of them, at first random ones.
 
-    An update stands in for that step of the optimizer, as in the paper: of a layer's connections int(fraction * keep)
-    are dropped, those of least magnitude, and as many grow among all that are none then, those with the gradient of
-    most magnitude. One that grows where there was none starts at zero, without the optimizer's memory (momentum). The
-    model holds so many zeros more until the next step.
+    As in the paper, an update replaces a step of the optimizer. Each layer drops the int(fraction * keep) connections
+    with the smallest magnitude. As many grow among those that are then missing, where the gradient is largest. A grown
+    connection starts at zero and without momentum, so the model holds that many more zeros until the next step.
     """
 
     def __init__(self, weights: Mapping[str, nn.Parameter], keep: Sequence[int], *, interval: int) -> None:
         super().__init__(weights, keep)
         self.interval = interval
         for mask, number in zip(self.masks, self.keep, strict=True):
-            mask.copy_(largest(torch.rand(mask.shape, device="cpu"), number))  # the CPU's: on any device the same
+            mask.copy_(largest(torch.rand(mask.shape, device="cpu"), number))  # on the CPU: the same for any device
         self.apply()
 
     @property
     def fraction(self) -> float:
-        """Share of the connections that an update would drop now, before rounding down."""
+        """The share of the connections that an update would drop now, before rounding down."""
         return FRACTION / 2 * (1 + math.cos(math.pi * min(self.progress / END, 1)))
 
     def attach(self, optimizer: Optimizer) -> None:
@@ -43,7 +42,7 @@ class RigL(Masked):
             for weight, mask, keep in zip(self.weights, self.masks, self.keep, strict=True):
                 if weight.grad is not None:
                     self._move(weight, mask, keep, optimizer)
-            optimizer.zero_grad()  # without gradients the step leaves everything as it is
+            optimizer.zero_grad()  # without gradients the optimizer's step changes nothing
             return
         for weight, mask in zip(self.weights, self.masks, strict=True):
             if weight.grad is not None:

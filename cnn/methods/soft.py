@@ -1,4 +1,4 @@
-"""STR, soft thresholds in front of the weights (Kusupati et al., 2020): to an exact target, and as published."""
+"""STR, soft thresholds for the weights (Kusupati et al., 2020): with an exact target, and as published."""
 
 from collections.abc import Mapping
 
@@ -11,9 +11,9 @@ from str_triton import SparsityController, Target, count, sparsify
 def str_exact(
     config: Config, model: nn.Module, example: Tensor, shares: Mapping[str, float] | None
 ) -> SparsityController:
-    """Thresholds in front of the model's weights, in place, and the controller that drives them to the target.
+    """Give the model's weights thresholds, in place, and return the controller that moves them to the target.
 
-    ``shares``: the share of zeros of each layer, where --budget names them.
+    ``shares`` holds the sparsity of each layer, 0 to 1, if --budget names them.
     """
     if shares is not None:
         target = Target(layers=shares)
@@ -29,12 +29,12 @@ def str_exact(
     if config.granularity == "global":
         options["floor"] = 0.0  # one threshold cannot keep a floor in each layer
     sparsify(model, granularity=config.granularity, gradient=gradient)
-    distribution = config.distribution or "fixed"  # none is configured where --budget says it all
+    distribution = config.distribution or "fixed"  # with --budget none is configured
     return SparsityController(model, target, distribution=distribution, example_input=example, **options)
 
 
 def str_as_published(config: Config, model: nn.Module) -> None:
-    """Thresholds that weight decay and the gradient move; there is no target and nothing that drives them to one."""
+    """Give the model's weights thresholds, in place, that weight decay and the gradient move. There is no target."""
     sparsify(
         model,
         g="sigmoid",

@@ -184,16 +184,16 @@ PNG = encode(striped((32, 16)), "PNG")
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "of no known format"),
-        (b"text", "of no known format"),
+        (b"", "unknown format"),
+        (b"text", "unknown format"),
         (PNG[:60], "truncated"),
-        (b"P5\n0 16\n255\n", "of no known format"),
+        (b"P5\n0 16\n255\n", "unknown format"),
         (b"P5\n32 16\n65535\n" + bytes(100), ""),
         (b"P5\n32 16\n4095\n" + bytes(100), "not enough"),
         (b"P5\n32 16\n70000\n" + bytes(1024), "maxval"),
         (b"P5\n20000 20000\n255\n" + bytes(1024), "400000000 pixels"),
-        (encode(PIL.Image.new("F", (8, 8)), "TIFF"), "no known range"),
-        (encode(PIL.Image.new("I", (8, 8)), "TIFF"), "no known range"),
+        (encode(PIL.Image.new("F", (8, 8)), "TIFF"), "range of its 32-bit pixels"),
+        (encode(PIL.Image.new("I", (8, 8)), "TIFF"), "range of its 32-bit pixels"),
     ],
     ids=range(10),
 )

@@ -161,7 +161,7 @@ def overwrite(content: bytes) -> Callable[[Path], None]:
         ),
         (lambda root: [remove("train", name)(root) for name in ("ant", "bee", "cat")], r"two classes, has none"),
         (cut, r"train/bee/1\.png: not a readable image \(.*truncated.*\); replace or remove it"),
-        (overwrite(b""), r"bee/1\.png: not a readable image \(of no known format"),
+        (overwrite(b""), r"bee/1\.png: not a readable image \(unknown format"),
         (overwrite(b"GIF89a and no more"), r"bee/1\.png: not a readable image \("),
         (overwrite(b"\x89PNG\r\n\x1a\n" + b"\x00" * 40), r"bee/1\.png: not a readable image \("),
         (overwrite(b"\xff\xd8\xff\xe0" + b"\x11" * 99), r"bee/1\.png: not a readable image \("),

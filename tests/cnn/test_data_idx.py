@@ -111,7 +111,7 @@ def put(name: str, array: Tensor) -> Callable[[Path], None]:
         (edit(IMAGES, lambda c: b""), IMAGES, r"truncated: 0 bytes"),
         (edit(IMAGES, lambda c: c + b"xy"), IMAGES, r"1200 bytes, more follow"),
         (edit(IMAGES, lambda c: gzip.compress(c + bytes(10**6))), IMAGES, r"1200 bytes, more follow"),
-        (edit(IMAGES, lambda c: c[:4] + b"\xff" * 12 + c[16:]), IMAGES, r"at most 4,294,967,296 are read"),
+        (edit(IMAGES, lambda c: c[:4] + b"\xff" * 12 + c[16:]), IMAGES, r"4,294,967,296"),
         (edit(IMAGES, lambda c: b"\x89PNG" + c[4:]), IMAGES, r"begins with the bytes 89 50 4e 47, not 00 00 08 03"),
         (edit(IMAGES, lambda c: c[:2] + b"\x0d" + c[3:]), IMAGES, r"not 00 00 08 03"),
         (edit(IMAGES, lambda c: gzip.compress(c)[:-30]), IMAGES, r"truncated: its compressed data end too soon"),
@@ -124,7 +124,7 @@ def put(name: str, array: Tensor) -> Callable[[Path], None]:
         (put(IMAGES, torch.zeros(40, 0, 5)), IMAGES, r"zero images"),
         (put(IMAGES, torch.zeros(40)), IMAGES, r"begins with the bytes 00 00 08 01, not 00 00 08 03"),
         (put(LABELS, torch.arange(39) % 10), LABELS, r"40 images but .*labels-idx1-ubyte has 39 labels"),
-        (put(LABELS, torch.arange(40) % 11), LABELS, r"labels run from 0 to 10, those of this set from 0 to 9"),
+        (put(LABELS, torch.arange(40) % 11), LABELS, r"0 to 10\b.* 0 to 9\b"),
         (put(LABELS, torch.zeros(40, 2)), LABELS, r"begins with the bytes 00 00 08 02, not 00 00 08 01"),
         (edit(LABELS, lambda c: c[:-5]), LABELS, r"40 = 40 bytes, truncated: 35 follow"),
         (put("t10k-images-idx3-ubyte", torch.zeros(20, 7, 5)), "", r"differ in size \(6x5 and 7x5\)"),
@@ -174,7 +174,7 @@ def test_missing_files_are_named_before_any_is_read(tmp_path: Path):
 
 def test_letters_with_a_label_0_are_refused(tmp_path: Path):
     write_emnist(tmp_path, "letters", first_label=0, num_classes=26)
-    with pytest.raises(ValueError, match="labels run from 0 to 25, those of this set from 1 to 26"):
+    with pytest.raises(ValueError, match=r"0 to 25\b.* 1 to 26\b"):
         load("emnist", str(tmp_path))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cnn.data import Data, batches, load
 from cnn.data.arrays import Augmentation
-from cnn.data.encoded import IN_A_ROW, EncodedImages
+from cnn.data.encoded import MAX_CORRUPT_IN_A_ROW, EncodedImages
 from cnn.data.hub import _labels
 from tests.cnn.made_up_imagenet import CMYK, GREY, ON_ITS_SIDE, PNG, UPSIDE_DOWN, pictures, write_imagefolder
 
@@ -228,6 +228,6 @@ def test_a_set_that_is_gone_is_not_skipped_image_by_image():
         EncodedImages(Nothing(), torch.zeros(1_000_000, dtype=torch.int64), (8, 8), True, Augmentation()),
         [],
     )
-    with pytest.raises(ValueError, match=f"^{IN_A_ROW} images in a row cannot be read, at last image {IN_A_ROW + 4}: "):
+    with pytest.raises(ValueError, match=f"^{MAX_CORRUPT_IN_A_ROW} .* image {MAX_CORRUPT_IN_A_ROW + 4}: "):
         images.batch(torch.tensor([5]), seed=0, epoch=0, augment=True, on_corrupt=lines.append)
-    assert len(lines) == IN_A_ROW
+    assert len(lines) == MAX_CORRUPT_IN_A_ROW
