@@ -27,41 +27,41 @@ from str_triton.training.meter import Meter
 PROGRAM = "python cnn/evaluate.py"
 PURPOSE = "Accuracy, budget and throughput of a trained network."
 TOP = 5
-ROUNDS = range(3, 20)  # of the network alone: so many at least and at most,
-SECONDS = 3.0  # and none is begun after so long
+ROUNDS = range(3, 20)  # the least and the largest number of batches to time the network alone with
+SECONDS = 3.0  # no further batch is timed after this time
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What is evaluated, on what."""
+    """The options of the program."""
 
     path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN|FILE")]
     """A run's folder, one of its checkpoints, a checkpoint of the paper's original code, or a file of weights
     (safetensors, or a state dict that torch.save wrote)."""
     model: str | None = None
-    """The network, by a name that python cnn/train.py knows, for a file that does not say it."""
+    """The network's name, as in python cnn/train.py; needed for a file that does not hold it."""
     data: str | None = None
-    """Data set, as in python cnn/train.py; by default the run's own."""
+    """Data set, as in python cnn/train.py; by default that of the run."""
     data_dir: str | None = None
     """Directory of IDX files, as in python cnn/train.py."""
     batch_size: int = 64
     """Images in a batch."""
     workers: int = 0
-    """Processes that read images; 0 reads in this process."""
+    """Processes that read images; with 0 the program itself reads them."""
     skip_corrupt: tyro.conf.FlagCreatePairsOff[bool] = False
     """Leave out images that cannot be decoded, and count them."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; auto takes a GPU where there is one."""
+    """Device; auto takes a GPU if there is one."""
     json: str | None = None
-    """Write everything to this file too."""
+    """Also write all results to this JSON file."""
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Over all test images: their number, the mean loss, and the shares whose label is the first, among the first five.
+    """The number of test images, their mean loss, and the top-1 and top-5 accuracy.
 
-    ``top5`` is None where there are five classes or fewer. ``images_per_second`` is of the whole: reading, decoding,
-    moving to the device, the network.
+    ``top5`` is None for five classes or fewer. ``images_per_second`` includes reading, decoding, copying to the device
+    and the network.
     """
 
     images: int
@@ -72,17 +72,17 @@ class Accuracy:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the program with ``args`` (default: those of the command line) and return its exit code."""
+    """Run the program with ``args`` (default: the command line's) and return its exit code."""
     return run_program(partial(program, args))
 
 
 def program(args: Sequence[str] | None) -> None:
-    """Evaluate what ``args`` name, print a table, and write it where they say."""
+    """Evaluate the network that ``args`` name, print a table, and write the results with --json."""
     options = tyro.cli(Options, args=args, prog=PROGRAM, description=PURPOSE)
     device = check(options)
     with as_user_error(ValueError, OSError):
         network = rebuild(options.path, options.model)
-        # Corrupt training images do not matter here; `left_out` holds those of the test.
+        # Corrupt training images do not matter here. `left_out` holds the corrupt test images.
         name, data = read_data(options, network, [].append if options.skip_corrupt else None)
     corrupt = list(data.left_out)
     on_corrupt = corrupt.append if options.skip_corrupt else None
@@ -104,7 +104,7 @@ def program(args: Sequence[str] | None) -> None:
 
 
 def check(options: Options) -> torch.device:
-    """The device to compute on. Raises `UserError` for options that are out of their range, before anything is read."""
+    """Return the device to compute on. Raise `UserError` for options out of range, before any file is read."""
     if options.batch_size < 1:
         raise UserError(f"--batch-size {options.batch_size}: it must be at least 1")
     if options.workers < 0:
@@ -120,13 +120,13 @@ def check(options: Options) -> torch.device:
 
 
 def read_data(options: Options, network: Network, on_corrupt: OnCorrupt) -> tuple[str, Data]:
-    """The data set and its name: the options' one, or that of the network's run. It must fit the network."""
+    """Read the data set of the options or of the network's run. Raise `UserError` if it does not fit the network."""
     if options.data is not None:
         name, data_dir = options.data, options.data_dir
     elif network.config is not None:
         name, data_dir = network.config.data, options.data_dir or network.config.data_dir
     else:
-        raise UserError(f"{options.path} is of no run, which would say its data: name them with --data")
+        raise UserError(f"{options.path} does not belong to a run, so its data set is unknown: name one with --data")
     data = load(name, data_dir, on_corrupt)
     for what, of_data, of_model in (
         ("classes", data.num_classes, network.num_classes),
@@ -140,7 +140,7 @@ def read_data(options: Options, network: Network, on_corrupt: OnCorrupt) -> tupl
 def examples(
     data: Data, options: Options, device: torch.device, on_corrupt: OnCorrupt
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The test images and their labels on the device, each once."""
+    """Yield batches of the test images and their labels on the device, each image once."""
     with as_user_error(ValueError, OSError):
         yield from batches(
             data.test,
@@ -159,11 +159,11 @@ def examples(
 def measure(
     model: nn.Module, all_batches: Callable[[], Iterator[tuple[Tensor, Tensor]]], device: torch.device, with_top5: bool
 ) -> Accuracy:
-    """Go once through the test images."""
+    """Measure loss, accuracy and throughput over one pass through the test images."""
     meter, among_first = Meter(device), torch.zeros((), dtype=torch.int64, device=device)
     begin, images = time.perf_counter(), 0
     for batch, labels in all_batches():
-        if len(labels) == 0:  # all of them corrupt
+        if len(labels) == 0:  # all images of the batch are corrupt
             continue
         outputs = model(batch)
         meter.add(F.cross_entropy(outputs, labels), outputs, labels)
@@ -172,7 +172,7 @@ def measure(
         images += len(labels)
     if images == 0:
         raise UserError("none of the test images can be decoded")
-    means = meter.means()  # waits for the device
+    means = meter.means()  # synchronizes with the device
     seconds = time.perf_counter() - begin
     top5 = among_first.item() / images if with_top5 else None
     return Accuracy(images, means.loss, means.accuracy, top5, images / seconds)
@@ -180,7 +180,7 @@ def measure(
 
 @torch.inference_mode()
 def throughput(model: nn.Module, image_shape: tuple[int, int, int], batch_size: int, device: torch.device) -> float:
-    """Images per second of the network alone: the median over batches after the first, which lies on the device."""
+    """Measure the network alone, in images per second, as the median over batches that are on the device already."""
     images = torch.randn(batch_size, *image_shape, device=device)
     seconds: list[float] = []
     model(images)
@@ -194,7 +194,7 @@ def throughput(model: nn.Module, image_shape: tuple[int, int, int], batch_size: 
 
 
 def lines(accuracy: Accuracy, alone: float, budget: Budget, batch_size: int, device: torch.device) -> Iterator[str]:
-    """The result for people, below the table."""
+    """Yield the lines of text below the table."""
     top5 = "" if accuracy.top5 is None else f"top-5 {100 * accuracy.top5:.2f} %  "
     yield f"accuracy {100 * accuracy.top1:.2f} %  {top5}loss {accuracy.loss:.4f}"
     share = percent(budget.flops / budget.dense_flops)

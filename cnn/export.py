@@ -1,4 +1,4 @@
-"""A trained network for use elsewhere: python -m cnn.export pack|onnx|sparse RUN|FILE OUT [OPTIONS]."""
+"""Export of a trained network: python -m cnn.export pack|onnx|sparse RUN|FILE OUT [OPTIONS]."""
 
 import json
 import sys
@@ -20,7 +20,7 @@ from str_triton import count, deploy
 from str_triton.files import percent, write_atomically
 from str_triton.training.errors import UserError, as_user_error, one_line, run_program
 
-PURPOSE = "Write a trained network for use elsewhere."
+PURPOSE = "Export a trained network: as a packed file, as ONNX, or compiled for sparse execution on this machine's CPU."
 LOAD = """from cnn.models import build
 from str_triton import deploy
 
@@ -30,46 +30,46 @@ model.load_state_dict(deploy.unpack({file!r}))"""
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What every command takes."""
+    """The options of every command."""
 
     path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN|FILE")]
-    """A run's folder or a file of weights, as python cnn/evaluate.py takes it."""
+    """A run's folder or a file of weights, as for python cnn/evaluate.py."""
     out: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
     """The file to write."""
     model: str | None = None
-    """The network, by a name that python cnn/train.py knows, for a file that does not say it."""
+    """The network's name, as in python cnn/train.py; needed for a file that does not hold it."""
     image_size: int | None = None
-    """Height and width of the images; by default those of the run's data."""
+    """Height and width of the images; by default those of the run's data set."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pack(Options):
-    """A file without the zeros, and a model card beside it. Negative zeros become plain ones."""
+    """Write a packed file without the zeros, and a model card beside it. Negative zeros become positive zeros."""
 
     values: Literal["float32", "float16", "bfloat16"] = "float32"
-    """What weights are stored as; vectors (biases, norms) stay as they are."""
+    """Data type of the stored weights; vectors (biases, norms) keep theirs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Onnx(Options):
-    """An ONNX file for any number of images: zeros are kept as zeros, batch norms folded into the convolutions."""
+    """Write an ONNX file for any batch size. Zeros are stored, batch norms are folded into the convolutions."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sparse(Options):
-    """A network that computes without its zeros on this machine's CPU, for str_triton.deploy.load_sparse."""
+    """Write a network that skips its zeros on this machine's CPU, for str_triton.deploy.load_sparse."""
 
     batch_size: int = 1
-    """Images in a batch: the executions are chosen by their time on such batches."""
+    """Images in a batch; the fastest execution of each layer is chosen for this size."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the program with ``args`` (default: those of the command line) and return its exit code."""
+    """Run the program with ``args`` (default: the command line's) and return its exit code."""
     return run_program(partial(program, args))
 
 
 def program(args: Sequence[str] | None) -> None:
-    """Read the network that ``args`` name, and write it as they say."""
+    """Read the network that ``args`` name, and run their command."""
     commands = {"pack": Pack, "onnx": Onnx, "sparse": Sparse}
     options = tyro.extras.subcommand_cli_from_dict(
         commands, args=args, prog="python -m cnn.export", description=PURPOSE
@@ -82,11 +82,11 @@ def program(args: Sequence[str] | None) -> None:
 
 
 def check(options: Options) -> None:
-    """Raise `UserError` for options that are out of their range, before anything is read."""
+    """Raise `UserError` for options out of range, before any file is read."""
     if not Path(options.out).parent.is_dir():
         raise UserError(f"{options.out}: there is no such directory")
     if isinstance(options, Pack) and options.out.endswith(".md"):
-        raise UserError(f"{options.out}: the card would take this name; give the packed file another ending")
+        raise UserError(f"{options.out}: the model card takes this name; give the packed file another ending")
     if Path(options.out).is_dir():
         raise UserError(f"{options.out} is a directory: name the file to write")
     for name in ("image_size", "batch_size"):
@@ -96,26 +96,26 @@ def check(options: Options) -> None:
 
 
 def image_shape(options: Options, network: Network) -> tuple[int, int, int]:
-    """Channels, height and width of the network's images."""
+    """Return the channels, height and width of the network's images."""
     if options.image_size is not None:
         return network.in_channels, options.image_size, options.image_size
     if network.config is None:
-        raise UserError(f"{options.path} is of no run, which would say how large its images are: give --image-size")
+        raise UserError(f"{options.path} does not belong to a run, so its image size is unknown: give --image-size")
     try:
         # An image that cannot be decoded does not matter here.
         return load(network.config.data, network.config.data_dir, on_corrupt=[].append).image_shape
     except (ValueError, OSError) as error:
-        raise UserError(f"{one_line(error)}; --image-size makes it needless to read the run's data") from error
+        raise UserError(f"{one_line(error)}; with --image-size the run's data are not read") from error
 
 
 def pack(options: Pack, network: Network, example: Tensor) -> None:
-    """Write the packed file and its card, and print what it holds."""
+    """Write the packed file and its model card, and print a table of its tensors."""
     budget = count(network.model, example)
     facts = known_facts(options, network)
     with as_user_error(ValueError, OSError):
         metadata = {"model": network.name, "num_classes": network.num_classes, "image_shape": list(example.shape[1:])}
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # the summary says it too, where nothing got smaller
+            warnings.simplefilter("ignore", UserWarning)  # the summary also says if no tensor got smaller
             summary = deploy.pack(
                 network.model, options.out, options.values, budget=budget, metadata=metadata, plain_zeros=True
             )
@@ -138,7 +138,7 @@ def pack(options: Pack, network: Network, example: Tensor) -> None:
 
 
 def known_facts(options: Pack, network: Network) -> dict[str, str]:
-    """What a finished run says of itself."""
+    """Return the facts for the model card that the folder of a finished run holds."""
     summary = Path(options.path) / "summary.json"
     if network.config is None or not summary.is_file():
         return {}
@@ -149,7 +149,7 @@ def known_facts(options: Pack, network: Network) -> dict[str, str]:
 
 
 def onnx(options: Onnx, network: Network, example: Tensor) -> None:
-    """Write the ONNX file once it has been checked."""
+    """Export to ONNX, check the result, and write the file."""
     content, difference = to_onnx(network.model, example, options.path)
     with as_user_error(OSError):
         write_atomically(Path(options.out), content)
@@ -160,7 +160,7 @@ def onnx(options: Onnx, network: Network, example: Tensor) -> None:
 
 
 def sparse(options: Sparse, network: Network, example: Tensor) -> None:
-    """Write the compiled network, and print the choice for each layer."""
+    """Compile the network, write it, and print the execution chosen for each layer."""
     with as_user_error(ValueError, OSError):
         compiled = deploy.compile_sparse(network.model, example.expand(options.batch_size, -1, -1, -1).contiguous())
         compiled.save(options.out)

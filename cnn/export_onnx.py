@@ -1,4 +1,4 @@
-"""A network as ONNX, checked by the format's own checker and by running it."""
+"""Export of a network to ONNX, checked by ONNX's checker and by running the result."""
 
 import logging
 import warnings
@@ -12,30 +12,30 @@ from torch import Tensor, nn
 from str_triton.training.errors import UserError, one_line
 
 TOLERANCE = 1e-4
-BATCHES = (1, 3)  # sizes to check with; the network is traced with another
+BATCHES = (1, 3)  # batch sizes of the check; the network is exported with another one
 
 
 def to_onnx(model: nn.Module, example: Tensor, label: str) -> tuple[bytes, float]:
-    """The network as the bytes of an ONNX file, and the largest difference of its scores to the network's own.
+    """Return the bytes of an ONNX file, and the largest difference between its scores and the model's.
 
-    Input "images" float32 [batch, C, H, W] with any batch, output "scores". Dense weights, zeros included; batch norms
-    are folded into the convolutions before them. The difference is of random images, as a share of the largest score
-    where that is above 1.
+    The input is "images", float32 [batch, C, H, W] with any batch size, the output "scores". Weights are dense, zeros
+    included. Batch norms are folded into the convolutions before them. The difference is measured on random images,
+    and relative to the largest score where that is above 1.
 
     Args:
         model: in evaluation mode, on the CPU.
         example: [1, C, H, W].
-        label: what the network is called in messages.
+        label: the network's name in messages.
 
     Raises:
-        UserError: onnx, onnxruntime or onnxscript are missing, PyTorch cannot export the network, or what it exports
-            computes something else.
+        UserError: onnx, onnxruntime or onnxscript is missing, PyTorch cannot export the network, or the scores of the
+            exported network differ.
     """
     try:
         import onnx
         import onnxruntime
 
-        proto = _exported(model, example, label)  # which imports onnxscript
+        proto = _exported(model, example, label)  # imports onnxscript
     except ImportError as error:
         raise UserError(f"exporting to ONNX needs the package {error.name}: pip install 'str-triton[onnx]'") from error
     onnx.checker.check_model(proto, full_check=True)
@@ -52,7 +52,7 @@ def _exported(model: nn.Module, example: Tensor, label: str) -> Any:
         with _quiet():
             program = torch.onnx.export(
                 model,
-                (torch.cat([example, example]),),  # torch.export may take a size of 1 for fixed
+                (torch.cat([example, example]),),  # torch.export may treat a size of 1 as fixed
                 dynamo=True,
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
                 input_names=["images"],
@@ -63,14 +63,14 @@ def _exported(model: nn.Module, example: Tensor, label: str) -> Any:
         reason = one_line(error.__cause__ or error)[:300]
         raise UserError(f"{label}: PyTorch cannot export this network to ONNX: {reason}") from error
     proto = program.model_proto
-    for node in proto.graph.node:  # the places in this machine's files that each came from
+    for node in proto.graph.node:  # the metadata hold paths of this machine
         del node.metadata_props[:]
     return proto
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep PyTorch's exporter from telling of torchvision, which it would support, and of its own deprecations."""
+    """Silence the exporter's hints at torchvision and its deprecation warnings."""
     logger = logging.getLogger("torch.onnx")
     before = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""MobileNetV1 (Howard et al., 2017): depthwise and pointwise convolutions in turn."""
+"""MobileNetV1 (Howard et al., 2017): alternating depthwise and pointwise convolutions."""
 
 from torch import Tensor, nn
 
@@ -9,13 +9,13 @@ PAIRS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] 
 
 
 class MobileNetV1(nn.Module):
-    """Images [B, in_channels, H, W] of any size -> scores [B, num_classes].
+    """A network from images [B, in_channels, H, W] of any size to scores [B, num_classes].
 
     The layers are `model.0.0` (3x3 convolution), `model.k.0` and `model.k.3` (depthwise and pointwise convolution) for
-    k = 1..13, each with its batch norm behind it, and `fc`.
+    k = 1..13, each followed by a batch norm, and `fc`.
 
     Args:
-        width: multiplies the channels of every layer; 1 is the published network.
+        width: factor of the channels of every layer; 1 is the published network.
     """
 
     def __init__(self, num_classes: int = 1000, in_channels: int = 3, *, width: float = 1.0) -> None:

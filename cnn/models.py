@@ -1,4 +1,4 @@
-"""The networks: plain PyTorch models, chosen by name."""
+"""The networks by name: plain PyTorch models."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -33,9 +33,9 @@ class ResidualBlock(nn.Module):
 
 
 class SmallResNet(nn.Module):
-    """A residual network for small images: a 3x3 stem, then a block of each width and stride.
+    """A residual network for small images: a 3x3 stem, then one block per width and stride.
 
-    Images [B, in_channels, H, W] of any size -> scores [B, num_classes].
+    It maps images [B, in_channels, H, W] of any size to scores [B, num_classes].
     """
 
     def __init__(self, widths: Sequence[int], strides: Sequence[int], num_classes: int, in_channels: int) -> None:
@@ -56,12 +56,12 @@ class SmallResNet(nn.Module):
 
 
 def resnet_digits(num_classes: int, in_channels: int) -> nn.Module:
-    """For 8x8 images: 77,000 weights."""
+    """Build a network for 8x8 images: 77,000 weights."""
     return SmallResNet((32, 64), (1, 2), num_classes, in_channels)
 
 
 def resnet_small(num_classes: int, in_channels: int) -> nn.Module:
-    """For images of about 28x28: 308,000 weights."""
+    """Build a network for images of about 28x28 pixels: 308,000 weights."""
     return SmallResNet((32, 64, 128), (2, 2, 2), num_classes, in_channels)
 
 
@@ -78,14 +78,14 @@ MODELS: dict[str, Callable[[int, int], nn.Module]] = {
 
 
 def build(name: str, *, num_classes: int = 1000, in_channels: int = 3) -> nn.Module:
-    """A plain dense network with fresh weights: images [B, in_channels, H, W] -> scores [B, num_classes].
+    """Build a plain dense network with initial weights, from images [B, in_channels, H, W] to scores [B, num_classes].
 
     Args:
         name: a name in `MODELS`; "mobilenetv1:WIDTH" for a MobileNetV1 whose layers have WIDTH times the channels; or
             "timm:NAME" for the network that timm, if it is installed, calls NAME.
 
     Raises:
-        ValueError: no such name, a width that is no positive number, or timm absent.
+        ValueError: an unknown name, a width that is not a positive number, or timm is not installed.
     """
     kind, colon, detail = name.partition(":")
     if kind == "timm" and detail:
@@ -111,17 +111,17 @@ def _width(text: str) -> float:
 def _from_timm(name: str, num_classes: int, in_channels: int) -> nn.Module:
     try:
         import timm
-    except (ImportError, RuntimeError) as error:  # timm itself, or torchvision, or one made for another PyTorch
+    except (ImportError, RuntimeError) as error:  # timm or torchvision is missing, or was built for another PyTorch
         raise ValueError(f"model 'timm:{name}' needs timm ({error}): pip install timm torchvision") from error
     try:
         return timm.create_model(name, num_classes=num_classes, in_chans=in_channels)
-    except RuntimeError as error:  # what timm raises for a name that it does not know
+    except RuntimeError as error:  # timm raises it for an unknown name
         raise ValueError(f"model 'timm:{name}': {error}; timm.list_models() lists the names") from error
 
 
 def state_shapes(name: str, num_classes: int, in_channels: int) -> dict[str, torch.Size]:
-    """The shapes in a network's state dict, without memory for its weights. Raises as `build` does."""
-    # timm's networks compute with values while they are built, which meta tensors have not.
+    """Return the shapes in a network's state dict, without memory for its weights. Raise ValueError as `build` does."""
+    # timm's networks read values while they are built, and meta tensors have none.
     with torch.device("cpu" if name.startswith("timm:") else "meta"):
         state = build(name, num_classes=num_classes, in_channels=in_channels).state_dict()
     return {key: tensor.shape for key, tensor in state.items()}
@@ -129,9 +129,9 @@ def state_shapes(name: str, num_classes: int, in_channels: int) -> dict[str, tor
 
 @torch.no_grad()
 def single_value_norms(model: nn.Module, image: Tensor) -> list[str]:
-    """Return the names of the batch norms that see one value per channel when one image [1, C, H, W] goes through.
+    """Return the names of the batch norms whose input has one value per channel for one image [1, C, H, W].
 
-    In training PyTorch's batch norm refuses such a batch. The model stays as it is.
+    PyTorch's batch norm raises an error for such an input in training. The model is not changed.
     """
     found: list[str] = []
     was_training = {module: module.training for module in model.modules()}

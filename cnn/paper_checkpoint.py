@@ -1,9 +1,9 @@
-"""Checkpoints of the paper's original code, both ways: python -m cnn.paper_checkpoint FILE.
+"""Reading and writing of checkpoints of the paper's original code: python -m cnn.paper_checkpoint FILE.
 
-A file is a dictionary with "state_dict", "arch" ("ResNet50" or "MobileNetV1"), "epoch", "best_acc1" and others. The
-keys of its state dict begin with "module." after training on several GPUs. Beside each convolution's `weight` stands
-`sparseThreshold` [1, 1], the raw threshold s of sigmoid(s); the classifier `fc` is a 1x1 convolution without a bias. A
-"dense-compatible" file has thresholded weights and no `sparseThreshold`.
+A file is a dictionary with "state_dict", "arch" ("ResNet50" or "MobileNetV1"), "epoch", "best_acc1" and other entries.
+The keys of its state dict begin with "module." after training on several GPUs. Each convolution has, besides `weight`,
+`sparseThreshold` [1, 1], the raw threshold s of the threshold sigmoid(s). The classifier `fc` is a 1x1 convolution
+without a bias. A "dense-compatible" file has thresholded weights and no `sparseThreshold`.
 """
 
 import argparse
@@ -31,24 +31,24 @@ PREFIX = "module."
 
 
 def load(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]:
-    """The network in a checkpoint of the original code, on the CPU, and what else the file says.
+    """Read a checkpoint of the original code and return its network, on the CPU, and its other entries.
 
     Returns:
-        model: the network of `cnn.models`, in training mode. Its layers are thresholded ones with the file's weights
-            and raw thresholds (g="sigmoid", gradient="masked"), or plain ones where a dense-compatible file holds no
-            thresholds. `fc` is a Linear whose bias is zero and does not train, since the format has none.
-        metadata: everything of the file but "state_dict", and "data_parallel": whether its keys begin with "module.".
-            `save(model, path, **metadata)` writes the same file again, each tensor bit for bit.
+        model: the network of `cnn.models`, in training mode. Its layers have the file's weights and raw thresholds
+            (g="sigmoid", gradient="masked"). They are plain layers if the file is dense-compatible. `fc` is a Linear
+            whose bias is zero and not trained, since the format has no bias.
+        metadata: all entries of the file except "state_dict", and "data_parallel": whether the keys begin with
+            "module.". `save(model, path, **metadata)` writes the same file again, each tensor bit for bit.
 
     Raises:
-        ValueError: anything else than such a file; the message names the first key that does not fit.
+        ValueError: another kind of file; the message names the first key that does not fit.
         OSError: the file cannot be opened.
     """
     return from_content(_read(path), path)
 
 
 def from_content(content: Mapping[str, Any], path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]:
-    """`load` of a file that is read already: its dictionary, with a state dict in it. ``path`` is where it lies."""
+    """Return what `load` returns, from the content of a file that was read before. Messages name ``path``."""
     arch, state = content.get("arch"), content["state_dict"]
     if not isinstance(arch, str) or arch not in ARCHITECTURES:
         raise ValueError(f"{path}: key 'arch' is {arch!r}; it must be {' or '.join(map(repr, ARCHITECTURES))}")
@@ -70,26 +70,26 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, data_parallel: bool 
     """Write a network as a checkpoint of the original code.
 
     Args:
-        model: "resnet50" or "mobilenetv1" of `cnn.models` in float32 whose convolutions and fc all have one threshold
-            each with g="sigmoid", or, for a dense-compatible file, none. The bias of fc must be zero.
+        model: "resnet50" or "mobilenetv1" of `cnn.models` in float32. Its convolutions and fc each have one threshold
+            with g="sigmoid", or, for a dense-compatible file, none has one. The bias of fc must be zero.
         data_parallel: begin each key with "module.", as after training on several GPUs.
         metadata: the file's other entries, such as epoch=100, best_acc1=74.31; numbers, texts and tensors.
 
     Raises:
-        ValueError: a network or an entry that the format has no place for; the message names the first such key.
+        ValueError: a network or an entry that the format cannot hold; the message names the first such key.
         OSError: the file cannot be written.
     """
     arch = {ResNet: "ResNet50", MobileNetV1: "MobileNetV1"}.get(type(model))
     if arch is None:
-        raise ValueError(f"{type(model).__name__}: the format holds resnet50 and mobilenetv1 of cnn.models alone")
+        raise ValueError(f"{type(model).__name__}: the format only holds resnet50 and mobilenetv1 of cnn.models")
     if metadata.get("arch", arch) != arch:
         raise ValueError(f"arch={metadata['arch']!r}: the network is {arch}")
     if "state_dict" in metadata:
-        raise ValueError("state_dict is the network's own; leave it out of the metadata")
+        raise ValueError("state_dict comes from the network; leave it out of the metadata")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, STRConv2d | STRLinear)}
     for name, layer in layers.items():
         if layer.g != "sigmoid":
-            raise ValueError(f"key '{name}.sparseThreshold': g is {layer.g!r}, and the format knows 'sigmoid' alone")
+            raise ValueError(f"key '{name}.sparseThreshold': g is {layer.g!r}, and the format only has 'sigmoid'")
     if model.fc.bias is not None and model.fc.bias.any():
         raise ValueError("key 'fc.bias' is not zero, and the format has no bias: train without it")
     state = _original_state(model)
@@ -114,16 +114,17 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _empty(arch: str, num_classes: int, thresholds: bool) -> nn.Module:
-    """The network without values."""
+    """Return the network on the meta device, without values."""
     with torch.device("meta"):
         model = build(ARCHITECTURES[arch], num_classes=num_classes)
         return sparsify(model, g="sigmoid", gradient="masked", raw_threshold_init=0.0) if thresholds else model
 
 
 def _original_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of one of our networks under the original names and in the original shapes."""
+    """Return a network's state dict with the original code's names and shapes."""
     state = {}
-    for key, variable in model.state_dict(keep_vars=True).items():  # Without it, weights with thresholds are marked.
+    # Without keep_vars the weights of layers with thresholds would be tensors of a subclass that marks them.
+    for key, variable in model.state_dict(keep_vars=True).items():
         tensor = variable.detach()
         layer, _, entry = key.rpartition(".")
         if entry == "raw_threshold":
@@ -136,7 +137,7 @@ def _original_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _our_state(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The inverse, with a bias of zero."""
+    """Return the state dict for our network from the original code's. The bias of `fc` is zero."""
     ours = {}
     for key, tensor in state.items():
         layer, _, entry = key.removeprefix(prefix).rpartition(".")
@@ -150,7 +151,7 @@ def _our_state(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _check(state: Mapping[str, Any], expected: Mapping[str, Tensor], prefix: str, where: str) -> None:
-    """Raise ValueError that names the first key of ``state`` that does not fit, or the first that is missing."""
+    """Raise ValueError, which names the first key, if keys of ``state`` do not fit or are missing."""
     expected = {prefix + key: tensor for key, tensor in expected.items()}
     for key, tensor in state.items():
         if key not in expected:
@@ -168,12 +169,12 @@ def _check(state: Mapping[str, Any], expected: Mapping[str, Tensor], prefix: str
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the program with ``args`` (default: those of the command line) and return its exit code."""
+    """Run the program with ``args`` (default: the command line's) and return its exit code."""
     return run_program(partial(program, args))
 
 
 def program(args: Sequence[str] | None) -> None:
-    """Print the table of one checkpoint, and convert it as ``args`` say."""
+    """Print the table of a checkpoint, and write the files that ``args`` ask for."""
     purpose = "Sparsity, FLOPs and thresholds of a checkpoint of the paper's original code, layer by layer."
     parser = argparse.ArgumentParser(prog="python -m cnn.paper_checkpoint", description=purpose)
     parser.add_argument("file", type=Path, help="the checkpoint")

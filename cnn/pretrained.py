@@ -9,9 +9,9 @@ from cnn.weights import fill, read_weights
 
 
 def check_start(path: str | os.PathLike[str], *, needs_zeros: bool) -> None:
-    """Read the file that `start_from` will read; raise as it does, and `ValueError` where zeros are needed and missing.
+    """Check the file for `start_from` by reading it. Raise as `start_from` does.
 
-    Zeros are needed in weights of two or more dimensions.
+    With ``needs_zeros``, also raise ValueError if no weight of two or more dimensions has zeros.
     """
     weights = read_weights(path)
     if needs_zeros and all(weight.dim() < 2 or bool(weight.all()) for weight in weights.values()):
@@ -29,34 +29,34 @@ def start_from(
     """Give a plain network the weights and buffers of a trained one, in place.
 
     Args:
-        path: a file or run folder of any kind that `cnn.weights.read_weights` takes. All must fit but the counts of
-            batches (num_batches_tracked), which old files lack.
+        path: a file or run folder of any kind that `cnn.weights.read_weights` takes. All entries of the network must
+            be there, except the counts of batches (num_batches_tracked), which old files lack.
         model: `build(name, in_channels=in_channels)` with any number of classes.
-        new_classifier: leave the classifier as it is, whatever the file holds of one.
+        new_classifier: keep the model's own classifier instead of the file's.
 
     Raises:
-        ValueError: no file of weights, or those of another network (names the first key that does not fit), or of one
-            that knows another number of classes.
+        ValueError: not a file of weights, weights of another network (the message names the first key that does not
+            fit), or another number of classes.
         OSError: the file cannot be read.
-        UserError: ``path`` is a run without a whole checkpoint.
+        UserError: ``path`` is a run without an undamaged checkpoint.
     """
     where = f"--pretrained {path}, model {name}"
     weights, own = read_weights(path), model.state_dict()
     classifier = {key: own[key] for key in classifier_keys(name, in_channels)}
-    fill(model, weights | classifier, where)  # a wrong network is not to be taken for wrong classes
+    fill(model, weights | classifier, where)  # first without the classifier: another network is not an error of classes
     if new_classifier:
         return
     for key, ours in classifier.items():
         theirs = weights.get(key, ours)
         if theirs.dim() == ours.dim() and len(theirs) != len(ours):
             raise ValueError(
-                f"--pretrained {path}: the network in it knows {len(theirs)} classes, the data have {len(ours)} "
-                f"({key}); --new-classifier trains a classifier of its own on the rest of the network"
+                f"--pretrained {path}: its network has {len(theirs)} classes, the data have {len(ours)} ({key}); "
+                "--new-classifier starts with a new classifier"
             )
     fill(model, weights, where)
 
 
 def classifier_keys(name: str, in_channels: int) -> list[str]:
-    """The entries of a network's state dict whose shape follows the number of classes."""
+    """Return the keys of a network's state dict whose shape depends on the number of classes."""
     two, three = (state_shapes(name, number, in_channels) for number in (2, 3))
     return [key for key in two if two[key] != three[key]]

@@ -1,4 +1,4 @@
-"""The figures of the paper's convolutional networks on ImageNet-1K.
+"""The published figures of the paper's convolutional networks on ImageNet-1K.
 
 Source: Kusupati et al., ICML 2020 (arXiv 2002.03231), tables of results and appendix; sparsities by layer: Tables 6, 8.
 """
@@ -15,7 +15,7 @@ DENSE_WEIGHT_DECAY = 2.0**-15
 
 @dataclass(frozen=True)
 class Dense:
-    """A dense network: its name for people, top-1 accuracy in %, weights, and multiply-adds at 224 x 224."""
+    """A dense network: its title, top-1 accuracy in %, number of weights, and multiply-adds at 224 x 224."""
 
     title: str
     top1: float
@@ -25,12 +25,12 @@ class Dense:
 
 @dataclass(frozen=True)
 class Point:
-    """A sparse network and what led to it: SGD's weight decay (lambda) and the raw thresholds' start (s_init).
+    """A published sparse network, with SGD's weight decay (lambda) and the initial raw threshold (s_init) for it.
 
     Attributes:
-        model: its name in `cnn.models`.
-        sparsity, top1: share of zero weights and accuracy, in %.
-        params, flops: weights that are not zero, and multiply-adds, as printed, in millions.
+        model: the network's name in `cnn.models`.
+        sparsity, top1: share of zero weights, and accuracy, in %.
+        params, flops: nonzero weights and multiply-adds, in millions, as printed.
     """
 
     model: str
@@ -43,7 +43,7 @@ class Point:
 
     @property
     def name(self) -> str:
-        """The recipe's name."""
+        """The name of the recipe."""
         return f"{self.model}-str-{self.sparsity:.2f}"
 
 
@@ -78,6 +78,8 @@ POINTS = (
     Point("mobilenetv1", 89.62, 61.51, 0.44, 40, 3.751757813e-5, -3200.0),
 )
 
+KINDS = ("", "-finetune")  # the recipes for an exact sparsity: from scratch, from a trained network
+
 # Top-1 accuracy of other methods on ResNet50 in the paper's table, by sparsity in %.
 BASELINES = {
     80: {"GMP": 75.60, "DNW": 76.00},
@@ -88,7 +90,7 @@ BASELINES = {
 }
 
 
-def _of_point(point: Point) -> str:
+def _point_text(point: Point) -> str:
     dense = DENSE[point.model]
     return f"""published ({SOURCE}), {dense.title} on ImageNet-1K, FLOPs at 224x224:
         sparsity  top-1       weights  FLOPs
@@ -96,36 +98,36 @@ dense    0.00 %  {dense.top1:.2f} %  {dense.params:>10,}  {dense.flops:,}
 STR     {point.sparsity:5.2f} %  {point.top1:.2f} %  {point.params:>9.2f}M  {point.flops}M"""
 
 
-def _of_dense(dense: Dense) -> str:
+def _dense_text(dense: Dense) -> str:
     figures = f"{dense.top1:.2f} % top-1, {dense.params:,} weights, {dense.flops:,} FLOPs"
     return f"published ({SOURCE}), dense {dense.title} on ImageNet-1K, FLOPs at 224x224: {figures}"
 
 
-def _of_exact(percent: int) -> str:
+def _exact_text(percent: int) -> str:
     dense = DENSE["resnet50"]
     point = min((p for p in POINTS if p.model == "resnet50"), key=lambda point: abs(point.sparsity - percent))
     others = ", ".join(f"{method} {top1:.2f} %" for method, top1 in BASELINES[percent].items())
     left = dense.params - round(dense.params * percent / 100)
-    return f"{_of_point(point)}\nand top-1 at {percent} %: {others}; {left:,} weights are left at {percent} %"
+    return f"{_point_text(point)}\nother methods' top-1 at {percent} %: {others}; {percent} % leave {left:,} weights"
 
 
-# By recipe, what was published for it.
+# The published figures by recipe, as text.
 PUBLISHED = {
-    **{point.name: _of_point(point) for point in POINTS},
-    **{f"{model}-dense": _of_dense(dense) for model, dense in DENSE.items()},
-    **{f"resnet50-str-exact-{percent}{way}": _of_exact(percent) for percent in BASELINES for way in ("", "-finetune")},
+    **{point.name: _point_text(point) for point in POINTS},
+    **{f"{model}-dense": _dense_text(dense) for model, dense in DENSE.items()},
+    **{f"resnet50-str-exact-{percent}{kind}": _exact_text(percent) for percent in BASELINES for kind in KINDS},
 }
 
 
 def layer_sparsities(model: str, sparsity: float) -> dict[str, float]:
-    """The published share of zero weights of each layer, in %, in the network's order.
+    """Return the published sparsity of each layer, in %, in the network's order.
 
     Args:
-        model: its name in `cnn.models`.
-        sparsity: that of the whole network, in %: one of the points of ResNet50, or 89.01 of MobileNetV1.
+        model: the network's name in `cnn.models`.
+        sparsity: the whole network's sparsity in %: any published one of ResNet50, or 89.01 of MobileNetV1.
 
     Raises:
-        ValueError: a network or a point without published layers.
+        ValueError: a network or a sparsity for which no layers were published.
     """
     table = _tables().get(model, {"layers": [], "points": {}})
     key = f"{sparsity:.2f}"

@@ -1,4 +1,4 @@
-"""A network from where it lies: a run folder, one of its files, or any weight file and the network's name."""
+"""Building of a trained network from a run folder, one of its files, or a weight file and the network's name."""
 
 import os
 from collections.abc import Mapping
@@ -20,9 +20,9 @@ class Network:
     """A plain network with its weights, in evaluation mode, on the CPU.
 
     Attributes:
-        model: images [B, in_channels, H, W] -> scores [B, num_classes].
-        name: what `cnn.models.build` knows it by.
-        config: of the run that it comes from, None where it comes from none.
+        model: the module, from images [B, in_channels, H, W] to scores [B, num_classes].
+        name: its name in `cnn.models`.
+        config: the configuration of its run; None if it does not come from a run.
     """
 
     model: nn.Module
@@ -33,14 +33,17 @@ class Network:
 
 
 def rebuild(path: str | os.PathLike[str], name: str | None = None) -> Network:
-    """The network in a run folder or a file of any kind that `cnn.weights.read_weights` takes.
+    """Build the network in a run folder or in a file of any kind that `cnn.weights.read_weights` takes.
+
+    The numbers of classes and channels are read off the weights.
 
     Args:
-        name: the network's name in `cnn.models`; by default what the run or the file itself says. How many classes and
-            channels it has is seen from the weights.
+        path: the run folder or the file.
+        name: the network's name in `cnn.models`; by default the one in the run or the file.
 
     Raises:
-        ValueError: no such file of weights, or weights of another network (names the first key that does not fit).
+        ValueError: not a file of weights, or weights of another network (the message names the first key that does not
+            fit).
         OSError: the file cannot be read.
         UserError: the run's configuration or all its checkpoints are damaged.
     """
@@ -50,7 +53,7 @@ def rebuild(path: str | os.PathLike[str], name: str | None = None) -> Network:
     weights, said = read_named_weights(path)
     name = name or (said if config is None else config.model)
     if name is None:
-        raise ValueError(f"{path}: neither a run nor the file says which network this is: give --model")
+        raise ValueError(f"{path}: neither a run nor the file names its network: give --model")
     num_classes, in_channels = _size(name, weights)
     model = build(name, num_classes=num_classes, in_channels=in_channels)
     fill(model, weights, f"{path}, model {name}")
@@ -58,7 +61,7 @@ def rebuild(path: str | os.PathLike[str], name: str | None = None) -> Network:
 
 
 def _run_of(path: Path) -> Path | None:
-    """The folder of the run that ``path`` is, or is a file of; None where it is of no run."""
+    """Return the run folder that ``path`` is or belongs to; None if there is none."""
     if path.is_dir():
         folder = path
     elif path.parent.name == "checkpoints":
@@ -71,15 +74,15 @@ def _run_of(path: Path) -> Path | None:
 
 
 def _size(name: str, weights: Mapping[str, Tensor]) -> tuple[int, int]:
-    """The classes and the input channels of the network that ``weights`` are of: the dimensions that follow them."""
+    """Return the numbers of classes and of input channels of the network whose weights these are."""
     small, classes, channels = (state_shapes(name, *size) for size in ((2, 1), (3, 1), (2, 2)))
-    return _followed(small, classes, weights, 1000), _followed(small, channels, weights, 3)
+    return _differing_size(small, classes, weights, 1000), _differing_size(small, channels, weights, 3)
 
 
-def _followed(
+def _differing_size(
     small: Mapping[str, torch.Size], large: Mapping[str, torch.Size], weights: Mapping[str, Tensor], default: int
 ) -> int:
-    """In ``weights`` the first dimension in which two networks differ."""
+    """Return the size, in ``weights``, of the first dimension in which the shapes of two networks differ."""
     for key, shape in small.items():
         if key in weights and shape != large[key] and weights[key].dim() == len(shape):
             dimension = next(i for i, (a, b) in enumerate(zip(shape, large[key], strict=True)) if a != b)

@@ -1,4 +1,4 @@
-"""The configuration of a training run, and the named recipes that fill it in."""
+"""The configuration of a training run, and the recipes: named defaults of it."""
 
 import math
 from collections.abc import Callable
@@ -10,9 +10,9 @@ from str_triton.training.config import TrainConfig, check_ranges, require
 from str_triton.training.errors import UserError
 
 DEFAULT_SPARSITY = 0.9
-FINETUNING_LR = 0.128  # half of that from scratch: docs/methods.md
+FINETUNING_LR = 0.128  # half of the learning rate from scratch: docs/methods.md
 
-# The methods, and how each can spread the zeros over the layers; the first way is its default.
+# The methods, and the distributions of zeros over the layers that each one takes; the first is the default.
 METHODS = {
     "str-exact": ("fixed", "flop-aware", "learned"),
     "str": (),
@@ -23,7 +23,7 @@ METHODS = {
     "dense": (),
 }
 TARGETS = ("target_sparsity", "target_flops", "budget")
-# Options that only some methods take, with their defaults there.
+# Options that only some methods take, with the default for each method.
 TAKEN_BY = {
     "gradient": {"str-exact": "switched", "str": "masked"},
     "granularity": {"str-exact": "layer", "str": "layer"},
@@ -34,78 +34,79 @@ TAKEN_BY = {
 
 @dataclass(frozen=True, kw_only=True)
 class Config(TrainConfig):
-    """What is trained, on what, and how. Every field is an option of the command line; recipes set the defaults."""
+    """The configuration of a run. Every field is an option of the command line; recipes set the defaults."""
 
     data: str = "digits"
     """Data set: digits, mnist, fashion-mnist, kmnist, emnist[:SPLIT], imagefolder:DIR, hub:NAME, or hub:DIR for a
-    local copy of one."""
+    local copy of a data set of the hub."""
     data_dir: str | None = None
     """Directory of the IDX files of mnist, fashion-mnist, kmnist and emnist, as published, gzipped or not."""
     skip_corrupt: bool = False
-    """Go on where an image cannot be decoded, and count it: in training the next one stands in for it, in testing it is
-    left out. Without this the run ends with the file's name."""
+    """Skip images that cannot be decoded, and count them: in training the next image takes the place, in testing there
+    is one image less. Without this option such an image ends the run with its name."""
     model: str = "resnet-digits"
     """Network: resnet-digits (8x8 images), resnet-small (about 28x28), resnet20 (32x32), resnet18, resnet34, resnet50,
     resnet101, mobilenetv1[:WIDTH] or timm:NAME."""
 
     method: str = "str-exact"
-    """str-exact: soft thresholds that meet a target exactly; str: the paper's way, without a target; gmp: gradual
-    magnitude pruning; dnw: the largest weights of a dense network in training; rigl: connections that move, sparse from
-    the start; keep-zeros: the zeros of an already pruned --pretrained network stay, the other weights are trained;
-    dense: prunes nothing."""
+    """str-exact: soft thresholds that meet a target exactly; str: soft thresholds as in the paper, without a target;
+    gmp: gradual magnitude pruning; dnw: uses the largest weights and trains all; rigl: sparse from the start, moves
+    connections; keep-zeros: fine-tunes a pruned --pretrained network, whose zeros stay zero; dense: no pruning."""
     target_sparsity: float | None = None
-    """Share of the weights that are zero at the end, 0 to 1; 0.9 where no target is given."""
+    """Share of the weights that are zero at the end, 0 to 1; 0.9 if no target is given."""
     target_flops: float | None = None
     """Multiply-adds at the end as a share of the dense network's, 0 to 1; in place of --target-sparsity (str-exact)."""
     budget: str | None = None
     """The sparsity of every layer, in place of a target: the folder of a finished run, its budget.json or budget.csv, a
     JSON object or a CSV file of layers and sparsities in %, or the recipe of a published point."""
     gradient: Literal["masked", "straight_through", "switched"] | None = None
-    """What moves a pruned weight: weight decay alone (masked; default of str), its sparse value's gradient as well
-    (straight_through), or, str-exact alone and its default, that gradient in the first half of training (switched)."""
+    """How pruned weights are trained: by weight decay only (masked, the default of str), also by the gradient of their
+    sparse values (straight_through), or by that gradient in the first half of training (switched, only for str-exact
+    and its default)."""
     granularity: Literal["layer", "filter", "weight", "global"] | None = None
-    """What shares one threshold of str-exact and str: a layer (the default), a filter, nothing or everything."""
+    """The weights that share a threshold of str-exact and str: those of a layer (the default), of a filter, each weight
+    has its own, or all weights of the network (global)."""
     distribution: Literal["fixed", "flop-aware", "learned", "uniform", "erk", "global"] | None = None
-    """How the zeros are spread over the layers. str-exact: equal thresholds (fixed, the default), larger ones where a
-    weight costs more FLOPs (flop-aware), or thresholds that the optimizer moves (learned). gmp, dnw and rigl: the same
-    share of each layer (uniform), by the sum of its dimensions (erk, the default of rigl), or, gmp alone, wherever the
-    smallest weights are (global)."""
+    """Distribution of the zeros over the layers. str-exact: equal thresholds (fixed, the default), larger thresholds
+    where a weight costs more FLOPs (flop-aware), or thresholds that the optimizer trains (learned). gmp, dnw and rigl:
+    the same sparsity in each layer (uniform), or by the sum of a layer's dimensions (erk, the default of rigl). Only
+    gmp: the smallest weights of all layers together (global)."""
     mask_interval: int | None = None
-    """Steps between prunings of gmp (default 10) and between updates of rigl's connections (default 100)."""
+    """Steps between prunings of gmp (default 10), or between updates of rigl's connections (default 100)."""
     raw_threshold_init: float | None = None
-    """Where the raw thresholds of --method str start (default -5); the threshold is their sigmoid."""
+    """Initial raw threshold of --method str (default -5); the threshold is its sigmoid."""
 
     lr_schedule: Literal["cosine", "epoch-cosine"] = "cosine"
-    """cosine moves the learning rate at every step, epoch-cosine once per epoch, as the paper does."""
+    """cosine changes the learning rate at every step, epoch-cosine once per epoch, as in the paper."""
     momentum: float = 0.9
     """Momentum of SGD."""
     weight_decay: float = 5e-4
-    """Weight decay; with --method str also that of the raw thresholds."""
+    """Weight decay of the weights; with --method str also of the raw thresholds."""
     label_smoothing: float = 0.1
-    """Share of the target that is spread over all classes."""
+    """Label smoothing: the share of the target probability that is spread over all classes."""
 
     pretrained: str | None = None
     """Start from a trained network: a state dict (.pth, .pt, .safetensors) with the names of torchvision or of the
-    model at hand, the folder of a run, or a checkpoint of the paper's original code."""
+    chosen model, the folder of a run, or a checkpoint of the paper's original code."""
     new_classifier: bool = False
-    """Take all of --pretrained but its classifier: for data with other classes."""
+    """Take all weights of --pretrained except the classifier's, for data with other classes."""
     compile: bool = False
-    """Train through torch.compile; evaluation runs without it."""
+    """Train with torch.compile; evaluation runs without it."""
     channels_last: bool = False
-    """Keep images and weights with the channels innermost in memory, which suits convolutions on GPUs."""
+    """Use the memory format channels_last for images and weights, which is faster for convolutions on GPUs."""
 
 
 RESUME_MAY_CHANGE = frozenset({"data_dir", "skip_corrupt", "compile", "channels_last"})
 
 
 def digits() -> Config:
-    """Handwritten digits, 8x8 pixels, bundled: a small residual net, well under a minute on two cores."""
-    # So small a net gains little from a second thread, and waiting for one that is busy elsewhere can cost it dearly.
+    """Train a small residual network on the bundled handwritten digits, 8x8 pixels; under a minute on two cores."""
+    # A network this small gains little from a second thread, and is much slower if that thread's core is busy.
     return Config(recipe="digits", threads=1)
 
 
 def fashion_mnist() -> Config:
-    """Fashion-MNIST, 28x28 pixels (give --data-dir): a residual net of 308,000 weights. Fits MNIST and its like."""
+    """Train 308,000 weights on Fashion-MNIST, 28x28 pixels (give --data-dir); also fits MNIST and similar data."""
     return Config(
         recipe="fashion-mnist",
         data="fashion-mnist",
@@ -118,7 +119,7 @@ def fashion_mnist() -> Config:
 
 
 def _imagenet(name: str, description: str, **own: object) -> tuple[str, Callable[[], Config]]:
-    """A recipe's name, and the recipe: the paper's training with ``own`` on top."""
+    """Return a recipe's name and the recipe: the paper's training with the options ``own`` on top."""
 
     def recipe() -> Config:
         paper = {"epochs": 100, "lr": 0.256, "momentum": 0.875, "warmup_epochs": 5.0, "label_smoothing": 0.1}
@@ -177,7 +178,7 @@ IMAGENET = ("imagenet", "imagenet-1k", "imagenet1k", "ilsvrc2012")
 
 
 def recipe_for(config: Config) -> str:
-    """The recipe where none is named, from the data's name; `UserError` where that does not tell the images' size."""
+    """Return the recipe to use if none is named, by the data set's name. Raise `UserError` if that is ambiguous."""
     kind, _, place = config.data.partition(":")
     if kind not in ("imagefolder", "hub"):
         return "digits" if config.data == "digits" else "fashion-mnist"
@@ -190,10 +191,10 @@ def recipe_for(config: Config) -> str:
 
 
 def resolve(config: Config) -> Config:
-    """``config`` with target, distribution and the method's other options made definite.
+    """Return ``config`` with defaults filled in for the target, the distribution and the method's other options.
 
-    What the recipe itself says of a target, or of options that the chosen method does not take, gives way to the
-    command line. Raises `UserError` for what makes no sense.
+    The command line takes precedence over the recipe: another target replaces the recipe's, and another method drops
+    the recipe's options that it does not take. Raises `UserError` for options that contradict each other.
     """
     if config.method not in METHODS:
         raise UserError(f"--method {config.method}: there is no such method; the methods are {', '.join(METHODS)}")
@@ -209,18 +210,18 @@ def resolve(config: Config) -> Config:
         raise UserError(f"--distribution {config.distribution} and --granularity global exclude each other")
     if config.gradient == "switched" and config.method != "str-exact":
         raise UserError(
-            f"--gradient switched: it is --method str-exact that switches; {config.method} takes the others"
+            f"--gradient switched: only --method str-exact takes it; {config.method} takes masked or straight_through"
         )
     if config.new_classifier and config.pretrained is None:
-        raise UserError("--new-classifier says what to leave of a trained network: name one with --pretrained FILE")
+        raise UserError("--new-classifier needs a trained network: name one with --pretrained FILE")
     if config.method == "keep-zeros" and config.pretrained is None:
-        raise UserError("--method keep-zeros starts from a pruned network: name it with --pretrained FILE")
+        raise UserError("--method keep-zeros needs a pruned network: name one with --pretrained FILE")
     _check_ranges(config)
     return config
 
 
 def _resolve_target(config: Config, recipe: Config) -> Config:
-    """``config`` with exactly one target, or with none where the method meets none."""
+    """Return ``config`` with exactly one target, or with none if the method takes none."""
     given = {name: value for name in TARGETS if (value := getattr(config, name)) is not None}
     asked = {name: value for name, value in given.items() if value != getattr(recipe, name)}
     options = [f"--{name.replace('_', '-')}" for name in asked]
@@ -228,7 +229,7 @@ def _resolve_target(config: Config, recipe: Config) -> Config:
         if asked:
             others = ", ".join(name for name, distributions in METHODS.items() if distributions)
             value = asked.popitem()[1]
-            raise UserError(f"{options[-1]} {value}: --method {config.method} meets no target; {others} do")
+            raise UserError(f"{options[-1]} {value}: --method {config.method} takes no target; {others} do")
         return replace(config, **dict.fromkeys(given))
     if len(asked) > 1:
         raise UserError(f"{' and '.join(options)} are given: choose one")
@@ -239,21 +240,21 @@ def _resolve_target(config: Config, recipe: Config) -> Config:
     if config.target_flops is not None and config.method != "str-exact":
         raise UserError(f"--target-flops {config.target_flops}: --method {config.method} takes --target-sparsity")
     if config.budget is not None and config.distribution is not None:
-        raise UserError(f"--distribution {config.distribution}: with --budget the file says how the zeros are spread")
+        raise UserError(f"--distribution {config.distribution}: --budget already names each layer's sparsity; drop one")
     if config.budget is not None and config.granularity == "global":
-        raise UserError("--granularity global: with --budget every layer needs a threshold of its own")
+        raise UserError("--granularity global: with --budget each layer needs its own threshold; use layer or filter")
     return config
 
 
 def _resolve_options(config: Config, recipe: Config) -> Config:
-    """``config`` with defaults for the options that its method takes, and without the others."""
+    """Return ``config`` with defaults for the options that its method takes, and without the others."""
     for name, defaults in TAKEN_BY.items():
         value = getattr(config, name)
         if config.method in defaults:
             value = defaults[config.method] if value is None else value
         elif value not in (None, getattr(recipe, name)):
             option, takers = name.replace("_", "-"), " and ".join(defaults)
-            raise UserError(f"--{option} {value}: --method {config.method} does not take it; {takers} would")
+            raise UserError(f"--{option} {value}: --method {config.method} does not take it; it is for {takers}")
         else:
             value = None
         config = replace(config, **{name: value})

@@ -1,4 +1,4 @@
-"""ResNet (He et al., 2016) with torchvision's state-dict names, the stride of a bottleneck on its 3x3 convolution."""
+"""ResNet (He et al., 2016) with torchvision's state-dict names. A bottleneck has its stride in the 3x3 convolution."""
 
 from collections.abc import Sequence
 
@@ -50,21 +50,21 @@ class Bottleneck(nn.Module):
 
 
 def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Module | None:
-    """A projection where the block changes its input's shape; None where the input itself fits."""
+    """Return a projection if the block changes the shape of its input, else None."""
     if stride == 1 and inputs == outputs:
         return None
     return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
 
 class ResNet(nn.Module):
-    """Images [B, in_channels, H, W] of any size -> scores [B, num_classes].
+    """A network from images [B, in_channels, H, W] of any size to scores [B, num_classes].
 
     Args:
         block: BasicBlock or Bottleneck.
-        blocks: how many in each stage; from stage to stage the width doubles and the size halves.
-        width: of the first stage.
-        small_images: a stem of one 3x3 convolution, as for CIFAR, in place of a 7x7 one and a pool, which quarter the
-            size.
+        blocks: the number of blocks in each stage; from stage to stage the width doubles and the image size halves.
+        width: the channels of the first stage.
+        small_images: begin with one 3x3 convolution, as for CIFAR, instead of a 7x7 convolution and a pooling layer
+            that divide the image size by 4.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class ResNet(nn.Module):
 
 
 def init_weights(model: nn.Module) -> None:
-    """Kaiming's normal distribution by fan-in for every weight, the classifier's too, as the paper's models have it."""
+    """Initialize all weights from Kaiming's normal distribution by fan-in, the classifier's too, as in the paper."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -114,25 +114,25 @@ def init_weights(model: nn.Module) -> None:
 
 
 def resnet18(num_classes: int = 1000, in_channels: int = 3) -> nn.Module:
-    """ResNet-18: 11,678,912 weights without those of norms and biases."""
+    """Build ResNet-18: 11,678,912 weights, without norms and biases."""
     return ResNet(BasicBlock, (2, 2, 2, 2), num_classes, in_channels)
 
 
 def resnet34(num_classes: int = 1000, in_channels: int = 3) -> nn.Module:
-    """ResNet-34: 21,779,648 weights without those of norms and biases."""
+    """Build ResNet-34: 21,779,648 weights, without norms and biases."""
     return ResNet(BasicBlock, (3, 4, 6, 3), num_classes, in_channels)
 
 
 def resnet50(num_classes: int = 1000, in_channels: int = 3) -> nn.Module:
-    """ResNet-50: 25,502,912 weights without those of norms and biases."""
+    """Build ResNet-50: 25,502,912 weights, without norms and biases."""
     return ResNet(Bottleneck, (3, 4, 6, 3), num_classes, in_channels)
 
 
 def resnet101(num_classes: int = 1000, in_channels: int = 3) -> nn.Module:
-    """ResNet-101: 44,442,816 weights without those of norms and biases."""
+    """Build ResNet-101: 44,442,816 weights, without norms and biases."""
     return ResNet(Bottleneck, (3, 4, 23, 3), num_classes, in_channels)
 
 
 def resnet20(num_classes: int = 10, in_channels: int = 3) -> nn.Module:
-    """ResNet-20 for 32x32 images, with projections where the width changes: 270,896 weights (10 classes)."""
+    """Build ResNet-20 for 32x32 images, with projections where the width changes: 270,896 weights (10 classes)."""
     return ResNet(BasicBlock, (3, 3, 3), num_classes, in_channels, width=16, small_images=True)

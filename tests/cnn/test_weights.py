@@ -168,7 +168,7 @@ def test_another_file_is_refused_and_nothing_in_it_is_run(
 def test_a_missing_file_and_a_folder_without_a_run(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match="none"):
         read_weights(tmp_path / "none")
-    with pytest.raises(ValueError, match="no run with weights"):
+    with pytest.raises(ValueError, match="not a run with weights"):
         read_weights(tmp_path)
 
 
