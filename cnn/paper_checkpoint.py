@@ -123,7 +123,7 @@ def _empty(arch: str, num_classes: int, thresholds: bool) -> nn.Module:
 def _original_state(model: nn.Module) -> dict[str, Tensor]:
     """Return a network's state dict with the original code's names and shapes."""
     state = {}
-    # Without keep_vars the weights of layers with thresholds would be tensors of a subclass that marks them.
+    # Without keep_vars the weights of layers with thresholds would have a leading dimension of 1.
     for key, variable in model.state_dict(keep_vars=True).items():
         tensor = variable.detach()
         layer, _, entry = key.rpartition(".")

@@ -92,7 +92,7 @@ def test_a_published_point_is_a_budget():
 
 @pytest.mark.parametrize("method", ["gmp", "dnw", "rigl"])
 def test_a_target_that_leaves_a_layer_nothing_is_refused(method: str):
-    message = r"it leaves 2 of 1,288 weights to 3 layers"
+    message = r"2 of 1,288 weights .* 3 layers"
     with pytest.raises(ValueError, match=message):
         prepare(configure(method, target_sparsity=0.9985), net(), IMAGE)
 
@@ -283,5 +283,5 @@ def test_a_budget_that_has_changed_is_noticed(method: str, tmp_path):
     file.write_text('{"0": 50, "3": 90, "7": 50}')
     state = begin(method, budget=str(file))[1].state_dict()
     file.write_text('{"0": 50, "3": 91, "7": 50}')
-    with pytest.raises(ValueError, match="another target by layers"):
+    with pytest.raises(ValueError, match="another target by layer"):
         begin(method, budget=str(file))[1].load_state_dict(state)

@@ -118,7 +118,7 @@ def test_a_budget_that_changes_on_the_way_is_refused(
     assert resume(tmp_path / "run") == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
-    assert "--budget" in error
+    assert "another target by layer" in error
     assert error.count("\n") == 1
 
 
