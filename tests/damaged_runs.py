@@ -71,8 +71,8 @@ GOES_ON = [
     (LAST, half, "trying the one before"),
     (LAST, zeros, "trying the one before"),
     (LAST, checkpoint(x=1), "trying the one before"),
-    (LAST, with_state(step=7), "it is of step 7"),
-    ("checkpoints", remove, "the run begins again"),
+    (LAST, with_state(step=7), "step 7"),
+    ("checkpoints", remove, "the run starts again"),
 ]
 STOPS = [
     ("config.json", remove, "there is no run"),
@@ -88,10 +88,10 @@ STOPS = [
     ("checkpoints", text(""), "checkpoints"),
     ("events", text(""), "events"),
     (LAST, with_state(model={}), "another network"),
-    (LAST, with_state(steps=4), "an epoch of it has 4 steps"),
-    (LAST, with_state(random=RANDOM), "is not of this run"),
-    (LAST, with_state(optimizer={}), "is not of this run"),
-    (LAST, with_state(controller={"x": 1}), "is not of this run"),
+    (LAST, with_state(steps=4), "4 steps"),
+    (LAST, with_state(random=RANDOM), "does not fit this run"),
+    (LAST, with_state(optimizer={}), "does not fit this run"),
+    (LAST, with_state(controller={"x": 1}), "does not fit this run"),
 ]
 
 

@@ -1,5 +1,5 @@
-"""Run plumbing shared by the training programs: command line, run folder, checkpoints, metrics, progress, report.
+"""The parts that the training programs share: command line, run folder, checkpoints, metrics, progress, report.
 
-Import from the files themselves (``from str_triton.training.checkpoints import Checkpoints``): each holds one idea, and
-all of them need the ``train`` extra (``pip install str-triton[train]``).
+Import from the modules (``from str_triton.training.checkpoints import Checkpoints``). All of them need the ``train``
+extra (``pip install str-triton[train]``).
 """

@@ -1,4 +1,4 @@
-"""Checkpoints: tensors and plain values, written whole or not at all, the last two kept."""
+"""Checkpoints of tensors and plain values. They are written atomically, and the last two are kept."""
 
 import io
 import os
@@ -26,20 +26,20 @@ class Checkpoints:
         self.directory = directory
 
     def steps(self) -> list[int]:
-        """The saved steps, in rising order."""
+        """Return the saved steps, in rising order."""
         if not self.directory.is_dir():
             return []
         matches = (_NAME.fullmatch(name) for name in os.listdir(self.directory))
         return sorted(int(match.group(1)) for match in matches if match)
 
     def path(self, step: int) -> Path:
-        """Where the checkpoint of ``step`` is or would be."""
+        """Return the path of the checkpoint of ``step``, which may not exist."""
         return self.directory / f"step-{step:09d}.pt"
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
-        """Write ``state`` (nested dicts, lists and tuples of tensors and plain values) and drop all but the last two.
+        """Write ``state`` (nested dicts, lists and tuples of tensors and plain values) and delete all but the last two.
 
-        Raises `UserError` when it cannot be written, as on a full disk; the checkpoints of before are then untouched.
+        Raises `UserError` if it cannot be written, for example on a full disk. Earlier checkpoints are then kept.
         """
         path = self.path(step)
         try:
@@ -55,15 +55,15 @@ class Checkpoints:
         return path
 
     def load(self, *, owner: bool = True, keys: Collection[str] = ("step",)) -> dict[str, Any] | None:
-        """Return the newest checkpoint that is whole, on the CPU; None when none was ever written.
+        """Return the newest undamaged checkpoint, on the CPU, or None if there is none at all.
 
-        A checkpoint is whole where its checksums are right and it holds ``keys`` and its own step. A damaged one is
-        named in a warning and the one before it is taken; where ``owner`` is true the damaged one is also set aside
-        under another name, so that it is not counted among the last two. Raises `UserError` when all are damaged, or
-        where the folder cannot be read.
+        A checkpoint is undamaged if its checksums are right and it holds ``keys`` and its own step. Damaged ones are
+        skipped with a warning. With ``owner`` they are also renamed, so that they do not count among the last two.
+
+        Raises `UserError` if all checkpoints are damaged, or if the folder cannot be read.
         """
         if self.directory.exists() and not self.directory.is_dir():
-            raise UserError(f"{self.directory} is no directory of checkpoints: remove it, and the run begins again")
+            raise UserError(f"{self.directory} is not a directory of checkpoints: remove it to start the run again")
         damaged: list[Path] = []
         for step in reversed(self.steps()):
             path = self.path(step)
@@ -71,7 +71,7 @@ class Checkpoints:
                 content = path.read_bytes()
             try:
                 state = _checked(_decode(content), step, keys)
-            except Exception as error:  # damaged bytes surface as almost any exception of zipfile, pickle or torch
+            except Exception as error:  # damaged bytes make zipfile, pickle and torch raise almost any type
                 warn(f"the checkpoint {path} is damaged ({one_line(error)[:100]}); trying the one before it")
                 damaged.append(path)
                 continue
@@ -79,11 +79,11 @@ class Checkpoints:
                 self._tidy(damaged)
             return state
         if damaged:
-            raise UserError(f"no checkpoint in {self.directory} is whole: start the run again in another --run-dir")
+            raise UserError(f"all checkpoints in {self.directory} are damaged: start again in another --run-dir")
         return None
 
     def _tidy(self, damaged: Sequence[Path]) -> None:
-        """Set damaged checkpoints aside, and remove what a kill has left of an unfinished write."""
+        """Rename damaged checkpoints, and remove the temporary files of writes that a kill has interrupted."""
         with as_user_error(OSError):
             for draft in self.directory.glob(".step-*"):
                 draft.unlink()
@@ -92,28 +92,28 @@ class Checkpoints:
 
     def _last_whole(self) -> str:
         steps = self.steps()
-        return f"the last whole one is {self.path(steps[-1])}" if steps else "there is none before it"
+        return f"the last complete one is {self.path(steps[-1])}" if steps else "there is none before it"
 
 
 def _decode(content: bytes) -> dict[str, Any]:
-    """Return what `torch.save` wrote; raise any exception where a byte of it has changed."""
-    damaged = zipfile.ZipFile(io.BytesIO(content)).testzip()  # torch.load does not look at the checksums
+    """Load the bytes of a file of `torch.save`. Raise an exception of any type if a byte has changed."""
+    damaged = zipfile.ZipFile(io.BytesIO(content)).testzip()  # torch.load does not check the checksums
     if damaged is not None:
         raise ValueError(f"{damaged} has a wrong checksum")
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
 def _checked(state: object, step: int, keys: Collection[str]) -> dict[str, Any]:
-    """Return ``state``; raise ValueError unless it is a checkpoint of ``step`` with all ``keys``."""
+    """Return ``state``. Raise ValueError unless it is a checkpoint of ``step`` with all ``keys``."""
     if not isinstance(state, dict) or not state.keys() >= set(keys):
-        raise ValueError("it is no checkpoint of this program")
+        raise ValueError("it is not a checkpoint of this program")
     if state["step"] != step:
-        raise ValueError(f"it is of step {state['step']!r}")
+        raise ValueError(f"it belongs to step {state['step']!r}")
     return state
 
 
 def random_state() -> dict[str, Any]:
-    """The states of Python's, NumPy's and torch's random generators as tensors and plain values."""
+    """Return the states of Python's, NumPy's and torch's random generators as tensors and plain values."""
     name, keys, position, has_gauss, gauss = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -124,7 +124,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put back what `random_state` returned; the states of GPUs only where there are as many as before."""
+    """Restore what `random_state` returned. The states of GPUs are restored only if their number is the same."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
@@ -133,9 +133,9 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 def set_random_state_of(process: int, states: Sequence[dict[str, Any]]) -> None:
-    """Put back the state of process number ``process``, whose place in ``states`` it is.
+    """Restore the random state of process number ``process`` from ``states``, one for each process.
 
-    Where there are fewer, it gets one of its own, which follows from the first of them and its number.
+    If there are fewer states than processes, the process gets a new state, derived from the first one and its number.
     """
     if process < len(states):
         set_random_state(states[process])

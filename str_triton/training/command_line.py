@@ -1,4 +1,4 @@
-"""`program [RECIPE] [options]`: a recipe is a function that returns a frozen dataclass; each field is an option."""
+"""The command line `program [RECIPE] [options]`. A recipe returns a frozen dataclass whose fields are the options."""
 
 import dataclasses
 import json
@@ -18,13 +18,13 @@ class CommandLine(Generic[ConfigT]):
     """The command line of one program.
 
     Attributes:
-        program: the command, as messages name it.
-        purpose: what it does, a line for --help.
+        program: the command, for messages.
+        purpose: a line about the program, for --help.
         recipes: the recipes by name.
-        recipe_for: the recipe's name where none is given, from what the options say with the first recipe's defaults.
-        may_change: fields that may differ from the run to go on with, besides those of every run.
-        resolve: the configuration with everything made definite; `UserError` where it makes no sense.
-        published: by recipe, what was published for it, lines of text for --describe.
+        recipe_for: returns the recipe's name if none is given, from the options with the first recipe's defaults.
+        may_change: fields that may change on resuming, besides those of every run.
+        resolve: fills in a configuration's defaults; raises `UserError` for options that contradict each other.
+        published: the published results by recipe, as text for --describe.
     """
 
     program: str
@@ -36,10 +36,10 @@ class CommandLine(Generic[ConfigT]):
     published: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def read(self, args: Sequence[str]) -> ConfigT:
-        """The configuration that ``args`` ask for; with --resume that of the run to go on with.
+        """Return the configuration for ``args``; with --resume, that of the run to resume.
 
-        Raises `UserError` for an unknown recipe, for values that make no sense and for what cannot be gone on with.
-        Prints and raises ``SystemExit`` as parsers do for --help and --describe and for options that do not parse.
+        Raises `UserError` for an unknown recipe, invalid values, and a run that cannot be resumed. For --help,
+        --describe and options that cannot be parsed, prints a text and raises ``SystemExit``.
         """
         config = self.resolve(self._read(args))
         if config.describe:
@@ -55,24 +55,24 @@ class CommandLine(Generic[ConfigT]):
         return config if word else self._parse(self.recipes[self.recipe_for(config)](), options)
 
     def _read_resumed(self, run_dir: str | None, word: str | None, options: Sequence[str]) -> ConfigT:
-        """The saved configuration with the options that may change. A changed one that alters the result is refused."""
+        """Return the saved configuration with changed options. Refuse changes of options that alter the result."""
         if run_dir is None:
-            raise UserError("--resume: name the directory of the run to go on with (--run-dir)")
+            raise UserError("--resume: name the directory of the run to resume with --run-dir")
         saved = saved_config(run_dir, type(next(iter(self.recipes.values()))()))
         if saved.recipe not in self.recipes:
-            raise UserError(f"--resume: the run in {run_dir} is of an unknown recipe, {saved.recipe!r}")
+            raise UserError(f"--resume: the run in {run_dir} has an unknown recipe, {saved.recipe!r}")
         wanted = dataclasses.replace(self._parse(saved, options), recipe=word or saved.recipe)
         for field in dataclasses.fields(saved):
             before, now = getattr(saved, field.name), getattr(wanted, field.name)
             if before != now and field.name not in RESUME_MAY_CHANGE | self.may_change:
                 raise UserError(
                     f"--resume: the run in {run_dir} has {field.name.replace('_', '-')} {before}, not {now}; "
-                    "an option that alters the result cannot change on the way"
+                    "an option that alters the result cannot change on resuming"
                 )
         return wanted
 
     def _describe(self, config: ConfigT) -> None:
-        """Print what a run of this configuration would be."""
+        """Print the configuration, and the published results of its recipe."""
         print(f"{config.recipe}: {self.recipes[config.recipe].__doc__}\n")
         values = {field.name.replace("_", "-"): getattr(config, field.name) for field in dataclasses.fields(config)}
         width = max(map(len, values))
@@ -83,7 +83,7 @@ class CommandLine(Generic[ConfigT]):
             print(f"\n{self.published[config.recipe]}")
 
     def _split(self, args: Sequence[str]) -> tuple[str | None, list[str]]:
-        """The recipe, a leading word without a dash, and the options."""
+        """Split ``args`` into the recipe, a leading word without a dash, and the options."""
         if not args or args[0].startswith("-"):
             return None, list(args)
         if args[0] not in self.recipes:
@@ -99,10 +99,10 @@ class CommandLine(Generic[ConfigT]):
 
 
 def saved_config(run_dir: str | Path, kind: type[ConfigT]) -> ConfigT:
-    """The configuration of the run in ``run_dir``; `UserError` when there is none, or none of this program."""
+    """Read the configuration of the run in ``run_dir``. Raise `UserError` if there is none of this program."""
     path = Path(run_dir) / CONFIG
     if not path.is_file():
-        raise UserError(f"--resume: there is no run in {run_dir} (no {CONFIG}); without --resume one is started there")
+        raise UserError(f"--resume: there is no run in {run_dir} (no {CONFIG}); start one there without --resume")
     try:
         return from_plain(kind, json.loads(path.read_text()))
     except (OSError, RecursionError, TypeError, ValueError) as error:

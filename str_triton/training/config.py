@@ -16,7 +16,7 @@ from str_triton.training.errors import UserError, one_line
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Where and how a run happens. Programs add what is trained; every field is an option of their command line."""
+    """The options of every run. Programs add their own; every field is an option of their command line."""
 
     recipe: tyro.conf.Suppress[str]
     seed: int = 0
@@ -24,40 +24,40 @@ class RunConfig:
     run_dir: str | None = None
     """Directory for everything that the run writes; a new one below runs/ by default."""
     resume: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Go on with the run in --run-dir, with the options that it was started with."""
+    """Resume the run in --run-dir with the options that it was started with."""
     describe: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Print the whole configuration, and what was published for the recipe; train nothing."""
+    """Print the whole configuration and the published results of the recipe, without training."""
     checkpoint_steps: int = 500
-    """Steps between checkpoints within an epoch; each epoch ends with one in any case."""
+    """Steps between checkpoints within an epoch; every epoch also ends with one."""
     workers: int = 0
-    """Processes that read examples; 0 reads in the training process. The results are the same."""
+    """Processes that read examples; with 0 the training process reads them. The results are the same."""
     threads: int = 0
     """CPU threads of the training process; 0 leaves the choice to PyTorch. The last bits of results depend on it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train; auto takes a GPU where there is one."""
+    """Device; auto takes a GPU if there is one."""
     amp: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(RunConfig):
-    """A run that trains in epochs."""
+    """The options of a run that trains in epochs."""
 
     epochs: int = 30
     """Passes over the training examples."""
     batch_size: int = 64
     """Examples in a step, of all processes together."""
     accumulate: int = 1
-    """Parts that each process computes its examples of a step in, one after the other, for less memory. Batch norm and
-    dropout take each part on its own; without them the results are the same but for rounding."""
+    """Gradient accumulation, for less memory: each process computes its examples of a step in so many parts, one after
+    the other. Batch norm and dropout see each part alone; without them results differ only by rounding."""
     lr: float = 0.1
-    """Peak learning rate: a linear rise, then half a cosine to zero."""
+    """Peak learning rate. The schedule is a linear warmup, then half a cosine to zero."""
     warmup_epochs: float = 2.0
-    """Length of the rise."""
+    """Epochs of linear warmup."""
     weight_decay: float = 0.0
     """Weight decay."""
     label_smoothing: float = 0.0
-    """Share of the target that is spread over all classes."""
+    """Label smoothing: the share of the target probability that is spread over all classes."""
 
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
@@ -66,20 +66,20 @@ RESUME_MAY_CHANGE = frozenset({"run_dir", "resume", "describe", "checkpoint_step
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
-    """Device, precision and processes. cuDNN is told to give equal bits for equal inputs.
+    """Make the Accelerator, which holds device, precision and processes, and make cuDNN deterministic.
 
-    Raises `UserError` when there is no GPU for what needs one, or when processes cannot reach each other.
+    Raises `UserError` if an option needs a GPU and there is none, or if the processes cannot reach each other.
     """
     gpu = torch.cuda.is_available()
     if config.device == "cuda" and not gpu:
         raise UserError("--device cuda: PyTorch finds no GPU here")
     cpu = config.device == "cpu" or not gpu
     if config.amp == "fp16" and cpu:
-        raise UserError("--amp fp16 needs a GPU; --amp bf16 works on the CPU too")
+        raise UserError("--amp fp16 needs a GPU; --amp bf16 also works on the CPU")
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.backends.cudnn.deterministic = True
-    # Accumulation is the loop's: what `accelerate config` may say of it would only scale the loss once more.
+    # The loop accumulates gradients itself. A setting of `accelerate config` would scale the loss a second time.
     whole_steps = GradientAccumulationPlugin(num_steps=1)
     try:
         return Accelerator(cpu=cpu, mixed_precision=config.amp, gradient_accumulation_plugin=whole_steps)
@@ -94,20 +94,20 @@ def make_accelerator(config: RunConfig) -> Accelerator:
 
 
 def from_plain(kind: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
-    """Make a configuration of the plain values of a file; ``ValueError`` that names one of a wrong name or type."""
+    """Make a configuration from the plain values of a file. Raise ``ValueError`` for a wrong name or type."""
     if not isinstance(values, dict):
-        raise ValueError("it is no object with an entry for each option")
+        raise ValueError("it is not an object with an entry for each option")
     types = get_type_hints(kind)
     for name, value in values.items():
         if name not in types:
-            raise ValueError(f"it has {name}, which is unknown: another version may have written it")
+            raise ValueError(f"it has the unknown option {name}: another version may have written it")
         if not _fits(value, types[name]):
             raise ValueError(f"{name} is {value!r}, and must be {_words(types[name])}")
     return kind(**values)
 
 
 def _fits(value: object, type_: Any) -> bool:
-    """Tell whether a plain value may stand for a field of the type: a class, a Literal or a union of them."""
+    """Return whether a plain value fits a field's type: a class, a Literal or a union of them."""
     if get_origin(type_) is Literal:
         return isinstance(value, str) and value in get_args(type_)
     if get_args(type_):
@@ -116,7 +116,7 @@ def _fits(value: object, type_: Any) -> bool:
 
 
 def _words(type_: Any) -> str:
-    """Return a field's type as people call it."""
+    """Return a field's type in words."""
     if get_origin(type_) is Literal:
         return " or ".join(map(repr, get_args(type_)))
     if get_args(type_):
@@ -125,13 +125,13 @@ def _words(type_: Any) -> str:
 
 
 def require(config: RunConfig, name: str, holds: bool, range_: str) -> None:
-    """Raise `UserError` that names the option and its value unless it ``holds`` that the field is in its range."""
+    """Raise `UserError`, which names the option and its value, unless ``holds`` is true."""
     if not holds:
         raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: it must be {range_}")
 
 
 def check_parts(config: TrainConfig, processes: int) -> None:
-    """Raise `UserError` unless the processes have equal shares of a batch, and --accumulate divides these too."""
+    """Raise `UserError` unless the batch size is divisible by the number of processes times --accumulate."""
     parts = processes * config.accumulate
     if config.batch_size % parts:
         raise UserError(
@@ -141,7 +141,7 @@ def check_parts(config: TrainConfig, processes: int) -> None:
 
 
 def check_ranges(config: TrainConfig) -> None:
-    """Raise `UserError` for a common option that is out of its range."""
+    """Raise `UserError` for an option of every program that is out of its range."""
     for name in ("epochs", "batch_size", "accumulate", "checkpoint_steps"):
         require(config, name, getattr(config, name) >= 1, "at least 1")
     for name in ("workers", "threads", "seed"):

@@ -1,4 +1,4 @@
-"""Under which versions, on which device and from which commit a run was made."""
+"""The environment of a run: versions, device, commit and command line."""
 
 import os
 import platform
@@ -14,7 +14,7 @@ PACKAGES = ("str-triton", "torch", "triton", "numpy", "accelerate", "datasets")
 
 
 def describe_environment(device: torch.device, num_processes: int = 1) -> dict[str, object]:
-    """Versions, device, commit and command line as plain values for environment.json."""
+    """Return versions, device, commit and command line as plain values for environment.json."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
@@ -40,7 +40,7 @@ def _version(name: str) -> str | None:
 
 
 def _processor() -> str:
-    """The processor's name as Linux tells it; the architecture elsewhere."""
+    """Return the processor's name on Linux, the architecture elsewhere."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -48,7 +48,7 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of this code, with "+" when files differ from it; None where it is not a git checkout."""
+    """Return the commit of this code, with "+" if files have changed since; None if it is not a git checkout."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)

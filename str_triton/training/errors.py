@@ -1,4 +1,4 @@
-"""What a person can put right is one line and exit code 2; everything else is a bug and keeps its traceback."""
+"""Errors of programs: a mistake that a user can fix is one line and exit code 2; a bug keeps its traceback."""
 
 import os
 import sys
@@ -11,11 +11,11 @@ BAD_INPUT = 2
 
 
 class UserError(Exception):
-    """Something a person can put right. The message is one line that names the offending value and what to do."""
+    """A mistake that a user can fix. The message is one line that names the wrong value and what to do."""
 
 
 class Interrupted(Exception):
-    """The run was asked to stop by a signal and has saved its state."""
+    """The end of a run that a signal has asked to stop, after its state was saved."""
 
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(message)
@@ -24,7 +24,7 @@ class Interrupted(Exception):
 
 @contextmanager
 def as_user_error(*kinds: type[Exception]) -> Iterator[None]:
-    """Turn the named exceptions of a block that handles outside input into a `UserError` with the same message."""
+    """Turn exceptions of these types that the block raises into `UserError` with the same message."""
     try:
         yield
     except kinds as error:
@@ -32,7 +32,7 @@ def as_user_error(*kinds: type[Exception]) -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """The message of ``error`` on one line; an ``OSError`` as its reason and its file."""
+    """Return the message of ``error`` on one line; for an ``OSError`` its file and its reason."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return " ".join(str(error).split()) or type(error).__name__
@@ -41,8 +41,8 @@ def one_line(error: BaseException) -> str:
 def run_program(program: Callable[[], None]) -> int:
     """Run ``program`` and return the exit code of the process.
 
-    0 for success, 2 for a `UserError` (one line on stderr), 128 plus the signal's number for a run that was asked to
-    stop. Any other exception passes through. Programs that several processes may run together take `job.run_job`.
+    The code is 0 for success, 2 for a `UserError` (one line on stderr), and 128 plus the signal's number for a run that
+    was asked to stop. Any other exception is not caught. Programs of several processes use `job.run_job`.
     """
     try:
         program()
@@ -61,16 +61,16 @@ def run_program(program: Callable[[], None]) -> int:
 
 
 def warn(message: str) -> None:
-    """Print a warning on standard error, from the first process of a job alone."""
+    """Print a warning on standard error, in the first process of a job only."""
     tell(f"warning: {message}")
 
 
 def tell(message: str) -> None:
-    """Print a line on standard error, from the first process of a job alone; names in it cannot act on a terminal."""
+    """Print a line on standard error, in the first process of a job only. Control characters are escaped."""
     if is_first_process():
         print(printable(message), file=sys.stderr)
 
 
 def is_first_process() -> bool:
-    """Whether this process is the only one of its job, or the one of them that speaks."""
+    """Return whether this process is the first or only one of its job, which is the one that prints."""
     return os.environ.get("RANK", "0") == "0"

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub, and local folders in its format, as the `datasets` library reads them."""
+"""Reading of data sets of the Hugging Face hub, and of local folders in its format, with the `datasets` library."""
 
 import contextlib
 import json
@@ -13,15 +13,19 @@ from str_triton.training.errors import is_first_process, warn
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
-PARQUET = "refs/convert/parquet"  # where the hub keeps its own conversion of a data set that is made by a script
+PARQUET = "refs/convert/parquet"  # the revision in which the hub keeps its conversion of a data set made by a script
 
 
 def read_splits(place: str, separator: str) -> "DatasetDict | dict[str, Dataset]":
-    """The splits of NAME or NAME + separator + CONFIGURATION, or of a local folder of parquet or arrow files or of
-    `save_to_disk`.
+    """Return the splits of a data set.
 
-    A data set that is made by a script is read in the hub's own conversion. Raises ValueError, in one line, also for
-    what the library reports.
+    Args:
+        place: NAME or NAME + separator + CONFIGURATION of the hub, or a local folder of parquet or arrow files or of
+            `save_to_disk`. Of a data set that is made by a script, the hub's own conversion is read.
+        separator: the character between NAME and CONFIGURATION.
+
+    Raises:
+        ValueError: one line, also for errors of the library.
     """
     try:
         import datasets
@@ -35,7 +39,7 @@ def read_splits(place: str, separator: str) -> "DatasetDict | dict[str, Dataset]
 
 @contextlib.contextmanager
 def _without_its_warnings() -> Iterator[None]:
-    """Keep the hub's library from telling of each attempt to reach it; the error that follows says it once."""
+    """Silence the hub library's warnings of each failed attempt to connect; an error follows after the last."""
     logger = logging.getLogger("huggingface_hub")
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -55,7 +59,7 @@ def _read(place: str, separator: str, datasets: ModuleType) -> "DatasetDict | di
             return {"train": _saved(folder, datasets)}
         if folder.is_dir():
             return datasets.load_dataset(place)
-    except Exception as error:  # the library, a damaged file: no common base class
+    except Exception as error:  # errors of the library and of damaged files have no common base class
         raise ValueError(f"hub:{place}: {_first_line(error)}") from error
     name, _, configuration = place.partition(separator)
     try:
@@ -69,17 +73,17 @@ def _read(place: str, separator: str, datasets: ModuleType) -> "DatasetDict | di
             configuration = known[-1]
             if len(known) > 1:
                 other = f"hub:{name}{separator}{known[0]}"
-                warn(f"hub:{place} has {', '.join(known)}: taking {configuration}; {other} takes another")
+                warn(f"hub:{place} has {', '.join(known)}: using {configuration}; to use another, name it: {other}")
         return datasets.load_dataset(name, configuration, revision=PARQUET)
     except Exception as error:
         raise ValueError(
-            f"hub:{place} is made by a script, which is not run, and its revision {PARQUET} cannot be read: "
+            f"hub:{place} is made by a script, which is never run, and its revision {PARQUET} cannot be read: "
             f"{_first_line(error)}"
         ) from error
 
 
 def _saved(folder: Path, datasets: ModuleType) -> "Dataset":
-    """Return a split that `save_to_disk` wrote. One without rows has no files, which `load_from_disk` cannot read."""
+    """Read a split that `save_to_disk` wrote. `load_from_disk` cannot read an empty one, which has no files."""
     if json.loads((folder / "state.json").read_text(encoding="utf-8")).get("_data_files"):
         return datasets.load_from_disk(str(folder))
     features = datasets.DatasetInfo.from_directory(str(folder)).features

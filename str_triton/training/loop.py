@@ -1,4 +1,4 @@
-"""The epoch loop that the training programs share: steps, logs, checkpoints, signals, and resuming bit for bit."""
+"""The epoch loop of the training programs: steps, logs, checkpoints, signals, and resuming with the same bits."""
 
 import dataclasses
 import sys
@@ -18,7 +18,7 @@ from torch.linalg import LinAlgError
 from str_triton.training.command_line import CommandLine
 from str_triton.training.config import TrainConfig, check_parts, make_accelerator
 from str_triton.training.errors import UserError, as_user_error
-from str_triton.training.job import first_process_speaks, run_job
+from str_triton.training.job import only_first_process_prints, run_job
 from str_triton.training.meter import Means, Meter, Throughput
 from str_triton.training.metrics import Record
 from str_triton.training.run import Run
@@ -28,23 +28,23 @@ LOG_STEPS = 50
 
 
 class Controller(Protocol):
-    """What drives thresholds to a target: a SparsityController or a RankController."""
+    """The interface of what moves a model to its target: SparsityController, RankController, methods with masks."""
 
     def step(self, progress: float) -> None:
-        """After each optimizer step, with the share of training that is done."""
+        """Update the model after an optimizer step. ``progress`` is the share of training that is done."""
 
     def exact(self) -> AbstractContextManager:
-        """Where the schedule's value holds exactly; training is not touched."""
+        """Return a context in which the schedule's value holds exactly. Training is not affected."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What to go on with."""
+        """Return the state for resuming."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with `state_dict()`."""
+        """Resume from `state_dict()`."""
 
 
 class StepOutput(NamedTuple):
-    """What a batch gives: its mean loss, scores [N, classes] and labels [N]."""
+    """The results of a batch: its mean loss, scores [N, classes] and labels [N]."""
 
     loss: Tensor
     outputs: Tensor
@@ -53,15 +53,18 @@ class StepOutput(NamedTuple):
 
 @dataclass(kw_only=True)
 class Loop(ABC):
-    """A model in training. Programs say what a batch is, what it gives, and what an epoch is measured by.
+    """The training of a model. Programs define the batches, the forward pass, and the measurements of an epoch.
 
     Attributes:
-        config, accelerator: the run's options; device, precision and processes.
+        config: the run's options.
+        accelerator: device, precision and processes.
         steps: optimizer steps in an epoch.
-        model, network: the model, and the same as several processes share it.
-        optimizer, controller: of the model; no controller where nothing is driven to a target.
-        max_norm: the gradient's norm is cut to this, where it is not None.
-        record: what the metrics hold of the last epoch; None in the first.
+        model: the model.
+        network: the model as wrapped for several processes and precisions.
+        optimizer: the model's optimizer.
+        controller: the object that moves the model to its target; None if there is no target.
+        max_norm: the gradient's norm is clipped to this; None: no clipping.
+        record: the metrics of the last epoch; None in the first epoch.
     """
 
     config: TrainConfig
@@ -77,17 +80,17 @@ class Loop(ABC):
     @classmethod
     @abstractmethod
     def prepare(cls, config: TrainConfig, accelerator: Accelerator) -> Self:
-        """Read the data and build model, controller and optimizer. Raises `UserError` for what they cannot take."""
+        """Read the data and build model, controller and optimizer. Raise `UserError` for options that do not fit."""
 
     @classmethod
     def main(cls, command_line: CommandLine, args: Sequence[str] | None = None) -> int:
-        """Train as ``args`` (default: those of the process) say, and return the program's exit code."""
+        """Train with the options ``args`` (default: the command line's) and return the program's exit code."""
         return run_job(partial(cls._main, command_line, sys.argv[1:] if args is None else list(args)))
 
     @classmethod
     def _main(cls, command_line: CommandLine, args: Sequence[str]) -> None:
-        # Nothing is written before all that can be wrong with the arguments has been looked at.
-        with first_process_speaks():
+        # All arguments are checked before anything is written.
+        with only_first_process_prints():
             config = command_line.read(args)
         accelerator = make_accelerator(config)
         check_parts(config, accelerator.num_processes)
@@ -101,36 +104,36 @@ class Loop(ABC):
 
     @abstractmethod
     def batches(self, epoch: int, start: int) -> Iterator[Any]:
-        """This process's part of an epoch's batches from number ``start`` on, on the device."""
+        """Yield this process's part of an epoch's batches, from number ``start`` on, on the device."""
 
     @abstractmethod
     def forward(self, batch: Any) -> StepOutput:
-        """What the network makes of a training batch, or of a part of one."""
+        """Run the network on a training batch, or on a part of one."""
 
     @abstractmethod
     def learning_rate(self, step: int) -> float:
-        """The learning rate of the step after ``step`` others."""
+        """Return the learning rate of step number ``step``, counted from 0."""
 
     @abstractmethod
     def measure(self, run: Run, epoch: int) -> Record:
-        """Evaluate after ``epoch`` epochs, write the budget, and return what else the metrics hold of the epoch.
+        """Evaluate after ``epoch`` epochs, write the budget, and return the measured values for the metrics.
 
-        Called at the schedule's exact value. Checks with ``run.require_finite`` what it has measured.
+        The loop calls it inside ``exact()``. The method checks its values with ``run.require_finite``.
         """
 
     @abstractmethod
     def status(self, epoch: int, means: Means) -> str:
-        """The progress bar's text, with the means of the epoch so far."""
+        """Return the progress bar's text, with the means of the epoch so far."""
 
     @abstractmethod
     def finish(self, run: Run) -> None:
-        """After the last epoch: write what is left of the run, and print the result."""
+        """Write the remaining files of the run after the last epoch, and print the result."""
 
     def begin_epoch(self, epoch: int) -> None:  # noqa: B027 (most programs have nothing to do then)
-        """Called before an epoch's first step, and when a run is resumed within the epoch."""
+        """Prepare an epoch. The loop calls this before its first step, and when a run is resumed within the epoch."""
 
     def train(self, run: Run) -> None:
-        """Train from wherever the run stands to the last epoch, with a checkpoint and a budget at every epoch's end."""
+        """Train from the run's last checkpoint to the last epoch. Write a checkpoint and a budget after each epoch."""
         total = self.config.epochs * self.steps
         meter, throughput = Meter(self.accelerator.device), Throughput()
         step = self.restore(run, meter)
@@ -160,13 +163,13 @@ class Loop(ABC):
                 run.leave(step)
 
     def train_step(self, batch: Any, step: int, meter: Meter) -> None:
-        """One step of the optimizer; ``meter`` counts what the batch gave."""
+        """Take one step of the optimizer, and add the batch's results to ``meter``."""
         rate = self.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         parts = split(batch, self.config.accumulate)
         for number, part in enumerate(parts, start=1):
-            last = number == len(parts)  # the processes' gradients meet in the last backward alone
+            last = number == len(parts)  # the processes reduce their gradients only in the last backward pass
             with nullcontext() if last else self.accelerator.no_sync(self.network):
                 output = self.forward(part)
                 self.accelerator.backward(output.loss / len(parts))
@@ -178,7 +181,7 @@ class Loop(ABC):
 
     @contextmanager
     def as_divergence(self, run: Run, step: int) -> Iterator[None]:
-        """Turn what a block raises because of weights that are NaN, infinite or close to it into a `UserError`."""
+        """Turn exceptions of the block into `UserError` if the cause is weights that are NaN, infinite or too large."""
         try:
             yield
         except (ArithmeticError, RuntimeError, ValueError) as error:
@@ -188,18 +191,18 @@ class Loop(ABC):
             raise
 
     def exact(self) -> AbstractContextManager:
-        """Where the schedule's value holds exactly: for evaluating and saving. Training is not touched."""
+        """Return a context, for evaluating and saving, in which the schedule's value holds exactly."""
         return nullcontext() if self.controller is None else self.controller.exact()
 
     def log_step(self, run: Run, step: int, meter: Meter) -> None:
-        """Loss and accuracy of the epoch so far."""
+        """Log loss and accuracy of the epoch so far."""
         means = meter.all_means(self.accelerator)
         run.require_finite(step, means.loss)
         rate = self.learning_rate(step - 1)
         run.log({"kind": "step", "step": step, "lr": rate, "loss": means.loss, "accuracy": means.accuracy})
 
     def maybe_checkpoint(self, run: Run, step: int, meter: Meter) -> None:
-        """Within an epoch: save where it is time to, and leave where the run was asked to."""
+        """Save a checkpoint within an epoch if one is due, and end the run if a signal has asked for it."""
         stopping = run.stopping(step)
         if stopping or step % self.config.checkpoint_steps == 0:
             run.require_finite(step, meter.all_means(self.accelerator).loss, self.model.state_dict().values())
@@ -209,48 +212,49 @@ class Loop(ABC):
             run.leave(step)
 
     def end_epoch(self, run: Run, step: int, meter: Meter, throughput: Throughput) -> None:
-        """Measure, and write metrics and checkpoint, all at the schedule's exact value."""
+        """Measure, and write metrics and a checkpoint, all at the schedule's exact value."""
         training, speed = meter.all_means(self.accelerator), throughput.per_second()
         run.require_finite(step, training.loss, self.model.state_dict().values())
         meter.reset()
         epoch = step // self.steps
         means = {"train_loss": training.loss, "train_accuracy": training.accuracy}
         means["examples_per_second"] = round(speed, 1)
-        self.share_buffers()
+        self.broadcast_buffers()
         with self.as_divergence(run, step), self.exact():
             measured = self.measure(run, epoch)
             self.record = run.log({"kind": "epoch", "step": step, "epoch": epoch, **means, **measured})
             self.save(run, step, meter)
 
-    def share_buffers(self) -> None:
-        """Give all processes the buffers of process 0: a batch norm's running statistics are those of its share.
+    def broadcast_buffers(self) -> None:
+        """Copy the buffers of process 0 to all processes. Batch norm's running statistics differ between them.
 
-        Each training step begins so too, which is why a checkpoint of process 0's is enough to go on in the same bits.
+        DistributedDataParallel does this before each step as well, so process 0's checkpoint is enough to resume with
+        the same bits.
         """
         broadcast(list(self.model.buffers()))
 
     def save(self, run: Run, step: int, meter: Meter) -> None:
-        """Write a checkpoint; to be called at the schedule's exact value, which is then what the file holds."""
+        """Write a checkpoint. Call it inside `exact()`: the file then holds the schedule's exact value."""
         own = {"meter": meter.reduced(self.accelerator), "steps": self.steps, "record": self.record}
         run.save(step, {**self.state(), **own})
 
     def restore(self, run: Run, meter: Meter) -> int:
-        """Put the state of the run's last checkpoint back and return its step; 0 at the beginning."""
+        """Load the state of the run's last checkpoint and return its step; 0 if there is none."""
         state = run.restore(self.config.epochs * self.steps)
         if state is None:
             return 0
         step = state["step"]
         with run.as_damaged_checkpoint(step):
             if state.get("steps", self.steps) != self.steps:
-                raise ValueError(f"an epoch of it has {state['steps']} steps, here {self.steps}: other data")
+                raise ValueError(f"an epoch has {state['steps']} steps in it, {self.steps} now: the data differ")
             self.load_state(state)
             self.record = state.get("record")
-            if self.accelerator.is_main_process:  # the sums of all processes
+            if self.accelerator.is_main_process:  # the checkpoint holds the sums of all processes
                 meter.totals.copy_(state["meter"])
         return step
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds of the training; tensors and plain values."""
+        """Return the state of training for a checkpoint, as tensors and plain values."""
         scaler = self.accelerator.scaler
         return {
             "model": self.model.state_dict(),
@@ -260,30 +264,30 @@ class Loop(ABC):
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Put back what `state` returned. Raises `UserError` where it was another network's."""
+        """Load what `state` returned. Raise `UserError` if it belongs to another network."""
         require_same_shapes(self.model.state_dict(), state["model"])
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.controller is not None:
-            with as_user_error(ValueError):  # another target, from a file that has changed since
+            with as_user_error(ValueError):  # the target differs if a file that names it has changed
                 self.controller.load_state_dict(state["controller"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
 
 def require_same_shapes(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
-    """Raise `UserError` that names the first tensor by which a checkpoint's state dict does not fit the network's."""
+    """Raise `UserError`, which names the first differing tensor, unless both state dicts have the same shapes."""
     for key in (*own, *saved):
         now, then = (list(state[key].shape) if key in state else "not there" for state in (own, saved))
         if now != then:
             raise UserError(
-                f"the checkpoint is of another network: the shape of {key} is {then} in it, here {now}; "
-                "go on with the data that the run began with"
+                f"the checkpoint belongs to another network: the shape of {key} is {then} in it, {now} here; "
+                "resume with the data that the run began with"
             )
 
 
 def split(batch: Any, number: int) -> list[Any]:
-    """``batch``, a tuple of tensors [examples, ...] (or None), in ``number`` equal parts."""
+    """Split ``batch``, a tuple of tensors [examples, ...] or None, into ``number`` equal parts."""
     if number == 1:
         return [batch]
     columns = [[None] * number if entry is None else entry.chunk(number) for entry in batch]

@@ -1,4 +1,4 @@
-"""What a run measures: one JSON object per line in metrics.jsonl, and the same numbers as TensorBoard events."""
+"""Metrics of a run: one JSON object per line in metrics.jsonl, and the same numbers as TensorBoard events."""
 
 import json
 import math
@@ -25,11 +25,12 @@ Record = dict[str, Any]
 class Metrics:
     """The metrics of one run folder.
 
-    A record is a dict with an integer "step" and a string "kind"; its other numbers become the TensorBoard scalars
-    kind/name, and those of a nested dict {layer: {name: value}} become name/layer. metrics.jsonl is the source: on
-    opening, it is cut back to ``step`` and the events are written again from what is left, so that nothing that a
-    resumed run repeats stands twice. Damaged lines are left out, with a warning. ``last``, the record of the last
-    epoch, is put in where its line was lost.
+    A record is a dict with an integer "step" and a string "kind". Its other numbers become the TensorBoard scalars
+    kind/name, and those of a nested dict {layer: {name: value}} become name/layer.
+
+    On opening, records after ``step`` are removed from metrics.jsonl, since a resumed run repeats them. Damaged lines
+    are removed with a warning. If the line of ``last``, the record of the last epoch, is lost, it is added again. The
+    TensorBoard events are then written again from metrics.jsonl.
     """
 
     def __init__(self, folder: Path, step: int = 0, last: Record | None = None) -> None:
@@ -37,10 +38,10 @@ class Metrics:
         found = _parsed(folder)
         damaged = [number for number, record in enumerate(found, start=1) if record is None]
         if damaged:
-            warn(f"{self.path}: {len(damaged)} of {len(found)} lines are damaged and left out, first line {damaged[0]}")
+            warn(f"{self.path}: {len(damaged)} of {len(found)} lines are damaged and removed, first line {damaged[0]}")
         kept = [record for record in found if record is not None and record["step"] <= step]
         if last is not None and not any(_same_place(record, last) for record in kept):
-            warn(f"{self.path}: the record of step {last['step']} is lost, and put in again; others may be lost too")
+            warn(f"{self.path}: the record of step {last['step']} was lost and is added again; others may be lost too")
             kept = sorted([*kept, last], key=lambda record: record["step"])
         write_atomically(self.path, "".join(_line(record) for record in kept))
         self._events = _Events(folder / "events")
@@ -49,17 +50,17 @@ class Metrics:
         self._file = open(self.path, "a")
 
     def append(self, record: Record) -> None:
-        """Add one record to both places. Raises ``OSError`` when it cannot be written."""
+        """Write a record to metrics.jsonl and to the events. Raise ``OSError`` if it cannot be written."""
         self._file.write(_line(record))
         self._file.flush()
         self._events.add(record)
 
     def sync(self) -> None:
-        """Force metrics.jsonl to the disk, so that a checkpoint written after it never knows more than it."""
+        """Flush metrics.jsonl to the disk, so that it holds all records before a later checkpoint."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Close both files. What a full disk did not take was reported by `append`."""
+        """Close both files. Errors of a full disk are ignored here: `append` has reported them."""
         with suppress(OSError):
             self._file.close()
         with suppress(OSError):
@@ -67,7 +68,7 @@ class Metrics:
 
 
 class _Events:
-    """A TensorBoard event file, written without the usual background thread: errors surface where they happen."""
+    """A TensorBoard event file, written without the usual background thread, so that errors are raised at once."""
 
     def __init__(self, directory: Path) -> None:
         shutil.rmtree(directory, ignore_errors=True)
@@ -88,19 +89,19 @@ class _Events:
 
 
 def read_metrics(folder: Path) -> list[Record]:
-    """Return the records of a run folder, without the lines that were damaged or that a kill has cut short."""
+    """Return the records of a run folder, without damaged or incomplete lines."""
     return [record for record in _parsed(folder) if record is not None]
 
 
 def _parsed(folder: Path) -> list[Record | None]:
-    """Return the record of each whole line of a run folder's metrics; None for a damaged one."""
+    """Return the record of each complete line of a run folder's metrics; None for a damaged line."""
     path = folder / FILE
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     return [_record(line) for line in lines if line.endswith(b"\n")]
 
 
 def _record(line: bytes) -> Record | None:
-    """Return the record in a line; None where it is none that `Metrics.append` has written."""
+    """Return the record in a line; None if it is not a record that `Metrics.append` could have written."""
     try:
         record = json.loads(line)
         if type(record["step"]) is not int or record["step"] < 0 or not isinstance(record["kind"], str):

@@ -1,4 +1,4 @@
-"""The parts of a report: one HTML file with its style, tables and pictures in it."""
+"""The parts of a report: a self-contained HTML file with its style, tables and pictures."""
 
 import html
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,7 +31,7 @@ table.plain td:first-child { width: 14rem; color: var(--faint); }
 
 
 def page(title: str, subtitle: str, facts: Mapping[str, str], sections: Sequence[str]) -> str:
-    """The whole file: a heading, figures with what they stand for (``facts``: name to figure), and the sections."""
+    """Return the whole file: a heading, key figures (``facts``, figures by name), and the sections."""
     cells = "".join(f"<div><b>{value}</b><span>{name}</span></div>" for name, value in facts.items())
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -43,19 +43,19 @@ def page(title: str, subtitle: str, facts: Mapping[str, str], sections: Sequence
 
 
 def section(heading: str, body: str, caption: str = "") -> str:
-    """A heading, and a picture or table that scrolls where the window is narrower."""
+    """Return a section: a heading, and a picture or table that scrolls if the window is narrower."""
     words = f"<p>{caption}</p>\n" if caption else ""
     return f'<section>\n<h2>{heading}</h2>\n{words}<div class="wide">{body}</div>\n</section>'
 
 
 def table(heads: Iterable[str], rows: Iterable[Iterable[str]], total: Iterable[str]) -> str:
-    """A table of texts, escaped, with a last line of totals."""
+    """Return a table of texts, which are escaped, with totals in the last line."""
     lines = [_line("th", heads), *(_line("td", cells) for cells in rows), _line("td", total, "total")]
     return f"<table>{''.join(lines)}</table>"
 
 
 def plain_table(values: Mapping[str, object]) -> str:
-    """Names and values as two columns."""
+    """Return a table with two columns, names and values."""
     rows = (_line("td", (key, _text(value))) for key, value in values.items())
     return f'<table class="plain">{"".join(rows)}</table>'
 

@@ -1,4 +1,4 @@
-"""The report's pictures, as SVG that takes the page's font and text colour, in light and dark."""
+"""The report's pictures, as SVG with the page's font and text colour, light or dark."""
 
 import io
 import re
@@ -15,7 +15,7 @@ from str_triton.files import percent
 from str_triton.training.metrics import Record
 
 BLUE, ORANGE, GREY = "#3f87cf", "#e07b39", "#9aa3ad"
-TEXT = "#010203"  # stands for the page's own text colour: no other part of a picture has this value
+TEXT = "#010203"  # a placeholder for the page's text colour, used nowhere else in a picture
 LEGEND_LAYERS = 14
 STYLE = {
     "svg.fonttype": "none",
@@ -42,7 +42,7 @@ STYLE = {
 
 
 def progress_picture(epochs: Sequence[Record]) -> str:
-    """Accuracy and sparsity after each epoch."""
+    """Draw accuracy and sparsity after each epoch."""
     with matplotlib.rc_context(STYLE):
         figure = Figure((9.0, 2.9), layout="constrained")
         accuracy, sparsity = figure.subplots(1, 2)
@@ -62,7 +62,7 @@ def progress_picture(epochs: Sequence[Record]) -> str:
 
 
 def sparsity_picture(budget: Budget) -> str:
-    """Draw the sparsity of each covered layer, and that of the network as a line."""
+    """Draw the sparsity of each covered layer, and the network's sparsity as a line."""
     rows = budget.covered_rows
     with matplotlib.rc_context(STYLE):
         figure, axes = _layers(rows)
@@ -75,7 +75,7 @@ def sparsity_picture(budget: Budget) -> str:
 
 
 def threshold_picture(epochs: Sequence[Record], budget: Budget) -> str | None:
-    """Each layer's threshold after each epoch; None where no layer has one."""
+    """Draw each layer's threshold after each epoch. Return None if no layer has one."""
     names = [row.name for row in budget.rows if row.threshold is not None]
     if not names:
         return None
@@ -101,7 +101,7 @@ def threshold_picture(epochs: Sequence[Record], budget: Budget) -> str | None:
 
 
 def flops_picture(budget: Budget) -> str:
-    """Draw the multiply-adds of each layer, dense and with its zeros left out."""
+    """Draw the multiply-adds of each layer, dense and sparse."""
     rows = [row for row in budget.rows if row.dense_flops]
     with matplotlib.rc_context(STYLE):
         figure, axes = _layers(rows)
@@ -119,17 +119,17 @@ def flops_picture(budget: Budget) -> str:
 
 
 def size_picture(budget: Budget) -> str:
-    """Bytes of the weights: dense in float32, and sparse as the nonzeros in float32 with one bit a weight for place."""
-    dense, values, places = 4 * budget.params, 4 * budget.nonzeros, budget.params / 8
+    """Draw the bytes of the weights: dense in float32, and sparse, with nonzeros in float32 and a bitmap."""
+    dense, values, bitmap = 4 * budget.params, 4 * budget.nonzeros, budget.params / 8
     with matplotlib.rc_context(STYLE):
         figure = Figure((9.0, 1.7), layout="constrained")
         axes = figure.subplots()
         axes.barh(["sparse", "dense"], [values, dense], color=[BLUE, GREY], height=0.6)
-        axes.barh(["sparse"], [places], left=[values], color=ORANGE, height=0.6)
-        for index, size in enumerate((values + places, dense)):
+        axes.barh(["sparse"], [bitmap], left=[values], color=ORANGE, height=0.6)
+        for index, size in enumerate((values + bitmap, dense)):
             axes.annotate(size_text(size), (size, index), (4, 0), **_BESIDE)
         axes.set(
-            xlim=(0, 1.12 * dense), xlabel="bytes of the weights; blue: nonzeros (float32), orange: a bit per weight"
+            xlim=(0, 1.12 * dense), xlabel="bytes of the weights; blue: nonzeros (float32), orange: one bit per weight"
         )
         axes.xaxis.set_major_formatter(EngFormatter(unit="B"))
         axes.grid(axis="y", visible=False)
@@ -137,7 +137,7 @@ def size_picture(budget: Budget) -> str:
 
 
 def size_text(size: float) -> str:
-    """A number of bytes as people read it: 305 kB, 12.4 MB."""
+    """Return a number of bytes with its unit: 305 kB, 12.4 MB."""
     units = iter(("B", "kB", "MB", "GB", "TB"))
     unit = next(units)
     while size >= 999.5:
@@ -149,7 +149,7 @@ _BESIDE = {"textcoords": "offset points", "va": "center", "ha": "left", "fontsiz
 
 
 def _layers(rows: Sequence[LayerBudget]) -> tuple[Figure, Axes]:
-    """Axes with a line per layer, the first on top."""
+    """Return a figure and axes with one line per layer, the first on top."""
     figure = Figure((9.0, 0.9 + 0.24 * len(rows)), layout="constrained")
     axes = figure.subplots()
     axes.set_yticks(range(len(rows)), [row.name or "(model)" for row in rows])
@@ -160,7 +160,7 @@ def _layers(rows: Sequence[LayerBudget]) -> tuple[Figure, Axes]:
 
 
 def svg(figure: Figure) -> str:
-    """The figure as an <svg> element without a background, which scales with the page."""
+    """Return the figure as an <svg> element without a background that scales with the page."""
     text = io.StringIO()
     figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     svg = text.getvalue()[text.getvalue().index("<svg") :].replace(TEXT, "currentColor")

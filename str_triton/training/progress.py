@@ -1,4 +1,4 @@
-"""One line that lives while training runs: how far, how good, how long still."""
+"""A progress line for training: position, loss and accuracy, time left."""
 
 import sys
 import time
@@ -7,13 +7,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 DRAW_SECONDS = 0.25
-PLAIN_SECONDS, PLAIN_SHARE = 5.0, 0.05  # a line no sooner than this, and no sooner than this share of the time so far
+PLAIN_SECONDS, PLAIN_SHARE = 5.0, 0.05  # the least time between plain lines, and the least share of the time so far
 
 
 class ProgressBar:
-    """A bar on a terminal; an occasional plain line where output goes to a file or a pipe.
+    """A progress bar on a terminal; an occasional plain line if output goes to a file or a pipe.
 
-    `due` tells whether it is time to draw, so that the loop fetches numbers from the device only then.
+    The loop fetches numbers from the device only when `due` is true.
     """
 
     def __init__(self, total: int, start: int = 0, *, console: Console | None = None) -> None:
@@ -30,7 +30,7 @@ class ProgressBar:
 
     @property
     def due(self) -> bool:
-        """Whether the last drawing is long enough ago."""
+        """True if it is time to draw again."""
         now = time.monotonic()
         plain = max(PLAIN_SECONDS, PLAIN_SHARE * (now - self._began))
         return now - self._drawn >= (DRAW_SECONDS if self.console.is_terminal else plain)
@@ -45,7 +45,7 @@ class ProgressBar:
             self.console.print(f"{text}  {100 * step / self.total:.0f} %  {left}")
 
     def close(self) -> None:
-        """Leave the terminal as it was."""
+        """Stop the bar and restore the terminal."""
         if self._bar is not None:
             self._bar.stop()
 

@@ -1,4 +1,4 @@
-"""The report's pictures of a network that has learned its rank; in the manner of `pictures`."""
+"""The report's pictures of a low-rank network, in the style of `pictures`."""
 
 import math
 from collections.abc import Sequence
@@ -14,9 +14,11 @@ from str_triton.training.pictures import BLUE, GREY, LEGEND_LAYERS, ORANGE, STYL
 
 
 def rank_progress_picture(epochs: Sequence[Record], name: str, label: str) -> str:
-    """Accuracy or bits per character, and the compact network's parameters, after each epoch.
+    """Draw accuracy or bits per character, and the compact network's parameters, after each epoch.
 
-    ``name``: "accuracy" or "bits_per_character"; ``label``: what the evaluation's line is called.
+    Args:
+        name: "accuracy" or "bits_per_character".
+        label: the label of the evaluation's line.
     """
     numbers = [record["epoch"] for record in epochs]
     if name == "accuracy":
@@ -43,7 +45,7 @@ def rank_progress_picture(epochs: Sequence[Record], name: str, label: str) -> st
 
 
 def rank_picture(epochs: Sequence[Record], names: Sequence[str]) -> str:
-    """The rank of each matrix after each epoch in which it was in factors."""
+    """Draw the rank of each matrix after each epoch in which it was factorized."""
     with matplotlib.rc_context(STYLE):
         figure = Figure((9.0, 3.4), layout="constrained")
         axes = figure.subplots()
@@ -62,7 +64,7 @@ def rank_picture(epochs: Sequence[Record], names: Sequence[str]) -> str:
 
 
 def spectrum_picture(epochs: Sequence[Record], budget: RankBudget) -> str:
-    """The singular values of each matrix after each epoch in which it was in factors, and its threshold."""
+    """Draw the singular values and the threshold of each matrix after each epoch in which it was factorized."""
     lines = -(-len(budget.rows) // 2)
     with matplotlib.rc_context(STYLE):
         figure = Figure((9.0, 2.5 * lines), layout="constrained")
@@ -72,7 +74,7 @@ def spectrum_picture(epochs: Sequence[Record], budget: RankBudget) -> str:
             numbers = [record["epoch"] for record in own]
             layers = [record["layers"][row.name] for record in own]
             marker = "o" if len(own) < 3 else None
-            # A spectrum of many values is logged thinned: the share of its lines that were kept is the rank's.
+            # Only some values of a long spectrum are logged. The share of kept ones among them is rank / max_rank.
             size = min(len(layer["spectrum"]) for layer in layers)
             kept = math.ceil(size * row.rank / row.max_rank)
             for index in reversed(range(size)):

@@ -1,4 +1,4 @@
-"""What report.html shows of a network that has learned its rank."""
+"""The parts of report.html for a low-rank network."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,19 +11,19 @@ from str_triton.training.pictures import size_text
 from str_triton.training.rank_pictures import rank_picture, rank_progress_picture, spectrum_picture
 
 SPECTRA = (
-    "Each line is a component: its singular value after every epoch. Blue: kept at the end; grey: cut. "
-    "Dashed: the threshold below which components are cut."
+    "Each line is the singular value of a component after every epoch. Blue: kept at the end; grey: removed. "
+    "Dashed: the threshold below which components are removed."
 )
 
 
 def low_rank_title(summary: Mapping[str, Any]) -> str:
-    """The recipe, how good the network is, and how small."""
+    """Return the page's title, with the recipe, the network's accuracy and its size."""
     share = 100 * summary["params"] / summary["dense_params"]
     return f"{summary['recipe']}: {_figure(summary)} with {share:.1f} % of the dense parameters"
 
 
 def low_rank_facts(summary: Mapping[str, Any]) -> dict[str, str]:
-    """The figures on top of the page."""
+    """Return the key figures on top of the page."""
     name = "test accuracy" if "accuracy" in summary else "test bits per character"
     figure = _figure(summary).removesuffix(" accuracy").removesuffix(" bits per character")
     dense = summary["dense_params"]
@@ -39,11 +39,11 @@ def low_rank_facts(summary: Mapping[str, Any]) -> dict[str, str]:
 
 
 def low_rank_sections(folder: Path, summary: Mapping[str, Any], epochs: Sequence[Record]) -> list[str]:
-    """Pictures and the table of matrices; those of ranks only where there are matrices in factors."""
+    """Return the sections with pictures and the table of matrices. Those of ranks need factorized matrices."""
     budget = RankBudget.from_json(folder / "budget.json")
     name = "accuracy" if "accuracy" in summary else "bits_per_character"
     validated = summary[f"validation_{name}"] is not None
-    label = "validation" if validated else "validation data, trained on too"
+    label = "validation" if validated else "validation data, also trained on"
     sections = [section("Progress", rank_progress_picture(epochs, name, label))]
     if budget.rows:
         sections += [

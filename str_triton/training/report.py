@@ -1,4 +1,4 @@
-"""report.html: one file that shows what a run did, made from the files of its folder."""
+"""report.html, a page about a finished run, made from the files of its folder."""
 
 import json
 from collections.abc import Mapping
@@ -21,10 +21,10 @@ from str_triton.training.rank_report import low_rank_facts, low_rank_sections, l
 
 
 def report(folder: Path) -> str:
-    """The page of a finished run, with everything in it: pictures, tables, style.
+    """Return the page of a finished run as one file, with pictures, tables and style.
 
-    Reads summary.json, config.json, environment.json, metrics.jsonl and budget.json of ``folder``, and data.json where
-    there is one. A run whose summary has ranks is shown as one of low rank, any other as a sparse one.
+    Reads summary.json, config.json, environment.json, metrics.jsonl and budget.json of ``folder``, and data.json if it
+    exists. A run whose summary has ranks is shown as a low-rank network, any other run as a sparse one.
     """
     summary, config, environment = (
         json.loads((folder / f"{name}.json").read_text()) for name in ("summary", "config", "environment")
@@ -47,7 +47,7 @@ def report(folder: Path) -> str:
 
 
 def _epochs(folder: Path) -> list[Record]:
-    """Return the records of the epochs, without those that lack what the last one has: a file may have been edited."""
+    """Return the records of the epochs. Leave out those with other keys than the last one: a file may be edited."""
     epochs = [record for record in read_metrics(folder) if record["kind"] == "epoch"]
     return [record for record in epochs if record.keys() == epochs[-1].keys()]
 
@@ -71,7 +71,7 @@ def _facts(summary: Mapping[str, Any], budget: Budget) -> dict[str, str]:
 
 def _sections(epochs: list[Record], budget: Budget) -> list[str]:
     thresholds = threshold_picture(epochs, budget)
-    flops = "Grey: dense. Blue: with the zeros left out, and as a share."
+    flops = "Grey: dense. Blue: without the zeros; the number is the share of dense."
     return [
         section("Accuracy and sparsity over time", progress_picture(epochs)),
         section("Sparsity by layer", sparsity_picture(budget)),

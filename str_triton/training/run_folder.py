@@ -1,4 +1,4 @@
-"""The directory of one run: made in one step, and owned by one process at a time."""
+"""The directory of a run: created atomically, and locked by one process at a time."""
 
 import errno
 import fcntl
@@ -18,9 +18,9 @@ CONFIG = "config.json"
 
 
 class RunFolder:
-    """A run's directory with its lock held. Use `create` for a new run and `reopen` for one to go on with.
+    """A run's directory, locked. Use `create` for a new run and `reopen` to resume one.
 
-    The lock is a POSIX record lock: the kernel drops it when the process ends in whatever way, and worker processes,
+    The lock is a POSIX record lock. The kernel releases it when the process ends, however it ends. Worker processes,
     which may outlive a killed parent for some seconds, do not inherit it.
     """
 
@@ -30,9 +30,9 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: str | Path, files: Mapping[str, str]) -> "RunFolder":
-        """Make ``path`` with the named text files in it, all at once.
+        """Create ``path`` with these text files in it, atomically.
 
-        Raises `UserError` when ``path`` holds something already, is in use, or cannot be made; nothing is left then.
+        Raises `UserError` if ``path`` is not empty, is in use, or cannot be made. Nothing is left behind then.
         """
         path = Path(path)
         _refuse_occupied(path)
@@ -49,16 +49,16 @@ class RunFolder:
             if lock is not None:
                 lock.close()
             shutil.rmtree(draft, ignore_errors=True)
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # another run was faster
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # another run has created it meanwhile
                 _refuse_occupied(path)
             raise UserError(f"the run directory {path} cannot be made: {error.strerror or error}") from error
         return cls(path, lock)
 
     @classmethod
     def reopen(cls, path: str | Path) -> "RunFolder":
-        """Take over the directory of a run that has ended or was killed.
+        """Open and lock the directory of a run that has ended or was killed.
 
-        Raises `UserError` when another process is at work in it, or it cannot be written.
+        Raises `UserError` if another process holds the lock, or if the directory cannot be written.
         """
         path = Path(path)
         try:
@@ -68,7 +68,7 @@ class RunFolder:
 
     @staticmethod
     def check(path: str | Path, *, resume: bool) -> None:
-        """Raise `UserError` where `create` (or with ``resume`` `reopen`) would: before data are read for nothing."""
+        """Raise `UserError` if `create` (with ``resume``, `reopen`) would, so that no data are read in vain."""
         path = Path(path)
         if resume:
             RunFolder.reopen(path).close()
@@ -85,11 +85,11 @@ class RunFolder:
         write_atomically(self.path / name, content)
 
     def read(self, name: str) -> str:
-        """The text of one file of the folder."""
+        """Return the text of one file of the folder."""
         return (self.path / name).read_text()
 
     def close(self) -> None:
-        """Give the lock back; the folder stays."""
+        """Release the lock. The folder is kept."""
         self._lock.close()
 
     def __enter__(self) -> "RunFolder":
@@ -102,7 +102,7 @@ class RunFolder:
 
 
 def default_run_dir(recipe: str) -> Path:
-    """A directory below runs/ that does not exist yet, named by recipe and time."""
+    """Return a path below runs/ that does not exist yet, named by recipe and time."""
     first = Path("runs") / f"{recipe}-{datetime.now():%Y%m%d-%H%M%S}"
     path, number = first, 2
     while path.exists():
@@ -123,13 +123,13 @@ def _refuse_occupied(path: Path) -> None:
     except OSError as error:
         raise UserError(f"the run directory {path} cannot be used: {one_line(error)}") from error
     if occupied and (path / CONFIG).exists():
-        raise UserError(f"{path} holds a run already: go on with it (--resume) or name another --run-dir")
+        raise UserError(f"{path} already holds a run: resume it with --resume, or name another --run-dir")
     if occupied:
         raise UserError(f"the run directory {path} is not empty: name another --run-dir")
 
 
 def _lock(directory: Path) -> IO[str]:
-    """The directory's lock, held; `UserError` when another process holds it."""
+    """Lock the directory and return the lock's file. Raise `UserError` if another process holds the lock."""
     file = open(directory / LOCK, "a+", errors="replace")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

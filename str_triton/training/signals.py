@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a request that the training loop looks at between steps."""
+"""SIGINT and SIGTERM as a request to stop, which the training loop checks between steps."""
 
 import signal
 import time
@@ -8,10 +8,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """While the block runs, the first SIGINT or SIGTERM is noted in `signum`; a second one acts at once.
+    """A context manager that stores the first SIGINT or SIGTERM in `signum`. A second one has its usual effect.
 
-    ``patience``: seconds after the first in which more of them are the same request. A launcher passes on what it gets
-    itself, so that a signal to a whole job comes twice to its processes.
+    Signals that follow within ``patience`` seconds count as the first one. A launcher passes on the signals that it
+    gets, so a signal to a whole job reaches its processes twice.
     """
 
     def __init__(self, patience: float = 0.0) -> None:

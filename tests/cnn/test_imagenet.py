@@ -46,7 +46,9 @@ def test_two_steps_of_the_papers_recipe(
     with monkeypatch.context() as patch:
         after_calls(patch, train.Experiment, "forward", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert run(name, *options, "--run-dir", str(folder)) == 143
-    assert "stopped after step 1, which is saved; go on with: python cnn/train.py --resume" in capsys.readouterr().err
+    assert (
+        "stopped after step 1, which is saved; continue with: python cnn/train.py --resume" in capsys.readouterr().err
+    )
     first = last_checkpoint(folder)
     assert resume(folder) == 0
     second = last_checkpoint(folder)

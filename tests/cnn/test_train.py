@@ -237,7 +237,7 @@ def test_a_run_dir_below_a_file_is_refused(tmp_path: Path, capsys: pytest.Captur
 def test_a_run_dir_with_a_run_is_refused(whole_run: Path, capsys: pytest.CaptureFixture):
     before = (whole_run / "summary.json").stat().st_mtime_ns
     assert begin(whole_run) == 2
-    assert "holds a run already" in capsys.readouterr().err
+    assert "already holds a run" in capsys.readouterr().err
     assert (whole_run / "summary.json").stat().st_mtime_ns == before
 
 

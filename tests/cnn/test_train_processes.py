@@ -163,24 +163,24 @@ def break_data() -> None:
 
 
 def have_a_bug() -> None:
-    job.BEAT = 0.5
+    job.HEARTBEAT = 0.5
     on_step(3, lambda: raise_(ZeroDivisionError("a bug")), 1)
 
 
 def die() -> None:
-    job.BEAT = 0.5
+    job.HEARTBEAT = 0.5
     on_step(3, lambda: os.kill(os.getpid(), signal.SIGKILL), 1)
 
 
 def die_first() -> None:
-    job.BEAT = 0.5
+    job.HEARTBEAT = 0.5
     on_step(3, lambda: os.kill(os.getpid(), signal.SIGKILL), 0)
 
 
 def die_while_the_other_hangs() -> None:
     on_step(3, lambda: time.sleep(1000), 0)
     die()
-    job.BEAT = 0.1
+    job.HEARTBEAT = 0.1
 
 
 def take_the_network_away() -> None:
@@ -189,12 +189,12 @@ def take_the_network_away() -> None:
 
 def stop_twice() -> None:
     """SIGTERM to all processes, which the launcher passes on."""
-    run.MEETING_SECONDS = 0.0
+    run.AGREE_SECONDS = 0.0
     on_step(3, lambda: [os.kill(os.getpid(), signal.SIGTERM) for _ in range(2)], 0, 1)
 
 
 def stop_one() -> None:
-    run.MEETING_SECONDS = 0.0
+    run.AGREE_SECONDS = 0.0
     on_step(7, lambda: os.kill(os.getpid(), signal.SIGINT), 1)
 
 
@@ -254,7 +254,7 @@ def test_a_stopped_job_goes_on_in_the_same_bits(
     folder = tmp_path / "run"
     ended = train_together(folder, disturb=how)
     assert ended.codes == [code, code]
-    assert "".join(ended.err).startswith(f"stopped after step {step}, which is saved; go on with: ")
+    assert "".join(ended.err).startswith(f"stopped after step {step}, which is saved; continue with: ")
     assert "".join(ended.err).count("\n") == 1
     assert run_job(tmp_path, train_here, folder, ["--resume"]).codes == [0, 0]
     assert_same_result(folder, whole_job[0])
@@ -285,7 +285,7 @@ def test_torchrun_stops_cleanly_and_accelerate_launch_goes_on(tmp_path: Path):
             time.sleep(0.02)
         launcher.send_signal(signal.SIGTERM)
         _, error = launcher.communicate(timeout=120)
-    assert error.count("which is saved; go on with") == 1
+    assert error.count("which is saved; continue with") == 1
     step = last_checkpoint(folder)["step"]
     assert f"stopped after step {step}," in error
     words = "--cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port"

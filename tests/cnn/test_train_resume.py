@@ -51,7 +51,7 @@ def test_a_signal_saves_the_step_and_says_how_to_go_on(
         after_calls(patch, train, "learning_rate", step, lambda: os.kill(os.getpid(), number))
         assert begin(folder) == code
     assert capsys.readouterr().err == (
-        f"stopped after step {step}, which is saved; go on with: python cnn/train.py --resume --run-dir {folder}\n"
+        f"stopped after step {step}, which is saved; continue with: python cnn/train.py --resume --run-dir {folder}\n"
     )
     assert last_checkpoint(folder)["step"] == step
     assert resume(folder) == 0
@@ -99,7 +99,7 @@ def test_a_full_disk_is_one_message_and_the_run_goes_on_later(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     error = capsys.readouterr().err
-    assert "cannot be written: File too large; the last whole one is" in error
+    assert "cannot be written: File too large; the last complete one is" in error
     assert error.count("\n") == 1
     assert last_checkpoint(folder)["step"] == 5
     assert resume(folder) == 0
@@ -121,7 +121,7 @@ def test_a_run_in_use_is_refused(whole_run: Path, capsys: pytest.CaptureFixture)
 @pytest.mark.parametrize("change", [["--seed", "1"], ["fashion-mnist"], ["--epochs", "3"], ["--method", "dense"]])
 def test_resume_with_other_options_is_refused(whole_run: Path, change: list[str], capsys: pytest.CaptureFixture):
     assert resume(whole_run, *change) == 2
-    assert "an option that alters the result cannot change on the way" in capsys.readouterr().err
+    assert "an option that alters the result cannot change" in capsys.readouterr().err
 
 
 def test_resume_of_a_finished_run_writes_the_end_again(whole_run: Path, quick: None):
@@ -143,7 +143,7 @@ def test_data_with_other_classes_than_before_are_refused(
     assert resume(folder) == 2
     error = capsys.readouterr().err
     assert error.startswith(
-        "error: the checkpoint is of another network: the shape of head.weight is [1, 10, 64] in it"
+        "error: the checkpoint belongs to another network: the shape of head.weight is [1, 10, 64] in it"
     )
     assert error.count("\n") == 1
 

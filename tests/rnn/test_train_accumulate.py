@@ -24,7 +24,7 @@ def options_of(kind: str, folder: Path) -> list[str]:
 
 def train_stopped(args: list[str]) -> int:
     """Train in one of several processes, with a signal in the third step."""
-    run.MEETING_SECONDS = 0.0
+    run.AGREE_SECONDS = 0.0
     with pytest.MonkeyPatch.context() as patch:
         after_calls(patch, train, "learning_rate", 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
         return train.main(args)

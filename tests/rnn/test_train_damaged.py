@@ -79,7 +79,7 @@ def test_a_directory_that_is_in_use_is_named_before_data_are_read(
     whole_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     monkeypatch.setattr(train, "load", lambda *args, **options: pytest.fail("the data were read"))
-    assert_stops(begin(whole_run), "holds a run already", capsys.readouterr().err)
+    assert_stops(begin(whole_run), "already holds a run", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("method", ["str-exact", "svd-finetune"])

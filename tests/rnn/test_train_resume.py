@@ -55,7 +55,7 @@ def test_a_signal_saves_the_step_and_says_how_to_go_on(
         stop_at(patch, step, number)
         assert begin(folder, *RANK) == code
     assert capsys.readouterr().err == (
-        f"stopped after step {step}, which is saved; go on with: python rnn/train.py --resume --run-dir {folder}\n"
+        f"stopped after step {step}, which is saved; continue with: python rnn/train.py --resume --run-dir {folder}\n"
     )
     assert last_checkpoint(folder)["step"] == step
     assert resume(folder) == 0

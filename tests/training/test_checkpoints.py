@@ -54,13 +54,13 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
 def test_damaged_checkpoints_alone_are_an_error(checkpoints: Checkpoints):
     for step in (1, 2):
         checkpoints.save(step, state(step)).write_bytes(b"")
-    with pytest.raises(UserError, match=r"no checkpoint in .* is whole"):
+    with pytest.raises(UserError, match=r"all checkpoints in .* are damaged"):
         checkpoints.load()
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole(checkpoints: Checkpoints, file_size_limit: Callable):
     checkpoints.save(1, state(1))
-    too_large = pytest.raises(UserError, match=r"cannot be written: .*the last whole one is .*1\.pt")
+    too_large = pytest.raises(UserError, match=r"cannot be written: .*the last complete one is .*1\.pt")
     with too_large, file_size_limit(40_000):
         checkpoints.save(2, state(2))
     assert [path.name for path in checkpoints.directory.iterdir()] == ["step-000000001.pt"]

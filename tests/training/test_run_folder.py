@@ -58,7 +58,7 @@ def test_create_below_a_file_is_refused(tmp_path: Path, place: str):
 
 def test_create_refuses_a_folder_with_a_run(tmp_path: Path):
     RunFolder.create(tmp_path / "run", {"config.json": "old"}).close()
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match=r"--resume.* --run-dir"):
         RunFolder.create(tmp_path / "run", {"config.json": "new"})
     assert (tmp_path / "run" / "config.json").read_text() == "old"
     assert names(tmp_path) == ["run"]
