@@ -1,4 +1,4 @@
-"""python -m str_triton pack|unpack|inspect FILE: tensors without their zeros, back, and what such a file holds."""
+"""The program python -m str_triton pack|unpack|inspect FILE, for files of tensors without their zeros."""
 
 import argparse
 import json
@@ -14,31 +14,31 @@ from str_triton.deploy.state_files import check_suffix, read_state, write_state
 from str_triton.files import printable
 
 PACKED = ".packed.safetensors"
-LONGEST = 4000  # characters of JSON
+LONGEST = 4000  # the longest metadata to print, in characters of JSON
 HELP = """commands:
-  pack FILE     store the weights without their zeros: safetensors, or a state dict of torch.save
-  unpack FILE   plain tensors again, bit for bit; a damaged file is refused
-  inspect FILE  what a packed file holds: a line for each tensor, its size, its budget
+  pack FILE     write the weights in FILE, safetensors or a state dict of torch.save, without their zeros
+  unpack FILE   write a packed file as plain tensors, bit for bit; a damaged file is refused
+  inspect FILE  print the tensors of a packed file, its size and its budget
 
 options:
-  --to OUT      what to write; otherwise NAME.packed.safetensors and NAME.unpacked.safetensors beside NAME.safetensors.
-                unpack also writes NAME.pt, with torch.save
-  --values V    pack: round weights to float16 or bfloat16; float32 rounds nothing
-  --plain-zeros pack: store -0.0 as 0.0, whose sign may take a bit per zero
-  --factors     unpack: leave matrices of low rank in their factors u and v
-  --help
+  --to OUT      the file to write; by default NAME.packed.safetensors or NAME.unpacked.safetensors beside
+                NAME.safetensors. unpack also writes .pt and .pth, with torch.save
+  --values V    pack: round weights to float16 or bfloat16; float32, the default, does not round
+  --plain-zeros pack: store -0.0 as 0.0; the sign of -0.0 may take a bit per zero
+  --factors     unpack: keep low-rank matrices in their factors u and v
+  --help        print this text
 
 examples:
   python -m str_triton pack model.safetensors --values float16
   python -m str_triton inspect model.packed.safetensors
   python -m str_triton unpack model.packed.safetensors --to model.pt
 
-To pack a run of cnn/train.py or rnn/train.py: python -m cnn.export, python -m rnn.export. From Python:
-str_triton.deploy. The format: docs/packed-format.md."""
+To pack a run of cnn/train.py or rnn/train.py, use python -m cnn.export or python -m rnn.export. In Python, use
+str_triton.deploy. The format is described in docs/packed-format.md."""
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are one line."""
+    """A parser whose error messages are one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}; see python -m str_triton --help\n")
@@ -48,7 +48,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the program with `args` (default: those of the command line) and return its exit code; 2 for bad input."""
+    """Run the program with `args` (default: the command line's) and return its exit code, 2 for bad input."""
     parser = Parser(prog="python -m str_triton")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in ("pack", "unpack", "inspect"):
@@ -76,16 +76,16 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def pack(options: argparse.Namespace) -> str:
-    """Pack a file of plain tensors, and what to say of it."""
+    """Pack a file of plain tensors, and return the text to print."""
     out = _out(options, PACKED)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that nothing got smaller: the remarks say it too
+        warnings.simplefilter("ignore", UserWarning)  # the remarks also say if no tensor got smaller
         summary = deploy.pack(read_state(options.file), out, options.values, plain_zeros=options.plain_zeros)
     return "\n".join([f"wrote {printable(str(out))}", *summary.remarks()])
 
 
 def unpack(options: argparse.Namespace) -> str:
-    """Unpack a file into one of plain tensors, and what to say of it."""
+    """Unpack a file into a file of plain tensors, and return the text to print."""
     out = _out(options, ".unpacked.safetensors")
     check_suffix(out)
     state = deploy.unpack(options.file, factors=options.factors)
@@ -94,7 +94,7 @@ def unpack(options: argparse.Namespace) -> str:
 
 
 def inspect(options: argparse.Namespace) -> str:
-    """What a packed file holds."""
+    """Return the text that describes a packed file."""
     summary = deploy.inspect(options.file)
     budget = [] if summary.budget is None else ["", "budget:", str(summary.budget)]
     shown = {name: _short(value) for name, value in summary.metadata.items()}
@@ -103,13 +103,13 @@ def inspect(options: argparse.Namespace) -> str:
 
 
 def _short(value: Any) -> Any:
-    """A value of the metadata, or its length where it fills pages, as the graph of a compiled network does."""
+    """Return a value of the metadata, or its length if it is long, such as the graph of a compiled network."""
     length = len(json.dumps(value))
     return value if length <= LONGEST else f"({length:,} characters)"
 
 
 def _out(options: argparse.Namespace, ending: str) -> Path:
-    """Where to write: --to, or beside the input under its name with another ending."""
+    """Return the path to write: --to, or the input's name with another ending."""
     file = options.file
     name = file.name.removesuffix(PACKED) if file.name.endswith(PACKED) else file.stem
     out = options.to or file.parent / f"{name}{ending}"

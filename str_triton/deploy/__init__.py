@@ -1,4 +1,4 @@
-"""What was learned makes the network smaller and faster where it runs."""
+"""Deployment of sparse and low-rank networks: packed files, model cards, sparse execution on CPUs."""
 
 from str_triton.deploy.model_card import model_card
 from str_triton.deploy.pack import inspect, pack, unpack

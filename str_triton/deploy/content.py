@@ -1,7 +1,7 @@
-"""What a packed file says of its tensors: the fields of its header, and what must be true of them.
+"""The header of a packed file: its fields, and the checks of their consistency.
 
-docs/packed-format.md is the description for people. A file may come from anybody: nothing in it is believed before
-`check` has passed, and what has passed can be read without a traceback and in memory that is in proportion.
+docs/packed-format.md describes the format. A file may come from anybody, so nothing in it is trusted before `check` has
+passed. After that, it can be read without a traceback and in an amount of memory in proportion to its size.
 """
 
 import dataclasses
@@ -34,12 +34,12 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-# What weights are rounded to; None: they are not.
+# The dtypes that weights are rounded to; None: no rounding.
 VALUES = {"float32": None, "float16": "F16", "bfloat16": "BF16"}
 BUDGETS = {"Budget": Budget, "RankBudget": RankBudget}
-FACTORS = ("F64", "F32", "F16", "BF16")  # the dtypes that matrices in factors have: torch multiplies them
-# All tensors together take at most so many bytes, and so many more for each byte of the file. Zeros take no bytes in a
-# file, so that without a limit a small file could fill any memory.
+FACTORS = ("F64", "F32", "F16", "BF16")  # the dtypes of factors, which torch must be able to multiply
+# The largest size of all tensors together in bytes: a constant, plus a multiple of the file's size. Zeros take no bytes
+# in a file, so without a limit a small file could fill any memory.
 FREE_NBYTES, NBYTES_PER_BYTE = 2**30, 1000
 
 
@@ -54,14 +54,14 @@ class Array:
 
 @dataclass(frozen=True)
 class Shared:
-    """A tensor that is the same one as another before it."""
+    """A tensor that shares the memory of an earlier one."""
 
     same_as: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """A tensor: its own dtype and shape, and the checksum of its arrays. low_bits: None where it is stored dense."""
+    """A stored tensor: its dtype and shape, and the checksum of its arrays. low_bits is None for a dense one."""
 
     dtype: Literal[*DTYPES]
     shape: tuple[int, ...]
@@ -72,7 +72,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Content:
-    """All that a packed file says of its tensors, as docs/packed-format.md lists it."""
+    """The content of a packed file's header, as docs/packed-format.md lists it."""
 
     values: Literal[*VALUES]
     budget: dict[str, Any] | None
@@ -86,12 +86,12 @@ class Content:
         return entry.same_as if isinstance(entry, Shared) else name
 
     def stored(self, name: str) -> Stored:
-        """Return the entry of a tensor, or of the one that it is the same as."""
+        """Return the entry of a tensor, or of the tensor whose memory it shares."""
         return self.tensors[self.source(name)]
 
 
 def record(content: Content) -> dict[str, Any]:
-    """Return the content for JSON; `typed(Content, ...)` is the way back."""
+    """Return the content as values for JSON. `typed(Content, ...)` is the inverse."""
     tensors = {
         name: {key: value for key, value in vars(entry).items() if value is not None}
         for name, entry in content.tensors.items()
@@ -100,7 +100,7 @@ def record(content: Content) -> dict[str, Any]:
 
 
 def budget_record(budget: Budget | RankBudget | None) -> dict[str, Any] | None:
-    """Return a budget for JSON."""
+    """Return a budget as values for JSON."""
     if budget is None:
         return None
     if type(budget).__name__ not in BUDGETS:
@@ -109,7 +109,7 @@ def budget_record(budget: Budget | RankBudget | None) -> dict[str, Any] | None:
 
 
 def budget_of(content: Content) -> Budget | RankBudget | None:
-    """Return the budget in a content; ValueError where it is none."""
+    """Return the budget in a content. Raise ValueError if it is not valid."""
     if content.budget is None:
         return None
     kind = typed(Literal[*BUDGETS], content.budget.get("kind"), "budget.kind")
@@ -124,23 +124,26 @@ def budget_of(content: Content) -> Budget | RankBudget | None:
 
 
 def part_names(name: str) -> tuple[str, str, str]:
-    """Return under what the values, positions and signs of a sparse tensor are stored."""
+    """Return the names of the arrays with the values, positions and signs of a sparse tensor."""
     return f"{name}|values", f"{name}|positions", f"{name}|signs"
 
 
 def own_arrays(name: str, stored: Mapping[str, Any]) -> list[str]:
-    """Return the names of a tensor's arrays, in the order of its checksum: itself if dense, else its parts."""
+    """Return the names of a tensor's arrays, in the order of its checksum: one if it is dense, else two or three."""
     return [key for key in (name, *part_names(name)) if key in stored]
 
 
 def check(content: Content, arrays: Mapping[str, Array], nbytes: int) -> None:
-    """Raise ValueError, which names the tensor or array, unless all is consistent. nbytes: the file's size."""
+    """Check that a header is consistent. Raise ValueError, which names the tensor or array, if it is not.
+
+    ``nbytes`` is the size of the file.
+    """
     end = 0
     for name, array in sorted(arrays.items(), key=lambda item: item[1].data_offsets):
         begin, own_end = array.data_offsets
         size = elements(name, array.shape) * DTYPES[array.dtype].itemsize
         if begin != end or own_end != begin + size:
-            raise ValueError(f"array {name!r}: bytes {begin} to {own_end}, but it takes {size} from {end} on")
+            raise ValueError(f"array {name!r}: bytes {begin} to {own_end}, but it must take {size} from {end} on")
         end = own_end
     seen: set[str] = set()
     owned: set[str] = set()
@@ -163,7 +166,7 @@ def check(content: Content, arrays: Mapping[str, Array], nbytes: int) -> None:
 
 
 def elements(name: str, shape: tuple[int, ...]) -> int:
-    """Return the number of elements of a shape; ValueError where a size of 64 bits does not hold it."""
+    """Return the number of elements of a shape. Raise ValueError if their size overflows 64 bits."""
     count = 1
     for size in shape:
         count *= max(size, 1)
@@ -178,7 +181,7 @@ def _check_stored(name: str, entry: Stored, arrays: Mapping[str, Array], values:
     is_dense, is_sparse = own == [name], own in (list(part_names(name)[:2]), list(part_names(name)))
     if not (is_sparse if entry.low_bits is not None else is_dense):
         kind = "dense" if entry.low_bits is None else "sparse"
-        raise ValueError(f"tensor {name!r}: of a {kind} tensor the arrays are {own}")
+        raise ValueError(f"tensor {name!r}: it is {kind}, but its arrays are {own}")
     first = arrays[own[0]]
     own_dtype, stored = DTYPES[entry.dtype], DTYPES[first.dtype]
     is_rounded = first.dtype == VALUES[values] and own_dtype.is_floating_point and stored.itemsize < own_dtype.itemsize
@@ -201,7 +204,7 @@ def _check_stored(name: str, entry: Stored, arrays: Mapping[str, Array], values:
 
 
 def _check_sparse(name: str, low_bits: int, count: int, values: int, positions: int, signs: int | None = None) -> None:
-    """Check the lengths of a sparse tensor's arrays against each other. count: of the tensor's elements."""
+    """Check that the lengths of a sparse tensor's arrays agree. ``count`` is the number of the tensor's elements."""
     if values > count:
         raise ValueError(f"tensor {name!r}: {values} values for {count} elements")
     if low_bits >= max(1, count.bit_length()):
@@ -217,15 +220,15 @@ def _nbytes(entry: Stored) -> int:
 
 
 def _check_products(content: Content) -> int:
-    """Check the matrices in factors; the bytes that they take multiplied out."""
+    """Check the matrices stored in factors, and return the bytes of their products."""
     uses = Counter(name for pair in content.products.values() for name in pair)
     nbytes: dict[tuple[str, str], int] = {}
     for matrix, pair in content.products.items():
         for name in pair:
             if name not in content.tensors or uses[name] > 1:
-                raise ValueError(f"product {matrix!r}: its factor {name!r} is no tensor of its own")
+                raise ValueError(f"product {matrix!r}: its factor {name!r} is missing or used twice")
         if matrix in content.tensors:
-            raise ValueError(f"product {matrix!r} is a tensor as well")
+            raise ValueError(f"product {matrix!r} is also a tensor")
         u, v = map(content.stored, pair)
         shapes = u.shape, v.shape
         if any(len(shape) != 2 for shape in shapes) or u.shape[1] != v.shape[1] or not u.shape[1]:

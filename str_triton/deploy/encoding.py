@@ -1,6 +1,6 @@
-"""One tensor as the parts that are stored of it, and back: the values that are not zero and where they stand, or all.
+"""Encoding of a tensor for a packed file: its nonzero values and their positions, or all values.
 
-Zeros are told by their bits, so that every value comes back with its own: -0.0, NaN and infinities, of any dtype.
+An element is a zero if all its bits are, so every value is restored bit for bit: -0.0, NaN and infinities of any dtype.
 """
 
 from collections.abc import Mapping
@@ -16,17 +16,17 @@ from str_triton.deploy.content import DTYPES, Stored, elements, part_names
 from str_triton.deploy.packed_file import Part
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-HEADER_NBYTES = 128  # what two parts take in the header more than one does, about
+HEADER_NBYTES = 128  # about the bytes that a second array adds to the header
 
 
 def encode(name: str, tensor: Tensor, *, plain_zeros: bool = False) -> tuple[dict[str, Part], dict[str, Any]]:
-    """What is stored of a tensor, and what `decode` needs to know besides; plain_zeros: -0.0 becomes 0.0.
+    """Return the parts to store of a tensor, and the other fields that `decode` needs.
 
-    Raises ValueError for a dtype that safetensors lacks.
+    With ``plain_zeros``, -0.0 is stored as 0.0. Raises ValueError for a dtype that safetensors lacks.
     """
     if tensor.dtype not in NAMES:
         known = ", ".join(map(dtype_name, NAMES))
-        raise ValueError(f"tensor {name!r} is {dtype_name(tensor.dtype)}; what can be packed is {known}")
+        raise ValueError(f"tensor {name!r} is {dtype_name(tensor.dtype)}; the dtypes that can be packed are {known}")
     dtype, shape = NAMES[tensor.dtype], tuple(tensor.shape)
     bits = _bits(tensor)
     is_negative_zero = np.zeros(0, bool)
@@ -61,9 +61,9 @@ def encode(name: str, tensor: Tensor, *, plain_zeros: bool = False) -> tuple[dic
 
 
 def decode(name: str, entry: Stored, parts: Mapping[str, Part]) -> Tensor:
-    """Return the tensor that `encode` took, in the dtype that it is stored in.
+    """Return the tensor that `encode` has encoded, in the dtype of its stored values.
 
-    Raises ValueError, which names the tensor, where its arrays hold positions or truth values that are none.
+    Raises ValueError, which names the tensor, if its positions or truth values are invalid.
     """
     if name in parts:
         dtype, flat = parts[name].dtype, parts[name].data.copy()
@@ -85,15 +85,15 @@ def decode(name: str, entry: Stored, parts: Mapping[str, Part]) -> Tensor:
         flat = bits.view(np.uint8)
     if dtype == "BOOL" and flat.size and flat.max() > 1:
         raise ValueError(f"tensor {name!r}: a byte of {flat.max()} is neither true nor false")
-    if not flat.size:  # torch cannot view these as another dtype
+    if not flat.size:  # torch cannot view an empty tensor as another dtype
         return torch.empty(entry.shape, dtype=DTYPES[dtype])
     return torch.from_numpy(flat).view(DTYPES[dtype]).reshape(entry.shape)
 
 
 def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor of two or more dimensions whose floating-point dtype is wider, in `dtype`; every other as it is.
+    """Round a tensor to `dtype` if it has two or more dimensions and a wider floating-point dtype.
 
-    Raises ValueError where a finite value is too large for `dtype`.
+    Returns other tensors unchanged. Raises ValueError if a finite value is too large for `dtype`.
     """
     if not tensor.is_floating_point() or tensor.dim() < 2 or tensor.itemsize <= dtype.itemsize:
         return tensor
@@ -107,15 +107,15 @@ def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Such as "float32"."""
+    """Return the dtype's name without "torch.", such as "float32"."""
     return str(dtype).removeprefix("torch.")
 
 
 def _bits(tensor: Tensor) -> NDArray[np.unsignedinteger]:
-    """The elements [numel] in rows, as unsigned integers of their size."""
+    """Return the elements [numel], row by row, as unsigned integers of the same size."""
     return tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().view(f"u{tensor.itemsize}")
 
 
 def _sign(bits: NDArray[np.unsignedinteger]) -> np.unsignedinteger:
-    """-0.0 in bits of this size."""
+    """Return the bits of -0.0 in this size."""
     return bits.dtype.type(1 << 8 * bits.itemsize - 1)

@@ -1,4 +1,4 @@
-"""A model card beside a packed file: Markdown with the budget layer by layer, for the Hugging Face hub."""
+"""Model cards for packed files: Markdown with the budget layer by layer, for the Hugging Face hub."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from str_triton.files import printable, write_atomically
 LOAD = """from str_triton import deploy
 
 state_dict = deploy.unpack("{name}")  # plain dense tensors; damaged bytes raise
-model.load_state_dict(state_dict)  # the plain network that was trained"""
+model.load_state_dict(state_dict)  # model: the plain network, without thresholds"""
 
 
 def model_card(
@@ -29,24 +29,24 @@ def model_card(
 ) -> Path:
     """Write a model card beside a packed file, under its name with the suffix .md, and return its path.
 
-    On the hub a model's card is the README.md beside its files.
+    On the hub a model card is the README.md beside the files.
 
     Args:
-        path: of a packed file; what the card says of sizes and budget is read from it.
+        path: the packed file; the card's sizes and budget are read from it.
         title: the heading.
-        description: what the model is, one or more paragraphs of Markdown.
-        facts: a table of what else is known: {"accuracy": "97.5 % on the test set", ...}.
-        code: Python lines that load the model; None: those for the plain network's `load_state_dict`.
-        tags, license, datasets, pipeline_tag: the hub's own fields; an absent one is left out.
+        description: a description of the model, one or more paragraphs of Markdown.
+        facts: a table of further facts: {"accuracy": "97.5 % on the test set", ...}.
+        code: Python lines that load the model; None: lines that call the plain network's `load_state_dict`.
+        tags, license, datasets, pipeline_tag: the hub's own fields; empty ones are left out.
 
     Raises:
-        ValueError: the packed file is damaged, or is itself named .md.
+        ValueError: the packed file is damaged, or its name ends in .md.
         OSError: a file cannot be read or written.
     """
     path = Path(path)
     card = path.with_suffix(".md")
     if card == path:
-        raise ValueError(f"{path}: the card would take this name; give the packed file another suffix")
+        raise ValueError(f"{path}: the model card takes this name; give the packed file another suffix")
     summary = inspect(path)
     kind = "low-rank" if summary.products else "sparse"
     fields = {
@@ -66,8 +66,8 @@ def model_card(
         *([_table(("", ""), *facts.items())] if facts else []),
         f"## Files\n\n`{path.name}`: {' '.join(summary.remarks())}",
         f"## Load\n\nWith str-triton installed:\n\n```python\n{code}\n```\n\n"
-        "`python -m str_triton inspect` lists what the file holds, `python -m str_triton unpack` writes it as plain "
-        "safetensors. It is readable without str-triton, whose docs/packed-format.md says how.",
+        "`python -m str_triton inspect` lists the content of the file, `python -m str_triton unpack` writes it as "
+        "plain safetensors. To read it without str-triton, see str-triton's docs/packed-format.md.",
         "\n\n".join(["## Budget", _table(*budget.lines()), *remarks]),
     ]
     write_atomically(card, "\n\n".join(sections), "\n")
@@ -75,7 +75,7 @@ def model_card(
 
 
 def _table(heading: Sequence[str], *lines: Iterable[str]) -> str:
-    """Return a Markdown table; the first column is text, the others stand to the right."""
+    """Return a Markdown table. The first column is text, the others are aligned to the right."""
     rule = [":--", *["--:"] * (len(heading) - 1)]
     escaped = ([printable(cell).replace("|", "\\|") for cell in line] for line in (heading, rule, *lines))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in escaped)

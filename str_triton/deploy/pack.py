@@ -1,4 +1,4 @@
-"""pack, unpack, inspect: a model as a packed file, and back (docs/packed-format.md)."""
+"""Packing of models into files and unpacking: pack, unpack, inspect (docs/packed-format.md)."""
 
 import dataclasses
 import json
@@ -39,37 +39,38 @@ def pack(
     metadata: Mapping[str, Any] | None = None,
     plain_zeros: bool = False,
 ) -> PackedSummary:
-    """Write a model's tensors to `path`, and to nowhere else, without their zeros (docs/packed-format.md).
+    """Write a model's tensors without their zeros to the file `path` (docs/packed-format.md).
 
-    The zeros decide, whatever the layer: a tensor is stored as its other values and their positions where that is
-    smaller, else as it is. Thresholded layers store what their forward uses, matrices with a learned rank the surviving
-    components (as `compact()` gives them), shared tensors are stored once. Wrappers (torch.compile, DataParallel) are
-    looked through. The model stays as it is.
+    A tensor of any layer is stored as its nonzero values and their positions if that is smaller, else dense. Layers
+    with thresholds store the weights of their forward pass. Low-rank matrices store their surviving components, as
+    `compact()` returns them. Shared tensors are stored once. Wrappers (torch.compile, DataParallel) are removed. The
+    model is not changed.
 
     Args:
         model: a module, or the state dict of one.
-        path: of the file, a safetensors file; an old one is replaced once the new one is whole.
+        path: the file, in the format of safetensors. An existing file is replaced atomically.
         values: "float32": every tensor keeps its dtype and every bit, float64 too. "float16" or "bfloat16": tensors of
-            two or more dimensions whose floating-point dtype is wider are rounded to it; vectors and scalars (biases,
-            norms, running statistics) stay.
-        budget: from `count` or `count_ranks`, kept in the file for `inspect` and `model_card`. None: a model with
-            matrices in factors is counted here, which takes no example input.
-        metadata: further facts to keep, of JSON's types.
-        plain_zeros: store -0.0 as 0.0. Its sign costs a bit per zero where many are negative, as weight * mask leaves
-            them; no output changes by it, but for the sign of a zero.
+            two or more dimensions with a wider floating-point dtype are rounded to it; vectors and scalars (biases,
+            norms, running statistics) are not.
+        budget: the result of `count` or `count_ranks`, stored for `inspect` and `model_card`. None: it is counted here
+            if the model has matrices in factors, which needs no example input.
+        metadata: further facts to store, of JSON's types.
+        plain_zeros: store -0.0 as 0.0. The sign costs a bit per zero where many zeros are negative, as after
+            weight * mask. Outputs change at most in the sign of a zero.
 
     Returns:
-        What the file holds, as `inspect` does.
+        A summary of the file, as from `inspect`.
 
     Raises:
-        ValueError: unknown `values`, an entry that is no tensor or has no values, a dtype that safetensors lacks, or a
-            value too large for `values`; the message names the tensor. Nothing is written.
+        ValueError: unknown `values`, an entry that is not a tensor or has no values, a dtype that safetensors lacks, or
+            a value too large for `values`; the message names the tensor. Nothing is written.
         TypeError: a model, budget or metadata of another type.
-        OSError: the file cannot be written (a full disk); `path` is as it was, and nothing is left beside it.
+        OSError: the file cannot be written, for example on a full disk. `path` is not changed, and no other file is
+            left behind.
 
     Warns:
-        UserWarning: no tensor got smaller, so that the file stores all of them dense; or the model's controller has not
-            reached its target. The file is whole in either case.
+        UserWarning: no tensor got smaller, so all are stored dense; or the model's controller has not reached its
+            target. The file is complete in both cases.
     """
     if values not in VALUES:
         raise ValueError(f"values must be one of {', '.join(map(repr, VALUES))}, got {values!r}")
@@ -90,20 +91,20 @@ def pack(
 
 
 def unpack(path: str | os.PathLike[str], *, factors: bool = False) -> dict[str, Tensor]:
-    """The tensors in a packed file, on the CPU, as a state dict: for `load_state_dict(..., strict=True)`.
+    """Return the tensors in a packed file, on the CPU, as a state dict for `load_state_dict(..., strict=True)`.
 
-    They have the shapes and dtypes that they had in the model, and equal what was stored bit for bit; shared ones are
-    one object under several names.
+    They have the model's shapes and dtypes, and equal the stored values bit for bit. A shared tensor is one object
+    under several names.
 
     Args:
-        path: of the file.
-        factors: what to do with a matrix P that is stored in factors. False: P itself, the product u v^T, under the
-            name that it has in the plain model (nn.GRU's weight_hh_l0 for one). True: P.u and P.v, as stored: the state
-            dict of the `compact()` model, which a product, rounded as matrix products are, cannot give back.
+        path: the file.
+        factors: the treatment of a matrix P that is stored in factors. False: return P itself, the product u v^T, under
+            its name in the plain model, such as nn.GRU's weight_hh_l0. True: return P.u and P.v, as stored, which is
+            the state dict of the `compact()` model. (The factors cannot be recovered from P, which is rounded.)
 
     Raises:
-        ValueError: any byte of the file has changed, it is cut off, not packed, or of another version; the message
-            names the tensor that is damaged, or the version. Nothing is returned of such a file.
+        ValueError: a byte of the file has changed, or it is truncated, not packed, or of another version; the message
+            names the damaged tensor or the version.
         OSError: the file cannot be read.
     """
     file = read_packed(path)
@@ -120,20 +121,20 @@ def unpack(path: str | os.PathLike[str], *, factors: bool = False) -> dict[str, 
 
 
 def inspect(path: str | os.PathLike[str]) -> PackedSummary:
-    """What a packed file holds, every byte of it checked; raises as `unpack` does."""
+    """Return a summary of a packed file. Check every byte of it, and raise as `unpack` does."""
     return _summary(read_packed(path))
 
 
 def _encoded(
     state: Mapping[str, Tensor], values: str | None, plain_zeros: bool
 ) -> tuple[dict[str, Part], dict[str, Shared | Stored]]:
-    """Return the parts of all tensors, and an entry for each tensor. values: the dtype to round to, or None."""
+    """Return the parts of all tensors, and an entry for each tensor. ``values`` is the dtype to round to, or None."""
     parts: dict[str, Part] = {}
     entries: dict[str, Shared | Stored] = {}
     first: dict[tuple, str] = {}
     for name, tensor in state.items():
         if taken := {"__metadata__", *part_names(name)} & state.keys():
-            raise ValueError(f"tensor {min(taken)!r}: this name is taken by what the file stores; rename it")
+            raise ValueError(f"tensor {min(taken)!r}: the packed format uses this name itself; rename the tensor")
         place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         if tensor.numel() and first.setdefault(place, name) != name:
             entries[name] = Shared(first[place])
@@ -147,7 +148,7 @@ def _encoded(
 
 
 def _multiplied_out(state: dict[str, Tensor], products: Mapping[str, tuple[str, str]]) -> dict[str, Tensor]:
-    """Each matrix in the place of its first factor, none of the factors; what is shared stays so."""
+    """Replace the factors of each matrix by their product. Shared tensors stay shared."""
     matrix_of = {u: (name, v) for name, (u, v) in products.items()}
     second = {v for _, v in products.values()}
     made: dict[tuple[int, int], Tensor] = {}
@@ -199,7 +200,7 @@ def _packed_tensor(name: str, content: Content, parts: Mapping[str, Part]) -> Pa
 
 
 def _metadata_record(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the metadata as they will be read."""
+    """Return the metadata as JSON will return them."""
     try:
         return loads(json.dumps(dict(metadata or {}), allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:

@@ -1,7 +1,7 @@
-"""The container of packed tensors: a safetensors file whose header is protected by a checksum (docs/packed-format.md).
+"""The container of packed tensors: a safetensors file with a checksum of its header (docs/packed-format.md).
 
-Written here and not by the safetensors library, whose headers have no fixed order: equal models give equal bytes, and
-the checksum has its place.
+The file is not written by the safetensors library, because the order in its headers is not fixed. Here equal models
+give equal bytes, and the header has a place for its checksum.
 """
 
 import hashlib
@@ -21,12 +21,12 @@ from str_triton.deploy.typed_json import loads, typed
 from str_triton.files import write_atomically
 
 FORMAT, VERSION = "str_triton.packed", "1"
-NO_DIGEST = "0" * 64  # what stands for the header's SHA-256 while it is computed
+NO_DIGEST = "0" * 64  # the placeholder of the header's SHA-256 while it is computed
 
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor of the container: its safetensors dtype and shape, and its bytes [size] as uint8."""
+    """One array of the container: its safetensors dtype and shape, and its bytes [size] as uint8."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -35,7 +35,7 @@ class Part:
 
 @dataclass(frozen=True)
 class PackedFile:
-    """What a packed file holds; `size` is the number of the file's bytes."""
+    """The content of a packed file. `size` is the number of the file's bytes."""
 
     content: Content
     parts: dict[str, Part]
@@ -43,7 +43,7 @@ class PackedFile:
 
 
 def digest(*data: bytes | NDArray[np.uint8]) -> str:
-    """SHA-256 of all the bytes, one after the other, in hexadecimal."""
+    """Return the SHA-256 of the concatenated bytes, in hexadecimal."""
     total = hashlib.sha256()
     for block in data:
         total.update(block)
@@ -51,12 +51,12 @@ def digest(*data: bytes | NDArray[np.uint8]) -> str:
 
 
 def write_packed(path: str | os.PathLike[str], parts: Mapping[str, Part], content: Content) -> int:
-    """Write the file `path`, whole or not at all (`files.replacing`), and return its size in bytes.
+    """Write the file `path` atomically (`files.replacing`), and return its size in bytes.
 
-    Raises ValueError for what `read_packed` would refuse to read, and OSError where the file cannot be written;
-    nothing is left beside it then.
+    Raises ValueError for a content that `read_packed` would refuse, and OSError if the file cannot be written. No other
+    file is left behind then.
     """
-    # Wide elements first, so that all are aligned.
+    # Arrays with wide elements come first, so that all are aligned.
     order = sorted(parts, key=lambda name: -DTYPES[parts[name].dtype].itemsize)
     arrays, end = {}, 0
     for name in order:
@@ -76,8 +76,8 @@ def read_packed(path: str | os.PathLike[str]) -> PackedFile:
     """Read a file and check every byte of it.
 
     Raises:
-        ValueError: not a packed file, one of another version, a damaged header, one that describes no tensors, or a
-            damaged or missing tensor, which the message names.
+        ValueError: not a packed file, another version, a damaged or invalid header, or a damaged or missing tensor,
+            which the message names.
         OSError: the file cannot be read.
     """
     data = np.frombuffer(Path(path).read_bytes(), np.uint8)
@@ -108,7 +108,7 @@ def read_packed(path: str | os.PathLike[str]) -> PackedFile:
 
 
 def _header(path: str | os.PathLike[str], data: NDArray[np.uint8]) -> tuple[int, dict[str, Any]]:
-    """Return where the header ends, and the header; its format, version and checksum are right."""
+    """Return the position at which the header ends, and the header. Check its format, version and checksum."""
     other = f"{path}: not a packed file; python -m str_triton pack makes one"
     if data.size < 8 or data[8:9].tobytes() != b"{":
         raise ValueError(other)

@@ -1,4 +1,4 @@
-"""What of a model is stored: thresholds applied, matrices in factors compact, everything else as it is."""
+"""The tensors of a model to store: thresholds are applied, matrices in factors are compact."""
 
 from collections.abc import Mapping
 
@@ -8,19 +8,20 @@ from torch import Tensor, nn
 from str_triton.nn import LowRankWeight, plain_state_dict
 
 State = dict[str, Tensor]
-Products = dict[str, tuple[str, str]]  # the name of a matrix -> the names of u and v, where it is u v^T
+Products = dict[str, tuple[str, str]]  # the name of a matrix u v^T -> the names of u and v
 
 
 def plain_state(model: nn.Module | Mapping[str, Tensor]) -> tuple[State, Products]:
-    """The tensors to store, detached, in the model's order, and which of them are factors of which matrix.
+    """Return the tensors to store, detached, in the model's order, and the names of matrices and their factors.
 
-    The names are the plain model's: a thresholded layer gives the `weight` that its forward uses and no raw threshold.
-    A `LowRankWeight` P with a threshold gives P.u and P.v of its surviving components, or P where dense is not larger,
-    as `compact()` does; one without gives its factors as they are. Shared tensors stay shared, the model as it is.
+    The names are those of the plain model. A layer with a threshold gives the `weight` of its forward pass and no raw
+    threshold. A `LowRankWeight` P with a threshold gives P.u and P.v of its surviving components, or P if that is not
+    larger, as `compact()` does. One without a threshold gives its factors. Shared tensors stay shared. The model is not
+    changed.
 
     Raises:
         TypeError: neither a module nor a mapping.
-        ValueError: an entry that is no dense tensor with values; the message names it.
+        ValueError: an entry that is not a dense tensor with values; the message names it.
     """
     if isinstance(model, nn.Module):
         state, products = _state_of_module(model)
@@ -43,7 +44,7 @@ def plain_state(model: nn.Module | Mapping[str, Tensor]) -> tuple[State, Product
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside of wrappers for several devices and of torch.compile, which put a word before all names."""
+    """Return the module inside DataParallel, DistributedDataParallel and torch.compile, which put a prefix on names."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module

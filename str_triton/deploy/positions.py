@@ -1,23 +1,24 @@
-"""Where the stored elements of a flat tensor stand: the gaps between them in a Rice code; a bitmask is its case k = 0.
+"""Rice coding of the positions of the stored elements in a flat tensor, by the gaps between them.
 
-A gap g, the elements left out before a stored one, is g mod 2^k in k bits, and g >> k zeros and a one in a stream of
-their own, so that both streams are read without a loop. At k = 0 the second one is the bitmask itself.
+A gap g is the number of elements left out before a stored one. It is coded as g mod 2^k in k bits of a first stream,
+and as g >> k zeros and a one in a second stream. Two streams can be decoded without a loop. For k = 0 the second stream
+is a bitmask.
 Source: R. F. Rice, Some practical universal noiseless coding techniques, JPL Publication 79-22, 1979.
 """
 
 import numpy as np
 from numpy.typing import NDArray
 
-CHUNK = 1 << 20  # elements; a multiple of 8, so that every chunk begins at a byte
+CHUNK = 1 << 20  # elements in a chunk; a multiple of 8, so that every chunk begins at a byte
 
 
 def encode(indices: NDArray[np.int64]) -> tuple[int, NDArray[np.uint8]]:
-    """Rising indices [m] as (k, bytes), with the k that takes the fewest bytes: low bits first, then the ones."""
+    """Encode rising indices [m] with the k that takes the fewest bytes. Return k and the bytes of both streams."""
     if not len(indices):
         return 0, np.empty(0, np.uint8)
     gaps = np.diff(indices, prepend=-1) - 1
     low_bits, size = 0, _size(gaps, 0)
-    # The size is convex in k: each further bit saves at most as many zeros as the one before.
+    # The size is convex in k: each further bit saves at most as many zeros as the bit before.
     while (next_size := _size(gaps, low_bits + 1)) < size:
         low_bits, size = low_bits + 1, next_size
     ones = np.cumsum((gaps >> low_bits) + 1) - 1
@@ -32,9 +33,10 @@ def encode(indices: NDArray[np.int64]) -> tuple[int, NDArray[np.uint8]]:
 
 
 def decode(low_bits: int, count: int, data: NDArray[np.uint8], elements: int) -> NDArray[np.int64]:
-    """Return the `count` rising indices below `elements` that `encode` wrote.
+    """Return the `count` rising indices below `elements` that `encode` has encoded.
 
-    Raises ValueError where the data hold no such indices. low_bits: 0 to log2(elements); data: long enough for them.
+    The caller ensures that `low_bits` is between 0 and log2(elements), and that `data` hold count * low_bits bits.
+    Raises ValueError if the data do not encode such indices.
     """
     size = -(-count * low_bits // 8)
     stream = np.unpackbits(data[size:], bitorder="little")
@@ -51,12 +53,12 @@ def decode(low_bits: int, count: int, data: NDArray[np.uint8], elements: int) ->
         for bit in range(low_bits):
             gaps[begin : begin + number] += bits[:, bit].astype(np.int64) << bit
     indices = np.cumsum(gaps + 1) - 1
-    # No gap is longer than twice the elements, so that a sum that overflows is negative first.
+    # No gap is longer than twice the elements, so a sum that overflows becomes negative first.
     if count and (indices.min() < 0 or indices.max() >= elements):
         raise ValueError(f"positions beyond the {elements:,} elements")
     return indices
 
 
 def _size(gaps: NDArray[np.int64], low_bits: int) -> int:
-    """Bytes at this k, to the bit that begins one."""
+    """Return the size in bits for this k."""
     return len(gaps) * (low_bits + 1) + int((gaps >> low_bits).sum())

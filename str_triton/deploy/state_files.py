@@ -1,4 +1,4 @@
-"""State dicts in files of safetensors and of torch.save, read and written. Nothing in a file is run as code."""
+"""Reading and writing of state dicts in files of safetensors and of torch.save. No code in a file is ever run."""
 
 import os
 from collections.abc import Mapping
@@ -18,13 +18,13 @@ from str_triton.nn import plain_state_dict
 
 SUFFIXES = (".safetensors", ".pt", ".pth")
 WRAPPERS = ("state_dict", "model", "model_state_dict", "module", "net", "network")
-"""The keys that training scripts save the trained weights under. Averages of them (EMA) stand under other keys."""
-DEEPEST = 3  # wrappers inside each other
+"""The keys under which training scripts save the weights. Their averages (EMA) have other keys."""
+DEEPEST = 3  # the largest number of nested wrappers
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A state dict and what its file holds besides.
+    """A state dict and the other entries of its file.
 
     Attributes:
         state: tensors by name, on the CPU, with the values and dtypes of the file.
@@ -38,8 +38,8 @@ class Checkpoint:
     def of(cls, content: Any, path: str | os.PathLike[str]) -> "Checkpoint":
         """Find the state dict in `content`, which was read from `path`.
 
-        It is `content` itself, or stands under one of `WRAPPERS` (the first of them), or is the only dictionary of
-        tensors in it. Raises ValueError that says what is there instead.
+        It is `content` itself, or has one of the keys `WRAPPERS` (the first one counts), or is the only dictionary of
+        tensors in it. Raises ValueError, which says what was found instead, if there is none.
         """
         state, others = content, {}
         for _ in range(DEEPEST):
@@ -55,11 +55,11 @@ class Checkpoint:
 def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Read a file of safetensors, a packed file, or what torch.save wrote, by the file's content.
 
-    The file of a training script may hold anything beside the weights, such as an optimizer's state, an
-    `argparse.Namespace` or NumPy values: see `Checkpoint.of` for how the weights are found.
+    The file of a training script may hold other entries besides the weights, such as an optimizer's state, an
+    `argparse.Namespace` or NumPy values. `Checkpoint.of` finds the weights in it.
 
     Raises:
-        ValueError: anything else; one line that names the file and says what is wrong.
+        ValueError: another kind of file; one line that names the file and the fault.
         OSError: the file cannot be read.
     """
     if not is_safetensors(path):
@@ -68,16 +68,16 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         return Checkpoint(unpack(path), dict(inspect(path).metadata))
     try:
         with safetensors.safe_open(path, "pt") as file:
-            content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (the file is no dict)
+            content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (the file is not a dict)
     except OSError:
         raise
-    except Exception as error:  # of the library, and of torch for a dtype that it lacks
+    except Exception as error:  # errors of the library, and of torch for a dtype that it lacks
         raise not_weights(path, error) from error
     return Checkpoint.of(content, path)
 
 
 def is_packed(path: str | os.PathLike[str]) -> bool:
-    """Return whether `pack` wrote the file. Raises as `read_checkpoint` does for a damaged file of safetensors."""
+    """Return whether the file was written by `pack`. Raise as `read_checkpoint` for a damaged safetensors file."""
     if not is_safetensors(path):
         return False
     try:
@@ -95,7 +95,7 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     Raises as `read_checkpoint` does, and ValueError for a packed file and for thresholds that cannot be applied.
     """
     if is_packed(path):
-        raise ValueError(f"{path}: it is packed already: python -m str_triton unpack makes plain tensors of it")
+        raise ValueError(f"{path}: it is already packed: to get plain tensors, use python -m str_triton unpack")
     try:
         return plain_state_dict(read_checkpoint(path).state)
     except ValueError as error:
@@ -104,11 +104,11 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def write_state(path: str | os.PathLike[str], state: Mapping[str, Tensor]) -> None:
-    """Write a state dict as safetensors, or with torch.save where `path` ends in .pt or .pth, whole or not at all.
+    """Write a state dict atomically, as safetensors, or with torch.save if `path` ends in .pt or .pth.
 
-    safetensors knows no shared tensors: those are stored under each name.
+    safetensors has no shared tensors, so they are stored once under each name.
 
-    Raises ValueError for another ending, OSError where it cannot be written; `path` is then as it was.
+    Raises ValueError for another ending, and OSError if the file cannot be written. `path` is not changed then.
     """
     if Path(path).suffix == ".safetensors":
         apart = {name: tensor.clone() for name, tensor in state.items()}
@@ -119,13 +119,13 @@ def write_state(path: str | os.PathLike[str], state: Mapping[str, Tensor]) -> No
 
 
 def check_suffix(path: str | os.PathLike[str]) -> None:
-    """ValueError unless `write_state` knows the ending."""
+    """Raise ValueError unless `write_state` knows the ending."""
     if Path(path).suffix not in SUFFIXES:
         raise ValueError(f"{path}: the name must end in {', '.join(SUFFIXES)}")
 
 
 def _wrapper(content: Any, path: str | os.PathLike[str]) -> Any:
-    """Return the key of `content` that the state dict stands under, or None where it can only be `content` itself."""
+    """Return the key of the state dict in `content`, or None if it can only be `content` itself."""
     if not isinstance(content, dict) or _is_state(content):
         return None
     key = next((key for key in WRAPPERS if isinstance(content.get(key), dict)), None)
@@ -134,7 +134,7 @@ def _wrapper(content: Any, path: str | os.PathLike[str]) -> Any:
     found = [key for key, value in content.items() if _is_state(value)]
     if len(found) > 1:
         names = ", ".join(map(repr, found))
-        raise ValueError(f"{path}: several state dicts ({names}): save the one that is meant in a file of its own")
+        raise ValueError(f"{path}: several state dicts ({names}): save the one that you need in a file of its own")
     return found[0] if found else None
 
 

@@ -1,4 +1,4 @@
-"""What a packed file holds, tensor by tensor: the numbers, and a table for people."""
+"""The summary of a packed file: its tensors and their sizes, as values and as a table."""
 
 import math
 from collections.abc import Sequence
@@ -18,14 +18,15 @@ class PackedTensor:
     """One tensor of a packed file.
 
     Attributes:
-        name: as in the model's state dict; for a matrix in factors, that of one factor.
-        shape: of the plain tensor.
-        dtype, stored_dtype: of the plain tensor and of its values in the file, such as "float32".
-        encoding: "dense", "bitmask", "gaps", or "shared" where another name holds the same tensor.
-        nonzeros: elements that are not zero, as they are stored.
-        nbytes: what it takes in the file, without its share of the header.
-        sign_nbytes: those of `nbytes` that hold the signs of zeros.
-        dense_nbytes: what it takes as a plain tensor; 0 for a shared one.
+        name: its name in the model's state dict; for a matrix in factors, the name of one factor.
+        shape: the shape of the plain tensor.
+        dtype: the dtype of the plain tensor, such as "float32".
+        stored_dtype: the dtype of its values in the file.
+        encoding: "dense", "bitmask", "gaps", or "shared" if another name holds the same tensor.
+        nonzeros: the number of stored elements that are not zero.
+        nbytes: its bytes in the file, without the header.
+        sign_nbytes: the part of `nbytes` that holds the signs of zeros.
+        dense_nbytes: its bytes as a plain tensor; 0 for a shared one.
     """
 
     name: str
@@ -40,22 +41,22 @@ class PackedTensor:
 
     @property
     def elements(self) -> int:
-        """Elements of the plain tensor."""
+        """The number of elements of the plain tensor."""
         return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
 class PackedSummary:
-    """What a packed file holds; `str(summary)` is a table.
+    """A summary of a packed file. `str(summary)` is a table.
 
     Attributes:
-        version: of the format.
-        values: what weights were rounded to; "float32" where none was.
-        nbytes: size of the file.
-        tensors: what is stored, in the model's order.
-        products: the names of the factors u and v by the name of the matrix u v^T.
-        budget: what the model costs, None where nobody said.
-        metadata: what was given to `pack`.
+        version: the version of the format.
+        values: the dtype that weights were rounded to; "float32": no rounding.
+        nbytes: the size of the file.
+        tensors: the stored tensors, in the model's order.
+        products: the names of the factors u and v, by the name of the matrix u v^T.
+        budget: the model's budget; None if the file holds none.
+        metadata: the metadata that were given to `pack`.
     """
 
     version: str
@@ -68,7 +69,7 @@ class PackedSummary:
 
     @property
     def dense_nbytes(self) -> int:
-        """Bytes of the plain model's tensors, matrices in factors multiplied out, shared ones once."""
+        """The bytes of the plain model's tensors. Matrices in factors are multiplied out, shared tensors count once."""
         stored = {tensor.name: tensor for tensor in self.tensors}
         pairs = [(stored.pop(u), stored.pop(v)) for u, v in self.products.values()]
         products = sum(u.dense_nbytes * v.shape[0] // u.shape[1] for u, v in pairs)
@@ -76,20 +77,20 @@ class PackedSummary:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """The rank of each matrix that is stored in factors, by the matrix's name."""
+        """The rank of each matrix that is stored in factors, by its name."""
         shapes = {tensor.name: tensor.shape for tensor in self.tensors}
         return {name: shapes[u][1] for name, (u, _) in self.products.items()}
 
     @property
     def is_smaller(self) -> bool:
-        """Whether zeros or factors made anything smaller; else all tensors are stored dense."""
+        """True if zeros or factors made a tensor smaller. Otherwise all tensors are stored dense."""
         return bool(self.products) or any(tensor.encoding in ("bitmask", "gaps") for tensor in self.tensors)
 
     def __str__(self) -> str:
         return "\n".join([aligned(self.lines()), "", *self.remarks()])
 
     def lines(self) -> list[tuple[str, ...]]:
-        """The table's cells: a heading, a line for each tensor of two or more dimensions, one for the rest, a total."""
+        """Return the table's cells: a heading, a line per tensor of two or more dimensions, the others, a total."""
         large = [tensor for tensor in self.tensors if len(tensor.shape) > 1]
         small = [tensor for tensor in self.tensors if len(tensor.shape) <= 1]
         body = [_cells(tensor.name, "x".join(map(str, tensor.shape)), [tensor]) for tensor in large]
@@ -99,7 +100,7 @@ class PackedSummary:
         return [HEADINGS, *body, _cells("total", "", once)]
 
     def remarks(self) -> list[str]:
-        """The file's size beside the plain model's, and what is worth knowing about it, a sentence each."""
+        """Return sentences about the file: its size and the plain model's, its ranks, and what could be smaller."""
         share = f", {100 * self.nbytes / self.dense_nbytes:.1f} %" if self.dense_nbytes else ""
         rounded = "" if self.values == "float32" else f"; weights are rounded to {self.values}"
         found = [f"{size(self.nbytes)} instead of {size(self.dense_nbytes)}{share}{rounded}."]
@@ -114,14 +115,14 @@ class PackedSummary:
 
 
 def size(nbytes: int) -> str:
-    """A number of bytes for people: 12.03 MB, 4.1 kB."""
+    """Return a number of bytes with its unit: 12.03 MB, 4.1 kB."""
     if nbytes >= 1e6:
         return f"{nbytes / 1e6:.2f} MB"
     return f"{nbytes / 1e3:.1f} kB" if nbytes >= 1e3 else f"{nbytes} bytes"
 
 
 def _cells(name: str, shape: str, tensors: Sequence[PackedTensor]) -> tuple[str, ...]:
-    """Return a line of the table, with the sums of several tensors."""
+    """Return a line of the table with the sums over the tensors."""
     kinds = {tensor.encoding for tensor in tensors}
     elements, nonzeros = (sum(getattr(tensor, name) for tensor in tensors) for name in ("elements", "nonzeros"))
     return (

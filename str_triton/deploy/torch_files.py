@@ -1,9 +1,9 @@
-"""Files of `torch.save`, read without running any code in them, whatever objects they hold besides tensors.
+"""Reading of files of `torch.save` without running code in them, also if they hold other objects than tensors.
 
-PyTorch's own reader for untrusted files (`weights_only=True`) comes first. It refuses a file with one unknown object,
-such as the `argparse.Namespace` or the NumPy scalar that many training scripts save beside the weights. Such a file is
-read by `_Unpickler`: every global that it names becomes an inert `Opaque`, and the only functions that are ever called
-are the ones of `_BUILDERS`, which make tensors and containers.
+PyTorch's own reader for untrusted files (`weights_only=True`) is tried first. It refuses a file with one unknown
+object, such as the `argparse.Namespace` or the NumPy scalar that many training scripts save beside the weights. Such a
+file is read by `_Unpickler`: every global that it names becomes an inert `Opaque`, and the only functions that are
+called are those of `_BUILDERS`, which make tensors and containers.
 """
 
 import errno
@@ -24,11 +24,11 @@ from torch import Tensor
 from str_triton.files import printable
 
 LONGEST_REASON = 120
-LARGEST_RATIO = 100  # of an archive's content to its size; torch.save compresses nothing
+LARGEST_RATIO = 100  # the largest ratio of an archive's content to its size; torch.save does not compress
 
 
 class Opaque:
-    """The place of an object in a file that is neither a tensor nor a plain value. `name` is its class or function."""
+    """A placeholder for an object that is neither a tensor nor a plain value. `name` is its class or function."""
 
     def __init__(self, name: str) -> None:
         self.name = printable(name)
@@ -41,27 +41,27 @@ class Opaque:
 
 
 def read_torch_file(path: str | os.PathLike[str]) -> Any:
-    """Return what `torch.save` wrote to `path`, on the CPU; unknown objects are `Opaque`. Runs nothing in the file.
+    """Read a file of `torch.save`, to the CPU, without running code in it. Unknown objects become `Opaque`.
 
     Raises:
         ValueError: another kind of file, or a damaged one; one line that names the file.
         OSError: the file cannot be read.
     """
     with open(path, "rb") as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the pickle protocol, and about storages
+        warnings.simplefilter("ignore")  # warnings about the pickle protocol and about storages
         try:
             return _load(file)
         except OSError as error:
-            if error.errno not in (None, errno.EINVAL):  # those are complaints about the content: a place before 0
+            if error.errno not in (None, errno.EINVAL):  # these two come from the content, such as a negative offset
                 raise
             raise not_weights(path, error) from error
-        except Exception as error:  # damaged bytes make torch, zipfile and pickle raise almost anything
+        except Exception as error:  # damaged bytes make torch, zipfile and pickle raise almost any type
             raise not_weights(path, error) from error
 
 
 def not_weights(path: str | os.PathLike[str], error: Exception) -> ValueError:
-    """Return the error to raise for a file that `error` kept from being read: one line, without torch's advice."""
-    return ValueError(f"{path}: no file of weights: {_reason(error)}")
+    """Return the error to raise for a file that cannot be read because of `error`: one line, without torch's advice."""
+    return ValueError(f"{path}: not a file of weights: {_reason(error)}")
 
 
 def kind_of(value: object) -> str:
@@ -74,15 +74,15 @@ def _load(file: BinaryIO) -> Any:
     file.seek(0)
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # TorchScript and tar archives raise RuntimeError: they never get below
+    except pickle.UnpicklingError:  # TorchScript and tar archives raise RuntimeError, which is not caught here
         file.seek(0)
         return torch.load(file, map_location="cpu", pickle_module=_PICKLE, weights_only=False)
 
 
 def _check_sums(file: BinaryIO) -> None:
-    """Raise BadZipFile where bytes in an archive have changed, which torch.load does not look for, or it is a zip bomb.
+    """Raise BadZipFile if bytes of an archive have changed, which torch.load does not check, or if it is a zip bomb.
 
-    Files saved with `set_crc32_options(False)` have zeros for checksums, and files of before PyTorch 1.6 have none.
+    The checksums of files saved with `set_crc32_options(False)` are zero. Files from before PyTorch 1.6 have none.
     """
     try:
         entries = (archive := zipfile.ZipFile(file)).infolist()
@@ -102,7 +102,7 @@ def _reason(error: Exception) -> str:
     text = printable((str(error).strip() or type(error).__name__).splitlines()[0]).split(". ")[0][:LONGEST_REASON]
     if "TorchScript" in text:
         return "it is a TorchScript archive; save the module's state_dict() with torch.save"
-    # Only torch and safetensors speak of the file; pickle's errors name what it stumbled over in the bytes.
+    # Messages of torch, safetensors and zipfile describe the file. Those of pickle only name some bytes in it.
     says_why = (
         isinstance(error, RuntimeError | SafetensorError | OSError | zipfile.BadZipFile) and "weights_only" not in text
     )
@@ -111,7 +111,7 @@ def _reason(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class _Builder:
-    """A function that a file may call. Files cannot make one, so its type alone shows that it is allowed."""
+    """A function that a file may call. Files cannot create a `_Builder`, so its type shows that it is allowed."""
 
     call: Callable[..., Any]
 
@@ -156,7 +156,7 @@ _BUILDERS = {
 
 
 class _Unpickler(pickle._Unpickler):
-    """Python's own unpickler, in Python, with every way to call or to change an object taken out."""
+    """Python's own unpickler without the opcodes that call or change objects."""
 
     dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
 
@@ -169,7 +169,7 @@ class _Unpickler(pickle._Unpickler):
         value = vars(torch).get(name) if module == "torch" else None
         return value if isinstance(value, torch.dtype) else Opaque(path)
 
-    def _instantiate(self, klass: object, args: Any) -> None:  # of the opcodes INST and OBJ
+    def _instantiate(self, klass: object, args: Any) -> None:  # for the opcodes INST and OBJ
         self.append(_made(klass, args))
 
     def load_reduce(self) -> None:
@@ -183,12 +183,12 @@ class _Unpickler(pickle._Unpickler):
     def load_binpersid(self) -> None:
         identity = self.stack.pop()
         if isinstance(identity, tuple) and len(identity) > 1 and identity[0] == "module":
-            self.append(identity[1])  # the class of a whole module, in files of before PyTorch 1.6
+            self.append(identity[1])  # the class of a whole module, in files from before PyTorch 1.6
         else:
             self.append(self.persistent_load(identity))
 
     def load_build(self) -> None:
-        self.stack.pop()  # the state of an object: attributes, or what its __setstate__ would take
+        self.stack.pop()  # the state of an object: attributes, or the argument of its __setstate__
 
     def load_append(self) -> None:
         self._extend([self.stack.pop()])
@@ -231,7 +231,7 @@ class _Unpickler(pickle._Unpickler):
 
 
 def _made(maker: object, args: Any) -> Any:
-    """Return what `maker(*args)` would be: a tensor or container by a `_Builder`, otherwise an `Opaque`."""
+    """Return `maker(*args)`, a tensor or container, if `maker` is a `_Builder`, otherwise an `Opaque`."""
     if isinstance(maker, _Builder):
         return maker.call(*args)
     return Opaque(kind_of(maker))
@@ -241,5 +241,5 @@ def _load_pickle(file: BinaryIO, **options: Any) -> Any:
     return _Unpickler(file, **options).load()
 
 
-# What torch.load takes of a pickle module.
+# The attributes of a pickle module that torch.load uses.
 _PICKLE = SimpleNamespace(__name__="str_triton's reader", Unpickler=_Unpickler, load=_load_pickle)

@@ -1,4 +1,4 @@
-"""JSON from untrusted files, read strictly and checked against the types of a dataclass."""
+"""Strict reading of JSON from untrusted files, checked against the types of a dataclass."""
 
 import dataclasses
 import json
@@ -10,25 +10,25 @@ from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 LARGEST = 2**63 - 1
-DEEPEST = 100  # levels of lists and objects inside each other
+DEEPEST = 100  # the largest number of nested lists and objects
 
 
 def loads(text: str | bytes) -> Any:
-    """Return the value of a JSON text that can be printed, written again, and walked through without a surprise.
+    """Return the value of a JSON text, which can safely be printed, written again, and traversed.
 
-    Raises ValueError, one line, for what is no JSON, and for what Python's own reader lets pass: a key that is there
-    twice, NaN and infinities, texts that are no Unicode, and more than `DEEPEST` levels.
+    Raises ValueError, one line, for texts that are not JSON, and for four things that Python's own reader accepts: a
+    key that occurs twice, NaN and infinities, texts that are not Unicode, and more than `DEEPEST` levels.
     """
     try:
         value = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse, parse_float=_float)
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
-        raise ValueError("it is no JSON") from None
+        raise ValueError("it is not JSON") from None
     level = [[value]]
     for _ in range(DEEPEST + 1):
         inside = [child for parent in level for child in _inside(parent)]
         for wrong in inside:
             if isinstance(wrong, str) and not wrong.isascii() and any("\ud800" <= char <= "\udfff" for char in wrong):
-                raise ValueError(f"the text {_short(wrong)} is no Unicode")
+                raise ValueError(f"the text {_short(wrong)} is not Unicode")
         level = [child for child in inside if isinstance(child, dict | list)]
         if not level:
             return value
@@ -36,11 +36,11 @@ def loads(text: str | bytes) -> Any:
 
 
 def typed(kind: Any, value: Any, where: str) -> Any:
-    """Return a value that `loads` gave as an instance of `kind`; ValueError that begins with `where` if it is none.
+    """Convert a value from `loads` to `kind`. Raise ValueError, beginning with `where`, if it does not fit.
 
-    kind: a dataclass, whose fields an object has to have, and no others; list[...], tuple[...], dict[str, ...],
-    Literal[...] or a union of such; int, which stands for the whole numbers from 0 to `LARGEST`; float, str, bool,
-    None; or Any.
+    Args:
+        kind: a dataclass (an object with exactly its fields), list[...], tuple[...], dict[str, ...], Literal[...], a
+            union of these, int (a whole number from 0 to `LARGEST`), float, str, bool, None, or Any.
     """
     if kind is Any:
         return value
@@ -87,7 +87,7 @@ def _types(kind: type) -> dict[str, Any]:
 
 
 def _member(kinds: Sequence[Any], value: Any, where: str) -> Any:
-    """Return the value as the first of the kinds that it is one of."""
+    """Return the value as the first of the kinds that it fits."""
     if value is None and NoneType in kinds:
         return None
     kinds = [kind for kind in kinds if kind is not NoneType]
@@ -118,7 +118,7 @@ def _name(kind: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    """Return a value for a message: without control characters, and of a line at most."""
+    """Return a value for a message, without control characters and at most a line long."""
     return reprlib.repr(value)
 
 
@@ -127,7 +127,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(made) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"the key {_short(twice)} is there twice")
+        raise ValueError(f"the key {_short(twice)} occurs twice")
     return made
 
 
@@ -136,4 +136,4 @@ def _float(text: str) -> float:
 
 
 def _refuse(text: str) -> NoReturn:
-    raise ValueError(f"{text[:30]} is no number of JSON")
+    raise ValueError(f"{text[:30]} is not a number of JSON")

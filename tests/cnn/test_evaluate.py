@@ -162,7 +162,7 @@ def test_the_process_ends_with_the_exit_code():
     [
         (["nowhere"], "nowhere: No such file or directory"),
         (["empty"], "empty: not a run with weights"),
-        (["text"], "text: no file of weights"),
+        (["text"], "text: not a file of weights"),
         (["state.pth", "--data", "digits"], "state.pth: neither a run nor the file names its network"),
         (["state.pth", "--model", "resnet-digits"], "state.pth does not belong to a run"),
         (["state.pth", "--model", "resnet20"], "state.pth, model resnet20: the model has no key 'stem.weight'"),

@@ -188,8 +188,8 @@ def test_what_does_not_fit_is_named(change, entries, message, tmp_path: Path, ca
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"no torch file", "no file of weights"),
-        (b"", "no file of weights"),
+        (b"no torch file", "not a file of weights"),
+        (b"", "not a file of weights"),
         ({"conv1.weight": torch.zeros(3)}, "no state dict under the key 'state_dict'; the first key is 'conv1.weight'"),
         ({}, "no state dict under the key 'state_dict'; it is empty"),
         ({"state_dict": {}}, "key 'arch' is None"),
@@ -217,7 +217,7 @@ def test_a_cut_file_and_none_at_all(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main([str(path)]) == 2
     assert main([str(tmp_path / "nothing.pth")]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert "no file of weights" in lines[0]
+    assert "not a file of weights" in lines[0]
     assert lines[1:] == [f"error: {tmp_path / 'nothing.pth'}: No such file or directory"]
 
 

@@ -184,7 +184,7 @@ FILES = {
         lambda: {k: v for k, v in changed().items() if k != "norm.running_var"},
         "key 'norm.running_var' is missing",
     ),
-    "text": (b"not weights", "text: no file of weights"),
+    "text": (b"not weights", "text: not a file of weights"),
 }
 
 

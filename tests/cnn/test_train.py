@@ -168,7 +168,7 @@ def test_bad_input_is_one_message_and_exit_code_2(
     [
         (["--model", "vgg"], "no model 'vgg'"),
         (["--pretrained", "gone.pth"], "gone.pth: No such file"),
-        (["--pretrained", "notes"], "notes: no file of weights"),
+        (["--pretrained", "notes"], "notes: not a file of weights"),
         (["--budget", "gone.json"], "gone.json"),
         (["resnet50-str-exact-90-finetune"], "name it with --pretrained"),
         (["--run-dir", "full"], "full is not empty"),

@@ -135,9 +135,9 @@ NO_G = {key: tensor for key, tensor in THRESHOLDED.items() if key != "threshold_
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"no weights", "no file of weights: it is damaged or of another kind"),
-        (b"", "no file of weights: it is damaged or of another kind"),
-        (b"\xff\0\0\0\0\0\0\0{'a'", "no file of weights: "),
+        (b"no weights", "not a file of weights: it is damaged or of another kind"),
+        (b"", "not a file of weights: it is damaged or of another kind"),
+        (b"\xff\0\0\0\0\0\0\0{'a'", "not a file of weights: "),
         (Harm(), "mkdir; save model.state_dict()"),
         (nn.Linear(2, 2), "expected a state dict, got torch.nn.modules.linear.Linear"),
         (torch.zeros(3), "expected a state dict, got Tensor"),

@@ -117,7 +117,7 @@ def test_a_title_cannot_break_the_front_matter(tmp_path: Path):
 
 def test_a_damaged_file_and_one_in_the_cards_place(tmp_path: Path):
     deploy.pack({"a": holed(20, 50)}, tmp_path / "x.md")
-    with pytest.raises(ValueError, match=r"x\.md: the card would take this name; give the packed file another suffix"):
+    with pytest.raises(ValueError, match=r"x\.md: .* another suffix"):
         deploy.model_card(tmp_path / "x.md", **TEXTS)
     content = (tmp_path / "x.md").read_bytes()
     (tmp_path / "x").write_bytes(content[:-1])

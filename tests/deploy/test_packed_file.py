@@ -142,7 +142,7 @@ def test_other_files_are_no_packed_ones(tmp_path: Path, content: bytes):
 
 @pytest.mark.parametrize("text", [b"{" * 100_000, b'{"a":[' + b"[" * 100_000, b'{"\xff":1}', b'{"a"}'], ids=range(4))
 def test_a_header_that_is_no_json(tmp_path: Path, text: bytes):
-    assert refusal(tmp_path / "x", struct.pack("<Q", len(text)) + text) == "the header is damaged: it is no JSON"
+    assert refusal(tmp_path / "x", struct.pack("<Q", len(text)) + text) == "the header is damaged: it is not JSON"
 
 
 def test_a_missing_file_and_folder(tmp_path: Path):

@@ -175,9 +175,9 @@ ROW = {"name": "a", "params": 6, "nonzeros": 3, "dense_flops": 0, "flops": 0, "t
         (lambda content: content.update(values="float64"), "values: expected one of float32, float16, bfloat16"),
         (lambda content: content.update(values="float32"), "its values are F16, rounded to float32"),
         (lambda content: content.update(metadata=[1]), "metadata: expected an object"),
-        (lambda content: content.update(products={"p": ["none", "dense"]}), "'none' is no tensor of its own"),
-        (lambda content: content.update(products={"p": ["dense", "dense"]}), "'dense' is no tensor of its own"),
-        (lambda content: content.update(products={"dense": ["gaps", "mask"]}), "'dense' is a tensor as well"),
+        (lambda content: content.update(products={"p": ["none", "dense"]}), "its factor 'none' is"),
+        (lambda content: content.update(products={"p": ["dense", "dense"]}), "its factor 'dense' is"),
+        (lambda content: content.update(products={"dense": ["gaps", "mask"]}), "product 'dense' is also"),
         (lambda content: content.update(products={"p": ["gaps", "dense"]}), "factors of shapes"),
         (lambda content: content.update(products={"p": ["truth", "dense"]}), "factors of shapes"),
         (lambda content: content.update(products={"p": ["gaps"]}), "a list of 2"),
@@ -209,7 +209,7 @@ def test_wrong_content_is_named(tmp_path: Path, whole: bytes, make: Callable[[di
         ("", "no JSON"),
         ("[" * 100_000 + "]" * 100_000, "no JSON"),
         ('{"metadata": {"x": %s}}' % ("[" * 500 + "]" * 500), "nested deeper"),
-        ('{"tensors": {}, "tensors": {}}', "'tensors' is there twice"),
+        ('{"tensors": {}, "tensors": {}}', "'tensors' occurs twice"),
         ('{"metadata": {"x": NaN}}', "NaN is no number"),
         (r'{"metadata": {"\ud800": 1}}', "no Unicode"),
     ],
@@ -226,7 +226,7 @@ def test_a_key_that_is_twice_in_the_header_is_refused(tmp_path: Path, whole: byt
     text = json.dumps(header)
     entry = json.dumps({"dense": header["dense"]})[1:-1]
     (message, *_) = refused(tmp_path / "x", sealed(text.replace(entry, f"{entry}, {entry}"), whole[start:]))
-    assert "'dense' is there twice" in message
+    assert "'dense' occurs twice" in message
 
 
 @pytest.mark.parametrize(
