@@ -1,6 +1,6 @@
-"""Files: written whole or not at all, told apart by their first bytes, and texts fit to print.
+"""Atomic writing of files, recognition of file types, and texts that are safe to print.
 
-The ground floor of the house: it needs the standard library alone, and every room may import it.
+This module needs only the standard library, and every package but `kernels` may import it.
 """
 
 import errno
@@ -15,14 +15,14 @@ from typing import Any, BinaryIO
 
 Block = Any  # a contiguous object with the buffer protocol; Python 3.12 names that collections.abc.Buffer
 
-# How network file systems refuse to sync a folder, and a folder that one may write to but not list to be opened.
+# Errors of network file systems that cannot sync a folder, and of folders that may be written but not listed.
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)
 
 
 def write_atomically(path: str | os.PathLike[str], *blocks: str | Block) -> None:
-    """Write the blocks, one after the other, as the file `path`: see `replacing`.
+    """Write the blocks, one after the other, to the file `path`, atomically: see `replacing`.
 
-    blocks: texts, which become UTF-8, or contiguous objects with the buffer protocol.
+    Blocks are texts, which are encoded as UTF-8, or contiguous objects with the buffer protocol.
     """
     with replacing(path) as file:
         for block in blocks:
@@ -31,19 +31,19 @@ def write_atomically(path: str | os.PathLike[str], *blocks: str | Block) -> None
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Give a binary file to write, which takes the place of `path` once the block has ended.
+    """Yield a binary file to write, which replaces `path` when the block ends.
 
-    The file is a draft beside `path` until then. It is forced to the disk and renamed, and so is its folder's entry:
-    after a crash or a power cut at any moment `path` holds the old content or the new one, whole. Where the block
-    raises anything, or a write fails (even if the block swallows that error), the draft is removed and `path` is as it
-    was.
+    Until then it is a temporary file beside `path`. At the end it is synced to the disk and renamed, and the folder is
+    synced as well, so after a crash or a power cut at any moment `path` holds either the old or the new content. If the
+    block raises an exception, or a write fails (even if the block catches that error), the temporary file is removed
+    and `path` is not changed.
 
-    A symbolic link is followed: the file that it points to is replaced, as plain writing would do. An existing file
-    keeps its permissions; a new one gets those that the process's umask gives.
+    A symbolic link is followed: the file that it points to is replaced, as in plain writing. An existing file keeps its
+    permissions. A new one gets those of the process's umask.
 
     Raises:
         OSError: the file cannot be written (a full disk, a missing folder), or `path` is a folder, a device or a pipe,
-            whose place a rename would take. The error names `path`, not the draft.
+            which a rename would replace. The error names `path`, not the temporary file.
     """
     asked, target = os.fspath(path), Path(os.path.realpath(path))
     with _naming(asked):
@@ -66,19 +66,19 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         with suppress(OSError):
             file.close()
         Path(draft.name).unlink(missing_ok=True)
-        if draft.failure is not None and isinstance(error, Exception):  # A library may have wrapped what the disk said.
+        if draft.failure is not None and isinstance(error, Exception):  # A library may have wrapped the disk's error.
             raise draft.failure from None
         raise
 
 
 def beside(path: Path) -> Path:
-    """Return a hidden name that is not taken, in the folder of `path`: for a draft that will be renamed to it."""
-    return path.with_name(f".{path.name[:50]}.{secrets.token_hex(4)}")  # A name may have 255 bytes.
+    """Return an unused hidden path in the folder of `path`, for a temporary file that will be renamed to it."""
+    return path.with_name(f".{path.name[:50]}.{secrets.token_hex(4)}")  # A name may have at most 255 bytes.
 
 
 def sync_folder(folder: Path) -> None:
-    """Force a folder's entries to the disk, so that a rename in it survives a power cut, where the system can."""
-    if not hasattr(os, "O_DIRECTORY"):  # Windows opens no folders.
+    """Sync a folder to the disk, so that a rename in it survives a power cut, if the system supports that."""
+    if not hasattr(os, "O_DIRECTORY"):  # Windows cannot open folders.
         return
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -92,22 +92,22 @@ def sync_folder(folder: Path) -> None:
 
 
 def is_safetensors(path: str | os.PathLike[str]) -> bool:
-    """Whether a file begins as safetensors do: a length of eight bytes, then JSON. Raises OSError as `open` does."""
+    """Return whether a file begins like safetensors: a length of eight bytes, then JSON. Raise OSError as `open`."""
     with open(path, "rb") as file:
         return file.read(9)[8:] == b"{"
 
 
 def printable(text: str) -> str:
-    r"""Return `text` with each character that would act on a terminal written as an escape (\n, \x1b, \u202e).
+    r"""Return `text` with each character that would control a terminal as an escape sequence (\n, \x1b, \u202e).
 
-    Control characters move the cursor or set the window's title, and Unicode's controls of direction turn the order of
-    what is read around. A name out of a file or an archive passes through here before it is printed.
+    Control characters can move the cursor or set the window's title, and Unicode's directional controls can reverse the
+    order of the text. Use this for names from a file or an archive before printing them.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class _Draft(io.FileIO):
-    """A new file that stands for the one that was asked for, and remembers the first write that failed."""
+    """A temporary file in place of the requested one, which stores the error of the first write that failed."""
 
     def __init__(self, path: Path, asked: str) -> None:
         super().__init__(path, "x")
@@ -126,7 +126,8 @@ class _Draft(io.FileIO):
 def percent(share: float, digits: int = 2) -> str:
     """Return a share, 0 to 1, as text in %: "90.00 %".
 
-    A share next to 0 or 1 has as many more digits as tell it from them: 29 weights left of 589,824 are "99.995 %".
+    A share close to 0 or 1 gets more digits, so that it does not read 0 or 100 %: 29 weights left of 589,824 are
+    "99.995 %".
     """
     while 0 < share < 1 and float(f"{100 * share:.{digits}f}") in (0, 100):
         digits += 1
@@ -135,7 +136,7 @@ def percent(share: float, digits: int = 2) -> str:
 
 @contextmanager
 def _naming(path: str) -> Iterator[None]:
-    """Let the OSErrors of a block name the file that was asked for, whatever file they are about."""
+    """Let all OSErrors of a block name the requested file."""
     try:
         yield
     except OSError as error:
@@ -143,7 +144,7 @@ def _naming(path: str) -> Iterator[None]:
 
 
 def _permissions(target: Path) -> int | None:
-    """Return the permissions of the file at `target`, None where there is none; OSError for anything but a file."""
+    """Return the permissions of the file `target`; None if it does not exist. Raise OSError if it is not a file."""
     try:
         mode = os.stat(target).st_mode
     except FileNotFoundError:

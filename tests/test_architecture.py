@@ -290,6 +290,55 @@ def test_public_arguments_have_types(path: Path) -> None:
     assert not list(untyped(path))
 
 
+# Folders in which docstrings of functions begin with a verb ("Return", "Write"). This list only grows.
+PLAIN_ENGLISH = ("str_triton", "str_triton/deploy", "str_triton/training", "cnn", "cnn/data", "cnn/methods")
+NO_VERB = re.compile(
+    "An?|The|Th(is|at|ese|ose)|Its?|One|Two|Three|All|Any|Both|Each|Every|None|Nothing|Some|Such|"
+    "Wh(at|en|ere|ether|ich|o|ose|y|ole)|How|If|Unless|"
+    "About|After|As|At|Before|Beside|By|For|From|In|Inside|Of|On|To|Under|With(in|out)?|"
+    "Accuracy|Bytes|Figures?|Numbers?|Names?|Pictures?|Seconds|True|False"
+)
+
+
+def docstrings_without_a_verb(source: str, path: Path) -> Iterator[str]:
+    """Yield the functions, except properties, whose docstring does not begin with a capitalized verb."""
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        text = ast.get_docstring(node)
+        is_property = any(isinstance(name, ast.Name) and "property" in name.id for name in node.decorator_list)
+        if text is None or is_property:
+            continue
+        word = re.split(r"[\s,:;.]", text, maxsplit=1)[0]
+        if NO_VERB.fullmatch(word) or not re.fullmatch(r"[A-Z][a-z-]+", word):
+            yield f"{path}:{node.lineno}: {node.name}: {text.splitlines()[0]}"
+
+
+def test_docstrings_of_functions_begin_with_a_verb() -> None:
+    paths = [path for path in source_files() if path.parent.as_posix() in PLAIN_ENGLISH]
+    found = [line for path in paths for line in docstrings_without_a_verb((ROOT / path).read_text(), path)]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_fine"),
+    [
+        ("Return the sum.", True),
+        ("Go once through the images.", True),
+        ("The sum.", False),
+        ("Whether it is due.", False),
+        ("`largest` of the scores.", False),
+        ("float32 [B, C] -> float32 [B].", False),
+        ("-0.0 in bits.", False),
+    ],
+)
+def test_a_docstring_without_a_verb_is_found(text: str, is_fine: bool) -> None:
+    function = f'def f(self):\n        """{text}"""\n'
+    assert bool(list(docstrings_without_a_verb(function, Path("x.py")))) != is_fine
+    a_property = f"class C:\n    @property\n    {function}"
+    assert not list(docstrings_without_a_verb(a_property, Path("x.py")))
+
+
 def test_importing_needs_neither_triton_nor_the_extras_nor_a_gpu() -> None:
     code = f"""
 import sys
