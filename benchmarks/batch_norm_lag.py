@@ -1,8 +1,9 @@
-"""How far batch norm's running statistics lag in the demo: python -m benchmarks.batch_norm_lag [--seed 0].
+"""The lag of batch norm's running statistics in the demo: python -m benchmarks.batch_norm_lag [--seed 0].
 
 Trains `cnn/train.py`'s demo as a dense network, by GMP, and by the controller with a solve every 20 steps and at every
-step. After each epoch it measures the test accuracy with the running statistics of training, with those recomputed from
-20 batches, which the program itself uses, and from all training batches. Writes benchmarks/results/batch_norm_lag.json.
+step. After each epoch it measures the test accuracy with three kinds of statistics: the running ones of training, those
+recomputed from 20 batches (as in the program), and from all training batches. Writes
+benchmarks/results/batch_norm_lag.json.
 """
 
 import argparse
@@ -29,7 +30,7 @@ RUNS = {
 
 
 class Experiment(train.Experiment):
-    """Measures each epoch three times."""
+    """A training that measures each epoch with three kinds of statistics."""
 
     interval: ClassVar[int | None] = None
     epochs: ClassVar[list[Record]]

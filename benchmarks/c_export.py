@@ -1,10 +1,10 @@
-"""Japanese Vowels as C: bytes, accuracy of float32 and int8 through the compiled program, time per frame on this CPU.
+"""Networks for Japanese Vowels as C: size, accuracy of the compiled program in float32 and int8, time per frame.
 
     python -m benchmarks.c_export RUNS
 
-RUNS is a folder for the trained networks; those that are not there yet are trained. Accuracies are of the whole test
-set, 370 utterances that no choice was made on, as the compiled program classifies them; a network that reads in both
-directions is called twice per frame. Seconds are processor time of gcc -O2 code, one sequence after the other.
+RUNS is a folder for the trained networks. Missing ones are trained. The accuracy is that of the compiled program on the
+whole test set of 370 utterances, which no choice depends on. A bidirectional network is called twice per frame. Times
+are processor times of gcc -O2 code on this CPU, one sequence after the other.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def train(folder: Path, options: list[str], seed: int) -> None:
 
 
 def measured(run: FinishedRun, test: Any) -> dict[str, Any]:
-    """What the C programs of a run cost and how well they do, beside torch."""
+    """Measure size, accuracy and time of the C programs of a run, and torch's."""
     x, lengths, labels = test.batch(torch.arange(len(test)), augment=False, generator=torch.Generator(), device="cpu")
     with torch.no_grad():
         exact = run.model(x, lengths)

@@ -1,7 +1,7 @@
-"""What the documents' tables are made with: a registry by document, result files, Markdown.
+"""Tables for the documents: a registry of functions by document, reading of result files, Markdown.
 
-A table stands in a document between <!-- table:NAME --> and <!-- /table -->, and is the text that the function
-registered as NAME returns.
+A document has a table between the markers <!-- table:NAME --> and <!-- /table -->. Its text is the return value of the
+function that is registered as NAME.
 """
 
 import json
@@ -26,11 +26,11 @@ DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
 
 
 class NotMeasured(Exception):
-    """There is no result file for a table: the README says so in its place."""
+    """An error for a table without a result file. The document then says that it was not measured."""
 
 
 def table(name: str, document: Path = ALL_RESULTS) -> Callable[[Callable[[], str]], Callable[[], str]]:
-    """Register a function that returns a table's Markdown as the document's table `name`."""
+    """Register a function that returns Markdown as the document's table `name`."""
 
     def register(function: Callable[[], str]) -> Callable[[], str]:
         DOCUMENTS[document][name] = function
@@ -40,7 +40,7 @@ def table(name: str, document: Path = ALL_RESULTS) -> Callable[[Callable[[], str
 
 
 def results(pattern: str) -> list[dict[str, Any]]:
-    """The result files whose names match, in order; NotMeasured when there are none."""
+    """Return the result files whose names match, in order. Raise NotMeasured if there are none."""
     files = sorted(RESULTS.glob(pattern))
     if not files:
         raise NotMeasured(pattern)
@@ -48,7 +48,7 @@ def results(pattern: str) -> list[dict[str, Any]]:
 
 
 def lines(name: str) -> list[dict[str, Any]]:
-    """The lines of a result file with a line per run; NotMeasured when it is absent or empty."""
+    """Return the lines of a result file with a line per run. Raise NotMeasured if it is missing or empty."""
     file = RESULTS / name
     runs = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     if not runs:
@@ -57,21 +57,21 @@ def lines(name: str) -> list[dict[str, Any]]:
 
 
 def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A Markdown table; the first column is text, the others are numbers and stand to the right."""
+    """Return a Markdown table. The first column is text, the others are numbers, aligned to the right."""
     header = list(header)
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def spread(values: Iterable[float], scale: float = 1, digits: int = 2) -> str:
-    """Mean ± sample standard deviation; a single value stands alone."""
+    """Return mean ± sample standard deviation as text; for a single value only the value."""
     scaled = [value * scale for value in values]
     text = f"{mean(scaled):.{digits}f}"
     return f"{text} ± {stdev(scaled):.{digits}f}" if len(scaled) > 1 else text
 
 
 def fill(text: str, tables: dict[str, Callable[[], str]], document: str = "README.md") -> str:
-    """`text` with every marked table made anew; ValueError when markers and tables do not correspond."""
+    """Replace every marked table in `text`. Raise ValueError if markers and tables do not correspond."""
     marked = [name for _, name, _ in MARKED.findall(text)]
     if sorted(marked) != sorted(tables) or len(marked) != text.count("<!-- table:"):
         raise ValueError(f"{document} marks the tables {sorted(marked)}, the scripts have {sorted(tables)}")

@@ -2,10 +2,10 @@
 
     python -m benchmarks.exact_budgets --data-dir DIR [--methods ...] [--targets 0.9 0.95 0.99] [--seeds 0 1 2]
 
-Appends a line per run to benchmarks/results/exact_budgets.jsonl and skips runs that stand there; `--picture FILE` draws
-accuracy against FLOPs of all lines. The candidates behind the choice of methods were screened by
-benchmarks/exact_budgets_screen.py. All methods share the network, the images (without augmentation), their order, the
-optimizer and the cubic schedule that reaches its target at 70 % of training.
+Appends a line per run to benchmarks/results/exact_budgets.jsonl and skips runs that it already holds. `--picture FILE`
+draws accuracy against FLOPs of all lines. benchmarks/exact_budgets_screen.py selected these methods from more
+candidates. All methods share the network, the images (without augmentation), their order, the optimizer and the cubic
+schedule, which reaches its target at 70 % of training.
 """
 
 import argparse
@@ -30,7 +30,7 @@ IMAGE = torch.zeros(1, 1, 28, 28)
 
 
 class Block(nn.Module):
-    """3x3 convolution, batch norm and ReLU, with a shortcut where the shape stays."""
+    """A 3x3 convolution, batch norm and ReLU, with a shortcut if the shape does not change."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -45,14 +45,14 @@ class Block(nn.Module):
 
 
 def network(widths: tuple[int, int, int] = (24, 48, 96)) -> nn.Module:
-    """Seven layers, 239,640 weights, 3.3 million multiply-adds: what two cores train in a minute or two."""
+    """Build a network of seven layers, 239,640 weights and 3.3 million multiply-adds; two cores train it in minutes."""
     a, b, c = widths
     blocks = [Block(1, a, 2), Block(a, b, 2), Block(b, b, 1), Block(b, c, 2), Block(c, c, 1), Block(c, c, 1)]
     return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, 10))
 
 
 class Dense:
-    """Prunes nothing."""
+    """A dense network, without pruning."""
 
     def __init__(self, model: nn.Module, target: float) -> None:
         self.model = model
@@ -62,7 +62,7 @@ class Dense:
 
 
 class Magnitude(Dense):
-    """Hard global magnitude pruning on the same schedule, every 10 steps, with the controller's floor per layer."""
+    """Global magnitude pruning on the same schedule, every 10 steps, with the controller's floor per layer."""
 
     def __init__(self, model: nn.Module, target: float) -> None:
         self.target, self.steps = target, 0
@@ -88,7 +88,7 @@ class Magnitude(Dense):
 def controlled(
     gradient: str, flop_exponent: float = 0.0, **options
 ) -> Callable[[nn.Module, float], SparsityController]:
-    """STR under the controller; thresholds begin in proportion to (FLOPs per weight) ** flop_exponent."""
+    """Return STR with a controller. Thresholds are proportional to (FLOPs per weight) ** flop_exponent at first."""
 
     def make(model: nn.Module, target: float) -> SparsityController:
         sparsify(model, gradient=gradient)
@@ -125,7 +125,7 @@ def accuracy(model: nn.Module, data, seed: int) -> float:
 
 
 def fit(model: nn.Module, pruner, optimizer: torch.optim.Optimizer, data, seed: int, epochs: float) -> None:
-    """Train in `epochs` passes, or part of one: a linear rise, then half a cosine; `pruner.step` follows each step."""
+    """Train for `epochs`, maybe a fraction, with linear warmup and half a cosine. Call `pruner.step` each step."""
     lr, per_epoch = optimizer.param_groups[0]["lr"], len(data.train) // BATCH
     steps, step = round(epochs * per_epoch), 0
     for epoch in range(math.ceil(epochs)):
@@ -145,7 +145,7 @@ def fit(model: nn.Module, pruner, optimizer: torch.optim.Optimizer, data, seed: 
 
 
 def measured(model: nn.Module, data, seed: int) -> dict:
-    """Accuracy on the test images, sparsity, FLOPs as a share of the dense network's, density of each layer."""
+    """Return test accuracy, sparsity, FLOPs as a share of the dense network's, and the density of each layer."""
     budget = count(model, IMAGE)
     return {
         "accuracy": accuracy(model, data.test, seed),
@@ -160,7 +160,7 @@ def sgd(model: nn.Module, lr: float = LR, weight_decay: float = WEIGHT_DECAY) ->
 
 
 def train(method: str, target: float, seed: int, data, epochs: int) -> dict:
-    """One run: what it reached, and the density of each layer."""
+    """Train once and return the results, with the density of each layer."""
     torch.manual_seed(seed)
     model, begin = network().to(memory_format=torch.channels_last), time.perf_counter()
     pruner = METHODS[method](model, target)
@@ -170,13 +170,13 @@ def train(method: str, target: float, seed: int, data, epochs: int) -> dict:
 
 
 def picture(lines: list[dict], path: Path) -> None:
-    """Accuracy against FLOPs as SVG: a curve per method, a point per target, mean and deviation over the seeds."""
+    """Draw accuracy against FLOPs as SVG: a curve per method, a point per target, mean and deviation over the seeds."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams["svg.hashsalt"] = "exact_budgets"  # with no date: the same lines give the same file
+    plt.rcParams["svg.hashsalt"] = "exact_budgets"  # without a date, so that the same lines give the same file
     figure, axes = plt.subplots(figsize=(7, 4.5), constrained_layout=True)
     for method in dict.fromkeys(line["method"] for line in lines):
         runs = [line for line in lines if line["method"] == method]

@@ -1,4 +1,4 @@
-"""The screen's ways to share a budget between layers: what sets their thresholds relative to each other."""
+"""Rules of the screen that distribute a budget over layers by setting their thresholds relative to each other."""
 
 import math
 from dataclasses import dataclass
@@ -11,21 +11,21 @@ Tensors = list[Tensor]
 
 
 class Rule:
-    """Sets the tilt [layers], the log thresholds relative to each other. This one leaves them equal: global."""
+    """A rule for the tilt [layers], the relative log thresholds of the layers. This one keeps them equal (global)."""
 
     def begin(self, costs: Tensor) -> Tensor:
-        """The first tilt; costs [layers]: a layer's FLOPs per weight over the mean of all weights."""
+        """Return the first tilt. costs [layers]: a layer's FLOPs per weight, divided by the mean over all weights."""
         self.costs = costs
         return torch.zeros_like(costs)
 
     def update(self, tilt: Tensor, weights: Tensors, raws: Tensors, progress: float, lr: float) -> Tensor:
-        """The next tilt, from this step's gradients of the weights and of the log thresholds `raws`."""
+        """Return the next tilt, from this step's gradients of the weights and of the log thresholds `raws`."""
         return tilt
 
 
 @dataclass
 class Static(Rule):
-    """tilt = exponent * log(FLOPs per weight), for good."""
+    """A constant tilt = exponent * log(FLOPs per weight)."""
 
     exponent: float
 
@@ -35,7 +35,7 @@ class Static(Rule):
 
 @dataclass
 class Sgd(Rule):
-    """SGD with momentum at `rate` times the weights' learning rate, within `bound`, until progress `freeze`."""
+    """A tilt trained by SGD with momentum, at `rate` times the learning rate, within `bound`, until `freeze`."""
 
     rate: float
     bound: float = math.inf
@@ -103,5 +103,5 @@ class Fisher(Rule):
 
 
 def near(weight: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
-    """Which weights lie between two thresholds."""
+    """Return a mask of the weights between two thresholds."""
     return (weight.abs() > low) & (weight.abs() < high)

@@ -1,21 +1,21 @@
-"""The screen before the study of exact budgets: 30 ways to share a budget between layers, one seed, 20,000 images.
+"""The screen before the study of exact budgets: 30 rules to distribute a budget over layers, one seed, 20,000 images.
 
     python -m benchmarks.exact_budgets_screen --data-dir DIR [--variants ...] [--targets ...]
     python -m benchmarks.exact_budgets_screen --table
 
-Appends a line per run to benchmarks/results/exact_budgets_screen.jsonl and skips runs that stand there. A layer's soft
-threshold is exp(tilt + offset): one offset for all layers meets the schedule's sparsity exactly, and a rule of
-exact_budgets_rules.py sets the tilt. The network is exact_budgets.py's; a batch is mirrored as a whole or not at all,
-and all parameters decay.
+Appends a line per run to benchmarks/results/exact_budgets_screen.jsonl and skips runs that it already holds. A layer's
+soft threshold is exp(tilt + offset). One offset for all layers meets the schedule's sparsity exactly. A rule of
+exact_budgets_rules.py sets the tilt. The network is that of exact_budgets.py. Whole batches are mirrored, and weight
+decay applies to all parameters.
 
-What collapsed at 99 %, and why, as far as known (docs/exact-budgets.md says more):
-- magnitude-no-floor: a layer was pruned empty. All others keep some weights in each layer, the floor.
+Rules that collapsed at 99 %, and the reasons as far as they are known (see docs/exact-budgets.md):
+- magnitude-no-floor: all weights of a layer were pruned. All other rules keep some weights in each layer, the floor.
 - learned-free-*, learned-slow-ste: SGD raised the first layer's threshold until 1, 0 and 9 of its weights were left
   (0: its tilt had grown to 2,489, where float32 no longer resolves the floor's margin).
-- surface-flop, surface-half: the threshold of the last layer, the only one without batch norm, ran away downwards; the
-  others kept about as many weights as with static-0.35, so that this alone does not explain the fall.
-- fisher-1: five of seven layers fell to their floors, fisher-1-flop: two. fisher-0.5-flop and global-ste-rescaled: not
-  known, all their layers kept more.
+- surface-flop, surface-half: the threshold of the last layer, the only one without batch norm, kept falling. The other
+  layers kept about as many weights as with static-0.35, so this alone does not explain the collapse.
+- fisher-1: five of seven layers fell to their floors; fisher-1-flop: two. fisher-0.5-flop and global-ste-rescaled: not
+  known; all their layers kept more.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from str_triton import count, soft_threshold
 
 
 class Magnitude:
-    """Hard global magnitude pruning on the schedule. At target 0 nothing is pruned: the dense network."""
+    """Global magnitude pruning on the schedule. At target 0 nothing is pruned: the dense network."""
 
     def __init__(self, variant: "Variant", weights: list[Tensor], costs: Tensor, target: float) -> None:
         self.variant, self.weights, self.target = variant, weights, target
@@ -63,13 +63,13 @@ class Magnitude:
 
     @torch.no_grad()
     def sparse(self) -> list[Tensor]:
-        """The weights that the network computes with."""
+        """Return the weights that the network computes with."""
         for w, mask in zip(self.weights, self.masks, strict=True):
             w.mul_(mask)
         return self.weights
 
     def learn(self, progress: float, lr: float) -> None:
-        """After the optimizer's step."""
+        """Update the tilt after the optimizer's step."""
 
 
 class Soft(Magnitude):
@@ -115,7 +115,7 @@ class Soft(Magnitude):
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to meet the budget."""
+    """A variant of the screen: a rule and its options."""
 
     rule: Callable[[], Rule] = Rule
     gradient: str = "straight_through"
@@ -165,7 +165,7 @@ def normalised(images: Images, number: int) -> tuple[Tensor, Tensor]:
 
 
 def train(name: str, target: float, seed: int, data: Data, number: int, epochs: int) -> dict:
-    """One run on the first `number` images: its line of the result file."""
+    """Train once on the first `number` images and return the line for the result file."""
     torch.manual_seed(seed)
     model, generator = network().to(memory_format=torch.channels_last), torch.Generator().manual_seed(seed + 1)
     rows = count(model, IMAGE).covered_rows

@@ -1,10 +1,10 @@
-"""What the image loader costs beside decoding: images per second of one core, against Pillow's plain decoder.
+"""The throughput of the image loader on one core, compared with Pillow's plain decoder.
 
-The files are photograph-like JPEGs of ImageNet's mean size, 500 x 375 pixels and about 110 kB. In turns, in one
-process: Pillow decodes each file whole, with `Image.open(file).convert("RGB")`, once as it is and once with draft mode
-asked for 224 x 224; and the loader makes training batches (random crop, mirroring) and test batches (central crop) of
-the same files, uint8, ready for the device. Then the same with worker processes, and what a batch costs besides:
-fetching rows of a memory-mapped table, and normalising where the device is the CPU.
+The files are JPEGs similar to photographs, of ImageNet's mean size, 500 x 375 pixels and about 110 kB. Two decoders
+take turns in one process. Pillow decodes each file whole, with `Image.open(file).convert("RGB")`, without and with a
+draft mode of 224 x 224. The loader makes training batches (random crop, mirroring) and test batches (central crop) of
+the same files, as uint8. The script also measures the loader with worker processes, and the other costs of a batch:
+reading rows of a memory-mapped table, and normalising on the CPU.
 
     python -m benchmarks.image_loader
 """
@@ -34,7 +34,7 @@ from tests.cnn.made_up_imagenet import photograph
 
 SIZE, QUALITY = (500, 375), 88
 FILES, ROUNDS = 32, 9
-STREAM = 480  # images that the worker processes are timed over
+STREAM = 480  # images to time the worker processes with
 ROWS = 2000
 
 
@@ -50,7 +50,7 @@ def loader(paths: list[str]) -> EncodedImages:
 
 
 def one_core(paths: list[str]) -> dict[str, Any]:
-    """Seconds per image, side by side."""
+    """Measure the seconds per image of all decoders in turn."""
     images, every, epoch = loader(paths), torch.arange(len(paths)), iter(range(10**6))
 
     def pillow() -> None:
@@ -80,7 +80,7 @@ def one_core(paths: list[str]) -> dict[str, Any]:
 
 
 def with_workers(paths: list[str], workers: int) -> float:
-    """Images per second out of `batches`, normalised, after each worker has given its first batch."""
+    """Measure the throughput of `batches`, normalised, after the first batch of each worker."""
     images = loader((paths * STREAM)[:STREAM])
     stream = batches(images, batch_size=16, seed=0, epoch=0, augment=True, shuffle=True, workers=workers)
     for _ in range(max(1, 2 * workers)):
@@ -92,7 +92,7 @@ def with_workers(paths: list[str], workers: int) -> float:
 
 
 def besides(contents: list[bytes], folder: Path) -> dict[str, float]:
-    """Microseconds per image of what is not decoding."""
+    """Measure the costs of a batch other than decoding, in microseconds per image."""
     import datasets
 
     datasets.disable_progress_bars()

@@ -2,11 +2,11 @@
 
     python -m benchmarks.learned_rank DATA [--tune] [--compressions 2 4 8] [--seeds 0 1 2] [--jobs 2] [--picture FILE]
 
-DATA is a key of `DATA_SETS`. Every run is one of rnn/train.py, with one thread and the data set's recipe; a line per
-run is appended to benchmarks/results/learned_rank.jsonl, and runs that stand there are skipped. `--tune` tries the
-learning rates of `RATES` with every method on the seeds 5 to 7, and writes the validation figures, never the test's, to
-benchmarks/results/learned_rank_tuning.jsonl; the runs then use the best rate of each method. A data set that was not
-tuned takes the multiple of its rate that was best on the tuned one.
+DATA is a key of `DATA_SETS`. Every run is one of rnn/train.py, with one thread and the recipe of the data set. A
+line per run is appended to benchmarks/results/learned_rank.jsonl; runs that it already holds are skipped. `--tune` tries the
+learning rates of `RATES` with every method on the seeds 5 to 7, and writes the validation results, never those of the
+test data, to benchmarks/results/learned_rank_tuning.jsonl. The runs then use the best rate of each method. A data set
+that was not tuned takes the multiple of its rate that was best on the tuned one.
 """
 
 import argparse
@@ -45,7 +45,7 @@ DATA_SETS = {
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    """Train once; `job` names data, method, compression (None: the whole dense network), size, seed and rate."""
+    """Train once. `job` names data, method, compression (None: the whole dense network), size, seed and rate."""
     torch.set_num_threads(1)
     config = DATA_SETS[job["data"]]
     method = "dense" if "dense" in job["method"] else job["method"]
@@ -67,7 +67,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def hidden_size(data: str, params: int, sizes: dict[str, Any]) -> int:
-    """The units of the largest dense network of the same kind with no more than `params` parameters."""
+    """Return the units of the largest dense network of the same kind with at most `params` parameters."""
     hidden = 1
     while dense_params(data, hidden + 1, sizes) <= params:
         hidden += 1
@@ -107,7 +107,7 @@ def jobs(data: str, compressions: Iterable[float], seeds: Iterable[int]) -> list
 
 
 def best_rate(method: str) -> float:
-    """The rate with the least validation loss in the tuning; that of "dense" for the smaller dense networks."""
+    """Return the rate with the least validation loss in tuning. Smaller dense networks take the rate of "dense"."""
     lines = [json.loads(line) for line in TUNING.read_text().splitlines()] if TUNING.exists() else []
     losses: dict[float, list[float]] = {}
     for line in lines:
@@ -141,13 +141,13 @@ def do(todo: Iterable[dict], path: Path, count: int, keep_test: bool) -> None:
 
 
 def picture(runs: list[dict], path: Path) -> None:
-    """Test figures against parameters as SVG: a part per data set, a curve per method, mean and deviation."""
+    """Draw test results against parameters as SVG: a part per data set, a curve per method, mean and deviation."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams["svg.hashsalt"] = "learned_rank"  # with no date: the same lines give the same file
+    plt.rcParams["svg.hashsalt"] = "learned_rank"  # without a date, so that the same lines give the same file
     names = list(dict.fromkeys(run["data"] for run in runs))
     figure, parts = plt.subplots(1, len(names), figsize=(4.5 * len(names), 4), constrained_layout=True, squeeze=False)
     for name, axes in zip(names, parts[0], strict=True):

@@ -1,10 +1,10 @@
-"""How should a rank be learned? Variants of LowRankWeight and RankController, on Japanese Vowels.
+"""A comparison of ways to learn a rank: variants of LowRankWeight and RankController, on Japanese Vowels.
 
     python -m benchmarks.learned_rank_screen [--variants NAME ...] [--total-rank N ...]
 
 Each variant trains a bidirectional GRU of 64 units to the same total rank, on four fifths of the 270 training
-utterances, and is measured on the other fifth; the fold and everything random follow the seed. The test data are not
-touched. One JSON object per run is appended to benchmarks/results/learned_rank_screen.jsonl.
+utterances, and is measured on the other fifth. The seed determines the fold and all random numbers. The test data are
+not used. One JSON object per run is appended to benchmarks/results/learned_rank_screen.jsonl.
 """
 
 import argparse
@@ -28,7 +28,7 @@ PENALTY = 0.01  # of the orthogonality penalty
 
 
 class Unscaled(LowRankWeight):
-    """The paper's: the threshold acts on m_k, whatever the factors' norms are."""
+    """The paper's variant: the threshold acts on m_k, whatever the norms of the factors are."""
 
     def spectrum(self) -> Tensor:
         return soft_threshold(self.m, self.raw_threshold, g=self.g, gradient=self.gradient)
@@ -39,7 +39,7 @@ class Unscaled(LowRankWeight):
 
 
 class Unbalanced(LowRankWeight):
-    """Factored anew with all of the size in m, beside unit vectors."""
+    """A variant whose new factors are unit vectors, with the whole norm in m."""
 
     @torch.no_grad()
     def refactor(self) -> None:
@@ -51,7 +51,7 @@ class Unbalanced(LowRankWeight):
 
 
 class Unsettled(RankController):
-    """Thresholds that go on moving to the end of training, with or without new factors."""
+    """A variant whose thresholds move until the end of training, with or without new factors."""
 
     refactors = True
 
@@ -63,13 +63,13 @@ class Unsettled(RankController):
 
 
 class Drifting(Unsettled):
-    """Neither settled nor factored anew."""
+    """A variant that neither settles its thresholds nor computes new factors."""
 
     refactors = False
 
 
 class EachSolve(RankController):
-    """Settled, and factored anew before every solve."""
+    """A variant that settles its thresholds, and computes new factors before every solve."""
 
     def step(self, progress: float) -> None:
         if self._survivors is None and self.steps % self.interval == 0:
@@ -79,7 +79,7 @@ class EachSolve(RankController):
 
 
 class Unfactored(RankController):
-    """Settled, but never factored anew."""
+    """A variant that settles its thresholds, but never computes new factors."""
 
     def step(self, progress: float) -> None:
         refactor, LowRankWeight.refactor = LowRankWeight.refactor, lambda self: None
@@ -112,7 +112,7 @@ VARIANTS = {
 
 
 class Network(nn.Module):
-    """A bidirectional GRU whose matrices are multiplied out, so that any kind of factors can be tried."""
+    """A bidirectional GRU whose matrices are multiplied out, so that it takes any kind of factors."""
 
     def __init__(self, inputs: int, classes: int, total_rank: int, variant: dict) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ class Network(nn.Module):
         return self.classifier(state[:, packed.unsorted_indices].transpose(0, 1).flatten(1))
 
     def penalty(self) -> Tensor:
-        """Squared distance from orthogonal columns of length one, of all factors."""
+        """Return the squared distance of all factors from orthonormal columns."""
         factors = [F.normalize(f, dim=0) for matrix in self.matrices.values() for f in (matrix.u, matrix.v)]
         return sum(((f.mT @ f - torch.eye(f.shape[1])) ** 2).sum() for f in factors)
 

@@ -21,12 +21,12 @@ from str_triton import low_rank_plan
 
 INPUT_SIZE = 32
 STEPS = 99
-# FastGRNN has no counterpart in torch: it stands beside nn.GRU, the cell that one would take otherwise.
+# FastGRNN has no counterpart in torch. It is compared with nn.GRU, the usual alternative.
 LAYERS = {"gru": (LowRankGRU, nn.GRU), "lstm": (LowRankLSTM, nn.LSTM), "fastgrnn": (LowRankFastGRNN, nn.GRU)}
 
 
 class Cell(NamedTuple):
-    """One row of the table. `goal` is what the ratio should reach, None: for information."""
+    """A row of the table. `goal` is the ratio to reach; None: for information only."""
 
     cell: str
     hidden_size: int

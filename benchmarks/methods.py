@@ -3,15 +3,15 @@
     python -m benchmarks.methods --data-dir DIR [--lines ...] [--targets 0.9 0.95 0.98 0.99] [--seeds 0 1 2]
     python -m benchmarks.methods --picture FILE
 
-Appends a line per run to benchmarks/results/methods.jsonl and skips runs that stand there. All lines share the network,
-the 60,000 images (without augmentation), their order, the optimizer and the passes over them. The zeros count over all
-weights, the first and the last layer's too.
+Appends a line per run to benchmarks/results/methods.jsonl and skips runs that it already holds. All lines share the
+network, the 60,000 images (without augmentation), their order, the optimizer and the number of epochs. Sparsity counts
+all weights, including those of the first and the last layer.
 
-`str`, the paper's way, has no target: its lambda (the weight decay, of weights and thresholds alike) is bisected with
-the first seed until the sparsity is within a tenth of the weights that the target leaves; the trials stand in
-methods_lambda.jsonl, and the other seeds take the lambda that came nearest. "budget of str-exact" hands the layers'
-sparsities of str-exact, same seed and target, to another method. "fine-tuned" starts from the trained dense network of
-the same seed and takes as many epochs as its name says.
+`str`, the paper's method, has no target. Its lambda, the weight decay of weights and thresholds, is found by bisection
+with the first seed, until the number of remaining weights is within a tenth of the target's. methods_lambda.jsonl holds
+the trials. The other seeds take the nearest lambda. "budget of str-exact" gives another method the layers' sparsities
+of str-exact with the same seed and target. "fine-tuned" starts from the trained dense network of the same seed and
+takes the number of epochs in its name.
 """
 
 import argparse
@@ -72,7 +72,7 @@ LAMBDAS, TRIALS_AT_MOST = (1e-4, 1e-2), 6
 
 
 class Nothing:
-    """What steps where nothing is driven to a target."""
+    """A controller that does nothing, for methods without a target."""
 
     def step(self, progress: float) -> None:
         pass
@@ -95,9 +95,12 @@ def train(
     until: float | None = None,
     **options,
 ) -> tuple[nn.Module, dict]:
-    """One run: the model, and what it reached. `start`: weights; `density`: of each layer, for a budget handed over.
+    """Train once and return the model and its results.
 
-    `until`: the progress until which the gradient of str-exact is straight-through, where it is not the default.
+    Args:
+        start: the weights to start from.
+        density: the density of each layer, as a budget.
+        until: the progress until which the gradient of str-exact is straight-through, if it is not the default.
     """
     torch.manual_seed(seed)
     model = network(WIDTHS)
@@ -136,7 +139,7 @@ def append(path: Path, run: dict) -> None:
 
 
 def trial_near(target: float, data) -> dict:
-    """The trial whose sparsity is nearest the target, after as many more with the first seed as that takes."""
+    """Run trials with the first seed as needed, and return the one whose sparsity is nearest to the target."""
     for _ in range(TRIALS_AT_MOST):
         trials = read(TRIALS)
         near = min(trials, key=lambda run: abs(run["sparsity"] - target), default=None)
@@ -150,7 +153,7 @@ def trial_near(target: float, data) -> dict:
 
 
 def run_line(line: str, target: float, seed: int, data, dense: Callable[[int], dict]) -> dict | None:
-    """One line's run; None where it needs another's that is missing."""
+    """Run one line. Return None if it needs the result of another line that is missing."""
     options = dict(LINES[line])
     if options["method"] == "str":
         trial = trial_near(target, data)
@@ -169,13 +172,13 @@ def run_line(line: str, target: float, seed: int, data, dense: Callable[[int], d
 
 
 def picture(runs: list[dict], path: Path, shown: list[str]) -> None:
-    """Accuracy against FLOPs, and the density of each layer at two sparsities, as SVG; means over the seeds."""
+    """Draw accuracy against FLOPs, and the density of each layer at two sparsities, as SVG, as means over the seeds."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams["svg.hashsalt"] = "methods"  # with no date: the same lines give the same file
+    plt.rcParams["svg.hashsalt"] = "methods"  # without a date, so that the same lines give the same file
     figure, (front, layers) = plt.subplots(1, 2, figsize=(12, 4.5), constrained_layout=True)
     names = names_of_layers()
     for line in shown:

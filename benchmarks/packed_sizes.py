@@ -1,9 +1,9 @@
-"""How small packed checkpoints are: the published budgets, layer by layer, with random weights and masks.
+"""The sizes of packed checkpoints with the published budgets, layer by layer, and random weights and masks.
 
     python -m benchmarks.packed_sizes
 
-Every network is packed once with float32 and once with float16 values, read back, and compared: bit for bit in
-float32. Seconds are medians of three on one thread, the disk included.
+Every network is packed with float32 and with float16 values, read back, and compared, bit for bit in float32. Times are
+medians of three runs on one thread, including the disk.
 """
 
 import tempfile
@@ -22,11 +22,11 @@ from str_triton import deploy
 
 ROUNDS = 3
 GOALS = {"float32": 12.8e6, "float16": 8e6}  # bytes, ResNet50 at 90.23 %
-MOBILENET = 89.01  # the one point of MobileNetV1 whose layers were published
+MOBILENET = 89.01  # the only sparsity of MobileNetV1 for which layers were published
 
 
 def masked(name: str, sparsity: float) -> nn.Module:
-    """The network with random zeros, as many in each layer as were published."""
+    """Return the network with random zeros, with the published number in each layer."""
     torch.manual_seed(0)
     model = build(name)
     with torch.no_grad():
@@ -38,7 +38,7 @@ def masked(name: str, sparsity: float) -> nn.Module:
 
 
 def measure(model: nn.Module, values: str, path: Path) -> dict[str, Any]:
-    """Bytes and seconds."""
+    """Measure bytes and seconds."""
     seconds: dict[str, list[float]] = {"pack": [], "unpack": []}
     for _ in range(ROUNDS):
         begin = time.perf_counter()

@@ -1,7 +1,7 @@
-"""The documents' tables, made from benchmarks/results: python -m benchmarks.readme_tables [--check].
+"""The program that makes the documents' tables from benchmarks/results: python -m benchmarks.readme_tables [--check].
 
-To add a table: write its function in one of benchmarks/tables_*.py (`documents` says how), put the two markers where
-the table belongs, run this.
+To add a table, write its function in one of benchmarks/tables_*.py (see `documents`), put the two markers into the
+document, and run this program.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from benchmarks.documents import DOCUMENTS, fill
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write the documents' tables, or with --check only say whether they are up to date."""
+    """Write the documents' tables. With --check only print whether they are up to date."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.readme_tables", description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a table is out of date")
     check = parser.parse_args(arguments).check

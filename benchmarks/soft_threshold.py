@@ -1,10 +1,10 @@
-"""What soft_threshold costs on the CPU, forward and backward, beside the literal formula under autograd and a copy.
+"""The time of soft_threshold on the CPU, forward and backward, compared with the formula under autograd and a copy.
 
     python -m benchmarks.soft_threshold [--rounds 21] [--threads 2]
 
-The functions take turns in one process, a few calls each, of which the first are not timed: they meet the caches and
-the heap that another function left behind. `share_of_copy` says how near memory's limit an op is: the bytes that it
-cannot but move, a second, over those of a copy of the same tensor in the same run. On a GPU: benchmarks/gpu.
+The functions take turns in one process, a few calls each. The first calls of a turn are not timed, because they find
+the caches and the heap of another function. `share_of_copy` compares an op with the memory bandwidth: the least bytes
+that it must move, per second, divided by those of a copy of the same tensor in the same run. On a GPU: benchmarks/gpu.
 """
 
 import argparse
@@ -19,8 +19,8 @@ from str_triton import soft_threshold
 
 SHAPES = ((512, 512, 3, 3), (2048, 1024, 1, 1))
 CALLS = {"calls": 5, "settle": 3}
-# Passes over a tensor that the op cannot do without: forward reads x and writes S; backward reads S and the gradient
-# and writes that of x, except straight-through, where the two are one.
+# The least number of passes over a tensor: forward reads x and writes S. Backward reads S and the gradient, and writes
+# the gradient of x, except for straight-through, where both gradients are the same.
 PASSES = {"forward": 2, "masked backward": 3, "straight_through backward": 2}
 COPY_PASSES = 2
 
@@ -34,7 +34,7 @@ def literal_straight_through(x: Tensor, raw: Tensor) -> Tensor:
 
 
 def one_tensor(shape: tuple[int, ...], rounds: int) -> dict[str, float]:
-    """Medians in milliseconds of forward and backward together, and how they compare."""
+    """Measure forward and backward together: medians in milliseconds, and their ratios."""
     x = (0.05 * torch.randn(shape)).requires_grad_()
     raw = torch.full((1, 1), -3.0, requires_grad=True)
     grad, copy = torch.randn(shape), torch.empty(shape)

@@ -25,7 +25,7 @@ def demo() -> str:
 
 @table("batch-norm-lag", EXACT_BUDGETS)
 def batch_norm_lag() -> str:
-    """How much accuracy an evaluation loses to statistics that lag, at most and in the mean of an epoch."""
+    """Return the accuracy lost by lagging statistics, as maximum and mean over the epochs."""
     rows = []
     for name, epochs in results("batch_norm_lag.json")[0]["runs"].items():
         row = [f"str-exact, a solve {name}" if name.startswith("every") else name]
@@ -40,7 +40,7 @@ def batch_norm_lag() -> str:
 
 @table("exact-budgets", EXACT_BUDGETS)
 def exact_budgets() -> str:
-    """Methods at each sparsity, beside the dense network of the same recipe."""
+    """Return the results of methods at each sparsity, and of the dense network of the same recipe."""
     runs = lines("exact_budgets.jsonl")
     dense = [run["accuracy"] for run in runs if run["method"] == "dense"]
     rows = []
@@ -57,14 +57,14 @@ def exact_budgets() -> str:
 
 @table("screen", EXACT_BUDGETS)
 def screen_table() -> str:
-    """Accuracy and FLOPs of every variant of the screen, the best at 99 % first; bold where no run beats both."""
+    """Return accuracy and FLOPs of all variants of the screen, the best at 99 % first. The Pareto front is bold."""
     targets = (0.9, 0.95, 0.99)
     runs = lines("exact_budgets_screen.jsonl")
     grouped: dict[str, dict[float, dict[str, Any]]] = {}
     for run in runs:
         grouped.setdefault(run["variant"], {})[run["target"]] = run
     dense = grouped.pop("dense", {}).get(0.0)
-    front, best = [], 0.5  # collapsed runs are on no front, whatever they save
+    front, best = [], 0.5  # collapsed runs do not count for the front
     for run in sorted((run for run in runs if run["target"]), key=lambda run: (run["flops"], -run["accuracy"])):
         if run["accuracy"] > best:
             front.append(run)
@@ -96,19 +96,19 @@ METHODS = (
 @table("methods", METHODS_STUDY)
 @table("methods", README)
 def methods() -> str:
-    """The methods at each sparsity, beside the dense network."""
+    """Return the results of the methods at each sparsity, and of the dense network."""
     return _by_sparsity([run for run in lines("methods.jsonl") if run["line"] in ("dense", *METHODS)])
 
 
 @table("methods-ways", METHODS_STUDY)
 def methods_ways() -> str:
-    """Other ways to spread the zeros, other gradients, and fine-tuning."""
+    """Return the results of other distributions of zeros, other gradients, and fine-tuning."""
     return _by_sparsity([run for run in lines("methods.jsonl") if run["line"] not in ("dense", *METHODS)])
 
 
 @table("methods-lambda", METHODS_STUDY)
 def methods_lambda() -> str:
-    """The trials that bisected lambda, and what each reached."""
+    """Return the results of the bisection of lambda."""
     rows = [
         [f"{run['weight_decay']:.2e}", f"{100 * run['sparsity']:.2f}", f"{100 * run['accuracy']:.2f}"]
         for run in sorted(lines("methods_lambda.jsonl"), key=lambda run: run["weight_decay"])
@@ -117,7 +117,7 @@ def methods_lambda() -> str:
 
 
 def _by_sparsity(runs: list[dict[str, Any]]) -> str:
-    """A line's accuracy and FLOPs in % of dense, by sparsity; what a line without a target reached stands with it."""
+    """Return a line's accuracy and FLOPs in % of dense, by sparsity, with its sparsity if it has no target."""
     targets = sorted({run["target"] for run in runs} - {0.0})
     seeds = max(len({run["seed"] for run in runs if run["line"] == line}) for line in {run["line"] for run in runs})
 

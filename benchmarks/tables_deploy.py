@@ -1,4 +1,4 @@
-"""Tables of what a trained network becomes: sparse execution, packed files, C."""
+"""Tables about deployment: sparse execution, packed files, C."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ def sparse_runs() -> list[tuple[str, str, dict[str, Any]]]:
 
 @table("sparse-inference")
 def sparse_inference() -> str:
-    """Milliseconds an image of compile_sparse and its peers, and how many times as fast it is."""
+    """Return the milliseconds per image of compile_sparse and other engines, and its speedup."""
     rows = []
     for name, processor, run in sparse_runs():
         times, ratios = run["milliseconds"], run["times_as_fast"]
@@ -32,7 +32,7 @@ PEERS = ("eager", "torch.compile", "onnxruntime", "deepsparse", "MNN")
 
 @table("sparse-time")
 def sparse_time() -> str:
-    """Where compile_sparse's time goes, by kind of layer."""
+    """Return the time of compile_sparse by kind of layer."""
     kinds: dict[str, None] = {}
     for *_, run in sparse_runs():
         kinds |= dict.fromkeys(run["share_of_time"])
@@ -49,7 +49,7 @@ def sparse_time() -> str:
 
 @table("packed-sizes")
 def packed_sizes() -> str:
-    """Megabytes of packed files at published sparsities."""
+    """Return the size of packed files at published sparsities, in MB."""
     (run,) = results("packed_sizes.json")
     rows = []
     for name, sizes in run["sizes"].items():
@@ -65,7 +65,7 @@ PACKED = ("resnet50 79.55", "resnet50 90.23", "resnet50 95.03", "resnet50 98.05"
 
 @table("c-export")
 def c_export() -> str:
-    """Networks on Japanese Vowels as C: bytes, accuracy, time."""
+    """Return size, accuracy and time of networks for Japanese Vowels as C."""
     (run,) = results("c_export.json")
     rows = []
     for name in dict.fromkeys(row["network"] for row in run["rows"]):

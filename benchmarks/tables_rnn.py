@@ -7,7 +7,7 @@ from benchmarks.documents import LEARNED_RANK, lines, markdown, results, spread,
 
 @table("rank-demo")
 def rank_demo() -> str:
-    """The low-rank demo's seeds, beside the dense network of the same recipe."""
+    """Return the results of the low-rank demo by seed, and of the dense network of the same recipe."""
     dense = {run["seed"]: run["accuracy"] for run in results("rank-demo-dense-seed-*.json")}
     rows = [
         [
@@ -28,7 +28,7 @@ def rank_demo() -> str:
 @table("learned-rank", LEARNED_RANK)
 @table("learned-rank")
 def learned_rank() -> str:
-    """Methods at equal parameters, by data set and compression, beside the whole dense network."""
+    """Return the results of methods at equal parameters, by data set and compression, and of the dense network."""
     runs = lines("learned_rank.jsonl")
     rows = []
     for data in dict.fromkeys(run["data"] for run in runs):
@@ -50,7 +50,7 @@ def learned_rank() -> str:
 
 @table("learned-rank-screen", LEARNED_RANK)
 def learned_rank_screen() -> str:
-    """Every variant at both total ranks: accuracy and loss on held-out training utterances."""
+    """Return accuracy and loss of every variant at both total ranks, on held-out training utterances."""
     runs = lines("learned_rank_screen.jsonl")
     ranks = sorted({run["total_rank"] for run in runs})
     rows = []
@@ -67,7 +67,7 @@ def learned_rank_screen() -> str:
 
 @table("learned-rank-tuning", LEARNED_RANK)
 def learned_rank_tuning() -> str:
-    """Validation loss of every method at every learning rate."""
+    """Return the validation loss of every method at every learning rate."""
     runs = lines("learned_rank_tuning.jsonl")
     rates = sorted({run["rate"] for run in runs})
 

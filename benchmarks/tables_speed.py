@@ -5,7 +5,7 @@ from benchmarks.documents import markdown, results, table
 
 @table("soft-threshold")
 def soft_threshold() -> str:
-    """The op against the literal formula and against a copy, by shape."""
+    """Return the times of the op, of the literal formula and of a copy, by shape."""
     rows = []
     for run in results("soft_threshold_*.json"):
         for shape, figures in run["soft_threshold"].items():
@@ -25,7 +25,7 @@ def soft_threshold() -> str:
 
 @table("training-step")
 def training_step() -> str:
-    """A training step against the dense network's, by machine."""
+    """Return the time of a training step relative to the dense network's, by machine."""
     rows = []
     for run in results("training_step_*.json"):
         machine = run["machine"]
@@ -40,7 +40,7 @@ def training_step() -> str:
 
 @table("low-rank-rnn")
 def low_rank_rnn() -> str:
-    """The recurrent layers against torch's, by machine."""
+    """Return the times of the recurrent layers relative to torch's, by machine."""
     rows = []
     for run in results("low_rank_rnn_cpu.json"):
         device = f"{run['machine']['processor']}, {run['machine']['threads']} threads"

@@ -1,4 +1,4 @@
-"""Side by side in one process: alternating runs, medians and ratios, and the machine they were taken on."""
+"""Timing of functions that take turns in one process: medians, ratios, and a description of the machine."""
 
 import json
 import platform
@@ -17,10 +17,10 @@ RESULTS = Path(__file__).parent / "results"
 def alternating(
     functions: dict[str, Callable[[], Any]], rounds: int, warmup: int = 2, calls: int = 1, settle: int = 0
 ) -> dict[str, list[float]]:
-    """Seconds per call of each function in each of `rounds` rounds; in a round every function has its turn.
+    """Measure the seconds per call of each function in each of `rounds` rounds. All functions take a turn in a round.
 
-    A turn is `settle` calls that are not timed, for functions so short that it would count how the one before left the
-    heap (whose memory is given back at somebody's next free), and `calls` that are.
+    A turn has `settle` calls that are not timed, and then `calls` timed ones. Short functions need the former, because
+    the function before may have left memory that the heap gives back at the next free.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for index in range(warmup + rounds):
@@ -38,7 +38,7 @@ def alternating(
 
 
 def median_ratio(seconds: dict[str, list[float]], name: str, base: str) -> float:
-    """The median over the rounds of one function's time over another's in the same round."""
+    """Return the median over the rounds of the ratio of two functions' times in the same round."""
     return median(a / b for a, b in zip(seconds[name], seconds[base], strict=True))
 
 
@@ -48,7 +48,7 @@ def synchronize() -> None:
 
 
 def machine() -> dict[str, Any]:
-    """Versions and hardware, for a result file."""
+    """Return versions and hardware, for a result file."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
     return {
@@ -61,7 +61,7 @@ def machine() -> dict[str, Any]:
 
 
 def version(name: str) -> str | None:
-    """Of an installed distribution; None for a checkout that is not installed, or where triton has another name."""
+    """Return the version of a distribution; None if it is not installed, or if triton has another name."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -69,7 +69,7 @@ def version(name: str) -> str | None:
 
 
 def write(name: str, result: dict[str, Any]) -> None:
-    """benchmarks/results/NAME.json: the machine first, then the figures."""
+    """Write benchmarks/results/NAME.json, with the machine and the results."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({"machine": machine(), **result}, indent=2) + "\n")

@@ -1,9 +1,9 @@
-"""What STR costs in training on the CPU: a step of ResNet-50, dense, with STR, and by the literal formula.
+"""The cost of STR in training on the CPU: a step of ResNet-50, dense, with STR, and with the literal formula.
 
     python -m benchmarks.training_step [--rounds 9] [--batch-size 32] [--image-size 64] [--threads 2]
 
-A step is forward, backward and SGD with momentum; the networks take turns. The controller's solves come at intervals:
-they are timed on their own, and their share is added to the ratio of the network that has a controller. On a GPU:
+A step is forward, backward and SGD with momentum. The networks take turns. The controller solves only at intervals, so
+its solves are timed separately, and their share is added to the ratio of the network with a controller. On a GPU:
 benchmarks/gpu.
 """
 
@@ -20,7 +20,7 @@ from str_triton import SparsityController, Target, parameter_groups, sparsify
 
 
 class LiteralConv2d(nn.Conv2d):
-    """The paper's formula as it is written, differentiated by autograd."""
+    """A convolution with the paper's formula as it is written, differentiated by autograd."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -32,7 +32,7 @@ class LiteralConv2d(nn.Conv2d):
 
 
 def literal(model: nn.Module) -> nn.Module:
-    """Every convolution by the literal formula, with the same Parameters."""
+    """Replace every convolution by one with the literal formula, with the same Parameters."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child) is nn.Conv2d:
@@ -45,10 +45,12 @@ def literal(model: nn.Module) -> nn.Module:
 
 
 class Step:
-    """One training step of a network, ready to be called again and again.
+    """A training step of a network that can be called repeatedly.
 
-    controlled: make a controller, which the step leaves alone. autocast: forward in bfloat16. backend: compile the
-    network with this backend of torch.compile.
+    Args:
+        controlled: make a controller, which the step does not call.
+        autocast: run the forward pass in bfloat16.
+        backend: compile the network with this backend of torch.compile.
     """
 
     def __init__(

@@ -103,7 +103,7 @@ class Harm:
         (["pack", "list.pt"], "list.pt: expected a state dict, got list"),
         (["pack", "mixed.pt"], "mixed.pt: no state dict: key 'epoch' is int, not a tensor"),
         (["pack", "thresholds.pt"], "thresholds.pt: 'raw_threshold' is a raw threshold, and nothing says which g"),
-        (["pack", "packed"], "python -m str_triton unpack"),
+        (["pack", "packed"], "packed: it is already packed"),
         (["pack", "a.pt", "--to", "a.pt"], "a.pt is the input: name another file with --to"),
         (["pack", "a.pt", "--to", "none/b"], "none/b: No such file or directory"),
         (["pack", "large.pt", "--values", "float16"], "tensor 'a' holds 1e+10, and float16 ends at 65504: choose"),

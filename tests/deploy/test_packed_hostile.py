@@ -155,7 +155,7 @@ ROW = {"name": "a", "params": 6, "nonzeros": 3, "dense_flops": 0, "flops": 0, "t
         (change(low_bits=10**9), "low_bits is 1000000000, too many"),
         (change(low_bits=-1), "low_bits: expected"),
         (change(low_bits=9), "do not hold the positions"),
-        (change(low_bits=None), "of a dense tensor the arrays"),
+        (change(low_bits=None), "it is dense, but its arrays"),
         (change(dtype="F99"), "dtype: expected one of"),
         (change(dtype="I32"), "is I32, its values are F16"),
         (change(nonzeros=2001), "2001 of"),
@@ -167,7 +167,7 @@ ROW = {"name": "a", "params": 6, "nonzeros": 3, "dense_flops": 0, "flops": 0, "t
         (lambda content: content["tensors"].update(a={"same_as": "b"}, b={"same_as": "a"}), "not stored before it"),
         (lambda content: content["tensors"].update(a={"same_as": "none"}), "not stored before it"),
         (lambda content: content["tensors"].update(a={"same_as": "shared"}), "not stored before it"),
-        (lambda content: content["tensors"].update(a=content["tensors"]["gaps"]), "of a sparse tensor the arrays"),
+        (lambda content: content["tensors"].update(a=content["tensors"]["gaps"]), "it is sparse, but its arrays"),
         (lambda content: content["tensors"].pop("dense"), "'dense' belongs to no tensor"),
         (lambda content: content.pop("tensors"), "'tensors' is missing"),
         (lambda content: content.clear(), "'values' is missing"),
@@ -206,12 +206,12 @@ def test_wrong_content_is_named(tmp_path: Path, whole: bytes, make: Callable[[di
     [
         ("[]", "expected an object"),
         ("null", "expected an object"),
-        ("", "no JSON"),
-        ("[" * 100_000 + "]" * 100_000, "no JSON"),
+        ("", "not JSON"),
+        ("[" * 100_000 + "]" * 100_000, "not JSON"),
         ('{"metadata": {"x": %s}}' % ("[" * 500 + "]" * 500), "nested deeper"),
         ('{"tensors": {}, "tensors": {}}', "'tensors' occurs twice"),
-        ('{"metadata": {"x": NaN}}', "NaN is no number"),
-        (r'{"metadata": {"\ud800": 1}}', "no Unicode"),
+        ('{"metadata": {"x": NaN}}', "NaN is not a number"),
+        (r'{"metadata": {"\ud800": 1}}', "not Unicode"),
     ],
 )
 def test_content_that_is_no_json_is_refused(tmp_path: Path, whole: bytes, text: str, message: str):
@@ -240,8 +240,8 @@ def test_a_key_that_is_twice_in_the_header_is_refused(tmp_path: Path, whole: byt
         ("dense", {"data_offsets": [0]}, "a list of 2"),
         ("gaps|positions", {"dtype": "I8"}, "must be a list of U8"),
         ("stray", {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}, "'stray' belongs to no tensor"),
-        ("dense|signs", {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}, "of a dense tensor the arrays"),
-        ("gaps", {"dtype": "F16", "shape": [0], "data_offsets": [0, 0]}, "of a sparse tensor the arrays"),
+        ("dense|signs", {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}, "it is dense, but its arrays"),
+        ("gaps", {"dtype": "F16", "shape": [0], "data_offsets": [0, 0]}, "it is sparse, but its arrays"),
     ],
 )
 def test_a_wrong_array_is_named(tmp_path: Path, whole: bytes, name: str, entry: dict, message: str):
@@ -271,7 +271,7 @@ def make_deep() -> list:
     ("state", "options", "message"),
     [
         ({"w": torch.zeros(10**6)}, {}, "its tensors would take 4,000,000 bytes"),
-        ({"\ud800": torch.zeros(3)}, {}, "no Unicode"),
+        ({"\ud800": torch.zeros(3)}, {}, "not Unicode"),
         ({"w": torch.zeros(3)}, {"budget": Budget([LayerBudget("w", 3, -1, 0, 0)])}, r"rows\[0\].nonzeros: expected"),
         ({"w": torch.zeros(3)}, {"budget": Budget([LayerBudget("w", 3, 4, 0, 0)])}, "nonzeros is 4, params 3"),
         ({"w": torch.zeros(3)}, {"metadata": {"deep": make_deep()}}, "nested deeper"),

@@ -95,19 +95,19 @@ def test_an_object_is_needed(value: Any):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "no JSON"),
-        ("", "no JSON"),
-        (b"\xff", "no JSON"),
-        ("[" * 100_000 + "]" * 100_000, "no JSON"),
+        ("{", "not JSON"),
+        ("", "not JSON"),
+        (b"\xff", "not JSON"),
+        ("[" * 100_000 + "]" * 100_000, "not JSON"),
         ("[" * (DEEPEST + 1) + "]" * (DEEPEST + 1), "nested deeper"),
         ('{"a":' * (DEEPEST + 1) + "0" + "}" * (DEEPEST + 1), "nested deeper"),
         ('{"a": 1, "b": {"c": 1, "c": 2}}', "the key 'c' occurs twice"),
-        ("[NaN]", "NaN is no number"),
-        ("[-Infinity]", "-Infinity is no number"),
-        ("[1e999]", "1e999 is no number"),
+        ("[NaN]", "NaN is not a number"),
+        ("[-Infinity]", "-Infinity is not a number"),
+        ("[1e999]", "1e999 is not a number"),
         (f"[{'9' * 5000}]", "digits"),
         (r'["\ud800"]', r"the text '\\ud800' is not Unicode"),
-        (r'{"\udfff": 1}', "no Unicode"),
+        (r'{"\udfff": 1}', "not Unicode"),
     ],
 )
 def test_what_only_pythons_reader_takes_is_refused(text: str | bytes, message: str):

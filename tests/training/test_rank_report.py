@@ -84,4 +84,4 @@ def test_a_language_model_is_shown_in_bits(tmp_path: Path):
     page = report(run_folder(tmp_path, "bits_per_character"))
     assert "small: 1.875 bits per character with" in page
     assert "<b>1.875</b><span>test bits per character</span>" in page
-    assert "validation data, trained on too" in page
+    assert "validation data, also trained on" in page
