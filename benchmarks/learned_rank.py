@@ -2,11 +2,11 @@
 
     python -m benchmarks.learned_rank DATA [--tune] [--compressions 2 4 8] [--seeds 0 1 2] [--jobs 2] [--picture FILE]
 
-DATA is a key of `DATA_SETS`. Every run is one of rnn/train.py, with one thread and the recipe of the data set. A
-line per run is appended to benchmarks/results/learned_rank.jsonl; runs that it already holds are skipped. `--tune` tries the
-learning rates of `RATES` with every method on the seeds 5 to 7, and writes the validation results, never those of the
-test data, to benchmarks/results/learned_rank_tuning.jsonl. The runs then use the best rate of each method. A data set
-that was not tuned takes the multiple of its rate that was best on the tuned one.
+DATA is a key of `DATA_SETS`. Every run is one of rnn/train.py, with one thread and the recipe of the data set. A line
+per run is appended to benchmarks/results/learned_rank.jsonl; runs that it already holds are skipped. `--tune` tries
+the learning rates of `RATES` with every method on the seeds 5 to 7, and writes the validation results, never those of
+the test data, to benchmarks/results/learned_rank_tuning.jsonl. The runs then use the best rate of each method. A data
+set that was not tuned takes the multiple of its rate that was best on the tuned one.
 """
 
 import argparse
