@@ -156,3 +156,6 @@ def _check_state(content: Any, path: str | os.PathLike[str]) -> None:
             raise ValueError(f"{path}: no state dict: key {key!r} is not a text")
         if not isinstance(value, Tensor):
             raise ValueError(f"{path}: no state dict: key {key!r} is {kind_of(value)}, not a tensor")
+        if value.is_meta or value.is_nested:
+            kind = "a nested tensor" if value.is_nested else "on the meta device, without values"
+            raise ValueError(f"{path}: key {key!r} is {kind}; save plain dense tensors")

@@ -54,6 +54,7 @@ def within_itself() -> dict:
     return content
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -63,6 +64,9 @@ def within_itself() -> dict:
         ({"model": torch.nn.Linear(1, 1)}, "key 'model' is torch.nn.modules.linear.Linear, not a tensor"),
         (argparse.Namespace(), "expected a state dict, got argparse.Namespace"),
         (within_itself(), "key 'epoch' is int"),
+        ({"w": torch.ones(2, device="meta")}, "key 'w' is on the meta device"),
+        ({"w": torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged)}, "key 'w' is a nested tensor"),
+        ({"w": torch.nested.nested_tensor([torch.ones(2)])}, "key 'w' is a nested tensor"),
         ({"\x1b[2J": 1}, r"key '\x1b[2J' is int"),
     ],
 )
