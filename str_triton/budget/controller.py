@@ -121,11 +121,11 @@ class SparsityController(OffsetController):
         self._before = [raw.detach().clone() for raw in self._raws]
         # How far the next solve's thresholds are, in parts of one step each; and who is then held back how much more.
         self._drift: tuple[list[Tensor], list[Tensor]] | None = None
+        self._marks: list[tuple[float, int]] = []  # Progress and step where training began, and of the last aim.
         self._changed: list[tuple[int, Tensor, Tensor]] = []  # What exact() has to put back: layer, places, values.
         self._set_gradient()
 
     def _advance(self, progress: float) -> None:
-        self._pace = progress - self.progress
         super()._advance(progress)
         self._set_gradient()
 
@@ -138,25 +138,36 @@ class SparsityController(OffsetController):
     @torch.no_grad()
     def _follow(self) -> None:
         if self.steps == 0:
-            self.solve()
+            super().solve()
+            began = (0.0, -1) if self.progress * self.interval <= 1 else (self.progress, 0)
+            self._marks = [began]
         elif self._drift is not None:
             self._move(self._drift[0])
             torch._foreach_add_(self._held_back, self._drift[1])
-        if self.steps % self.interval == 0:
-            self._aim(self.interval)
+        if self.steps % self.interval == 0 or self._drift is None:
+            self._aim(self.steps)
 
-    def _aim(self, steps: int) -> None:
-        """Solve for the thresholds at the next solve, `steps` steps ahead, and spread the way there over the steps."""
-        ahead = min(self.progress + self._pace * steps, 1.0)
+    def _aim(self, step: int) -> None:
+        """Solve for the thresholds at the next planned solve, and spread the way there over the steps until then.
+
+        Where progress will be then follows from its pace since training began or since the last aim, the slower one:
+        progress may stand still for an epoch and then jump.
+        """
+        paces = [(self.progress - progress) / (step - before) for progress, before in self._marks if before < step]
+        if not paces:
+            return  # The first step of a training that began before the controller.
+        left = self.interval - step % self.interval
+        ahead = min(self.progress + min(paces) * left, 1.0)
         shifts, held = self._shifts(self._done(ahead))
         more = [after - now for after, now in zip(held, self._held_back, strict=True)]
-        self._drift = tuple([change / steps for change in changes] for changes in (shifts, more))
+        self._drift = tuple([change / left for change in changes] for changes in (shifts, more))
+        self._marks = [self._marks[0], (self.progress, step)]
 
     @torch.no_grad()
     def solve(self) -> None:
         super().solve()
         if self._drift is not None and self._training is None:
-            self._aim(-self.steps % self.interval + 1)  # The rest of the way begins from here.
+            self._aim(self.steps - 1)  # The rest of the way begins from here.
 
     def _check_layers(self, shares: Mapping[str, float]) -> None:
         if self.distribution != "fixed":
@@ -314,6 +325,7 @@ class SparsityController(OffsetController):
         return state | {
             "layers": dict(self.target.layers) if self.target.by_layer else None,
             "drift": drift,
+            "marks": list(self._marks),
             "changed": [(number, places.clone(), values.clone()) for number, places, values in self._changed],
         }
 
@@ -322,7 +334,7 @@ class SparsityController(OffsetController):
             raise ValueError("the state was made for another target by layers; has the file that names it changed?")
         super().load_state_dict(state)
         device = self._raws[0].device
-        drift = state["drift"]
+        drift, self._marks = state["drift"], state["marks"]
         self._drift = None if drift is None else tuple([part.to(device) for part in parts] for parts in drift)
         for number, places, values in state["changed"]:
             put(self._layers[number].weight.dense.detach(), places.to(device), values.to(device))

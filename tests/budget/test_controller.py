@@ -117,6 +117,25 @@ def test_between_solves_the_thresholds_follow_the_schedule():
             assert abs(count(model, IMAGES).sparsity - 0.8 * (i + 1) / 100) < 0.01
 
 
+@pytest.mark.parametrize(
+    "progress",
+    [
+        lambda step: step // 50 / 4,  # epochs
+        lambda step: 0.4 + step / 500,  # a controller that comes late
+        lambda step: 0.004 * min(step, 40) + 0.0004 * max(0, step - 40),  # slows down
+    ],
+)
+def test_uneven_progress_leads_past_the_schedule_by_no_more_than_an_interval(progress):
+    model = sparsify(nn.Linear(50, 50))
+    controller = SparsityController(model, Target(sparsity=0.9), end=1.0, schedule="linear", interval=20)
+    gaps = []
+    for step in range(120):
+        controller.step(progress(step))
+        gaps.append(float((model.sparse_weight == 0).float().mean()) - 0.9 * progress(step))
+    assert max(gaps) < 0.1
+    assert abs(gaps[-1]) < 0.1
+
+
 def deep_net():
     torch.manual_seed(1)
     layers = [nn.Linear(64, 64)]
