@@ -34,6 +34,7 @@ MAY_SPILL = {"singular_value_threshold_recombine_kernel": 4096}  # Bytes per thr
 # The largest resident time loop may spill on NVIDIA (bytes), every loop a little on AMD (registers).
 LARGEST_LOOP, PAPERS_LOOP = "gru, 512 x 32, bfloat16", "gru, 100 x 10, float32, tf32"
 LOOPS_MAY_SPILL = {"nvidia": 144, "cdna": 32, "rdna": 80}
+ACTIVATIONS = {"gru": 3, "lstm": 5, "fastgrnn": 2, "mgu": 2}  # of a hidden unit at a step
 LOOPS = {"low_rank_rnn_forward_kernel", "low_rank_rnn_backward_kernel"}
 STREAMING = {
     "soft_threshold_kernel",
@@ -126,11 +127,11 @@ def test_instructions_of_time_loops(loops):
             assert code["ptx"].count("rcp.approx.ftz.f32") == found.exponentials, build
             assert "div." not in code["ptx"], build
             if not build.backward:
-                # Activations (GRU 3, LSTM 5, FastGRNN and minimal gated unit 2) of a tile, shared out among threads.
+                # Those of a tile, shared out among threads.
                 hidden, rank = map(int, size.split(" x "))
                 plan = layout(CELLS[cell], hidden, rank, DTYPES[dtype], SHARED_MEMORY[build.target], False)
                 tile = plan.block_hidden * plan.block_batch // (32 * plan.warps)
-                assert found.exponentials == {"gru": 3, "lstm": 5, "fastgrnn": 2, "mgu": 2}[cell] * tile, build
+                assert found.exponentials == ACTIVATIONS[cell] * tile, build
 
 
 def test_no_atomics_on_global_memory(built):

@@ -34,7 +34,7 @@ def test_plan(kind, cell, sizes, training):
 
 
 def test_plan_of_what_there_is_not():
-    with pytest.raises(ValueError, match="cell must be one of 'fastgrnn', 'gru', 'lstm', 'mgu', got 'rnn'"):
+    with pytest.raises(ValueError, match=r"'fastgrnn'.*'gru'.*got 'rnn'"):
         low_rank_plan("rnn", 512, 32, 64, torch.float32)
     with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
         low_rank_plan("gru", 512, 0, 64, torch.float32)
