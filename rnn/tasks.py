@@ -140,7 +140,7 @@ class Language(Task):
 
     def __init__(self, config: Config, data: Text, accelerator: Accelerator) -> None:
         if config.choose == "last":
-            note = "training and validation text together: the validation score is no estimate"
+            note = "training and validation text together: the validation score does not estimate the test score"
             train = torch.cat([data.train, data.validation])
             data = replace(data, train=train, notes={**data.notes, "train": note})
         super().__init__(config, data, accelerator)

@@ -67,7 +67,7 @@ def cached_clips(
             folder.mkdir(parents=True, exist_ok=True)
             needed, free = 2 * RATE * len(items), shutil.disk_usage(folder).free
             if needed > free:  # fail now rather than after minutes of reading
-                raise OSError(errno.ENOSPC, f"it takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+                raise OSError(errno.ENOSPC, f"it needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
             _remove_leftovers(folder)
             note = _write(samples, about, items, read, name)
         except OSError as error:

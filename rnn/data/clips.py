@@ -212,7 +212,7 @@ def _silence(background: Tensor, count: int, generator: torch.Generator) -> Tens
 
 def _check_classes(labels: dict[str, Tensor], class_names: tuple[str, ...], name: str) -> None:
     if len(class_names) < 2:
-        raise ValueError(f"{name} has one word, {class_names[0]!r}: it takes two classes or more")
+        raise ValueError(f"{name} has one word, {class_names[0]!r}: at least two are needed")
     for part in PARTS:
         counts = torch.bincount(labels[part], minlength=len(class_names))
         if not counts.all():

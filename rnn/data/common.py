@@ -115,5 +115,5 @@ def with_validation(data: Data) -> Data:
     `notes["train"]` says so. The standardisation does not change either.
     """
     count = len(data.train) + len(data.validation)
-    note = f"training and validation examples together ({count}): the validation score is no estimate"
+    note = f"training and validation examples together ({count}): the validation score does not estimate the test score"
     return replace(data, train=Merged(data.train, data.validation), notes={**data.notes, "train": note})

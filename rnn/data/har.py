@@ -52,7 +52,7 @@ def load_har(path: str, *, classes: int = 6, noise: float = 0.0, device: torch.d
     held_out = people[EVERY - 1 :: EVERY]
     if not len(held_out):
         raise ValueError(
-            f"{path}: {len(people)} subjects for training; it takes {EVERY} to hold one out for validation"
+            f"{path}: {len(people)} subjects for training; at least {EVERY} are needed to hold one out for validation"
         )
     in_validation = torch.isin(published.people, held_out)
     standardise = Standardisation.of(published.features[~in_validation], None)

@@ -150,7 +150,7 @@ def _check_words(words: tuple[str, ...], clips_per_word: int) -> tuple[str, ...]
     if len(words) < 2:
         raise ValueError(f"spoken: {len(words)} word is not enough: name two or more")
     if clips_per_word < 10:
-        raise ValueError(f"spoken: {clips_per_word} clips a word: it takes at least 10 for three parts")
+        raise ValueError(f"spoken: {clips_per_word} clips a word: at least 10 are needed for three parts")
     return tuple(sorted(words))
 
 

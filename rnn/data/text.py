@@ -115,7 +115,7 @@ def split_text(text: str, name: str, **notes: str) -> Text:
     characters that are replaced. Raises ValueError for a text of fewer than SHORTEST characters.
     """
     if len(text) < SHORTEST:
-        raise ValueError(f"{name}: {len(text):,} characters; a language model takes at least {SHORTEST:,}")
+        raise ValueError(f"{name}: {len(text):,} characters; a language model needs at least {SHORTEST:,}")
     ends = [0, len(text) * 90 // 100, len(text) * 95 // 100, len(text)]
     parts = [text[start:end] for start, end in pairwise(ends)]
     vocabulary = Vocabulary.of(parts[0])
@@ -171,12 +171,12 @@ def load_lines(file: str) -> Data:
     by_label = _labelled_lines(text, file)
     names = tuple(sorted(by_label))
     if len(names) < 2:
-        raise ValueError(f"{file}: all lines have the label {names[0]!r}; it takes at least two labels")
+        raise ValueError(f"{file}: all lines have the label {names[0]!r}; at least two labels are needed")
     parts = _empty_parts()
     for label, name in enumerate(names):
         lines = by_label[name]
         if len(lines) < EVERY:
-            raise ValueError(f"{file}: {len(lines)} different lines with the label {name!r}; it takes {EVERY} of each")
+            raise ValueError(f"{file}: {len(lines)} different lines with the label {name!r}; each label needs {EVERY}")
         for index, line in enumerate(lines):
             part = {EVERY - 2: "validation", EVERY - 1: "test"}.get(index % EVERY, "train")
             parts[part].append((line, label))

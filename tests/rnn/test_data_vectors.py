@@ -207,7 +207,7 @@ def test_validation_examples_can_be_trained_on(vowels: Data):
     both = with_validation(vowels)
     assert len(both.train) == 270
     assert torch.bincount(both.train.labels).tolist() == [30] * 9
-    assert "no estimate" in both.notes["train"]
+    assert "(270)" in both.notes["train"]
     assert "train" not in vowels.notes
     indices = [220, 3, 269, 0, 216, 215]
     x, lengths, labels = plain(both.train, indices)
