@@ -180,7 +180,7 @@ def measure(
 
 @torch.inference_mode()
 def throughput(model: nn.Module, image_shape: tuple[int, int, int], batch_size: int, device: torch.device) -> float:
-    """Measure the network alone, in images per second, as the median over batches that are on the device already."""
+    """Measure the network's throughput in images per second, as the median over batches that are on the device."""
     images = torch.randn(batch_size, *image_shape, device=device)
     seconds: list[float] = []
     model(images)

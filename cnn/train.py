@@ -141,7 +141,7 @@ class Experiment(Loop):
     def refresh_batch_norm(self, epoch: int) -> None:
         """Recompute the running statistics of batch norm for the present weights.
 
-        Each process computes them from its own part of the batches, and all get the mean.
+        Each process computes them from its own part of the batches, and all processes get the mean.
         """
         buffers = self.model.named_buffers()
         statistics = [buffer for name, buffer in buffers if name.endswith(("running_mean", "running_var"))]

@@ -83,7 +83,7 @@ RESUME_MAY_CHANGE = frozenset({"cache_dir"})
 
 
 def japanese_vowels_gru() -> Config:
-    """Bundled recordings of one vowel, nine speakers: a bidirectional GRU, well under a minute on two cores."""
+    """Train a bidirectional GRU on bundled recordings of one vowel by nine speakers; under a minute on two cores."""
     # For so small a network, a second thread costs more time than it saves.
     return Config(
         recipe="japanese-vowels-gru",
@@ -100,7 +100,7 @@ def japanese_vowels_gru() -> Config:
 
 
 def spoken_gru() -> Config:
-    """Twelve words of a speech synthesiser (needs eSpeak NG): a GRU, suitable for other labelled sequences too."""
+    """Train a GRU on twelve synthesised words (needs eSpeak NG); also fits other labelled sequences."""
     return Config(
         recipe="spoken-gru",
         data="spoken:yes,no,up,down,left,right,on,off,stop,go,start,end",
@@ -115,14 +115,14 @@ def spoken_gru() -> Config:
 
 
 def text_lstm() -> Config:
-    """Python's help text: a character language model, an LSTM."""
+    """Train a character language model, an LSTM, on Python's help text."""
     return Config(
         recipe="text-lstm", data="text", cell="lstm", hidden_size=256, epochs=15, batch_size=32, lr=6e-3, dropout=0.2
     )
 
 
 def google12_fastgrnn() -> Config:
-    """The paper's Google-12: FastGRNN on ten words, silence and unknown of Speech Commands (needs --data)."""
+    """Train the paper's Google-12: FastGRNN on ten words, silence and unknown of Speech Commands (needs --data)."""
     return _paper_config(
         recipe="google12-fastgrnn",
         data="speech-commands:DIR",
@@ -132,7 +132,7 @@ def google12_fastgrnn() -> Config:
 
 
 def har2_fastgrnn() -> Config:
-    """The paper's HAR-2: FastGRNN on the motion data of UCI HAR in two classes (needs --data)."""
+    """Train the paper's HAR-2: FastGRNN on the motion data of UCI HAR in two classes (needs --data)."""
     return _paper_config(recipe="har2-fastgrnn", data="har:DIR", classes=2, hidden_size=80)
 
 

@@ -291,7 +291,10 @@ def test_public_arguments_have_types(path: Path) -> None:
 
 
 # Folders in which docstrings of functions begin with a verb ("Return", "Write"). This list only grows.
-PLAIN_ENGLISH = ("str_triton", "str_triton/deploy", "str_triton/training", "cnn", "cnn/data", "cnn/methods")
+PLAIN_ENGLISH = (
+    *("str_triton", "str_triton/deploy", "str_triton/training", "cnn", "cnn/data", "cnn/methods"),
+    *("rnn", "rnn/c_export", "rnn/data"),
+)
 NO_VERB = re.compile(
     "An?|The|Th(is|at|ese|ose)|Its?|One|Two|Three|All|Any|Both|Each|Every|None|Nothing|Some|Such|"
     "Wh(at|en|ere|ether|ich|o|ose|y|ole)|How|If|Unless|"

@@ -1,6 +1,6 @@
-"""Images for training and testing: `load` reads a data set, `batches` goes through it.
+"""Images for training and testing: `load` reads a data set, `batches` iterates over it.
 
-Everything random (the order, the augmentation) is a function of (seed, epoch, index) alone: `counter_random.py`.
+Order and augmentation depend only on (seed, epoch, index), see `counter_random.py`.
 """
 
 from cnn.data.batching import batches, steps_per_epoch

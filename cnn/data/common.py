@@ -15,7 +15,7 @@ class Images(Protocol):
     """A map-style set of labelled images, read a batch at a time."""
 
     in_memory: bool
-    """Whether `batch` only copies from memory, so that worker processes would not pay."""
+    """True if `batch` only copies from memory, so that worker processes would make it slower."""
     normalisation: Callable[[Tensor], Tensor]
     """Maps a batch's pixels, on any device, to float32 [B, C, H, W] of about zero mean and unit variance."""
 

@@ -148,7 +148,7 @@ def _held_out(splits: "DatasetDict | dict[str, Dataset]", label: str, name: str)
 
 
 def _encoded(rows: "Dataset", column: str) -> "Dataset":
-    """Return a data set of that column alone, with its images not decoded."""
+    """Return a data set with only that column, whose images are not decoded."""
     import datasets
 
     rows = rows.select_columns([column])

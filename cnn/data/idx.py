@@ -49,7 +49,7 @@ SETS = {
 
 
 def load_idx(name: str, data_dir: str | None) -> Data:
-    """Read the four files of the data set `name` from `data_dir`. "emnist" stands for the one split that is there.
+    """Read the four files of the data set `name` from `data_dir`. "emnist" means the only split in that directory.
 
     Raises FileNotFoundError for a missing directory or file, and ValueError for damaged or wrong files.
     """
@@ -133,7 +133,7 @@ def read_idx(path: Path, dimensions: int) -> Tensor:
     """Return the uint8 array in an IDX file, gzipped or not. Raise ValueError, which names the file, if it is damaged.
 
     The format: 0, 0, 8 for unsigned bytes, the number of dimensions, each dimension as a big-endian uint32, the data.
-    Not more is unpacked than the header says, and not more than `LARGEST` bytes.
+    At most the number of bytes in the header, and at most `LARGEST` bytes, are unpacked.
     """
     try:
         with open(path, "rb") as file:
