@@ -5,6 +5,7 @@ import threading
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from str_triton import deploy
 from str_triton.deploy.sparse import backend
 from str_triton.deploy.sparse.executions.choice import Choice
 from str_triton.deploy.sparse.fallback import ModulewiseModel
+from str_triton.deploy.sparse.graph import export
 from tests.deploy.sparse_networks import prune, same
 
 METADATA = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
@@ -257,6 +259,20 @@ def test_a_norm_by_the_batch_takes_no_images(by_kernels):
         same(model, compiled, torch.randn(batch, 16, 5, 5))
 
 
+@pytest.mark.parametrize("missing", ["option", "conditions"])
+def test_without_the_private_names_of_torch(by_kernels, monkeypatch, missing: str):
+    if missing == "option":
+        monkeypatch.setattr(export, "shapes_config", SimpleNamespace())
+    else:
+        monkeypatch.setattr(export, "symbolic_shapes", SimpleNamespace())
+    model = prune(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1)), 0.5)
+    compiled = deploy.compile_sparse(model, torch.randn(2, 3, 6, 6))
+    assert isinstance(compiled, deploy.SparseModel)
+    assert len(compiled.choices) == 2
+    for shape in ((2, 3, 6, 6), (1, 3, 6, 6), (4, 3, 9, 5)):
+        same(model, compiled, torch.randn(shape))
+
+
 def test_nothing_is_printed_about_what_cannot_be_exported(by_kernels, capfd):
     model = prune(Two(lambda y: y[: int(y.sum() > 0) + 1], linear=True), 0.5)
     deploy.compile_sparse(model, torch.randn(3, 16), tune=False)
@@ -283,6 +299,66 @@ def test_hidden_state_falls_back(by_kernels):
         x = torch.randn(1, 2, 3, 3)
         with torch.no_grad():
             torch.testing.assert_close(compiled(x), model(x))
+
+
+class Hides(nn.Module):
+    """It keeps a state in a buffer that is not there yet, in an attribute, or in a parameter."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.linear, self.where, self.last = nn.Linear(4, 4), where, None
+        self.register_buffer("late", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.where == "parameter":
+            with torch.no_grad():
+                self.linear.bias.add_(1.0)
+            return self.linear(x)
+        name = "late" if self.where == "buffer" else "last"
+        old = getattr(self, name)
+        setattr(self, name, x if old is None or old.shape != x.shape else old * 0.5 + x)
+        return self.linear(getattr(self, name))
+
+
+@pytest.mark.parametrize("where", ["buffer", "attribute", "parameter"])
+def test_state_that_no_export_keeps(by_kernels, where: str):
+    model = prune(Hides(where), 0.5)
+    compiled = deploy.compile_sparse(model, torch.randn(2, 4))
+    for rows in (2, 2, 3, 2):
+        x = torch.randn(rows, 4)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_layers_inside_of_a_vmap(by_kernels):
+    class Mapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = prune(nn.Linear(4, 4), 0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.vmap(self.linear)(x) if float(x.sum()) else x
+
+    mapped = Mapped().eval()
+    same(mapped, deploy.compile_sparse(mapped, torch.randn(3, 4)), torch.randn(2, 4))
+
+
+def test_what_a_network_falls_back_to_is_no_submodule(by_kernels):
+    class Sized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x) * 2 if len(x) > 2 else self.linear(x)
+
+    model = prune(Sized(), 0.5)
+    compiled = deploy.compile_sparse(model, torch.randn(2, 4)).half()
+    assert not compiled.state_dict()
+    for rows in (1, 2, 5):
+        same(model, compiled, torch.randn(rows, 4))
+    with pytest.raises(ValueError, match="layout"):
+        compiled(torch.randn(2, 4).to_sparse())
 
 
 class Branches(nn.Module):

@@ -13,6 +13,7 @@ from str_triton.deploy.sparse.graph.signature import Signature
 from str_triton.deploy.sparse.state import Buffers
 
 ROUNDING = 1e-4  # of the largest value: what float32 may differ by
+DOUBT = 1e-2  # of the largest value: where a model differs from itself in float64 by more, that one is another model
 SLACK = 10.0  # a network may differ from float64 by so many times what the model itself does
 
 
@@ -24,7 +25,7 @@ def clone(tree: Any) -> Any:
 def difference(model: nn.Module, network: Callable, calls: Sequence[tuple[tuple, dict]]) -> str | None:
     """Return how a network differs from its model in a row of calls; None if it does not, but for rounding.
 
-    The model's buffers are as before afterwards. Calls that the model does not take are left out.
+    The model's buffers are as before afterwards. Further calls that the model does not take are left out.
     """
     buffers = Buffers(model)
     try:
@@ -32,8 +33,10 @@ def difference(model: nn.Module, network: Callable, calls: Sequence[tuple[tuple,
             theirs, ours = clone((args, kwargs)), clone((args, kwargs))
             try:
                 wanted = model(*theirs[0], **theirs[1])
-            except Exception:
-                return None
+            except Exception as error:
+                if args is not calls[0][0]:
+                    return None
+                return f"the model raises {type(error).__name__} after its export"  # which left something in it
             try:
                 found = network(*ours[0], **ours[1])
             except Exception as error:
@@ -97,7 +100,8 @@ def _as_close(a: Any, b: Any, truth: Any) -> bool:
     if not isinstance(truth, Tensor) or truth.shape != a.shape or not a.is_floating_point():
         return False
     errors = [float((value.double() - truth).nan_to_num(0.0, 0.0, 0.0).abs().max()) for value in (a, b)]
-    return torch.equal(a.isfinite(), b.isfinite()) and errors[0] <= SLACK * errors[1]
+    scale = float(truth.nan_to_num(0.0, 0.0, 0.0).abs().max())
+    return torch.equal(a.isfinite(), b.isfinite()) and errors[0] <= SLACK * errors[1] and errors[1] <= DOUBT * scale
 
 
 def resized(args: tuple, kwargs: dict[str, Any], sizes: dict[str, tuple[int, int]], leaves: Sequence[Any]) -> Any:

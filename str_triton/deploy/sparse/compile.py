@@ -184,7 +184,7 @@ def _tuned(
 def _calls(network: SparseModel, args: tuple, kwargs: dict[str, Any]) -> list[tuple[tuple, dict[str, Any]]]:
     """Return calls that show whether a network is right: the example, other values in another batch.
 
-    Where calls leave a state behind, the example comes again.
+    The example comes twice, because calls may leave a state behind.
     """
     signature, leaves = network.signature, pytree.tree_leaves((args, kwargs))
     tensors = [(leaf, given) for leaf, given in zip(signature.leaves, leaves, strict=True) if leaf.sizes]
@@ -196,7 +196,7 @@ def _calls(network: SparseModel, args: tuple, kwargs: dict[str, Any]) -> list[tu
     other = resized(args, kwargs, sizes, signature.leaves)
     if not signature.fits(pytree.tree_leaves(other)):
         other = resized(args, kwargs, {}, signature.leaves)
-    return [(args, kwargs), other, *([(args, kwargs)] if network.state() else [])]
+    return [(args, kwargs), (args, kwargs), other, (args, kwargs)]
 
 
 def _modulewise(model: nn.Module, args: tuple, kwargs: dict[str, Any], tune: bool, note: str) -> ModulewiseModel:
@@ -209,9 +209,12 @@ def _modulewise(model: nn.Module, args: tuple, kwargs: dict[str, Any], tune: boo
     layers = {}
     for name, x in inputs.items():
         graph, signature = layer_graph(dense.get_submodule(name), name)
-        layers[name] = _tuned(graph, signature, [x], {}, tune, None)
+        try:
+            layers[name] = _tuned(graph, signature, [x], {}, tune, None)
+        except Exception as error:  # An input that only torch knows: the model works all the same.
+            left[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}"
     network = ModulewiseModel(_copied(model), layers, left, [note])
-    problem = difference(dense, network, [(args, kwargs)])
+    problem = difference(dense, network, [(args, kwargs)] * 2)
     if problem is None:
         return ModulewiseModel(_copied(model), layers, left, [note])
     left |= dict.fromkeys(layers, "the model gives other values with it compiled")

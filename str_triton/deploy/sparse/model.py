@@ -119,9 +119,14 @@ class SparseModel(CompiledModel):
     ) -> None:
         super().__init__()
         self.graph, self.signature, self.choices = graph, signature, choices
-        self.left, self.notes, self.example, self.source = left, list(notes), list(example), source
+        self.left, self.notes, self.example = left, list(notes), list(example)
+        self._held_source = (source,)  # no submodule: it stays as it is, whatever happens to parameters
         self.training = False
         self._prepare()
+
+    @property
+    def source(self) -> nn.Module | None:
+        return self._held_source[0]
 
     def _prepare(self) -> None:
         """Set up what neither copies nor files hold."""
@@ -225,7 +230,9 @@ class SparseModel(CompiledModel):
 
     def _plan(self, leaves: Sequence[Any]) -> Plan:
         """Return the plan for such inputs; the lock is held."""
-        key = tuple((leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+        key = tuple(
+            (leaf.shape, leaf.dtype, leaf.device, leaf.layout) if isinstance(leaf, Tensor) else leaf for leaf in leaves
+        )
         try:
             return self._plans[key]
         except (KeyError, TypeError):

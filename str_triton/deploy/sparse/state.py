@@ -11,10 +11,9 @@ class Buffers:
 
     def __init__(self, model: nn.Module) -> None:
         self._values = [
-            (f"{path}.{name}".lstrip("."), module, name, value, value.clone())
+            (f"{path}.{name}".lstrip("."), module, name, value, None if value is None else value.clone())
             for path, module in model.named_modules()
             for name, value in module._buffers.items()
-            if value is not None
         ]
 
     def changed(self) -> set[str]:
@@ -22,12 +21,14 @@ class Buffers:
         return {
             label
             for label, module, name, tensor, value in self._values
-            if module._buffers[name] is not tensor or not torch.equal(tensor.nan_to_num(), value.nan_to_num())
+            if module._buffers[name] is not tensor
+            or (tensor is not None and not torch.equal(tensor.nan_to_num(), value.nan_to_num()))
         }
 
     def restore(self) -> None:
         for _, module, name, tensor, value in self._values:
-            tensor.copy_(value)
+            if tensor is not None:
+                tensor.copy_(value)
             module._buffers[name] = tensor
 
 
@@ -49,7 +50,8 @@ class _Places:
         self.before: dict[str, Tensor] = {}
 
     def remember(self, module: nn.Module, args: Any) -> None:
-        self.before = {name: module.get_buffer(name) for name in self.names}
+        found = dict(module.named_buffers())
+        self.before = {name: found[name] for name in self.names if name in found}
 
     def put_back(self, module: nn.Module, args: Any, result: Any) -> None:
         for name, old in self.before.items():

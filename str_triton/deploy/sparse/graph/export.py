@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental import _config as shapes_config
-from torch.fx.experimental.symbolic_shapes import ShapeGuardPythonPrinter
+from torch.fx.experimental import symbolic_shapes
 
 from str_triton.deploy.sparse.graph.batches import Exported, with_every_batch
 from str_triton.deploy.sparse.graph.signature import Leaf, Signature, compile_guard, parameter_names
@@ -92,7 +92,8 @@ def _ordinary_ones() -> contextlib.AbstractContextManager:
 
 def _functional(program: ExportedProgram) -> ExportedProgram:
     """Return a program without changes in place; a change of a fresh value that nobody else reads needs no retrace."""
-    for node in list(program.graph.nodes):
+    regions = [module for module in program.graph_module.modules() if isinstance(module, fx.GraphModule)]
+    for node in [node for module in regions for node in module.graph.nodes]:
         if _is_mutable(node):
             functional = _functional_form(node)
             if functional is None:
@@ -172,11 +173,13 @@ def _guards(program: ExportedProgram, named: set[Any]) -> list[str]:
     sizes = [size for value in values if isinstance(value, Tensor) for size in value.shape if not isinstance(size, int)]
     if not sizes:
         return []
-    environment = sizes[0].node.shape_env
-    printer = ShapeGuardPythonPrinter(
-        {s: [str(s)] for s in environment.var_to_sources}, str, environment.var_to_sources
-    )
-    conditions = [guard.expr for guard in environment.guards if guard.expr.free_symbols]
+    try:  # These names are not public: without them sizes stay fixed.
+        environment = sizes[0].node.shape_env
+        sources = environment.var_to_sources
+        printer = symbolic_shapes.ShapeGuardPythonPrinter({s: [str(s)] for s in sources}, str, sources)
+        conditions = [guard.expr for guard in environment.guards if guard.expr.free_symbols]
+    except AttributeError as error:
+        raise NotExported(f"this version of torch does not tell its conditions on sizes: {error}") from error
     guards = [printer.doprint(condition) for condition in conditions if condition.free_symbols <= named]
     for symbol in named:
         limits = program.range_constraints.get(symbol)

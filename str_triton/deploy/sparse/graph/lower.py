@@ -165,6 +165,8 @@ class _Lowering(Context):
         target = aten.reshape.default if node.target in _RESHAPES else node.target
         if target in (aten.as_strided.default, aten.sym_stride.int):
             raise NotExported("it reads a tensor by its strides")
+        if getattr(getattr(target, "_schema", None), "is_mutable", False):
+            raise NotExported(f"it changes a tensor by {target}")
         label = self.label(node)
         name = getattr(getattr(target, "_schema", None), "name", "").removeprefix("aten::")
         weights = [source for source in node.all_input_nodes if source in self.known]
