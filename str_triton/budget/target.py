@@ -108,7 +108,7 @@ class NonzerosTarget(Target):
         _require_at_least_1(self, "a share of zeros is Target(sparsity=...)")
 
     def keep(self, costs: Costs) -> int:
-        return math.floor(self.nonzeros) - costs.others
+        return math.floor(min(self.nonzeros, costs.thresholded + costs.others)) - costs.others
 
 
 @dataclass(frozen=True, repr=False)
@@ -123,7 +123,7 @@ class FlopsTarget(Target):
         _require_at_least_1(self, f"a share of the dense model's is Target(flops_share={self.flops})")
 
     def keep(self, costs: Costs) -> int:
-        return math.floor(self.flops) - (costs.flops - costs.thresholded)
+        return math.floor(min(self.flops, costs.flops)) - (costs.flops - costs.thresholded)
 
 
 @dataclass(frozen=True, repr=False)
@@ -156,6 +156,8 @@ class LayersTarget(Target):
     layers: Mapping[str, float]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.layers, Mapping):
+            raise TypeError(f"target layers must map names to shares of zeros, got {type(self.layers).__name__}")
         for name, sparsity in self.layers.items():
             if not 0 <= sparsity <= 1:
                 raise ValueError(f"target sparsity of layer {name!r} must be in [0, 1], got {sparsity}")

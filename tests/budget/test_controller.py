@@ -420,6 +420,15 @@ def test_targets_out_of_range(make, message):
         make()
 
 
+def test_targets_of_other_kinds():
+    with pytest.raises(TypeError, match="got list"):
+        Target(layers=[0.9])
+    for endless in (Target(nonzeros=float("inf")), Target(flops=float("inf"))):
+        model = sparsify(convolutional_net())
+        SparsityController(model, endless, example_input=IMAGES).finish()
+        assert count(model, IMAGES).sparsity == 0
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
