@@ -7,7 +7,7 @@ its backward needs.
 Backward: d is dL/dh with everything that later steps hand back, `carry` dL/dc of an LSTM (others do not look at it),
 `saved` what the forward saved and `before` the state before the step. A cell returns the gradients of x and of
 q + bias, those that the launcher needs beside x's, what it hands back to the state before the step, and each element's
-part of the gradients of the scalars. Where a sequence does not run, d and all of `saved` are 0.
+part of the gradients of the scalars. Where a sequence does not run, d is 0, and `saved` is 0 behind its end.
 
 Tiles are [hidden units, sequences]. Derivations: docs/derivations.md.
 """

@@ -8,8 +8,8 @@ A product over the hidden units is cut into SPLIT pieces, one per warp, that are
 times fewer dependent instructions, and no warp reads another's share.
 
 What a cell computes is a function of kernels/low_rank_cells.py (STEP). For cells without a state c, p_c0 is None. Where
-a sequence does not run (t >= its length) nothing is written: the launcher hands in zeros. Offsets from step to step are
-int64; those within one step of one program fit int32.
+a sequence does not run (t >= its length) the outputs are not written: the launcher hands in zeros. Offsets from step to
+step are int64; those within one step of one program fit int32.
 """
 
 import triton
@@ -20,14 +20,13 @@ from str_triton.kernels.time_loop import (
     load,
     load_factor,
     load_rows,
-    load_saved,
     load_scalars,
+    load_step,
     load_tiles,
     sequence_lengths,
     store,
     store_saved,
     store_tiles,
-    time_before,
     time_index,
     to_compute,
     up,
@@ -150,31 +149,6 @@ def low_rank_rnn_forward_kernel(
 
 
 @triton.jit
-def _load_step(
-    t, lengths, exists, wanted, first, steps, batch, hidden, row, i_h, p_grad_outputs, p_outputs, p_saved, p_s0,
-    REVERSE: tl.constexpr, SAVED: tl.constexpr, HAS_C: tl.constexpr, WHOLE: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
-    """What the backward of step t reads: the gradient of its output, the state before it, and what it saved."""
-    at = t * batch + first
-    mask = (t < lengths) & exists & wanted
-    o_h, o_s = row * hidden + i_h[:, None], row * (SAVED * hidden) + i_h[:, None]
-    before, inside = time_before(t, lengths, steps, REVERSE)
-    width = tl.num_programs(0) * row.shape[1]
-    if HAS_C:  # c is the last of what a step saves.
-        p_before = p_saved + (before * width + first) * (SAVED * hidden)
-        (state,) = load_saved(p_before, o_s, hidden, mask & inside, wanted, SAVED - 1, SAVED, WHOLE, SPLIT)
-        if WHOLE:
-            state = tl.where(inside, state, 0)
-    else:
-        state = tl.load(p_outputs + (before * batch + first) * hidden + o_h, mask=mask & inside, other=0)
-    # One of the two loads gives 0.
-    state += tl.load(p_s0 + o_h, mask=mask & (inside == 0), other=0)
-    grad = tl.load(p_grad_outputs + at * hidden + o_h, mask=mask, other=0)
-    p_step = p_saved + (t * width + first) * (SAVED * hidden)
-    return grad, state, load_saved(p_step, o_s, hidden, mask, wanted, 0, SAVED, WHOLE, SPLIT)
-
-
-@triton.jit
 def _backward(
     loaded, carry, grad_p, pieces, sums, w, v, scale, p_grad_h, p_grad_x, p_grad_extra, o_h, o_x, hidden,
     mask, active, last,
@@ -236,7 +210,7 @@ def low_rank_rnn_backward_kernel(
         m_h = (lengths > 0) & exists
         carry = load(p_grad_s + o_h, m_h, COMPUTE)
         if AHEAD:
-            loaded = _load_step(
+            loaded = load_step(
                 time_index(0, steps, not REVERSE), lengths, exists, True, first, steps, batch, hidden, row, i_h,
                 p_grad_outputs, p_outputs, p_saved, p_s0, REVERSE, SAVED, HAS_C, WHOLE, SPLIT,
             )  # fmt: skip
@@ -255,12 +229,12 @@ def low_rank_rnn_backward_kernel(
         p_x, p_extra = p_grad_x + at * (GATES * hidden), p_grad_extra + at * hidden
         if RESIDENT:
             if AHEAD:  # What the next step reads is on its way while this step computes.
-                loaded_next = _load_step(
+                loaded_next = load_step(
                     time_index(step + 1, steps, not REVERSE), lengths, exists, step + 1 < steps, first, steps, batch,
                     hidden, row, i_h, p_grad_outputs, p_outputs, p_saved, p_s0, REVERSE, SAVED, HAS_C, WHOLE, SPLIT,
                 )  # fmt: skip
             else:
-                loaded = _load_step(
+                loaded = load_step(
                     t, lengths, exists, True, first, steps, batch, hidden, row, i_h,
                     p_grad_outputs, p_outputs, p_saved, p_s0, REVERSE, SAVED, HAS_C, WHOLE, SPLIT,
                 )  # fmt: skip
@@ -278,7 +252,7 @@ def low_rank_rnn_backward_kernel(
                 o_h, o_x = row * hidden + i_h[:, None], row * (GATES * hidden) + i_h[:, None]
                 exists = (i_h < hidden)[:, None]
                 m_h = (lengths > 0) & exists
-                loaded = _load_step(
+                loaded = load_step(
                     t, lengths, exists, True, first, steps, batch, hidden, row, i_h,
                     p_grad_outputs, p_outputs, p_saved, p_s0, REVERSE, SAVED, HAS_C, WHOLE, SPLIT,
                 )  # fmt: skip

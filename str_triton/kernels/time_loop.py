@@ -156,3 +156,28 @@ def time_before(t, lengths, steps, REVERSE: tl.constexpr):
         before = tl.maximum(t - 1, 0)
         inside = (t > 0) & (lengths > 0)
     return before, inside
+
+
+@triton.jit
+def load_step(
+    t, lengths, exists, wanted, first, steps, batch, hidden, row, i_h, p_grad_outputs, p_outputs, p_saved, p_s0,
+    REVERSE: tl.constexpr, SAVED: tl.constexpr, HAS_C: tl.constexpr, WHOLE: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """What the backward of step t reads: the gradient of its output, the state before it, and what it saved."""
+    at = t * batch + first
+    mask = (t < lengths) & exists & wanted
+    o_h, o_s = row * hidden + i_h[:, None], row * (SAVED * hidden) + i_h[:, None]
+    before, inside = time_before(t, lengths, steps, REVERSE)
+    width = tl.num_programs(0) * row.shape[1]
+    if HAS_C:  # c is the last of what a step saves.
+        p_before = p_saved + (before * width + first) * (SAVED * hidden)
+        (state,) = load_saved(p_before, o_s, hidden, mask & inside, wanted, SAVED - 1, SAVED, WHOLE, SPLIT)
+        if WHOLE:
+            state = tl.where(inside, state, 0)
+    else:
+        state = tl.load(p_outputs + (before * batch + first) * hidden + o_h, mask=mask & inside, other=0)
+    # One of the two loads gives 0.
+    state += tl.load(p_s0 + o_h, mask=mask & (inside == 0), other=0)
+    grad = tl.load(p_grad_outputs + at * hidden + o_h, mask=mask, other=0)
+    p_step = p_saved + (t * width + first) * (SAVED * hidden)
+    return grad, state, load_saved(p_step, o_s, hidden, mask, wanted, 0, SAVED, WHOLE, SPLIT)
