@@ -5,15 +5,20 @@ rounding, the first ones are kept, in the order of the weights and in each weigh
 the budget lasts. So the cost is met to within one element, whatever the values are.
 
 One pass over the elements, piece by piece: a sample tells between which two offsets the cut lies, what lies above them
-is counted, and only what lies between them is sorted. The result reaches the host.
+is counted, and only what lies between them is searched. The result reaches the host. Where the weights are spread over
+processes each looks at its own elements, and what the processes tell each other are sums of whole numbers and extremes:
+the result is the one of a single process, bit for bit.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+
+from str_triton.budget.cut_value import cut_value
+from str_triton.budget.processes import ALONE, Processes
 
 PIECE = 1 << 18  # Elements at a time: few enough for a processor's caches.
 SAMPLE = 1 << 17  # Elements from which the bracket of the cut is guessed.
@@ -24,12 +29,14 @@ class Source:
     """One weight that takes part in a common cut.
 
     Attributes:
-        weight: the dense weight, of any shape, not empty; on any device.
+        weight: the dense weight, of any shape; on any device. Of a weight that is spread over processes, this process's
+            rows, which may be none.
         inverse: g^-1, by which a magnitude becomes an offset.
         reference: the raw threshold's place in the common order, of a shape that broadcasts to `weight`: an element's
             offset is inverse(|element|) - reference.
         cost: of one element, >= 0.
         floor: number of elements to keep in any case.
+        size: number of elements of the weight in all processes; None: of `weight`.
     """
 
     weight: Tensor
@@ -37,15 +44,21 @@ class Source:
     reference: Tensor
     cost: int = 1
     floor: int = 0
+    size: int | None = None
+
+    @property
+    def elements(self) -> int:
+        """The number of elements in all processes."""
+        return self.weight.numel() if self.size is None else self.size
 
     def pieces(self) -> Iterator[Tensor]:
         """Yield the offsets as float32, flat, in the order of the elements."""
         weight = self.weight.detach()
         if weight.dim() == 0:
             weight = weight.reshape(1)
-        rows = max(1, PIECE // max(1, weight[0].numel()))
+        rows = max(1, PIECE // max(1, weight.shape[1:].numel()))
         varies = self.reference.numel() > 1
-        for start in range(0, weight.shape[0], rows):
+        for start in range(0, max(1, weight.shape[0]), rows):
             reference = self.reference
             if varies and reference.shape[0] == weight.shape[0]:
                 reference = reference[start : start + rows]
@@ -80,10 +93,10 @@ class NotANumberError(ValueError):
         self.index = index
 
 
-def allocate(sources: Sequence[Source], budget: int) -> Allocation:
+def allocate(sources: Sequence[Source], budget: int, processes: Processes = ALONE) -> Allocation:
     """Keep as many elements as cost at most `budget`, those with the largest offsets, and every source's floor.
 
-    Elements of 0 (offset -inf) are never kept.
+    Elements of 0 (offset -inf) are never kept. All of the processes call this, each with its own rows of the weights.
 
     Raises:
         NotANumberError: a weight holds NaN.
@@ -94,7 +107,7 @@ def allocate(sources: Sequence[Source], budget: int) -> Allocation:
         free = [i for i in range(len(sources)) if i not in floored]
         left = budget - sum(sources[i].cost * count for i, count in floored.items())
         try:
-            cut = _cut([sources[i] for i in free], max(left, 0))
+            cut = _cut([sources[i] for i in free], max(left, 0), processes)
         except NotANumberError as error:
             raise NotANumberError(free[error.index]) from None
         kept = dict(zip(free, cut.kept, strict=True)) | floored
@@ -102,20 +115,15 @@ def allocate(sources: Sequence[Source], budget: int) -> Allocation:
         if not low:
             return Allocation(cut.offset, [kept[i] for i in range(len(sources))], caps)
         for i in low:
-            floored[i], caps[i] = _floor(sources[i])
+            floored[i], caps[i] = _floor(sources[i], processes)
         if len(floored) == len(sources):
             return Allocation(max(caps), [floored[i] for i in range(len(sources))], caps)
 
 
-def _floor(source: Source) -> tuple[int, float]:
+def _floor(source: Source, processes: Processes) -> tuple[int, float]:
     """Return how many elements a source's floor keeps, and the largest offset that keeps at least these."""
-    offsets = torch.cat(list(source.pieces()))
-    top = offsets.topk(min(source.floor, offsets.numel())).values
-    top = top[top > -torch.inf]
-    if not len(top):
-        return 0, math.inf
-    last = float(top[-1])
-    return len(top), _between(float(offsets.where(offsets < last, -torch.inf).amax()), last)
+    cut = _cut([replace(source, cost=1)], source.floor, processes)
+    return cut.kept[0], cut.offset if cut.kept[0] else math.inf
 
 
 def _between(below: float, above: float) -> float:
@@ -125,58 +133,86 @@ def _between(below: float, above: float) -> float:
     return (below + above) / 2 if math.isfinite(above) else below + 1
 
 
-def _cut(sources: Sequence[Source], budget: int) -> Allocation:
-    sizes = [source.weight.numel() for source in sources]
-    if sum(source.cost * size for source, size in zip(sources, sizes, strict=True)) <= budget:
-        return _keep_all(sources)
-    low, high = _bracket(sources, budget)
+def _cut(sources: Sequence[Source], budget: int, processes: Processes) -> Allocation:
+    if sum(source.cost * source.elements for source in sources) <= budget:
+        return _keep_all(sources, processes)
+    low, high = _bracket(sources, budget, processes)
     while True:
-        above, values, owners = _candidates(sources, low, high)
+        above, values, owners = _candidates(sources, low, high, processes)
         left = budget - sum(source.cost * count for source, count in zip(sources, above, strict=True))
-        costs = torch.tensor([source.cost for source in sources])[owners]
-        if left < 0 and high < math.inf:
+        if left < 0:
             high = math.inf  # The sample misled.
-        elif int(costs.sum()) <= left and low > -math.inf:
+            continue
+        cut = cut_value(values, torch.tensor([source.cost for source in sources])[owners], left, processes)
+        below, beyond = _neighbors(values, cut, processes)
+        # The offset lies between the cut and its neighbor, which may lie outside.
+        if low > -math.inf and (cut is None or below == -math.inf):
             low = -math.inf
+        elif high < math.inf and beyond == math.inf:
+            high = math.inf
         else:
-            return _divide(sources, above, values, owners, costs, left, low, high)
+            return _divide(sources, above, values, owners, left, cut, below, beyond, processes)
 
 
-def _bracket(sources: Sequence[Source], budget: int) -> tuple[float, float]:
+def _bracket(sources: Sequence[Source], budget: int, processes: Processes) -> tuple[float, float]:
     """Guess two offsets that the cut lies between, from every n-th element."""
-    total = sum(source.weight.numel() for source in sources)
+    total = sum(source.elements for source in sources)
     step = max(1, total // SAMPLE) | 1  # Odd, so that it does not walk down a column of a matrix.
     if step == 1:
         return -math.inf, math.inf
     samples = [torch.cat([piece[::step] for piece in source.pieces()]).cpu() for source in sources]
     costs = torch.repeat_interleave(
-        torch.tensor([float(source.cost * step) for source in sources], dtype=torch.float64),
-        torch.tensor([len(sample) for sample in samples]),
+        torch.tensor([source.cost * step for source in sources]), torch.tensor([len(sample) for sample in samples])
     )
-    values, order = torch.cat(samples).sort(descending=True)
-    place = int((costs[order].cumsum(0) <= budget).sum())
-    margin = 16 + 4 * math.isqrt(len(values))
-    high = float(values[place - margin]) if place > margin else math.inf
-    low = float(values[place + margin]) if place + margin < len(values) else -math.inf
-    return low, high
+    values = torch.cat(samples).nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf)
+    # Four standard deviations of the cost of a sample, and a little more.
+    mean_square = sum(source.cost**2 * source.elements for source in sources) / total
+    margin = int((16 + 4 * math.sqrt(total / step)) * math.sqrt(mean_square) * step)
+    low = cut_value(values, costs, budget + margin, processes)
+    high = cut_value(values, costs, budget - margin, processes) if budget > margin else None
+    return -math.inf if low is None else low, math.inf if high is None else high
 
 
-def _candidates(sources: Sequence[Source], low: float, high: float) -> tuple[list[int], Tensor, Tensor]:
-    """Return for each source the number of offsets above `high`; all in [low, high], and the source that each is of.
+def _candidates(
+    sources: Sequence[Source], low: float, high: float, processes: Processes
+) -> tuple[list[int], Tensor, Tensor]:
+    """Return for each source the number of offsets above `high` in all processes; and this process's offsets in
+    [low, high], with the source that each is of.
 
     Elements of 0, whose offset is -inf, are left out.
     """
-    above, found, owners = [0] * len(sources), [], []
+    above = torch.zeros(len(sources), dtype=torch.int64)
+    found, owners, with_nan = [], [], len(sources)
     for number, source in enumerate(sources):
         for piece in source.pieces():
             if math.isnan(float(piece.sum())) and bool(piece.isnan().any()):
-                raise NotANumberError(number)
+                with_nan = min(with_nan, number)
             piece = piece[(piece >= low) & (piece > -torch.inf)]
             is_above = piece > high
             above[number] += int(is_above.sum())
             found.append(piece[~is_above].cpu())
             owners.append(torch.full((len(found[-1]),), number))
-    return above, torch.cat(found), torch.cat(owners)
+    _check_numbers(with_nan, len(sources), processes)
+    return processes.sum(above).tolist(), torch.cat(found), torch.cat(owners)
+
+
+def _check_numbers(with_nan: int, number: int, processes: Processes) -> None:
+    """Raise NotANumberError where a process has found NaN; `with_nan` is its first weight of that kind."""
+    first = int(processes.least(torch.tensor(with_nan)))
+    if first < number:
+        raise NotANumberError(first)
+
+
+def _neighbors(values: Tensor, cut: float | None, processes: Processes) -> tuple[float, float]:
+    """Return the largest value below the cut and the smallest one above it; -inf and inf where there is none.
+
+    Without a cut: -inf, and the smallest value of all.
+    """
+    lower = values[:0] if cut is None else values[values < cut]
+    upper = values if cut is None else values[values > cut]
+    below = processes.most(lower.amax() if len(lower) else torch.tensor(-math.inf))
+    beyond = processes.least(upper.amin() if len(upper) else torch.tensor(math.inf))
+    return float(below), float(beyond)
 
 
 def _divide(
@@ -184,53 +220,49 @@ def _divide(
     above: list[int],
     values: Tensor,
     owners: Tensor,
-    costs: Tensor,
     left: int,
-    low: float,
-    high: float,
+    cut: float | None,
+    below: float,
+    beyond: float,
+    processes: Processes,
 ) -> Allocation:
     """Keep candidates from the largest down while `left` lasts, those on the cut in the order of the sources."""
-    values, order = values.sort(descending=True, stable=True)
-    owners, costs = owners[order], costs[order]
-    place = int((costs.cumsum(0) <= left).sum())
-    if place == len(values):  # Only elements of 0 are left to cut.
-        lowest = float(values[-1]) if len(values) else high
-        return Allocation(lowest - 1 if math.isfinite(lowest) else 0.0, _counts(above, owners))
-    cut = values[place]
-    kept, tied = values > cut, values == cut
-    left -= int(costs[kept].sum())
-    counts = _counts(above, owners[kept])
+    if cut is None:  # Only elements of 0 are left to cut.
+        counts = _counts(above, owners, processes)
+        return Allocation(beyond - 1 if math.isfinite(beyond) else 0.0, counts)
+    counts = _counts(above, owners[values > cut], processes)
+    left -= sum(source.cost * (n - m) for source, n, m in zip(sources, counts, above, strict=True))
     any_tied_is_kept = False
-    for number, count in enumerate(owners[tied].bincount(minlength=len(sources)).tolist()):
+    for number, count in enumerate(_counts([0] * len(sources), owners[values == cut], processes)):
         cost = sources[number].cost
         more = count if cost == 0 else min(count, left // cost)
         counts[number] += more
         left -= more * cost
         any_tied_is_kept |= more > 0
-    after, before = values[values < cut], values[kept]
-    if any_tied_is_kept:
-        offset = _between(float(after[0]) if len(after) else low, float(cut))
-    else:
-        offset = _between(float(cut), float(before[-1]) if len(before) else high)
-    return Allocation(offset, counts)
+    return Allocation(_between(below, cut) if any_tied_is_kept else _between(cut, beyond), counts)
 
 
-def _counts(above: list[int], owners: Tensor) -> list[int]:
-    return [a + b for a, b in zip(above, owners.bincount(minlength=len(above)).tolist(), strict=True)]
+def _counts(above: list[int], owners: Tensor, processes: Processes) -> list[int]:
+    own = processes.sum(owners.bincount(minlength=len(above)))
+    return [a + b for a, b in zip(above, own.tolist(), strict=True)]
 
 
-def _keep_all(sources: Sequence[Source]) -> Allocation:
+def _keep_all(sources: Sequence[Source], processes: Processes) -> Allocation:
     """Cut nothing but elements of 0."""
-    lowest, kept = math.inf, []
+    lowest, with_nan = math.inf, len(sources)
+    kept = torch.zeros(len(sources), dtype=torch.int64)
     for number, source in enumerate(sources):
-        count = 0
         for piece in source.pieces():
+            if not len(piece):
+                continue
             smallest = float(piece.amin())
             if math.isnan(smallest):
-                raise NotANumberError(number)
+                with_nan = min(with_nan, number)
             if smallest == -math.inf:
                 piece = piece[piece > -torch.inf]
                 smallest = float(piece.amin()) if len(piece) else math.inf
-            lowest, count = min(lowest, smallest), count + len(piece)
-        kept.append(count)
-    return Allocation(lowest - 1 if math.isfinite(lowest) else 0.0, kept)
+            lowest = min(lowest, smallest)
+            kept[number] += len(piece)
+    _check_numbers(with_nan, len(sources), processes)
+    lowest = float(processes.least(torch.tensor(lowest)))
+    return Allocation(lowest - 1 if math.isfinite(lowest) else 0.0, processes.sum(kept).tolist())

@@ -18,10 +18,13 @@ from str_triton.budget.allocate import NotANumberError, Source, allocate
 from str_triton.budget.count import counted_weights
 from str_triton.budget.inventory import Layer, take_inventory, warn_of_zeros
 from str_triton.budget.offset_controller import OffsetController, unwrapped_names
+from str_triton.budget.processes import nonzeros
+from str_triton.budget.raw_thresholds import raws_for_rows
 from str_triton.budget.select import select
-from str_triton.budget.survivors import keep_exactly, put
+from str_triton.budget.survivors import Moved
 from str_triton.budget.target import Target
-from str_triton.nn import Control, thresholded_weights
+from str_triton.nn import ThresholdHolder, thresholded_weights
+from str_triton.nn.shards import shard_dimension
 
 FLOP_EXPONENT = 0.2  # More costs accuracy (docs/exact-budgets.md).
 
@@ -114,15 +117,15 @@ class SparsityController(OffsetController):
             warn_of_zeros(self._layers, keep)
         uses = list(thresholded_weights(model))
         self._straight_through = [use.holder for use in uses if use.holder.gradient == "straight_through"]
-        self._take((layer.raw for layer in self._layers), [use.holder for use in uses])
+        self._take(model, [layer.weight.holder for layer in self._layers], [use.holder for use in uses])
         if distribution == "flop-aware":
             for layer in self._layers:
                 layer.weight.holder.scale_threshold(max(layer.flops, 1) ** FLOP_EXPONENT)
-        self._before = [raw.detach().clone() for raw in self._raws]
+        self._thresholds.before = [raw.clone() for raw in self._thresholds.own]
         # How far the next solve's thresholds are, in parts of one step each; and who is then held back how much more.
         self._drift: tuple[list[Tensor], list[Tensor]] | None = None
         self._marks: list[tuple[float, int]] = []  # Progress and step where training began, and of the last aim.
-        self._changed: list[tuple[int, Tensor, Tensor]] = []  # What exact() has to put back: layer, places, values.
+        self._moved = Moved([layer.weight for layer in self._layers])  # What exact() has to put back.
         self._set_gradient()
 
     def _advance(self, progress: float) -> None:
@@ -194,7 +197,7 @@ class SparsityController(OffsetController):
             )
 
     def _shifts(self, done: float) -> tuple[list[Tensor], list[Tensor]]:
-        if self._raws[0].device.type != "cpu":
+        if self._raws[0].device.type != "cpu" and self._processes.group is None:
             return super()._shifts(done)
         try:
             return self._allocated(done)[:2]
@@ -204,26 +207,24 @@ class SparsityController(OffsetController):
     def _allocated(self, done: float) -> tuple[list[Tensor], list[Tensor], list[int]]:
         """Return how far to move each raw threshold, how far it is then held back, and what each layer keeps."""
         before = {id(raw): held for raw, held in zip(self._raws, self._held_back, strict=True)}
-        middle = float(torch.cat([raw.detach().flatten() for raw in self._raws]).mean())
+        middle = float(self._thresholds.mean())
         sources = [
-            Source(
-                layer.weight.dense,
-                layer.weight.inverse,
-                layer.raw.detach() + before[id(layer.raw)] - middle,  # near 0, where float32 is fine
-                layer.cost,
-                layer.floor,
+            self._source(layer, raw + before[id(layer.raw)] - middle)  # near 0, where float32 is fine
+            for layer, raw in zip(
+                self._layers,
+                raws_for_rows([layer.weight for layer in self._layers], self._processes),
+                strict=True,
             )
-            for layer in self._layers
         ]
         if self.target.by_layer:
             found = [
-                allocate([source], layer.size - self._zeros(layer, done))
+                allocate([source], layer.size - self._zeros(layer, done), self._processes)
                 for source, layer in zip(sources, self._layers, strict=True)
             ]
             offsets, kept = [one.offset for one in found], [one.kept[0] for one in found]
             own = {id(layer.raw): (offset, offset) for layer, offset in zip(self._layers, offsets, strict=True)}
         else:
-            found = allocate(sources, int(self._budget(done)))
+            found = allocate(sources, int(self._budget(done)), self._processes)
             kept = found.kept
             own = {
                 id(layer.raw): (found.offset, min(found.offset, cap))
@@ -236,6 +237,13 @@ class SparsityController(OffsetController):
             shifts.append(now + (offset - middle))
         return shifts, held, kept
 
+    def _source(self, layer: Layer, reference: Tensor) -> Source:
+        """Return what this process contributes of a layer; a weight that every process has is process 0's."""
+        weight = layer.weight.local_dense
+        if self._processes.rank > 0 and shard_dimension(layer.weight.dense) is None:
+            weight, reference = weight[:0], reference[:0] if reference.numel() > 1 else reference
+        return Source(weight, layer.weight.inverse, reference, layer.cost, layer.floor, layer.size)
+
     def _make_exact(self, done: float) -> None:
         try:
             shifts, self._held_back, kept = self._allocated(done)
@@ -246,25 +254,20 @@ class SparsityController(OffsetController):
             ) from None
         with torch.no_grad():
             self._move(shifts)
-        for number, (layer, count_kept) in enumerate(zip(self._layers, kept, strict=True)):
-            changed = keep_exactly(layer.weight, count_kept)
-            if changed is not None:
-                self._changed.append((number, *changed))
+        self._moved.keep_exactly(kept, self._processes)
         if self._training is None:
             self._drift = None
 
     def _undo_exact(self) -> None:
-        for number, places, values in self._changed:
-            put(self._layers[number].weight.dense.detach(), places, values)
-        self._changed = []
+        self._moved.put_back()
 
     def finish(self, model: nn.Module | None = None) -> None:
         super().finish(model)
         if model is None:
-            self._changed = []  # for good
+            self._moved = Moved(self._moved.weights)  # for good
             self._set_gradient()
 
-    def _bind(self, model: nn.Module) -> list[Control | None]:
+    def _bind(self, model: nn.Module) -> list[ThresholdHolder]:
         uses = unwrapped_names({use.name: use for use in thresholded_weights(model)})
         for layer in self._layers:
             use = uses.get(layer.name)
@@ -276,9 +279,11 @@ class SparsityController(OffsetController):
         self._layers = [replace(layer, weight=uses[layer.name]) for layer in self._layers]
         weights = unwrapped_names({weight.name: weight for weight in counted_weights(model)})
         self._others = [weights.get(other.name, other) for other in self._others]
-        self._raws = list({id(layer.raw): layer.raw for layer in self._layers}.values())
-        self._changed = []
-        return [use.holder.control for use in uses.values()]
+        self._moved = Moved([layer.weight for layer in self._layers])
+        return [layer.weight.holder for layer in self._layers]
+
+    def _weights(self) -> list[Tensor]:
+        return [layer.weight.dense for layer in self._layers]
 
     def _cut(self, done: float) -> tuple[Tensor, Tensor, list[Tensor]]:
         if self.target.by_layer:
@@ -314,9 +319,9 @@ class SparsityController(OffsetController):
         """
         keep = self._dense - round(done * (self._dense - self._keep))
         if done == 1 and not self.target.counts_flops:
-            for other in self._others:
-                weight = other.value.detach()
-                keep = keep + weight.numel() - weight.count_nonzero()
+            others = [other.value.detach() for other in self._others]
+            if others:
+                keep = keep + sum(other.numel() for other in others) - nonzeros(others).sum()
         return keep
 
     def state_dict(self) -> dict[str, Any]:
@@ -326,18 +331,17 @@ class SparsityController(OffsetController):
             "layers": dict(self.target.layers) if self.target.by_layer else None,
             "drift": drift,
             "marks": list(self._marks),
-            "changed": [(number, places.clone(), values.clone()) for number, places, values in self._changed],
+            "changed": self._moved.state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state.get("layers") != (self.target.layers if self.target.by_layer else None):
             raise ValueError("the state was made for another target by layers; has the file that names it changed?")
         super().load_state_dict(state)
-        device = self._raws[0].device
+        device = self._thresholds.own[0].device
         drift, self._marks = state["drift"], state["marks"]
         self._drift = None if drift is None else tuple([part.to(device) for part in parts] for parts in drift)
-        for number, places, values in state["changed"]:
-            put(self._layers[number].weight.dense.detach(), places.to(device), values.to(device))
+        self._moved.load(state["changed"])
         self._set_gradient()
 
 

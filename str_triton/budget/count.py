@@ -14,8 +14,11 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from str_triton.budget.budget import Budget, LayerBudget
+from str_triton.budget.processes import Processes
 from str_triton.budget.products import Functions, Products, nonzeros
-from str_triton.nn import Matrix, matrices, thresholded_weights, warn_if_unfinished
+from str_triton.budget.raw_thresholds import raws_for_rows
+from str_triton.nn import Matrix, ThresholdedWeight, matrices, thresholded_weights, warn_if_unfinished
+from str_triton.nn.shards import full, local, reshard
 
 POOLS = "(average pools)"
 
@@ -57,6 +60,7 @@ def count(model: nn.Module, example_input: Tensor | tuple | Mapping[str, Any]) -
     """
     inputs = _arguments(example_input)
     warn_if_unfinished(model)
+    reshard(model)
     with _undisturbed(model, inputs):
         inputs = tree_map_only(Tensor, torch.clone, inputs)  # An in-place layer may come first.
         weights = counted_weights(model)
@@ -64,8 +68,9 @@ def count(model: nn.Module, example_input: Tensor | tuple | Mapping[str, Any]) -
         products = Products(weights, inputs, {weight.name for weight in thresholded_weights(model)})
         functions = Functions(products)
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        with functions, products:
+        with products.following(model, weights), functions, products:
             functional_call(model, buffers, *inputs)
+    reshard(model)
     for operator, names in products.hidden.items():
         warnings.warn(
             f"count: the FLOPs of {operator}, which uses {some(sorted(names))}, are not known and left out",
@@ -101,21 +106,34 @@ def counted_weights(model: nn.Module) -> list[Matrix]:
 def _rows(model: nn.Module, weights: Sequence[Matrix]) -> list[LayerBudget]:
     """Return a row for each weight, without FLOPs; warn of NaN."""
     thresholded = {(id(weight.module), weight.attribute): weight for weight in thresholded_weights(model)}
-    rows, with_nan = [], []
-    for weight in weights:
-        threshold = thresholded.get((id(weight.module), weight.attribute))
-        value = weight.value if threshold is None else threshold.sparse
-        mean = None if threshold is None or value.is_meta else float(threshold.holder.threshold.mean())
-        mean = None if mean == math.inf else mean  # Of kept zeros; JSON has no infinity.
-        rows.append(LayerBudget(weight.name, value.numel(), nonzeros(value), 0, 0, mean, weight.covered))
-        if _has_nan(value):
-            with_nan.append(weight.name or "(model)")
-    if with_nan:
+    uses = [thresholded.get((id(weight.module), weight.attribute)) for weight in weights]
+    values = [weight.value if use is None else use.dense for weight, use in zip(weights, uses, strict=True)]
+    processes = Processes.of(values)
+    raws = iter(raws_for_rows([use for use in uses if use is not None], processes))
+    left, nan, means = [], [], []
+    for value, use in zip(values, uses, strict=True):
+        raw = None if use is None else next(raws)
+        own = local(value) if use is None else use.holder.apply_threshold(local(value), raw)
+        left.append(torch.tensor(nonzeros(own)))
+        nan.append(torch.tensor(int(_has_nan(own))))
+        means.append(None if use is None or value.is_meta else _mean_threshold(use, raw))
+    left, nan = (processes.sum_once(numbers, values).tolist() for numbers in (left, nan))
+    if any(nan):
+        with_nan = [weight.name or "(model)" for weight, number in zip(weights, nan, strict=True) if number]
         warnings.warn(
             f"count: {some(with_nan)} contain NaN, which counts as not zero: the sparsity says nothing here",
             stacklevel=3,
         )
-    return rows
+    return [
+        LayerBudget(weight.name, value.numel(), number, 0, 0, mean, weight.covered)
+        for weight, value, number, mean in zip(weights, values, left, means, strict=True)
+    ]
+
+
+def _mean_threshold(use: ThresholdedWeight, raw: Tensor) -> float | None:
+    """Return the mean of a weight's thresholds; `raw` is the raw threshold of this process's rows."""
+    mean = float(use.holder.threshold_of(raw if use.raw.numel() == 1 else full(use.raw.detach())).mean())
+    return None if mean == math.inf else mean  # Of kept zeros; JSON has no infinity.
 
 
 def _has_nan(weight: Tensor) -> bool:

@@ -7,9 +7,11 @@ from typing import Any
 from torch import nn
 
 from str_triton.budget.count import count, counted_weights, some
+from str_triton.budget.processes import Processes, nonzeros
 from str_triton.budget.target import Costs, Target
 from str_triton.files import percent
 from str_triton.nn import Matrix, ThresholdedWeight, thresholded_weights
+from str_triton.nn.shards import local, reshard
 
 UNCOVERED = 0.01  # Share of uncovered weights from which the controller warns.
 
@@ -40,14 +42,17 @@ def take_inventory(
     model: nn.Module, target: Target, example_input: Any, count_flops: bool
 ) -> tuple[list[Layer], list[Matrix], Costs]:
     """Return the thresholded weights, the covered weights without a threshold, and what all cost."""
+    reshard(model)
     first: dict[int, ThresholdedWeight] = {}
     for use in thresholded_weights(model):
         if use.dense.numel():
             first.setdefault(id(use.dense), use)
     if not first:
         raise ValueError("the model has no thresholded layers: call sparsify(model) first")
-    for use in first.values():
-        if bool(use.raw.isinf().any()):
+    raws = [use.raw for use in first.values()]
+    infinities = Processes.of(raws).sum_once([local(raw).isinf().sum() for raw in raws], raws)
+    for use, infinite in zip(first.values(), infinities, strict=True):
+        if infinite > 0:
             raise ValueError(
                 f"the thresholds of {use.name!r} are infinite, and no controller can move them: sparsify(keep_zeros="
                 "True) makes such ones. For a target beyond the present zeros call sparsify(gradient='masked') instead"
@@ -83,11 +88,12 @@ def warn_of_zeros(layers: list[Layer], keep: list[int]) -> None:
     if any(layer.weight.dense.is_meta for layer in layers):
         return
     parts = []
-    for group, most in zip([layers] if len(keep) == 1 else [[layer] for layer in layers], keep, strict=True):
-        nonzeros = [int(layer.weight.dense.count_nonzero()) for layer in group]
+    left = list(zip(layers, nonzeros([layer.weight.dense for layer in layers]).tolist(), strict=True))
+    for pairs, most in zip([left] if len(keep) == 1 else [[pair] for pair in left], keep, strict=True):
+        group = [layer for layer, _ in pairs]
         size = sum(layer.size for layer in group)
-        zeros = size - sum(nonzeros)
-        if zeros and sum(layer.cost * number for layer, number in zip(group, nonzeros, strict=True)) < most:
+        zeros = size - sum(number for _, number in pairs)
+        if zeros and sum(layer.cost * number for layer, number in pairs) < most:
             where = "" if len(keep) == 1 else f" of {group[0].name}"
             parts.append(f"{zeros:,} of the {size:,} thresholded weights{where} ({percent(zeros / size)})")
     if parts:

@@ -13,8 +13,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from str_triton.budget.processes import Processes
+from str_triton.budget.raw_thresholds import RawThresholds
 from str_triton.budget.target import SCHEDULES
-from str_triton.nn import Control
+from str_triton.nn import Control, ThresholdHolder
 
 # What the optimizer may do to learned thresholds: steps at full length kill a layer (docs/exact-budgets.md).
 LEARNING_RATE = 0.1  # of its steps' length
@@ -46,24 +48,40 @@ class OffsetController:
         self.distribution = distribution
         self.interval = interval
         self.progress, self.steps = 0.0, 0
-        # Raw thresholds and what holds them back, to come back to, inside exact().
+        # This process's raw thresholds and what holds them back, to come back to, inside exact().
         self._training: tuple[list[Tensor], list[Tensor]] | None = None
 
-    def _take(self, raws: Iterable[nn.Parameter], modules: Iterable[nn.Module]) -> None:
-        """Hold these raw thresholds, each once, and mark the modules that use them."""
+    def _take(self, model: nn.Module, holders: Iterable[ThresholdHolder], modules: Iterable[ThresholdHolder]) -> None:
+        """Hold the raw thresholds of some modules, each once, and mark all the modules that use them."""
         modules = list(modules)
         if any(module.control is not None and module.control.is_held for module in modules):
             raise ValueError(
                 "the model has a controller already: use that one, or delete it (del controller) before making another"
             )
-        self._raws = list({id(raw): raw for raw in raws}.values())
-        self._before = [raw.detach().clone() for raw in self._raws]  # What the optimizer's step begins with.
-        self._held_back = [raw.new_zeros(()) for raw in self._before]
+        self._thresholds = RawThresholds(model, holders, self._weights())
+        self._held_back = [raw.new_zeros(()) for raw in self._thresholds.before]
         self._modules = modules
         self._let_learn(self.distribution == "learned")
         self._control = Control(owner=weakref.ref(self), status="no step was made")
         for module in modules:
             module.control = self._control
+
+    @property
+    def _raws(self) -> list[nn.Parameter]:
+        return self._thresholds.parameters
+
+    @property
+    def _processes(self) -> Processes:
+        return self._thresholds.processes
+
+    def _weights(self) -> list[Tensor]:
+        """Return the Parameters behind the thresholds."""
+        raise NotImplementedError
+
+    def _meet(self) -> None:
+        """Take the parameters as they are now: whole, or the shards that `fully_shard` has made of them."""
+        self._thresholds.meet(self._weights())
+        self._held_back = [held.to(raw) for held, raw in zip(self._held_back, self._thresholds.before, strict=True)]
 
     def _let_learn(self, learn: bool) -> None:
         """Let the forward give the raw thresholds gradients, or not.
@@ -96,6 +114,7 @@ class OffsetController:
             ValueError: progress out of range, or smaller than at the step before.
         """
         self._advance(progress)
+        self._meet()
         if self.distribution == "learned":
             self._temper()
         if progress == 1:
@@ -124,13 +143,12 @@ class OffsetController:
     @torch.no_grad()
     def solve(self) -> None:
         """Move all raw thresholds by one offset so that the model costs what the schedule says now."""
+        self._meet()
         shifts, self._held_back = self._shifts(self._done())
         self._move(shifts)
 
     def _move(self, shifts: list[Tensor]) -> None:
-        for raw, before, shift in zip(self._raws, self._before, shifts, strict=True):
-            raw.add_(shift)
-            before.add_(shift)
+        self._thresholds.move(shifts)
 
     def finish(self, model: nn.Module | None = None) -> None:
         """Make the model meet the target now, exactly and for good.
@@ -147,7 +165,8 @@ class OffsetController:
         """
         controller = self if model is None else self._for(model)
         controller.progress = 1.0
-        controller._adopt(self._raws)
+        controller._meet()
+        controller._adopt(self._thresholds)
         controller._make_exact(done=1.0)
         controller._control.reached = True
 
@@ -162,26 +181,25 @@ class OffsetController:
 
     def _for(self, model: nn.Module) -> Self:
         """Return a controller like this one for another model of the same structure."""
+        self._meet()
         twin = copy.copy(self)
         twin._training = None
-        twin._control = next((control for control in twin._bind(model) if control is not None), Control())
-        twin._before = [raw.detach().clone() for raw in twin._raws]
+        holders = twin._bind(model)
+        twin._control = next((holder.control for holder in holders if holder.control is not None), Control())
+        twin._thresholds = RawThresholds(model, holders, twin._weights())
         return twin
 
-    def _bind(self, model: nn.Module) -> list[Control | None]:
-        """Take the weights of another model in place of the present ones; return the marks on its modules.
+    def _bind(self, model: nn.Module) -> list[ThresholdHolder]:
+        """Take the weights of another model in place of the present ones; return the holders of their thresholds.
 
         Raises ValueError if the other model has no weight of the same name and shape.
         """
         raise NotImplementedError
 
-    @torch.no_grad()
-    def _adopt(self, raws: list[nn.Parameter]) -> None:
+    def _adopt(self, thresholds: RawThresholds) -> None:
         """Take over a distribution of thresholds: an average of the ones on the way is none."""
-        for own, before, raw in zip(self._raws, self._before, raws, strict=True):
-            if own is not raw:
-                own.copy_(raw)
-                before.copy_(raw)
+        if thresholds is not self._thresholds:
+            self._thresholds.load(thresholds.whole())
 
     def _shifts(self, done: float) -> tuple[list[Tensor], list[Tensor]]:
         """Return how far to move each raw threshold, and how far its floor then holds it back from the offset."""
@@ -196,10 +214,10 @@ class OffsetController:
 
     @torch.no_grad()
     def _temper(self) -> None:
-        """Of what the optimizer's step did to the raw thresholds, keep what does no harm."""
+        """Limit the optimizer's change of the raw thresholds."""
         rate = LEARNING_RATE if self.progress <= FREEZE else 0.0
-        mean = torch.cat([raw.flatten() for raw in self._raws]).mean()
-        for raw, before in zip(self._raws, self._before, strict=True):
+        mean = self._thresholds.mean()
+        for raw, before in zip(self._thresholds.own, self._thresholds.before, strict=True):
             raw.copy_(torch.lerp(before, raw, rate).clamp(mean - BOUND, mean + BOUND))
             before.copy_(raw)
 
@@ -220,47 +238,46 @@ class OffsetController:
         if controller._training is not None:
             yield
             return
-        held_back = controller._held_back
-        raws, before = ([raw.detach().clone() for raw in held] for held in (controller._raws, controller._before))
-        controller._training = raws, held_back
+        controller._meet()
+        held_back, saved = controller._held_back, controller._thresholds.save()
+        controller._training = saved[0], held_back
         try:
-            controller._adopt(self._raws)
+            controller._adopt(self._thresholds)
             controller._make_exact(self._done())
             controller._control.exact = True
             yield
         finally:
+            controller._meet()
             controller._undo_exact()
-            with torch.no_grad():
-                for raw, value in zip((*controller._raws, *controller._before), (*raws, *before), strict=True):
-                    raw.copy_(value)
+            controller._thresholds.restore(saved)
             controller._held_back, controller._training = held_back, None
             controller._control.exact = False
 
     def state_dict(self) -> dict[str, Any]:
         """Return progress and raw thresholds, for `load_state_dict`; solves first unless inside `exact()`."""
+        self._meet()
         if self._training is None:
             self.solve()
-        raws, held_back = (self._raws, self._held_back) if self._training is None else self._training
+        raws, held_back = (None, self._held_back) if self._training is None else self._training
         return {
             "progress": self.progress,
             "steps": self.steps,
             "reached": self._control.reached,
-            "raw_thresholds": [raw.detach().clone() for raw in raws],
+            "raw_thresholds": self._thresholds.whole(raws),
             "held_back": [held.clone() for held in held_back],
         }
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict()`; load the model's own state before. ValueError if it is of another model."""
+        self._meet()
         raws = state["raw_thresholds"]
         shapes, own = [tuple(raw.shape) for raw in raws], [tuple(raw.shape) for raw in self._raws]
         if shapes != own:
             raise ValueError(f"the state holds raw thresholds of shapes {shapes}, the model has {own}")
         self.progress, self.steps = state["progress"], state["steps"]
-        for raw, before, value in zip(self._raws, self._before, raws, strict=True):
-            raw.copy_(value)
-            before.copy_(value)
-        self._held_back = [held.to(raw) for held, raw in zip(state["held_back"], self._raws, strict=True)]
+        self._thresholds.load(raws)
+        self._held_back = [held.to(raw) for held, raw in zip(state["held_back"], self._thresholds.own, strict=True)]
         self._control.reached = state["reached"]
         self._control.status = f"progress {self.progress:.4g} of 1"
 

@@ -6,17 +6,19 @@ under autocast, a transpose) is counted like any other.
 """
 
 import math
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from str_triton.nn import Matrix
+from str_triton.nn.shards import is_sharded
 
 aten = torch.ops.aten
 PRODUCTS = {  # Where the two factors stand among the arguments.
@@ -55,11 +57,33 @@ class Products(TorchDispatchMode):
         self._activations = {_storage(t) for t in tree_leaves(inputs) if _has_storage(t)}
         self._origins: dict[StorageWeakRef, list[tuple[float, float, str]]] = {}
         for weight in weights:
-            for parameter in filter(_has_storage, weight.sources):
-                extent = 1 + sum((n - 1) * s for n, s in zip(parameter.shape, parameter.stride(), strict=True))
-                begin = _offset(parameter)
-                place = (begin, begin + extent * parameter.itemsize, weight.name)
-                self._origins.setdefault(_storage(parameter), []).append(place)
+            self.note(weight)
+
+    def note(self, weight: Matrix) -> None:
+        """Learn where a weight's elements lie now."""
+        for parameter in filter(_has_storage, weight.sources_now):
+            extent = 1 + sum((n - 1) * s for n, s in zip(parameter.shape, parameter.stride(), strict=True))
+            begin = _offset(parameter)
+            place = (begin, begin + extent * parameter.itemsize, weight.name)
+            self._origins.setdefault(_storage(parameter), []).append(place)
+
+    @contextmanager
+    def following(self, model: nn.Module, weights: Sequence[Matrix]) -> Iterator[None]:
+        """Learn, before each module's forward, where its sharded weights lie: `fully_shard` gathers them there anew."""
+        sharded = [weight for weight in weights if any(map(is_sharded, weight.sources))]
+
+        def note_inside(module: nn.Module, _: Any) -> None:
+            inside = set(module.modules())
+            for weight in sharded:
+                if weight.module in inside:
+                    self.note(weight)
+
+        handles = [module.register_forward_pre_hook(note_inside) for module in model.modules()] if sharded else []
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -208,7 +232,7 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def _has_storage(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.layout is torch.strided
+    return isinstance(value, Tensor) and value.layout is torch.strided and not is_sharded(value)
 
 
 def _storage(tensor: Tensor) -> StorageWeakRef:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from str_triton.budget.offset_controller import OffsetController, unwrapped_names
 from str_triton.budget.rank_budget import factored_matrices, other_costs
 from str_triton.budget.target import RankCosts, RankTarget
-from str_triton.nn import Control, LowRankWeight
+from str_triton.nn import LowRankWeight, ThresholdHolder
+from str_triton.nn.shards import full, local, rows_here
 
 # Offsets nearer than this many units of rounding count as equal: some ten roundings lie between an offset and the cut.
 TIE = 8
@@ -99,9 +100,12 @@ class RankController(OffsetController):
             module.learns_threshold = False
         held = {id(matrix.raw_threshold) for matrix in self._matrices}
         modules = [module for module in modules if id(module.raw_threshold) in held]
-        self._take((matrix.raw_threshold for matrix in self._matrices), modules)
-        self._first = [raw.detach().clone() for raw in self._raws]
+        self._take(model, self._matrices, modules)
+        self._first = self._thresholds.whole()
         self._survivors: list[Tensor] | None = None  # The components that are left, once the ranks are settled.
+
+    def _weights(self) -> list[Tensor]:
+        return [parameter for matrix in self._matrices for parameter in (matrix.u, matrix.v, matrix.m)]
 
     def _final_cost(self, model: nn.Module) -> int:
         """Return what the controlled matrices may cost at the end."""
@@ -124,6 +128,7 @@ class RankController(OffsetController):
 
         Solving does not wait for a GPU; factoring anew does.
         """
+        self._meet()
         if self._survivors is not None:
             self._advance(progress)
             self._hold()
@@ -142,12 +147,14 @@ class RankController(OffsetController):
             super().finish(model)
             return
         self.progress = 1.0
+        self._meet()
         self._hold()
         self._control.reached = True
 
     @torch.no_grad()
     def solve(self) -> None:
         """Move all raw thresholds by one offset so that the model costs what the schedule says now."""
+        self._meet()
         if self._survivors is not None:
             self._hold()
             return
@@ -167,16 +174,16 @@ class RankController(OffsetController):
         if self._survivors is None:
             super()._make_exact(done)
             return
-        self._kept = [matrix.m.detach().clone() for matrix in self._matrices]
+        self._kept = [local(matrix.m).clone() for matrix in self._matrices]
         self._hold()
 
     @torch.no_grad()
     def _undo_exact(self) -> None:
         for matrix, m in zip(self._matrices, self._kept, strict=False):  # none where the ranks are not settled
-            matrix.m.copy_(m)
+            local(matrix.m).copy_(m)
         self._kept = []
 
-    def _bind(self, model: nn.Module) -> list[Control | None]:
+    def _bind(self, model: nn.Module) -> list[ThresholdHolder]:
         found = unwrapped_names(factored_matrices(model))
         for name, matrix in zip(self._names, self._matrices, strict=True):
             other = found.get(name)
@@ -186,15 +193,14 @@ class RankController(OffsetController):
                     "components: give a copy or an average of the controller's own model"
                 )
         self._matrices = [found[name] for name in self._names]
-        self._raws = [matrix.raw_threshold for matrix in self._matrices]
-        return [matrix.control for matrix in self._matrices]
+        return self._matrices
 
     def _settle(self) -> None:
         """Let the ranks be what they are now, from here on."""
         self.solve()
         for matrix, raw in zip(self._matrices, self._first, strict=True):
             matrix.settle(raw)
-        self._survivors = [matrix.m != 0 for matrix in self._matrices]
+        self._survivors = [full(matrix.m) != 0 for matrix in self._matrices]
         self._control.reached = True
         self._let_learn(False)
 
@@ -202,7 +208,7 @@ class RankController(OffsetController):
     def _hold(self) -> None:
         """Undo what an optimizer's momentum did to the components that are cut."""
         for matrix, survivors in zip(self._matrices, self._survivors, strict=True):
-            matrix.m.mul_(survivors)
+            local(matrix.m).mul_(survivors[rows_here(matrix.m)])
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"survivors": self._survivors, "first": [raw.clone() for raw in self._first]}
@@ -214,12 +220,13 @@ class RankController(OffsetController):
             survivors = [mask.to(matrix.m.device) for mask, matrix in zip(survivors, self._matrices, strict=True)]
         self._let_learn(survivors is None and self.distribution == "learned")
         self._survivors = survivors
-        self._first = [first.to(raw) for first, raw in zip(state["first"], self._raws, strict=True)]
+        self._first = [first.to(raw) for first, raw in zip(state["first"], self._thresholds.own, strict=True)]
 
     @torch.no_grad()
     def _temper(self) -> None:
         # The bounds are for where thresholds would be if none were held back: else they empty a matrix that is.
-        moved = list(zip((*self._raws, *self._before), self._held_back * 2, strict=True))
+        own, before = self._thresholds.own, self._thresholds.before
+        moved = list(zip((*own, *before), self._held_back * 2, strict=True))
         for raw, held in moved:
             raw.add_(held)
         super()._temper()
@@ -246,7 +253,7 @@ class RankController(OffsetController):
             matrix.pruning_offsets() - held_back
             for matrix, held_back in zip(self._matrices, self._held_back, strict=True)
         ]
-        finite = torch.cat([*critical, *(raw.detach() for raw in self._raws)]).nan_to_num(0.0, 0.0, 0.0)
+        finite = torch.cat([*critical, *self._thresholds.whole()]).nan_to_num(0.0, 0.0, 0.0)
         rounding = max(torch.finfo(raw.dtype).eps for raw in self._raws)
         return critical, TIE * rounding * finite.abs().amax().clamp(min=1)
 
@@ -261,7 +268,7 @@ class RankController(OffsetController):
         for matrix, move in zip(
             self._matrices, moves.split([matrix.max_rank for matrix in self._matrices]), strict=True
         ):
-            matrix.m.mul_(move.exp())
+            local(matrix.m).mul_(move.exp()[rows_here(matrix.m)])
 
     def _budget(self, done: float) -> Tensor:
         """Return what the controlled matrices may cost when the schedule has gone this far; int64 on their device."""

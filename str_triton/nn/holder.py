@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from str_triton.nn.control import Control
 from str_triton.nn.raw_threshold import initial_raw, kept_apply
+from str_triton.nn.shards import full, is_sharded
 from str_triton.nn.state import OPTIONS, RAW, options_tensor, saved_options
 from str_triton.ops.soft_threshold import soft_threshold
 from str_triton.ops.thresholds import threshold_function
@@ -40,15 +41,28 @@ class ThresholdHolder:
         self._initial_raw = initial
 
     @property
+    def threshold_options(self) -> Tensor:
+        """The options as they stand in the state dict, under this name: torch.distributed.checkpoint looks it up."""
+        return options_tensor(self.g, self.gradient, self.raw_threshold.device)
+
+    @property
     def threshold(self) -> Tensor:
         """g(raw_threshold), in units of the weights; raw_threshold's shape."""
-        return threshold_function(self.g).value(self.raw_threshold)
+        return self.threshold_of(self.raw_threshold)
 
-    def apply_threshold(self, values: Tensor) -> Tensor:
-        """Return S_g(values, raw_threshold), with the module's options."""
-        return soft_threshold(
-            values, self.raw_threshold, g=self.g, gradient=self.gradient, learn_threshold=self.learns_threshold
-        )
+    def threshold_of(self, raw_threshold: Tensor) -> Tensor:
+        """Return g(raw_threshold), in units of the weights."""
+        return threshold_function(self.g).value(raw_threshold)
+
+    def apply_threshold(self, values: Tensor, raw_threshold: Tensor | None = None) -> Tensor:
+        """Return S_g(values, raw_threshold), with the module's options.
+
+        `raw_threshold` is the module's, or the part of it that belongs to the values.
+        """
+        raw = self.raw_threshold if raw_threshold is None else raw_threshold
+        if not is_sharded(values):
+            raw = full(raw)
+        return soft_threshold(values, raw, g=self.g, gradient=self.gradient, learn_threshold=self.learns_threshold)
 
     @torch.no_grad()
     def scale_threshold(self, factor: float) -> None:
@@ -61,12 +75,14 @@ class ThresholdHolder:
         if self._parameters.get(RAW) is not None:
             self.raw_threshold.fill_(self._first_raw())
 
-    def offsets_from(self, sizes: Tensor) -> Tensor:
+    def offsets_from(self, sizes: Tensor, raw_threshold: Tensor | None = None) -> Tensor:
         """Return for each size the offset g^-1(|size|) - raw_threshold: added to raw_threshold, it and more prune it.
+
+        `raw_threshold` is the module's, or the part of it that belongs to the sizes.
 
         Detached, of the sizes' shape; -inf for a size of 0, inf for one that no threshold of g reaches.
         """
-        raw = self.raw_threshold.detach()
+        raw = (self.raw_threshold if raw_threshold is None else raw_threshold).detach()
         magnitude = sizes.detach().abs().to(torch.promote_types(sizes.dtype, raw.dtype))
         return threshold_function(self.g).inverse(magnitude) - raw
 
@@ -105,7 +121,7 @@ class ThresholdHolder:
             if self._shares_threshold and not keep_vars:
                 # Formats without shared tensors, as safetensors, refuse a second name of a tensor.
                 destination[prefix + RAW] = raw.detach().clone()
-            destination[prefix + OPTIONS] = options_tensor(self.g, self.gradient, raw.device)
+            destination[prefix + OPTIONS] = self.threshold_options
 
     def _load_from_state_dict(
         self,

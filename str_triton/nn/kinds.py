@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from str_triton.ops.shards import is_sharded
+
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)  # _NormBase: batch and instance norms
 ONE_WEIGHT = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
@@ -44,6 +46,8 @@ def weight_refusal(module: nn.Module, attribute: str) -> str | None:
     weight = module._parameters.get(attribute)
     if weight is None or nn.parameter.is_lazy(weight):
         return f"its {attribute} is no plain Parameter (parametrized, pruned, lazy, or tied by hand)"
+    if is_sharded(weight):
+        return f"its {attribute} is spread over processes: call sparsify before fully_shard or parallelize_module"
     if not weight.is_floating_point():
         return f"its {attribute} is {weight.dtype}, not floating-point"
     if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:

@@ -13,6 +13,7 @@ from str_triton.files import percent
 from str_triton.nn.holder import ThresholdHolder
 from str_triton.nn.kinds import weight_refusal
 from str_triton.nn.raw_threshold import initial_raw, new_raw_threshold
+from str_triton.nn.shards import is_sharded
 from str_triton.nn.state import RAW, marked, unmark
 from str_triton.ops.soft_threshold import soft_threshold
 
@@ -172,7 +173,7 @@ class STRLayer(ThresholdHolder):
 
     def extra_repr(self) -> str:
         text = f"{super().extra_repr()}, g={self.g}, gradient={self.gradient}"
-        if self.dense_weight.is_meta or not self.dense_weight.numel():
+        if self.dense_weight.is_meta or not self.dense_weight.numel() or is_sharded(self.dense_weight):
             return text
         with torch.no_grad():
             low, high = self.threshold.min().item(), self.threshold.max().item()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from str_triton.nn.holder import ThresholdHolder
 from str_triton.nn.raw_threshold import new_raw_threshold
+from str_triton.nn.shards import full, is_sharded, store
 from str_triton.ops.soft_threshold import soft_threshold
 
 RAW_THRESHOLD = -10.0  # the paper's bound for g = exp: a threshold of 4.5e-5
@@ -81,7 +82,8 @@ class LowRankWeight(ThresholdHolder, nn.Module):
         self.reset_threshold()
         if weight is None:
             bound = self.columns**-0.5
-            weight = self.u.new_empty(self.rows, self.columns).uniform_(-bound, bound)
+            options = {"dtype": self.u.dtype, "device": self.u.device}
+            weight = torch.empty(self.rows, self.columns, **options).uniform_(-bound, bound)
         self.set_weight(weight)
 
     @torch.no_grad()
@@ -96,12 +98,12 @@ class LowRankWeight(ThresholdHolder, nn.Module):
             weight.to(torch.promote_types(weight.dtype, torch.float32)), full_matrices=False
         )
         k = self.max_rank
-        self.v.copy_(vh[:k].mT)
+        store(self.v, vh[:k].mT)
         if self.m is None:
-            self.u.copy_(u[:, :k] * sigma[:k])
+            store(self.u, u[:, :k] * sigma[:k])
         else:
-            self.u.copy_(u[:, :k])
-            self.m.copy_(sigma[:k] + self.threshold.to(sigma.dtype))
+            store(self.u, u[:, :k])
+            store(self.m, sigma[:k] + self.threshold.to(sigma.dtype))
 
     @classmethod
     def from_dense(cls, weight: Tensor, max_rank: int | None = None, **options) -> Self:
@@ -120,7 +122,7 @@ class LowRankWeight(ThresholdHolder, nn.Module):
         """g(raw_threshold), in units of the singular values; [1], and 0 without a threshold."""
         if self.raw_threshold is None:
             return self.u.new_zeros(1)
-        return super().threshold
+        return full(super().threshold)
 
     def spectrum(self) -> Tensor:
         """s [max_rank], what stands between u and v; differentiable, of u's dtype."""
@@ -129,7 +131,7 @@ class LowRankWeight(ThresholdHolder, nn.Module):
         norms = self._norms()
         if self.gradient == "straight_through":
             norms = norms.detach()  # Else three factors would move the size of what is cut (docs/derivations.md).
-        sizes = self.m.to(norms.dtype) * norms
+        sizes = full(self.m).to(norms.dtype) * norms
         return (self.apply_threshold(sizes) / norms).to(self.u.dtype)
 
     @torch.no_grad()
@@ -139,19 +141,19 @@ class LowRankWeight(ThresholdHolder, nn.Module):
         float32 (float64 if u is), as `spectrum` compares them with the threshold.
         """
         norms = self._norms()
-        return norms if self.m is None else self.m.to(norms.dtype).abs() * norms
+        return norms if self.m is None else full(self.m).to(norms.dtype).abs() * norms
 
     def _norms(self) -> Tensor:
         dtype = torch.promote_types(self.u.dtype, torch.float32)
         tiny = torch.finfo(dtype).tiny
         # Not vector_norm, which walks down the columns: ten times slower on the CPU at 1536 x 512.
-        u, v = (factor.to(dtype).square().sum(0).clamp_min(tiny).sqrt() for factor in (self.u, self.v))
+        u, v = (full(factor).to(dtype).square().sum(0).clamp_min(tiny).sqrt() for factor in (self.u, self.v))
         # A component without a direction has no size, whatever its norm; the division by it must stay finite.
         return (u * v).clamp_min(tiny**0.5)
 
     def weight(self) -> Tensor:
         """The matrix [rows, columns]; differentiable."""
-        return (self.u * self.spectrum()) @ self.v.mT
+        return (full(self.u) * self.spectrum()) @ full(self.v).mT
 
     @property
     def rank(self) -> int:
@@ -167,7 +169,7 @@ class LowRankWeight(ThresholdHolder, nn.Module):
 
         Detached, [max_rank]; -inf for a size of 0, inf for one that no threshold of g reaches.
         """
-        return self.offsets_from(self.singular_values())
+        return self.offsets_from(self.singular_values(), full(self.raw_threshold))
 
     @torch.no_grad()
     def refactor(self) -> None:
@@ -181,7 +183,8 @@ class LowRankWeight(ThresholdHolder, nn.Module):
         left = spectrum.nonzero().flatten()
         dtype = torch.promote_types(self.u.dtype, torch.float32)
         (qu, ru), (qv, rv) = (
-            torch.linalg.qr(factor.to(dtype)) for factor in (self.u[:, left] * spectrum[left], self.v[:, left])
+            torch.linalg.qr(factor.to(dtype))
+            for factor in (full(self.u)[:, left] * spectrum[left], full(self.v)[:, left])
         )
         p, sigma, qh = torch.linalg.svd(ru @ rv.mT)
         root = (sigma + self.threshold.to(dtype)).sqrt()
@@ -190,7 +193,10 @@ class LowRankWeight(ThresholdHolder, nn.Module):
             (self.v, qv @ qh.mT * root),
             (self.m, torch.ones_like(sigma)),
         ):
-            parameter.index_copy_(parameter.dim() - 1, left, value.to(parameter.dtype))
+            whole = full(parameter)
+            whole.index_copy_(whole.dim() - 1, left, value.to(whole.dtype))
+            if whole is not parameter:
+                store(parameter, whole)
 
     @torch.no_grad()
     def settle(self, raw_threshold: Tensor) -> None:
@@ -199,8 +205,8 @@ class LowRankWeight(ThresholdHolder, nn.Module):
         What the threshold has cut gets m = 0, so that it stays cut.
         """
         spectrum = self.spectrum()
-        self.raw_threshold.copy_(raw_threshold)
-        self.m.copy_(spectrum + spectrum.sign() * self.threshold / self._norms())
+        store(self.raw_threshold, raw_threshold)
+        store(self.m, spectrum + spectrum.sign() * self.threshold / self._norms())
 
     @torch.no_grad()
     def compact(self) -> "LowRankWeight | None":
@@ -217,8 +223,8 @@ class LowRankWeight(ThresholdHolder, nn.Module):
         order = torch.where(spectrum != 0, self.singular_values(), -1).argsort(descending=True)[:left]
         options = {"recurrent": self.recurrent, "thresholded": False, "dtype": self.u.dtype}
         compact = LowRankWeight(*self.shape, len(order), device="meta", **options)
-        compact.u = nn.Parameter(self.u[:, order] * spectrum[order])
-        compact.v = nn.Parameter(self.v[:, order].clone())
+        compact.u = nn.Parameter(full(self.u)[:, order] * spectrum[order])
+        compact.v = nn.Parameter(full(self.v)[:, order].clone())
         return compact.train(self.training)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -227,6 +233,6 @@ class LowRankWeight(ThresholdHolder, nn.Module):
 
     def extra_repr(self) -> str:
         text = f"{self.rows}, {self.columns}, max_rank={self.max_rank}"
-        if self.m is None or self.u.is_meta:
+        if self.m is None or self.u.is_meta or is_sharded(self.u):
             return text
         return f"{text}, rank={self.rank}, threshold={self.threshold.item():.4g}, g={self.g}, gradient={self.gradient}"

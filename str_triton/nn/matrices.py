@@ -37,6 +37,11 @@ class Matrix:
     excluded: bool
 
     @property
+    def sources_now(self) -> tuple[nn.Parameter, ...]:
+        """The present Parameters: `fully_shard` puts others into the module during a forward."""
+        return weights_of(self.module)[self.attribute]
+
+    @property
     def value(self) -> Tensor:
         """The module's attribute: the Parameter, or the tensor that is computed from the sources."""
         return getattr(self.module, self.attribute)

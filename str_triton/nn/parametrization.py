@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from str_triton.nn.holder import ThresholdHolder
 from str_triton.nn.kinds import weight_refusal
 from str_triton.nn.layers import plain_parameter, with_class
+from str_triton.nn.shards import is_sharded
 from str_triton.nn.state import RAW, marked, unmark
 from str_triton.ops.soft_threshold import soft_threshold
 
@@ -55,7 +56,7 @@ class SoftThreshold(ThresholdHolder, nn.Module):
 
     def extra_repr(self) -> str:
         text = f"g={self.g}, gradient={self.gradient}"
-        if self.raw_threshold.is_meta or not self.raw_threshold.numel():
+        if self.raw_threshold.is_meta or not self.raw_threshold.numel() or is_sharded(self.raw_threshold):
             return text
         low, high = (float(value) for value in self.threshold.detach().aminmax())
         return f"{text}, threshold={low:.4g}" + ("" if low == high else f" to {high:.4g}")
@@ -120,6 +121,9 @@ class _ThresholdedRNN(ThresholdedModule):
 
     RNNBase fills the list once, with Parameters. Here it is made of the thresholded weights each time.
     """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super(nn.RNNBase, self).__setattr__(name, value)  # RNNBase would put `value` into the list, which is made anew.
 
     @property
     def _flat_weights(self) -> list[Tensor]:

@@ -7,6 +7,7 @@ for a plain weight. Beside its raw threshold stands a small uint8 tensor, a text
 import torch
 from torch import Tensor
 
+from str_triton.nn.shards import sharded_like
 from str_triton.ops.thresholds import THRESHOLD_FUNCTIONS
 
 RAW = "raw_threshold"
@@ -52,9 +53,14 @@ def marked(weight: Tensor) -> Tensor:
 
 
 def unmark(state: dict[str, Tensor], key: str, weight: Tensor) -> bool:
-    """Let a state dict hold the plain shape of `weight` under `key`; return whether it held a thresholded weight."""
+    """Let a state dict hold the plain shape of `weight` under `key`; return whether it held a thresholded weight.
+
+    What is saved for a sharded weight, whole or otherwise spread, gets the weight's shards.
+    """
     saved = state.get(key)
-    if not isinstance(saved, Tensor) or saved.dim() != weight.dim() + 1 or saved.shape[0] != 1:
+    if not isinstance(saved, Tensor):
         return False
-    state[key] = saved[0]
-    return True
+    is_marked = saved.dim() == weight.dim() + 1 and saved.shape[0] == 1
+    value = saved[0] if is_marked else saved
+    state[key] = sharded_like(value, weight) if value.shape == weight.shape else value
+    return is_marked

@@ -11,6 +11,7 @@ from str_triton.nn.layers import STRLayer, str_class
 from str_triton.nn.parametrization import SoftThreshold, ThresholdedModule, parametrize_weights, unparametrized
 from str_triton.nn.raw_threshold import initial_raw, new_raw_threshold, zeros_kept
 from str_triton.nn.selection import Candidate, Filter, needs_parametrization, select
+from str_triton.nn.shards import gather, reshard
 from str_triton.nn.thresholded import thresholded_weights
 
 # Modules that read the weights of these children without calling them.
@@ -94,6 +95,7 @@ def sparsify(
     Warns:
         UserWarning: frozen weights are left dense, or keep_zeros finds no zeros.
     """
+    reshard(model)
     if any(thresholded_weights(model)):
         raise ValueError("the model is sparsified already: densify(model) first to begin anew")
     if keep_zeros:
@@ -147,10 +149,14 @@ def densify(model: nn.Module) -> nn.Module:
     are new Parameters, which an optimizer made before does not know; -0.0 becomes 0.0. A bare STR layer is returned as
     a new module, a model without thresholds as it is.
 
+    A model under `fully_shard` becomes a plain one that every process holds whole, and all processes call this. Where
+    memory is short, `plain_state_dict` makes the same of the state dict, on one process.
+
     Raises:
         ValueError: a module has got parametrizations of somebody else since `sparsify`.
     """
     warn_if_unfinished(model)
+    gather(model)
     plain: dict[int, nn.Module] = {}
     weights: dict[tuple, nn.Parameter] = {}
     for weight in list(thresholded_weights(model)):

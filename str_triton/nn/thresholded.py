@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from str_triton.nn.holder import ThresholdHolder
 from str_triton.nn.layers import STRLayer
 from str_triton.nn.parametrization import soft_thresholds
+from str_triton.nn.shards import local, local_raw
 from str_triton.ops.thresholds import threshold_function
 
 
@@ -50,12 +51,22 @@ class ThresholdedWeight:
         """g^-1: the raw threshold at which a magnitude begins to be pruned."""
         return threshold_function(self.holder.g).inverse
 
+    @property
+    def local_dense(self) -> Tensor:
+        """This process's rows of `dense`, detached, in the same memory."""
+        return local(self.dense)
+
+    @property
+    def local_raw(self) -> Tensor:
+        """The raw threshold of this process's rows, detached; one element is gathered by all processes together."""
+        return local_raw(self.raw, self.dense)
+
     def pruning_offsets(self) -> Tensor:
         """Return for each weight the offset, added to the raw threshold, from which on the weight is pruned; detached.
 
-        -inf for a weight of 0, inf for a weight that no threshold of g reaches.
+        -inf for a weight of 0, inf for a weight that no threshold of g reaches. Only this process's rows of a weight.
         """
-        return self.holder.offsets_from(self.dense)
+        return self.holder.offsets_from(self.local_dense, self.local_raw)
 
 
 def weight_name(module_name: str, attribute: str) -> str:

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from str_triton.ops import differentiable, vmap
 from str_triton.ops.layout import BLOCK, _blocks, _compute_dtype, _flat, _laid_out, _prepared, _rows
+from str_triton.ops.shards import is_sharded, threshold_shards
 from str_triton.ops.thresholds import threshold_function
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -215,7 +216,8 @@ def soft_threshold(
     computed in float64 and rounded, so that CPU and GPU prune the same weights.
 
     Args:
-        x: any shape, float16, bfloat16, float32 or float64; any memory format.
+        x: any shape, float16, bfloat16, float32 or float64; any memory format. A DTensor too: each process thresholds
+            its shard, with the elements of raw_threshold that it needs.
         raw_threshold: s. One element of any shape; or shape (x.shape[0], 1, ..., 1), one per row or filter; or x's
             shape, one per weight. Any of these dtypes, on x's device.
         g: "sigmoid", "exp", "softplus", or "identity" (the threshold itself; a negative value acts as 0).
@@ -237,7 +239,13 @@ def soft_threshold(
     """
     _check_options(g, gradient)
     _check_pair(x, raw_threshold)
-    return _SoftThreshold.apply(x, raw_threshold, g, gradient == "masked", learn_threshold)
+
+    def threshold(x: Tensor, raw: Tensor) -> Tensor:
+        return _SoftThreshold.apply(x, raw, g, gradient == "masked", learn_threshold)
+
+    if is_sharded(x) or is_sharded(raw_threshold):
+        return threshold_shards(threshold, x, raw_threshold)
+    return threshold(x, raw_threshold)
 
 
 def _check_options(g: str, gradient: str) -> None:

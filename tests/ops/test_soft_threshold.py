@@ -211,6 +211,20 @@ def test_only_what_is_needed_is_differentiated():
     assert not soft_threshold(x, raw).requires_grad
 
 
+@pytest.mark.parametrize("gradient", ["masked", "straight_through"])
+def test_a_threshold_that_does_not_learn_stays_in_the_graph(gradient):
+    x, raw = torch.randn(4, 5, requires_grad=True), torch.tensor(-1.0, requires_grad=True)
+    reached = []
+    node = raw.view_as(raw).grad_fn.next_functions[0][0]  # DistributedDataParallel hangs a hook on it.
+    node.register_hook(lambda *_: reached.append(1))
+    soft_threshold(x, raw, gradient=gradient, learn_threshold=False).sum().backward()
+    assert raw.grad is None
+    assert reached == [1]
+    expected = x.detach().clone().requires_grad_()
+    soft_threshold(expected, raw.detach(), gradient=gradient).sum().backward()
+    assert torch.equal(x.grad, expected.grad)
+
+
 def test_differentiable_once():
     x, raw, _ = example((5,))
     loss = soft_threshold(x.requires_grad_(), raw).square().sum()

@@ -1,0 +1,114 @@
+"""The raw thresholds that a controller moves, whole or spread over processes by `fully_shard`."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from str_triton.budget.processes import Processes
+from str_triton.nn import ThresholdedWeight, ThresholdHolder
+from str_triton.nn.shards import full, is_sharded, local, reshard, rows_here, shard_dimension
+
+
+class RawThresholds:
+    """The raw thresholds of some modules, each once, and what they were when the controller last touched them.
+
+    `fully_shard` puts other Parameters into the modules, also after the controller was made, so that they are looked up
+    each time.
+
+    Attributes:
+        before: what the optimizer's step begins with; each process its elements, like `own`.
+        processes: the ones over which the model's parameters are spread.
+    """
+
+    def __init__(self, model: nn.Module, holders: Iterable[ThresholdHolder], others: Iterable[Tensor] = ()) -> None:
+        first: dict[int, ThresholdHolder] = {}
+        for holder in holders:
+            first.setdefault(id(holder.raw_threshold), holder)
+        self._model, self._holders = model, list(first.values())
+        self.before: list[Tensor] = []
+        self.meet(others)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The Parameters as they are now."""
+        return [holder.raw_threshold for holder in self._holders]
+
+    @property
+    def own(self) -> list[Tensor]:
+        """This process's elements, detached, in the Parameters' memory."""
+        return [local(raw) for raw in self.parameters]
+
+    def meet(self, others: Iterable[Tensor] = ()) -> None:
+        """Find out how the parameters are spread now; `others` are the further ones that a controller reads.
+
+        Raises:
+            ValueError: parameters that are spread in a way that no controller knows.
+        """
+        reshard(self._model)
+        own = self.own
+        if [(raw.shape, raw.device) for raw in own] != [(raw.shape, raw.device) for raw in self.before]:
+            self.before = [raw.clone() for raw in own]
+        self.processes = Processes.of([*self.parameters, *others])
+
+    def mean(self) -> Tensor:
+        """Return the mean of all elements, in their dtype; the same bits in every process."""
+        sums = self.processes.sum_once([raw.sum(dtype=torch.float64) for raw in self.own], self.parameters)
+        return (sums.sum() / sum(raw.numel() for raw in self.parameters)).to(self.own[0])
+
+    @torch.no_grad()
+    def move(self, shifts: list[Tensor]) -> None:
+        """Add a number to each."""
+        for raw, before, shift in zip(self.own, self.before, shifts, strict=True):
+            raw.add_(shift)
+            before.add_(shift)
+
+    def save(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Return copies of this process's elements, now and before the optimizer's step."""
+        return [raw.clone() for raw in self.own], [raw.clone() for raw in self.before]
+
+    @torch.no_grad()
+    def restore(self, saved: tuple[list[Tensor], list[Tensor]]) -> None:
+        """Put back what `save` returned."""
+        for now, then in zip((self.own, self.before), saved, strict=True):
+            for raw, value in zip(now, then, strict=True):
+                raw.copy_(value)
+
+    def whole(self, own: list[Tensor] | None = None) -> list[Tensor]:
+        """Return all elements of each, or of this process's elements `own` and the other processes'; copies."""
+        own = self.own if own is None else own
+        return [gathered(raw, parameter) for raw, parameter in zip(own, self.parameters, strict=True)]
+
+    @torch.no_grad()
+    def load(self, values: Iterable[Tensor]) -> None:
+        """Take all elements of each from `values`."""
+        for raw, before, parameter, value in zip(self.own, self.before, self.parameters, values, strict=True):
+            raw.copy_(value[rows_here(parameter)])
+            before.copy_(raw)
+
+
+def raws_for_rows(weights: Sequence[ThresholdedWeight], processes: Processes) -> list[Tensor]:
+    """Return for each weight the raw threshold, or the part of it that belongs to this process's rows, detached.
+
+    One message brings all raw thresholds of one element to all processes.
+    """
+    single = {id(w.raw): w.raw for w in weights if w.raw.numel() == 1 and shard_dimension(w.raw) is not None}
+    if single:
+        # A process without the element adds 0.
+        sums = processes.sum(torch.stack([local(raw).sum(dtype=torch.float64) for raw in single.values()]))
+        values = [value.to(raw.device, raw.dtype) for raw, value in zip(single.values(), sums.split(1), strict=True)]
+        single = dict(zip(single, values, strict=True))
+    return [single[id(w.raw)] if id(w.raw) in single else w.local_raw for w in weights]  # noqa: SIM401 (it gathers)
+
+
+@torch.no_grad()
+def gathered(own: Tensor, like: Tensor) -> Tensor:
+    """Return all elements of a tensor that is spread as `like` is, of which this process has `own`; a copy."""
+    if not is_sharded(like):
+        return own.detach().clone()
+    from torch.distributed.tensor import DTensor
+
+    spread = DTensor.from_local(
+        own.detach(), like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+    return full(spread).clone()
