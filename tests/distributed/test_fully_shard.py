@@ -269,6 +269,7 @@ def check_refusals(rank: int, size: int) -> None:
         sparsify(fully_shard(nn.Linear(4, 4)))
     flat = FullyShardedDataParallel.__new__(FullyShardedDataParallel)  # An empty one: a real one needs an accelerator.
     nn.Module.__init__(flat)
+    flat._modules["_fsdp_wrapped_module"] = nn.Linear(4, 4)
     for act in (sparsify, densify, lambda model: count(model, INPUT)):
         with pytest.raises(ValueError, match="fully_shard"):
             act(nn.Sequential(flat))
