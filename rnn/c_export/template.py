@@ -205,13 +205,7 @@ def _gate(name: str, number: int) -> str:
 
 
 class Cell(NamedTuple):
-    """A cell in C.
-
-    Attributes:
-        code: the C function.
-        bias: maps the layer's two biases [gates, hidden] to the C program's bias [blocks, hidden].
-        states: the names of the states.
-    """
+    """A cell in C. `bias` maps the layer's two biases [gates, hidden] to the program's bias [blocks, hidden]."""
 
     code: str
     bias: Callable[[np.ndarray, np.ndarray], np.ndarray]
