@@ -266,9 +266,12 @@ def test_threads_give_the_same_bits(kernels):
     assert torch.equal(results[0], results[2])
 
 
-@pytest.mark.parametrize("flags", [("-mno-avx512f", "-march=native"), ("-msse2",), ()], ids=str)
+WIDE = ("-D__AVX512F__", "-mno-avx512f", "-march=native")  # Vectors of 16 floats, each in two registers.
+
+
+@pytest.mark.parametrize("flags", [("-mno-avx512f", "-march=native"), ("-msse2",), (), WIDE], ids=str)
 def test_other_processors(kernels, tmp_path: Path, flags: tuple[str, ...]):
-    """Without AVX-512, without AVX, without OpenMP: narrower vectors, the same sums."""
+    """Other widths of vectors, without OpenMP: the same sums."""
     options = ("-O1", "-std=gnu11", "-fPIC", "-shared", *reversed(flags))
     try:
         library = build.load(build.build(tmp_path, (options,)))
@@ -281,7 +284,10 @@ def test_other_processors(kernels, tmp_path: Path, flags: tuple[str, ...]):
     for width in (*range(1, 9), 14):  # 14: a file may come from a processor with more registers.
         got = run(library, nodes, x, Choice("sparse", width, 3, 2))
         torch.testing.assert_close(got, y, rtol=1e-4, atol=1e-4)
-    for rows in (1, 3, 19):
+    for rows in (1, 3, 19, 33):
         node, x = linear(21, 35), torch.randn(rows, 35)
         got = run(library, [node], x, Choice("sparse", 2, 3, 2))
         torch.testing.assert_close(got, expected_linear(node, x), rtol=1e-5, atol=1e-5)
+        node.clamp, node.activation = (-math.inf, math.inf), "gelu"
+        got, want = run(library, [node], x, Choice("sparse", 2, 3, 2)), node.run({"x": x.double().float()})
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)

@@ -18,7 +18,7 @@ from str_triton.deploy.sparse.graph.operators import operator_name, resolve
 from str_triton.deploy.sparse.graph.refs import Ref, references, substitute
 
 FREE = (-math.inf, math.inf)
-# Activations that can be part of a layer, in the order in which kernels.c counts them from 1.
+# Activations that can be part of a layer, in the order in which vectors.h counts them from 1.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "hardswish": F.hardswish,
     "hardsigmoid": F.hardsigmoid,

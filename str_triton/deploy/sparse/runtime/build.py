@@ -14,6 +14,7 @@ import warnings
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("kernels.c")
+HEADER = Path(__file__).with_name("vectors.h")
 COMPILERS = ("cc", "gcc", "clang")
 _BASE = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-ffp-contract=fast")
 # The first set that the compiler takes and whose library loads. OpenMP first: without it there is one thread.
@@ -72,7 +73,13 @@ def build(folder: Path, flag_sets: tuple[tuple[str, ...], ...] = FLAGS) -> Path:
     """
     compiler = _compiler()
     key = hashlib.sha256()
-    for part in (SOURCE.read_bytes(), _version(compiler), repr((compiler, flag_sets)), _processor()):
+    for part in (
+        SOURCE.read_bytes(),
+        HEADER.read_bytes(),
+        _version(compiler),
+        repr((compiler, flag_sets)),
+        _processor(),
+    ):
         key.update(part if isinstance(part, bytes) else part.encode())
     stem = f"kernels-{key.hexdigest()[:20]}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
