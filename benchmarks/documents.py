@@ -20,8 +20,9 @@ MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTAL
 EXACT_BUDGETS = ROOT / "docs" / "exact-budgets.md"
 LEARNED_RANK = ROOT / "docs" / "learned-rank.md"
 METHODS_STUDY = ROOT / "docs" / "methods.md"
+SPARSE_EXECUTION = ROOT / "docs" / "sparse-execution.md"
 DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
-    document: {} for document in (README, ALL_RESULTS, EXACT_BUDGETS, LEARNED_RANK, METHODS_STUDY)
+    document: {} for document in (README, ALL_RESULTS, EXACT_BUDGETS, LEARNED_RANK, METHODS_STUDY, SPARSE_EXECUTION)
 }
 
 

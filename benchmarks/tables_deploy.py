@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from benchmarks.documents import markdown, results, spread, table
+from benchmarks.documents import SPARSE_EXECUTION, markdown, results, spread, table
 
 
 def sparse_runs() -> list[tuple[str, str, dict[str, Any]]]:
@@ -85,3 +85,27 @@ def c_export() -> str:
         )
     header = ["network", "parameters", "int8 weights, bytes", "state, bytes", "float32 accuracy %", "int8 accuracy %"]
     return markdown([*header, "us a frame", "seeds"], rows)
+
+
+@table("timm", SPARSE_EXECUTION)
+def timm_networks() -> str:
+    """Give timm's families by compile_sparse: layers by execution, differences, and times where there are some."""
+    (networks,) = results("timm_networks.json")
+    rows = []
+    for name, steps in networks.items():
+        check, timed = steps.get("check", {}), steps.get("time")
+        executions = (timed or {}).get("timed_executions") or check.get("executions", {})
+        left = check.get("left", 0)
+        layers = ", ".join(f"{count} {kind}" for kind, count in sorted(executions.items()))
+        differences = check.get("largest_difference", {})
+        cells = [f"{differences[key]:.1e}" if key in differences else "" for key in ("compiled", "eager")]
+        saved = "yes" if check and not check["not_saved"] else "no"
+        times = [""] * 4
+        if timed:
+            ratios = timed["times_as_fast"]
+            times = [f"{timed['milliseconds']['compile_sparse']:.1f}"]
+            times += [f"{ratios[peer]:.2f}x" if peer in ratios else "" for peer in ("eager", "onnxruntime")]
+            times += [timed["machine"]["processor"]]
+        rows.append([name, layers + (f", {left} by torch" if left else ""), *cells, saved, *times])
+    header = ["network", "layers", "difference", "eager's", "saved", "ms", "eager", "onnxruntime", "processor"]
+    return markdown(header, rows)
