@@ -68,7 +68,8 @@ def count(model: nn.Module, example_input: Tensor | tuple | Mapping[str, Any]) -
         products = Products(weights, inputs, {weight.name for weight in thresholded_weights(model)})
         functions = Functions(products)
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        with products.following(model, weights), functions, products:
+        counted = {row.name: (row.params, row.nonzeros) for row in rows}
+        with products.following(model, weights, counted), functions, products:
             functional_call(model, buffers, *inputs)
     reshard(model)
     for operator, names in products.hidden.items():

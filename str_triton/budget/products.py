@@ -6,7 +6,7 @@ under autocast, a transpose) is counted like any other.
 """
 
 import math
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,6 +53,7 @@ class Products(TorchDispatchMode):
         self.unthresholded: set[str] = set()
         self._thresholded = thresholded
         self._paused = False
+        self._counted: dict[str, tuple[int, int]] = {}
         self._ranks = {weight.name: (weight.covered, sum(p.numel() for p in weight.sources)) for weight in weights}
         self._activations = {_storage(t) for t in tree_leaves(inputs) if _has_storage(t)}
         self._origins: dict[StorageWeakRef, list[tuple[float, float, str]]] = {}
@@ -68,9 +69,15 @@ class Products(TorchDispatchMode):
             self._origins.setdefault(_storage(parameter), []).append(place)
 
     @contextmanager
-    def following(self, model: nn.Module, weights: Sequence[Matrix]) -> Iterator[None]:
-        """Learn, before each module's forward, where its sharded weights lie: `fully_shard` gathers them there anew."""
+    def following(
+        self, model: nn.Module, weights: Sequence[Matrix], counted: Mapping[str, tuple[int, int]]
+    ) -> Iterator[None]:
+        """Learn, before each module's forward, where its sharded weights lie: `fully_shard` gathers them there anew.
+
+        `counted` are the elements and nonzeros by name: a gathered weight may be rounded to another dtype.
+        """
         sharded = [weight for weight in weights if any(map(is_sharded, weight.sources))]
+        self._counted = {weight.name: counted[weight.name] for weight in sharded}
 
         def note_inside(module: nn.Module, _: Any) -> None:
             inside = set(module.modules())
@@ -159,7 +166,9 @@ class Products(TorchDispatchMode):
         if name is None or flops == 0:
             return
         self.dense[name] = self.dense.get(name, 0) + flops
-        self.sparse[name] = self.sparse.get(name, 0) + flops * nonzeros(weight) // weight.numel()
+        size, left = self._counted.get(name, (0, 0))
+        left = left if size == weight.numel() else nonzeros(weight)
+        self.sparse[name] = self.sparse.get(name, 0) + flops * left // weight.numel()
 
     def _trace(self, inputs: list[Tensor], out: Any) -> None:
         """Note what the results of an operator are: activations, or forms of a weight."""

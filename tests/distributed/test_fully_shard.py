@@ -10,7 +10,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from str_triton import (
@@ -300,6 +300,17 @@ def check_densify(rank: int, size: int) -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+def check_mixed_precision(rank: int, size: int) -> None:
+    """The forward sees weights and thresholds in bfloat16; the budget is the one of the float32 parameters."""
+    single = sparsify(nn.Sequential(nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 8)))
+    model = copy.deepcopy(single)
+    fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    for one in (model, single):
+        sparsity(one).step(1.0)
+    x = torch.randn(4, 40)
+    assert count(model, x) == count(single, x)
+
+
 def check_printing(rank: int, size: int) -> None:
     """A process may print its model alone."""
     model = shard(network())
@@ -328,6 +339,7 @@ def checks() -> dict[str, Check]:
         "op": check_op,
         "refusals": check_refusals,
         "densify": check_densify,
+        "mixed precision": check_mixed_precision,
         "printing": check_printing,
     }
 
