@@ -100,6 +100,7 @@ def timm_networks() -> str:
         differences = check.get("largest_difference", {})
         cells = [f"{differences[key]:.1e}" if key in differences else "" for key in ("compiled", "eager")]
         saved = "yes" if check and not check["not_saved"] else "no"
+        saved += ", for one image" if check.get("loaded_refuses") else ""
         times = [""] * 4
         if timed:
             ratios = timed["times_as_fast"]
