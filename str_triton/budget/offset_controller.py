@@ -117,6 +117,8 @@ class OffsetController:
         self._meet()
         if self.distribution == "learned":
             self._temper()
+        else:
+            self._thresholds.hold()
         if progress == 1:
             self.finish()
         else:

@@ -63,6 +63,11 @@ class RawThresholds:
             raw.add_(shift)
             before.add_(shift)
 
+    @torch.no_grad()
+    def hold(self) -> None:
+        """Undo what the optimizer did to them: weight decay moves also those that learn nothing."""
+        torch._foreach_copy_(self.own, self.before)
+
     def save(self) -> tuple[list[Tensor], list[Tensor]]:
         """Return copies of this process's elements, now and before the optimizer's step."""
         return [raw.clone() for raw in self.own], [raw.clone() for raw in self.before]

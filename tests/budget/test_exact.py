@@ -362,3 +362,16 @@ def test_the_solve_of_gpus_keeps_floors_and_nearly_the_budget(kind):
     if kind == "normal":
         total = sum(layer.size for layer in controller._layers)
         assert abs(sum(kept) - (total - round(0.9 * total))) <= 1
+
+
+def test_an_optimizer_with_weight_decay_moves_no_held_threshold():
+    """DistributedDataParallel gives a parameter without a use the gradient zero, and weight decay then moves it."""
+    (model, controller, _), (other, undisturbed, _) = trained(30, 3), trained(30, 3)
+    raws = [use.raw for use in thresholded_weights(model)]
+    for raw in raws:
+        raw.grad = torch.zeros_like(raw)
+    torch.optim.SGD(raws, lr=1.0, weight_decay=0.1).step()
+    assert not torch.equal(raws[0], next(iter(thresholded_weights(other))).raw)
+    controller.step(4 / 30)
+    undisturbed.step(4 / 30)
+    assert all(torch.equal(raw, use.raw) for raw, use in zip(raws, thresholded_weights(other), strict=True))
