@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from str_triton.nn.control import Control
 from str_triton.nn.raw_threshold import initial_raw, kept_apply
 from str_triton.nn.shards import full, is_sharded
-from str_triton.nn.state import OPTIONS, RAW, options_tensor, saved_options
+from str_triton.nn.state import OPTIONS, RAW, options_tensor, saved_g, saved_options
 from str_triton.ops.soft_threshold import soft_threshold
 from str_triton.ops.thresholds import threshold_function
 
@@ -44,6 +44,13 @@ class ThresholdHolder:
     def threshold_options(self) -> Tensor:
         """The options as they stand in the state dict, under this name: torch.distributed.checkpoint looks it up."""
         return options_tensor(self.g, self.gradient, self.raw_threshold.device)
+
+    @threshold_options.setter
+    def threshold_options(self, options: Tensor) -> None:
+        """Check the g in a state dict's options, which `torch.func.functional_call` assigns."""
+        g = saved_g(OPTIONS, options)
+        if g != self.g:
+            raise ValueError(f"the state was made with g={g!r}, and the module has g={self.g!r}")
 
     @property
     def threshold(self) -> Tensor:
