@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rnn.data.audio import FRAMES, HOP, RATE
 from rnn.data.clips import SILENCE, UNKNOWN
-from rnn.data.sound_stream import LogMelStream, read_chunks
+from rnn.data.sound_stream import LogMelStream, pieces
 from rnn.finished_run import FinishedRun, open_run
 from rnn.one_line_parser import OneLineParser
 from str_triton.training.errors import UserError, as_user_error, run_program
@@ -135,7 +135,7 @@ def main(args: Sequence[str] | None = None) -> int:
     def program() -> None:
         options = parser().parse_args(args)
         with as_user_error(OSError, ValueError), open_sound(options.file) as (stream, name):
-            listen(Listener(open_run(options.run)), read_chunks(stream, name, options.rate))
+            listen(Listener(open_run(options.run)), pieces(stream, name, options.rate))
 
     return run_program(program)
 

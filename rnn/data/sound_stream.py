@@ -35,7 +35,7 @@ class LogMelStream:
         return self._log_mel.from_windows(sound[: (count - 1) * HOP + WINDOW].unfold(0, WINDOW, HOP))
 
 
-def read_chunks(stream: BinaryIO, name: str, rate: int | None) -> Iterator[Tensor]:
+def pieces(stream: BinaryIO, name: str, rate: int | None) -> Iterator[Tensor]:
     """Yield the samples of a stream in chunks, int16 [up to 1600], in constant memory.
 
     The stream holds a WAV file or, with ``rate``, raw little-endian samples. Raises ValueError, naming ``name``, for

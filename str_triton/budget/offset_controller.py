@@ -111,8 +111,9 @@ class OffsetController:
             progress: the share of training that is done, 0 to 1. At 1 the target is met, as by `finish()`.
 
         Raises:
-            ValueError: progress out of range, or smaller than at the step before.
+            ValueError: progress out of range, smaller than at the step before, or inside `exact()`.
         """
+        self._refuse_inside_exact("step")
         self._advance(progress)
         self._meet()
         if self.distribution == "learned":
@@ -163,14 +164,22 @@ class OffsetController:
                 controller's own.
 
         Raises:
-            ValueError: a weight is NaN, or `model` has other thresholded weights.
+            ValueError: a weight is NaN, `model` has other thresholded weights, or the controller's own model is inside
+                `exact()`.
         """
         controller = self if model is None else self._for(model)
+        if controller._control is self._control:
+            self._refuse_inside_exact("finish")
         controller.progress = 1.0
         controller._meet()
         controller._adopt(self._thresholds)
         controller._make_exact(done=1.0)
         controller._control.reached = True
+
+    def _refuse_inside_exact(self, method: str) -> None:
+        """Raise ValueError inside `exact()`, which would take back on leaving what the method does."""
+        if self._training is not None:
+            raise ValueError(f"{method}() inside exact() would be undone on leaving it: call {method}() afterwards")
 
     def _make_exact(self, done: float) -> None:
         """Move the raw thresholds, and what else it takes, until the model costs exactly what it should."""

@@ -235,6 +235,18 @@ def test_an_average_can_be_finished_inside_exact():
     assert all(torch.equal(after[key], before[key]) for key in before)
 
 
+def test_the_own_model_takes_no_step_and_does_not_finish_inside_exact():
+    """Leaving exact() would undo both, and the model would be taken for one that has reached its target."""
+    model, controller, _ = trained(30, 20)
+    with controller.exact():
+        for call in (lambda: controller.step(1.0), controller.finish, lambda: controller.finish(model)):
+            with pytest.raises(ValueError, match=r"inside exact\(\)"):
+                call()
+    assert not controller._control.reached
+    controller.finish()
+    assert controller._control.reached
+
+
 class Mixture(nn.Module):
     """Two experts in one raw Parameter, which sparsify does not know."""
 

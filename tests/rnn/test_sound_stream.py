@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rnn.data.audio import BANDS, RATE, LogMel, write_wav
-from rnn.data.sound_stream import LogMelStream, read_chunks
+from rnn.data.sound_stream import LogMelStream, pieces
 
 
 def noise(count: int) -> torch.Tensor:
@@ -33,21 +33,21 @@ def test_a_wav_file_and_bare_samples_are_the_same(tmp_path: Path) -> None:
     sound = noise(5000)
     write_wav(tmp_path / "x.wav", sound.numpy())
     content = (tmp_path / "x.wav").read_bytes()
-    read = list(read_chunks(io.BytesIO(content), "x", None))
+    read = list(pieces(io.BytesIO(content), "x", None))
     assert torch.equal(torch.cat(read), sound)
     assert [len(piece) for piece in read] == [1600, 1600, 1600, 200]
-    assert torch.equal(torch.cat(list(read_chunks(io.BytesIO(sound.numpy().tobytes() + b"x"), "x", RATE))), sound)
+    assert torch.equal(torch.cat(list(pieces(io.BytesIO(sound.numpy().tobytes() + b"x"), "x", RATE))), sound)
     trailing = content + b"LIST" + struct.pack("<I", 4) + b"abcd"
-    assert torch.equal(torch.cat(list(read_chunks(io.BytesIO(trailing), "x", None))), sound)
+    assert torch.equal(torch.cat(list(pieces(io.BytesIO(trailing), "x", None))), sound)
     for size in (0, 0x7FFFF000, 0x7FFFFF00, 0xFFFFFFFF):  # sizes that a crash, sox, arecord and ffmpeg leave
         endless = content[:4] + bytes(4) + content[8:40] + struct.pack("<I", size) + content[44:]
-        assert torch.equal(torch.cat(list(read_chunks(io.BytesIO(endless), "x", None))), sound)
+        assert torch.equal(torch.cat(list(pieces(io.BytesIO(endless), "x", None))), sound)
 
 
 def test_a_truncated_file_is_heard_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_wav(tmp_path / "x.wav", noise(5000).numpy())
     content = (tmp_path / "x.wav").read_bytes()[:-2000]
-    assert sum(map(len, read_chunks(io.BytesIO(content), "x.wav", None))) == 4000
+    assert sum(map(len, pieces(io.BytesIO(content), "x.wav", None))) == 4000
     assert capsys.readouterr().err == "warning: x.wav is truncated: 2000 bytes of sound are missing\n"
 
 
@@ -80,4 +80,4 @@ def wav(channels: int = 1, rate: int = RATE, bits: int = 16, code: int = 1) -> b
 )
 def test_other_sound_is_refused(content: bytes, rate: int | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        list(read_chunks(io.BytesIO(content), "x", rate))
+        list(pieces(io.BytesIO(content), "x", rate))
