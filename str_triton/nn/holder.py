@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from str_triton.nn.control import Control
 from str_triton.nn.raw_threshold import initial_raw, kept_apply
 from str_triton.nn.shards import full, is_sharded
-from str_triton.nn.state import OPTIONS, RAW, options_tensor, saved_g, saved_options
+from str_triton.nn.state import OPTIONS, RAW, options_tensor, saved_g, saved_options, says_shared
 from str_triton.ops.soft_threshold import soft_threshold
 from str_triton.ops.thresholds import threshold_function
 
@@ -43,7 +43,7 @@ class ThresholdHolder:
     @property
     def threshold_options(self) -> Tensor:
         """The options as they stand in the state dict, under this name: torch.distributed.checkpoint looks it up."""
-        return options_tensor(self.g, self.gradient, self.raw_threshold.device)
+        return options_tensor(self.g, self.gradient, self.raw_threshold.device, is_shared=self._shares_threshold)
 
     @threshold_options.setter
     def threshold_options(self, options: Tensor) -> None:
@@ -140,6 +140,7 @@ class ThresholdHolder:
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        options = state_dict.get(prefix + OPTIONS)
         try:
             g = saved_options(state_dict, prefix) if self.raw_threshold is not None else None
         except ValueError as error:
@@ -148,6 +149,12 @@ class ThresholdHolder:
         if g not in (None, self.g):
             error_msgs.append(
                 f"{prefix + RAW!r} was saved with g={g!r}, and the model has g={self.g!r}: make it with g={g!r}"
+            )
+            return
+        if g is not None and self._shares_threshold and not says_shared(options):
+            error_msgs.append(
+                f"{prefix + RAW!r} was saved as a threshold of its own, and the model has one threshold for several "
+                "weights: sparsify it with the granularity, and tie the weights, of the model that was saved"
             )
             return
         raw = self.raw_threshold

@@ -12,12 +12,16 @@ from str_triton.ops.thresholds import THRESHOLD_FUNCTIONS
 
 RAW = "raw_threshold"
 OPTIONS = "threshold_options"
+SHARED = ",shared=1"
 LENGTH = 64  # bytes of an options text; the same for all options, so that all states of a model have the same shapes
 
 
-def options_tensor(g: str, gradient: str, device: torch.device) -> Tensor:
-    """Return the options of a threshold as a uint8 tensor that holds a text."""
-    text = f"g={g},gradient={gradient}".ljust(LENGTH).encode()
+def options_tensor(g: str, gradient: str, device: torch.device, *, is_shared: bool = False) -> Tensor:
+    """Return the options of a threshold as a uint8 tensor that holds a text.
+
+    `is_shared` says that an earlier module of the model has the same threshold.
+    """
+    text = f"g={g},gradient={gradient}{SHARED if is_shared else ''}".ljust(LENGTH).encode()
     return torch.tensor(list(text), dtype=torch.uint8, device="cpu" if device.type == "meta" else device)
 
 
@@ -29,6 +33,11 @@ def saved_g(name: str, options: Tensor) -> str:
         if g in THRESHOLD_FUNCTIONS:
             return g
     raise ValueError(f"{name!r} does not name a g that this version knows: the file is damaged or of a later version")
+
+
+def says_shared(options: Tensor) -> bool:
+    """Return whether an options tensor says that its threshold is shared with an earlier module."""
+    return SHARED.encode() in bytes(options.tolist())
 
 
 def saved_options(state: dict[str, Tensor], prefix: str) -> str | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from str_triton.nn.control import warn_if_unfinished
+from str_triton.nn.control import Control, warn_if_unfinished
 from str_triton.nn.layers import STRLayer, str_class
 from str_triton.nn.parametrization import SoftThreshold, ThresholdedModule, parametrize_weights, unparametrized
 from str_triton.nn.raw_threshold import initial_raw, new_raw_threshold, zeros_kept
@@ -153,8 +153,12 @@ def densify(model: nn.Module) -> nn.Module:
     memory is short, `plain_state_dict` makes the same of the state dict, on one process.
 
     Raises:
-        ValueError: a module has got parametrizations of somebody else since `sparsify`.
+        ValueError: a module has got parametrizations of somebody else since `sparsify`, or its controller is inside
+            `exact()`.
     """
+    controls = [getattr(module, "control", None) for module in model.modules()]
+    if any(isinstance(control, Control) and control.is_held and control.exact for control in controls):
+        raise ValueError("densify inside exact() would leave nothing to go on with: densify a copy.deepcopy(model)")
     warn_if_unfinished(model)
     gather(model)
     plain: dict[int, nn.Module] = {}

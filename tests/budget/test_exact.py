@@ -387,3 +387,13 @@ def test_an_optimizer_with_weight_decay_moves_no_held_threshold():
     controller.step(4 / 30)
     undisturbed.step(4 / 30)
     assert all(torch.equal(raw, use.raw) for raw, use in zip(raws, thresholded_weights(other), strict=True))
+
+
+def test_the_own_model_is_not_densified_inside_exact():
+    model, controller, _ = trained(30, 20)
+    with controller.exact():
+        with pytest.raises(ValueError, match="copy"):
+            densify(model)
+        densify(copy.deepcopy(model))
+    controller.finish()
+    densify(model)

@@ -277,3 +277,22 @@ def test_a_plain_state_dict_is_unchanged():
 def test_what_does_not_fit_is_named(change, message):
     with pytest.raises(ValueError, match=message):
         plain_state_dict(sparsify(nn.Linear(2, 3)).state_dict() | change)
+
+
+def test_thresholds_of_single_layers_do_not_load_as_one_for_all():
+    """The last one would win, and the model would be another."""
+
+    def network(granularity: str) -> nn.Module:
+        return sparsify(nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 10)), granularity=granularity)
+
+    single, shared = network("layer"), network("global")
+    with pytest.raises(RuntimeError, match="one threshold for several"):
+        shared.load_state_dict(single.state_dict())
+    single.load_state_dict(shared.state_dict())
+    shared.load_state_dict(network("global").state_dict())
+
+
+def test_functional_call_refuses_the_state_of_another_g():
+    layer, other = sparsify(nn.Linear(3, 3)), sparsify(nn.Linear(3, 3), g="sigmoid")
+    with pytest.raises(ValueError, match="sigmoid"):
+        torch.func.functional_call(layer, other.state_dict(), torch.zeros(1, 3))
