@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from str_triton.nn.low_rank import LowRankWeight
+from str_triton.nn.shards import local
 from str_triton.nn.state import OPTIONS, RAW, saved_options, unmark
 from str_triton.ops.soft_threshold import soft_threshold
 
@@ -106,11 +107,13 @@ def _shared(
     made: dict, sources: tuple[Tensor, ...], raw: Tensor, g: str, compute: Callable[[], Tensor | LowRankWeight]
 ) -> Tensor | LowRankWeight:
     """Return what was computed from the same memory and an equal threshold before, or compute it."""
-    places = ((t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride(), t.dtype) for t in sources)
+    # A DTensor's own storage is made at each look, so that its address says nothing and differs between processes.
+    here = [local(source) for source in sources]
+    places = ((t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride(), t.dtype) for t in here)
     before = made.setdefault((g, *places), [])
-    for other, value in before:
+    for other, value, _ in before:
         if other is raw or (not raw.is_meta and not other.is_meta and torch.equal(other, raw)):
             return value
     value = compute()
-    before.append((raw, value))
+    before.append((raw, value, here))  # what lives keeps its address
     return value
