@@ -19,6 +19,7 @@ import functools
 import json
 import os
 import re
+import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -184,7 +185,14 @@ def measure(
 def _peer(key: str, python: str, name: str, work: Path, threads: int, example: Tensor) -> Peer:
     if key == "before":
         network = f"{(work / f'{name}.pt').resolve()},{NETWORKS[name][0]}"
-        return Peer(key, sys.executable, network, threads, example, work, path=python)
+        checkout = Path(python).resolve()
+        peer = Peer(key, sys.executable, network, threads, example, work, path=str(checkout))
+        if not Path(peer.version).resolve().is_relative_to(checkout):
+            peer.close()
+            raise SystemExit(f"--before {python}: {peer.version} was imported instead")
+        commit = ["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"]
+        peer.version = subprocess.run(commit, check=True, capture_output=True, text=True).stdout.strip()
+        return peer
     return Peer(key, python, str(work / f"{name}.onnx"), threads, example, work)
 
 

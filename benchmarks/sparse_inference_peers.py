@@ -89,7 +89,7 @@ weights, name = path.split(",")
 model, x = build(name).eval(), torch.from_numpy(images)
 model.load_state_dict(torch.load(weights, weights_only=True))
 network = deploy.compile_sparse(model, x)
-peer_version = str(deploy.__file__)
+peer_version = deploy.__file__
 
 def call():
     with torch.no_grad():
@@ -167,7 +167,8 @@ class Peer:
         images, scores = work / "images.npy", work / f"scores-{name}.npy"
         np.save(images, example.numpy())
         program = _BEGIN + _PROGRAMS[name] + _END
-        command = [python, "-c", program, network, str(threads), str(images), str(scores)]
+        # -P: the folder that the benchmark runs in would come before `path`.
+        command = [python, *(["-P"] if path else []), "-c", program, network, str(threads), str(images), str(scores)]
         environment = os.environ | ({"PYTHONPATH": path} if path else {})
         self._name = name
         self._process = subprocess.Popen(
