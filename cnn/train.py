@@ -101,8 +101,9 @@ class Experiment(Loop):
         )
 
     def batches(self, epoch: int, start: int, *, training: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
+        layout = memory_format(self.config)
         with as_user_error(ValueError, OSError):
-            yield from batches(
+            for images, labels in batches(
                 self.data.train if training else self.data.test,
                 batch_size=self.config.batch_size,
                 seed=self.config.seed,
@@ -116,11 +117,12 @@ class Experiment(Loop):
                 world_size=self.accelerator.num_processes,
                 device=self.accelerator.device,
                 on_corrupt=self.corrupt.append if self.config.skip_corrupt else None,
-            )
+            ):
+                yield images.contiguous(memory_format=layout), labels
 
     def forward(self, batch: tuple[Tensor, Tensor]) -> StepOutput:
         images, labels = batch
-        outputs = self.network(images.contiguous(memory_format=memory_format(self.config)))
+        outputs = self.network(images)
         loss = F.cross_entropy(outputs, labels, label_smoothing=self.config.label_smoothing)
         return StepOutput(loss, outputs, labels)
 
@@ -134,7 +136,7 @@ class Experiment(Loop):
         meter = Meter(self.accelerator.device)
         for images, labels in self.batches(0, 0, training=False):
             if len(labels) > 0:  # a small last batch may be empty in some processes
-                outputs = self.model(images.contiguous(memory_format=memory_format(self.config)))
+                outputs = self.model(images)
                 meter.add(F.cross_entropy(outputs, labels), outputs, labels)
         return meter.all_means(self.accelerator)
 
@@ -147,8 +149,7 @@ class Experiment(Loop):
         statistics = [buffer for name, buffer in buffers if name.endswith(("running_mean", "running_var"))]
         if not statistics:
             return
-        images = (images for images, _ in islice(self.batches(epoch, 0), REFRESH_BATCHES))
-        refresh_batch_norm(self.model, (part.contiguous(memory_format=memory_format(self.config)) for part in images))
+        refresh_batch_norm(self.model, islice(self.batches(epoch, 0), REFRESH_BATCHES))
         torch._foreach_copy_(statistics, self.accelerator.reduce(statistics, "mean"))
 
     def measure(self, run: Run, epoch: int) -> Record:

@@ -293,6 +293,8 @@ def test_public_arguments_have_types(path: Path) -> None:
 # Folders in which docstrings of functions begin with a verb ("Return", "Write"). This list only grows.
 PLAIN_ENGLISH = (
     *("str_triton", "str_triton/deploy", "str_triton/training", "cnn", "cnn/data", "cnn/methods"),
+    *("str_triton/budget", "str_triton/nn", "str_triton/ops", "str_triton/ops/cells"),
+    *("str_triton/deploy/sparse", "str_triton/deploy/sparse/executions", "str_triton/deploy/sparse/runtime"),
     *("rnn", "rnn/c_export", "rnn/data"),
 )
 NO_VERB = re.compile(

@@ -234,7 +234,7 @@ class OffsetController:
 
     @contextmanager
     def exact(self, model: nn.Module | None = None) -> Iterator[None]:
-        """Inside, the model costs exactly what the schedule says; on leaving, training goes on as if nothing had been.
+        """Make the model cost exactly what the schedule says; on leaving, training goes on as if nothing had been.
 
         For evaluation and checkpoints: a state dict of the model taken inside holds the exact thresholds, and that of
         the controller what to go on with.

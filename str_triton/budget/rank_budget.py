@@ -115,7 +115,7 @@ class RankBudget:
         return aligned(self.lines())
 
     def lines(self) -> list[tuple[str, ...]]:
-        """The table's cells: a heading, a line per matrix, one or two for the rest, and the totals."""
+        """Return the table's cells: a heading, a line per matrix, one or two for the rest, and the totals."""
         return [HEADINGS, *map(_cells, self.rows), *self._rest_cells(), self._total_cells()]
 
     def _rest_cells(self) -> Iterator[tuple[str, ...]]:
@@ -187,7 +187,7 @@ class RankBudget:
 
 
 def count_ranks(model: nn.Module) -> RankBudget:
-    """What `model` costs once every `LowRankWeight` in it is compact, and what it would cost dense.
+    """Return what `model` costs once every `LowRankWeight` in it is compact, and what it would cost dense.
 
     Parameters are those of the whole model: the compact matrices (dense ones where the factors are no smaller), and
     every other parameter once, biases, embeddings and classifiers included; thresholds and the m of factored matrices
@@ -213,7 +213,7 @@ def count_ranks(model: nn.Module) -> RankBudget:
 
 
 def factored_matrices(model: nn.Module) -> dict[str, LowRankWeight]:
-    """The `LowRankWeight`s of a model by name, in its order; one that is shared under its first name."""
+    """Return the `LowRankWeight`s of a model by name, in its order; one that is shared under its first name."""
     first: dict[tuple[int, ...], tuple[str, LowRankWeight]] = {}
     for name, module in model.named_modules():
         if isinstance(module, LowRankWeight):
@@ -253,7 +253,7 @@ def _record(row: MatrixBudget) -> dict[str, Any]:
 
 
 def _parse(record: Any, where: str) -> MatrixBudget:
-    """A row from the texts of a CSV line or the values of a JSON object."""
+    """Return a row from the texts of a CSV line or the values of a JSON object."""
     require_record(COLUMNS, record, where)
     rows, columns, max_rank = (_count(record, column, 1, where) for column in ("rows", "columns", "max_rank"))
     rank = _count(record, "rank", 0, where)

@@ -248,7 +248,7 @@ class RankController(OffsetController):
         return below.gather(0, place).squeeze(0), above.gather(0, place).squeeze(0), list(caps)
 
     def _critical_offsets(self) -> tuple[list[Tensor], Tensor]:
-        """The offset from which each component is cut, per matrix; and up to which distance two count as equal."""
+        """Return each component's offset from which it is cut, per matrix; and up to which distance two are equal."""
         critical = [
             matrix.pruning_offsets() - held_back
             for matrix, held_back in zip(self._matrices, self._held_back, strict=True)
@@ -277,7 +277,7 @@ class RankController(OffsetController):
 
 
 def _keep_largest(offsets: Tensor, tie: Tensor) -> tuple[Tensor, Tensor]:
-    """A matrix's sorted offsets, inf for the largest and those equal to it; and the offset that keeps these."""
+    """Return a matrix's sorted offsets, inf for the largest and those equal to it; and the offset that keeps these."""
     largest = offsets[-1]
     kept = offsets > largest - tie
     kept[-1:].fill_(True)  # The comparison of infinities is false.

@@ -13,7 +13,7 @@ from str_triton.ops.radix_select import cost_histogram, keys, least_above, value
 
 
 def select(values: Sequence[Tensor], costs: Sequence[int], keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Where to cut so that the elements above the cut cost at most `keep` together, and as much as possible.
+    """Return where to cut so that the elements above the cut cost at most `keep` together, and as much as possible.
 
     Args:
         values: float32 tensors of any shapes on one device, without NaN; inf for what is always kept.

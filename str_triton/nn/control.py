@@ -38,11 +38,16 @@ class Control:
         return self.owner is not None and self.owner() is not None
 
 
+def controls(model: nn.Module) -> list[Control]:
+    """Return the marks on the modules of a model."""
+    marks = (getattr(module, "control", None) for module in model.modules())
+    return [mark for mark in marks if isinstance(mark, Control)]
+
+
 def warn_if_unfinished(model: nn.Module, stacklevel: int = 3) -> None:
     """Warn, once for each controller, that the model has not reached its controller's target."""
-    for module in model.modules():
-        control = getattr(module, "control", None)
-        if isinstance(control, Control) and not (control.reached or control.exact or control.warned):
+    for control in controls(model):
+        if not (control.reached or control.exact or control.warned):
             control.warned = True
             warnings.warn(
                 f"the model has not reached its controller's target ({control.status}): call controller.finish() "

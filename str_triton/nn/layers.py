@@ -30,7 +30,7 @@ def refusal(module: nn.Module) -> str | None:
 
 
 def str_class(module: nn.Module) -> "type[STRLayer] | None":
-    """The thresholded class for a torch layer; None if there is none."""
+    """Return the thresholded class for a torch layer; None if there is none."""
     return next((cls for cls in STR_LAYERS if isinstance(module, cls.dense_class)), None)
 
 
@@ -83,7 +83,7 @@ class STRLayer(ThresholdHolder):
         gradient: str = "straight_through",
         **threshold_options,
     ) -> Self:
-        """A thresholded layer that adopts the dense layer's very Parameter objects, its buffers, hooks and mode.
+        """Return a thresholded layer that adopts the dense layer's very Parameter objects, its buffers, hooks and mode.
 
         Args:
             dense: the torch layer that this class extends; it stays as it is.

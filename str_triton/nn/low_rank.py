@@ -107,7 +107,7 @@ class LowRankWeight(ThresholdHolder, nn.Module):
 
     @classmethod
     def from_dense(cls, weight: Tensor, max_rank: int | None = None, **options) -> Self:
-        """The max_rank largest singular components of a matrix [rows, columns]; `options` are those of the class."""
+        """Return the max_rank largest singular components of a matrix [rows, columns]; `options`: of the class."""
         layer = cls(*weight.shape, max_rank, device="meta", dtype=weight.dtype, **options)
         layer.to_empty(device=weight.device).reset_parameters(weight.detach())
         return layer
@@ -125,7 +125,7 @@ class LowRankWeight(ThresholdHolder, nn.Module):
         return full(super().threshold)
 
     def spectrum(self) -> Tensor:
-        """s [max_rank], what stands between u and v; differentiable, of u's dtype."""
+        """Return s [max_rank], what stands between u and v; differentiable, of u's dtype."""
         if self.m is None:
             return self.u.new_ones(self.max_rank)
         norms = self._norms()
@@ -136,7 +136,7 @@ class LowRankWeight(ThresholdHolder, nn.Module):
 
     @torch.no_grad()
     def singular_values(self) -> Tensor:
-        """The sizes |m_k| ||u_k|| ||v_k|| [max_rank] before the threshold, in the order of the components.
+        """Return the sizes |m_k| ||u_k|| ||v_k|| [max_rank] before the threshold, in the order of the components.
 
         float32 (float64 if u is), as `spectrum` compares them with the threshold.
         """
@@ -152,7 +152,7 @@ class LowRankWeight(ThresholdHolder, nn.Module):
         return (u * v).clamp_min(tiny**0.5)
 
     def weight(self) -> Tensor:
-        """The matrix [rows, columns]; differentiable."""
+        """Return the matrix [rows, columns]; differentiable."""
         return (full(self.u) * self.spectrum()) @ full(self.v).mT
 
     @property
@@ -165,7 +165,7 @@ class LowRankWeight(ThresholdHolder, nn.Module):
         return min(rank * (self.rows + self.columns), self.rows * self.columns)
 
     def pruning_offsets(self) -> Tensor:
-        """For each component the offset g^-1(size) - raw_threshold: added to raw_threshold, it and more cut it.
+        """Return each component's offset g^-1(size) - raw_threshold: added to raw_threshold, it and more cut it.
 
         Detached, [max_rank]; -inf for a size of 0, inf for one that no threshold of g reaches.
         """
@@ -228,7 +228,7 @@ class LowRankWeight(ThresholdHolder, nn.Module):
         return compact.train(self.training)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """W x + bias [rows] over the last dimension: [..., columns] -> [..., rows]."""
+        """Return W x + bias [rows] over the last dimension: [..., columns] -> [..., rows]."""
         return F.linear(F.linear(x, self.v.mT), self.u * self.spectrum(), bias)
 
     def extra_repr(self) -> str:

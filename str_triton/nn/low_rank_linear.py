@@ -14,13 +14,13 @@ class LowRankLayer(Protocol):
     """What budgets and deployment know of a layer that holds matrices in factors."""
 
     def factors(self) -> dict[str, LowRankWeight]:
-        """The factored matrices by their name in the layer; one that is dense is not among them."""
+        """Return the factored matrices by their name in the layer; one that is dense is not among them."""
 
     def ranks(self) -> dict[str, int]:
-        """The rank of each of `factors()`."""
+        """Return the rank of each of `factors()`."""
 
     def compact(self) -> nn.Module:
-        """The same layer without thresholds, of the surviving components alone; dense where that is not larger."""
+        """Return the layer of the surviving components, without thresholds; dense where that is not larger."""
 
 
 class LowRankLinear(nn.Module):
@@ -63,7 +63,7 @@ class LowRankLinear(nn.Module):
 
     @classmethod
     def from_dense(cls, dense: nn.Linear, *, max_rank: int | None = None, **options) -> Self:
-        """The layer with a dense layer's singular components, all of them unless max_rank says fewer; copies."""
+        """Return the layer with a dense layer's singular components, all of them unless max_rank says fewer; copies."""
         weight = LowRankWeight.from_dense(dense.weight, max_rank, **options)
         bias = None if dense.bias is None else nn.Parameter(dense.bias.detach().clone())
         return cls._of(weight, bias).train(dense.training)
@@ -77,15 +77,15 @@ class LowRankLinear(nn.Module):
         return layer
 
     def factors(self) -> dict[str, LowRankWeight]:
-        """{"weight": the matrix}, or {} where it is dense."""
+        """Return {"weight": the matrix}, or {} where it is dense."""
         return {"weight": self.weight} if isinstance(self.weight, LowRankWeight) else {}
 
     def ranks(self) -> dict[str, int]:
-        """{"weight": its rank}, or {} where it is dense."""
+        """Return {"weight": its rank}, or {} where it is dense."""
         return {name: factor.rank for name, factor in self.factors().items()}
 
     def to_dense(self) -> nn.Linear:
-        """A new nn.Linear that computes the same."""
+        """Return a new nn.Linear that computes the same."""
         dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         dense.weight = nn.Parameter(self._dense_weight())
         if self.bias is not None:
@@ -93,7 +93,7 @@ class LowRankLinear(nn.Module):
         return dense.train(self.training)
 
     def compact(self) -> "LowRankLinear":
-        """A new layer of the surviving components, without a threshold; dense where that is not larger."""
+        """Return a new layer of the surviving components, without a threshold; dense where that is not larger."""
         weight = self.weight.compact() if self.factors() else None
         if weight is None:
             weight = nn.Parameter(self._dense_weight())

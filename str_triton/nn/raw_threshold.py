@@ -42,7 +42,7 @@ def new_raw_threshold(
     initial_threshold: float | None = None,
     raw_threshold_init: float | None = None,
 ) -> nn.Parameter:
-    """A raw threshold for a weight: one element, one per filter (dimension 0), or one per weight.
+    """Return a raw threshold for a weight: one element, one per filter (dimension 0), or one per weight.
 
     Args:
         weight: the dense weight, [out, ...]; gives shape and device.

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from str_triton.nn.control import Control, warn_if_unfinished
+from str_triton.nn.control import controls, warn_if_unfinished
 from str_triton.nn.layers import STRLayer, str_class
 from str_triton.nn.parametrization import SoftThreshold, ThresholdedModule, parametrize_weights, unparametrized
 from str_triton.nn.raw_threshold import initial_raw, new_raw_threshold, zeros_kept
@@ -156,8 +156,7 @@ def densify(model: nn.Module) -> nn.Module:
         ValueError: a module has got parametrizations of somebody else since `sparsify`, or its controller is inside
             `exact()`.
     """
-    controls = [getattr(module, "control", None) for module in model.modules()]
-    if any(isinstance(control, Control) and control.is_held and control.exact for control in controls):
+    if any(control.is_held and control.exact for control in controls(model)):
         raise ValueError("densify inside exact() would leave nothing to go on with: densify a copy.deepcopy(model)")
     warn_if_unfinished(model)
     gather(model)

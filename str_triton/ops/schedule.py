@@ -43,16 +43,16 @@ class Schedule:
         return x if self.order is None else x.index_select(dim, self.order.argsort())
 
     def buffer(self, like: Tensor, width: int) -> Tensor:
-        """[steps, batch, width] to be written where sequences run; zero elsewhere."""
+        """Return [steps, batch, width] to be written where sequences run; zero elsewhere."""
         new = like.new_empty if self.counts is None else like.new_zeros
         return new((self.steps, self.batch, width))
 
     def scratch(self, like: Tensor, *widths: int) -> Tensor:
-        """[1, batch, ...]: what one step leaves to itself."""
+        """Return [1, batch, ...]: what one step leaves to itself."""
         return like.new_empty((1, self.batch, *widths))
 
     def rows(self, buffer: Tensor) -> list[Tensor]:
-        """By time: the rows of a [steps, batch, ...] buffer that run; those of a scratch again and again."""
+        """Return, for each step, the active rows of a [steps, batch, ...] buffer; a scratch gives the same ones."""
         slices = buffer.unbind(0) if len(buffer) == self.steps else buffer.unbind(0) * self.steps
         if self.counts is None:
             return list(slices)
@@ -65,7 +65,7 @@ class Schedule:
                 rows[count:].zero_()
 
     def previous(self, rows: list[Tensor], first: Tensor, time: int) -> Tensor:
-        """The state before a step, from the states after each step: `first` where a sequence begins."""
+        """Return the state before a step, from the states after each step: `first` where a sequence begins."""
         before = time + 1 if self.reverse else time - 1
         if not 0 <= before < self.steps:
             return first if self.counts is None else first[: self.counts[time]]
@@ -75,7 +75,7 @@ class Schedule:
         return rows[before] if begun == count else torch.cat((rows[before], first[begun:count]))
 
     def last(self, states: Tensor) -> Tensor:
-        """The state after each sequence's last step, from those after every step."""
+        """Return the state after each sequence's last step, from those after every step."""
         if self.reverse or self.counts is None:
             return states[0 if self.reverse else -1].clone()
         return states[self.lengths - 1, torch.arange(self.batch)]
@@ -94,7 +94,7 @@ class Schedule:
         return range(begin, end) if self.reverse else range(end - 1, begin - 1, -1)
 
     def previous_chunk(self, states: Tensor, first: Tensor, begin: int, end: int) -> Tensor:
-        """The states before the steps from begin to end [end - begin, batch, hidden]: a view where that is one."""
+        """Return the states before the steps from begin to end, [end - begin, batch, hidden]: a view if possible."""
         shift = 1 if self.reverse else -1
         inside = begin + shift >= 0 and end + shift <= self.steps
         if inside and not (self.reverse and self.counts is not None):
@@ -108,14 +108,14 @@ class Schedule:
         return previous
 
     def begins(self) -> Tensor:
-        """When each sequence's first step is."""
+        """Return when each sequence's first step is."""
         if self.reverse and self.counts is not None:
             return self.lengths - 1
         return torch.full((self.batch,), self.steps - 1 if self.reverse else 0)
 
 
 def with_ones(size: tuple[int, ...], like: Tensor) -> Tensor:
-    """[*size, r + 1] whose last column is 1: times (w | bias)^T it adds the bias, and dw | dbias is one product."""
+    """Return [*size, r + 1] whose last column is 1: one product with (w | bias)^T, and one for dw | dbias."""
     ones = like.new_empty(*size[:-1], size[-1] + 1)
     ones[..., -1] = 1
     return ones

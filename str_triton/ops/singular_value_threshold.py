@@ -21,7 +21,7 @@ from str_triton.ops.thresholds import threshold_function
 
 
 def _decompose(w: Tensor, raw: Tensor, g: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The thin SVD U, sigma, V^T, and s = S(sigma). A matrix that is not finite has none: its spectrum is NaN."""
+    """Return the thin SVD U, sigma, V^T, and s = S(sigma). The spectrum of a matrix that is not finite is NaN."""
     finite = w.isfinite().flatten(1).all(1)
     w = torch.where(finite[:, None, None], w, 0).to(_compute_dtype(w, raw))
     u, sigma, vh = torch.linalg.svd(w, full_matrices=False)
@@ -41,7 +41,7 @@ def _forward(w: Tensor, raw: Tensor, g: str) -> tuple[Tensor, Tensor, Tensor, Te
 def _backward(
     grad: Tensor, u: Tensor, sigma: Tensor, vh: Tensor, s: Tensor, raw: Tensor, g: str
 ) -> tuple[Tensor, Tensor]:
-    """dL/dW, and dL/draw through the op that thresholded the spectrum: dL/ds is the diagonal of M = U^T grad V."""
+    """Return dL/dW, and dL/draw through the spectrum's op: dL/ds is the diagonal of M = U^T grad V."""
     grad_w = grad.to(u.dtype)
     minus, plus, outer = _divided_differences(sigma, s)
     with _no_autocast(grad):
@@ -63,7 +63,7 @@ def _backward(
 
 
 def _divided_differences(sigma: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(s_i - s_j) / (sigma_i - sigma_j), (s_i + s_j) / (sigma_i + sigma_j) and s_i / sigma_i, all within [0, 1].
+    """Return (s_i - s_j) / (sigma_i - sigma_j), (s_i + s_j) / (sigma_i + sigma_j) and s_i / sigma_i, all within [0, 1].
 
     S is linear on either side of the threshold, so the first is 1 where both survive and 0 where neither does. Where
     one survives, the distance is at least its s, for the other sigma is at most the threshold.
@@ -95,7 +95,7 @@ def _forward_triton(w: Tensor, raw: Tensor, g: str) -> tuple[Tensor, Tensor, Ten
 
 
 def _recombine_triton(u: Tensor, s: Tensor, vh: Tensor, dtype: torch.dtype) -> Tensor:
-    """U diag(s) V^T in one launch: a program per tile of a matrix."""
+    """Compute U diag(s) V^T in one launch: a program per tile of a matrix."""
     from str_triton.kernels import singular_value_threshold as kernels
 
     (batch, m, k), n = u.shape, vh.shape[2]
@@ -111,14 +111,14 @@ def _recombine_triton(u: Tensor, s: Tensor, vh: Tensor, dtype: torch.dtype) -> T
 
 
 def _tile(m: int, n: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """BLOCK_M, BLOCK_N, BLOCK_K: powers of two from 16, the least that tl.dot takes, to what the registers hold."""
+    """Return BLOCK_M, BLOCK_N, BLOCK_K: powers of two from 16, tl.dot's least, to what the registers hold."""
     largest = 32 if dtype == torch.float64 else 64
     block_m, block_n = (min(largest, max(16, 1 << (size - 1).bit_length())) for size in (m, n))
     return block_m, block_n, 16
 
 
 def _dot_precision(dtype: torch.dtype) -> str:
-    """tf32 only where torch's own matrix products may use it. Not on ROCm: there it depends on the chip."""
+    """Return tf32 only where torch's own matrix products may use it. Not on ROCm: there it depends on the chip."""
     may = torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if may and dtype == torch.float32 and torch.version.hip is None else "ieee"
 
@@ -190,7 +190,7 @@ differentiable.register(_LIBRARY, "singular_value_threshold", _SingularValueThre
 
 
 def singular_value_threshold(w: Tensor, raw_threshold: Tensor, *, g: str = "exp") -> Tensor:
-    """U S(sigma) V^T: the singular values of w, soft-thresholded with a learnable raw threshold r.
+    """Compute U S(sigma) V^T: the singular values of w, soft-thresholded with a learnable raw threshold r.
 
     With w = U diag(sigma) V^T and s_i = S(sigma_i) = relu(sigma_i - g(r)), the rank of the result is the number of
     singular values above g(r). It is the X that minimizes  1/2 ||X - w||_F^2 + g(r) ||X||_nuclear. The gradients are

@@ -204,7 +204,7 @@ differentiable.register(_LIBRARY, "soft_threshold", _Op.apply)
 def soft_threshold(
     x: Tensor, raw_threshold: Tensor, *, g: str = "sigmoid", gradient: str = "masked", learn_threshold: bool = True
 ) -> Tensor:
-    """S = sign(x) relu(|x| - g(s)) with a learnable raw threshold s.
+    """Compute S = sign(x) relu(|x| - g(s)) with a learnable raw threshold s.
 
     With grad = dL/dS the gradients are
 

@@ -283,7 +283,7 @@ differentiable.register(
 def soft_threshold_many(
     xs: Sequence[Tensor], raw_thresholds: Sequence[Tensor], *, g: str = "sigmoid", gradient: str = "masked"
 ) -> list[Tensor]:
-    """`soft_threshold` for a list of tensors, in one kernel launch on a GPU (two in the backward), whatever its length.
+    """Apply `soft_threshold` to a list of tensors, of any length in one kernel launch on a GPU (backward: two).
 
     The thresholds take a few more launches, all together. Nothing waits for the GPU, and all of it may be captured in a
     CUDA graph (`torch.compile` with mode="reduce-overhead").

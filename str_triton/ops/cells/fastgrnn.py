@@ -99,7 +99,7 @@ def low_rank_fastgrnn(
     reverse: bool = False,
     precision: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A FastGRNN over all time steps, its recurrent matrix R = u diag(m) v^T applied as u (m (v^T h)).
+    """Run a FastGRNN over all time steps, its recurrent matrix R = u diag(m) v^T applied as u (m (v^T h)).
 
     With a = gates_x_t + R h, h from the step before:
 

@@ -89,7 +89,7 @@ def low_rank_gru(
     reverse: bool = False,
     precision: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A GRU over all time steps, its recurrent matrix R = u diag(m) v^T applied as u (m (v^T h)).
+    """Run a GRU over all time steps, its recurrent matrix R = u diag(m) v^T applied as u (m (v^T h)).
 
     With gates_x_t = (x_r | x_z | x_n), R h + bias = (R_r h + b_r | R_z h + b_z | R_n h + b_n), h from the step before:
 

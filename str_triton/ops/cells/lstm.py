@@ -95,7 +95,7 @@ def low_rank_lstm(
     reverse: bool = False,
     precision: str | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """An LSTM over all time steps, its recurrent matrix R = u diag(m) v^T applied as u (m (v^T h)).
+    """Run an LSTM over all time steps, its recurrent matrix R = u diag(m) v^T applied as u (m (v^T h)).
 
     With gates_x_t + R h + bias = (a_i | a_f | a_g | a_o), h and c from the step before:
 

@@ -85,7 +85,7 @@ def low_rank_mgu(
     reverse: bool = False,
     precision: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A minimal gated unit over all time steps, its recurrent matrix R = u diag(m) v^T applied as u (m (v^T h)).
+    """Run a minimal gated unit over all time steps, its recurrent matrix R = u diag(m) v^T applied as u (m (v^T h)).
 
     With gates_x_t = (x_f | x_n), R h + bias = (R_f h + b_f | R_n h + b_n), h from the step before:
 

@@ -115,7 +115,7 @@ class Buffers:
             self._free.setdefault(self._layout(key), []).append(self._places[key])
 
     def _layout(self, key: Key) -> tuple:
-        """What decides where an image's zeros lie: a smaller one would read what a larger one left around it."""
+        """Return what decides where an image's zeros lie: a smaller one would read what a larger one left around it."""
         return self.root(key), key.phases, self.shape(key)[2:]
 
     def allocate(self) -> None:

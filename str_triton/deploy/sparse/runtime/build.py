@@ -34,7 +34,7 @@ class BuildError(RuntimeError):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None, with one warning, where they cannot be compiled."""
+    """Return the compiled kernels; None, with one warning, where they cannot be compiled."""
     try:
         with tempfile.TemporaryDirectory() as scratch:  # For this process alone, where there is no cache.
             try:
@@ -47,7 +47,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept: $XDG_CACHE_HOME/str_triton, else ~/.cache/str_triton.
+    """Return where compiled kernels are kept: $XDG_CACHE_HOME/str_triton, else ~/.cache/str_triton.
 
     Raises OSError where nobody knows the user's home.
     """
@@ -63,7 +63,7 @@ def _home() -> Path:
 
 
 def build(folder: Path, flag_sets: tuple[tuple[str, ...], ...] = FLAGS) -> Path:
-    """The path of a library in `folder`, compiled now if there is none for this source, compiler and processor.
+    """Return the path of a library in `folder`, compiled now if there is none for this source, compiler and processor.
 
     Several processes may build at once: each writes beside, and the last rename wins.
 
@@ -103,12 +103,12 @@ def _require_own(path: Path) -> None:
 
 
 def _name(stem: str, library: Path) -> str:
-    """The file name, without its suffix, of a library with these contents."""
+    """Return the file name, without its suffix, of a library with these contents."""
     return f"{stem}-{hashlib.sha256(library.read_bytes()).hexdigest()[:20]}"
 
 
 def load(path: Path) -> ctypes.CDLL:
-    """The library with its functions' types declared."""
+    """Return the library with its functions' types declared."""
     lib = ctypes.CDLL(str(path))
     lib.str_triton_run.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
     lib.str_triton_run.restype = None
@@ -134,7 +134,7 @@ def _version(compiler: list[str]) -> str:
 
 
 def _processor() -> str:
-    """What -march=native depends on: a cache folder may be shared by machines that differ."""
+    """Return what -march=native depends on: a cache folder may be shared by machines that differ."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     kept = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}

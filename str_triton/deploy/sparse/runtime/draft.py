@@ -81,7 +81,7 @@ class Draft:
         return name in self._written and not isinstance(self.nodes[name], Linear)
 
     def _windows(self, graph: Graph) -> dict[str, Window]:
-        """The window of each convolution and pool. From the end: what reads a value decides in which phases it lies."""
+        """Return the window of each convolution and pool, found from the end: readers decide on a value's phases."""
         wanted: dict[str, set[tuple[int, int]]] = defaultdict(set)
         windows = {}
         for node in reversed(graph.nodes):
@@ -143,7 +143,7 @@ class Draft:
         return key
 
     def _tensor(self, name: str) -> None:
-        """A value as torch's tensor."""
+        """Return a value as torch's tensor."""
         if name in self._written and name not in self._made:
             source = self._own(name)
             self.tasks.append(Task("copy", self.nodes[name], [source], makes=name))

@@ -90,7 +90,7 @@ class Window:
         return 1 if self.kernel == (1, 1) == self.stride and self.padding == (0, 0) else math.prod(self.phases)
 
     def shifts(self, axis: int, phase: int) -> list[tuple[int, int]]:
-        """For each element of the kernel along an axis: the phase that it reads, and the shift in rows or columns."""
+        """Return the phase that each element of the kernel along an axis reads, and the shift in rows or columns."""
         starts = (
             k * self.dilation[axis] - self.padding[axis] + self.stride[axis] * phase for k in range(self.kernel[axis])
         )
@@ -130,7 +130,7 @@ def offsets(window: Window, frame: Frame, plane: int, channels: int) -> np.ndarr
 
 
 def mask(frame: Frame, size: tuple[int, int], phases: tuple[int, int], length: int) -> np.ndarray:
-    """[planes, length] int32: -1 where a pixel lies, 0 in the padding."""
+    """Return [planes, length] int32: -1 where a pixel lies, 0 in the padding."""
     result = np.zeros((math.prod(phases), length), np.int32)
     for plane, (rows, columns) in zip(result, plane_sizes(size, phases), strict=True):
         body = plane[: rows * frame.pitch].reshape(rows, frame.pitch)

@@ -35,7 +35,7 @@ class Operations:
     def window(
         self, node: Layer | MaxPool, window: Window, x: Key, y: Key, residual: Key | None, choice: Choice
     ) -> Operation:
-        """A convolution, a linear layer on turned values, or a max pool."""
+        """Return a convolution, a linear layer on turned values, or a max pool."""
         buffers, frame, shape = self.buffers, self.buffers.frame(y), self.buffers.shape(y)
         planes = math.prod(y.phases)
         op = Operation(x=buffers.view(x), y=buffers.view(y))
@@ -84,7 +84,7 @@ class Operations:
             op.items = op.images * op.planes * op.tiles * op.blocks
 
     def copies(self, value: str, source: Key | None, target: Key | None) -> list[tuple[Operation, int]]:
-        """One copy for each row phase of an image, where None stands for torch's tensor of that value.
+        """Return one copy for each row phase of an image, where None stands for torch's tensor of that value.
 
         At least one side must be in one phase: its rows and columns are read or written with strides.
 
@@ -162,7 +162,7 @@ def _activate(op: Operation, node: Layer) -> None:
 
 
 def _tensor(channels: int, height: int, width: int) -> View:
-    """The strides of torch's contiguous tensor [images, channels, height, width]."""
+    """Return the strides of torch's contiguous tensor [images, channels, height, width]."""
     return View(None, channels * height * width, height * width, 0, width, 1)
 
 
