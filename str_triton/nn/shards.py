@@ -51,13 +51,13 @@ def flat_range(tensor: Tensor) -> tuple[int, int]:
     return start * row, stop * row
 
 
-@torch.no_grad()
 def local(tensor: Tensor) -> Tensor:
     """Return this process's rows of a tensor, detached, in the same memory."""
     if not is_sharded(tensor):
         return tensor.detach()
     shard_dimension(tensor)
-    return tensor.to_local().detach()
+    with torch.no_grad():  # here alone: a controller asks for hundreds of plain tensors at each step
+        return tensor.to_local().detach()
 
 
 def full(tensor: Tensor) -> Tensor:
