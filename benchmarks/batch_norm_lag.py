@@ -15,9 +15,9 @@ from typing import ClassVar
 from accelerate import Accelerator
 
 from benchmarks.timing import RESULTS, machine
-from cnn import train
-from cnn.recipes import Config
 from str_triton import SparsityController, refresh_batch_norm
+from str_triton.cnn import train
+from str_triton.cnn.recipes import Config
 from str_triton.training.metrics import Record
 from str_triton.training.run import Run
 

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 from benchmarks.timing import write
-from rnn.c_export import WEIGHTS, write_c
-from rnn.data import load
-from rnn.finished_run import FinishedRun, open_run
+from str_triton.rnn.c_export import WEIGHTS, write_c
+from str_triton.rnn.data import load
+from str_triton.rnn.finished_run import FinishedRun, open_run
 from tests.rnn.c_program import compiled, scores
 
 SEEDS = (0, 1, 2)

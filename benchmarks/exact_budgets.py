@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.timing import RESULTS, machine
-from cnn.data import batches, load
 from str_triton import SparsityController, Target, count, parameter_groups, sparsify
+from str_triton.cnn.data import batches, load
 
 BATCH, LR, WEIGHT_DECAY, END = 100, 0.1, 5e-4, 0.7
 IMAGE = torch.zeros(1, 1, 28, 28)

@@ -35,8 +35,8 @@ from benchmarks.exact_budgets import BATCH, END, IMAGE, LR, WEIGHT_DECAY, networ
 from benchmarks.exact_budgets_rules import INTERVAL, Fisher, Rule, Sgd, Static, Surface
 from benchmarks.tables_cnn import screen_table
 from benchmarks.timing import RESULTS, machine
-from cnn.data import Data, Images, load
 from str_triton import count, soft_threshold
+from str_triton.cnn.data import Data, Images, load
 
 
 class Magnitude:

@@ -25,11 +25,11 @@ import PIL.Image
 import torch
 
 from benchmarks.timing import alternating, median_ratio, write
-from cnn.data import batches
-from cnn.data.arrays import Augmentation
-from cnn.data.encoded import EncodedImages
-from cnn.data.folder import Files
-from cnn.data.hub import Column
+from str_triton.cnn.data import batches
+from str_triton.cnn.data.arrays import Augmentation
+from str_triton.cnn.data.encoded import EncodedImages
+from str_triton.cnn.data.folder import Files
+from str_triton.cnn.data.hub import Column
 from tests.cnn.made_up_imagenet import photograph
 
 SIZE, QUALITY = (500, 375), 88

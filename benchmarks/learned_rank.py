@@ -24,9 +24,9 @@ from typing import Any
 import torch
 
 from benchmarks.timing import RESULTS
-from rnn.models import Architecture
-from rnn.recipes import RECIPES
-from rnn.train import main as train
+from str_triton.rnn.models import Architecture
+from str_triton.rnn.recipes import RECIPES
+from str_triton.rnn.train import main as train
 from str_triton.training.metrics import read_metrics
 
 RUNS, TUNING = RESULTS / "learned_rank.jsonl", RESULTS / "learned_rank_tuning.jsonl"

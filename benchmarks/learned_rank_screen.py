@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.timing import RESULTS
-from rnn.data import load
 from str_triton import LowRankWeight, RankController, RankTarget, soft_threshold
+from str_triton.rnn.data import load
 
 PATH = RESULTS / "learned_rank_screen.jsonl"
 HIDDEN, EPOCHS, BATCH, LR, NOISE, FOLDS = 64, 40, 30, 5e-3, 0.6, 5

@@ -16,8 +16,7 @@ import torch
 from torch import nn
 
 from benchmarks.timing import alternating, median_ratio, write
-from rnn import LowRankFastGRNN, LowRankGRU, LowRankLSTM
-from str_triton import low_rank_plan
+from str_triton import LowRankFastGRNN, LowRankGRU, LowRankLSTM, low_rank_plan
 
 INPUT_SIZE = 32
 STEPS = 99

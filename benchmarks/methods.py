@@ -28,10 +28,10 @@ from torch import nn
 
 from benchmarks.exact_budgets import IMAGE, WEIGHT_DECAY, fit, measured, network, sgd
 from benchmarks.timing import RESULTS, machine
-from cnn.data import load
-from cnn.methods import Masked, prepare
-from cnn.recipes import Config, resolve
 from str_triton import count
+from str_triton.cnn.data import load
+from str_triton.cnn.methods import Masked, prepare
+from str_triton.cnn.recipes import Config, resolve
 
 WIDTHS, EPOCHS = (16, 32, 64), 4
 LINES: dict[str, dict] = {

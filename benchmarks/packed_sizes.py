@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from benchmarks.timing import write
-from cnn.models import build
-from cnn.published import POINTS, layer_sparsities
 from str_triton import deploy
+from str_triton.cnn.models import build
+from str_triton.cnn.published import POINTS, layer_sparsities
 
 ROUNDS = 3
 GOALS = {"float32": 12.8e6, "float16": 8e6}  # bytes, ResNet50 at 90.23 %

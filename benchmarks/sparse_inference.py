@@ -33,9 +33,9 @@ from torch import Tensor, nn
 
 from benchmarks.sparse_inference_peers import Contender, Peer, compiled, eager, onnx_file, onnxruntime_session
 from benchmarks.timing import RESULTS, machine, version
-from cnn.models import build
-from cnn.published import layer_sparsities
 from str_triton import count, deploy
+from str_triton.cnn.models import build
+from str_triton.cnn.published import layer_sparsities
 
 NETWORKS = {
     f"{model}-{sparsity:.2f}": (model, sparsity)

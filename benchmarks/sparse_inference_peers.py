@@ -81,7 +81,7 @@ def call():
     # compile_sparse of another checkout, which stands first in Python's path.
     "before": """
 import torch
-from cnn.models import build
+from str_triton.cnn.models import build
 from str_triton import deploy
 
 torch.set_num_threads(threads)

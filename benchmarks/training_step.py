@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.timing import alternating, median_ratio, write
-from cnn.resnet import resnet50
 from str_triton import SparsityController, Target, parameter_groups, sparsify
+from str_triton.cnn.resnet import resnet50
 
 
 class LiteralConv2d(nn.Conv2d):

@@ -15,10 +15,10 @@ import tyro
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cnn.data import Data, batches, load
-from cnn.data.common import OnCorrupt
-from cnn.rebuild import Network, rebuild
 from str_triton import Budget, count
+from str_triton.cnn.data import Data, batches, load
+from str_triton.cnn.data.common import OnCorrupt
+from str_triton.cnn.rebuild import Network, rebuild
 from str_triton.files import percent, write_atomically
 from str_triton.training.environment import describe_environment
 from str_triton.training.errors import UserError, as_user_error, run_program, warn

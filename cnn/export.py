@@ -1,4 +1,4 @@
-"""Export of a trained network: python -m cnn.export pack|onnx|sparse RUN|FILE OUT [OPTIONS]."""
+"""Export of a trained network: python -m str_triton.cnn.export pack|onnx|sparse RUN|FILE OUT [OPTIONS]."""
 
 import json
 import sys
@@ -13,15 +13,15 @@ import torch
 import tyro
 from torch import Tensor
 
-from cnn.data import load
-from cnn.export_onnx import to_onnx
-from cnn.rebuild import Network, rebuild
 from str_triton import count, deploy
+from str_triton.cnn.data import load
+from str_triton.cnn.export_onnx import to_onnx
+from str_triton.cnn.rebuild import Network, rebuild
 from str_triton.files import percent, write_atomically
 from str_triton.training.errors import UserError, as_user_error, one_line, run_program
 
 PURPOSE = "Export a trained network: as a packed file, as ONNX, or compiled for sparse execution on this machine's CPU."
-LOAD = """from cnn.models import build
+LOAD = """from str_triton.cnn.models import build
 from str_triton import deploy
 
 model = build({name!r}, num_classes={classes}, in_channels={channels})
@@ -72,7 +72,7 @@ def program(args: Sequence[str] | None) -> None:
     """Read the network that ``args`` name, and run their command."""
     commands = {"pack": Pack, "onnx": Onnx, "sparse": Sparse}
     options = tyro.extras.subcommand_cli_from_dict(
-        commands, args=args, prog="python -m cnn.export", description=PURPOSE
+        commands, args=args, prog="python -m str_triton.cnn.export", description=PURPOSE
     )
     check(options)
     with as_user_error(ValueError, OSError):

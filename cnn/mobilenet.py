@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from cnn.resnet import init_weights
+from str_triton.cnn.resnet import init_weights
 
 # Output channels at width 1 and stride of each pair of convolutions.
 PAIRS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1))

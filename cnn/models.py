@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cnn.mobilenet import MobileNetV1
-from cnn.resnet import resnet18, resnet20, resnet34, resnet50, resnet101
+from str_triton.cnn.mobilenet import MobileNetV1
+from str_triton.cnn.resnet import resnet18, resnet20, resnet34, resnet50, resnet101
 
 
 class ResidualBlock(nn.Module):

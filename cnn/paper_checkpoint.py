@@ -1,4 +1,4 @@
-"""Reading and writing of checkpoints of the paper's original code: python -m cnn.paper_checkpoint FILE.
+"""Reading and writing of checkpoints of the paper's original code: python -m str_triton.cnn.paper_checkpoint FILE.
 
 A file is a dictionary with "state_dict", "arch" ("ResNet50" or "MobileNetV1"), "epoch", "best_acc1" and other entries.
 The keys of its state dict begin with "module." after training on several GPUs. Each convolution has, besides `weight`,
@@ -18,10 +18,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from cnn.mobilenet import MobileNetV1
-from cnn.models import build
-from cnn.resnet import ResNet
 from str_triton import STRConv2d, STRLinear, count, densify, deploy, sparsify
+from str_triton.cnn.mobilenet import MobileNetV1
+from str_triton.cnn.models import build
+from str_triton.cnn.resnet import ResNet
 from str_triton.files import replacing, write_atomically
 from str_triton.training.errors import UserError, as_user_error, run_program
 
@@ -34,9 +34,9 @@ def load(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]:
     """Read a checkpoint of the original code and return its network, on the CPU, and its other entries.
 
     Returns:
-        model: the network of `cnn.models`, in training mode. Its layers have the file's weights and raw thresholds
-            (g="sigmoid", gradient="masked"). They are plain layers if the file is dense-compatible. `fc` is a Linear
-            whose bias is zero and not trained, since the format has no bias.
+        model: the network of `str_triton.cnn.models`, in training mode. Its layers have the file's weights and raw
+            thresholds (g="sigmoid", gradient="masked"). They are plain layers if the file is dense-compatible. `fc` is
+            a Linear whose bias is zero and not trained, since the format has no bias.
         metadata: all entries of the file except "state_dict", and "data_parallel": whether the keys begin with
             "module.". `save(model, path, **metadata)` writes the same file again, each tensor bit for bit.
 
@@ -70,8 +70,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, data_parallel: bool 
     """Write a network as a checkpoint of the original code.
 
     Args:
-        model: "resnet50" or "mobilenetv1" of `cnn.models` in float32. Its convolutions and fc each have one threshold
-            with g="sigmoid", or, for a dense-compatible file, none has one. The bias of fc must be zero.
+        model: "resnet50" or "mobilenetv1" of `str_triton.cnn.models` in float32. Its convolutions and fc each have one
+            threshold with g="sigmoid", or, for a dense-compatible file, none has one. The bias of fc must be zero.
         data_parallel: begin each key with "module.", as after training on several GPUs.
         metadata: the file's other entries, such as epoch=100, best_acc1=74.31; numbers, texts and tensors.
 
@@ -81,7 +81,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, data_parallel: bool 
     """
     arch = {ResNet: "ResNet50", MobileNetV1: "MobileNetV1"}.get(type(model))
     if arch is None:
-        raise ValueError(f"{type(model).__name__}: the format only holds resnet50 and mobilenetv1 of cnn.models")
+        raise ValueError(f"{type(model).__name__}: the format only holds cnn/'s resnet50 and mobilenetv1")
     if metadata.get("arch", arch) != arch:
         raise ValueError(f"arch={metadata['arch']!r}: the network is {arch}")
     if "state_dict" in metadata:
@@ -176,7 +176,7 @@ def main(args: Sequence[str] | None = None) -> int:
 def program(args: Sequence[str] | None) -> None:
     """Print the table of a checkpoint, and write the files that ``args`` ask for."""
     purpose = "Sparsity, FLOPs and thresholds of a checkpoint of the paper's original code, layer by layer."
-    parser = argparse.ArgumentParser(prog="python -m cnn.paper_checkpoint", description=purpose)
+    parser = argparse.ArgumentParser(prog="python -m str_triton.cnn.paper_checkpoint", description=purpose)
     parser.add_argument("file", type=Path, help="the checkpoint")
     parser.add_argument("--to", type=Path, help="write the thresholded weights for a plain network: X.safetensors")
     parser.add_argument("--budget", type=Path, help="write the table: X.csv or X.json")

@@ -4,8 +4,8 @@ import os
 
 from torch import nn
 
-from cnn.models import state_shapes
-from cnn.weights import fill, read_weights
+from str_triton.cnn.models import state_shapes
+from str_triton.cnn.weights import fill, read_weights
 
 
 def check_start(path: str | os.PathLike[str], *, needs_zeros: bool) -> None:
@@ -29,8 +29,8 @@ def start_from(
     """Give a plain network the weights and buffers of a trained one, in place.
 
     Args:
-        path: a file or run folder of any kind that `cnn.weights.read_weights` takes. All entries of the network must
-            be there, except the counts of batches (num_batches_tracked), which old files lack.
+        path: a file or run folder of any kind that `str_triton.cnn.weights.read_weights` takes. All entries of the
+            network must be there, except the counts of batches (num_batches_tracked), which old files lack.
         model: `build(name, in_channels=in_channels)` with any number of classes.
         new_classifier: keep the model's own classifier instead of the file's.
 

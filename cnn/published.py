@@ -28,7 +28,7 @@ class Point:
     """A published sparse network, with SGD's weight decay (lambda) and the initial raw threshold (s_init) for it.
 
     Attributes:
-        model: the network's name in `cnn.models`.
+        model: the network's name in `str_triton.cnn.models`.
         sparsity, top1: share of zero weights, and accuracy, in %.
         params, flops: nonzero weights and multiply-adds, in millions, as printed.
     """
@@ -123,7 +123,7 @@ def layer_sparsities(model: str, sparsity: float) -> dict[str, float]:
     """Return the published sparsity of each layer, in %, in the network's order.
 
     Args:
-        model: the network's name in `cnn.models`.
+        model: the network's name in `str_triton.cnn.models`.
         sparsity: the whole network's sparsity in %: any published one of ResNet50, or 89.01 of MobileNetV1.
 
     Raises:

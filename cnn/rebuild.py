@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cnn.models import build, state_shapes
-from cnn.recipes import Config
-from cnn.weights import fill, read_named_weights
+from str_triton.cnn.models import build, state_shapes
+from str_triton.cnn.recipes import Config
+from str_triton.cnn.weights import fill, read_named_weights
 from str_triton.training.command_line import saved_config
 from str_triton.training.run_folder import CONFIG
 
@@ -21,7 +21,7 @@ class Network:
 
     Attributes:
         model: the module, from images [B, in_channels, H, W] to scores [B, num_classes].
-        name: its name in `cnn.models`.
+        name: its name in `str_triton.cnn.models`.
         config: the configuration of its run; None if it does not come from a run.
     """
 
@@ -33,13 +33,13 @@ class Network:
 
 
 def rebuild(path: str | os.PathLike[str], name: str | None = None) -> Network:
-    """Build the network in a run folder or in a file of any kind that `cnn.weights.read_weights` takes.
+    """Build the network in a run folder or in a file of any kind that `str_triton.cnn.weights.read_weights` takes.
 
     The numbers of classes and channels are read off the weights.
 
     Args:
         path: the run folder or the file.
-        name: the network's name in `cnn.models`; by default the one in the run or the file.
+        name: the network's name in `str_triton.cnn.models`; by default the one in the run or the file.
 
     Raises:
         ValueError: not a file of weights, or weights of another network (the message names the first key that does not

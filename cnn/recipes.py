@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from cnn.published import BASELINES, DENSE, DENSE_WEIGHT_DECAY, POINTS, Dense, Point
+from str_triton.cnn.published import BASELINES, DENSE, DENSE_WEIGHT_DECAY, POINTS, Dense, Point
 from str_triton.training.config import TrainConfig, check_ranges, require
 from str_triton.training.errors import UserError
 

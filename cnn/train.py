@@ -16,14 +16,14 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cnn.data import Data, batches, load, steps_per_epoch
-from cnn.methods import Masked, prepare
-from cnn.methods.budget_file import named_sparsities
-from cnn.models import build, single_value_norms, state_shapes
-from cnn.pretrained import check_start, start_from
-from cnn.published import PUBLISHED
-from cnn.recipes import FINETUNING, RECIPES, RESUME_MAY_CHANGE, Config, recipe_for, resolve
 from str_triton import Budget, count, densify, parameter_groups, refresh_batch_norm
+from str_triton.cnn.data import Data, batches, load, steps_per_epoch
+from str_triton.cnn.methods import Masked, prepare
+from str_triton.cnn.methods.budget_file import named_sparsities
+from str_triton.cnn.models import build, single_value_norms, state_shapes
+from str_triton.cnn.pretrained import check_start, start_from
+from str_triton.cnn.published import PUBLISHED
+from str_triton.cnn.recipes import FINETUNING, RECIPES, RESUME_MAY_CHANGE, Config, recipe_for, resolve
 from str_triton.files import percent, printable
 from str_triton.training.checkpoints import Checkpoints
 from str_triton.training.command_line import CommandLine

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cnn import paper_checkpoint
-from cnn.models import MODELS
 from str_triton import densify, deploy, plain_state_dict
+from str_triton.cnn import paper_checkpoint
+from str_triton.cnn.models import MODELS
 from str_triton.training.checkpoints import Checkpoints
 
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
@@ -36,7 +36,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def read_named_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], str | None]:
-    """Return what `read_weights` returns, and the network's name in `cnn.models` if the file holds it."""
+    """Return what `read_weights` returns, and the network's name in `str_triton.cnn.models` if the file holds it."""
     path = Path(path)
     if path.is_dir():
         return _from_run(path), None

@@ -1,6 +1,5 @@
-"""Recurrent networks that learn their rank."""
+"""Recurrent networks that learn their rank: models, data, recipes and the training program."""
 
-from rnn.fastgrnn import LowRankFastGRNN
-from rnn.layers import LowRankGRU, LowRankLSTM
+from str_triton import LowRankFastGRNN, LowRankGRU, LowRankLSTM
 
 __all__ = ["LowRankFastGRNN", "LowRankGRU", "LowRankLSTM"]

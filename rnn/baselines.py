@@ -4,8 +4,8 @@ from dataclasses import replace
 
 from torch import nn
 
-from rnn.models import Architecture, copy_weights
 from str_triton import RankController, RankTarget, count_ranks
+from str_triton.rnn.models import Architecture, copy_weights
 
 
 def equal_ranks(model: nn.Module, target: RankTarget) -> dict[str, int]:

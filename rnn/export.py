@@ -1,4 +1,4 @@
-"""Export a finished run: python -m rnn.export c|onnx|pack RUN OUT."""
+"""Export a finished run: python -m str_triton.rnn.export c|onnx|pack RUN OUT."""
 
 import argparse
 import json
@@ -7,14 +7,14 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from rnn.c_export import WEIGHTS, write_c
-from rnn.finished_run import FinishedRun, open_run
-from rnn.one_line_parser import OneLineParser
 from str_triton import RankBudget, deploy
 from str_triton.files import write_atomically
+from str_triton.rnn.c_export import WEIGHTS, write_c
+from str_triton.rnn.finished_run import FinishedRun, open_run
+from str_triton.rnn.one_line_parser import OneLineParser
 from str_triton.training.errors import UserError, as_user_error, run_program, warn
 
-PROGRAM = "python -m rnn.export"
+PROGRAM = "python -m str_triton.rnn.export"
 STEPS = 99  # the frames of one second of speech
 TOLERANCE = 1e-4  # the maximum difference between onnxruntime's and torch's scores
 VALUES = ("float32", "float16", "bfloat16")
@@ -85,7 +85,7 @@ def export_onnx(options: argparse.Namespace) -> None:
         import onnxruntime  # noqa: F401 (checks that it is installed)
     except ModuleNotFoundError as missing:
         raise UserError(f"ONNX needs {missing.name}: pip install 'str-triton[onnx]'") from missing
-    from rnn.onnx_export import largest_deviation, streaming, unrolled
+    from str_triton.rnn.onnx_export import largest_deviation, streaming, unrolled
 
     steps = None if options.streaming else STEPS if options.steps is None else options.steps
     if steps is not None and steps < 1:
@@ -148,7 +148,7 @@ def card_code(run: FinishedRun, name: str) -> str:
     options |= {} if lm else {"pooling": model.pooling}
     numbers = inputs, len(run.outputs), rnn.hidden_size
     sizes = ", ".join([repr(rnn.cell), *map(str, numbers), *(f"{key}={value!r}" for key, value in options.items())])
-    return f"""from rnn.models import Architecture
+    return f"""from str_triton.rnn.models import Architecture
 from str_triton import deploy
 
 architecture = Architecture({run.config["task"]!r}, {sizes})

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnn.data import Data, Text
-from rnn.models import LanguageModel, SequenceClassifier, load_trained
-from rnn.recipes import Config
+from str_triton.rnn.data import Data, Text
+from str_triton.rnn.models import LanguageModel, SequenceClassifier, load_trained
+from str_triton.rnn.recipes import Config
 from str_triton.training.config import from_plain
 from str_triton.training.errors import UserError, one_line
 

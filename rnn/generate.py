@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from rnn.data.text import Vocabulary
-from rnn.finished_run import FinishedRun, open_run
-from rnn.models import LanguageModel
-from rnn.one_line_parser import OneLineParser
 from str_triton.files import printable
+from str_triton.rnn.data.text import Vocabulary
+from str_triton.rnn.finished_run import FinishedRun, open_run
+from str_triton.rnn.models import LanguageModel
+from str_triton.rnn.one_line_parser import OneLineParser
 from str_triton.training.errors import UserError, run_program, warn
 
 PROGRAM = "python rnn/generate.py"

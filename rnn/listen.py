@@ -12,11 +12,11 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from rnn.data.audio import FRAMES, HOP, RATE
-from rnn.data.clips import SILENCE, UNKNOWN
-from rnn.data.sound_stream import LogMelStream, pieces
-from rnn.finished_run import FinishedRun, open_run
-from rnn.one_line_parser import OneLineParser
+from str_triton.rnn.data.audio import FRAMES, HOP, RATE
+from str_triton.rnn.data.clips import SILENCE, UNKNOWN
+from str_triton.rnn.data.sound_stream import LogMelStream, pieces
+from str_triton.rnn.finished_run import FinishedRun, open_run
+from str_triton.rnn.one_line_parser import OneLineParser
 from str_triton.training.errors import UserError, as_user_error, run_program
 
 PROGRAM = "python rnn/listen.py"

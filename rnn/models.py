@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from rnn import LowRankFastGRNN, LowRankGRU, LowRankLSTM
-from str_triton import LowRankWeight
+from str_triton import LowRankFastGRNN, LowRankGRU, LowRankLSTM, LowRankWeight
 
 CELLS = {"gru": LowRankGRU, "lstm": LowRankLSTM, "fastgrnn": LowRankFastGRNN}
 State = Tensor | tuple[Tensor, Tensor]

@@ -1,6 +1,6 @@
 """Export of a finished run to ONNX: for sequences of a fixed length, or for one step with the state as an input.
 
-The graph is built by hand from the formulas in `rnn.layers` and `rnn.fastgrnn`.
+The graph is built by hand from the formulas in `str_triton.nn.recurrent`.
 """
 
 import json
@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from rnn.finished_run import FinishedRun
-from rnn.models import LanguageModel
-from rnn.onnx_graph import Graph, Layer
+from str_triton.rnn.finished_run import FinishedRun
+from str_triton.rnn.models import LanguageModel
+from str_triton.rnn.onnx_graph import Graph, Layer
 
 OPSET, IR_VERSION = 18, 8  # the versions of 2022, which every current runtime reads
 ModelProto = Any  # onnx.ModelProto; onnx is imported only when a model is exported

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from rnn.low_rank_rnn import LowRankRNN
-from str_triton import LowRankWeight
+from str_triton import LowRankRNN, LowRankWeight
 
 States = tuple[str, ...]  # the names of h, or of h and c
 

@@ -16,9 +16,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rnn.data import Data, Text, with_validation
-from rnn.models import State
-from rnn.recipes import Config
+from str_triton.rnn.data import Data, Text, with_validation
+from str_triton.rnn.models import State
+from str_triton.rnn.recipes import Config
 from str_triton.training.loop import StepOutput
 from str_triton.training.meter import Means, Meter
 

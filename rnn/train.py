@@ -12,13 +12,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from rnn.baselines import equal_ranks, svd_ranks
-from rnn.data import load
-from rnn.finished_run import interface_json
-from rnn.models import Architecture, architecture_of, compact, copy_weights
-from rnn.recipes import PUBLISHED, RECIPES, RESUME_MAY_CHANGE, TARGETED, Config, recipe_for, resolve
-from rnn.tasks import Task, make_task
 from str_triton import RankBudget, RankController, RankTarget, count_ranks, parameter_groups
+from str_triton.rnn.baselines import equal_ranks, svd_ranks
+from str_triton.rnn.data import load
+from str_triton.rnn.finished_run import interface_json
+from str_triton.rnn.models import Architecture, architecture_of, compact, copy_weights
+from str_triton.rnn.recipes import PUBLISHED, RECIPES, RESUME_MAY_CHANGE, TARGETED, Config, recipe_for, resolve
+from str_triton.rnn.tasks import Task, make_task
 from str_triton.training.command_line import CommandLine
 from str_triton.training.errors import as_user_error
 from str_triton.training.loop import Loop, StepOutput
@@ -279,7 +279,7 @@ def downsample(values: Tensor) -> list[float]:
 
 
 def to_safetensors(model: nn.Module, architecture: Architecture) -> bytes:
-    """Return the compact model's weights as safetensors, with the sizes that `rnn.models.load_trained` needs."""
+    """Return the compact model's weights as safetensors, with the sizes that `load_trained` needs."""
     sizes = {"inputs": architecture.inputs, "outputs": architecture.outputs, "ranks": model.rnn.ranks()}
     weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
     return safetensors.torch.save(

@@ -13,8 +13,12 @@ from str_triton.budget import (
     count_ranks,
 )
 from str_triton.nn import (
+    LowRankFastGRNN,
+    LowRankGRU,
     LowRankLayer,
     LowRankLinear,
+    LowRankLSTM,
+    LowRankRNN,
     LowRankWeight,
     STRConv1d,
     STRConv2d,
@@ -40,8 +44,12 @@ from str_triton.ops.soft_threshold_many import soft_threshold_many
 __all__ = [
     "Budget",
     "LayerBudget",
+    "LowRankFastGRNN",
+    "LowRankGRU",
+    "LowRankLSTM",
     "LowRankLayer",
     "LowRankLinear",
+    "LowRankRNN",
     "LowRankWeight",
     "MatrixBudget",
     "Plan",

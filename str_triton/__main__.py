@@ -33,8 +33,8 @@ examples:
   python -m str_triton inspect model.packed.safetensors
   python -m str_triton unpack model.packed.safetensors --to model.pt
 
-To pack a run of cnn/train.py or rnn/train.py, use python -m cnn.export or python -m rnn.export. In Python, use
-str_triton.deploy. The format is described in docs/packed-format.md."""
+To pack a run of cnn/train.py or rnn/train.py, use python -m str_triton.cnn.export or
+python -m str_triton.rnn.export. In Python, use str_triton.deploy. The format is described in docs/packed-format.md."""
 
 
 class Parser(argparse.ArgumentParser):

@@ -11,7 +11,9 @@ from pathlib import Path
 import torch
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["cnn.train", "rnn.train", "torch._dynamo", "torch.distributed.fsdp"])
+CONTEXT.set_forkserver_preload(
+    ["str_triton.cnn.train", "str_triton.rnn.train", "torch._dynamo", "torch.distributed.fsdp"]
+)
 PATIENCE = 300  # seconds; a job takes one or two, but a machine may be busy
 
 

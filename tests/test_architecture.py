@@ -1,7 +1,8 @@
 """Who may import whom, read from the source: DESIGN's arrows (CONTRIBUTING.md draws them), and what an import costs.
 
-A room is a folder of the house (str_triton/ops, cnn, ...), or its ground floor, the file str_triton/files.py. Imports
-inside functions count as well; two of the rules are about exactly those.
+A room is a folder of the house (str_triton/ops, cnn, ...), or its ground floor, the file str_triton/files.py. The
+folders cnn/ and rnn/ are installed as str_triton.cnn and str_triton.rnn. Imports inside functions count as well; two of
+the rules are about exactly those.
 """
 
 import ast
@@ -20,9 +21,10 @@ import str_triton
 from str_triton import deploy
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("str_triton", "cnn", "rnn")
+FOLDERS = ("str_triton", "cnn", "rnn")
 STDLIB = frozenset(sys.stdlib_module_names)
-METADATA = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+METADATA = PYPROJECT["project"]
 TRAINING_EXTRAS = {re.split(r"[<>=]", extra)[0] for extra in METADATA["optional-dependencies"]["train"]} | {"PIL"}
 
 # Room -> the rooms it may import besides itself and the ground floor, and the libraries besides the standard one.
@@ -35,11 +37,11 @@ ROOMS = {
     "str_triton.budget": ({"str_triton.nn", "str_triton.ops"}, {"torch", "numpy"}),
     "str_triton.deploy": ({"str_triton.nn", "str_triton.budget"}, {"torch", "numpy", "safetensors"}),
     "str_triton.training": ({"str_triton.budget"}, {"torch", "numpy"} | TRAINING_EXTRAS),
-    "cnn": (
+    "str_triton.cnn": (
         {"str_triton", "str_triton.deploy", "str_triton.training"},
         {"torch", "numpy", "einops", "safetensors"} | TRAINING_EXTRAS,
     ),
-    "rnn": (
+    "str_triton.rnn": (
         {"str_triton", "str_triton.deploy", "str_triton.training"},
         {"torch", "numpy", "einops", "safetensors"} | TRAINING_EXTRAS,
     ),
@@ -48,8 +50,8 @@ ROOMS = {
 # the ONNX extra with the first exported network.
 LATE = {
     "str_triton.ops": ({"str_triton.kernels"}, {"triton"}),
-    "cnn": (set(), {"timm", "onnx", "onnxruntime"}),
-    "rnn": (set(), {"onnx", "onnxruntime"}),
+    "str_triton.cnn": (set(), {"timm", "onnx", "onnxruntime"}),
+    "str_triton.rnn": (set(), {"onnx", "onnxruntime"}),
 }
 # The ground floor: every room may import it, but the device code, which imports triton and nothing else.
 GROUND = "str_triton.files"
@@ -67,11 +69,12 @@ class Import(NamedTuple):
 
 
 def source_files() -> list[Path]:
-    return sorted(path.relative_to(ROOT) for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+    return sorted(path.relative_to(ROOT) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 
 def module_name(path: Path) -> str:
-    return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+    parts = path.with_suffix("").parts
+    return ".".join(parts if parts[0] == "str_triton" else ("str_triton", *parts)).removesuffix(".__init__")
 
 
 def room_of(module: str) -> str:
@@ -80,7 +83,7 @@ def room_of(module: str) -> str:
 
 
 def is_module(name: str) -> bool:
-    path = ROOT.joinpath(*name.split("."))
+    path = ROOT.joinpath(*re.sub(r"^str_triton\.(?=[cr]nn\b)", "", name).split("."))
     return path.is_dir() or path.with_suffix(".py").is_file()
 
 
@@ -96,7 +99,7 @@ def imports(source: str, path: Path) -> Iterator[Import]:
                 base = ".".join([*package[: len(package) - level + 1 if level else 0], *([module] if module else [])])
                 for alias in names:
                     submodule = f"{base}.{alias.name}"
-                    is_own = base.split(".")[0] in PACKAGES and is_module(submodule)
+                    is_own = base.split(".")[0] == "str_triton" and is_module(submodule)
                     yield Import(node.lineno, submodule if is_own else base, None if is_own else alias.name, late)
             case ast.Call(func=ast.Name(id="__import__") | ast.Attribute(attr="import_module"), args=[first, *_]):
                 yield Import(node.lineno, ast.literal_eval(first), None, late)
@@ -118,7 +121,7 @@ def violations(source: str, path: Path) -> list[str]:
     for line, module, name, late in imports(source, path):
         top = module.split(".")[0]
         where = f"{path}:{line}"
-        if top not in PACKAGES:
+        if top != "str_triton":
             allowed = libraries | (late_libraries if late else set())
             if top not in allowed and (top not in STDLIB or room == "str_triton.kernels"):
                 found.append(f"{where}: {room} may not import {top}" + (" here" if top in late_libraries else ""))
@@ -126,7 +129,7 @@ def violations(source: str, path: Path) -> list[str]:
         target = room_of(module)
         if target not in rooms | {room} | (late_rooms if late else set()):
             found.append(f"{where}: {room} may not import {target}" + (" here" if target in late_rooms else ""))
-        elif room in ("cnn", "rnn") and target in PUBLIC:
+        elif room in ("str_triton.cnn", "str_triton.rnn") and target in PUBLIC:
             if module != target:
                 found.append(f"{where}: {module} is not public: take its names from {target}")
             elif name not in (None, *PUBLIC[target]):
@@ -159,11 +162,11 @@ def test_imports_follow_the_arrows(path: Path) -> None:
         ("str_triton/budget/x.py", "import str_triton.deploy"),
         ("str_triton/training/x.py", "import str_triton.deploy"),
         ("str_triton/deploy/x.py", "from str_triton.training.errors import warn"),
-        ("str_triton/deploy/x.py", "import cnn.models"),
-        ("str_triton/training/x.py", "import cnn.data"),
+        ("str_triton/deploy/x.py", "import str_triton.cnn.models"),
+        ("str_triton/training/x.py", "import str_triton.cnn.data"),
         ("str_triton/__init__.py", "from str_triton import training"),
         ("str_triton/__init__.py", "from . import training"),
-        ("cnn/x.py", "def f():\n    from rnn import cells"),
+        ("cnn/x.py", "def f():\n    from str_triton.rnn import cells"),
         ("cnn/x.py", "import timm"),
         ("cnn/x.py", "from str_triton.nn import STRConv2d"),
         ("cnn/x.py", "from str_triton import _private"),
@@ -171,7 +174,8 @@ def test_imports_follow_the_arrows(path: Path) -> None:
         ("cnn/x.py", "from str_triton.deploy import packed_file"),
         ("cnn/x.py", "from str_triton.deploy import _private"),
         ("cnn/x.py", "import recipes"),
-        ("rnn/x.py", "__import__('cnn.models')"),
+        ("cnn/x.py", "import cnn.recipes"),
+        ("rnn/x.py", "__import__('str_triton.cnn.models')"),
     ],
 )
 def test_a_forbidden_import_is_found(path: str, source: str) -> None:
@@ -188,7 +192,10 @@ def test_a_forbidden_import_is_found(path: str, source: str) -> None:
         ("cnn/x.py", "from str_triton.files import replacing"),
         ("str_triton/ops/x.py", "def f():\n    from str_triton.kernels import soft_threshold\n    import triton"),
         ("str_triton/nn/x.py", "import math\nfrom str_triton.ops.soft_threshold import f\nfrom . import y"),
-        ("cnn/x.py", "from str_triton import soft_threshold\nfrom str_triton.training.loop import f\nimport cnn.data"),
+        (
+            "cnn/x.py",
+            "from str_triton import soft_threshold\nfrom str_triton.training.x import f\nimport str_triton.cnn.y",
+        ),
         ("cnn/x.py", "from str_triton import deploy\nfrom str_triton.deploy import unpack"),
     ],
 )
@@ -255,7 +262,7 @@ def names_of_libraries() -> set[str]:
 def test_no_file_hides_a_library(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """`python cnn/train.py` puts cnn/ first on Python's path: a cnn/datasets.py would hide Hugging Face's."""
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if Path(entry).resolve() != ROOT])
-    libraries = names_of_libraries() | set(PACKAGES)
+    libraries = names_of_libraries() | set(FOLDERS)
     for path in sorted((ROOT / folder).iterdir()):
         name = path.stem
         if name.startswith("_") or not (path.suffix == ".py" or (path / "__init__.py").is_file()):
@@ -269,6 +276,9 @@ def test_every_folder_of_code_is_a_package() -> None:
     """A folder without an __init__.py would be left out of the wheel."""
     folders = {path.parent for path in source_files()}
     assert [str(folder) for folder in sorted(folders) if not (ROOT / folder / "__init__.py").is_file()] == []
+    assert set(PYPROJECT["tool"]["setuptools"]["packages"]) == {
+        module_name(folder / "__init__.py") for folder in folders
+    }
 
 
 def untyped(path: Path) -> Iterator[str]:
@@ -293,7 +303,7 @@ def test_public_arguments_have_types(path: Path) -> None:
 # Folders in which docstrings of functions begin with a verb ("Return", "Write"). This list only grows.
 PLAIN_ENGLISH = (
     *("str_triton", "str_triton/deploy", "str_triton/training", "cnn", "cnn/data", "cnn/methods"),
-    *("str_triton/budget", "str_triton/nn", "str_triton/ops", "str_triton/ops/cells"),
+    *("str_triton/budget", "str_triton/nn", "str_triton/nn/recurrent", "str_triton/ops", "str_triton/ops/cells"),
     *("str_triton/deploy/sparse", "str_triton/deploy/sparse/executions", "str_triton/deploy/sparse/runtime"),
     *("rnn", "rnn/c_export", "rnn/data"),
 )

@@ -9,8 +9,8 @@ import torch
 from benchmarks import exact_budgets
 from benchmarks.documents import RESULTS
 from benchmarks.exact_budgets_screen import VARIANTS, train
-from cnn.data import Data
-from cnn.data.arrays import ArrayImages, Augmentation, Normalisation
+from str_triton.cnn.data import Data
+from str_triton.cnn.data.arrays import ArrayImages, Augmentation, Normalisation
 
 SCREEN = RESULTS / "exact_budgets_screen.jsonl"
 

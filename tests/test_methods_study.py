@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from benchmarks import methods
-from cnn.data import Data
-from cnn.data.arrays import ArrayImages, Augmentation, Normalisation
+from str_triton.cnn.data import Data
+from str_triton.cnn.data.arrays import ArrayImages, Augmentation, Normalisation
 
 
 def noise(number: int) -> ArrayImages:

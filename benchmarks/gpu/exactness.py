@@ -6,10 +6,10 @@ import torch
 
 from benchmarks.gpu.part import Session
 from benchmarks.gpu.solve import tiny
-from cnn.resnet import resnet18
 from str_triton import SparsityController, Target, densify, sparsify
 from str_triton.budget.controller import _critical_offsets
 from str_triton.budget.select import select
+from str_triton.cnn.resnet import resnet18
 from str_triton.nn import thresholded_weights
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

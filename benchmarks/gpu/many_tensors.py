@@ -12,8 +12,8 @@ import torch
 from benchmarks.gpu.part import Session
 from benchmarks.soft_threshold import CALLS, COPY_PASSES, PASSES
 from benchmarks.timing import alternating, median_ratio
-from cnn.resnet import resnet50
 from str_triton import soft_threshold, soft_threshold_many
+from str_triton.cnn.resnet import resnet50
 
 CALLS_PER_GRAPH = 50
 

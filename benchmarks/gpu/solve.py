@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from benchmarks.gpu.part import Session
 from benchmarks.timing import synchronize
-from cnn.resnet import resnet50
 from str_triton import SparsityController, Target, sparsify
 from str_triton.budget.controller import _critical_offsets
 from str_triton.budget.select import select
+from str_triton.cnn.resnet import resnet50
 
 BYTES = 5 * 4  # per element: four histograms and the least value above the cut each read a float32
 

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks.gpu.part import Session
 from benchmarks.timing import alternating, median_ratio
-from rnn import LowRankGRU, LowRankLSTM
-from str_triton import Plan, low_rank_plan, shared_memory_limit
+from str_triton import LowRankGRU, LowRankLSTM, Plan, low_rank_plan, shared_memory_limit
 
 INPUT_SIZE = 32
 LAYERS = {"gru": (LowRankGRU, nn.GRU), "lstm": (LowRankLSTM, nn.LSTM)}
@@ -94,7 +93,7 @@ def measure(size: Size, session: Session) -> dict[str, object]:
 @contextmanager
 def kernels_only() -> Iterator[None]:
     """Make the layers run the ops, whatever the plan says."""
-    with mock.patch("rnn.low_rank_rnn.low_rank_plan", return_value=Plan("streamed")):
+    with mock.patch("str_triton.nn.recurrent.low_rank_rnn.low_rank_plan", return_value=Plan("streamed")):
         yield
 
 

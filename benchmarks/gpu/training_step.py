@@ -14,8 +14,8 @@ from benchmarks.gpu.part import Session
 from benchmarks.gpu.solve import tiny
 from benchmarks.timing import alternating, median_ratio, synchronize
 from benchmarks.training_step import Step
-from cnn.resnet import resnet50
 from str_triton import sparsify
+from str_triton.cnn.resnet import resnet50
 
 CALLS = 20  # as many steps as a controller's interval
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cnn.data.common import OnCorrupt
-from cnn.data.counter_random import uniforms
+from str_triton.cnn.data.common import OnCorrupt
+from str_triton.cnn.data.counter_random import uniforms
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from cnn.data.common import Images, OnCorrupt
-from cnn.data.counter_random import permutation
+from str_triton.cnn.data.common import Images, OnCorrupt
+from str_triton.cnn.data.counter_random import permutation
 
 
 def steps_per_epoch(dataset: Images, batch_size: int, *, drop_last: bool = False, world_size: int = 1) -> int:

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cnn.data.arrays import ArrayImages, Augmentation, Normalisation
-from cnn.data.common import Data, stratified_split
-from cnn.data.counter_random import order_keys
+from str_triton.cnn.data.arrays import ArrayImages, Augmentation, Normalisation
+from str_triton.cnn.data.common import Data, stratified_split
+from str_triton.cnn.data.counter_random import order_keys
 
 FILE = Path(__file__).parents[1] / "assets" / "digits.csv.gz"
 

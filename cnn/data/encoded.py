@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cnn.data.arrays import ArrayImages, Augmentation, Normalisation
-from cnn.data.common import Data, OnCorrupt
-from cnn.data.counter_random import uniforms
-from cnn.data.decoding import CROP_DRAWS, centre, decode, opened, random_crop, upright_size, whole
+from str_triton.cnn.data.arrays import ArrayImages, Augmentation, Normalisation
+from str_triton.cnn.data.common import Data, OnCorrupt
+from str_triton.cnn.data.counter_random import uniforms
+from str_triton.cnn.data.decoding import CROP_DRAWS, centre, decode, opened, random_crop, upright_size, whole
 from str_triton.training.errors import warn
 
 SMALL = 64

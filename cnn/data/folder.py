@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cnn.data.common import Data, OnCorrupt, stratified_split
-from cnn.data.encoded import encoded_data
+from str_triton.cnn.data.common import Data, OnCorrupt, stratified_split
+from str_triton.cnn.data.encoded import encoded_data
 from str_triton.training.errors import warn
 
 ENDINGS = (

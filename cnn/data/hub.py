@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cnn.data.common import Data, OnCorrupt, stratified_split
-from cnn.data.counter_random import order_keys
-from cnn.data.encoded import encoded_data
+from str_triton.cnn.data.common import Data, OnCorrupt, stratified_split
+from str_triton.cnn.data.counter_random import order_keys
+from str_triton.cnn.data.encoded import encoded_data
 from str_triton.training.errors import warn
 from str_triton.training.hub import read_splits
 

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cnn.data.arrays import ArrayImages, Augmentation, Normalisation
-from cnn.data.common import Data
+from str_triton.cnn.data.arrays import ArrayImages, Augmentation, Normalisation
+from str_triton.cnn.data.common import Data
 
 LARGEST = 2**32
 """The largest file to read, in bytes. The largest published one, of EMNIST by class, has 0.6 x 10^9."""

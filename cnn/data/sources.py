@@ -1,10 +1,10 @@
 """Reading of a data set by its name."""
 
-from cnn.data.common import Data, OnCorrupt
-from cnn.data.digits import load_digits
-from cnn.data.folder import load_folder
-from cnn.data.hub import load_hub
-from cnn.data.idx import SETS, load_idx
+from str_triton.cnn.data.common import Data, OnCorrupt
+from str_triton.cnn.data.digits import load_digits
+from str_triton.cnn.data.folder import load_folder
+from str_triton.cnn.data.hub import load_hub
+from str_triton.cnn.data.idx import SETS, load_idx
 
 KNOWN = "digits, mnist, fashion-mnist, kmnist, emnist[:SPLIT], imagefolder:DIR, hub:NAME"
 

@@ -8,16 +8,16 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from cnn.methods.budget_file import layer_sparsities
-from cnn.methods.distributions import DISTRIBUTIONS, uniform
-from cnn.methods.dnw import DNW
-from cnn.methods.gmp import GMP
-from cnn.methods.keep_zeros import KeepZeros
-from cnn.methods.masks import Masked
-from cnn.methods.rigl import RigL
-from cnn.methods.soft import str_as_published, str_exact
-from cnn.recipes import Config
 from str_triton import SparsityController, count
+from str_triton.cnn.methods.budget_file import layer_sparsities
+from str_triton.cnn.methods.distributions import DISTRIBUTIONS, uniform
+from str_triton.cnn.methods.dnw import DNW
+from str_triton.cnn.methods.gmp import GMP
+from str_triton.cnn.methods.keep_zeros import KeepZeros
+from str_triton.cnn.methods.masks import Masked
+from str_triton.cnn.methods.rigl import RigL
+from str_triton.cnn.methods.soft import str_as_published, str_exact
+from str_triton.cnn.recipes import Config
 
 __all__ = ["Masked", "prepare"]
 

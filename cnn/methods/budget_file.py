@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from cnn import published
 from str_triton import Budget
+from str_triton.cnn import published
 
 
 def layer_sparsities(path: str, layers: Iterable[str]) -> dict[str, float]:

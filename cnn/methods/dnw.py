@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cnn.methods.masks import Masked, largest
+from str_triton.cnn.methods.masks import Masked, largest
 
 
 class DNW(Masked):

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from cnn.methods.masks import Masked, largest
+from str_triton.cnn.methods.masks import Masked, largest
 
 
 class GMP(Masked):

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from cnn.methods.masks import Masked
+from str_triton.cnn.methods.masks import Masked
 
 
 class KeepZeros(Masked):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cnn.methods.masks import Masked, largest
+from str_triton.cnn.methods.masks import Masked, largest
 
 FRACTION = 0.3  # share of the connections that the first update drops; a cosine decreases it to 0 at END
 END = 0.75  # share of training after which the connections stay

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from cnn.recipes import Config
 from str_triton import SparsityController, Target, count, sparsify
+from str_triton.cnn.recipes import Config
 
 
 def str_exact(

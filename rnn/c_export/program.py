@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from rnn.c_export import template
-from rnn.c_export.stored import StoredMatrix, StoredVector, as_float32
-from rnn.finished_run import FinishedRun
-from rnn.low_rank_rnn import LowRankRNN
-from rnn.models import SequenceClassifier
+from str_triton import LowRankRNN
 from str_triton.files import write_atomically
+from str_triton.rnn.c_export import template
+from str_triton.rnn.c_export.stored import StoredMatrix, StoredVector, as_float32
+from str_triton.rnn.finished_run import FinishedRun
+from str_triton.rnn.models import SequenceClassifier
 
 WEIGHTS = ("float32", "int8")
 WIDTH = 120  # the maximum length of a line

@@ -5,7 +5,7 @@
 
 import torch
 
-from rnn.data.common import Data, Examples, Merged, Text, with_validation
+from str_triton.rnn.data.common import Data, Examples, Merged, Text, with_validation
 
 __all__ = ["Data", "Examples", "Merged", "Text", "load", "with_validation"]
 
@@ -55,32 +55,32 @@ def load(
     audio = {"seed": seed, "noise": noise, "device": device, "cache_dir": cache_dir}
     match kind:
         case "japanese-vowels":
-            from rnn.data.japanese_vowels import load_japanese_vowels
+            from str_triton.rnn.data.japanese_vowels import load_japanese_vowels
 
             return load_japanese_vowels(noise=noise, device=device)
         case "har":
-            from rnn.data.har import load_har
+            from str_triton.rnn.data.har import load_har
 
             return load_har(place, classes=6 if classes is None else classes, noise=noise, device=device)
         case "text":
-            from rnn.data.text import load_snippets, load_text
+            from str_triton.rnn.data.text import load_snippets, load_text
 
             return load_text(place or None) if task == "lm" else load_snippets(place or None)
         case "hub" if is_text:
-            from rnn.data.hub import hub_text
-            from rnn.data.text import split_text
+            from str_triton.rnn.data.hub import hub_text
+            from str_triton.rnn.data.text import split_text
 
             return split_text(hub_text(place), spec)
         case "hub":
-            from rnn.data.hub import load_hub
+            from str_triton.rnn.data.hub import load_hub
 
             return load_hub(place, words=words, **audio)
         case "spoken":
-            from rnn.data.spoken import load_spoken
+            from str_triton.rnn.data.spoken import load_spoken
 
             return load_spoken(tuple(place.split(",")), **audio)
         case _:
-            from rnn.data.speech_commands import load_speech_commands
+            from str_triton.rnn.data.speech_commands import load_speech_commands
 
             return load_speech_commands(place, words=words, **audio)
 

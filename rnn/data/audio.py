@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rnn.data.wav import parse_wav, read_wav, to_int16, write_wav
+from str_triton.rnn.data.wav import parse_wav, read_wav, to_int16, write_wav
 
 __all__ = ["LogMel", "mel_filters", "mono", "parse_wav", "read_wav", "resample", "to_int16", "write_wav"]
 

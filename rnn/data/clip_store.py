@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rnn.data.audio import RATE, mono
-from rnn.data.progress import with_progress
 from str_triton.files import replacing, write_atomically
+from str_triton.rnn.data.audio import RATE, mono
+from str_triton.rnn.data.progress import with_progress
 from str_triton.training.errors import warn
 
 DRAFT = "."  # the prefix of unfinished files' names

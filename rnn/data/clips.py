@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rnn.data.audio import BANDS, RATE, LogMel
-from rnn.data.common import Data
-from rnn.data.vectors import Standardisation, check_noise
+from str_triton.rnn.data.audio import BANDS, RATE, LogMel
+from str_triton.rnn.data.common import Data
+from str_triton.rnn.data.vectors import Standardisation, check_noise
 
 WORDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
 SILENCE, UNKNOWN = "silence", "unknown"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rnn.data.vectors import Standardisation
+from str_triton.rnn.data.vectors import Standardisation
 
 
 class Examples(Protocol):

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rnn.data.common import Data
-from rnn.data.vectors import Standardisation, VectorExamples, check_finite
+from str_triton.rnn.data.common import Data
+from str_triton.rnn.data.vectors import Standardisation, VectorExamples, check_finite
 from str_triton.training.errors import one_line
 
 SIGNALS = tuple(f"{kind}_{axis}" for kind in ("total_acc", "body_acc", "body_gyro") for axis in "xyz")

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from rnn.data.audio import mono
-from rnn.data.clip_store import cached_clips, split_background
-from rnn.data.clips import PARTS, Recordings, speech_data
-from rnn.data.common import Data
-from rnn.data.wav import CHANNELS, RATES, is_wav, parse_wav
+from str_triton.rnn.data.audio import mono
+from str_triton.rnn.data.clip_store import cached_clips, split_background
+from str_triton.rnn.data.clips import PARTS, Recordings, speech_data
+from str_triton.rnn.data.common import Data
+from str_triton.rnn.data.wav import CHANNELS, RATES, is_wav, parse_wav
 from str_triton.training.errors import one_line
 from str_triton.training.hub import read_splits
 

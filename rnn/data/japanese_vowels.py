@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from rnn.data.common import Data
-from rnn.data.vectors import Standardisation, VectorExamples, check_finite
+from str_triton.rnn.data.common import Data
+from str_triton.rnn.data.vectors import Standardisation, VectorExamples, check_finite
 from str_triton.training.errors import one_line
 
 FILE = Path(__file__).parents[1] / "assets" / "japanese_vowels.csv.gz"

@@ -6,8 +6,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from rnn.data.audio import BANDS, HOP, MARGIN, RATE, WINDOW, LogMel
-from rnn.data.wav import PCM, is_wav, read_header
+from str_triton.rnn.data.audio import BANDS, HOP, MARGIN, RATE, WINDOW, LogMel
+from str_triton.rnn.data.wav import PCM, is_wav, read_header
 from str_triton.training.errors import warn
 
 CHUNK = RATE // 10  # samples that are read at once

@@ -13,11 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rnn.data.audio import mono, read_wav
-from rnn.data.clip_store import cached_clips, split_background
-from rnn.data.clips import PARTS, Recordings, speech_data
-from rnn.data.common import Data
-from rnn.data.plain_text import read_text
+from str_triton.rnn.data.audio import mono, read_wav
+from str_triton.rnn.data.clip_store import cached_clips, split_background
+from str_triton.rnn.data.clips import PARTS, Recordings, speech_data
+from str_triton.rnn.data.common import Data
+from str_triton.rnn.data.plain_text import read_text
 from str_triton.training.errors import warn
 
 LISTS = {"validation": "validation_list.txt", "test": "testing_list.txt"}

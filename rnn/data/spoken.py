@@ -16,12 +16,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from rnn.data import espeak_worker
-from rnn.data.audio import RATE, resample, to_int16, write_wav
-from rnn.data.clip_store import cache_root
-from rnn.data.common import Data
-from rnn.data.progress import with_progress
-from rnn.data.speech_commands import load_speech_commands
+from str_triton.rnn.data import espeak_worker
+from str_triton.rnn.data.audio import RATE, resample, to_int16, write_wav
+from str_triton.rnn.data.clip_store import cache_root
+from str_triton.rnn.data.common import Data
+from str_triton.rnn.data.progress import with_progress
+from str_triton.rnn.data.speech_commands import load_speech_commands
 
 CLIPS_PER_WORD = 300
 VERSION = 1  # of the way in which clips are made; another version makes new folders

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from rnn.data.common import Data, Text
-from rnn.data.plain_text import read_text
+from str_triton.rnn.data.common import Data, Text
+from str_triton.rnn.data.plain_text import read_text
 from str_triton.training.errors import warn
 
 REPLACEMENT = "\ufffd"

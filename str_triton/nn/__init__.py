@@ -9,13 +9,18 @@ from str_triton.nn.low_rank_linear import LowRankLayer, LowRankLinear
 from str_triton.nn.matrices import Matrix, matrices
 from str_triton.nn.parameter_groups import parameter_groups
 from str_triton.nn.plain import plain_state_dict
+from str_triton.nn.recurrent import LowRankFastGRNN, LowRankGRU, LowRankLSTM, LowRankRNN
 from str_triton.nn.surgery import densify, sparsify, str_layers
 from str_triton.nn.thresholded import ThresholdedWeight, thresholded_weights, weight_name
 
 __all__ = [
     "Control",
+    "LowRankFastGRNN",
+    "LowRankGRU",
+    "LowRankLSTM",
     "LowRankLayer",
     "LowRankLinear",
+    "LowRankRNN",
     "LowRankWeight",
     "Matrix",
     "STRConv1d",

@@ -16,7 +16,7 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the pictures, which take longer than a tiny run's training."""
-    monkeypatch.setattr("cnn.train.report", lambda folder: "")
+    monkeypatch.setattr("str_triton.cnn.train.report", lambda folder: "")
 
 
 @pytest.fixture(scope="session")

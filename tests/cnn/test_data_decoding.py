@@ -9,8 +9,8 @@ import PIL.Image
 import pytest
 import torch
 
-from cnn.data.counter_random import uniforms
-from cnn.data.decoding import CROP_DRAWS, centre, decode, opened, random_crop, upright_size, whole
+from str_triton.cnn.data.counter_random import uniforms
+from str_triton.cnn.data.decoding import CROP_DRAWS, centre, decode, opened, random_crop, upright_size, whole
 
 RED, GREEN, BLUE = (250, 10, 20), (10, 240, 30), (20, 30, 230)
 

@@ -10,9 +10,9 @@ import PIL.Image
 import pytest
 import torch
 
-from cnn.data import batches, load
-from cnn.data.decoding import centre, decode
-from cnn.data.encoded import IMAGENET
+from str_triton.cnn.data import batches, load
+from str_triton.cnn.data.decoding import centre, decode
+from str_triton.cnn.data.encoded import IMAGENET
 
 
 def save(path: Path, size: tuple[int, int] = (20, 16), seed: int = 0, mode: str = "RGB", **options: object) -> None:
@@ -115,7 +115,7 @@ def test_the_majority_decides_on_mirroring(tmp_path: Path):
 def test_small_images_beyond_the_memory_are_decoded_on_demand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write_split(tmp_path, {"a": 5, "b": 5})
     held = load(spec(tmp_path), None)
-    monkeypatch.setattr("cnn.data.encoded.MEMORY", 10 * 3 * 16 * 20 - 1)
+    monkeypatch.setattr("str_triton.cnn.data.encoded.MEMORY", 10 * 3 * 16 * 20 - 1)
     data = load(spec(tmp_path), None)
     assert (held.train.in_memory, data.train.in_memory) == (True, False)
     every = torch.arange(8)

@@ -10,7 +10,7 @@ import PIL.Image
 import pytest
 import torch
 
-from cnn.data import batches, load
+from str_triton.cnn.data import batches, load
 
 datasets = pytest.importorskip("datasets")
 datasets.disable_progress_bars()

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cnn.data import load
-from cnn.data.idx import read_idx
+from str_triton.cnn.data import load
+from str_triton.cnn.data.idx import read_idx
 
 SIZES = {"train": 40, "t10k": 20}
 

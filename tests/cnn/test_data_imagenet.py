@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from cnn.data import Data, batches, load
-from cnn.data.arrays import Augmentation
-from cnn.data.encoded import MAX_CORRUPT_IN_A_ROW, EncodedImages
-from cnn.data.hub import _labels
+from str_triton.cnn.data import Data, batches, load
+from str_triton.cnn.data.arrays import Augmentation
+from str_triton.cnn.data.encoded import MAX_CORRUPT_IN_A_ROW, EncodedImages
+from str_triton.cnn.data.hub import _labels
 from tests.cnn.made_up_imagenet import CMYK, GREY, ON_ITS_SIDE, PNG, UPSIDE_DOWN, pictures, write_imagefolder
 
 datasets = pytest.importorskip("datasets")

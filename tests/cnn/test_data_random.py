@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cnn.data.counter_random import bits, permutation, uniforms
+from str_triton.cnn.data.counter_random import bits, permutation, uniforms
 
 MASK = 2**64 - 1
 GOLDEN = 0x9E3779B97F4A7C15

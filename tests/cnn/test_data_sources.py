@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cnn.data import load
+from str_triton.cnn.data import load
 
 
 @pytest.mark.parametrize(

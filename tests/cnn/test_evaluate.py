@@ -13,10 +13,10 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from cnn import data, evaluate, paper_checkpoint
-from cnn.evaluate import main
-from cnn.models import build
 from str_triton import Budget, sparsify
+from str_triton.cnn import data, evaluate, paper_checkpoint
+from str_triton.cnn.evaluate import main
+from str_triton.cnn.models import build
 
 ROOT = Path(__file__).parents[2]
 

@@ -13,11 +13,11 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
-from cnn import evaluate, export_onnx
-from cnn.export import main
-from cnn.models import build
-from cnn.weights import read_weights
 from str_triton import Budget, densify, deploy, sparsify
+from str_triton.cnn import evaluate, export_onnx
+from str_triton.cnn.export import main
+from str_triton.cnn.models import build
+from str_triton.cnn.weights import read_weights
 from tests.runs import same_bits
 
 

@@ -12,9 +12,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from cnn import train
-from cnn.models import build
-from cnn.published import DENSE, POINTS
+from str_triton.cnn import train
+from str_triton.cnn.models import build
+from str_triton.cnn.published import DENSE, POINTS
 from str_triton.training.schedules import decayed_thresholds
 from tests.cnn.made_up_imagenet import write_imagefolder
 from tests.cnn.train_runs import resume, run

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import tyro
 
-from cnn import evaluate, export, train
-from cnn.recipes import RECIPES
+from str_triton.cnn import evaluate, export, train
+from str_triton.cnn.recipes import RECIPES
 from tests.check_commands import commands
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "imagenet.md").read_text()
@@ -25,7 +25,7 @@ def test_options_exist(command: str):
 
 @pytest.mark.parametrize("command", [c for c in commands(DOCUMENT) if re.search(r"cnn[./](evaluate|export)", c)])
 def test_commands_on_what_comes_out_exist(command: str):
-    args = re.split(r"cnn/evaluate\.py|-m cnn\.export", command)[1].split()
+    args = re.split(r"cnn/evaluate\.py|-m str_triton\.cnn\.export", command)[1].split()
     if "cnn.export" in command:
         tyro.extras.subcommand_cli_from_dict({"pack": export.Pack, "onnx": export.Onnx}, args=args)
     else:

@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cnn.methods import prepare
-from cnn.methods.budget_file import layer_sparsities
-from cnn.methods.dnw import DNW
-from cnn.methods.gmp import GMP
-from cnn.methods.rigl import RigL
-from cnn.models import build
-from cnn.recipes import METHODS, Config, digits, resolve
 from str_triton import count
+from str_triton.cnn.methods import prepare
+from str_triton.cnn.methods.budget_file import layer_sparsities
+from str_triton.cnn.methods.dnw import DNW
+from str_triton.cnn.methods.gmp import GMP
+from str_triton.cnn.methods.rigl import RigL
+from str_triton.cnn.models import build
+from str_triton.cnn.recipes import METHODS, Config, digits, resolve
 from tests.runs import same_bits
 
 IMAGE = torch.zeros(1, 1, 6, 6)

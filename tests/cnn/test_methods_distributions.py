@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from cnn.methods.distributions import apportion, erdos_renyi_kernel, uniform
-from cnn.methods.masks import largest
-from cnn.models import build
+from str_triton.cnn.methods.distributions import apportion, erdos_renyi_kernel, uniform
+from str_triton.cnn.methods.masks import largest
+from str_triton.cnn.models import build
 
 
 @pytest.mark.parametrize("number", [0, 1, 3, 4, 5, 6])

@@ -9,9 +9,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from cnn import train
-from cnn.models import build
 from str_triton import Budget
+from str_triton.cnn import train
+from str_triton.cnn.models import build
 from tests.cnn.train_runs import begin, resume, run
 from tests.runs import after_calls, assert_same_result
 

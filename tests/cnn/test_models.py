@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from cnn.models import build
-from cnn.published import DENSE, POINTS, layer_sparsities
 from str_triton import Budget, count
+from str_triton.cnn.models import build
+from str_triton.cnn.published import DENSE, POINTS, layer_sparsities
 
 SMALL = ("resnet-digits", "resnet-small", "resnet20", "resnet18", "mobilenetv1:0.25")
 

@@ -11,9 +11,9 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from cnn.models import build
-from cnn.paper_checkpoint import load, main, save
 from str_triton import Budget, STRConv2d, STRLinear, count, densify, sparsify
+from str_triton.cnn.models import build
+from str_triton.cnn.paper_checkpoint import load, main, save
 from tests import oracle
 from tests.cnn.original_networks import State, literal_mobilenet, literal_resnet50, mobilenet_state, resnet50_state
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cnn.models import build
-from cnn.rebuild import rebuild
+from str_triton.cnn.models import build
+from str_triton.cnn.rebuild import rebuild
 from tests.runs import same_bits
 
 

@@ -2,10 +2,10 @@ import dataclasses
 
 import pytest
 
-from cnn.models import build
-from cnn.published import DENSE, POINTS, PUBLISHED
-from cnn.recipes import RECIPES, Config, recipe_for, resolve
-from cnn.train import COMMAND_LINE, announce_pruning, learning_rate, pruning_start
+from str_triton.cnn.models import build
+from str_triton.cnn.published import DENSE, POINTS, PUBLISHED
+from str_triton.cnn.recipes import RECIPES, Config, recipe_for, resolve
+from str_triton.cnn.train import COMMAND_LINE, announce_pruning, learning_rate, pruning_start
 from str_triton.training.errors import UserError
 
 IMAGES = 1_281_167

@@ -15,7 +15,7 @@ OPTIONS = ["digits", "--method", "dense", "--epochs", "2", "--batch-size", "4", 
 @pytest.fixture
 def damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Two classes with eight small images each, decoded on demand; one is cut short."""
-    monkeypatch.setattr("cnn.data.encoded.MEMORY", 0)
+    monkeypatch.setattr("str_triton.cnn.data.encoded.MEMORY", 0)
     for part in ("train", "val"):
         for index in range(16):
             path = tmp_path / "data" / part / "ab"[index % 2] / f"{index:02}.png"

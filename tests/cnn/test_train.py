@@ -11,9 +11,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from cnn import data, train
-from cnn.models import build
 from str_triton import Budget, count, refresh_batch_norm, sparsify
+from str_triton.cnn import data, train
+from str_triton.cnn.models import build
 from str_triton.training.metrics import read_metrics
 from tests.cnn.train_runs import begin, run
 from tests.runs import last_checkpoint

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cnn import train
+from str_triton.cnn import train
 from tests.cnn.train_runs import begin, resume
 from tests.damaged_runs import GOES_ON, STOPS, assert_goes_on, assert_stops, cases, damaged
 from tests.runs import after_calls, assert_same_result

@@ -14,8 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-import cnn.models
-from cnn import train
+from str_triton.cnn import models, train
 from str_triton.training import job, run
 from tests.cnn.train_runs import TINY, begin, resume
 from tests.processes import Job, free_port, rank, run_job
@@ -46,12 +45,12 @@ def group_norm_net(num_classes: int, in_channels: int) -> nn.Module:
 
 
 def use_group_norm_net(patch: pytest.MonkeyPatch) -> None:
-    patch.setitem(cnn.models.MODELS, "group-norm", group_norm_net)
+    patch.setitem(models.MODELS, "group-norm", group_norm_net)
 
 
 def train_here(folder: Path, args: list[str], disturb: Callable[[], None] | None = None) -> int:
     """The program, in one of the processes; what each ends with goes beside the run's folder, without pictures."""
-    cnn.models.MODELS["group-norm"] = group_norm_net
+    models.MODELS["group-norm"] = group_norm_net
     train.report = lambda folder: ""
     finish, no_sync, inner = train.Experiment.finish, Accelerator.no_sync, []
 
@@ -125,7 +124,7 @@ def test_processes_and_parts_change_rounding_alone(tmp_path: Path, monkeypatch: 
     assert train_together(tmp_path / "job", *options, "--accumulate", "2").codes == [0, 0]
     assert ends_of(tmp_path / "job")[1]["inner"] == 10  # a part in each step that did not synchronise
     alone, parts, together = (last_checkpoint(tmp_path / name)["model"] for name in ("alone", "parts", "job"))
-    initial = cnn.models.build("group-norm", num_classes=10, in_channels=1).state_dict()
+    initial = models.build("group-norm", num_classes=10, in_channels=1).state_dict()
     assert_rounding_alone(parts, alone)
     assert_rounding_alone(together, alone)
     assert (alone["0.weight"] - initial["0.weight"]).abs().max() > 1e-2

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cnn import train
+from str_triton.cnn import train
 from str_triton.training.checkpoints import Checkpoints
 from tests.cnn.train_runs import TINY, begin, resume
 from tests.runs import Killed, after_calls, assert_same_result, kill, last_checkpoint

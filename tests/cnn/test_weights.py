@@ -12,10 +12,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from cnn import paper_checkpoint
-from cnn.models import build
-from cnn.weights import load_weights, read_weights
 from str_triton import densify, sparsify
+from str_triton.cnn import paper_checkpoint
+from str_triton.cnn.models import build
+from str_triton.cnn.weights import load_weights, read_weights
 from str_triton.training.errors import UserError
 from tests.cnn.train_runs import begin
 from tests.runs import same_bits

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from cnn import train
+from str_triton.cnn import train
 from tests.runs import run_main
 
 TINY = ["--epochs", "2", "--batch-size", "256", "--checkpoint-steps", "2", "--device", "cpu"]  # 2 x 5 steps

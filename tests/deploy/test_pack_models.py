@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from cnn.models import MODELS, build
-from rnn.models import CELLS, Architecture, compact
 from str_triton import LowRankWeight, densify, deploy, sparsify
+from str_triton.cnn.models import MODELS, build
+from str_triton.rnn.models import CELLS, Architecture, compact
 from tests.deploy.packing import same_bits
 
 

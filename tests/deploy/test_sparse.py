@@ -8,9 +8,9 @@ import torch
 import torch.nn.utils.prune
 from torch import nn
 
-from cnn.models import build as build_network
-from cnn.resnet import Bottleneck, ResNet
 from str_triton import deploy, sparsify
+from str_triton.cnn.models import build as build_network
+from str_triton.cnn.resnet import Bottleneck, ResNet
 from str_triton.deploy.sparse import model as model_module
 from str_triton.deploy.sparse.executions.choice import Choice
 from str_triton.deploy.sparse.runtime.plan import Plan

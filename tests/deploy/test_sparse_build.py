@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.utils.prune
 
-from cnn.models import build as build_network
 from str_triton import deploy
+from str_triton.cnn.models import build as build_network
 from str_triton.deploy.sparse.runtime import build
 from tests.deploy.sparse_networks import prune, same
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from cnn.models import build as build_network
 from str_triton import deploy
+from str_triton.cnn.models import build as build_network
 from str_triton.deploy.sparse.file import processor
 from tests.deploy.sparse_networks import prune
 

@@ -4,8 +4,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rnn import LowRankFastGRNN, LowRankGRU, LowRankLSTM
-from str_triton import singular_value_threshold, soft_threshold, soft_threshold_many
+from str_triton import (
+    LowRankFastGRNN,
+    LowRankGRU,
+    LowRankLSTM,
+    singular_value_threshold,
+    soft_threshold,
+    soft_threshold_many,
+)
 
 
 class Weight(nn.Module):

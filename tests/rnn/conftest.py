@@ -16,4 +16,4 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the report, which takes longer than a tiny run's training."""
-    monkeypatch.setattr("rnn.train.report", lambda folder: "")
+    monkeypatch.setattr("str_triton.rnn.train.report", lambda folder: "")

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rnn.data import Data, load
-from rnn.data.audio import RATE, write_wav
+from str_triton.rnn.data import Data, load
+from str_triton.rnn.data.audio import RATE, write_wav
 
 TEN = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
 PER_PART = {"train": 4, "validation": 2, "test": 2}

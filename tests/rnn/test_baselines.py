@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from rnn.baselines import equal_ranks, svd_ranks
-from rnn.models import Architecture
 from str_triton import RankTarget, count_ranks
+from str_triton.rnn.baselines import equal_ranks, svd_ranks
+from str_triton.rnn.models import Architecture
 
 ARCHITECTURE = Architecture(
     task="classify", cell="gru", inputs=4, outputs=3, hidden_size=12, layers=2, bidirectional=True

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from rnn.c_export import write_c
-from rnn.c_export.stored import StoredMatrix, StoredVector, quantize
-from rnn.finished_run import FinishedRun
-from rnn.models import Architecture, SequenceClassifier, compact
 from str_triton import LowRankWeight
+from str_triton.rnn.c_export import write_c
+from str_triton.rnn.c_export.stored import StoredMatrix, StoredVector, quantize
+from str_triton.rnn.finished_run import FinishedRun
+from str_triton.rnn.models import Architecture, SequenceClassifier, compact
+from tests.nn.recurrent.test_streaming import cut
 from tests.rnn.c_program import COMPILER, SANITIZE, compiled, scores
-from tests.rnn.test_streaming import cut
 
 INPUTS, OUTPUTS, HIDDEN = 5, 4, 12
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C compiler")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from rnn.data.audio import BANDS, FRAMES, RATE, LogMel, mel_filters, resample
+from str_triton.rnn.data.audio import BANDS, FRAMES, RATE, LogMel, mel_filters, resample
 
 
 def tone(frequency: float, seconds: float = 1.0, rate: int = RATE, volume: float = 0.5) -> np.ndarray:

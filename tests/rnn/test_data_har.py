@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from rnn.data import Data, load
-from rnn.data.har import SIGNALS
+from str_triton.rnn.data import Data, load
+from str_triton.rnn.data.har import SIGNALS
 
 SUBJECTS = {"train": [1, 3, 5, 6, 7, 8, 11, 14, 15, 16, 17], "test": [2, 4]}
 Files = dict[str, str]
@@ -249,7 +249,7 @@ def test_archives_of_another_kind_are_named(
 def test_an_archive_that_blows_up_is_refused(
     name: str, published: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("rnn.data.har.LARGEST", 2**20)
+    monkeypatch.setattr("str_triton.rnn.data.har.LARGEST", 2**20)
     files = {f"UCI HAR Dataset/{path}": text for path, text in published.items()} if "/" in name else {}
     (tmp_path / "har.zip").write_bytes(zipped({**files, name: b"0 " * 2**20}))
     with pytest.raises(ValueError, match=r": more than 1 MiB, which no file of this data set has$"):

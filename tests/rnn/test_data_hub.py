@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from rnn.data import load
-from rnn.data.audio import RATE, read_wav, write_wav
-from rnn.data.hub import hub_text
+from str_triton.rnn.data import load
+from str_triton.rnn.data.audio import RATE, read_wav, write_wav
+from str_triton.rnn.data.hub import hub_text
 
 datasets = pytest.importorskip("datasets")
 datasets.disable_progress_bars()
@@ -185,20 +185,24 @@ def table(tmp_path: Path, labels: dict[str, list], kind: object) -> Path:
 def test_labels_that_are_no_words_are_refused_before_the_sound_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, labels: list, message: str
 ):
-    monkeypatch.setattr("rnn.data.hub.cached_clips", lambda *args, **options: pytest.fail("the clips were read"))
+    monkeypatch.setattr(
+        "str_triton.rnn.data.hub.cached_clips", lambda *args, **options: pytest.fail("the clips were read")
+    )
     feature = datasets.ClassLabel(names=NAMES) if kind == "names" else datasets.Value(kind)
     refuse(table(tmp_path, dict.fromkeys(COUNTS, labels), feature), message)
 
 
 def test_a_split_without_recordings_of_a_word_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("rnn.data.hub.cached_clips", lambda *args, **options: pytest.fail("the clips were read"))
+    monkeypatch.setattr(
+        "str_triton.rnn.data.hub.cached_clips", lambda *args, **options: pytest.fail("the clips were read")
+    )
     labels = {"train": ["yes", "no"], "validation": ["yes", "no"], "test": ["yes"]}
     refuse(table(tmp_path, labels, datasets.Value("string")), "the class 'no' has no clip for test")
 
 
 def test_a_compressed_recording_of_days_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     soundfile = pytest.importorskip("soundfile", exc_type=(ImportError, OSError))
-    monkeypatch.setattr("rnn.data.hub.LONGEST", 2)
+    monkeypatch.setattr("str_triton.rnn.data.hub.LONGEST", 2)
 
     def longer(value: dict) -> dict:
         file = io.BytesIO()

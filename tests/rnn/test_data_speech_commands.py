@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from rnn.data.audio import RATE, LogMel, write_wav
-from rnn.data.clips import SHIFT
+from str_triton.rnn.data.audio import RATE, LogMel, write_wav
+from str_triton.rnn.data.clips import SHIFT
 from tests.rnn.speech_folder import PER_PART, TEN, make, read, refuse, sound
 
 
@@ -128,7 +128,7 @@ def test_noise_on_the_features_has_its_deviation(tmp_path: Path):
 def test_the_cache_serves_and_a_damaged_one_is_made_anew(small: Path, monkeypatch: pytest.MonkeyPatch):
     whole = torch.arange(12)
     expected, digest = read(small).train.clips(whole), read(small).notes["sha256"]
-    monkeypatch.setattr("rnn.data.speech_commands.read_wav", lambda path: pytest.fail(f"{path} was read again"))
+    monkeypatch.setattr("str_triton.rnn.data.speech_commands.read_wav", lambda path: pytest.fail(f"{path} is read"))
     (small / "_background_noise_" / "rain.wav").rename(small / "rain")
     assert torch.equal(read(small).train.clips(whole), expected)
     monkeypatch.undo()
@@ -155,7 +155,7 @@ def test_a_stopped_reading_leaves_nothing(small: Path, monkeypatch: pytest.Monke
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rnn.data.clip_store.to_one_second", stop)
+    monkeypatch.setattr("str_triton.rnn.data.clip_store.to_one_second", stop)
     with pytest.raises(KeyboardInterrupt):
         read(small)
     assert list((small.parent / "cache" / "clips").iterdir()) == []

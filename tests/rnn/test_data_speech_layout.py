@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rnn.data.audio import RATE, write_wav
+from str_triton.rnn.data.audio import RATE, write_wav
 from tests.rnn.speech_folder import make, read, refuse, sound
 
 
@@ -118,13 +118,17 @@ def test_a_set_of_another_kind_of_file_says_so(tmp_path: Path):
 def test_words_are_checked_before_the_clips_are_read(
     small: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
 ):
-    monkeypatch.setattr("rnn.data.speech_commands.cached_clips", lambda *args, **options: pytest.fail("they were read"))
+    monkeypatch.setattr(
+        "str_triton.rnn.data.speech_commands.cached_clips", lambda *args, **options: pytest.fail("they were read")
+    )
     refuse(small, "word", words)
 
 
 def test_a_full_disk_is_named_before_the_clips_are_read(small: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("rnn.data.clip_store.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
-    monkeypatch.setattr("rnn.data.clip_store.to_one_second", lambda *args: pytest.fail("a clip was read"))
+    monkeypatch.setattr(
+        "str_triton.rnn.data.clip_store.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})
+    )
+    monkeypatch.setattr("str_triton.rnn.data.clip_store.to_one_second", lambda *args: pytest.fail("a clip was read"))
     refuse(small, r"cache/clips cannot be written \(.*0\.0 GB")
 
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from rnn.data import load
-from rnn.data.audio import RATE, read_wav
-from rnn.data.espeak_worker import find_library
-from rnn.data.spoken import ACCENTS, NOISES, SPEAKERS, Speaker, load_spoken, make_noise, make_spoken
+from str_triton.rnn.data import load
+from str_triton.rnn.data.audio import RATE, read_wav
+from str_triton.rnn.data.espeak_worker import find_library
+from str_triton.rnn.data.spoken import ACCENTS, NOISES, SPEAKERS, Speaker, load_spoken, make_noise, make_spoken
 
 needs_espeak = pytest.mark.skipif(
     find_library() is None, reason="needs eSpeak NG: pip install espeakng-loader, or the system's espeak-ng"
@@ -118,7 +118,7 @@ def test_it_loads_as_a_data_set(cache: Path, folder: Path):
 
 @needs_espeak
 def test_it_is_made_once(cache: Path, folder: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("rnn.data.espeak_worker.find_library", lambda: None)
+    monkeypatch.setattr("str_triton.rnn.data.espeak_worker.find_library", lambda: None)
     assert make_spoken(("no", "yes"), cache_dir=str(cache), clips_per_word=SMALL) == folder
 
 
@@ -132,9 +132,9 @@ def test_what_is_interrupted_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
             raise KeyboardInterrupt
         write(*details)
 
-    from rnn.data.audio import write_wav as write
+    from str_triton.rnn.data.audio import write_wav as write
 
-    monkeypatch.setattr("rnn.data.spoken.write_wav", stop)
+    monkeypatch.setattr("str_triton.rnn.data.spoken.write_wav", stop)
     with pytest.raises(KeyboardInterrupt):
         make_spoken(("yes", "no"), cache_dir=str(tmp_path), clips_per_word=10)
     assert list((tmp_path / "spoken").iterdir()) == []
@@ -197,7 +197,7 @@ def test_the_system_s_library_is_found(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_library_that_does_not_work_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     broken = tmp_path / "libespeak-ng.so"
     broken.write_text("no library")
-    monkeypatch.setattr("rnn.data.espeak_worker.find_library", lambda: (str(broken), ""))
+    monkeypatch.setattr("str_triton.rnn.data.espeak_worker.find_library", lambda: (str(broken), ""))
     with pytest.raises(
         ValueError, match=r"spoken: eSpeak NG \(.*libespeak-ng.so\) does not work here: .*OSError"
     ) as caught:
@@ -222,7 +222,7 @@ def test_an_espeak_that_ends_on_the_way_is_named(tmp_path: Path):
 def test_the_training_process_never_loads_espeak():
     """Check NOTICE's promise: only the worker loads the library, and the worker imports nothing of the project."""
     code = (
-        "import sys; from pathlib import Path; from rnn.data.spoken import make_spoken\n"
+        "import sys; from pathlib import Path; from str_triton.rnn.data.spoken import make_spoken\n"
         "import tempfile\n"
         "with tempfile.TemporaryDirectory() as folder:\n"
         "    try: make_spoken(('yes', 'no'), cache_dir=folder, clips_per_word=10)\n"

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rnn.data import Data, Text, load
-from rnn.data.text import REPLACEMENT, Vocabulary, python_topics, split_text
+from str_triton.rnn.data import Data, Text, load
+from str_triton.rnn.data.text import REPLACEMENT, Vocabulary, python_topics, split_text
 
 ENGLISH = "It was a bright cold day in April, and the clocks were striking thirteen.\n" * 50
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from rnn.data import Data, load, with_validation
-from rnn.data import japanese_vowels as module
-from rnn.data.vectors import Standardisation, VectorExamples, check_finite
+from str_triton.rnn.data import Data, load, with_validation
+from str_triton.rnn.data import japanese_vowels as module
+from str_triton.rnn.data.vectors import Standardisation, VectorExamples, check_finite
 
 CPU = torch.device("cpu")
 
@@ -83,7 +83,7 @@ def test_a_name_reaches_its_loader(
 
 
 def test_a_column_of_the_hub_is_a_text(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("rnn.data.hub.hub_text", lambda place: f"{place}\n" * 200)
+    monkeypatch.setattr("str_triton.rnn.data.hub.hub_text", lambda place: f"{place}\n" * 200)
     text = load("hub:a/b:story", task="lm")
     assert (text.name, text.task) == ("hub:a/b:story", "lm")
     assert "".join(text.vocabulary[number] for number in text.train[:12]) == "a/b:story\na/"

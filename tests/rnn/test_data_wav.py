@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rnn.data.audio import RATE, mono
-from rnn.data.wav import parse_wav, read_header, read_wav, write_wav
+from str_triton.rnn.data.audio import RATE, mono
+from str_triton.rnn.data.wav import parse_wav, read_header, read_wav, write_wav
 
 GUID = bytes.fromhex("000000001000800000aa00389b71")
 NO_SIZE = (0, 0x7FFFF000, 0x7FFFFF00, 0xFFFFFFFF)  # sizes of the data chunk that a crash, sox, arecord and ffmpeg leave

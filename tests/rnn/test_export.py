@@ -1,4 +1,4 @@
-"""`python -m rnn.export`: its files and output, and one line for each error."""
+"""`python -m str_triton.rnn.export`: its files and output, and one line for each error."""
 
 import builtins
 import json
@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rnn.export import main
-from rnn.finished_run import open_run
-from rnn.models import load_trained
 from str_triton import deploy
+from str_triton.rnn.export import main
+from str_triton.rnn.finished_run import open_run
+from str_triton.rnn.models import load_trained
 
 
 def refused(capsys: pytest.CaptureFixture[str], *args: object) -> str:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from rnn.finished_run import FinishedRun
-from rnn.generate import generate, main
-from rnn.models import CELLS, Architecture
+from str_triton.rnn.finished_run import FinishedRun
+from str_triton.rnn.generate import generate, main
+from str_triton.rnn.models import CELLS, Architecture
 from str_triton.training.errors import UserError
 
 SYMBOLS = ("\ufffd", "\n", "a", "b", "c")
@@ -59,7 +59,7 @@ def test_a_seed_repeats_its_text_and_another_does_not() -> None:
 @pytest.fixture
 def saved(monkeypatch: pytest.MonkeyPatch):
     threads = torch.get_num_threads()
-    monkeypatch.setattr("rnn.generate.open_run", lambda folder: text_run())
+    monkeypatch.setattr("str_triton.rnn.generate.open_run", lambda folder: text_run())
     yield
     torch.set_num_threads(threads)
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from rnn.data.audio import RATE, LogMel, write_wav
-from rnn.finished_run import FinishedRun
-from rnn.listen import Detection, Listener, main
-from rnn.models import Architecture
+from str_triton.rnn.data.audio import RATE, LogMel, write_wav
+from str_triton.rnn.finished_run import FinishedRun
+from str_triton.rnn.listen import Detection, Listener, main
+from str_triton.rnn.models import Architecture
 
 WORDS = ("low", "high", "silence", "unknown")
 
@@ -94,7 +94,7 @@ def test_silence_and_unknown_are_no_words_and_neither_is_quiet() -> None:
 @pytest.fixture
 def saved(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     threads = torch.get_num_threads()
-    monkeypatch.setattr("rnn.listen.open_run", lambda folder: tones_run())
+    monkeypatch.setattr("str_triton.rnn.listen.open_run", lambda folder: tones_run())
     yield
     torch.set_num_threads(threads)
 
@@ -134,9 +134,9 @@ def test_bad_input_is_one_line(
     assert "no such folder" in refused(tmp_path / "none", tmp_path / "x.wav")
     assert "none.wav: No such file" in refused(whole_run, tmp_path / "none.wav")
     assert "arguments are required: RUN" in refused()
-    monkeypatch.setattr("rnn.listen.open_run", lambda folder: made_run(bidirectional=True))
+    monkeypatch.setattr("str_triton.rnn.listen.open_run", lambda folder: made_run(bidirectional=True))
     assert "a bidirectional network needs the end" in refused("run", tmp_path / "x.wav")
-    monkeypatch.setattr("rnn.listen.open_run", lambda folder: tones_run())
+    monkeypatch.setattr("str_triton.rnn.listen.open_run", lambda folder: tones_run())
     write_wav(tmp_path / "fast.wav", tone(300, 1), 44_100)
     assert "fast.wav is at 44100 Hz" in refused("run", tmp_path / "fast.wav")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from rnn.models import Architecture, LanguageModel, SequenceClassifier, compact, copy_weights
+from str_triton.rnn.models import Architecture, LanguageModel, SequenceClassifier, compact, copy_weights
 
 CELLS = ["gru", "lstm", "fastgrnn"]
 

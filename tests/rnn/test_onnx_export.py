@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from rnn.finished_run import FinishedRun
-from rnn.models import Architecture
-from rnn.onnx_export import largest_deviation, streaming, unrolled
+from str_triton.rnn.finished_run import FinishedRun
+from str_triton.rnn.models import Architecture
+from str_triton.rnn.onnx_export import largest_deviation, streaming, unrolled
 from tests.rnn.test_c_export import CASES, HIDDEN, INPUTS, OUTPUTS
 
 onnx = pytest.importorskip("onnx")

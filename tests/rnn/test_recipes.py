@@ -2,8 +2,8 @@ import dataclasses
 
 import pytest
 
-from rnn.recipes import PUBLISHED, RECIPES, Config, recipe_for, resolve
-from rnn.train import COMMAND_LINE, first_candidate, learning_rate
+from str_triton.rnn.recipes import PUBLISHED, RECIPES, Config, recipe_for, resolve
+from str_triton.rnn.train import COMMAND_LINE, first_candidate, learning_rate
 from str_triton.training.errors import UserError
 
 

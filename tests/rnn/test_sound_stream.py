@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from rnn.data.audio import BANDS, RATE, LogMel, write_wav
-from rnn.data.sound_stream import LogMelStream, pieces
+from str_triton.rnn.data.audio import BANDS, RATE, LogMel, write_wav
+from str_triton.rnn.data.sound_stream import LogMelStream, pieces
 
 
 def noise(count: int) -> torch.Tensor:

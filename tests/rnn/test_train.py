@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from rnn import data, train
-from rnn.models import load_trained
 from str_triton import RankBudget
+from str_triton.rnn import data, train
+from str_triton.rnn.models import load_trained
 from str_triton.training.metrics import read_metrics
 from tests.rnn.train_runs import RANK, begin, run, text_options
 from tests.runs import last_checkpoint
@@ -214,8 +214,10 @@ def test_features_that_are_not_numbers_are_one_message(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
     """Check that the data set's error becomes one line and exit code 2."""
-    monkeypatch.setattr("rnn.data.japanese_vowels.np.loadtxt", lambda *args, **kwargs: [[1.0, 1.0, float("nan")]])
-    monkeypatch.setattr("rnn.data.japanese_vowels.torch.from_numpy", torch.tensor)
+    monkeypatch.setattr(
+        "str_triton.rnn.data.japanese_vowels.np.loadtxt", lambda *args, **kwargs: [[1.0, 1.0, float("nan")]]
+    )
+    monkeypatch.setattr("str_triton.rnn.data.japanese_vowels.torch.from_numpy", torch.tensor)
     assert begin(tmp_path / "run") == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rnn import train
+from str_triton.rnn import train
 from str_triton.training import run
 from tests.processes import run_job
 from tests.rnn.train_runs import RANK, TINY, begin, resume, text_options

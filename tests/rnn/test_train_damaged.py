@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rnn import train
+from str_triton.rnn import train
 from tests.damaged_runs import GOES_ON, STOPS, assert_goes_on, assert_stops, cases, damaged
 from tests.rnn.train_runs import RANK, begin, resume
 from tests.runs import after_calls, assert_same_result

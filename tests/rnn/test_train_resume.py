@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rnn import train
+from str_triton.rnn import train
 from tests.rnn.train_runs import RANK, TINY, begin, resume, text_options
 from tests.runs import Killed, after_calls, assert_same_result, kill, last_checkpoint
 

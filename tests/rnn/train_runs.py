@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from rnn import train
+from str_triton.rnn import train
 from tests.runs import run_main
 
 # 2 epochs of 5 steps.

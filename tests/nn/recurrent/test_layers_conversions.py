@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.rnn import pack_sequence
 
-from rnn import LowRankFastGRNN, LowRankGRU, LowRankLSTM
-from str_triton import LowRankWeight
+from str_triton import LowRankFastGRNN, LowRankGRU, LowRankLSTM, LowRankWeight
 
 LOW_RANK = {nn.GRU: LowRankGRU, nn.LSTM: LowRankLSTM}
 LAYERS = [LowRankGRU, LowRankLSTM, LowRankFastGRNN]

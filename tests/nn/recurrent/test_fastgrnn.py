@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rnn import LowRankFastGRNN
+from str_triton import LowRankFastGRNN
 
 INPUT, HIDDEN = 3, 5
 

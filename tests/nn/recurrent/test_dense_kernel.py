@@ -10,8 +10,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 
-from rnn import dense_kernel
-from rnn.dense_kernel import _in_one_buffer, dense_layer
+from str_triton.nn.recurrent import dense_kernel
+from str_triton.nn.recurrent.dense_kernel import _in_one_buffer, dense_layer
 
 STEPS, INPUT, HIDDEN = 7, 3, 4
 

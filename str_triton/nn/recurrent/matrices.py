@@ -6,7 +6,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from str_triton import LowRankWeight
+from str_triton.nn.low_rank import LowRankWeight
 
 FACTORIZE = ("both", "recurrent", "none")
 ARGUMENTS = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional")

@@ -8,10 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from rnn.arguments import Packing, check_input, prepare_states
-from rnn.dense_kernel import dense_layer
-from rnn.matrices import LowRankMatrices
-from str_triton import LowRankWeight, low_rank_plan, shared_memory_limit
+from str_triton.nn.low_rank import LowRankWeight
+from str_triton.nn.recurrent.arguments import Packing, check_input, prepare_states
+from str_triton.nn.recurrent.dense_kernel import dense_layer
+from str_triton.nn.recurrent.matrices import LowRankMatrices
+from str_triton.ops.low_rank_gpu import shared_memory_limit
+from str_triton.ops.low_rank_plan import low_rank_plan
 
 
 class LowRankRNN(LowRankMatrices):

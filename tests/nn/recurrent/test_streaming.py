@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rnn import LowRankFastGRNN, LowRankGRU, LowRankLSTM
-from rnn.low_rank_rnn import LowRankRNN
-from rnn.models import Architecture, compact
+from str_triton import LowRankFastGRNN, LowRankGRU, LowRankLSTM, LowRankRNN
+from str_triton.rnn.models import Architecture, compact
 
 LAYERS = {"gru": LowRankGRU, "lstm": LowRankLSTM, "fastgrnn": LowRankFastGRNN}
 INPUT, HIDDEN = 5, 16

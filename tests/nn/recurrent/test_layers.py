@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-import rnn.low_rank_rnn
-from rnn import LowRankGRU, LowRankLSTM
-from str_triton import LowRankLayer, LowRankWeight
+from str_triton import LowRankGRU, LowRankLayer, LowRankLSTM, LowRankWeight
+from str_triton.nn.recurrent import low_rank_rnn
 
 LOW_RANK = {nn.GRU: LowRankGRU, nn.LSTM: LowRankLSTM}
 INPUT, HIDDEN, STEPS = 3, 4, 5
@@ -21,7 +20,7 @@ each_cell = pytest.mark.parametrize("torch_class", LOW_RANK, ids=lambda cls: cls
 
 def set_path(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """Run every layer in factors with the op ("loop"), or with torch's kernel ("dense")."""
-    monkeypatch.setattr(rnn.low_rank_rnn, "low_rank_plan", lambda *args, **kwargs: SimpleNamespace(kind=kind))
+    monkeypatch.setattr(low_rank_rnn, "low_rank_plan", lambda *args, **kwargs: SimpleNamespace(kind=kind))
 
 
 @pytest.fixture(params=["loop", "dense"])
@@ -125,7 +124,7 @@ def test_the_plan_is_asked_with_the_layers_sizes(torch_class: type, monkeypatch:
         asked.append((args, kwargs))
         return SimpleNamespace(kind="loop")
 
-    monkeypatch.setattr(rnn.low_rank_rnn, "low_rank_plan", plan)
+    monkeypatch.setattr(low_rank_rnn, "low_rank_plan", plan)
     layer = LOW_RANK[torch_class](INPUT, HIDDEN, max_rank=2, batch_first=True, dtype=torch.float64)
     x = torch.randn(6, STEPS, INPUT, dtype=torch.float64)
     layer(x)
@@ -288,7 +287,7 @@ def test_a_model_compiles_in_one_graph(torch_class: type, factorize: str) -> Non
 def test_a_graph_on_a_gpu_follows_the_plan(torch_class: type, monkeypatch: pytest.MonkeyPatch) -> None:
     """Check the plan's use. On the CPU a graph always holds the op, which needs no second forward pass."""
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    monkeypatch.setattr(rnn.low_rank_rnn, "shared_memory_limit", lambda device: {"cuda": 227 * 1024}.get(device.type))
+    monkeypatch.setattr(low_rank_rnn, "shared_memory_limit", lambda device: {"cuda": 227 * 1024}.get(device.type))
     with FakeTensorMode():
         inputs = {device: torch.empty(STEPS, 4, INPUT, device=device) for device in ("cpu", "cuda")}
     for hidden_size, options, on_gpu in (

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from rnn.low_rank_rnn import LowRankRNN
-from str_triton import low_rank_gru, low_rank_lstm
+from str_triton.nn.recurrent.low_rank_rnn import LowRankRNN
+from str_triton.ops.cells.gru import low_rank_gru
+from str_triton.ops.cells.lstm import low_rank_lstm
 
 
 class LowRankGRU(LowRankRNN):

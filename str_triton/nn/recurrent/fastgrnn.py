@@ -6,8 +6,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from rnn.low_rank_rnn import LowRankRNN
-from str_triton import low_rank_fastgrnn
+from str_triton.nn.recurrent.low_rank_rnn import LowRankRNN
+from str_triton.ops.cells.fastgrnn import low_rank_fastgrnn
 
 
 class LowRankFastGRNN(LowRankRNN):
