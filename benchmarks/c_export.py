@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 from benchmarks.timing import write
-from str_triton.rnn.c_export import WEIGHTS, write_c
+from str_triton import deploy
 from str_triton.rnn.data import load
 from str_triton.rnn.finished_run import FinishedRun, open_run
-from tests.rnn.c_program import compiled, scores
+from tests.deploy.c_program import compiled, scores
 
 SEEDS = (0, 1, 2)
 FASTGRNN = ["--cell", "fastgrnn", "--no-bidirectional"]
@@ -67,10 +67,10 @@ def measured(run: FinishedRun, test: Any) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in run.model.parameters()),
         "torch_accuracy": accuracy(exact.numpy(), labels.numpy()),
     }
-    for weights in WEIGHTS:
+    for weights in ("float32", "int8"):
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place) / "vowels"
-            sizes = write_c(run, folder, weights=weights)
+            sizes = deploy.export_c(run.model, folder, weights=weights, mean=run.mean, std=run.std)
             logits, best, seconds = scores(compiled(folder, "-O2"), frames, len(run.outputs), REPEATS)
         assert (best == logits.argmax(1)).all()
         result[weights] = {

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from str_triton import RankBudget, deploy
 from str_triton.files import write_atomically
-from str_triton.rnn.c_export import WEIGHTS, write_c
 from str_triton.rnn.finished_run import FinishedRun, open_run
 from str_triton.rnn.one_line_parser import OneLineParser
 from str_triton.training.errors import UserError, as_user_error, run_program, warn
 
 PROGRAM = "python -m str_triton.rnn.export"
+WEIGHTS = ("float32", "int8")
 STEPS = 99  # the frames of one second of speech
 TOLERANCE = 1e-4  # the maximum difference between onnxruntime's and torch's scores
 VALUES = ("float32", "float16", "bfloat16")
@@ -73,7 +73,18 @@ def parser() -> argparse.ArgumentParser:
 
 def export_c(options: argparse.Namespace) -> None:
     """Write C for microcontrollers and print its sizes."""
-    sizes = write_c(open_run(options.run), options.out, weights=options.weights)
+    run = open_run(options.run)
+    if run.config["task"] == "lm":
+        raise UserError(f"{run.folder} is a language model; only classifiers of feature vectors can be exported to C")
+    sizes = deploy.export_c(
+        run.model,
+        options.out,
+        weights=options.weights,
+        outputs=run.outputs,
+        mean=run.mean,
+        std=run.std,
+        title=run.name,
+    )
     print(f"{options.out}: C99, {options.weights} weights")
     print(sizes)
 

@@ -305,7 +305,7 @@ PLAIN_ENGLISH = (
     *("str_triton", "str_triton/deploy", "str_triton/training", "cnn", "cnn/data", "cnn/methods"),
     *("str_triton/budget", "str_triton/nn", "str_triton/nn/recurrent", "str_triton/ops", "str_triton/ops/cells"),
     *("str_triton/deploy/sparse", "str_triton/deploy/sparse/executions", "str_triton/deploy/sparse/runtime"),
-    *("rnn", "rnn/c_export", "rnn/data"),
+    *("str_triton/deploy/c_export", "rnn", "rnn/data"),
 )
 NO_VERB = re.compile(
     "An?|The|Th(is|at|ese|ose)|Its?|One|Two|Three|All|Any|Both|Each|Every|None|Nothing|Some|Such|"

@@ -1,5 +1,6 @@
-"""Deployment of sparse and low-rank networks: packed files, model cards, sparse execution on CPUs."""
+"""Deployment of sparse and low-rank networks: packed files, sparse execution on CPUs, C."""
 
+from str_triton.deploy.c_export import export_c
 from str_triton.deploy.model_card import model_card
 from str_triton.deploy.pack import inspect, pack, unpack
 from str_triton.deploy.sparse import SparseModel, compile_sparse, load_sparse
@@ -13,6 +14,7 @@ __all__ = [
     "PackedTensor",
     "SparseModel",
     "compile_sparse",
+    "export_c",
     "inspect",
     "load_sparse",
     "model_card",

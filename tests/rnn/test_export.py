@@ -1,6 +1,7 @@
 """`python -m str_triton.rnn.export`: its files and output, and one line for each error."""
 
 import builtins
+import dataclasses
 import json
 import re
 import shutil
@@ -42,6 +43,14 @@ def test_c(whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         r"^flash: [\d,]+ bytes \([\d,]+ of weights, .* RAM: 64 bytes of state, \d+ on the stack$", out, re.M
     )
     assert "speakers_step_back" in (tmp_path / "deep" / "speakers" / "speakers.h").read_text()
+
+
+def test_a_language_model_has_no_c(
+    whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = dataclasses.replace(open_run(whole_run), config={"task": "lm"})
+    monkeypatch.setattr("str_triton.rnn.export.open_run", lambda folder: run)
+    assert f"{whole_run} is a language model" in refused(capsys, "c", whole_run, tmp_path / "out")
 
 
 def test_onnx(whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

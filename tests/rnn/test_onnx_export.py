@@ -9,7 +9,7 @@ import torch
 from str_triton.rnn.finished_run import FinishedRun
 from str_triton.rnn.models import Architecture
 from str_triton.rnn.onnx_export import largest_deviation, streaming, unrolled
-from tests.rnn.test_c_export import CASES, HIDDEN, INPUTS, OUTPUTS
+from tests.rnn.made_runs import CASES, HIDDEN, INPUTS, OUTPUTS
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from str_triton import LowRankWeight
+from str_triton.nn.low_rank import LowRankWeight
 
 LARGEST = 127  # the largest int8 weight; -128 is not used
 

@@ -1,4 +1,4 @@
-"""Templates of the C program; `str_triton.rnn.c_export.program` fills them in."""
+"""Templates of the C program; `str_triton.deploy.c_export.program` fills them in."""
 
 from collections.abc import Callable
 from string import Template

@@ -7,36 +7,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from str_triton import LowRankWeight
-from str_triton.rnn.c_export import write_c
-from str_triton.rnn.c_export.stored import StoredMatrix, StoredVector, quantize
-from str_triton.rnn.finished_run import FinishedRun
-from str_triton.rnn.models import Architecture, SequenceClassifier, compact
+from str_triton import LowRankGRU, LowRankRNN, LowRankWeight, deploy
+from str_triton.deploy.c_export import Sizes
+from str_triton.deploy.c_export.stored import StoredMatrix, StoredVector, quantize
+from str_triton.deploy.recurrent_classifier import RecurrentClassifier
+from tests.deploy.c_program import COMPILER, SANITIZE, compiled, scores
+from tests.deploy.recurrent_networks import CASES, HIDDEN, INPUTS, OUTPUTS, Case, Classifier
 from tests.nn.recurrent.test_streaming import cut
-from tests.rnn.c_program import COMPILER, SANITIZE, compiled, scores
 
-INPUTS, OUTPUTS, HIDDEN = 5, 4, 12
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C compiler")
 
 
-def made_run(cell: str, *, standardised: bool = True, rank: int | None = 3, **options: object) -> FinishedRun:
-    """Make a finished run with a random network; `rank` components of each matrix survive (None: dense)."""
-    torch.manual_seed(0)
-    model = Architecture("classify", cell, INPUTS, OUTPUTS, HIDDEN, **options).build(
-        factorize="none" if rank is None else "both"
-    )
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "bias" in name:
-                parameter.uniform_(-1, 1)
-            elif name.endswith(".u") or (parameter.dim() == 2 and not name.endswith(".v")):
-                parameter.mul_(2)
-    cut(model.rnn, rank or 1)
-    mean, std = (torch.randn(INPUTS), torch.rand(INPUTS) + 0.5) if standardised else (None, None)
-    names = tuple(f"class {i}" for i in range(OUTPUTS))
-    return FinishedRun(Path("made"), {"data": "made */ up"}, compact(model).eval(), names, mean, std)
+def exported(case: Case, folder: Path, weights: str = "float32", **options: object) -> Sizes:
+    return deploy.export_c(case.model, folder, weights=weights, mean=case.mean, std=case.std, **options)
 
 
 def sequences(*lengths: int) -> list[np.ndarray]:
@@ -44,30 +29,36 @@ def sequences(*lengths: int) -> list[np.ndarray]:
     return [generator.normal(size=(length, INPUTS)).astype(np.float32) * 2 for length in lengths]
 
 
-def torch_scores(run: FinishedRun, model: SequenceClassifier, frames: list[np.ndarray]) -> np.ndarray:
+def torch_scores(case: Case, model: Classifier | RecurrentClassifier, frames: list[np.ndarray]) -> np.ndarray:
+    dtype = next(model.parameters()).dtype
+
     def score(part: np.ndarray) -> Tensor:
-        x = torch.from_numpy(part).to(next(model.parameters()).dtype)
-        return model(x[None] if run.mean is None else ((x - run.mean) / run.std)[None])[0]
+        x = case.standardised(torch.from_numpy(part).to(dtype))
+        return model(x[None] if model.rnn.batch_first else x[:, None])[0]
 
     with torch.no_grad():
         return torch.stack([score(part) for part in frames]).numpy()
 
 
-def with_stored_weights(model: SequenceClassifier) -> SequenceClassifier:
+def with_stored_weights(model: Classifier) -> Classifier:
     """Return a float64 copy of the network with the int8 weights of the C program."""
-    model = copy.deepcopy(model).double()
+    model = copy.deepcopy(model)
+    classifier = RecurrentClassifier.of(model)
+    model.rnn = rnn = classifier.rnn
+    model.double()
     with torch.no_grad():
-        for name, weight in [*model.rnn.factors().items(), *model.named_parameters()]:
+        for name, weight in [*rnn.factors().items(), *model.named_parameters()]:
             if isinstance(weight, LowRankWeight):
                 stored = StoredMatrix.of(weight, int8=True)
                 weight.u.copy_(torch.from_numpy(stored.rows.astype(np.float64) * stored.scale))
                 weight.v.copy_(torch.from_numpy(stored.inner.astype(np.float64).T))
-            elif weight.dim() == 1 and name.startswith("classifier"):
+            elif weight.dim() == 1 and name.startswith("head"):
                 weight.copy_(rounded(weight))
             elif weight.dim() == 2 and not name.endswith((".u", ".v")):
                 weight.copy_(torch.from_numpy(StoredMatrix.of(weight, int8=True).weight()))
-    rnn = model.rnn
     for suffix in (suffix for layer in range(rnn.num_layers) for suffix in rnn._suffixes(layer)):
+        if not rnn.bias:
+            continue
         first, second = (getattr(rnn, f"{name}_{suffix}").data for name in rnn.biases)
         # The C program stores sums of biases: put them into the first bias, and zeros into the second.
         shared = {"gru": 2 * HIDDEN, "lstm": 4 * HIDDEN, "fastgrnn": 0}[rnn.cell]
@@ -84,25 +75,15 @@ def rounded(bias: Tensor) -> Tensor:
     return torch.from_numpy(stored.values * float(stored.scale))
 
 
-CASES = {
-    "gru low-rank": made_run("gru", layers=2),
-    "lstm low-rank, mean": made_run("lstm", layers=2, pooling="mean"),
-    "fastgrnn low-rank": made_run("fastgrnn", layers=2),
-    "gru dense, bidirectional, mean": made_run("gru", rank=None, bidirectional=True, pooling="mean"),
-    "lstm dense": made_run("lstm", rank=None, standardised=False),
-    "fastgrnn dense": made_run("fastgrnn", rank=None),
-    "gru low-rank, bidirectional": made_run("gru", bidirectional=True),
-}
-
-
 @needs_compiler
 @pytest.mark.parametrize("weights", ["float32", "int8"])
 @pytest.mark.parametrize("case", CASES)
 def test_the_program_gives_torchs_scores(case: str, weights: str, tmp_path: Path) -> None:
     run, frames = CASES[case], sequences(1, 29, 100)
-    assert all(matrix.max_rank == 3 for matrix in run.model.rnn.factors().values())
-    assert bool(run.model.rnn.factors()) == ("low-rank" in case)
-    write_c(run, tmp_path, weights=weights)
+    if isinstance(run.model.rnn, LowRankRNN):
+        assert all(matrix.max_rank == 3 for matrix in run.model.rnn.factors().values())
+        assert bool(run.model.rnn.factors()) == ("low-rank" in case)
+    exported(run, tmp_path, weights)
     logits, best, _ = scores(compiled(tmp_path, *SANITIZE), frames, OUTPUTS)
     model = run.model if weights == "float32" else with_stored_weights(run.model)
     np.testing.assert_allclose(logits, torch_scores(run, model, frames), rtol=0, atol=1e-5)
@@ -115,7 +96,7 @@ def test_the_program_gives_torchs_scores(case: str, weights: str, tmp_path: Path
 @needs_compiler
 def test_a_sequence_of_ten_thousand_frames_loses_nothing(tmp_path: Path) -> None:
     run, frames = CASES["lstm low-rank, mean"], sequences(10_000)
-    write_c(run, tmp_path)
+    exported(run, tmp_path)
     logits, _, _ = scores(compiled(tmp_path, "-O2", longest=10_000), frames, OUTPUTS)
     np.testing.assert_allclose(logits, torch_scores(run, copy.deepcopy(run.model).double(), frames), rtol=0, atol=1e-5)
 
@@ -133,11 +114,12 @@ def test_int8_is_off_by_half_a_step_at_most_and_takes_a_row_of_zeros() -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_the_sizes_are_those_of_the_arrays(case: str, weights: str, tmp_path: Path) -> None:
     run = CASES[case]
-    sizes = write_c(run, tmp_path / "My Model-1", weights=weights)
+    sizes = exported(run, tmp_path / "My Model-1", weights)
     source = (tmp_path / "My Model-1" / "my_model_1.c").read_text()
     arrays = re.findall(r"static const (weight|float) \w+\[(\d+)\]", source)
     matrices = sum(int(count) for kind, count in arrays if kind == "weight")
-    biases = {"gru": 4, "lstm": 4, "fastgrnn": 2}[run.model.rnn.cell] * HIDDEN * len(run.model.rnn._suffixes(0))
+    cell = type(run.model.rnn).__name__.removeprefix("LowRank")
+    biases = {"GRU": 4, "LSTM": 4, "FastGRNN": 2}[cell] * HIDDEN * (1 + run.model.rnn.bidirectional)
     biases = biases * run.model.rnn.num_layers + OUTPUTS
     assert matrices == sum(own.numel() for own in run.model.parameters() if own.dim() == 2) + biases
     assert sizes.weights == matrices * (1 if weights == "int8" else 4)
@@ -151,18 +133,74 @@ def test_the_sizes_are_those_of_the_arrays(case: str, weights: str, tmp_path: Pa
     assert max(map(len, source.splitlines())) <= 120
 
 
-def test_what_has_no_c_is_refused(tmp_path: Path) -> None:
-    model = Architecture("lm", "gru", 5, 5, 4).build().eval()
-    text = FinishedRun(Path("made"), {"data": "text"}, compact(model), tuple("abcde"), None, None)
-    with pytest.raises(ValueError, match="made is a language model"):
-        write_c(text, tmp_path)
-    with pytest.raises(ValueError, match="2 bidirectional layers"):
-        write_c(made_run("gru", layers=2, bidirectional=True), tmp_path)
-    with pytest.raises(ValueError, match="weights must be one of float32, int8, got 'int4'"):
-        write_c(made_run("gru"), tmp_path, weights="int4")
-    broken = made_run("gru")
+class Other(Classifier):
+    """A classifier whose scores are not those of the last states or of the mean output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class WithNorm(Classifier):
+    """A classifier with a layer that has no C."""
+
+    def __init__(self, rnn: nn.Module) -> None:
+        super().__init__(rnn)
+        self.norm = nn.LayerNorm(HIDDEN)
+
+
+def not_finite() -> nn.Module:
+    model = Classifier(LowRankGRU(INPUTS, HIDDEN))
     with torch.no_grad():
-        broken.model.classifier.weight[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="NaN or infinite"):
-        write_c(broken, tmp_path)
+        model.head.weight[0, 0] = float("nan")
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Classifier(LowRankGRU(INPUTS, HIDDEN, 2, bidirectional=True)), "Classifier has 2 bidirectional layers"),
+        (not_finite(), "Classifier has weights that are NaN or infinite"),
+        (nn.Linear(3, 4), "Linear has 0 recurrent layers"),
+        (nn.GRU(3, 4), "GRU has nothing beside"),
+        (Classifier(nn.RNN(INPUTS, HIDDEN)), "rnn is an nn.RNN"),
+        (Classifier(nn.LSTM(INPUTS, 2 * HIDDEN, proj_size=HIDDEN)), "proj_size must be 0, got 12"),
+        (WithNorm(nn.GRU(INPUTS, HIDDEN)), r"norm \(LayerNorm\)"),
+        (Other(nn.GRU(INPUTS, HIDDEN)), "Other's scores are neither"),
+    ],
+)
+def test_a_module_without_c_is_refused_by_name(model: nn.Module, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        deploy.export_c(model, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": "int4"}, "one of float32, int8, got 'int4'"),
+        ({"outputs": "abc"}, "3 names for 4 classes"),
+        ({"mean": torch.zeros(INPUTS)}, "mean and std"),
+        ({"mean": torch.zeros(3), "std": torch.ones(INPUTS)}, r"mean must have shape \[5\], got \[3\]"),
+        ({"mean": torch.zeros(INPUTS), "std": torch.zeros(INPUTS)}, "std must be positive"),
+    ],
+)
+def test_wrong_options_are_refused(options: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        deploy.export_c(CASES["nn.LSTM"].model, tmp_path, **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_compiler
+def test_a_layer_is_compacted_for_the_program(tmp_path: Path) -> None:
+    """A trained layer with its thresholds gives the same program as its compact form; the module does not change."""
+    torch.manual_seed(0)
+    model = Classifier(LowRankGRU(INPUTS, HIDDEN, dropout=0.5, num_layers=2)).train()
+    cut(model.rnn, 2)
+    before = copy.deepcopy(model.state_dict())
+    deploy.export_c(model, tmp_path / "x")
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    frames = sequences(30)
+    logits, _, _ = scores(compiled(tmp_path / "x"), frames, OUTPUTS)
+    np.testing.assert_allclose(logits, torch_scores(Case(model, None, None), model.eval(), frames), rtol=0, atol=1e-5)
+    assert "MAX_RANK = 2" in (tmp_path / "x" / "x.c").read_text()

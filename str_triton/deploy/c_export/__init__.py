@@ -1,0 +1,6 @@
+"""Export of recurrent classifiers to C99 for microcontrollers."""
+
+from str_triton.deploy.c_export.export import export_c
+from str_triton.deploy.c_export.program import Sizes
+
+__all__ = ["Sizes", "export_c"]
