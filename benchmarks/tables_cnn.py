@@ -81,6 +81,44 @@ def screen_table() -> str:
     return markdown(["variant", *(f"{100 * t:g} %: accuracy (FLOPs)" for t in targets)], rows)
 
 
+@table("cifar")
+def cifar() -> str:
+    """Return the results on CIFAR-10 at each sparsity, the dense network of each recipe first."""
+    runs = lines("cifar.jsonl")
+    groups: dict[tuple[str, float, str], list[dict[str, Any]]] = {}
+    for run in runs:
+        groups.setdefault((run["model"], run["target"], run["line"]), []).append(run)
+    rows = []
+    for (model, _, line), chosen in sorted(groups.items(), key=lambda group: group[0][:2]):
+        accuracy = mean(run["accuracy"] for run in chosen)
+        dense = [run["accuracy"] for run in groups.get((model, 0.0, "dense"), [])]
+        behind = f"{100 * (accuracy - mean(dense)):+.2f}" if dense and line != "dense" else ""
+        rows.append(
+            [
+                f"{model}, {line}",
+                f"{100 * mean(run['sparsity'] for run in chosen):.2f}",
+                spread((run["accuracy"] for run in chosen), 100),
+                behind,
+                spread((run["flops"] for run in chosen), 100),
+                str(len(chosen)),
+                f"{mean(run['seconds'] for run in chosen) / 60:.0f}",
+            ]
+        )
+    header = ["network, method", "sparsity %", "accuracy %", "points to dense", "FLOPs, % of dense", "seeds", "minutes"]
+    return markdown(header, rows)
+
+
+@table("cifar-tuning")
+def cifar_tuning() -> str:
+    """Return the validation accuracy of the dense networks by learning rate."""
+    runs = lines("cifar_tuning.jsonl")
+    rows = [
+        [run["model"], f"{run['lr']:g}", f"{100 * run['accuracy']:.2f}"]
+        for run in sorted(runs, key=lambda run: (run["model"], run["lr"]))
+    ]
+    return markdown(["network", "learning rate", "validation accuracy %"], rows)
+
+
 METHODS = (
     "str-exact",
     "str-exact, FLOP-aware",

@@ -45,8 +45,8 @@ class Config(TrainConfig):
     """Skip images that cannot be decoded, and count them: in training the next image takes the place, in testing there
     is one image less. Without this option such an image ends the run with its name."""
     model: str = "resnet-digits"
-    """Network: resnet-digits (8x8 images), resnet-small (about 28x28), resnet20 (32x32), resnet18, resnet34, resnet50,
-    resnet101, mobilenetv1[:WIDTH] or timm:NAME."""
+    """Network: resnet-digits (8x8 images), resnet-small (about 28x28), resnet20 or resnet-medium (about 32x32),
+    resnet18, resnet34, resnet50, resnet101, mobilenetv1[:WIDTH] or timm:NAME."""
 
     method: str = "str-exact"
     """str-exact: soft thresholds that meet a target exactly; str: soft thresholds as in the paper, without a target;
@@ -93,7 +93,7 @@ class Config(TrainConfig):
     compile: bool = False
     """Train with torch.compile; evaluation runs without it."""
     channels_last: bool = False
-    """Use the memory format channels_last for images and weights, which is faster for convolutions on GPUs."""
+    """Use the memory format channels_last for images and weights, which is faster for convolutions."""
 
 
 RESUME_MAY_CHANGE = frozenset({"data_dir", "skip_corrupt", "compile", "channels_last"})
@@ -115,6 +115,19 @@ def fashion_mnist() -> Config:
         batch_size=128,
         warmup_epochs=1.0,
         label_smoothing=0.0,
+    )
+
+
+def cifar10() -> Config:
+    """Train ResNet20 on CIFAR-10 or similar photographs, 32x32 pixels (--model resnet-medium: 1.2 million weights)."""
+    return Config(
+        recipe="cifar10",
+        data="hub:uoft-cs/cifar10",
+        model="resnet20",
+        epochs=30,
+        batch_size=128,
+        label_smoothing=0.0,
+        channels_last=True,
     )
 
 
@@ -166,6 +179,7 @@ def _exact_options(percent: int) -> dict[str, object]:
 RECIPES: dict[str, Callable[[], Config]] = {
     "digits": digits,
     "fashion-mnist": fashion_mnist,
+    "cifar10": cifar10,
     **dict(_published(point) for point in POINTS),
     **dict(_dense(model, dense) for model, dense in DENSE.items()),
     **dict(_exact(percent) for percent in BASELINES),
@@ -174,6 +188,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
 FINETUNING = frozenset(name for name in RECIPES if name.endswith("-finetune"))  # each needs --pretrained
 
 
+CIFAR = ("cifar10", "cifar-10", "cifar100", "cifar-100")
 IMAGENET = ("imagenet", "imagenet-1k", "imagenet1k", "ilsvrc2012")
 
 
@@ -182,11 +197,15 @@ def recipe_for(config: Config) -> str:
     kind, _, place = config.data.partition(":")
     if kind not in ("imagefolder", "hub"):
         return "digits" if config.data == "digits" else "fashion-mnist"
-    if place.rstrip("/").rpartition("/")[2].lower() in IMAGENET:
+    name = place.rstrip("/").rpartition("/")[2].lower()
+    if name in CIFAR:
+        return "cifar10"
+    if name in IMAGENET:
         return "resnet50-str-exact-90"
     raise UserError(
-        f"--data {config.data}: name a recipe in front of the options: fashion-mnist for images of about 28x28 pixels, "
-        "resnet50-str-exact-90 for photographs, or another of those that --help lists"
+        f"--data {config.data}: name a recipe in front of the options: fashion-mnist for grey images of about 28x28 "
+        "pixels, cifar10 for photographs of about 32x32, resnet50-str-exact-90 for larger ones, or another of those "
+        "that --help lists"
     )
 
 

@@ -10,7 +10,7 @@ from str_triton import Budget, count
 from str_triton.cnn.models import build
 from str_triton.cnn.published import DENSE, POINTS, layer_sparsities
 
-SMALL = ("resnet-digits", "resnet-small", "resnet20", "resnet18", "mobilenetv1:0.25")
+SMALL = ("resnet-digits", "resnet-small", "resnet-medium", "resnet20", "resnet18", "mobilenetv1:0.25")
 
 
 def on_meta(name: str, **options) -> nn.Module:
@@ -29,7 +29,8 @@ def test_scores_for_images_of_any_size(name: str, size: int, channels: int):
 
 
 @pytest.mark.parametrize(
-    ("name", "weights"), [("resnet-digits", 76_704), ("resnet-small", 307_744), ("resnet20", 270_608)]
+    ("name", "weights"),
+    [("resnet-digits", 76_704), ("resnet-small", 307_744), ("resnet-medium", 1_226_528), ("resnet20", 270_608)],
 )
 def test_number_of_weights(name: str, weights: int):
     model = build(name, num_classes=10, in_channels=1)

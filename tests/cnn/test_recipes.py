@@ -33,9 +33,9 @@ def test_there_is_a_recipe_for_every_published_point():
     assert [name for name in points if name.startswith("mobilenetv1-")] == [
         f"mobilenetv1-str-{sparsity}" for sparsity in ("75.28", "79.07", "85.80", "89.01", "89.62")
     ]
-    others = {"digits", "fashion-mnist", "resnet50-dense", "mobilenetv1-dense", *EXACT, *FINETUNING}
+    others = {"digits", "fashion-mnist", "cifar10", "resnet50-dense", "mobilenetv1-dense", *EXACT, *FINETUNING}
     assert set(RECIPES) == {*points, *others}
-    assert set(PUBLISHED) == set(RECIPES) - {"digits", "fashion-mnist"}
+    assert set(PUBLISHED) == set(RECIPES) - {"digits", "fashion-mnist", "cifar10"}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -108,6 +108,8 @@ def test_help_lists_the_recipes(capsys: pytest.CaptureFixture):
         ("digits", "digits"),
         ("mnist", "fashion-mnist"),
         ("emnist:letters", "fashion-mnist"),
+        ("hub:uoft-cs/cifar10", "cifar10"),
+        ("hub:/data/CIFAR-10/", "cifar10"),
         ("hub:ILSVRC/imagenet-1k", "resnet50-str-exact-90"),
         ("imagefolder:/data/ImageNet/", "resnet50-str-exact-90"),
     ],

@@ -222,7 +222,7 @@ def test_the_process_ends_with_the_exit_code():
     result = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr.startswith(
-        "error: there is no recipe 'cifar'; the recipes are digits, fashion-mnist, resnet50-"
+        "error: there is no recipe 'cifar'; the recipes are digits, fashion-mnist, cifar10, resnet50-"
     )
     assert result.stderr.count("\n") == 1
 
