@@ -11,6 +11,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from benchmarks.runs import RunFile
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
@@ -50,8 +52,7 @@ def results(pattern: str) -> list[dict[str, Any]]:
 
 def lines(name: str) -> list[dict[str, Any]]:
     """Return the lines of a result file with a line per run. Raise NotMeasured if it is missing or empty."""
-    file = RESULTS / name
-    runs = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    runs = RunFile(RESULTS / name).read()
     if not runs:
         raise NotMeasured(name)
     return runs

@@ -9,7 +9,6 @@ schedule, which reaches its target at 70 % of training.
 """
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Callable
@@ -21,10 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.runs import RunFile
 from benchmarks.timing import RESULTS, machine
 from str_triton import SparsityController, Target, count, parameter_groups, sparsify
 from str_triton.cnn.data import batches, load
 
+RUNS = RunFile(RESULTS / "exact_budgets.jsonl", ("method", "target", "seed"))
 BATCH, LR, WEIGHT_DECAY, END = 100, 0.1, 5e-4, 0.7
 IMAGE = torch.zeros(1, 1, 28, 28)
 
@@ -205,30 +206,28 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=RESULTS / "exact_budgets.jsonl")
+    parser.add_argument("--output", type=Path, default=RUNS.path)
     parser.add_argument("--picture", type=Path, help="draw the front of all lines as SVG, run nothing")
     options = parser.parse_args()
-    output = options.output
-    output.parent.mkdir(exist_ok=True)
-    lines = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
+    held = RunFile(options.output, RUNS.key)
     if options.picture:
+        lines = held.read()
         if not lines:
-            parser.error(f"{output} has no runs to draw")
+            parser.error(f"{held.path} has no runs to draw")
         picture(lines, options.picture)
         return
     torch.set_num_threads(options.threads)
     data = load("fashion-mnist", options.data_dir)
-    done = {(line["method"], line["target"], line["seed"]) for line in lines}
-    for target in options.targets:
-        for seed in options.seeds:
-            for method in options.methods:
-                key = (method, 0.0 if method == "dense" else target, seed)
-                if key not in done:
-                    done.add(key)
-                    result = train(*key, data, options.epochs) | {"machine": machine()}
-                    with output.open("a") as file:
-                        file.write(json.dumps(result) + "\n")
-                    print(f"{method:30s} {target} seed {seed}: {result['accuracy']:.4f}, FLOPs {result['flops']:.4f}")
+    wanted = (
+        {"method": method, "target": 0.0 if method == "dense" else target, "seed": seed}
+        for target in options.targets
+        for seed in options.seeds
+        for method in options.methods
+    )
+    for run in held.missing(wanted):
+        result = train(**run, data=data, epochs=options.epochs)
+        held.append(result | {"machine": machine()})
+        print("{method:30s} {target} seed {seed}: {accuracy:.4f}, FLOPs {flops:.4f}".format(**result))
 
 
 if __name__ == "__main__":

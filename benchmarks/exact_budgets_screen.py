@@ -19,7 +19,6 @@ Rules that collapsed at 99 %, and the reasons as far as they are known (see docs
 """
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Callable
@@ -33,10 +32,13 @@ from torch.func import functional_call
 
 from benchmarks.exact_budgets import BATCH, END, IMAGE, LR, WEIGHT_DECAY, network
 from benchmarks.exact_budgets_rules import INTERVAL, Fisher, Rule, Sgd, Static, Surface
+from benchmarks.runs import RunFile
 from benchmarks.tables_cnn import screen_table
 from benchmarks.timing import RESULTS, machine
 from str_triton import count, soft_threshold
 from str_triton.cnn.data import Data, Images, load
+
+RUNS = RunFile(RESULTS / "exact_budgets_screen.jsonl", ("variant", "target"))
 
 
 class Magnitude:
@@ -232,7 +234,7 @@ def main() -> None:
     parser.add_argument("--targets", nargs="*", type=float, default=[0.95, 0.99])
     parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=RESULTS / "exact_budgets_screen.jsonl")
+    parser.add_argument("--output", type=Path, default=RUNS.path)
     parser.add_argument("--table", action="store_true", help="print the screen as a Markdown table and run nothing")
     options = parser.parse_args()
     if options.table:
@@ -240,18 +242,16 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     data = load("fashion-mnist", options.data_dir)
-    output = options.output
-    lines = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
-    done = {(line["variant"], line["target"]) for line in lines}
-    for target in options.targets:
-        for name in options.variants:
-            key = (name, 0.0 if name == "dense" else target)
-            if key not in done:
-                done.add(key)
-                result = train(*key, 0, data, options.images, options.epochs) | {"machine": machine()}
-                with output.open("a") as file:
-                    file.write(json.dumps(result) + "\n")
-                print(f"{name:32s} {target} {result['accuracy']:.4f}, FLOPs {result['flops']:.4f}")
+    held = RunFile(options.output, RUNS.key)
+    wanted = (
+        {"variant": name, "target": 0.0 if name == "dense" else target}
+        for target in options.targets
+        for name in options.variants
+    )
+    for run in held.missing(wanted):
+        result = train(run["variant"], run["target"], 0, data, options.images, options.epochs)
+        held.append(result | {"machine": machine()})
+        print("{variant:32s} {target} {accuracy:.4f}, FLOPs {flops:.4f}".format(**result))
 
 
 if __name__ == "__main__":

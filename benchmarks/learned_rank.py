@@ -23,13 +23,16 @@ from typing import Any
 
 import torch
 
+from benchmarks.runs import RunFile
 from benchmarks.timing import RESULTS
 from str_triton.rnn.models import Architecture
 from str_triton.rnn.recipes import RECIPES
 from str_triton.rnn.train import main as train
 from str_triton.training.metrics import read_metrics
 
-RUNS, TUNING = RESULTS / "learned_rank.jsonl", RESULTS / "learned_rank_tuning.jsonl"
+KEY = ("data", "method", "compression", "seed", "rate")
+RUNS = RunFile(RESULTS / "learned_rank.jsonl", KEY)
+TUNING = RunFile(RESULTS / "learned_rank_tuning.jsonl", KEY)
 METHODS = ("str-exact", "fixed", "svd-finetune", "small dense")
 RATES = (0.5, 1.0, 2.0, 4.0)
 TUNING_SEEDS = (5, 6, 7)
@@ -108,9 +111,8 @@ def jobs(data: str, compressions: Iterable[float], seeds: Iterable[int]) -> list
 
 def best_rate(method: str) -> float:
     """Return the rate with the least validation loss in tuning. Smaller dense networks take the rate of "dense"."""
-    lines = [json.loads(line) for line in TUNING.read_text().splitlines()] if TUNING.exists() else []
     losses: dict[float, list[float]] = {}
-    for line in lines:
+    for line in TUNING.read():
         if line["method"] == ("dense" if "dense" in method else method):
             losses.setdefault(line["rate"], []).append(line["validation_loss"])
     return min(losses, key=lambda rate: mean(losses[rate]), default=1.0)
@@ -123,20 +125,13 @@ def tuning_jobs(compression: float) -> list[dict]:
     ]
 
 
-KEY = ("data", "method", "compression", "seed", "rate")
-
-
-def do(todo: Iterable[dict], path: Path, count: int, keep_test: bool) -> None:
-    done = (
-        {tuple(json.loads(line)[k] for k in KEY) for line in path.read_text().splitlines()} if path.exists() else set()
-    )
-    todo = [job for job in todo if tuple(job[k] for k in KEY) not in done]
+def do(wanted: Iterable[dict], held: RunFile, count: int, keep_test: bool) -> None:
+    """Train the jobs that `held` lacks, `count` at a time, and append their results."""
     with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
-        for result in pool.map(run, todo):
+        for result in pool.map(run, held.missing(wanted)):
             if not keep_test:
                 result = {k: v for k, v in result.items() if k not in ("accuracy", "bits_per_character")}
-            with path.open("a") as file:
-                file.write(json.dumps(result) + "\n")
+            held.append(result)
             print({k: result.get(k) for k in (*KEY, "accuracy", "bits_per_character", "validation_loss", "seconds")})
 
 
@@ -180,7 +175,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="draw all lines as SVG, run nothing")
     args = parser.parse_args()
     if args.picture:
-        picture([json.loads(line) for line in RUNS.read_text().splitlines()], args.picture)
+        picture(RUNS.read(), args.picture)
         return
     if args.tune:
         do(tuning_jobs(args.compressions[0]), TUNING, args.jobs, keep_test=False)

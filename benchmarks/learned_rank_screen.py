@@ -4,11 +4,11 @@
 
 Each variant trains a bidirectional GRU of 64 units to the same total rank, on four fifths of the 270 training
 utterances, and is measured on the other fifth. The seed determines the fold and all random numbers. The test data are
-not used. One JSON object per run is appended to benchmarks/results/learned_rank_screen.jsonl.
+not used. A line per run is appended to benchmarks/results/learned_rank_screen.jsonl; runs that it already holds are
+skipped.
 """
 
 import argparse
-import json
 import math
 import time
 from pathlib import Path
@@ -18,11 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.runs import RunFile
 from benchmarks.timing import RESULTS
 from str_triton import LowRankWeight, RankController, RankTarget, soft_threshold
 from str_triton.rnn.data import load
 
-PATH = RESULTS / "learned_rank_screen.jsonl"
+RUNS = RunFile(RESULTS / "learned_rank_screen.jsonl", ("variant", "total_rank", "seed"))
 HIDDEN, EPOCHS, BATCH, LR, NOISE, FOLDS = 64, 40, 30, 5e-3, 0.6, 5
 PENALTY = 0.01  # of the orthogonality penalty
 
@@ -206,14 +207,16 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
     parser.add_argument("--total-rank", nargs="+", type=int, default=[12, 24])
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--out", type=Path, default=PATH)
+    parser.add_argument("--out", type=Path, default=RUNS.path)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    held = RunFile(args.out, RUNS.key)
     for total_rank in args.total_rank:
         for name in args.variants:
-            runs = [run(name, total_rank, seed) for seed in range(args.seeds)]
-            with args.out.open("a") as file:
-                file.writelines(json.dumps(result) + "\n" for result in runs)
+            wanted = [{"variant": name, "total_rank": total_rank, "seed": seed} for seed in range(args.seeds)]
+            for job in held.missing(wanted):
+                held.append(run(job["variant"], total_rank, job["seed"]))
+            runs = [r for r in held.read() if (r["variant"], r["total_rank"]) == (name, total_rank)]
             print(
                 f"{total_rank:3} {name:40} accuracy {100 * mean(r['accuracy'] for r in runs):6.2f}  "
                 f"loss {mean(r['loss'] for r in runs):.3f}  parameters {mean(r['params'] for r in runs):.0f}  "

@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from benchmarks.exact_budgets import IMAGE, WEIGHT_DECAY, fit, measured, network, sgd
+from benchmarks.runs import Run, RunFile
 from benchmarks.timing import RESULTS, machine
 from str_triton import count
 from str_triton.cnn.data import load
@@ -67,7 +68,8 @@ LINES: dict[str, dict] = {
         f"str-exact, fine-tuned 0.4, lr {lr:g}": {"method": "str-exact", "epochs": 0.4, "lr": lr} for lr in (0.1, 0.025)
     },
 }
-OUTPUT, TRIALS = RESULTS / "methods.jsonl", RESULTS / "methods_lambda.jsonl"
+RUNS = RunFile(RESULTS / "methods.jsonl", ("line", "target", "seed"))
+TRIALS = RunFile(RESULTS / "methods_lambda.jsonl", ("weight_decay",))
 LAMBDAS, TRIALS_AT_MOST = (1e-4, 1e-2), 6
 
 
@@ -127,21 +129,15 @@ def train(
     return model, run
 
 
-def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def append(path: Path, run: dict) -> None:
-    path.parent.mkdir(exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps(run | {"machine": machine()}) + "\n")
-    print(f"{run['line']:32s} {run['target']} seed {run['seed']}: {run['accuracy']:.4f}, FLOPs {run['flops']:.4f}")
+def append(held: RunFile, run: Run) -> None:
+    held.append(run | {"machine": machine()})
+    print("{line:32s} {target} seed {seed}: {accuracy:.4f}, FLOPs {flops:.4f}".format(**run))
 
 
 def trial_near(target: float, data) -> dict:
     """Run trials with the first seed as needed, and return the one whose sparsity is nearest to the target."""
     for _ in range(TRIALS_AT_MOST):
-        trials = read(TRIALS)
+        trials = TRIALS.read()
         near = min(trials, key=lambda run: abs(run["sparsity"] - target), default=None)
         if near and abs(near["sparsity"] - target) <= 0.1 * (1 - target):
             break
@@ -149,7 +145,7 @@ def trial_near(target: float, data) -> dict:
         high = min((r["weight_decay"] for r in trials if r["sparsity"] >= target), default=LAMBDAS[1])
         _, run = train(data, 0, method="str", weight_decay=math.sqrt(low * high))
         append(TRIALS, {"line": "str", **run, "target": target})
-    return min(read(TRIALS), key=lambda run: abs(run["sparsity"] - target))
+    return min(TRIALS.read(), key=lambda run: abs(run["sparsity"] - target))
 
 
 def run_line(line: str, target: float, seed: int, data, dense: Callable[[int], dict]) -> dict | None:
@@ -162,7 +158,7 @@ def run_line(line: str, target: float, seed: int, data, dense: Callable[[int], d
         options["weight_decay"] = trial["weight_decay"]
     if "budget" in options:
         source = (options.pop("budget"), target, seed)
-        found = [run for run in read(OUTPUT) if (run["line"], run["target"], run["seed"]) == source]
+        found = [run for run in RUNS.read() if (run["line"], run["target"], run["seed"]) == source]
         if not found:
             return None
         options["density"] = found[0]["density"]
@@ -218,7 +214,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="draw the lines that were measured as SVG, run nothing")
     options = parser.parse_args()
     if options.picture:
-        runs = read(OUTPUT)
+        runs = RUNS.read()
         picture(runs, options.picture, [line for line in options.lines if any(run["line"] == line for run in runs)])
         return
     torch.set_num_threads(options.threads)
@@ -228,14 +224,16 @@ def main() -> None:
     def dense(seed: int) -> dict:
         return train(data, seed, **LINES["dense"])[0].state_dict()
 
-    for seed in options.seeds:
-        for target in options.targets:
-            for line in options.lines:
-                key = (line, 0.0 if line == "dense" else target, seed)
-                done = {(run["line"], run["target"], run["seed"]) for run in read(OUTPUT)}
-                run = None if key in done else run_line(*key, data, dense)
-                if run is not None:
-                    append(OUTPUT, run)
+    wanted = (
+        {"line": line, "target": 0.0 if line == "dense" else target, "seed": seed}
+        for seed in options.seeds
+        for target in options.targets
+        for line in options.lines
+    )
+    for job in RUNS.missing(wanted):
+        run = run_line(**job, data=data, dense=dense)
+        if run is not None:
+            append(RUNS, run)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,18 @@
 """The study of exact budgets: its screen meets the sparsity, its picture draws."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import exact_budgets
-from benchmarks.documents import RESULTS
-from benchmarks.exact_budgets_screen import VARIANTS, train
+from benchmarks.exact_budgets_screen import RUNS, VARIANTS, train
 from str_triton.cnn.data import Data
 from str_triton.cnn.data.arrays import ArrayImages, Augmentation, Normalisation
 
-SCREEN = RESULTS / "exact_budgets_screen.jsonl"
-
 
 def test_every_line_of_the_screen_can_be_run_again() -> None:
-    names = {json.loads(line)["variant"] for line in SCREEN.read_text().splitlines()}
+    names = {run["variant"] for run in RUNS.read()}
     assert names
     assert names <= set(VARIANTS)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks import methods
+from benchmarks.runs import RunFile
 from str_triton.cnn.data import Data
 from str_triton.cnn.data.arrays import ArrayImages, Augmentation, Normalisation
 
@@ -16,7 +17,7 @@ def noise(number: int) -> ArrayImages:
 
 
 def test_every_line_can_be_run_again() -> None:
-    names = {run["line"] for path in (methods.OUTPUT, methods.TRIALS) for run in methods.read(path)}
+    names = {run["line"] for held in (methods.RUNS, methods.TRIALS) for run in held.read()}
     assert names
     assert names <= set(methods.LINES)
 
@@ -24,12 +25,14 @@ def test_every_line_can_be_run_again() -> None:
 @pytest.mark.parametrize(
     "line", ["str-exact", "str-exact, switched at 35 %", "gmp, budget of str-exact", "str-exact, fine-tuned 0.4"]
 )
-def test_a_line_meets_its_sparsity(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_meets_its_sparsity(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     data = Data(noise(1000), noise(10), 10, (1, 28, 28), "noise")
     density = [0.5, 0.2, 0.1, 0.1, 0.05, 0.05, 0.5]
     source = {"line": "str-exact", "target": 0.95, "seed": 0, "density": density}
-    monkeypatch.setattr(methods, "read", lambda path: [source])
+    held = RunFile(tmp_path / "methods.jsonl", methods.RUNS.key)
+    held.append(source)
+    monkeypatch.setattr(methods, "RUNS", held)
     monkeypatch.setattr(methods, "EPOCHS", 1)
     run = methods.run_line(line, 0.95, 0, data, lambda seed: methods.network(methods.WIDTHS).state_dict())
     if "budget" in line:
@@ -39,7 +42,7 @@ def test_a_line_meets_its_sparsity(line: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_picture_is_drawn_anew_alike(tmp_path: Path) -> None:
-    runs = methods.read(methods.OUTPUT)
+    runs = methods.RUNS.read()
     for name in ("a.svg", "b.svg"):
         methods.picture(runs, tmp_path / name, ["dense", "str-exact"])
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
