@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
 
 from str_triton.training.errors import UserError, one_line
+from str_triton.training.memory import keep_freed_memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,8 @@ RESUME_MAY_CHANGE = frozenset({"run_dir", "resume", "describe", "checkpoint_step
 def make_accelerator(config: RunConfig) -> Accelerator:
     """Make the Accelerator, which holds device, precision and processes, and make cuDNN deterministic.
 
+    On the CPU the process keeps the memory that it frees (see `keep_freed_memory`).
+
     Raises `UserError` if an option needs a GPU and there is none, or if the processes cannot reach each other.
     """
     gpu = torch.cuda.is_available()
@@ -78,6 +81,8 @@ def make_accelerator(config: RunConfig) -> Accelerator:
         raise UserError("--amp fp16 needs a GPU; --amp bf16 also works on the CPU")
     if config.threads:
         torch.set_num_threads(config.threads)
+    if cpu:
+        keep_freed_memory()
     torch.backends.cudnn.deterministic = True
     # The loop accumulates gradients itself. A setting of `accelerate config` would scale the loss a second time.
     whole_steps = GradientAccumulationPlugin(num_steps=1)
