@@ -37,6 +37,7 @@ ROOMS = {
     "str_triton.budget": ({"str_triton.nn", "str_triton.ops"}, {"torch", "numpy"}),
     "str_triton.deploy": ({"str_triton.nn", "str_triton.budget"}, {"torch", "numpy", "safetensors"}),
     "str_triton.training": ({"str_triton.budget"}, {"torch", "numpy"} | TRAINING_EXTRAS),
+    "str_triton.integrations": ({"str_triton"}, {"torch", "transformers", "lightning"}),
     "str_triton.cnn": (
         {"str_triton", "str_triton.deploy", "str_triton.training"},
         {"torch", "numpy", "einops", "safetensors"} | TRAINING_EXTRAS,
@@ -55,7 +56,8 @@ LATE = {
 }
 # The ground floor: every room may import it, but the device code, which imports triton and nothing else.
 GROUND = "str_triton.files"
-# What cnn and rnn take from these rooms are their public names.
+# What these rooms take from those in PUBLIC are their public names.
+USERS = {"str_triton.cnn", "str_triton.rnn", "str_triton.integrations"}
 PUBLIC = {"str_triton": str_triton.__all__, "str_triton.deploy": deploy.__all__}
 
 
@@ -129,7 +131,7 @@ def violations(source: str, path: Path) -> list[str]:
         target = room_of(module)
         if target not in rooms | {room} | (late_rooms if late else set()):
             found.append(f"{where}: {room} may not import {target}" + (" here" if target in late_rooms else ""))
-        elif room in ("str_triton.cnn", "str_triton.rnn") and target in PUBLIC:
+        elif room in USERS and target in PUBLIC:
             if module != target:
                 found.append(f"{where}: {module} is not public: take its names from {target}")
             elif name not in (None, *PUBLIC[target]):
@@ -174,6 +176,9 @@ def test_imports_follow_the_arrows(path: Path) -> None:
         ("cnn/x.py", "from str_triton.deploy import packed_file"),
         ("cnn/x.py", "from str_triton.deploy import _private"),
         ("cnn/x.py", "import recipes"),
+        ("str_triton/integrations/x.py", "from str_triton.nn import ThresholdHolder"),
+        ("str_triton/integrations/x.py", "from str_triton.training.x import f"),
+        ("str_triton/budget/x.py", "from str_triton.integrations.x import f"),
         ("cnn/x.py", "import cnn.recipes"),
         ("rnn/x.py", "__import__('str_triton.cnn.models')"),
     ],
@@ -302,7 +307,15 @@ def test_public_arguments_have_types(path: Path) -> None:
 
 # Folders in which docstrings of functions begin with a verb ("Return", "Write"). This list only grows.
 PLAIN_ENGLISH = (
-    *("str_triton", "str_triton/deploy", "str_triton/training", "cnn", "cnn/data", "cnn/methods"),
+    *(
+        "str_triton",
+        "str_triton/deploy",
+        "str_triton/integrations",
+        "str_triton/training",
+        "cnn",
+        "cnn/data",
+        "cnn/methods",
+    ),
     *("str_triton/budget", "str_triton/nn", "str_triton/nn/recurrent", "str_triton/ops", "str_triton/ops/cells"),
     *("str_triton/deploy/sparse", "str_triton/deploy/sparse/executions", "str_triton/deploy/sparse/runtime"),
     *("str_triton/deploy/c_export", "rnn", "rnn/data"),
@@ -360,7 +373,7 @@ import sys
 
 class Block:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {{"triton", "safetensors", *{sorted(TRAINING_EXTRAS)}}}:
+        if name.split(".")[0] in {{"triton", "safetensors", "transformers", "lightning", *{sorted(TRAINING_EXTRAS)}}}:
             raise ModuleNotFoundError(f"blocked: {{name}}", name=name)
 
 sys.meta_path.insert(0, Block())

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from str_triton.budget.allocate import NotANumberError, Source, allocate
 from str_triton.budget.count import counted_weights
-from str_triton.budget.inventory import Layer, take_inventory, warn_of_zeros
+from str_triton.budget.inventory import Layer, present_sparsity, take_inventory, warn_of_zeros
 from str_triton.budget.offset_controller import OffsetController, unwrapped_names
 from str_triton.budget.processes import nonzeros
 from str_triton.budget.raw_thresholds import raws_for_rows
@@ -323,6 +323,9 @@ class SparsityController(OffsetController):
             if others:
                 keep = keep + sum(other.numel() for other in others) - nonzeros(others).sum()
         return keep
+
+    def measure(self) -> dict[str, float]:
+        return {"sparsity": present_sparsity(self._layers, self._others)}
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()

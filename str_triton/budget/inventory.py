@@ -4,10 +4,12 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from str_triton.budget.count import count, counted_weights, some
 from str_triton.budget.processes import Processes, nonzeros
+from str_triton.budget.raw_thresholds import raws_for_rows
 from str_triton.budget.target import Costs, Target
 from str_triton.files import percent
 from str_triton.nn import Matrix, ThresholdedWeight, thresholded_weights
@@ -78,6 +80,18 @@ def take_inventory(
         )
     _warn_of_uncovered(weights)
     return layers, others, Costs(dense, sum(other.value.numel() for other in others), total)
+
+
+@torch.no_grad()
+def present_sparsity(layers: list[Layer], others: list[Matrix]) -> float:
+    """Return the share of zeros in all these weights, as the thresholds are now. Synchronizes with the GPU."""
+    uses, values = [layer.weight for layer in layers], [other.value for other in others]
+    weights = [use.dense for use in uses] + values
+    processes = Processes.of(weights)
+    raws = raws_for_rows(uses, processes)
+    own = [use.holder.apply_threshold(local(use.dense), raw) for use, raw in zip(uses, raws, strict=True)]
+    left = processes.sum_once([part.count_nonzero() for part in own + [local(value) for value in values]], weights)
+    return 1 - int(left.sum()) / sum(weight.numel() for weight in weights)
 
 
 def warn_of_zeros(layers: list[Layer], keep: list[int]) -> None:

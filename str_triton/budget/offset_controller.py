@@ -264,6 +264,13 @@ class OffsetController:
             controller._held_back, controller._training = held_back, None
             controller._control.exact = False
 
+    def measure(self) -> dict[str, float]:
+        """Return what the model costs now, by name, for a log: {"sparsity": ...} or {"total_rank": ...}.
+
+        Between solves this is near the schedule's value, inside `exact()` equal to it. Synchronizes with the GPU.
+        """
+        raise NotImplementedError
+
     def state_dict(self) -> dict[str, Any]:
         """Return progress and raw thresholds, for `load_state_dict`; solves first unless inside `exact()`."""
         self._meet()

@@ -210,6 +210,9 @@ class RankController(OffsetController):
         for matrix, survivors in zip(self._matrices, self._survivors, strict=True):
             local(matrix.m).mul_(survivors[rows_here(matrix.m)])
 
+    def measure(self) -> dict[str, float]:
+        return {"total_rank": sum(matrix.rank for matrix in self._matrices)}
+
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"survivors": self._survivors, "first": [raw.clone() for raw in self._first]}
 

@@ -256,6 +256,27 @@ class Mixture(nn.Module):
         self.head = nn.Linear(6, 4)
 
 
+@pytest.mark.parametrize("target", [{"sparsity": 0.4}, {"flops_share": 0.6}])
+def test_a_controller_measures_what_count_counts(target):
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 8), nn.Linear(8, 2))
+    model[1].weight.data[0] = 0  # a dense layer's zeros count too
+    sparsify(model, exclude=["1"])
+    image = torch.randn(1, 8)
+    controller = SparsityController(model, Target(**target), schedule="linear", end=1.0, example_input=image)
+    controller.step(0.25)
+    with controller.exact():
+        assert controller.measure() == {"sparsity": pytest.approx(count(model, image).sparsity)}
+    controller.finish()
+    assert controller.measure() == {"sparsity": pytest.approx(count(model, image).sparsity)}
+
+
+def test_a_rank_controller_measures_the_ranks():
+    model = nn.Sequential(LowRankLinear(8, 6), LowRankLinear(6, 8))
+    controller = RankController(model, RankTarget(total_rank=5))
+    controller.step(1.0)
+    assert controller.measure() == {"total_rank": 5}
+
+
 def test_weights_that_are_not_covered_are_named():
     with pytest.warns(UserWarning, match=r"covers 25\.0 % .* experts\. "):
         SparsityController(sparsify(Mixture()), Target(sparsity=0.5))
