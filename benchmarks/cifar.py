@@ -21,20 +21,19 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
-from typing import NamedTuple
 
+from benchmarks.runs import Run, RunFile
 from benchmarks.timing import RESULTS, machine
 from str_triton import Budget
 from str_triton.cnn import train
 
-OUTPUT, TUNING = RESULTS / "cifar.jsonl", RESULTS / "cifar_tuning.jsonl"
-RUNS = Path("runs/cifar")
-EPOCHS = {"resnet20": 5, "resnet-medium": 5}
-LR = {"resnet20": 0.1, "resnet-medium": 0.1}
-LRS, TUNING_EPOCHS = (0.1, 0.2, 0.05), 2
-SHARED = ["--warmup-epochs", "1"]
+RUNS = RunFile(RESULTS / "cifar.jsonl", ("model", "line", "target", "seed"))
+TUNING = RunFile(RESULTS / "cifar_tuning.jsonl", ("model", "lr"))
+FOLDERS = Path("runs/cifar")
+EPOCHS, LR = 5, 0.2
+LRS, TUNING_EPOCHS = (0.1, 0.2, 0.4, 0.05), 2
 LINES: dict[str, list[str]] = {
     "dense": ["--method", "dense"],
     "str-exact": ["--method", "str-exact"],
@@ -50,48 +49,27 @@ WITHOUT_TARGET = tuple(line for line in LINES if line == "dense" or line.startsw
 LEADERS = tuple(LINES)[:5]
 
 
-class Key(NamedTuple):
-    """A run: the network, the line, the target, which is 0 for lines without one, and the seed."""
+def wanted(model: str) -> Iterator[Run]:
+    """Yield the runs of a network in their order: the leaders at 90 %, then the others, then other sparsities.
 
-    model: str
-    line: str
-    target: float
-    seed: int
+    The target of lines without one is 0. They come up again with each sparsity.
+    """
 
-
-def wanted(model: str) -> list[Key]:
-    """Return the runs of a network in their order: the leaders at 90 %, then the others, then other sparsities."""
-
-    def at(target: float, lines: tuple[str, ...], seeds: tuple[int, ...]) -> Iterator[Key]:
+    def at(target: float, lines: tuple[str, ...], seeds: tuple[int, ...]) -> Iterator[Run]:
         for seed, line in product(seeds, lines):
-            yield Key(model, line, 0.0 if line in WITHOUT_TARGET else target, seed)
+            own = 0.0 if line in WITHOUT_TARGET else target
+            yield {"model": model, "line": line, "target": own, "seed": seed}
 
-    others = tuple(line for line in LINES if line not in LEADERS)
-    keys = [*at(0.9, LEADERS, (0,)), *at(0.9, others, (0,)), *at(0.9, LEADERS, (1, 2))]
+    yield from at(0.9, LEADERS, (0,))
+    yield from at(0.9, tuple(LINES), (0,))
+    yield from at(0.9, LEADERS, (1, 2))
     for target in (0.95, 0.98, 0.8):
-        keys += at(target, tuple(LINES), (0,))
+        yield from at(target, tuple(LINES), (0,))
     for target in (0.95, 0.98, 0.8):
-        keys += at(target, LEADERS, (1, 2))
-    return list(dict.fromkeys(keys))
+        yield from at(target, LEADERS, (1, 2))
 
 
-def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def missing(models: list[str]) -> list[Key]:
-    """Return the runs that the result file does not hold."""
-    done = {Key(*(run[field] for field in Key._fields)) for run in read(OUTPUT)}
-    return [key for model in models for key in wanted(model) if key not in done]
-
-
-def append(path: Path, run: dict) -> None:
-    path.parent.mkdir(exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps(run | {"machine": machine()}) + "\n")
-
-
-def finished(folder: Path, options: list[str]) -> dict:
+def finished(folder: Path, options: list[str]) -> Run:
     """Run or resume the training program in `folder`, and return the results.
 
     Raises RuntimeError if the program ends with an error.
@@ -115,14 +93,15 @@ def finished(folder: Path, options: list[str]) -> dict:
     }
 
 
-def run(key: Key, data: str, threads: int) -> None:
+def train_line(key: Run, data: str, threads: int) -> None:
     """Train one line and append its result."""
-    shared = ["--data", data, "--model", key.model, "--seed", str(key.seed), "--threads", str(threads), *SHARED]
-    shared += ["--epochs", str(EPOCHS[key.model]), "--lr", str(LR[key.model])]
-    target = ["--target-sparsity", str(key.target)] if key.target else []
-    folder = RUNS / f"{key.model}-{key.line.replace(', ', '-').replace(' ', '-')}-{key.target:g}-{key.seed}"
-    result = finished(folder, ["cifar10", *shared, *LINES[key.line], *target])
-    append(OUTPUT, {**key._asdict(), **result, "lr": LR[key.model], "threads": threads})
+    model, line = key["model"], key["line"]
+    options = ["cifar10", "--data", data, "--model", model, "--seed", str(key["seed"]), "--threads", str(threads)]
+    options += ["--epochs", str(EPOCHS), "--warmup-epochs", "1", "--lr", str(LR), *LINES[line]]
+    if key["target"]:
+        options += ["--target-sparsity", str(key["target"])]
+    folder = FOLDERS / f"{model}-{line.replace(', ', '-').replace(' ', '-')}-{key['target']:g}-{key['seed']}"
+    RUNS.append({**key, **finished(folder, options), "lr": LR, "threads": threads, "machine": machine()})
     shutil.rmtree(folder)
 
 
@@ -132,19 +111,18 @@ def tune(models: list[str], data: str, threads: int) -> None:
     with tempfile.TemporaryDirectory() as folder:  # without a test split the program holds a fifth of each class out
         for file in place.glob("**/train*.parquet"):
             (Path(folder) / file.name).symlink_to(file.resolve())
-        for model, lr in product(models, LRS):
-            if any((line["model"], line["lr"]) == (model, lr) for line in read(TUNING)):
-                continue
+        for key in TUNING.missing({"model": model, "lr": lr} for model, lr in product(models, LRS)):
+            model, lr = key["model"], key["lr"]
             options = ["cifar10", "--data", f"hub:{folder}", "--model", model, "--method", "dense", "--lr", str(lr)]
             options += ["--epochs", str(TUNING_EPOCHS), "--warmup-epochs", "0.4", "--threads", str(threads)]
             result = finished(Path(folder) / f"{model}-{lr}", options)
-            append(TUNING, {"model": model, "lr": lr, "images": 40_000, **result, "threads": threads})
+            TUNING.append({**key, **result, "threads": threads, "machine": machine()})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="hub:DIR or hub:NAME, as for cnn/train.py")
-    parser.add_argument("--models", nargs="*", default=list(EPOCHS), choices=list(EPOCHS))
+    parser.add_argument("--models", nargs="*", default=["resnet20"], choices=["resnet20", "resnet-medium"])
     parser.add_argument("--runs", type=int, help="end after so many runs; all by default")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tune", action="store_true", help="choose the learning rate on held-out training images")
@@ -153,11 +131,11 @@ def main() -> None:
     if options.tune:
         tune(options.models, options.data, options.threads)
         return
-    keys = missing(options.models)[: options.runs]
-    for key in keys:
-        print(*key)
+    keys = RUNS.missing(key for model in options.models for key in wanted(model))
+    for key in islice(keys, options.runs):
+        print(*key.values())
         if not options.list:
-            run(key, options.data, options.threads)
+            train_line(key, options.data, options.threads)
 
 
 if __name__ == "__main__":
