@@ -27,6 +27,19 @@ def equal_ranks(model: nn.Module, target: RankTarget) -> dict[str, int]:
     return {name: min(common, factor.max_rank) for name, factor in factors.items()}
 
 
+def given_ranks(model: nn.Module, ranks: tuple[int, int]) -> dict[str, int]:
+    """Return the rank of each matrix of ``model.rnn``: ``ranks`` are those of the input and the recurrent matrices.
+
+    ``model`` holds all matrices at full rank. Raises ``ValueError`` for a rank above a matrix's full rank.
+    """
+    chosen = {}
+    for name, factor in model.rnn.factors().items():
+        chosen[name] = ranks[factor.recurrent]
+        if chosen[name] > factor.max_rank:
+            raise ValueError(f"--ranks {ranks[0]},{ranks[1]}: {name} has rank {factor.max_rank} at most")
+    return chosen
+
+
 def svd_ranks(model: nn.Module, architecture: Architecture, target: RankTarget) -> dict[str, int]:
     """Return the ranks at which the SVD of a dense ``model`` meets ``target``, with one threshold for all matrices."""
     factored = architecture.build()

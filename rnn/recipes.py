@@ -9,8 +9,9 @@ import tyro
 from str_triton.training.config import TrainConfig, check_ranges, require
 from str_triton.training.errors import UserError
 
-TARGETS = ("target_rank", "target_params", "target_compression")
+TARGETS = ("target_rank", "target_params", "target_compression", "ranks")
 TARGETED = ("str-exact", "fixed", "svd-finetune")
+CUT_ONCE = ("fixed", "svd-finetune")
 DEFAULT_COMPRESSION = 3.0
 
 
@@ -60,6 +61,8 @@ class Config(TrainConfig):
     target_compression: float | None = None
     """Target: the dense network's number of parameters divided by the compact network's; 3 where neither an option
     nor the recipe gives a target."""
+    ranks: str | None = None
+    """Ranks of the input matrices and of the recurrent matrices, such as 9,8, with --method fixed or svd-finetune."""
     spectrum_decay: float = 0.0
     """Weight decay of the spectra, and with --method str also of the raw thresholds (the paper's lambda)."""
     raw_threshold_init: float = -10.0
@@ -202,6 +205,10 @@ def resolve(config: Config) -> Config:
         raise UserError(f"{' and '.join(options)} are both given: choose one")
     if given and config.method not in TARGETED:
         raise UserError(f"{options[0]}: --method {config.method} has no target; {', '.join(TARGETED)} have one")
+    if config.ranks is not None:
+        if config.method not in CUT_ONCE:
+            raise UserError(f"{options[0]}: --method {config.method} learns its ranks; {', '.join(CUT_ONCE)} take them")
+        read_ranks(config.ranks)
     if not given and config.method in TARGETED:
         config = replace(config, **DEFAULT_TARGETS.get(config.recipe, {"target_compression": DEFAULT_COMPRESSION}))
     if config.task == "lm" and _task_of(config.data) != "lm":
@@ -210,6 +217,14 @@ def resolve(config: Config) -> Config:
         raise UserError("--bidirectional: a language model (--task lm) must not see the characters that follow")
     _check_ranges(config)
     return config
+
+
+def read_ranks(text: str) -> tuple[int, int]:
+    """Read --ranks: the ranks of the input matrices and of the recurrent matrices."""
+    parts = text.split(",")
+    if len(parts) != 2 or not all(part.strip().isdecimal() and int(part) >= 1 for part in parts):
+        raise UserError(f"--ranks must be two whole numbers from 1, such as 9,8; got {text!r}")
+    return int(parts[0]), int(parts[1])
 
 
 def _check_ranges(config: Config) -> None:

@@ -149,11 +149,13 @@ class LowRankRNN(LowRankMatrices):
         matrices = [getattr(self, f"weight_hh_{suffix}") for suffix in self._suffixes(layer)]
         if not all(isinstance(matrix, LowRankWeight) for matrix in matrices):
             return True
+        with torch.no_grad():
+            rank = max(matrix.surviving()[1].numel() for matrix in matrices)
         device = x.device.type
         plan = low_rank_plan(
             self.cell,
             self.hidden_size,
-            max(matrix.max_rank for matrix in matrices),
+            rank,
             max(batch, 1),
             torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype,
             shared_memory=shared_memory_limit(x.device),
@@ -193,7 +195,7 @@ class LowRankRNN(LowRankMatrices):
         """Return u, m and v of the recurrent matrix for the op. A dense matrix is u, with the identity as v."""
         weight = getattr(self, f"weight_hh_{suffix}")
         if isinstance(weight, LowRankWeight):
-            return weight.u, weight.spectrum(), weight.v
+            return weight.surviving()
         size = weight.shape[1]
         return weight, weight.new_ones(size), torch.eye(size, dtype=weight.dtype, device=weight.device)
 

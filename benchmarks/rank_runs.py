@@ -1,0 +1,110 @@
+"""What the studies of ranks on real data share: runs of rnn/train.py, one line of JSON each, resumable at any kill."""
+
+import argparse
+import fcntl
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from str_triton import count_ranks
+from str_triton.rnn.models import Architecture
+from str_triton.rnn.train import main as train
+from str_triton.training.metrics import read_metrics
+
+Job = dict[str, Any]
+# The values that tell one run from another.
+KEY = ("data", "cell", "method", "ranks", "compression", "hidden_size", "epochs", "rate", "seed")
+KEPT = ("accuracy", "validation_accuracy", "ranks", "params", "dense_params", "chosen_epoch", "seconds")
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the options that the studies share."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="the data, as rnn/train.py takes them")
+    parser.add_argument("--out", type=Path, help="the file of results")
+    parser.add_argument("--work", type=Path, default=Path("runs/studies"), help="folder of the runs in progress")
+    parser.add_argument("--lock", type=Path, help="a file to lock during each run, so that studies take turns")
+    parser.add_argument("--list", action="store_true", help="print the runs that are left, train nothing")
+    return parser
+
+
+def key(job: Job) -> tuple[Any, ...]:
+    return tuple(job.get(name) for name in KEY)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Return the finished runs; a line that a kill has cut off is left out."""
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return found
+
+
+def do(next_jobs: Callable[[list[dict[str, Any]]], Iterable[Job]], args: argparse.Namespace, more: Callable) -> None:
+    """Run all jobs that `args.out` does not hold, in order; ask for the list again after each run.
+
+    next_jobs: returns the jobs, given the finished runs, on which later jobs may depend. more: returns further results
+    of a run, given its folder.
+    """
+    while True:
+        done = read(args.out)
+        finished = {key(run["job"]) for run in done}
+        left = [job for job in next_jobs(done) if key(job) not in finished]
+        if args.list:
+            for job in left:
+                print(json.dumps(job))
+        if args.list or not left:
+            return
+        with turn(args.lock):
+            result = run(left[0], args.data, args.work, more)
+        append(args.out, result)
+        print({**left[0], **{name: result[name] for name in ("accuracy", "params", "seconds")}}, flush=True)
+
+
+def append(path: Path, result: dict[str, Any]) -> None:
+    """Append a line, behind a line break where a kill has cut the last line off."""
+    broken = path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
+    with path.open("a") as file:
+        file.write("\n" * broken + json.dumps(result) + "\n")
+
+
+@contextmanager
+def turn(lock: Path | None) -> Iterator[None]:
+    """Wait for the lock, and hold it in the block."""
+    if lock is None:
+        yield
+        return
+    with lock.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def run(job: Job, data: str, work: Path, more: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """Train once with one thread, or go on with the run of the same job, and return its line."""
+    torch.set_num_threads(1)
+    folder = work / "-".join(str(value) for value in key(job) if value is not None).replace(",", "_")
+    arguments = [*job["arguments"], "--data", data, "--threads", "1", "--run-dir", str(folder)]
+    if folder.exists():
+        arguments.append("--resume")
+    code = train(arguments)
+    if code:
+        raise SystemExit(f"rnn/train.py {' '.join(arguments)} ended with exit code {code}")
+    summary = json.loads((folder / "summary.json").read_text())
+    epochs = [record for record in read_metrics(folder) if record["kind"] == "epoch"]
+    chosen = next(record for record in epochs if record["epoch"] == summary["chosen_epoch"])
+    result = {"job": job, **{name: summary[name] for name in KEPT}, "validation_loss": chosen["loss"], **more(folder)}
+    shutil.rmtree(folder)
+    return result
+
+
+def params_at(architecture: Architecture, ranks: dict[str, int]) -> int:
+    """Return the number of parameters of the compact network with these ranks."""
+    return count_ranks(architecture.build(ranks=ranks)).params
