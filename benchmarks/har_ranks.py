@@ -13,10 +13,9 @@ killed goes on from its last checkpoint.
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from benchmarks.rank_runs import Job, do, params_at, parser
+from benchmarks.rank_runs import Job, best_rate, do, params_at, parser
 from benchmarks.timing import RESULTS
 from str_triton.rnn.models import Architecture
 
@@ -50,22 +49,16 @@ def jobs(done: list[dict[str, Any]], epochs: int) -> Iterator[Job]:
             yield job(method, first, SEEDS[0], rate, epochs)
     for seed in SEEDS[1:]:
         for method in METHODS:
-            yield job(method, first, seed, best_rate(method, done, epochs), epochs)
+            yield job(method, first, seed, tuned(method, done, epochs), epochs)
     for ranks in others:
         for seed in SEEDS:
             for method in METHODS:
-                yield job(method, ranks, seed, best_rate(method, done, epochs), epochs)
+                yield job(method, ranks, seed, tuned(method, done, epochs), epochs)
 
 
-def best_rate(method: str, done: list[dict[str, Any]], epochs: int) -> float:
-    """Return the rate with the highest validation accuracy at seed 0 and the first ranks, of those that have run."""
-    runs = {key: run for run in done if (key := run["job"]["rate"]) and _is_tuning(run["job"], method, epochs)}
-    return max(runs, key=lambda rate: runs[rate]["validation_accuracy"], default=RATES[0])
-
-
-def _is_tuning(job: Job, method: str, epochs: int) -> bool:
-    first = ",".join(map(str, RANKS[0]))
-    return (job["method"], job["seed"], job["epochs"]) == (method, SEEDS[0], epochs) and job["ranks"] in (None, first)
+def tuned(method: str, done: list[dict[str, Any]], epochs: int) -> float:
+    """Return the method's rate, from its runs with seed 0 and the first ranks."""
+    return best_rate(done, [job(method, RANKS[0], SEEDS[0], rate, epochs) for rate in RATES])
 
 
 def main() -> None:
@@ -73,11 +66,7 @@ def main() -> None:
     options.add_argument("--epochs", type=int, default=60)
     args = options.parse_args()
     args.out = args.out or RESULTS / "har_ranks.jsonl"
-    do(lambda done: jobs(done, args.epochs), args, nothing_more)
-
-
-def nothing_more(folder: Path) -> dict[str, Any]:
-    return {}
+    do(lambda done: jobs(done, args.epochs), args)
 
 
 if __name__ == "__main__":

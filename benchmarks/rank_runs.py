@@ -4,6 +4,7 @@ import argparse
 import fcntl
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 
 from str_triton import count_ranks
+from str_triton.rnn.c_export import write_c
+from str_triton.rnn.finished_run import open_run
 from str_triton.rnn.models import Architecture
 from str_triton.rnn.train import main as train
 from str_triton.training.metrics import read_metrics
@@ -48,11 +51,10 @@ def read(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def do(next_jobs: Callable[[list[dict[str, Any]]], Iterable[Job]], args: argparse.Namespace, more: Callable) -> None:
+def do(next_jobs: Callable[[list[dict[str, Any]]], Iterable[Job]], args: argparse.Namespace) -> None:
     """Run all jobs that `args.out` does not hold, in order; ask for the list again after each run.
 
-    next_jobs: returns the jobs, given the finished runs, on which later jobs may depend. more: returns further results
-    of a run, given its folder.
+    next_jobs: returns the jobs, given the finished runs, on which later jobs may depend.
     """
     while True:
         done = read(args.out)
@@ -64,7 +66,7 @@ def do(next_jobs: Callable[[list[dict[str, Any]]], Iterable[Job]], args: argpars
         if args.list or not left:
             return
         with turn(args.lock):
-            result = run(left[0], args.data, args.work, more)
+            result = run(left[0], args.data, args.work)
         append(args.out, result)
         print({**left[0], **{name: result[name] for name in ("accuracy", "params", "seconds")}}, flush=True)
 
@@ -87,7 +89,7 @@ def turn(lock: Path | None) -> Iterator[None]:
         yield
 
 
-def run(job: Job, data: str, work: Path, more: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+def run(job: Job, data: str, work: Path) -> dict[str, Any]:
     """Train once with one thread, or go on with the run of the same job, and return its line."""
     torch.set_num_threads(1)
     folder = work / "-".join(str(value) for value in key(job) if value is not None).replace(",", "_")
@@ -100,9 +102,24 @@ def run(job: Job, data: str, work: Path, more: Callable[[Path], dict[str, Any]])
     summary = json.loads((folder / "summary.json").read_text())
     epochs = [record for record in read_metrics(folder) if record["kind"] == "epoch"]
     chosen = next(record for record in epochs if record["epoch"] == summary["chosen_epoch"])
-    result = {"job": job, **{name: summary[name] for name in KEPT}, "validation_loss": chosen["loss"], **more(folder)}
+    result = {"job": job, **{name: summary[name] for name in KEPT}, "validation_loss": chosen["loss"], **sizes(folder)}
     shutil.rmtree(folder)
     return result
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """Return the multiply-adds of the network's matrices per time step, and the bytes of its weights as int8 in C."""
+    finished = open_run(folder)
+    matrices = (parameter for parameter in finished.model.rnn.parameters() if parameter.dim() == 2)
+    with tempfile.TemporaryDirectory() as place:
+        weights = write_c(finished, Path(place) / "net", weights="int8").weights
+    return {"multiply_adds": sum(matrix.numel() for matrix in matrices), "int8_weight_bytes": weights}
+
+
+def best_rate(done: list[dict[str, Any]], candidates: list[Job]) -> float:
+    """Return the learning rate of the candidate with the highest validation accuracy, the first one's by default."""
+    accuracies = {key(run["job"]): run["validation_accuracy"] for run in done}
+    return max(candidates, key=lambda job: accuracies.get(key(job), -1.0))["rate"]
 
 
 def params_at(architecture: Architecture, ranks: dict[str, int]) -> int:

@@ -7,7 +7,7 @@ document, and run this program.
 import argparse
 import sys
 
-from benchmarks import tables_cnn, tables_deploy, tables_rnn, tables_speed  # noqa: F401 (they register their tables)
+from benchmarks import tables_cnn, tables_deploy, tables_ranks, tables_rnn, tables_speed  # noqa: F401 (register)
 from benchmarks.documents import DOCUMENTS, fill
 
 

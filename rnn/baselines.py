@@ -6,6 +6,7 @@ from torch import nn
 
 from str_triton import RankController, RankTarget, count_ranks
 from str_triton.rnn.models import Architecture, copy_weights
+from str_triton.rnn.recipes import read_ranks
 
 
 def equal_ranks(model: nn.Module, target: RankTarget) -> dict[str, int]:
@@ -27,16 +28,16 @@ def equal_ranks(model: nn.Module, target: RankTarget) -> dict[str, int]:
     return {name: min(common, factor.max_rank) for name, factor in factors.items()}
 
 
-def given_ranks(model: nn.Module, ranks: tuple[int, int]) -> dict[str, int]:
-    """Return the rank of each matrix of ``model.rnn``: ``ranks`` are those of the input and the recurrent matrices.
+def given_ranks(model: nn.Module, text: str) -> dict[str, int]:
+    """Return the rank of each matrix of ``model.rnn`` from --ranks, "INPUT,RECURRENT".
 
     ``model`` holds all matrices at full rank. Raises ``ValueError`` for a rank above a matrix's full rank.
     """
-    chosen = {}
+    pair = read_ranks(text)
+    chosen = {name: pair[factor.recurrent] for name, factor in model.rnn.factors().items()}
     for name, factor in model.rnn.factors().items():
-        chosen[name] = ranks[factor.recurrent]
         if chosen[name] > factor.max_rank:
-            raise ValueError(f"--ranks {ranks[0]},{ranks[1]}: {name} has rank {factor.max_rank} at most")
+            raise ValueError(f"--ranks {text}: the rank of {name} is at most {factor.max_rank}, not {chosen[name]}")
     return chosen
 
 

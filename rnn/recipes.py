@@ -117,6 +117,21 @@ def spoken_gru() -> Config:
     )
 
 
+def speech5_gru() -> Config:
+    """Train a GRU on five words, silence and unknown of Speech Commands, in the hub's format (needs --data)."""
+    return Config(
+        recipe="speech5-gru",
+        data="hub:DIR",
+        words="down,go,left,right,up",
+        epochs=30,
+        batch_size=64,
+        hidden_size=96,
+        dropout=0.1,
+        pooling="mean",
+        lr=1e-2,
+    )
+
+
 def text_lstm() -> Config:
     """Train a character language model, an LSTM, on Python's help text."""
     return Config(
@@ -158,6 +173,7 @@ def _paper_config(**own: object) -> Config:
 RECIPES: dict[str, Callable[[], Config]] = {
     "japanese-vowels-gru": japanese_vowels_gru,
     "spoken-gru": spoken_gru,
+    "speech5-gru": speech5_gru,
     "text-lstm": text_lstm,
     "google12-fastgrnn": google12_fastgrnn,
     "har2-fastgrnn": har2_fastgrnn,

@@ -17,16 +17,7 @@ from str_triton.rnn.baselines import equal_ranks, given_ranks, svd_ranks
 from str_triton.rnn.data import load
 from str_triton.rnn.finished_run import interface_json
 from str_triton.rnn.models import Architecture, architecture_of, compact, copy_weights
-from str_triton.rnn.recipes import (
-    PUBLISHED,
-    RECIPES,
-    RESUME_MAY_CHANGE,
-    TARGETED,
-    Config,
-    read_ranks,
-    recipe_for,
-    resolve,
-)
+from str_triton.rnn.recipes import PUBLISHED, RECIPES, RESUME_MAY_CHANGE, TARGETED, Config, recipe_for, resolve
 from str_triton.rnn.tasks import Task, make_task
 from str_triton.training.command_line import CommandLine
 from str_triton.training.errors import as_user_error
@@ -115,14 +106,11 @@ class Experiment(Loop):
     def begin_epoch(self, epoch: int) -> None:
         if self.config.method == "svd-finetune" and self.cut_ranks is None and epoch >= cut_epoch(self.config):
             with as_user_error(ValueError):
-                ranks = self.ranks_of_the_cut()
+                if self.config.ranks is None:
+                    ranks = svd_ranks(self.model, self.architecture, rank_target(self.config))
+                else:
+                    ranks = given_ranks(self.architecture.build(), self.config.ranks)
             self.cut(ranks)
-
-    def ranks_of_the_cut(self) -> dict[str, int]:
-        """Return the ranks to cut the dense matrices to: the given ones, or those at which the SVD meets the target."""
-        if self.config.ranks is None:
-            return svd_ranks(self.model, self.architecture, rank_target(self.config))
-        return given_ranks(self.architecture.build(device="meta"), read_ranks(self.config.ranks))
 
     def cut(self, ranks: dict[str, int]) -> None:
         """Replace the dense matrices by their ``ranks`` largest singular components, and make a new optimizer."""
@@ -232,16 +220,16 @@ def build(config: Config, architecture: Architecture) -> tuple[nn.Module, RankCo
         return architecture.build(factorize="none"), None
     random = torch.get_rng_state()
     model = architecture.build()
-    if config.ranks is not None:
-        ranks = given_ranks(model, read_ranks(config.ranks))
-        torch.set_rng_state(random)
-        return architecture.build(**({"ranks": ranks} if config.method == "fixed" else {"factorize": "none"})), None
-    controller = RankController(model, rank_target(config), end=END)
-    if config.method == "str-exact":
-        return model, controller
-    torch.set_rng_state(random)  # the model above served only to check the target
+    if config.ranks is None:
+        controller = RankController(model, rank_target(config), end=END)  # checks the target
+        if config.method == "str-exact":
+            return model, controller
+        ranks = equal_ranks(model, rank_target(config))
+    else:
+        ranks = given_ranks(model, config.ranks)
+    torch.set_rng_state(random)  # the model above only served the checks
     if config.method == "fixed":
-        return architecture.build(ranks=equal_ranks(model, rank_target(config))), None
+        return architecture.build(ranks=ranks), None
     return architecture.build(factorize="none"), None
 
 

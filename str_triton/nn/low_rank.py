@@ -163,11 +163,11 @@ class LowRankWeight(ThresholdHolder, nn.Module):
 
     def _reads_values(self, sizes: Tensor) -> bool:
         """Return whether Python may read `sizes` for free: real numbers, on the CPU, outside of any graph."""
-        if sizes.device.type != "cpu" or type(sizes) is not Tensor or is_sharded(self.u):
-            return False  # A FakeTensor is a subclass; a tensor inside `torch.func.vmap` is a wrapper.
-        if torch._C._functorch.is_functorch_wrapped_tensor(sizes):
+        if torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing():
             return False
-        return not (torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing())
+        if sizes.device.type != "cpu" or type(sizes) is not Tensor or is_sharded(self.u):  # a FakeTensor is a subclass
+            return False
+        return not torch._C._functorch.is_functorch_wrapped_tensor(sizes)  # nor has a tensor inside vmap a value
 
     @torch.no_grad()
     def singular_values(self) -> Tensor:

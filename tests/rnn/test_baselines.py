@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from str_triton import RankTarget, count_ranks
-from str_triton.rnn.baselines import equal_ranks, svd_ranks
+from str_triton.rnn.baselines import equal_ranks, given_ranks, svd_ranks
 from str_triton.rnn.models import Architecture
 
 ARCHITECTURE = Architecture(
@@ -49,3 +49,11 @@ def test_svd_ranks_cut_at_one_singular_value_of_all_matrices():
     kept = min(sigmas[name][rank - 1] for name, rank in ranks.items())
     cut = max(sigmas[name][rank] for name, rank in ranks.items() if rank < len(sigmas[name]))
     assert kept > cut
+
+
+def test_given_ranks_are_those_of_the_input_and_of_the_recurrent_matrices():
+    ranks = given_ranks(ARCHITECTURE.build(), "4,7")
+    assert len(ranks) == 8
+    assert all(rank == (7 if name.startswith("weight_hh") else 4) for name, rank in ranks.items())
+    with pytest.raises(ValueError, match=r"--ranks 5,7.*weight_ih_l0.*4"):
+        given_ranks(ARCHITECTURE.build(), "5,7")

@@ -63,6 +63,9 @@ def test_a_target_is_made_definite():
     ("fields", "message"),
     [
         ({"method": "str", "target_rank": 9}, "--target-rank 9: --method str "),
+        ({"method": "str-exact", "ranks": "9,8"}, "--ranks 9,8: --method str-exact "),
+        ({"method": "fixed", "ranks": "9"}, "--ranks must be two whole numbers from 1, such as 9,8; got '9'"),
+        ({"method": "fixed", "ranks": "9,0"}, "--ranks must be two whole numbers from 1, such as 9,8; got '9,0'"),
         ({"target_rank": 9, "target_compression": 2.0}, "--target-rank 9 and --target-compression 2.0 are both given"),
         ({"task": "lm", "data": "text", "bidirectional": True}, "--bidirectional"),
         ({"task": "lm", "data": "har:DIR", "bidirectional": True}, "--task lm needs text; for 'har:DIR'"),

@@ -86,6 +86,13 @@ def test_baselines_meet_a_rank(tmp_path: Path, quick: None, method: str):
     assert accuracy_on_test(load_trained(folder)) == pytest.approx(summary_of(folder)["accuracy"], abs=0.003)
 
 
+@pytest.mark.parametrize("method", ["fixed", "svd-finetune"])
+def test_baselines_take_given_ranks(tmp_path: Path, quick: None, method: str):
+    folder = tmp_path / "run"
+    assert begin(folder, "--method", method, "--ranks", "2,3") == 0
+    assert list(summary_of(folder)["ranks"].values()) == [2, 3, 2, 3]
+
+
 @pytest.mark.parametrize("method", ["dense", "str"])
 def test_methods_without_a_target(tmp_path: Path, quick: None, method: str, capsys: pytest.CaptureFixture):
     decay = ["--spectrum-decay", "0.01"] if method == "str" else []

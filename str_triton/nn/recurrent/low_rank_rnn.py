@@ -150,12 +150,12 @@ class LowRankRNN(LowRankMatrices):
         if not all(isinstance(matrix, LowRankWeight) for matrix in matrices):
             return True
         with torch.no_grad():
-            rank = max(matrix.surviving()[1].numel() for matrix in matrices)
+            ranks = [matrix.max_rank if x.is_cuda else matrix.surviving()[1].numel() for matrix in matrices]
         device = x.device.type
         plan = low_rank_plan(
             self.cell,
             self.hidden_size,
-            rank,
+            max(ranks),
             max(batch, 1),
             torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype,
             shared_memory=shared_memory_limit(x.device),
