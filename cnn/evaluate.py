@@ -44,6 +44,8 @@ class Options:
     """Data set, as in python cnn/train.py; by default that of the run."""
     data_dir: str | None = None
     """Directory of IDX files, as in python cnn/train.py."""
+    image_size: int | None = None
+    """Height and width that images are scaled to, as in python cnn/train.py; by default that of the run."""
     batch_size: int = 64
     """Images in a batch."""
     workers: int = 0
@@ -107,6 +109,8 @@ def check(options: Options) -> torch.device:
     """Return the device to compute on. Raise `UserError` for options out of range, before any file is read."""
     if options.batch_size < 1:
         raise UserError(f"--batch-size {options.batch_size}: it must be at least 1")
+    if options.image_size is not None and options.image_size < 1:
+        raise UserError(f"--image-size {options.image_size}: it must be at least 1")
     if options.workers < 0:
         raise UserError(f"--workers {options.workers}: it must be 0 or more")
     if options.json is not None and not Path(options.json).parent.is_dir():
@@ -127,7 +131,7 @@ def read_data(options: Options, network: Network, on_corrupt: OnCorrupt) -> tupl
         name, data_dir = network.config.data, options.data_dir or network.config.data_dir
     else:
         raise UserError(f"{options.path} does not belong to a run, so its data set is unknown: name one with --data")
-    data = load(name, data_dir, on_corrupt)
+    data = load(name, data_dir, on_corrupt, options.image_size or (network.config and network.config.image_size))
     for what, of_data, of_model in (
         ("classes", data.num_classes, network.num_classes),
         ("colour channels", data.image_shape[0], network.in_channels),

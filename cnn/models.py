@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +71,7 @@ def resnet_medium(num_classes: int, in_channels: int) -> nn.Module:
     return SmallResNet((32, 64, 128, 256), (2, 2, 2, 2), num_classes, in_channels)
 
 
-MODELS: dict[str, Callable[[int, int], nn.Module]] = {
+MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet-digits": resnet_digits,
     "resnet-small": resnet_small,
     "resnet-medium": resnet_medium,
@@ -80,15 +81,18 @@ MODELS: dict[str, Callable[[int, int], nn.Module]] = {
     "resnet50": resnet50,
     "resnet101": resnet101,
     "mobilenetv1": MobileNetV1,
+    "tf_mobilenetv1": partial(MobileNetV1, tf=True),
 }
+WITH_WIDTH = ("mobilenetv1", "tf_mobilenetv1")
 
 
 def build(name: str, *, num_classes: int = 1000, in_channels: int = 3) -> nn.Module:
     """Build a plain dense network with initial weights, from images [B, in_channels, H, W] to scores [B, num_classes].
 
     Args:
-        name: a name in `MODELS`; "mobilenetv1:WIDTH" for a MobileNetV1 whose layers have WIDTH times the channels; or
-            "timm:NAME" for the network that timm, if it is installed, calls NAME.
+        name: a name in `MODELS`; "mobilenetv1:WIDTH" or "tf_mobilenetv1:WIDTH" for a MobileNetV1 whose layers have
+            WIDTH times the channels; or "timm:NAME" for the network that timm, if it is installed, calls NAME. As in
+            timm, "tf_" stands for the arithmetic of TensorFlow's weights (see `MobileNetV1`).
 
     Raises:
         ValueError: an unknown name, a width that is not a positive number, or timm is not installed.
@@ -96,21 +100,27 @@ def build(name: str, *, num_classes: int = 1000, in_channels: int = 3) -> nn.Mod
     kind, colon, detail = name.partition(":")
     if kind == "timm" and detail:
         return _from_timm(detail, num_classes, in_channels)
-    if kind == "mobilenetv1" and colon:
-        return MobileNetV1(num_classes, in_channels, width=_width(detail))
+    if kind in WITH_WIDTH and colon:
+        return MODELS[kind](num_classes, in_channels, width=_width(name, detail))
     if name not in MODELS:
-        names = ", ".join([*MODELS, "mobilenetv1:WIDTH", "timm:NAME"])
+        names = ", ".join([*MODELS, *(f"{kind}:WIDTH" for kind in WITH_WIDTH), "timm:NAME"])
         raise ValueError(f"there is no model {name!r}; the models are {names}")
     return MODELS[name](num_classes, in_channels)
 
 
-def _width(text: str) -> float:
+def is_known(name: str) -> bool:
+    """Return whether `build` knows the name. timm's names are taken as given."""
+    kind, colon, detail = name.partition(":")
+    return name in MODELS or bool(colon and detail and (kind in WITH_WIDTH or kind == "timm"))
+
+
+def _width(name: str, text: str) -> float:
     try:
         width = float(text)
     except ValueError:
         width = math.nan
     if not 0 < width < math.inf:
-        raise ValueError(f"model 'mobilenetv1:{text}': the width must be a number above 0, such as mobilenetv1:0.5")
+        raise ValueError(f"model {name!r}: the width must be a number above 0, such as mobilenetv1:0.5")
     return width
 
 

@@ -4,8 +4,9 @@ import os
 
 from torch import nn
 
+from str_triton.cnn.arithmetic import warn_of_arithmetic
 from str_triton.cnn.models import state_shapes
-from str_triton.cnn.weights import fill, read_weights
+from str_triton.cnn.weights import fill, read_named_weights, read_weights
 
 
 def check_start(path: str | os.PathLike[str], *, needs_zeros: bool) -> None:
@@ -26,7 +27,7 @@ def start_from(
     *,
     new_classifier: bool,
 ) -> None:
-    """Give a plain network the weights and buffers of a trained one, in place.
+    """Give a plain network the weights and buffers of a trained one, in place. See also `warn_of_arithmetic`.
 
     Args:
         path: a file or run folder of any kind that `str_triton.cnn.weights.read_weights` takes. All entries of the
@@ -41,9 +42,10 @@ def start_from(
         UserError: ``path`` is a run without an undamaged checkpoint.
     """
     where = f"--pretrained {path}, model {name}"
-    weights, own = read_weights(path), model.state_dict()
+    (weights, said), own = read_named_weights(path), model.state_dict()
     classifier = {key: own[key] for key in classifier_keys(name, in_channels)}
     fill(model, weights | classifier, where)  # first without the classifier: another network is not an error of classes
+    warn_of_arithmetic(f"--pretrained {path}", name, said, weights)
     if new_classifier:
         return
     for key, ours in classifier.items():

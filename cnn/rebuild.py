@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from str_triton.cnn.arithmetic import warn_of_arithmetic
 from str_triton.cnn.models import build, state_shapes
 from str_triton.cnn.recipes import Config
 from str_triton.cnn.weights import fill, read_named_weights
@@ -51,12 +52,14 @@ def rebuild(path: str | os.PathLike[str], name: str | None = None) -> Network:
     folder = _run_of(path)
     config = None if folder is None else saved_config(folder, Config)
     weights, said = read_named_weights(path)
-    name = name or (said if config is None else config.model)
+    said = said if config is None else config.model
+    name = name or said
     if name is None:
         raise ValueError(f"{path}: neither a run nor the file names its network: give --model")
     num_classes, in_channels = _size(name, weights)
     model = build(name, num_classes=num_classes, in_channels=in_channels)
     fill(model, weights, f"{path}, model {name}")
+    warn_of_arithmetic(path, name, said, weights)
     return Network(model.eval(), name, num_classes, in_channels, config)
 
 

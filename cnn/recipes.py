@@ -44,9 +44,12 @@ class Config(TrainConfig):
     skip_corrupt: bool = False
     """Skip images that cannot be decoded, and count them: in training the next image takes the place, in testing there
     is one image less. Without this option such an image ends the run with its name."""
+    image_size: int | None = None
+    """Height and width that the images of a folder or of the hub are scaled to; 224, or the size of small images."""
     model: str = "resnet-digits"
     """Network: resnet-digits (8x8 images), resnet-small (about 28x28), resnet20 or resnet-medium (about 32x32),
-    resnet18, resnet34, resnet50, resnet101, mobilenetv1[:WIDTH] or timm:NAME."""
+    resnet18, resnet34, resnet50, resnet101, mobilenetv1[:WIDTH], tf_mobilenetv1[:WIDTH], which computes as
+    TensorFlow's weights need, or timm:NAME."""
 
     method: str = "str-exact"
     """str-exact: soft thresholds that meet a target exactly; str: soft thresholds as in the paper, without a target;
@@ -131,6 +134,24 @@ def cifar10() -> Config:
     )
 
 
+def mobilenetv1_finetune() -> Config:
+    """Fine-tune MobileNetV1 on photographs, 128x128 pixels, 90 % sparse exactly; needs --pretrained and --data."""
+    return Config(
+        recipe="mobilenetv1-finetune",
+        data="",
+        image_size=128,
+        model="tf_mobilenetv1",
+        new_classifier=True,
+        target_sparsity=DEFAULT_SPARSITY,
+        epochs=6,
+        batch_size=32,
+        lr=0.02,
+        warmup_epochs=0.5,
+        weight_decay=1e-4,
+        channels_last=True,
+    )
+
+
 def _imagenet(name: str, description: str, **own: object) -> tuple[str, Callable[[], Config]]:
     """Return a recipe's name and the recipe: the paper's training with the options ``own`` on top."""
 
@@ -180,6 +201,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "digits": digits,
     "fashion-mnist": fashion_mnist,
     "cifar10": cifar10,
+    "mobilenetv1-finetune": mobilenetv1_finetune,
     **dict(_published(point) for point in POINTS),
     **dict(_dense(model, dense) for model, dense in DENSE.items()),
     **dict(_exact(percent) for percent in BASELINES),
@@ -231,7 +253,7 @@ def resolve(config: Config) -> Config:
         raise UserError(
             f"--gradient switched: only --method str-exact takes it; {config.method} takes masked or straight_through"
         )
-    if config.new_classifier and config.pretrained is None:
+    if config.new_classifier and config.pretrained is None and config.recipe not in FINETUNING:
         raise UserError("--new-classifier needs a trained network: name one with --pretrained FILE")
     if config.method == "keep-zeros" and config.pretrained is None:
         raise UserError("--method keep-zeros needs a pruned network: name one with --pretrained FILE")
@@ -282,6 +304,8 @@ def _resolve_options(config: Config, recipe: Config) -> Config:
 
 def _check_ranges(config: Config) -> None:
     check_ranges(config)
+    if config.image_size is not None:
+        require(config, "image_size", config.image_size >= 1, "at least 1")
     require(config, "momentum", 0.0 <= config.momentum < 1.0, "in 0..1, below 1")
     if config.target_sparsity is not None:
         require(config, "target_sparsity", 0.0 <= config.target_sparsity < 1.0, "in 0..1, below 1")

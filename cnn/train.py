@@ -28,6 +28,7 @@ from str_triton.files import percent, printable
 from str_triton.training.checkpoints import Checkpoints
 from str_triton.training.command_line import CommandLine
 from str_triton.training.errors import UserError, as_user_error, one_line, tell, warn
+from str_triton.training.interface import INTERFACE
 from str_triton.training.loop import Loop, StepOutput
 from str_triton.training.meter import Means, Meter
 from str_triton.training.metrics import Record, read_metrics
@@ -68,7 +69,8 @@ class Experiment(Loop):
         with as_user_error(ValueError, OSError):
             check_inputs(config)
             corrupt: list[str] = []
-            data = load(config.data, config.data_dir, corrupt.append if config.skip_corrupt else None)
+            on_corrupt = corrupt.append if config.skip_corrupt else None
+            data = load(config.data, config.data_dir, on_corrupt, config.image_size)
             steps = steps_per_epoch(data.train, config.batch_size, drop_last=True, world_size=accelerator.num_processes)
             torch.manual_seed(config.seed)
             model = initial_model(config, data)
@@ -191,7 +193,7 @@ class Experiment(Loop):
         )
 
     def finish(self, run: Run) -> None:
-        """Write summary.json, the plain model and the report, and print the budget."""
+        """Write summary.json, interface.json, the plain model and the report, and print the budget."""
         run.end_training()
         if not self.accelerator.is_main_process:
             return
@@ -208,7 +210,11 @@ class Experiment(Loop):
         run.write("summary.json", json.dumps(summary, indent=2) + "\n")
         self.accelerator.unwrap_model(self.network, keep_fp32_wrapper=False)  # otherwise the copy contains autocast
         weights = densify(copy.deepcopy(self.model)).state_dict()
-        run.write("model.safetensors", safetensors.torch.save({k: v.cpu().contiguous() for k, v in weights.items()}))
+        interface = self.data.interface()
+        run.write(INTERFACE, interface.text())
+        content = {key: tensor.cpu().contiguous() for key, tensor in weights.items()}
+        metadata = {"format": "pt", "model": self.config.model, "interface": interface.text()}
+        run.write("model.safetensors", safetensors.torch.save(content, metadata))
         run.write("report.html", report(run.path))
         run.say(str(budget))
         run.say(
@@ -221,9 +227,11 @@ class Experiment(Loop):
 def check_inputs(config: Config) -> None:
     """Check all files and names that a run needs, except its images, whose reading takes longer.
 
-    Raises as `build`, `check_start` and `named_sparsities` do, and `UserError` if the recipe needs a trained network
-    and none is named.
+    Raises as `build`, `check_start` and `named_sparsities` do, and `UserError` if the recipe needs data or a trained
+    network and none is named.
     """
+    if not config.data:
+        raise UserError(f"{config.recipe} needs your images: name them with --data imagefolder:DIR or hub:DIR")
     state_shapes(config.model, 2, 1)
     if config.pretrained is None and config.recipe in FINETUNING:
         raise UserError(f"{config.recipe} starts from a trained dense network: name it with --pretrained FILE")

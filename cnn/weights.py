@@ -1,5 +1,6 @@
 """Reading of weight files of all kinds as plain dense tensors. No code in a file is ever run."""
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,8 +10,9 @@ from torch import Tensor, nn
 
 from str_triton import densify, deploy, plain_state_dict
 from str_triton.cnn import paper_checkpoint
-from str_triton.cnn.models import MODELS
+from str_triton.cnn.models import is_known
 from str_triton.training.checkpoints import Checkpoints
+from str_triton.training.run_folder import CONFIG
 
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
 """Prefixes of all keys by DistributedDataParallel, torch.compile, and the usual attributes of Lightning modules."""
@@ -39,11 +41,11 @@ def read_named_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor],
     """Return what `read_weights` returns, and the network's name in `str_triton.cnn.models` if the file holds it."""
     path = Path(path)
     if path.is_dir():
-        return _from_run(path), None
+        return _from_run(path), _name_in_run(path)
     checkpoint = deploy.read_checkpoint(path)
     arch = checkpoint.others.get("arch", checkpoint.others.get("model"))
     name = paper_checkpoint.ARCHITECTURES.get(arch, arch) if isinstance(arch, str) else None
-    return _weights(path, checkpoint), name if name in MODELS else None
+    return _weights(path, checkpoint), name if name is not None and is_known(name) else None
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -103,6 +105,15 @@ def _from_run(folder: Path) -> dict[str, Tensor]:
     if state is None:
         raise ValueError(f"{folder}: not a run with weights (neither {finished.name} nor a checkpoint)")
     return _weights(folder, deploy.Checkpoint.of(state, folder))
+
+
+def _name_in_run(folder: Path) -> str | None:
+    """Return the network's name in a run's config.json; None if there is none."""
+    try:
+        name = json.loads((folder / CONFIG).read_text())["model"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return name if isinstance(name, str) and is_known(name) else None
 
 
 def _weights(path: Path, checkpoint: deploy.Checkpoint) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ def test_every_line_can_be_run_again() -> None:
 )
 def test_a_line_meets_its_sparsity(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    data = Data(noise(1000), noise(10), 10, (1, 28, 28), "noise")
+    data = Data(noise(1000), noise(10), tuple("0123456789"), (1, 28, 28), "noise")
     density = [0.5, 0.2, 0.1, 0.1, 0.05, 0.05, 0.5]
     source = {"line": "str-exact", "target": 0.95, "seed": 0, "density": density}
     held = RunFile(tmp_path / "methods.jsonl", methods.RUNS.key)

@@ -7,6 +7,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from str_triton.cnn.data.normalisation import Normalisation
+from str_triton.training.interface import ImageInput, Interface
+
 OnCorrupt = Callable[[str], None] | None
 """A function that gets a line about each corrupt image, which is then skipped; None: a corrupt image is an error."""
 
@@ -16,7 +19,7 @@ class Images(Protocol):
 
     in_memory: bool
     """True if `batch` only copies from memory, so that worker processes would make it slower."""
-    normalisation: Callable[[Tensor], Tensor]
+    normalisation: Normalisation
     """Maps a batch's pixels, on any device, to float32 [B, C, H, W] of about zero mean and unit variance."""
 
     def __len__(self) -> int: ...
@@ -38,17 +41,32 @@ class Images(Protocol):
 
 @dataclass(frozen=True)
 class Data:
-    """A data set: `train` and `test` images of `image_shape` = (C, H, W), with labels 0 ... num_classes - 1.
+    """A data set: `train` and `test` images of `image_shape` = (C, H, W); label k stands for `class_names[k]`.
 
-    `left_out` holds a line about each corrupt image that was left out of `test` on loading.
+    Attributes:
+        crop: the central square that `test` takes of each image, as a share of the image's shorter side; None if it
+            takes the whole image.
+        left_out: a line about each corrupt image that was left out of `test` on loading.
     """
 
     train: Images
     test: Images
-    num_classes: int
+    class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]
     name: str
+    crop: float | None = None
     left_out: tuple[str, ...] = ()
+
+    @property
+    def num_classes(self) -> int:
+        """Return the number of classes."""
+        return len(self.class_names)
+
+    def interface(self) -> Interface:
+        """Return what a stranger needs to feed a network that was trained on these data, and to read its scores."""
+        normalisation = self.test.normalisation
+        images = ImageInput(*self.image_shape, self.crop)
+        return Interface(self.class_names, (normalisation.mean, normalisation.std), images)
 
 
 TEST_SHARE = 0.2

@@ -14,6 +14,7 @@ from str_triton.cnn.data.arrays import ArrayImages, Augmentation, Normalisation
 from str_triton.cnn.data.common import Data, stratified_split
 from str_triton.cnn.data.counter_random import order_keys
 
+NAMES = tuple("0123456789")
 FILE = Path(__file__).parents[1] / "assets" / "digits.csv.gz"
 
 
@@ -26,12 +27,12 @@ def load_digits() -> Data:
     with gzip.open(FILE, "rt") as file:
         rows = torch.from_numpy(np.loadtxt(file, delimiter=",", dtype=np.uint8))
     images, labels = rows[:, :64].reshape(-1, 1, 8, 8), rows[:, 64].long()
-    train, test = stratified_split(labels, order_keys(len(labels), 0, 0), [str(digit) for digit in range(10)])
+    train, test = stratified_split(labels, order_keys(len(labels), 0, 0), NAMES)
     normalisation, augmentation = Normalisation.of(images[train]), Augmentation()
     return Data(
         train=ArrayImages(images[train], labels[train], normalisation, augmentation),
         test=ArrayImages(images[test], labels[test], normalisation, augmentation),
-        num_classes=10,
+        class_names=NAMES,
         image_shape=(1, 8, 8),
         name="digits",
     )

@@ -13,7 +13,16 @@ from torch import Tensor
 from str_triton.cnn.data.arrays import ArrayImages, Augmentation, Normalisation
 from str_triton.cnn.data.common import Data, OnCorrupt
 from str_triton.cnn.data.counter_random import uniforms
-from str_triton.cnn.data.decoding import CROP_DRAWS, centre, decode, opened, random_crop, upright_size, whole
+from str_triton.cnn.data.decoding import (
+    CROP_DRAWS,
+    TEST_SHARE_OF_SIDE,
+    centre,
+    decode,
+    opened,
+    random_crop,
+    upright_size,
+    whole,
+)
 from str_triton.training.errors import warn
 
 SMALL = 64
@@ -103,20 +112,21 @@ def encoded_data(
     train_labels: Tensor,
     test: Source,
     test_labels: Tensor,
-    num_classes: int,
+    class_names: tuple[str, ...],
     name: str,
     on_corrupt: OnCorrupt = None,
+    image_size: int | None = None,
 ) -> Data:
     """Return the data set of two sources of encoded images.
 
-    The majority of the training images decides on the size. Small images are shifted at random by up to an eighth of
-    their height, large ones are cropped at random. Images are mirrored if the majority has colour: grey images are
-    often writing, which must not be mirrored. A warning is printed where images differ in kind or size from the
-    majority. With `on_corrupt`, images that cannot be decoded do not count in the majority and are left out of images
-    held in memory.
+    The majority of the training images decides on the size, unless `image_size` gives it. Small images are shifted at
+    random by up to an eighth of their height, large ones are cropped at random. Images are mirrored if the majority has
+    colour: grey images are often writing, which must not be mirrored. A warning is printed where images differ in kind
+    or size from the majority. With `on_corrupt`, images that cannot be decoded do not count in the majority and are
+    left out of images held in memory.
     """
-    small, (height, width), coloured = _majority(train, name, on_corrupt)
-    size = (height, width)
+    small, size, coloured = _majority(train, name, on_corrupt, image_size)
+    height, width = size
     augmentation = Augmentation(padding=height // 8 if small else 0, flip=coloured)
     sets = [
         EncodedImages(source, labels, size, not small, augmentation)
@@ -136,10 +146,13 @@ def encoded_data(
         left_out = tuple(dict.fromkeys(corrupt[1]))
         normalisation = Normalisation.of(parts[0][0])
         sets = [ArrayImages(pixels.contiguous(), labels, normalisation, augmentation) for pixels, labels in parts]
-    return Data(sets[0], sets[1], num_classes, (3, *size), name, left_out)
+    crop = None if small else TEST_SHARE_OF_SIDE
+    return Data(sets[0], sets[1], class_names, (3, *size), name, crop, left_out)
 
 
-def _majority(source: Source, name: str, on_corrupt: OnCorrupt) -> tuple[bool, tuple[int, int], bool]:
+def _majority(
+    source: Source, name: str, on_corrupt: OnCorrupt, image_size: int | None
+) -> tuple[bool, tuple[int, int], bool]:
     """Return whether most images are small, the (height, width) to read all of them at, and whether most have colour.
 
     Only the headers of `SAMPLES` images are read. The size of small images is the most frequent one.
@@ -164,6 +177,8 @@ def _majority(source: Source, name: str, on_corrupt: OnCorrupt) -> tuple[bool, t
     among = sum(small.values())
     is_small = among > readable // 2
     size = max(small, key=lambda own: (small[own], own)) if is_small else (LARGE, LARGE)
+    if image_size is not None:
+        return is_small, (image_size, image_size), coloured > readable // 2
     if (is_small and small[size] < readable) or (not is_small and small):
         warn(
             f"{name}: of {readable} sampled images, {among} are at most {SMALL} pixels wide and high"

@@ -57,7 +57,7 @@ class Files:
         return path, path
 
 
-def load_folder(place: str, on_corrupt: OnCorrupt = None) -> Data:
+def load_folder(place: str, on_corrupt: OnCorrupt = None, image_size: int | None = None) -> Data:
     """Read DIR/train/CLASS/ and DIR/val/CLASS/ (or test), or split DIR/CLASS/ 80/20 by name.
 
     Images may lie at any depth below their class. Classes are the folders' names in alphabetical order. Links are
@@ -76,7 +76,7 @@ def load_folder(place: str, on_corrupt: OnCorrupt = None) -> Data:
     if skipped:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in skipped.most_common(8))
         warn(f"{name}: skipped, not images: {kinds}")
-    return encoded_data(*train, *test, len(classes), name, on_corrupt)
+    return encoded_data(*train, *test, tuple(classes), name, on_corrupt, image_size)
 
 
 Part = tuple[Files, Tensor]

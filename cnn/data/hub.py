@@ -53,7 +53,7 @@ class Column:
         return name, value
 
 
-def load_hub(place: str, on_corrupt: OnCorrupt = None) -> Data:
+def load_hub(place: str, on_corrupt: OnCorrupt = None, image_size: int | None = None) -> Data:
     """Read `NAME` or `NAME:CONFIGURATION` of the hub, or a local folder of parquet or arrow files or of `save_to_disk`.
 
     The columns are image (or img) and label (or labels, fine_label). The splits are train and test, or validation where
@@ -94,7 +94,7 @@ def load_hub(place: str, on_corrupt: OnCorrupt = None) -> Data:
     sources = [
         Column(_encoded(rows, image), part, root) for rows, part in ((train, f"{name} train"), (test, test_name))
     ]
-    return encoded_data(sources[0], labels, sources[1], test_labels, len(classes), name, on_corrupt)
+    return encoded_data(sources[0], labels, sources[1], test_labels, tuple(classes), name, on_corrupt, image_size)
 
 
 def _one_of(names: tuple[str, ...], columns: list[str], place: str) -> str:

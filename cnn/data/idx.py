@@ -4,8 +4,10 @@ import gzip
 import math
 import struct
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from string import ascii_lowercase, ascii_uppercase, digits
 from typing import BinaryIO
 
 import numpy as np
@@ -23,7 +25,7 @@ LARGEST = 2**32
 class Published:
     """A published data set: its classes, the prefixes of its file names, and how to treat its images."""
 
-    num_classes: int
+    class_names: tuple[str, ...]
     first_label: int = 0
     train: str = "train"
     test: str = "t10k"
@@ -31,20 +33,22 @@ class Published:
     transposed: bool = False
 
 
-def _emnist(split: str, num_classes: int, first_label: int = 0) -> Published:
-    return Published(num_classes, first_label, f"emnist-{split}-train", f"emnist-{split}-test", transposed=True)
+def _emnist(split: str, class_names: Iterable[str], first_label: int = 0) -> Published:
+    return Published(tuple(class_names), first_label, f"emnist-{split}-train", f"emnist-{split}-test", transposed=True)
 
 
+MERGED = digits + ascii_uppercase + "abdefghnqrt"  # the letters whose cases EMNIST keeps apart
+FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 SETS = {
-    "mnist": Published(10),
-    "fashion-mnist": Published(10, flip=True),
-    "kmnist": Published(10),
-    "emnist:balanced": _emnist("balanced", 47),
-    "emnist:byclass": _emnist("byclass", 62),
-    "emnist:bymerge": _emnist("bymerge", 47),
-    "emnist:digits": _emnist("digits", 10),
-    "emnist:letters": _emnist("letters", 26, first_label=1),
-    "emnist:mnist": _emnist("mnist", 10),
+    "mnist": Published(tuple(digits)),
+    "fashion-mnist": Published(FASHION, flip=True),
+    "kmnist": Published(("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")),
+    "emnist:balanced": _emnist("balanced", MERGED),
+    "emnist:byclass": _emnist("byclass", digits + ascii_uppercase + ascii_lowercase),
+    "emnist:bymerge": _emnist("bymerge", MERGED),
+    "emnist:digits": _emnist("digits", digits),
+    "emnist:letters": _emnist("letters", ascii_uppercase, first_label=1),
+    "emnist:mnist": _emnist("mnist", digits),
 }
 
 
@@ -71,7 +75,7 @@ def load_idx(name: str, data_dir: str | None) -> Data:
     return Data(
         train=ArrayImages(train_images, train_labels, normalisation, augmentation),
         test=ArrayImages(test_images, test_labels, normalisation, augmentation),
-        num_classes=published.num_classes,
+        class_names=published.class_names,
         image_shape=tuple(train_images.shape[1:]),
         name=name,
     )
@@ -117,7 +121,7 @@ def _read_pair(images_path: Path, labels_path: Path, published: Published) -> tu
             f"{images_path} has {len(images)} images but {labels_path} has {len(labels)} labels; "
             "take both from the same data set"
         )
-    first, last = published.first_label, published.first_label + published.num_classes - 1
+    first, last = published.first_label, published.first_label + len(published.class_names) - 1
     low, high = int(labels.min()), int(labels.max())
     if low < first or high > last:
         raise ValueError(

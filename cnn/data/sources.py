@@ -9,7 +9,7 @@ from str_triton.cnn.data.idx import SETS, load_idx
 KNOWN = "digits, mnist, fashion-mnist, kmnist, emnist[:SPLIT], imagefolder:DIR, hub:NAME"
 
 
-def load(spec: str, data_dir: str | None = None, on_corrupt: OnCorrupt = None) -> Data:
+def load(spec: str, data_dir: str | None = None, on_corrupt: OnCorrupt = None, image_size: int | None = None) -> Data:
     """Read the data set that `spec` names.
 
     - "digits": the bundled handwritten digits;
@@ -17,18 +17,24 @@ def load(spec: str, data_dir: str | None = None, on_corrupt: OnCorrupt = None) -
     - "imagefolder:DIR": a folder per class, see `load_folder`;
     - "hub:NAME": a data set of the Hugging Face hub or a local folder in its format, see `load_hub`.
 
+    `image_size` is the height and width that the images of a folder or of the hub are scaled to, by default 224 or the
+    size of small images.
+
     Raises ValueError or FileNotFoundError with one line that names the fault. With `on_corrupt` images that cannot be
     decoded are skipped, see `Images.batch`.
     """
     kind, _, place = spec.partition(":")
-    if spec in SETS or spec == "emnist":
-        return load_idx(spec, data_dir)
-    if data_dir is not None:
+    is_idx = spec in SETS or spec == "emnist"
+    if data_dir is not None and not is_idx:
         raise ValueError(f"--data-dir {data_dir} is for data sets of IDX files; --data {spec} does not take it")
+    if image_size is not None and kind not in ("imagefolder", "hub"):
+        raise ValueError(f"--image-size {image_size}: the images of --data {spec} have a size of their own")
+    if is_idx:
+        return load_idx(spec, data_dir)
     if spec == "digits":
         return load_digits()
     if kind == "imagefolder" and place:
-        return load_folder(place, on_corrupt)
+        return load_folder(place, on_corrupt, image_size)
     if kind == "hub" and place:
-        return load_hub(place, on_corrupt)
+        return load_hub(place, on_corrupt, image_size)
     raise ValueError(f"unknown data set {spec!r}; known are {KNOWN}")

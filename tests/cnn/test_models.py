@@ -183,13 +183,14 @@ def test_a_width_multiplies_every_layer_of_mobilenet():
     [
         (
             "vgg",
-            r"no model 'vgg'; the models are resnet-digits, resnet-small, .*resnet50, .*mobilenetv1:WIDTH, timm:NAME",
+            "no model 'vgg'; the models are resnet-digits, .*, mobilenetv1:WIDTH, tf_mobilenetv1:WIDTH, timm:NAME",
         ),
         ("timm:", "no model 'timm:'"),
         ("resnet50:2", "no model 'resnet50:2'"),
         ("mobilenetv1:wide", "model 'mobilenetv1:wide': the width must be a number above 0"),
         ("mobilenetv1:-1", "the width must be a number above 0"),
         ("mobilenetv1:inf", "the width must be a number above 0"),
+        ("tf_mobilenetv1:0", "model 'tf_mobilenetv1:0': the width must"),
         ("mobilenetv1:", "the width must be a number above 0"),
     ],
 )

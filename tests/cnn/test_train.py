@@ -23,7 +23,7 @@ SUMMARY = ["accuracy", "sparsity", "nonzeros", "params", "flops", "dense_flops",
 
 def test_a_run_writes_everything(whole_run: Path):
     expected = {"budget.csv", "budget.json", "checkpoints", "config.json", "environment.json", "events", "lock"}
-    expected |= {"metrics.jsonl", "model.safetensors", "report.html", "summary.json"}
+    expected |= {"interface.json", "metrics.jsonl", "model.safetensors", "report.html", "summary.json"}
     assert {path.name for path in whole_run.iterdir()} == expected
     summary = json.loads((whole_run / "summary.json").read_text())
     assert list(summary) == SUMMARY
@@ -222,7 +222,7 @@ def test_the_process_ends_with_the_exit_code():
     result = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr.startswith(
-        "error: there is no recipe 'cifar'; the recipes are digits, fashion-mnist, cifar10, resnet50-"
+        "error: there is no recipe 'cifar'; the recipes are digits, fashion-mnist, cifar10, mobilenetv1-"
     )
     assert result.stderr.count("\n") == 1
 

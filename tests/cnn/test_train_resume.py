@@ -139,7 +139,7 @@ def test_data_with_other_classes_than_before_are_refused(
         after_calls(patch, train, "learning_rate", 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert begin(folder) == 143
     capsys.readouterr()
-    monkeypatch.setattr(train, "load", lambda *args: dataclasses.replace(load(*args), num_classes=11))
+    monkeypatch.setattr(train, "load", lambda *args: dataclasses.replace(load(*args), class_names=tuple("0123456789x")))
     assert resume(folder) == 2
     error = capsys.readouterr().err
     assert error.startswith(

@@ -1,0 +1,91 @@
+"""interface.json: what a stranger needs to feed a trained network and to read its outputs."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+INTERFACE = "interface.json"
+
+
+@dataclass(frozen=True)
+class ImageInput:
+    """The images that a network takes.
+
+    Attributes:
+        channels: 3 for RGB, 1 for grey.
+        height, width: the size in pixels.
+        crop: the central square to cut out of an image before scaling, as a share of the image's shorter side; None:
+            the whole image is scaled. Images are scaled by bilinear interpolation with antialiasing.
+    """
+
+    channels: int
+    height: int
+    width: int
+    crop: float | None
+
+
+@dataclass(frozen=True)
+class Interface:
+    """The inputs and outputs of a network.
+
+    Attributes:
+        outputs: the meaning of the scores: the class names, or the characters of a language model.
+        standardisation: mean and deviation of each feature or colour channel; the network's input is (x - mean) / std.
+            Pixels are 0 to 255. None: no standardisation.
+        images: the images that the network takes; None for a network that does not take images.
+    """
+
+    outputs: tuple[str, ...]
+    standardisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    images: ImageInput | None = None
+
+    def record(self) -> dict[str, Any]:
+        """Return the interface as plain values for JSON. `Interface.of` reads them."""
+        numbers = self.standardisation and dict(zip(("mean", "std"), map(list, self.standardisation), strict=True))
+        record = {"outputs": list(self.outputs), "standardisation": numbers}
+        return record | ({} if self.images is None else {"images": vars(self.images)})
+
+    def text(self) -> str:
+        """Return the content of interface.json."""
+        return json.dumps(self.record()) + "\n"
+
+    @classmethod
+    def of(cls, record: Any) -> "Interface":
+        """Read plain values; raise ValueError, in words that follow a file's name, for anything else."""
+        if not isinstance(record, Mapping) or "outputs" not in record:
+            raise ValueError("it does not name the outputs of a network")
+        outputs = record["outputs"]
+        if not isinstance(outputs, Sequence) or not all(isinstance(name, str) for name in outputs) or not outputs:
+            raise ValueError("the names of its scores are not strings")
+        numbers, images = record.get("standardisation"), record.get("images")
+        standardisation = None if numbers is None else _standardisation(numbers)
+        return cls(tuple(outputs), standardisation, None if images is None else _image_input(images))
+
+
+def _standardisation(numbers: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    if not isinstance(numbers, Mapping) or not {"mean", "std"} <= numbers.keys():
+        raise ValueError("its standardisation has no mean or no std")
+    mean, std = numbers["mean"], numbers["std"]
+    for name, values in (("means", mean), ("deviations", std)):
+        good = isinstance(values, Sequence) and all(
+            isinstance(value, int | float) and math.isfinite(value) and (value > 0 or values is mean)
+            for value in values
+        )
+        if not good or len(values) != len(mean):
+            raise ValueError(f"its {name} are not numbers that can standardise inputs")
+    return tuple(mean), tuple(std)
+
+
+def _image_input(record: Any) -> ImageInput:
+    fields = ("channels", "height", "width")
+    if not isinstance(record, Mapping) or not all(type(record.get(name)) is int for name in fields):
+        raise ValueError("its images have no channels, height and width")
+    channels, height, width = (record[name] for name in fields)
+    crop = record.get("crop")
+    if channels not in (1, 3) or not (0 < height <= 2**14 and 0 < width <= 2**14):
+        raise ValueError(f"its images are {channels} x {height} x {width}: channels must be 1 or 3")
+    if crop is not None and not (isinstance(crop, int | float) and 0 < crop <= 1):
+        raise ValueError(f"its images are cropped to {crop!r}, which is not a share above 0 and up to 1")
+    return ImageInput(channels, height, width, crop)
