@@ -10,7 +10,7 @@ INSTALL = PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test lint docs format clean
 
 help: ## list these commands
 	@echo "Usage: make TARGET [PYTHON=python3.12] [PIP_ARGS='options for pip install, such as another index']"
@@ -27,12 +27,15 @@ lint: .venv/.dev ## check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+docs: .venv/.docs ## build the documentation site into site/, and fail at the first warning
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --site-dir site
+
 format: .venv/.dev ## format, and mend what can be mended safely
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean: ## remove the virtual environment and the tools' caches; runs/ stays
-	rm -rf .venv build dist .pytest_cache .ruff_cache *.egg-info
+	rm -rf .venv build dist site .pytest_cache .ruff_cache *.egg-info
 
 # The stamps: installed once, and again when the pinned versions or the project's metadata change.
 .venv/.train: pyproject.toml constraints.txt | $(BIN)/pip
@@ -42,6 +45,10 @@ clean: ## remove the virtual environment and the tools' caches; runs/ stays
 .venv/.dev: pyproject.toml constraints.txt | $(BIN)/pip
 	$(INSTALL) -e ".[dev]"
 	@touch .venv/.train $@ # dev includes train
+
+.venv/.docs: pyproject.toml constraints.txt | .venv/.dev
+	$(INSTALL) -e ".[docs]"
+	@touch $@
 
 $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit( \

@@ -1,4 +1,4 @@
-"""README and guides keep their word: tables, links, Python, and the script that runs their commands."""
+"""README and docs/ keep their word: tables, links, Python, and the script that runs their commands."""
 
 import re
 from pathlib import Path
@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import documents, readme_tables
-from tests.check_commands import DOCUMENTS, ROOT, check_for, commands, run
+import str_triton
+from benchmarks import concept_pictures, documents, readme_tables
+from str_triton import deploy
+from tests.check_commands import DOCUMENTS, ELSEWHERE, ROOT, check_for, commands, run
 
 PYTHON = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 BLOCKS = [
-    pytest.param(code, id=f"{document.stem}-{number}")
+    pytest.param(code, id=f"{document.relative_to(ROOT).with_suffix('')}-{number}")
     for document in DOCUMENTS
     for number, code in enumerate(PYTHON.findall(document.read_text()))
 ]
@@ -19,6 +21,18 @@ BLOCKS = [
 
 def test_tables_are_up_to_date() -> None:
     assert readme_tables.main(["--check"]) == 0, "run python -m benchmarks.readme_tables"
+
+
+def test_pictures_are_up_to_date() -> None:
+    assert concept_pictures.main(["--check"]) == 0, "run python -m benchmarks.concept_pictures"
+
+
+def test_the_reference_has_every_public_name_once() -> None:
+    pages = "".join(page.read_text() for page in (ROOT / "docs" / "reference").glob("*.md"))
+    names = [f"str_triton.{name}" for name in str_triton.__all__]
+    names += [f"str_triton.deploy.{name}" for name in deploy.__all__]
+    names += [f"str_triton.integrations.{name}" for name in ("lightning", "transformers")]
+    assert sorted(re.findall(r"^::: (\S+)$", pages, re.MULTILINE)) == sorted(names)
 
 
 def test_a_table_is_made_anew() -> None:
@@ -50,7 +64,9 @@ def headings(document: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in lines}
 
 
-@pytest.mark.parametrize("document", [*DOCUMENTS, *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"])
+@pytest.mark.parametrize(
+    "document", [*DOCUMENTS, *(ROOT / "docs" / name for name in ELSEWHERE), ROOT / "CONTRIBUTING.md"]
+)
 def test_links_lead_somewhere(document: Path) -> None:
     for target, _, anchor in re.findall(r"\]\(([^)#]*)(#([^)]+))?\)", document.read_text()):
         if "://" not in target:
