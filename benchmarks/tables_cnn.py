@@ -119,6 +119,29 @@ def cifar_tuning() -> str:
     return markdown(["network", "learning rate", "validation accuracy %"], rows)
 
 
+@table("distributions", EXACT_BUDGETS)
+def distributions() -> str:
+    """Return the results of the rules for distributions at equal FLOPs and at equal sparsity, the best first."""
+    groups: dict[tuple[str, float, str], list[dict[str, Any]]] = {}
+    for run in lines("distributions.jsonl"):
+        groups.setdefault((run["unit"], run["target"], run["variant"]), []).append(run)
+    rows = []
+    for (unit, target, name), runs in sorted(
+        groups.items(), key=lambda group: (*group[0][:2], -mean(run["accuracy"] for run in group[1]))
+    ):
+        goal = f"{100 * (1 - target):.3g} % of the FLOPs" if unit == "FLOPs" else f"{100 * target:.3g} % zeros"
+        rows.append(
+            [
+                f"{goal}, {name}",
+                spread((run["accuracy"] for run in runs), 100),
+                f"{100 * mean(run['sparsity'] for run in runs):.2f}",
+                f"{100 * mean(run['flops'] for run in runs):.2f}",
+                str(len(runs)),
+            ]
+        )
+    return markdown(["target, rule", "accuracy %", "sparsity %", "FLOPs, % of dense", "seeds"], rows)
+
+
 METHODS = (
     "str-exact",
     "str-exact, FLOP-aware",

@@ -38,6 +38,17 @@ def training_step() -> str:
     return markdown(["ResNet-50, forward, backward and SGD", "ms", "x dense"], rows)
 
 
+@table("cifar-speed")
+def cifar_speed() -> str:
+    """Return the training speed of ResNet20 with each option, and the share of the speed of a matrix product."""
+    rows = []
+    for run in results("cifar_speed*.json"):
+        for name, figures in run["variants"].items():
+            speed, share = f"{figures['images_per_second']:.0f}", f"{100 * figures['share_of_product']:.0f}"
+            rows.append([f"{name}, {run['machine']['processor']}", speed, share])
+    return markdown(["ResNet20, 32x32, batch 128", "images a CPU second", "% of a matrix product's FLOP/s"], rows)
+
+
 @table("low-rank-rnn")
 def low_rank_rnn() -> str:
     """Return the times of the recurrent layers relative to torch's, by machine."""
