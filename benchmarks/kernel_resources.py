@@ -76,7 +76,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def launches(all_variants: bool = True) -> list[Launch]:
-    """Every kernel in its variants, or in those that differ most: a name, and a call of the launcher."""
+    """Yield the launches of all kernels, in the variants that differ most: a name, and a call of the launcher."""
     return [
         *soft_threshold_launches(all_variants),
         *singular_value_threshold_launches(),
@@ -192,7 +192,7 @@ class _Driver:
 
 @contextmanager
 def compiling_for(target: str) -> Iterator[list[CompiledKernel]]:
-    """Within it a launch only compiles, and adds what it compiled to the list."""
+    """Make launches inside the context only compile, and add what they compiled to the list."""
     compiled: list[CompiledKernel] = []
     launch = JITFunction.run
 
@@ -210,7 +210,7 @@ def compiling_for(target: str) -> Iterator[list[CompiledKernel]]:
 
 
 def builds(target: str, launches: Iterable[Launch]) -> list[tuple[str, CompiledKernel]]:
-    """The variant and the code of every kernel that the launches start, each code once."""
+    """Return the variant and the code of every kernel that the launches start, each code once."""
     found: dict[str, tuple[str, CompiledKernel]] = {}
     for variant, launch in launches:
         with compiling_for(target) as compiled:
@@ -283,7 +283,7 @@ def _amd_registers(kernel: CompiledKernel) -> tuple[int, int]:
 
 
 def access_bits(kernel: CompiledKernel, kind: str) -> list[int]:
-    """The width of every load or store of global memory in the code."""
+    """Return the width of every load or store of global memory in the code."""
     if "amdgcn" in kernel.asm:
         widths = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "ushort": 16, "short": 16}
         found = re.findall(rf"(?:global|buffer)_{kind}_(dwordx\d|dword|u?short)", kernel.asm["amdgcn"])

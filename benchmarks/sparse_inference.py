@@ -66,7 +66,7 @@ def random_network(model_name: str, sparsity: float, example: Tensor) -> nn.Modu
 
 
 def prepare(name: str, work: Path, example: Tensor) -> nn.Module:
-    """The network, and beside it its ONNX file and what torch.compile makes of it."""
+    """Make the network, its ONNX file, and its result of torch.compile."""
     weights, onnx = work / f"{name}.pt", work / f"{name}.onnx"
     if weights.exists():
         model = build(NETWORKS[name][0]).eval()
@@ -83,7 +83,7 @@ def prepare(name: str, work: Path, example: Tensor) -> nn.Module:
 
 
 def compile_ours(name: str, work: Path, model: nn.Module, example: Tensor) -> nn.Module:
-    """What compile_sparse makes of the network, from its file where there is one that is newer than the code."""
+    """Compile the network with compile_sparse, or load its file if that is newer than the code."""
     path = work / f"{name}.sparse"
     changed = max(file.stat().st_mtime for file in (Path(deploy.__file__).parent / "sparse").rglob("*.*"))
     if not path.exists() or path.stat().st_mtime < changed:
@@ -95,7 +95,7 @@ def compile_ours(name: str, work: Path, model: nn.Module, example: Tensor) -> nn
 
 
 def fastest(variants: dict[str, Callable[[], Tensor]]) -> tuple[str, Callable[[], Tensor]]:
-    """The variant whose median over alternating calls is the smallest, and its name."""
+    """Return the variant whose median over alternating calls is the smallest, and its name."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for function in variants.values():
         function()
@@ -110,7 +110,7 @@ def fastest(variants: dict[str, Callable[[], Tensor]]) -> tuple[str, Callable[[]
 
 
 def in_turns(contenders: dict[str, Contender], rounds: int) -> dict[str, list[float]]:
-    """The median seconds of a call of each contender in each round; in a round every one has its turn."""
+    """Return the median seconds of a call for each contender and round. Every contender has its turn in a round."""
     calls = {name: max(3, round(SECONDS / contender(WARM))) for name, contender in contenders.items()}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
@@ -122,7 +122,7 @@ def in_turns(contenders: dict[str, Contender], rounds: int) -> dict[str, list[fl
 
 
 def repeated(function: Callable[[], Any]) -> Contender:
-    """A contender of this process."""
+    """Return a contender that runs in this process."""
 
     def turn(calls: int) -> float:
         seconds = []
@@ -204,12 +204,12 @@ def per_image(ours: nn.Module, batches: Sequence[int], rounds: int) -> dict[str,
 
 
 def ratio(theirs: list[float], ours: list[float]) -> float:
-    """How many times as fast ours is: the median over the rounds of their time over ours in the same round."""
+    """Return how many times as fast ours is: the median, over the rounds, of their time divided by ours."""
     return median(a / b for a, b in zip(theirs, ours, strict=True))
 
 
 def shares(model: nn.Module, ours: nn.Module, example: Tensor, rounds: int = 9) -> dict[str, float]:
-    """The share of time of each kind of step in ours, its steps measured one by one; convolutions by their kernel."""
+    """Return the share of time of each kind of step in ours. Steps are measured one by one."""
     profiles = [ours.profile(example) for _ in range(rounds)]
     spent: dict[str, float] = defaultdict(float)
     for steps in zip(*profiles, strict=True):

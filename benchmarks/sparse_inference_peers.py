@@ -108,7 +108,7 @@ def eager(model: nn.Module, example: Tensor) -> dict[str, Callable[[], Tensor]]:
 
 
 def compiled(model: nn.Module, example: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """torch.compile with frozen weights, in both layouts."""
+    """Compile with torch.compile and frozen weights, in both memory formats."""
     return {
         f"{layout}, freezing": _call(model, example, layout, lambda m: torch.compile(m, options={"freezing": True}))
         for layout in LAYOUTS
@@ -124,7 +124,7 @@ def _call(
 
 
 def onnx_file(model: nn.Module, example: Tensor, path: Path) -> None:
-    """The network as ONNX for a fixed input, batch norms folded, in an opset that all readers know."""
+    """Write the network as ONNX for a fixed input, with folded batch norms, in an opset that all readers know."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # the newer exporter writes newer opsets alone
         torch.onnx.export(
@@ -139,7 +139,7 @@ def onnx_file(model: nn.Module, example: Tensor, path: Path) -> None:
 
 
 def onnxruntime_session(path: Path, threads: int) -> onnxruntime.InferenceSession:
-    """A session with all of its graph optimisations."""
+    """Return an onnxruntime session with all graph optimizations."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1

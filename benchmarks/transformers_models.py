@@ -42,7 +42,7 @@ def llama() -> nn.Module:
 
 
 def mixtral() -> nn.Module:
-    """Its weights are saved under the names that they have here.
+    """Return a Mixtral whose weights are saved under the names that they have in memory.
 
     By default transformers 5 splits the experts for saving, and its Trainer does not find them again when it resumes,
     in a plain model neither.

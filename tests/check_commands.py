@@ -23,7 +23,7 @@ TIMEOUT = 600  # Seconds for one command; coreutils' timeout ends its children t
 
 
 class Check(NamedTuple):
-    """What is run for a command, the options its output has to name, and why it is not the command itself."""
+    """The check of a command: what is run, the options that the output must name, and why another command is run."""
 
     command: str
     options: list[str]
@@ -31,7 +31,7 @@ class Check(NamedTuple):
 
 
 def commands(text: str) -> Iterator[str]:
-    """The commands of a text's bash blocks: a line each, a backslash joins two, comments are dropped."""
+    """Yield the commands in a text's bash blocks, one for each line. A backslash joins lines; comments are dropped."""
     for block in BLOCK.findall(text):
         for line in block.replace("\\\n", " ").splitlines():
             command = re.sub(r"(^|\s)#.*", "", line).strip()
@@ -40,7 +40,7 @@ def commands(text: str) -> Iterator[str]:
 
 
 def check_for(command: str) -> Check:
-    """The command itself, or its stand-in."""
+    """Return the check of a command: the command itself, or its stand-in."""
     if re.match(r"make (test|lint|docs)\b", command):
         return Check(command.replace("make", "make --dry-run", 1), [], ".ci/run runs it beforehand")
     if command.startswith("pip install"):
@@ -53,14 +53,14 @@ def check_for(command: str) -> Check:
 
 
 def help_of(command: str) -> tuple[str, list[str]]:
-    """The program's --help, and the options of the command that it has to name."""
+    """Return the command of the program's --help, and the options that its output must name."""
     program = re.match(r"python -m \w+\.export \w+|python (-m )?\S+|\S+", command)[0]  # each export has its own options
     return f"{program} --help", re.findall(r"(?<=\s)--?[a-z][\w-]*", command.removeprefix(program))
 
 
 @functools.cache
 def output_of(command: str) -> tuple[int, str]:
-    """Exit code and output."""
+    """Return the exit code and the output."""
     path = pathsep.join([str(Path(sys.executable).parent), environ["PATH"]])
     result = subprocess.run(
         ["timeout", str(TIMEOUT), "bash", "-euo", "pipefail", "-c", command],
@@ -75,7 +75,7 @@ def output_of(command: str) -> tuple[int, str]:
 
 
 def run(check: Check) -> str:
-    """What went wrong, "" if nothing did."""
+    """Run a check and return what went wrong, or "" if nothing did."""
     code, output = output_of(check.command)
     if code == 124:
         return f"not finished after {TIMEOUT} s\n{output}"

@@ -96,7 +96,7 @@ STOPS = [
 
 
 def damaged(stopped: Path, folder: Path, name: str, damage: Callable[[Path], None]) -> Path:
-    """A copy of a stopped run with one of its files damaged."""
+    """Return a copy of a stopped run with one file damaged."""
     shutil.copytree(stopped, folder)
     damage(max((folder / "checkpoints").glob("*.pt")) if name == LAST else folder / name)
     return folder

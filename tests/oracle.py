@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def threshold(raw: Tensor, g: str) -> Tensor:
-    """alpha = g(s)."""
+    """Return alpha = g(s)."""
     if g == "sigmoid":
         return 1 / (1 + torch.exp(-raw))
     if g == "exp":
@@ -24,7 +24,7 @@ def soft_threshold(x: Tensor, raw: Tensor, g: str = "sigmoid") -> Tensor:
 
 
 def soft_threshold_straight_through(x: Tensor, raw: Tensor, g: str = "sigmoid") -> Tensor:
-    """The same value and the same gradient of s, but dS/dx = 1 everywhere."""
+    """Return the same value, with the same gradient of s, but dS/dx = 1 everywhere."""
     return soft_threshold(x.detach(), raw, g) + x - x.detach()
 
 
@@ -40,7 +40,7 @@ def singular_value_threshold(w: Tensor, alpha: Tensor) -> Tensor:
 def time_loop(
     step, gates_x: Tensor, states: tuple[Tensor, ...], lengths: Tensor | None, reverse: bool
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """step(x, *states) -> states over each sequence by itself: the states' first [T, B, H], and the last states."""
+    """Apply step(x, *states) -> states to each sequence alone. Return the first state [T, B, H], and the last states."""
     time, batch, _ = gates_x.shape
     outputs, finals = [], []
     for index in range(batch):

@@ -27,7 +27,7 @@ class Job:
 
 
 def environment(rank: int, size: int, port: int) -> dict[str, str]:
-    """What a launcher tells a process; the loopback interface, since a test machine's own name may lead nowhere."""
+    """Return a launcher's environment for a process. It uses the loopback: a machine's own name may lead nowhere."""
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
     loopback = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
     return {name: str(number) for name, number in numbers.items()} | {

@@ -19,7 +19,7 @@ def kill() -> None:
 
 
 def run_main(main: Callable[[list[str]], int], args: list[str]) -> int:
-    """The exit code of ``main``, as from a process of its own: what it sets for its whole process is undone."""
+    """Return the exit code of ``main``, and undo what it sets for its whole process."""
     threads = torch.get_num_threads()
     try:
         return main(args)
@@ -43,7 +43,7 @@ def same_bits(a: object, b: object) -> bool:
 
 
 def assert_same_result(folder: Path, whole: Path) -> None:
-    """Two finished runs ended in the same bits."""
+    """Check that two finished runs ended in the same bits."""
     ours, theirs = last_checkpoint(folder), last_checkpoint(whole)
     ours, theirs = (
         {k: v for k, v in state.items() if k not in ("seconds", "random", "record")} for state in (ours, theirs)

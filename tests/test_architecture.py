@@ -318,7 +318,7 @@ PLAIN_ENGLISH = (
     ),
     *("str_triton/budget", "str_triton/nn", "str_triton/nn/recurrent", "str_triton/ops", "str_triton/ops/cells"),
     *("str_triton/deploy/sparse", "str_triton/deploy/sparse/executions", "str_triton/deploy/sparse/runtime"),
-    *("str_triton/deploy/c_export", "rnn", "rnn/data"),
+    *("str_triton/deploy/c_export", "str_triton/deploy/sparse/graph", "str_triton/kernels", "rnn", "rnn/data"),
 )
 NO_VERB = re.compile(
     "An?|The|Th(is|at|ese|ose)|Its?|One|Two|Three|All|Any|Both|Each|Every|None|Nothing|Some|Such|"

@@ -18,7 +18,7 @@ import triton.language as tl
 
 @triton.jit
 def exp2(x, APPROX: tl.constexpr):
-    """2^x; with APPROX in one instruction of NVIDIA's, to 2 ulp and without denormals."""
+    """Return 2^x. APPROX: by one NVIDIA instruction, to 2 ulp and without denormals."""
     if APPROX:
         return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
     else:
@@ -27,7 +27,7 @@ def exp2(x, APPROX: tl.constexpr):
 
 @triton.jit
 def reciprocal(x, APPROX: tl.constexpr):
-    """1 / x; with APPROX in one instruction of NVIDIA's, to 1 ulp and without denormals."""
+    """Return 1 / x. APPROX: by one NVIDIA instruction, to 1 ulp and without denormals."""
     if APPROX:
         return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
     else:
@@ -36,13 +36,13 @@ def reciprocal(x, APPROX: tl.constexpr):
 
 @triton.jit
 def sigmoid(x, APPROX: tl.constexpr):
-    """1 / (1 + e^-x). Where the exponential overflows to infinity the quotient is 0, as it should be."""
+    """Return 1 / (1 + e^-x). If the exponential overflows to infinity, the quotient is 0, as it should be."""
     return reciprocal(1 + exp2(x * -1.4426950408889634, APPROX), APPROX)
 
 
 @triton.jit
 def tanh(x, APPROX: tl.constexpr):
-    """1 - 2 / (1 + e^2x). Where the exponential overflows to infinity it is 1, as it should be."""
+    """Return 1 - 2 / (1 + e^2x). If the exponential overflows to infinity, the result is 1, as it should be."""
     return 1 - 2 * reciprocal(1 + exp2(x * 2.8853900817779268, APPROX), APPROX)
 
 

@@ -40,7 +40,7 @@ def _forward(
     STEP: tl.constexpr, HAS_LENGTHS: tl.constexpr, SAVE: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
     APPROX: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """The state after the step of a tile of hidden units, and its part of V^T h. Writes what the step leaves."""
+    """Compute one step of a tile of hidden units. Return the new state and the tile's part of V^T h."""
     q = ()
     for i in tl.static_range(len(w)):
         q += (up(w[i], p, PRECISION, COMPUTE),)
@@ -60,7 +60,7 @@ def low_rank_rnn_forward_kernel(
     WHOLE: tl.constexpr, PRECISION: tl.constexpr, APPROX: tl.constexpr, COMPUTE: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Outputs, the last c, and with SAVE what the backward needs. p_state: scratch where it is not RESIDENT."""
+    """Write the outputs, the last c and, with SAVE, what the backward needs. p_state: scratch, unless RESIDENT."""
     first = tl.program_id(0).to(tl.int64) * BLOCK_B
     row = tl.arange(0, BLOCK_B)[None, :]
     i_r = tl.arange(0, BLOCK_R)[:, None]

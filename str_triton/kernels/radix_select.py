@@ -1,7 +1,7 @@
 """Two passes over the values of a list of tensors, for a radix selection: a histogram, and the least value above a cut.
 
-A program takes SPAN elements of one tensor, which it finds in a table (kernels/soft_threshold.py), and writes a row of
-its own: no memory is touched atomically, and the same inputs give the same bits.
+A program processes SPAN elements of one tensor, which it finds in a table (kernels/soft_threshold.py). Each program
+writes its own row of the result. There are no atomics, so the same inputs give the same bits.
 """
 
 import triton
@@ -17,7 +17,7 @@ def radix_select_histogram_kernel(
     p_owner, p_layout, p_addresses, like, p_prefix, p_partial,
     SHIFT: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """For each digit, what the program's elements cost that have the digit at SHIFT and the prefix above it."""
+    """Write, for each digit, the cost of the elements that have this digit at SHIFT and the prefix above it."""
     p_entry, p_values, span = table_entry(p_owner, p_layout, p_addresses, like, ALIGNED)
     numel, cost, prefix = tl.load(p_entry), tl.load(p_entry + 1), tl.load(p_prefix).to(tl.uint32)
     counts = tl.zeros([BINS], tl.int32)
@@ -39,7 +39,7 @@ def radix_select_least_kernel(
     p_owner, p_layout, p_addresses, like, p_cut, p_partial,
     SPAN: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """The least of the program's elements above the cut; inf if there is none."""
+    """Write the least of the program's elements above the cut, or inf if there is none."""
     p_entry, p_values, span = table_entry(p_owner, p_layout, p_addresses, like, ALIGNED)
     numel, cut = tl.load(p_entry), tl.load(p_cut)
     least = tl.full([BLOCK], float("inf"), tl.float32)

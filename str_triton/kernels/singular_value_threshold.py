@@ -1,7 +1,7 @@
 """U diag(s) V^T for a batch of thresholded spectra: the loop over components ends at the last one that is not zero.
 
-A program makes one BLOCK_M x BLOCK_N tile of one matrix. s decreases, so what survives is a prefix: the program finds
-its length in s itself, on the device, and never loads the singular vectors behind it. All offsets are int64.
+A program computes one BLOCK_M x BLOCK_N tile of one matrix. s decreases, so the surviving components come first. The
+program counts them on the device and loads no other singular vectors. All offsets are int64.
 """
 
 import triton
@@ -12,7 +12,7 @@ SPECTRUM_BLOCK = tl.constexpr(1024)  # Values of s looked at in one step.
 
 @triton.jit
 def _rank(p_s, k):
-    """One more than the index of the last component that is not zero; NaN is not zero."""
+    """Return the index of the last component that is not zero, plus one. NaN is not zero."""
     rank = 0
     for start in range(0, k, SPECTRUM_BLOCK):
         i = start + tl.arange(0, SPECTRUM_BLOCK)
@@ -27,7 +27,7 @@ def singular_value_threshold_recombine_kernel(
     u_batch, u_row, u_col, vh_batch, vh_row, vh_col,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A tile of U diag(s) V^T over the surviving components."""
+    """Write a tile of U diag(s) V^T, summed over the surviving components."""
     pid = tl.program_id(0).to(tl.int64)
     tiles_n = tl.cdiv(n, BLOCK_N)
     tiles = tl.cdiv(m, BLOCK_M) * tiles_n

@@ -1,10 +1,10 @@
 """Soft threshold, forward and backward, for one tensor and for many tensors in one launch.
 
-The kernels get the threshold alpha = g(s) and, in the backward, its slope g'(s), in the dtype of the arithmetic: torch
-computes both, so that CPU and GPU cut the same weights. A tensor is seen in memory order as rows of `cols` elements; a
-row shares one alpha (one row: a single alpha for the whole tensor), or every element has its own. A program takes BLOCK
-elements of one row, so the number of programs, and with it every partial sum, is the same whether a tensor comes alone
-or in a list. All offsets are int64.
+The kernels get the threshold alpha = g(s) and, in the backward, its slope g'(s), in the dtype of the arithmetic. torch
+computes both, so that CPU and GPU prune the same weights. A tensor is read in memory order, as rows of `cols` elements.
+A row has one alpha (with one row, so has the whole tensor), or every element has its own. A program processes BLOCK
+elements of one row. So the number of programs, and every partial sum, is the same for a tensor alone and in a list. All
+offsets are int64.
 """
 
 import triton
@@ -13,7 +13,7 @@ import triton.language as tl
 
 @triton.jit
 def _place(block, cols, BLOCK: tl.constexpr):
-    """The row of a block, the offsets of its elements, and which of them exist."""
+    """Return the row of a block, the offsets of its elements, and a mask of those that exist."""
     # A grid has fewer than 2^31 programs, so the index of a block fits int32, which divides far faster; offsets do not.
     blocks_per_row = tl.cdiv(cols, BLOCK).to(tl.int32)
     row = (block // blocks_per_row).to(tl.int64)
@@ -57,9 +57,9 @@ def _backward_block(
         tl.store(p_partial + block, tl.sum(grad.to(compute) * sign.to(compute), axis=0))
 
 
-# The next two compile their block twice. Where rows are multiples of 16 elements the compiler is told so (x // 16 * 16)
-# and moves 16 bytes at once. A choice at run time, by the shape alone, gives a tensor the same code, and so the same
-# order of summation, alone and in a list.
+# The next two functions compile their block twice. If rows are multiples of 16 elements, the compiler is told so
+# (x // 16 * 16) and moves 16 bytes at once. The choice is made at run time and depends on the shape alone, so a tensor
+# gets the same code, and the same order of summation, alone and in a list.
 @triton.jit
 def _forward(p_x, p_alpha, p_out, block, cols, PER_WEIGHT: tl.constexpr, BLOCK: tl.constexpr):
     if cols % 16 == 0:
@@ -94,7 +94,7 @@ def _reduce(p_partial, p_slope, p_grad_raw, row, cols, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["cols"])
 def soft_threshold_kernel(p_x, p_alpha, p_out, cols: tl.int64, PER_WEIGHT: tl.constexpr, BLOCK: tl.constexpr):
-    """S = sign(x) relu(|x| - alpha) of one tensor."""
+    """Write S = sign(x) relu(|x| - alpha) of one tensor."""
     _forward(p_x, p_alpha, p_out, tl.program_id(0), cols, PER_WEIGHT, BLOCK)
 
 
@@ -103,13 +103,13 @@ def soft_threshold_backward_kernel(
     p_grad, p_out, p_slope, p_grad_x, p_grad_raw, p_partial, cols: tl.int64,
     MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dL/dx of one tensor if MASKED; dL/ds per weight if there is p_slope; partial sums if there is p_partial."""
+    """Write dL/dx of one tensor if MASKED, dL/ds per weight given p_slope, partial sums given p_partial."""
     _backward(p_grad, p_out, p_slope, p_grad_x, p_grad_raw, p_partial, tl.program_id(0), cols, MASKED, BLOCK)
 
 
 @triton.jit(do_not_specialize=["cols"])
 def soft_threshold_reduce_kernel(p_partial, p_slope, p_grad_raw, cols: tl.int64, BLOCK: tl.constexpr):
-    """dL/ds of a row, from the partial sums of its blocks."""
+    """Write dL/ds of a row, from the partial sums of its blocks."""
     _reduce(p_partial, p_slope, p_grad_raw, tl.program_id(0), cols, BLOCK)
 
 
@@ -120,7 +120,7 @@ COLUMNS = tl.constexpr(4)
 
 @triton.jit
 def table_entry(p_owner, p_layout, p_addresses, like, ALIGNED: tl.constexpr):
-    """The entry of this program's tensor, its address as a pointer of the type of `like`, and its block."""
+    """Return the table entry of this program's tensor, its address as a pointer typed as `like`, and the block."""
     pid = tl.program_id(0)
     owner = tl.load(p_owner + pid)
     p_entry = p_layout + owner * COLUMNS
@@ -142,7 +142,7 @@ def soft_threshold_many_kernel(
     p_owner, p_layout, p_addresses, like_x, p_alpha, p_out,
     PER_WEIGHT: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """`soft_threshold_kernel` for a list of tensors, found in a table."""
+    """Do the same as `soft_threshold_kernel` for a list of tensors, found in a table."""
     p_entry, p_x, block = table_entry(p_owner, p_layout, p_addresses, like_x, ALIGNED)
     p_alpha += _first_threshold(p_entry, PER_WEIGHT)
     # The launcher starts every tensor at a multiple of 16 elements of the flat buffer.
@@ -155,7 +155,7 @@ def soft_threshold_many_backward_kernel(
     p_owner, p_layout, p_addresses, like_grad, p_out, p_slope, p_grad_x, p_grad_raw, p_partial,
     MASKED: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """`soft_threshold_backward_kernel` for a list of tensors, found in a table."""
+    """Do the same as `soft_threshold_backward_kernel` for a list of tensors, found in a table."""
     p_entry, p_grad, block = table_entry(p_owner, p_layout, p_addresses, like_grad, ALIGNED)
     start = tl.multiple_of(tl.load(p_entry + 1), 16)
     if p_slope is not None:
@@ -171,7 +171,7 @@ def soft_threshold_many_backward_kernel(
 
 @triton.jit
 def soft_threshold_many_reduce_kernel(p_owner, p_layout, p_partial, p_slope, p_grad_raw, BLOCK: tl.constexpr):
-    """`soft_threshold_reduce_kernel` for a list of tensors, found in a table."""
+    """Do the same as `soft_threshold_reduce_kernel` for a list of tensors, found in a table."""
     pid = tl.program_id(0)
     p_entry = p_layout + tl.load(p_owner + pid) * COLUMNS
     first = tl.load(p_entry + 3)
@@ -185,8 +185,8 @@ def soft_threshold_many_reduce_kernel(p_owner, p_layout, p_partial, p_slope, p_g
 def soft_threshold_many_table_kernel(p_table, numbers):
     """Write a tuple of integers, which came as arguments of the launch, to memory.
 
-    Unlike a copy from the host it never waits, and a CUDA graph can hold it. The launcher sends 2^62 + 32 n + 8 for n:
-    the compiler then sees no number that it would specialize the code for.
+    Unlike a copy from the host, this never waits, and a CUDA graph can record it. The launcher sends 2^62 + 32 n + 8
+    for n, so that the compiler sees no number for which it would specialize the code.
     """
     for i in tl.static_range(len(numbers)):
         tl.store(p_table + i, (numbers[i] - 2**62) >> 5)

@@ -1,4 +1,4 @@
-"""What the forward and backward time loops of kernels/low_rank_rnn.py share: tiles, products, and where a step lies."""
+"""The parts that the time loops of kernels/low_rank_rnn.py share: tiles, products, and the indices of a step."""
 
 import triton
 import triton.language as tl
@@ -6,19 +6,19 @@ import triton.language as tl
 
 @triton.jit
 def load(pointers, mask, COMPUTE: tl.constexpr):
-    """In the dtype of the arithmetic; 0 where the mask is off."""
+    """Load values in the dtype of the arithmetic, with 0 where the mask is off."""
     return tl.load(pointers, mask=mask, other=0).to(COMPUTE)
 
 
 @triton.jit
 def store(pointers, values, mask):
-    """In the dtype of the memory."""
+    """Store values in the dtype of the memory."""
     tl.store(pointers, values.to(pointers.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def load_tiles(pointers, stride, mask, COUNT: tl.constexpr):
-    """COUNT tiles, `stride` apart, in the dtype of the memory: as few registers as can be while they wait."""
+    """Load COUNT tiles, `stride` apart. They keep the dtype of the memory, which needs few registers."""
     tiles = ()
     for i in tl.static_range(COUNT):
         tiles += (tl.load(pointers + i * stride, mask=mask, other=0),)
@@ -81,7 +81,7 @@ def load_saved(
 
 @triton.jit
 def load_rows(p_factor, i_h, hidden, rank, BLOCK_R: tl.constexpr):
-    """Rows i_h of a factor [hidden, rank], as [BLOCK_H, BLOCK_R]; 0 where there is none."""
+    """Load the rows i_h of a factor [hidden, rank], as [BLOCK_H, BLOCK_R], with 0 outside the factor."""
     i_r = tl.arange(0, BLOCK_R)
     mask = (i_h[:, None] < hidden) & (i_r[None, :] < rank)
     return tl.load(p_factor + i_h[:, None] * rank + i_r[None, :], mask=mask, other=0)
@@ -89,7 +89,7 @@ def load_rows(p_factor, i_h, hidden, rank, BLOCK_R: tl.constexpr):
 
 @triton.jit
 def load_factor(p_w, i_h, hidden, rank, GATES: tl.constexpr, BLOCK_R: tl.constexpr):
-    """The gates' parts of W."""
+    """Load the gates' parts of W."""
     w = ()
     for i in tl.static_range(GATES):
         w += (load_rows(p_w + i * hidden * rank, i_h, hidden, rank, BLOCK_R),)
@@ -106,13 +106,13 @@ def load_scalars(p_scale, COUNT: tl.constexpr):
 
 @triton.jit
 def up(factor, p, PRECISION: tl.constexpr, COMPUTE: tl.constexpr):
-    """factor p: [BLOCK_H, BLOCK_R] by [BLOCK_R, BLOCK_B]."""
+    """Return factor p, the product of [BLOCK_H, BLOCK_R] and [BLOCK_R, BLOCK_B]."""
     return tl.dot(factor, p.to(factor.dtype), input_precision=PRECISION, out_dtype=COMPUTE)
 
 
 @triton.jit
 def down(factor, x, total, PRECISION: tl.constexpr, COMPUTE: tl.constexpr):
-    """factor^T x, of [BLOCK_H, BLOCK_R] and [BLOCK_H, BLOCK_B], added to total [SPLIT, BLOCK_R, BLOCK_B]."""
+    """Return total [SPLIT, BLOCK_R, BLOCK_B] + factor^T x, of [BLOCK_H, BLOCK_R] and [BLOCK_H, BLOCK_B]."""
     SPLIT: tl.constexpr = total.shape[0]
     PIECE: tl.constexpr = factor.shape[0] // SPLIT
     factor = tl.permute(tl.reshape(factor, [SPLIT, PIECE, factor.shape[1]]), (0, 2, 1))
@@ -122,7 +122,7 @@ def down(factor, x, total, PRECISION: tl.constexpr, COMPUTE: tl.constexpr):
 
 @triton.jit
 def sequence_lengths(p_lengths, first, row, batch, steps, HAS_LENGTHS: tl.constexpr):
-    """[1, BLOCK_B]: how many steps each sequence has; 0 for one that does not exist."""
+    """Return the number of steps of each sequence [1, BLOCK_B], 0 for a sequence that does not exist."""
     exists = first + row < batch
     if HAS_LENGTHS:
         lengths = tl.load(p_lengths + first + row, mask=exists, other=0)
@@ -133,7 +133,7 @@ def sequence_lengths(p_lengths, first, row, batch, steps, HAS_LENGTHS: tl.conste
 
 @triton.jit
 def where_active(active, new, old, HAS_LENGTHS: tl.constexpr):
-    """new, but old where a sequence does not run. Without lengths only those do not that do not exist: none to keep."""
+    """Return new where a sequence is active, else old. Without lengths all sequences that exist are active: new."""
     if HAS_LENGTHS:
         new = tl.where(active, new, old)
     return new
@@ -141,14 +141,14 @@ def where_active(active, new, old, HAS_LENGTHS: tl.constexpr):
 
 @triton.jit
 def time_index(step, steps, REVERSE: tl.constexpr):
-    """The time index of step number `step`, in int64."""
+    """Return the time index of step number `step`, as int64."""
     t = steps - 1 - step if REVERSE else step
     return t.to(tl.int64)
 
 
 @triton.jit
 def time_before(t, lengths, steps, REVERSE: tl.constexpr):
-    """The time index of the state that step t starts from, and for which sequences there is one: others have h0."""
+    """Return the time index of the state before step t, and a mask of the sequences that have one: others have h0."""
     if REVERSE:
         before = tl.minimum(t + 1, steps - 1)
         inside = t + 1 < lengths
@@ -163,7 +163,7 @@ def load_step(
     t, lengths, exists, wanted, first, steps, batch, hidden, row, i_h, p_grad_outputs, p_outputs, p_saved, p_s0,
     REVERSE: tl.constexpr, SAVED: tl.constexpr, HAS_C: tl.constexpr, WHOLE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """What the backward of step t reads: the gradient of its output, the state before it, and what it saved."""
+    """Load the gradient of the output of step t, the state before it, and what the step saved."""
     at = t * batch + first
     mask = (t < lengths) & exists & wanted
     o_h, o_s = row * hidden + i_h[:, None], row * (SAVED * hidden) + i_h[:, None]

@@ -5,7 +5,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny run that nothing disturbed."""
+    """Return the folder of a tiny run that was not interrupted."""
     from tests.cnn.train_runs import begin  # not above: the tests of the data need none of what it imports
 
     folder = tmp_path_factory.mktemp("runs") / "whole"
@@ -21,7 +21,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def imagenet_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A made-up ImageNet of 20 classes with 240 training and 60 validation images: a folder per class."""
+    """Write a made-up ImageNet of 20 classes with 240 training and 60 validation images: a folder per class."""
     from tests.cnn.made_up_imagenet import write_imagefolder
 
     root = tmp_path_factory.mktemp("imagenet") / "folder"
@@ -31,7 +31,7 @@ def imagenet_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def imagenet_parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same images in shards of the hub's layout."""
+    """Write the same images in shards of the hub's layout."""
     from tests.cnn.made_up_imagenet import write_parquet
 
     root = tmp_path_factory.mktemp("imagenet") / "hub"

@@ -32,7 +32,7 @@ class Picture(NamedTuple):
 def write_imagefolder(
     root: Path, *, classes: int = 20, per_class: int = 12, held_out: int = 3, truncated: bool = False
 ) -> None:
-    """ROOT/train/CLASS/FILE with ``per_class`` images in each class, and ROOT/val/CLASS/FILE with ``held_out``.
+    """Write ROOT/train/CLASS/FILE with ``per_class`` images in each class, and ROOT/val/CLASS/FILE with ``held_out``.
 
     With ``truncated`` the last training image is cut short.
     """
@@ -46,7 +46,7 @@ def write_imagefolder(
 def write_parquet(
     root: Path, *, classes: int = 20, per_class: int = 12, held_out: int = 3, truncated: bool = False
 ) -> None:
-    """The same images in the same order as ROOT/data/SPLIT-00000-of-0000N.parquet, and a test split without labels."""
+    """Write the same images in the same order to ROOT/data/SPLIT-00000-of-0000N.parquet, and an unlabelled test split."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -71,7 +71,7 @@ def write_parquet(
 
 @cache
 def pictures(split: str, classes: int, per_class: int, truncated: bool) -> tuple[Picture, ...]:
-    """A split's images in the order of their paths; the same at every call."""
+    """Yield a split's images in the order of their paths, the same ones at every call."""
     found = []
     for label in range(classes):
         pattern = photograph(label)
@@ -85,13 +85,13 @@ def pictures(split: str, classes: int, per_class: int, truncated: bool) -> tuple
 
 
 def class_name(label: int) -> str:
-    """In the manner of WordNet's numbers."""
+    """Return a name like WordNet's numbers."""
     return f"n{9_000_000 + label:08}"
 
 
 @cache
 def photograph(seed: int, size: int = CANVAS) -> np.ndarray:
-    """uint8 [size, size, 3]: amplitudes that fall as 1 / frequency, strong in brightness and weak in colour.
+    """Return uint8 [size, size, 3]: amplitudes that fall as 1 / frequency, strong in brightness and weak in colour.
 
     The picture goes on at its opposite edge.
     """

@@ -9,7 +9,7 @@ TINY = ["--epochs", "2", "--batch-size", "256", "--checkpoint-steps", "2", "--de
 
 
 def begin(folder: Path, *options: str) -> int:
-    """A tiny run in ``folder``; its exit code."""
+    """Start a tiny run in ``folder`` and return its exit code."""
     return run(*TINY, *options, "--run-dir", str(folder))
 
 

@@ -15,7 +15,7 @@ from str_triton.deploy.sparse.runtime import build
 
 @pytest.fixture(scope="session")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The library as `compile_sparse` uses it, which then finds it in place of building one."""
+    """Build the library that `compile_sparse` then finds and uses."""
     if not any(map(shutil.which, build.COMPILERS)):
         pytest.skip("no C compiler")
     with pytest.MonkeyPatch.context() as patch:
@@ -35,7 +35,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def chosen(kernels: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Callable[[Choice], None]:
-    """A function that makes compile_sparse choose one execution for every layer that it fits, and time nothing."""
+    """Return a function that makes compile_sparse choose one execution for every layer that it fits, without timing."""
 
     def force(choice: Choice) -> None:
         def choose_it(graph: Graph, *_: Any, **__: Any) -> tuple[dict[str, Choice], bool]:

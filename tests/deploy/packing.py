@@ -52,18 +52,18 @@ def file_of_everything(path: Path) -> Path:
 
 
 def header_of(file: bytes) -> tuple[int, dict]:
-    """Where the data begin, and the header."""
+    """Return the offset of the data, and the header."""
     start = 8 + struct.unpack("<Q", file[:8])[0]
     return start, json.loads(file[8:start])
 
 
 def content_of(file: bytes) -> dict[str, Any]:
-    """What the header says of the tensors."""
+    """Return the header's description of the tensors."""
     return json.loads(header_of(file)[1]["__metadata__"]["content"])
 
 
 def sealed(header: dict | str, data: bytes) -> bytes:
-    """A file whose header, which has a place for it, has the right checksum."""
+    """Return the file with the right checksum in its header, which has a place for it."""
     if isinstance(header, dict):
         header["__metadata__"]["sha256"] = "0" * 64
         header = json.dumps(header)
@@ -73,7 +73,7 @@ def sealed(header: dict | str, data: bytes) -> bytes:
 
 
 def with_content(file: bytes, content: Any) -> bytes:
-    """The file with another description of its tensors: JSON, or a text that is taken as it is."""
+    """Return the file with another description of its tensors: JSON, or a text that is used unchanged."""
     start, header = header_of(file)
     header["__metadata__"]["content"] = content if isinstance(content, str) else json.dumps(content)
     return sealed(header, file[start:])

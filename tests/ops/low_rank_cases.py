@@ -32,7 +32,7 @@ class Case:
     grads: list[Tensor]
 
     def call(self, function: Callable) -> list[Tensor]:
-        """outputs and the final states."""
+        """Return outputs and the final states."""
         outputs, states = function(*self.tensors.values(), self.lengths, reverse=self.reverse)
         return [outputs, *(states if isinstance(states, tuple) else (states,))]
 
@@ -76,7 +76,7 @@ def op(cell: str) -> Callable:
 
 
 def differentiate(function: Callable, case: Case) -> dict[str, Tensor]:
-    """outputs and states, and the gradient of every tensor that there is."""
+    """Return outputs and states, and the gradient of every tensor that is given."""
     leaves = {name: None if t is None else t.detach().requires_grad_() for name, t in case.tensors.items()}
     results = replace(case, tensors=leaves).call(function)
     wanted = {name: leaf for name, leaf in leaves.items() if leaf is not None}
@@ -86,7 +86,7 @@ def differentiate(function: Callable, case: Case) -> dict[str, Tensor]:
 
 
 def expected(case: Case) -> dict[str, Tensor]:
-    """The literal equations in float64."""
+    """Return the result of the literal equations in float64."""
     return differentiate(getattr(oracle, f"low_rank_{case.cell}"), case.to(torch.float64))
 
 
@@ -99,7 +99,7 @@ def assert_matches(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: f
 
 
 def full_rank(weight: Tensor, split: str) -> tuple[Tensor, Tensor, Tensor]:
-    """u, m, v whose product is weight [gates H, H], differentiable: v the identity, or a random orthogonal matrix."""
+    """Return u, m, v with the product weight [gates H, H], differentiable: v is the identity or random orthogonal."""
     size = weight.shape[1]
     if split == "identity":
         return weight, weight.new_ones(size), torch.eye(size, dtype=weight.dtype)
@@ -109,5 +109,5 @@ def full_rank(weight: Tensor, split: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
-    """Of the largest element."""
+    """Return the largest error relative to the largest element."""
     return float((got - want).detach().abs().max() / want.detach().abs().max())

@@ -75,14 +75,14 @@ def example(
 
 
 def differentiate(function, case: Case, **options: str) -> Result:
-    """The function's value and gradients; the case's layouts are kept."""
+    """Return the function's value and gradients. The case's layouts are kept."""
     x, raw = case.x.detach().requires_grad_(), case.raw.detach().requires_grad_()
     out = function(x, raw, **options)
     return Result(out.detach(), *torch.autograd.grad(out, (x, raw), case.grad))
 
 
 def expected(case: Case, g: str, gradient: str) -> Result:
-    """The paper's formula in float64."""
+    """Return the result of the paper's formula in float64."""
     formula = oracle.soft_threshold if gradient == "masked" else oracle.soft_threshold_straight_through
     return differentiate(formula, Case(*(tensor.cpu().double() for tensor in case)), g=g)
 

@@ -112,7 +112,7 @@ class Call(Node):
         return self.target in (torch.ops.aten.sym_size.int, torch.ops.aten.sym_numel.default)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Name the operation: torch's cannot be pickled."""
+        """Return the fields, with the operation's name in place of torch's operation, which cannot be pickled."""
         return vars(self) | {"target": operator_name(self.target) or self.target}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
