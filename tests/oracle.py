@@ -40,7 +40,7 @@ def singular_value_threshold(w: Tensor, alpha: Tensor) -> Tensor:
 def time_loop(
     step, gates_x: Tensor, states: tuple[Tensor, ...], lengths: Tensor | None, reverse: bool
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Apply step(x, *states) -> states to each sequence alone. Return the first state [T, B, H], and the last states."""
+    """Apply step(x, *states) -> states to each sequence alone. Return the first state [T, B, H] and the last ones."""
     time, batch, _ = gates_x.shape
     outputs, finals = [], []
     for index in range(batch):

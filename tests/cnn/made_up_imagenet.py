@@ -46,7 +46,7 @@ def write_imagefolder(
 def write_parquet(
     root: Path, *, classes: int = 20, per_class: int = 12, held_out: int = 3, truncated: bool = False
 ) -> None:
-    """Write the same images in the same order to ROOT/data/SPLIT-00000-of-0000N.parquet, and an unlabelled test split."""
+    """Write the same images in this order to ROOT/data/SPLIT-00000-of-0000N.parquet, and an unlabelled test split."""
     import datasets
 
     datasets.disable_progress_bars()
