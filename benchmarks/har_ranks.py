@@ -31,8 +31,8 @@ def job(method: str, ranks: tuple[int, int], seed: int, rate: float, epochs: int
     arguments = ["har2-fastgrnn", "--method", method, "--seed", str(seed), "--lr", str(rate), "--epochs", str(epochs)]
     pair = None if method in ("dense", "str") else ",".join(map(str, ranks))
     if method == "str-exact":
-        names = dict(zip(("weight_ih_l0", "weight_hh_l0"), ranks, strict=True))
-        arguments += ["--target-params", str(params_at(ARCHITECTURE, names))]
+        params = params_at(ARCHITECTURE, weight_ih_l0=ranks[0], weight_hh_l0=ranks[1])
+        arguments += ["--target-params", str(params)]
     elif pair:
         arguments += ["--ranks", pair]
     return {

@@ -7,13 +7,13 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from str_triton import count_ranks
-from str_triton.rnn.c_export import write_c
+from str_triton import count_ranks, deploy
 from str_triton.rnn.finished_run import open_run
 from str_triton.rnn.models import Architecture
 from str_triton.rnn.train import main as train
@@ -94,8 +94,10 @@ def run(job: Job, data: str, work: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     folder = work / "-".join(str(value) for value in key(job) if value is not None).replace(",", "_")
     arguments = [*job["arguments"], "--data", data, "--threads", "1", "--run-dir", str(folder)]
-    if folder.exists():
+    if (folder / "config.json").exists():
         arguments.append("--resume")
+    else:  # killed before it began
+        shutil.rmtree(folder, ignore_errors=True)
     code = train(arguments)
     if code:
         raise SystemExit(f"rnn/train.py {' '.join(arguments)} ended with exit code {code}")
@@ -112,8 +114,10 @@ def sizes(folder: Path) -> dict[str, int]:
     finished = open_run(folder)
     matrices = (parameter for parameter in finished.model.rnn.parameters() if parameter.dim() == 2)
     with tempfile.TemporaryDirectory() as place:
-        weights = write_c(finished, Path(place) / "net", weights="int8").weights
-    return {"multiply_adds": sum(matrix.numel() for matrix in matrices), "int8_weight_bytes": weights}
+        exported = deploy.export_c(
+            finished.model, Path(place) / "net", weights="int8", mean=finished.mean, std=finished.std
+        )
+    return {"multiply_adds": sum(matrix.numel() for matrix in matrices), "int8_weight_bytes": exported.weights}
 
 
 def best_rate(done: list[dict[str, Any]], candidates: list[Job]) -> float:
@@ -122,6 +126,7 @@ def best_rate(done: list[dict[str, Any]], candidates: list[Job]) -> float:
     return max(candidates, key=lambda job: accuracies.get(key(job), -1.0))["rate"]
 
 
-def params_at(architecture: Architecture, ranks: dict[str, int]) -> int:
+@cache
+def params_at(architecture: Architecture, **ranks: int) -> int:
     """Return the number of parameters of the compact network with these ranks."""
     return count_ranks(architecture.build(ranks=ranks)).params

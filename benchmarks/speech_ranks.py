@@ -45,8 +45,8 @@ def job(cell: str, method: str, compression: float, seed: int, rate: float, epoc
 def small_hidden_size(cell: str, compression: float) -> int:
     """Return the units of the largest dense network with at most the whole one's parameters over `compression`."""
     whole = replace(WHOLE, cell=cell)
-    limit, hidden = params_at(whole, {}) / compression, 1
-    while params_at(replace(whole, hidden_size=hidden + 1), {}) <= limit:
+    limit, hidden = params_at(whole) / compression, 1
+    while params_at(replace(whole, hidden_size=hidden + 1)) <= limit:
         hidden += 1
     return hidden
 

@@ -1,0 +1,77 @@
+"""The studies of ranks: the order of the runs, the choice of the rate, resuming, and the tables."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import har_ranks, rank_runs, speech_ranks, tables_ranks
+from benchmarks.rank_runs import best_rate, key
+
+
+def line(job: dict[str, Any], accuracy: float, **more: Any) -> dict[str, Any]:
+    return {"job": job, "accuracy": accuracy - 0.1, "validation_accuracy": accuracy, "params": 9, **more}
+
+
+def test_every_job_of_a_study_is_another_run_or_one_that_is_done() -> None:
+    first = list(har_ranks.jobs([], 60))
+    assert [job["method"] for job in first[:5]] == list(har_ranks.METHODS)
+    assert first[0]["arguments"][-2:] == ["--target-params", "2324"]  # 80 x 9 dense, rank 8 (80 + 80), the other 324
+    assert first[1]["arguments"][-2:] == ["--ranks", "9,8"]
+    done = [line(job, 0.9 if job["rate"] == 2e-2 and job["method"] == "fixed" else 0.5) for job in first[:15]]
+    assert {key(job) for job in first[:15]} < {key(job) for job in har_ranks.jobs(done, 60)}
+    rates = {job["method"]: job["rate"] for job in list(har_ranks.jobs(done, 60))[15:20]}
+    assert rates == {**dict.fromkeys(har_ranks.METHODS, 1e-2), "fixed": 2e-2}
+
+
+def test_networks_of_the_speech_study_have_the_parameters_of_their_compression() -> None:
+    size = speech_ranks.small_hidden_size("gru", 3.0)
+    whole, small = (rank_runs.params_at(speech_ranks.replace(speech_ranks.WHOLE, hidden_size=n)) for n in (96, size))
+    assert whole / 3.2 < small <= whole / 3
+    assert rank_runs.params_at(speech_ranks.replace(speech_ranks.WHOLE, hidden_size=size + 1)) > whole / 3
+
+
+def test_the_rate_is_the_best_on_validation_data_and_the_first_without_any() -> None:
+    jobs = [har_ranks.job("fixed", (9, 8), 0, rate, 60) for rate in (1e-2, 3e-3)]
+    assert best_rate([], jobs) == 1e-2
+    assert best_rate([line(jobs[0], 0.7), line(jobs[1], 0.8)], jobs) == 3e-3
+
+
+def test_a_study_goes_on_where_a_kill_has_cut_it_off(tmp_path: Path) -> None:
+    small = ["--no-bidirectional", "--epochs", "2", "--batch-size", "108", "--hidden-size", "6"]
+    jobs = [
+        {"data": "vowels", "method": method, "seed": 0, "epochs": 2, "rate": 1e-2}
+        | {"arguments": ["japanese-vowels-gru", "--method", method, "--choose", "validation", *small]}
+        for method in ("dense", "str-exact")
+    ]
+    jobs[1]["arguments"] += ["--target-rank", "4"]
+    out = tmp_path / "runs.jsonl"
+    out.write_text(json.dumps(line(jobs[0], 0.5)) + "\n" + '{"job": {"da')
+    args = argparse.Namespace(out=out, work=tmp_path / "work", lock=tmp_path / "lock", list=False)
+    args.data = "japanese-vowels"
+    rank_runs.do(lambda done: jobs, args)
+    rank_runs.do(lambda done: jobs, args)
+    _, second = rank_runs.read(out)
+    assert len(out.read_text().splitlines()) == 3
+    assert key(second["job"]) == key(jobs[1])
+    assert sum(second["ranks"].values()) == 4
+    assert second["multiply_adds"] < second["int8_weight_bytes"] < 2 * second["params"]
+    assert not list((tmp_path / "work").iterdir())
+
+
+@pytest.mark.parametrize("name", ["har_ranks", "speech_ranks"])
+def test_a_table_shows_the_runs_at_the_chosen_rate(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "har_ranks":
+        jobs = [har_ranks.job("fixed", (9, 8), *pair, 60) for pair in ((0, 1e-2), (0, 3e-3), (1, 3e-3))]
+    else:
+        jobs = [speech_ranks.job("gru", "fixed", 3.0, *pair, 30) for pair in ((0, 1e-2), (0, 3e-3), (1, 3e-3))]
+    more = {"ranks": {"w": 9, "u": 8}, "multiply_adds": 7, "int8_weight_bytes": 8}
+    runs = [line(job, accuracy, **more) for job, accuracy in zip(jobs, (0.7, 0.8, 0.9), strict=True)]
+    monkeypatch.setattr(tables_ranks, "lines", lambda file: runs)
+    text = getattr(tables_ranks, name)()
+    (row,) = [row for row in text.splitlines() if "75.00 ± 7.07" in row]
+    assert "85.00 ± 7.07" in row
+    assert "0.003 of 2" in row
+    assert "not measured" in text
