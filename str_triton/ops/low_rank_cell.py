@@ -21,9 +21,11 @@ class Cell:
     name: as ops, kernels, layers and messages call it.
     gates: blocks of H columns in gates_x, and of H rows in the recurrent matrix.
     forward: the loop on the CPU, (schedule, gates_x, w, v, bias, scale) -> buffers and step. `step` gets the states
-        before the step, the buffers' rows at its time, and the rows to write the states to.
+        before the step, the buffers' rows at its time, and the rows to write the states to. A cell with `kept` gets one
+        more argument, the tensor to keep them in.
     backward: the loop on the CPU, `Backward` -> buffers, begin, step and end. `begin` forms the coefficients of a chunk
         of time, `step` walks, `end` does what needs no loop; see ops/low_rank_cpu.py.
+    kept: blocks of H numbers that the CPU's forward keeps for the backward, which then does not compute R h again.
     saved: blocks of H numbers that a GPU's forward saves at each step and sequence; c, if there is one, is the last.
     extra: whether a GPU's backward writes a block of H besides the gradient of gates_x: the gradient of R h + bias in
         the last gate, where that is not the gradient of gates_x there.
@@ -38,6 +40,7 @@ class Cell:
     forward: Callable
     backward: Callable
     saved: int
+    kept: int = 0
     extra: bool = True
     states: tuple[str, ...] = ("h",)
     biases: int | None = None
@@ -61,13 +64,13 @@ class Backward:
     gates_x: Tensor
     grad_outputs: Tensor
     grad_states: list[Tensor]  # changed in place, from the gradients of the last states to those of the first
-    cells: Tensor  # c after every step, if the cell has one
+    cells: Tensor  # c after every step, if the cell has one; or what the cell has kept
     first_cell: Tensor | None
     w: Tensor
     v: Tensor
     bias: Tensor
     scale: Tensor
-    q: Tensor  # [size, batch, gates * hidden]: R h of a chunk, with the bias if the cell adds it there
+    q: Tensor  # [size, batch, gates * hidden]: R h of a chunk, with the bias if the cell adds it there; empty with kept
     grad_x: Tensor
     grad_p: Tensor
     grad_bias: Tensor  # of a cell that does not add its bias to R h

@@ -11,7 +11,7 @@ def forward(
     cell: str, gates_x: Tensor, w: Tensor, v: Tensor, bias: Tensor, scale: Tensor, states: list[Tensor],
     lengths: Tensor | None, reverse: bool, save: bool, precision: str | None,
 ) -> list[Tensor]:  # fmt: skip
-    """Return outputs, the last states, and for the backward nothing (p) and c after every step (saved)."""
+    """Return outputs, the last states, and for the backward nothing (p) and saved: c after every step, or gates."""
     dtype, compute, of = gates_x.dtype, compute_dtype(gates_x), CELLS[cell]
     schedule = Schedule(lengths, *gates_x.shape[:2], reverse)
     gates_x, states = schedule.sort(gates_x, 1).to(compute), [schedule.sort(state, 0).to(compute) for state in states]
@@ -19,7 +19,11 @@ def forward(
     buffers = [schedule.buffer(v, len(v))]
     buffers += [schedule.buffer(v, len(v)) if save else schedule.scratch(v, len(v)) for _ in states[1:]]
     with torch.autocast("cpu", enabled=False):
-        inputs, step = of.forward(schedule, gates_x, w, v, bias, scale)
+        kept = []
+        if of.kept:
+            width = of.kept * len(v)
+            kept = [schedule.buffer(v, width) if save else schedule.scratch(v, width)]
+        inputs, step = of.forward(schedule, gates_x, w, v, bias, scale, *kept)
         written = [schedule.rows(buffer) for buffer in buffers]
         rows = list(zip(*(schedule.rows(tensor) for tensor in inputs), *written, strict=True))
         previous, (hs, *cs), (h0, *c0) = schedule.previous, written, states
@@ -32,7 +36,9 @@ def forward(
     outputs, *cells = buffers
     finals = [schedule.last(buffer) if len(buffer) == schedule.steps else buffer[0] for buffer in buffers]
     nothing = gates_x.new_empty(0, dtype=dtype)
-    saved = cells[0].to(dtype) if cells and save else nothing.clone()  # in the schedule's order
+    saved = nothing.clone()
+    if save and (cells or kept):  # in the schedule's order; gates in the dtype of the arithmetic
+        saved = cells[0].to(dtype) if cells else kept[0]
     return [schedule.unsort(outputs, 1).to(dtype), *(schedule.unsort(h, 0).to(dtype) for h in finals), nothing, saved]
 
 
@@ -69,7 +75,7 @@ def _run_backward(
     run = Backward(
         schedule, size, gates_x, grad_outputs, [grad.clone() for grad in grad_states], cells, (*states, None)[1],
         w, v, bias, scale,
-        q=v.new_empty(size, schedule.batch, cell.gates * hidden),
+        q=v.new_empty(0 if cell.kept else size, schedule.batch, cell.gates * hidden),
         grad_x=schedule.buffer(v, cell.gates * hidden),
         grad_p=schedule.buffer(v, rank),
         grad_bias=v.new_zeros(cell.bias_blocks, hidden),
@@ -81,7 +87,8 @@ def _run_backward(
         span = slice(0, end - begin)
         previous, p_flat = schedule.previous_chunk(outputs, states[0], begin, end), p[span].flatten(0, 1)
         torch.mm(previous.flatten(0, 1), v, out=p_flat[:, :rank])
-        torch.mm(p_flat, factor.t(), out=run.q[span].flatten(0, 1))
+        if not cell.kept:
+            torch.mm(p_flat, factor.t(), out=run.q[span].flatten(0, 1))
         begin_chunk(span, begin, end, previous)
         for time in schedule.backward_times(begin, end):
             step(time - begin, *rows[time])

@@ -44,6 +44,8 @@ def _(cell, gates_x, w, v, bias, scale, states, lengths, reverse, save, precisio
         saved = gates_x.new_empty(saved_shape(CELLS[cell], steps, batch, hidden))
     elif save and len(states) > 1:
         saved = torch.empty_like(outputs)
+    elif save and CELLS[cell].kept:
+        saved = outputs.new_empty(steps, batch, CELLS[cell].kept * hidden, dtype=compute_dtype(outputs))
     return [outputs, *finals, p, saved]
 
 

@@ -3,9 +3,9 @@
 A batch of unequal lengths is put in order of falling length: then the sequences that still run (or, in reverse, that
 already do) are the first few rows of every buffer, and no step computes anything at the padding.
 
-The CPU keeps no gates for the backward, which computes them again from gates_x and the states, a piece of time at a
-time: two products and the activations in the caches cost less than to write 4 H numbers a step to fresh memory and to
-read them back.
+The CPU keeps no gates of a GRU or an LSTM for the backward, which computes them again from gates_x and the states, a
+piece of time at a time: two products and the activations in the caches cost less than to write 4 H numbers a step to
+fresh memory and to read them back. FastGRNN has 2 H numbers a step and one activation for each, and keeps them.
 """
 
 from collections.abc import Iterator

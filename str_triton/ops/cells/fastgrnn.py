@@ -15,10 +15,12 @@ from str_triton.ops.low_rank_rnn import run
 from str_triton.ops.schedule import Schedule
 
 
-def _forward(schedule: Schedule, gates_x: Tensor, w: Tensor, v: Tensor, bias: Tensor, scale: Tensor) -> tuple:
+def _forward(
+    schedule: Schedule, gates_x: Tensor, w: Tensor, v: Tensor, bias: Tensor, scale: Tensor, gates: Tensor
+) -> tuple:
     hidden, rank = v.shape
     w_t, bias, (zeta, nu) = w.t(), bias.unflatten(0, (2, hidden)), scale.tolist()
-    p, a, gates = schedule.scratch(v, rank), schedule.scratch(v, hidden), schedule.scratch(v, 2, hidden)
+    p, a, gates = schedule.scratch(v, rank), schedule.scratch(v, hidden), gates.unflatten(2, (2, hidden))
     buffers = gates_x, p, a, a.unsqueeze(2), gates, *gates.unbind(2)
 
     def step(previous, x, p, a, a_both, gates, z, c, state):
@@ -37,43 +39,35 @@ def _forward(schedule: Schedule, gates_x: Tensor, w: Tensor, v: Tensor, bias: Te
 def _backward(run: Backward) -> tuple:
     hidden, v_t, w, (dh,) = len(run.v), run.v.t(), run.w, run.grad_states
     a, a_z, dhs = (run.chunk(1) for _ in range(3))
-    gates, bias = run.chunk(2).unflatten(2, (2, hidden)), run.bias.unflatten(0, (2, hidden))
-    z = gates[:, :, 0]
+    z, c = run.cells.unflatten(2, (2, hidden)).unbind(2)
 
     def begin(span, begin, end, previous):
-        x = run.q[span].add_(run.gates_x[begin:end])
-        run.schedule.blank(x, begin)
-        torch.add(x.unsqueeze(2), bias, out=gates[span])
-        _coefficients(a[span], a_z[span], gates[span], previous, run.scale)
+        _coefficients(a[span], a_z[span], z[begin:end], c[begin:end], previous, run.scale)
 
-    def step(k, grad, grad_x, grad_p):
+    def step(k, grad, grad_x, z, grad_p):
         count = len(grad)
         dh_t = torch.add(dh[:count], grad, out=dhs[k, :count])
         torch.mul(a[k, :count], dh_t, out=grad_x)
         torch.mm(grad_x, w, out=grad_p)
-        torch.mul(dh_t, z[k, :count], out=dh[:count]).addmm_(grad_p, v_t)
+        torch.mul(dh_t, z, out=dh[:count]).addmm_(grad_p, v_t)
 
     def end(span, begin, end):
         run.schedule.blank(dhs[span], begin)
         grad_z = a_z[span].mul_(dhs[span]).flatten(0, 1).sum(0)
         run.grad_bias += torch.stack((grad_z, run.grad_x[begin:end].flatten(0, 1).sum(0) - grad_z))
-        dh_c = dhs[span].mul_(gates[span, :, 1])
+        dh_c = dhs[span].mul_(c[begin:end])
         grad_nu = dh_c.sum()
-        run.grad_scale += torch.stack((grad_nu - dh_c.mul_(z[span]).sum(), grad_nu))
+        run.grad_scale += torch.stack((grad_nu - dh_c.mul_(z[begin:end]).sum(), grad_nu))
 
-    return (run.grad_x,), begin, step, end
+    return (run.grad_x, z), begin, step, end
 
 
-def _coefficients(a: Tensor, a_z: Tensor, gates: Tensor, previous: Tensor, scale: Tensor) -> None:
+def _coefficients(a: Tensor, a_z: Tensor, z: Tensor, c: Tensor, previous: Tensor, scale: Tensor) -> None:
     """Form what dh is multiplied by: a_z for the gradient of z before its activation, a for that plus c's.
 
-        a_z = (h_prev - zeta c) z (1 - z)        a = a_z + (zeta (1 - z) + nu)(1 - c^2)
-
-    gates comes as gates_x + R h + (bias_gate | bias_update) and becomes (z | c).
+    a_z = (h_prev - zeta c) z (1 - z)        a = a_z + (zeta (1 - z) + nu)(1 - c^2)
     """
-    (z, c), (zeta, nu) = gates.unbind(2), scale.tolist()
-    z.sigmoid_()
-    c.tanh_()
+    zeta, nu = scale.tolist()
     torch.sub(previous, c, alpha=zeta, out=a_z)
     torch.ops.aten.sigmoid_backward.grad_input(a_z, z, grad_input=a_z)
     torch.mul(z, -zeta, out=a).add_(zeta + nu)
@@ -81,7 +75,8 @@ def _coefficients(a: Tensor, a_z: Tensor, gates: Tensor, previous: Tensor, scale
     a += a_z
 
 
-FASTGRNN = Cell("fastgrnn", gates=1, forward=_forward, backward=_backward, saved=2, biases=2, scalars=2)  # saved: z | c
+# saved and kept: z | c
+FASTGRNN = Cell("fastgrnn", gates=1, forward=_forward, backward=_backward, saved=2, kept=2, biases=2, scalars=2)
 
 
 def low_rank_fastgrnn(
