@@ -4,10 +4,10 @@ import json
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -20,6 +20,7 @@ from str_triton.cnn.rebuild import Network, rebuild
 from str_triton.files import percent, write_atomically
 from str_triton.training.errors import UserError, as_user_error, one_line, run_program
 
+NAMES_SHOWN = 20  # class names in the model card
 PURPOSE = "Export a trained network: as a packed file, as ONNX, or compiled for sparse execution on this machine's CPU."
 LOAD = """from str_triton.cnn.models import build
 from str_triton import deploy
@@ -96,14 +97,18 @@ def check(options: Options) -> None:
 
 
 def image_shape(options: Options, network: Network) -> tuple[int, int, int]:
-    """Return the channels, height and width of the network's images."""
+    """Return channels, height and width of the network's images: by the options, its interface, or its run's data."""
     if options.image_size is not None:
         return network.in_channels, options.image_size, options.image_size
+    if network.interface is not None and network.interface.images is not None:
+        images = network.interface.images
+        return images.channels, images.height, images.width
     if network.config is None:
         raise UserError(f"{options.path} does not belong to a run, so its image size is unknown: give --image-size")
     try:
         # An image that cannot be decoded does not matter here.
-        return load(network.config.data, network.config.data_dir, on_corrupt=[].append).image_shape
+        config = network.config
+        return load(config.data, config.data_dir, on_corrupt=[].append, image_size=config.image_size).image_shape
     except (ValueError, OSError) as error:
         raise UserError(f"{one_line(error)}; with --image-size the run's data are not read") from error
 
@@ -114,6 +119,7 @@ def pack(options: Pack, network: Network, example: Tensor) -> None:
     facts = known_facts(options, network)
     with as_user_error(ValueError, OSError):
         metadata = {"model": network.name, "num_classes": network.num_classes, "image_shape": list(example.shape[1:])}
+        metadata |= described(network, example)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # the summary also says if no tensor got smaller
             summary = deploy.pack(
@@ -124,7 +130,7 @@ def pack(options: Pack, network: Network, example: Tensor) -> None:
             options.out,
             title=f"{network.name}, {percent(budget.sparsity)} sparse",
             description=f"A sparse {network.name} for images of {shape} and {network.num_classes} classes.",
-            facts={**facts, "sparsity": percent(budget.sparsity), "FLOPs": f"{budget.flops:,}"},
+            facts={**facts, **input_facts(network), "sparsity": percent(budget.sparsity), "FLOPs": f"{budget.flops:,}"},
             code=LOAD.format(
                 file=Path(options.out).name,
                 name=network.name,
@@ -135,6 +141,38 @@ def pack(options: Pack, network: Network, example: Tensor) -> None:
             pipeline_tag="image-classification",
         )
     print(f"{summary}\n\nwrote {options.out} and {card}")
+
+
+def described(network: Network, example: Tensor) -> dict[str, Any]:
+    """Return the network's interface as metadata, for images of the example's size; {} if it is unknown."""
+    interface = network.interface
+    if interface is None:
+        return {}
+    if interface.images is not None:  # --image-size may differ from the run's
+        height, width = example.shape[2:]
+        interface = replace(interface, images=replace(interface.images, height=height, width=width))
+    return interface.record()
+
+
+def input_facts(network: Network) -> dict[str, str]:
+    """Return the facts about images and classes for the model card."""
+    interface = network.interface
+    if interface is None:
+        return {}
+    facts = {}
+    if interface.images is not None:
+        share = interface.images.crop
+        facts["images"] = (
+            "the whole image, scaled"
+            if share is None
+            else f"the central square of {percent(share)} of the shorter side, scaled"
+        ) + " by bilinear interpolation with antialiasing"
+    if interface.standardisation is not None:
+        mean, std = (", ".join(f"{number:g}" for number in numbers) for numbers in interface.standardisation)
+        facts["normalisation"] = f"(pixel - mean) / deviation, pixels 0 to 255, mean {mean}, deviation {std}"
+    names = interface.outputs
+    shown = ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
+    return facts | {"classes": f"{len(names)}: {shown}; all in the file's metadata, `outputs`"}
 
 
 def known_facts(options: Pack, network: Network) -> dict[str, str]:
@@ -150,7 +188,8 @@ def known_facts(options: Pack, network: Network) -> dict[str, str]:
 
 def onnx(options: Onnx, network: Network, example: Tensor) -> None:
     """Export to ONNX, check the result, and write the file."""
-    content, difference = to_onnx(network.model, example, options.path)
+    metadata = {name: json.dumps(value) for name, value in described(network, example).items()}
+    content, difference = to_onnx(network.model, example, options.path, {"model": network.name, **metadata})
     with as_user_error(OSError):
         write_atomically(Path(options.out), content)
     print(
@@ -163,7 +202,7 @@ def sparse(options: Sparse, network: Network, example: Tensor) -> None:
     """Compile the network, write it, and print the execution chosen for each layer."""
     with as_user_error(ValueError, OSError):
         compiled = deploy.compile_sparse(network.model, example.expand(options.batch_size, -1, -1, -1).contiguous())
-        compiled.save(options.out)
+        compiled.save(options.out, {"model": network.name, **described(network, example)})
     print(f"{compiled}\n\nwrote {options.out}")
 
 

@@ -2,8 +2,9 @@
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,7 +16,9 @@ TOLERANCE = 1e-4
 BATCHES = (1, 3)  # batch sizes of the check; the network is exported with another one
 
 
-def to_onnx(model: nn.Module, example: Tensor, label: str) -> tuple[bytes, float]:
+def to_onnx(
+    model: nn.Module, example: Tensor, label: str, metadata: Mapping[str, str] = MappingProxyType({})
+) -> tuple[bytes, float]:
     """Return the bytes of an ONNX file, and the largest difference between its scores and the model's.
 
     The input is "images", float32 [batch, C, H, W] with any batch size, the output "scores". Weights are dense, zeros
@@ -26,6 +29,7 @@ def to_onnx(model: nn.Module, example: Tensor, label: str) -> tuple[bytes, float
         model: in evaluation mode, on the CPU.
         example: [1, C, H, W].
         label: the network's name in messages.
+        metadata: entries for the file's metadata.
 
     Raises:
         UserError: onnx, onnxruntime or onnxscript is missing, PyTorch cannot export the network, or the scores of the
@@ -38,6 +42,7 @@ def to_onnx(model: nn.Module, example: Tensor, label: str) -> tuple[bytes, float
         proto = _exported(model, example, label)  # imports onnxscript
     except ImportError as error:
         raise UserError(f"exporting to ONNX needs the package {error.name}: pip install 'str-triton[onnx]'") from error
+    onnx.helper.set_model_props(proto, dict(metadata))
     onnx.checker.check_model(proto, full_check=True)
     content = proto.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])

@@ -6,7 +6,7 @@ from torch import nn
 
 from str_triton.cnn.arithmetic import warn_of_arithmetic
 from str_triton.cnn.models import state_shapes
-from str_triton.cnn.weights import fill, read_named_weights, read_weights
+from str_triton.cnn.weights import fill, read_file, read_weights
 
 
 def check_start(path: str | os.PathLike[str], *, needs_zeros: bool) -> None:
@@ -42,10 +42,11 @@ def start_from(
         UserError: ``path`` is a run without an undamaged checkpoint.
     """
     where = f"--pretrained {path}, model {name}"
-    (weights, said), own = read_named_weights(path), model.state_dict()
+    file, own = read_file(path), model.state_dict()
+    weights = file.weights
     classifier = {key: own[key] for key in classifier_keys(name, in_channels)}
     fill(model, weights | classifier, where)  # first without the classifier: another network is not an error of classes
-    warn_of_arithmetic(f"--pretrained {path}", name, said, weights)
+    warn_of_arithmetic(f"--pretrained {path}", name, file.name, weights)
     if new_classifier:
         return
     for key, ours in classifier.items():

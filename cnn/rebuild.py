@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from str_triton.cnn.arithmetic import warn_of_arithmetic
 from str_triton.cnn.models import build, state_shapes
 from str_triton.cnn.recipes import Config
-from str_triton.cnn.weights import fill, read_named_weights
+from str_triton.cnn.weights import fill, read_file
 from str_triton.training.command_line import saved_config
+from str_triton.training.interface import INTERFACE, Interface
 from str_triton.training.run_folder import CONFIG
 
 
@@ -24,6 +25,7 @@ class Network:
         model: the module, from images [B, in_channels, H, W] to scores [B, num_classes].
         name: its name in `str_triton.cnn.models`.
         config: the configuration of its run; None if it does not come from a run.
+        interface: its inputs and outputs; None if neither the run nor the file holds them.
     """
 
     model: nn.Module
@@ -31,6 +33,7 @@ class Network:
     num_classes: int
     in_channels: int
     config: Config | None
+    interface: Interface | None
 
 
 def rebuild(path: str | os.PathLike[str], name: str | None = None) -> Network:
@@ -51,8 +54,8 @@ def rebuild(path: str | os.PathLike[str], name: str | None = None) -> Network:
     path = Path(path)
     folder = _run_of(path)
     config = None if folder is None else saved_config(folder, Config)
-    weights, said = read_named_weights(path)
-    said = said if config is None else config.model
+    file = read_file(path)
+    said, weights = file.name if config is None else config.model, file.weights
     name = name or said
     if name is None:
         raise ValueError(f"{path}: neither a run nor the file names its network: give --model")
@@ -60,7 +63,23 @@ def rebuild(path: str | os.PathLike[str], name: str | None = None) -> Network:
     model = build(name, num_classes=num_classes, in_channels=in_channels)
     fill(model, weights, f"{path}, model {name}")
     warn_of_arithmetic(path, name, said, weights)
-    return Network(model.eval(), name, num_classes, in_channels, config)
+    interface = _interface(file.interface, folder, path, num_classes, in_channels)
+    return Network(model.eval(), name, num_classes, in_channels, config, interface)
+
+
+def _interface(
+    found: Interface | None, folder: Path | None, path: Path, num_classes: int, in_channels: int
+) -> Interface | None:
+    """Return the interface in the file or in its run's folder; raise ValueError if it does not fit the network."""
+    if found is None and folder is not None and (folder / INTERFACE).is_file():
+        found = Interface.read(folder / INTERFACE)
+    if found is None:
+        return None
+    if len(found.outputs) != num_classes:
+        raise ValueError(f"{path}: {num_classes} scores, but {len(found.outputs)} names for them")
+    if found.images is not None and found.images.channels != in_channels:
+        raise ValueError(f"{path}: images of {found.images.channels} channels, but the network takes {in_channels}")
+    return found
 
 
 def _run_of(path: Path) -> Path | None:

@@ -213,7 +213,7 @@ class Experiment(Loop):
         interface = self.data.interface()
         run.write(INTERFACE, interface.text())
         content = {key: tensor.cpu().contiguous() for key, tensor in weights.items()}
-        metadata = {"format": "pt", "model": self.config.model, "interface": interface.text()}
+        metadata = {"format": "pt", "model": self.config.model, **interface.texts()}
         run.write("model.safetensors", safetensors.torch.save(content, metadata))
         run.write("report.html", report(run.path))
         run.say(str(budget))

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from str_triton import densify, deploy, plain_state_dict
 from str_triton.cnn import paper_checkpoint
 from str_triton.cnn.models import is_known
 from str_triton.training.checkpoints import Checkpoints
+from str_triton.training.interface import INTERFACE, Interface
 from str_triton.training.run_folder import CONFIG
 
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
@@ -34,18 +36,35 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         OSError: the file cannot be read.
         UserError: all checkpoints of the run are damaged.
     """
-    return read_named_weights(path)[0]
+    return read_file(path).weights
 
 
-def read_named_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], str | None]:
-    """Return what `read_weights` returns, and the network's name in `str_triton.cnn.models` if the file holds it."""
+@dataclass(frozen=True)
+class WeightFile:
+    """The content of a file or run folder.
+
+    Attributes:
+        weights: what `read_weights` returns.
+        name: the network's name in `str_triton.cnn.models`, if the file holds it.
+        interface: the network's inputs and outputs, if the file holds them.
+    """
+
+    weights: dict[str, Tensor]
+    name: str | None
+    interface: Interface | None
+
+
+def read_file(path: str | os.PathLike[str]) -> WeightFile:
+    """Read weights and what else is known of the network. Raise as `read_weights`, also for a damaged interface."""
     path = Path(path)
     if path.is_dir():
-        return _from_run(path), _name_in_run(path)
+        interface = Interface.read(path / INTERFACE) if (path / INTERFACE).is_file() else None
+        return WeightFile(_from_run(path), _name_in_run(path), interface)
     checkpoint = deploy.read_checkpoint(path)
     arch = checkpoint.others.get("arch", checkpoint.others.get("model"))
     name = paper_checkpoint.ARCHITECTURES.get(arch, arch) if isinstance(arch, str) else None
-    return _weights(path, checkpoint), name if name is not None and is_known(name) else None
+    known = name if name is not None and is_known(name) else None
+    return WeightFile(_weights(path, checkpoint), known, Interface.in_metadata(checkpoint.others, path))
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:

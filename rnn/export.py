@@ -12,6 +12,7 @@ from str_triton.files import write_atomically
 from str_triton.rnn.finished_run import FinishedRun, open_run
 from str_triton.rnn.one_line_parser import OneLineParser
 from str_triton.training.errors import UserError, as_user_error, run_program, warn
+from str_triton.training.interface import INTERFACE, Interface
 
 PROGRAM = "python -m str_triton.rnn.export"
 WEIGHTS = ("float32", "int8")
@@ -122,7 +123,7 @@ def export_pack(options: argparse.Namespace) -> None:
     with warnings.catch_warnings(record=True) as remarks:
         warnings.simplefilter("always")
         budget = RankBudget.from_json(run.folder / "budget.json")
-        metadata = {"run": facts, **json.loads((run.folder / "interface.json").read_text())}
+        metadata = {"run": facts, **Interface.read(run.folder / INTERFACE).record()}
         summary = deploy.pack(run.model, options.out, options.values, budget=budget, metadata=metadata)
     for remark in remarks:
         warn(str(remark.message))

@@ -14,6 +14,7 @@ from str_triton.rnn.models import LanguageModel, SequenceClassifier, load_traine
 from str_triton.rnn.recipes import Config
 from str_triton.training.config import from_plain
 from str_triton.training.errors import UserError, one_line
+from str_triton.training.interface import INTERFACE, Interface
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,12 +45,12 @@ class FinishedRun:
         return f"{direction}{cell}, {layers}{rnn.hidden_size} units, trained on {self.config['data']}"
 
 
-def interface_json(data: Data | Text) -> str:
-    """Return the content of interface.json: the names of the outputs and the standardisation of the inputs."""
+def interface_of(data: Data | Text) -> Interface:
+    """Return the names of the outputs and the standardisation of the inputs."""
     if isinstance(data, Text):
-        return json.dumps({"outputs": data.vocabulary, "standardisation": None}) + "\n"
-    numbers = data.standardisation and {name: value.tolist() for name, value in vars(data.standardisation).items()}
-    return json.dumps({"outputs": data.class_names, "standardisation": numbers}) + "\n"
+        return Interface(tuple(data.vocabulary))
+    numbers = data.standardisation
+    return Interface(data.class_names, numbers and (tuple(numbers.mean.tolist()), tuple(numbers.std.tolist())))
 
 
 def open_run(folder: str | Path) -> FinishedRun:
@@ -61,35 +62,28 @@ def open_run(folder: str | Path) -> FinishedRun:
         raise UserError(f"{folder}: no such folder; name the folder of a run of rnn/train.py")
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is not a run of rnn/train.py: it has no config.json")
-    for name in ("model.safetensors", "interface.json"):
+    for name in ("model.safetensors", INTERFACE):
         if not (folder / name).is_file():
             raise UserError(f"{folder} has no {name}: the run is not finished, or an older version made it")
     try:
         config = json.loads((folder / "config.json").read_text())
         from_plain(Config, config)
-        interface = json.loads((folder / "interface.json").read_text())
+        interface = Interface.read(folder / INTERFACE)
         model = load_trained(folder)
-        mean, std = _standardisation(interface["standardisation"], model.rnn.input_size)
+        mean, std = _standardisation(interface, model.rnn.input_size)
         scores = (model.decoder if isinstance(model, LanguageModel) else model.classifier).out_features
-        if scores != len(interface["outputs"]):
-            raise ValueError(f"{scores} scores, but {len(interface['outputs'])} names for them")
-        if not all(isinstance(name, str) for name in interface["outputs"]):
-            raise ValueError("the names of its scores are not strings")
-        return FinishedRun(folder, config, model, tuple(interface["outputs"]), mean, std)
+        if scores != len(interface.outputs):
+            raise ValueError(f"{scores} scores, but {len(interface.outputs)} names for them")
+        return FinishedRun(folder, config, model, interface.outputs, mean, std)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder} is not a run of rnn/train.py, or damaged: {one_line(error)}") from error
 
 
-def _standardisation(numbers: Mapping[str, list[float]] | None, size: int) -> tuple[Tensor | None, Tensor | None]:
-    """Return mean and deviation, float32 [size], from interface.json; raise ValueError for invalid numbers."""
-    if numbers is None:
+def _standardisation(interface: Interface, size: int) -> tuple[Tensor | None, Tensor | None]:
+    """Return mean and deviation, float32 [size]; raise ValueError for another size."""
+    if interface.standardisation is None:
         return None, None
-    mean, std = (torch.tensor(numbers[name], dtype=torch.float32) for name in ("mean", "std"))
-    for name, values in (("means", mean), ("deviations", std)):
-        if (
-            values.shape != (size,)
-            or not bool(values.isfinite().all())
-            or (values is std and not bool((std > 0).all()))
-        ):
-            raise ValueError(f"its {name} are not {size} numbers that can standardise inputs")
+    mean, std = (torch.tensor(numbers, dtype=torch.float32) for numbers in interface.standardisation)
+    if len(mean) != size or not bool((std > 0).all()):
+        raise ValueError(f"its means and deviations are not {size} numbers that can standardise inputs")
     return mean, std

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from str_triton import RankBudget, RankController, RankTarget, count_ranks, parameter_groups
 from str_triton.rnn.baselines import equal_ranks, given_ranks, svd_ranks
 from str_triton.rnn.data import load
-from str_triton.rnn.finished_run import interface_json
+from str_triton.rnn.finished_run import interface_of
 from str_triton.rnn.models import Architecture, architecture_of, compact, copy_weights
 from str_triton.rnn.recipes import PUBLISHED, RECIPES, RESUME_MAY_CHANGE, TARGETED, Config, recipe_for, resolve
 from str_triton.rnn.tasks import Task, make_task
 from str_triton.training.command_line import CommandLine
 from str_triton.training.errors import as_user_error
+from str_triton.training.interface import INTERFACE
 from str_triton.training.loop import Loop, StepOutput
 from str_triton.training.meter import Means
 from str_triton.training.metrics import Record
@@ -198,7 +199,7 @@ class Experiment(Loop):
         }
         run.write("summary.json", json.dumps(summary, indent=2) + "\n")
         run.write("data.json", json.dumps({"name": self.task.data.name, **self.task.data.notes}, indent=2) + "\n")
-        run.write("interface.json", interface_json(self.task.data))
+        run.write(INTERFACE, interface_of(self.task.data).text())
         run.write("model.safetensors", to_safetensors(small, self.architecture))
         run.write("report.html", report(run.path))
         run.say(str(budget))

@@ -146,9 +146,12 @@ def whole(width: int, height: int) -> Box:
     return 0, 0, width, height
 
 
-def centre(width: int, height: int) -> Box:
-    """Return the central square that resizing to 256 and cropping to 224 would keep, to the nearest pixel."""
-    side = max(1, round(TEST_SHARE_OF_SIDE * min(width, height)))
+def centre(width: int, height: int, share: float = TEST_SHARE_OF_SIDE) -> Box:
+    """Return the central square whose side is a share of the shorter side, to the nearest pixel.
+
+    The default is the square that resizing to 256 and cropping to 224 would keep.
+    """
+    side = max(1, round(share * min(width, height)))
     return _middle(width, height, side, side)
 
 

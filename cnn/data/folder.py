@@ -171,6 +171,11 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
+def images_below(folder: Path) -> list[str]:
+    """Return the paths of the images in a folder at any depth, in alphabetical order. See `load_folder`."""
+    return sorted(os.path.join(folder, path) for path in _images(folder, "", [], Counter()))
+
+
 def _images(folder: Path, relative: str, above: list[tuple[int, int]], skipped: Counter[str]) -> Iterator[str]:
     """Yield the paths of the images in a folder, each beginning with `relative`. `above` are the folders above it."""
     own = _identity(folder)

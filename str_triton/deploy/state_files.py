@@ -28,7 +28,7 @@ class Checkpoint:
 
     Attributes:
         state: tensors by name, on the CPU, with the values and dtypes of the file.
-        others: the file's other entries, or a packed file's metadata. Objects are `Opaque`.
+        others: the file's other entries, or the metadata of safetensors or of a packed file. Objects are `Opaque`.
     """
 
     state: dict[str, Tensor]
@@ -69,11 +69,12 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     try:
         with safetensors.safe_open(path, "pt") as file:
             content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (the file is not a dict)
+            metadata = file.metadata() or {}
     except OSError:
         raise
     except Exception as error:  # errors of the library, and of torch for a dtype that it lacks
         raise not_weights(path, error) from error
-    return Checkpoint.of(content, path)
+    return Checkpoint(Checkpoint.of(content, path).state, dict(metadata))
 
 
 def is_packed(path: str | os.PathLike[str]) -> bool:

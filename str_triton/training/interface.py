@@ -2,11 +2,13 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 INTERFACE = "interface.json"
+ENTRIES = ("outputs", "standardisation", "images")
 
 
 @dataclass(frozen=True)
@@ -51,15 +53,43 @@ class Interface:
         """Return the content of interface.json."""
         return json.dumps(self.record()) + "\n"
 
+    def texts(self) -> dict[str, str]:
+        """Return the entries of `record`, each as JSON, for files whose metadata are texts: safetensors and ONNX."""
+        return {name: json.dumps(value) for name, value in self.record().items()}
+
+    @classmethod
+    def read(cls, path: Path) -> "Interface":
+        """Read interface.json; raise ValueError, which names the file, if it is damaged, and OSError."""
+        try:
+            return cls.of(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    @classmethod
+    def in_metadata(cls, metadata: Mapping[str, Any], path: object) -> "Interface | None":
+        """Return the interface in a file's metadata, plain or as `texts`; None if there is none.
+
+        Raises ValueError, which names ``path``, if it is damaged.
+        """
+        if "outputs" not in metadata:
+            return None
+        entries = {name: metadata[name] for name in ENTRIES if name in metadata}
+        try:
+            if isinstance(entries["outputs"], str):
+                entries = {name: json.loads(text) for name, text in entries.items()}
+            return cls.of(entries)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}") from None
+
     @classmethod
     def of(cls, record: Any) -> "Interface":
         """Read plain values; raise ValueError, in words that follow a file's name, for anything else."""
-        if not isinstance(record, Mapping) or "outputs" not in record:
-            raise ValueError("it does not name the outputs of a network")
+        if not isinstance(record, Mapping) or not {"outputs", "standardisation"} <= record.keys():
+            raise ValueError("it does not describe a network: it needs the entries 'outputs' and 'standardisation'")
         outputs = record["outputs"]
-        if not isinstance(outputs, Sequence) or not all(isinstance(name, str) for name in outputs) or not outputs:
+        if not isinstance(outputs, list) or not outputs or not all(isinstance(name, str) for name in outputs):
             raise ValueError("the names of its scores are not strings")
-        numbers, images = record.get("standardisation"), record.get("images")
+        numbers, images = record["standardisation"], record.get("images")
         standardisation = None if numbers is None else _standardisation(numbers)
         return cls(tuple(outputs), standardisation, None if images is None else _image_input(images))
 
@@ -68,13 +98,15 @@ def _standardisation(numbers: Any) -> tuple[tuple[float, ...], tuple[float, ...]
     if not isinstance(numbers, Mapping) or not {"mean", "std"} <= numbers.keys():
         raise ValueError("its standardisation has no mean or no std")
     mean, std = numbers["mean"], numbers["std"]
+    if not isinstance(mean, list) or not isinstance(std, list):
+        raise ValueError("its means and deviations are not lists of numbers")
     for name, values in (("means", mean), ("deviations", std)):
-        good = isinstance(values, Sequence) and all(
+        good = all(
             isinstance(value, int | float) and math.isfinite(value) and (value > 0 or values is mean)
             for value in values
         )
         if not good or len(values) != len(mean):
-            raise ValueError(f"its {name} are not numbers that can standardise inputs")
+            raise ValueError(f"its {name} are not {len(mean)} numbers that can standardise inputs")
     return tuple(mean), tuple(std)
 
 

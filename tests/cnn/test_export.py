@@ -40,7 +40,9 @@ def test_a_packed_run_gives_back_every_bit_and_has_a_card(
     assert same_bits(read_weights(out), read_weights(whole_run))
     summary = deploy.inspect(out)
     assert summary.budget.nonzeros == Budget.from_json(whole_run / "budget.json").nonzeros
-    assert summary.metadata == {"model": "resnet-digits", "num_classes": 10, "image_shape": [1, 8, 8]}
+    interface = json.loads((whole_run / "interface.json").read_text())
+    facts = {"model": "resnet-digits", "num_classes": 10, "image_shape": [1, 8, 8]}
+    assert summary.metadata == facts | interface
     assert out.stat().st_size < (whole_run / "model.safetensors").stat().st_size / 4
     assert f"wrote {out} and {tmp_path / 'digits.md'}" in capsys.readouterr().out
     card = (tmp_path / "digits.md").read_text()
@@ -175,7 +177,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     Path("run").symlink_to(whole_run)
     torch.save(trained(whole_run).state_dict(), "state.pth")
     Path("moved").mkdir()
-    Path("moved/model.safetensors").symlink_to(whole_run / "model.safetensors")
+    torch.save(trained(whole_run).state_dict(), "moved/model.safetensors")
     config = json.loads((whole_run / "config.json").read_text())
     Path("moved/config.json").write_text(json.dumps(config | {"data": "imagefolder:elsewhere"}))
     assert main(args) == 2

@@ -5,6 +5,7 @@ import math
 import os
 import platform
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,8 @@ def processor() -> str:
     return name or platform.processor() or platform.machine()
 
 
-def write(path: str | os.PathLike[str], content: Content) -> None:
-    """Write the file beside `path` and rename it into place.
+def write(path: str | os.PathLike[str], content: Content, metadata: Mapping[str, Any]) -> None:
+    """Write the file beside `path` and rename it into place, with further `metadata` for JSON.
 
     Raises:
         ValueError: a node calls something that a file cannot hold; the message names it.
@@ -80,7 +81,7 @@ def write(path: str | os.PathLike[str], content: Content) -> None:
         pack(
             {name: tensor.contiguous() for name, tensor in tensors.items()},
             path,
-            metadata={"sparse": record},
+            metadata={**metadata, "sparse": record},
             plain_zeros=True,
         )
 

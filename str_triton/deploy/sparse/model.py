@@ -5,7 +5,7 @@ import itertools
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -205,14 +205,18 @@ class SparseModel(CompiledModel):
         """Return the buffers that calls change, by their names in the model."""
         return {node.label: node.value for node in self._states.values()}
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], metadata: Mapping[str, Any] | None = None) -> None:
         """Write the network with its choices to `path`: `load_sparse` reads it, `python -m str_triton inspect` too.
+
+        Args:
+            metadata: further values for JSON; `deploy.inspect(path).metadata` returns them.
 
         Raises:
             ValueError: the network calls something that a file cannot hold; the message names it.
             OSError: the file cannot be written; `path` is as it was.
         """
-        file.write(path, file.Content(self.graph, self.signature, self.choices, self.left, self.notes, self.example))
+        content = file.Content(self.graph, self.signature, self.choices, self.left, self.notes, self.example)
+        file.write(path, content, metadata or {})
 
     def profile(self, *args: Any, **kwargs: Any) -> list[tuple[str, str, float]]:
         """Return what takes the time for such a call: (layer, kind, milliseconds) of every step, measured one by one.

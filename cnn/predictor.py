@@ -1,0 +1,144 @@
+"""Networks that classify image files, from every kind of file that the programs write."""
+
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from str_triton import deploy
+from str_triton.cnn.data.decoding import centre, decode, whole
+from str_triton.cnn.data.normalisation import Normalisation
+from str_triton.cnn.rebuild import rebuild
+from str_triton.training.errors import UserError
+from str_triton.training.interface import ImageInput, Interface
+
+Scores = Callable[[Tensor], Tensor]
+"""A network: normalised images, float32 [B, C, H, W], to scores [B, classes]."""
+
+
+class Predictor:
+    """A network that classifies image files as its data set's test images were classified.
+
+    Args:
+        scores: the network, on `device`.
+        interface: its inputs and outputs, with images and normalisation.
+    """
+
+    def __init__(self, scores: Scores, interface: Interface, device: torch.device | str = "cpu") -> None:
+        self.scores, self.names, self.device = scores, interface.outputs, torch.device(device)
+        self.images: ImageInput = interface.images
+        self.normalise = Normalisation(*interface.standardisation)
+
+    def pixels(self, name: str, content: str | bytes) -> Tensor:
+        """Decode an image file, by its path or bytes, to uint8 [C, H, W]. Raise ValueError, which names the image."""
+        images = self.images
+        choose = whole if images.crop is None else partial(centre, share=images.crop)
+        rgb = decode(name, content, (images.height, images.width), choose)
+        return torch.from_numpy(_grey(rgb) if images.channels == 1 else rgb).permute(2, 0, 1)
+
+    @torch.inference_mode()
+    def __call__(self, pixels: Sequence[Tensor], top: int) -> list[list[tuple[str, float]]]:
+        """Return the names and probabilities of the `top` most probable classes of each image."""
+        images = self.normalise(torch.stack(list(pixels)).to(self.device))
+        scores = self.scores(images).float()
+        if scores.shape != (len(pixels), len(self.names)):
+            raise UserError(f"the network gives {scores.shape[-1]} scores, but there are {len(self.names)} names")
+        best = scores.softmax(1).topk(min(top, len(self.names)))
+        rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return [[(self.names[index], value) for index, value in zip(*row, strict=True)] for row in rows]
+
+
+def _grey(rgb: np.ndarray) -> np.ndarray:
+    """Return uint8 [H, W, 1] for uint8 [H, W, 3], by Pillow's weights; a grey image keeps its values."""
+    import PIL.Image
+
+    return np.array(PIL.Image.fromarray(rgb).convert("L"))[:, :, None]
+
+
+def open_predictor(
+    path: str | os.PathLike[str], model: str | None = None, interface: str | None = None, device: str = "auto"
+) -> Predictor:
+    """Open a run's folder or a file that holds a network.
+
+    Args:
+        path: a run, an ONNX file (its name ends in .onnx), a compiled sparse network, or a file for `rebuild`.
+        model: the network's name, for a file of weights that does not hold it.
+        interface: a file like interface.json, in place of the one in the run or file.
+        device: "auto", "cpu" or "cuda"; ONNX files and compiled networks run on the CPU.
+
+    Raises:
+        ValueError, OSError: `path` or `interface` cannot be read, or do not fit each other.
+        UserError: the network's interface is unknown, or there is no such device.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch finds no GPU here")
+    given = None if interface is None else Interface.read(Path(interface))
+    if Path(path).suffix == ".onnx":
+        scores, held = _onnx(Path(path))
+        return Predictor(scores, _complete(given or held, path))
+    if Path(path).is_file() and (found := _compiled(Path(path))) is not None:
+        scores, held = found
+        return Predictor(scores, _complete(given or held, path))
+    network = rebuild(path, model)
+    gpu = device != "cpu" and torch.cuda.is_available()
+    known = _complete(given or network.interface, path)
+    if len(known.outputs) != network.num_classes or known.images.channels != network.in_channels:
+        raise UserError(
+            f"{path} takes {network.in_channels} colour channels and has {network.num_classes} classes; --interface "
+            f"{interface} names {known.images.channels} and {len(known.outputs)}"
+        )
+    where = torch.device("cuda" if gpu else "cpu")
+    return Predictor(network.model.to(where), known, where)
+
+
+def _complete(interface: Interface | None, path: str | os.PathLike[str]) -> Interface:
+    """Return the interface; raise `UserError` if it is missing or lacks what images need."""
+    if interface is None:
+        raise UserError(
+            f"{path} does not hold class names, image size and normalisation: name a file like the interface.json of a "
+            "run with --interface"
+        )
+    if interface.images is None or interface.standardisation is None:
+        raise UserError(f"{path}: its interface is not that of a network for images")
+    if len(interface.standardisation[0]) != interface.images.channels:
+        raise UserError(
+            f"{path}: its interface has {interface.images.channels} colour channels, but "
+            f"{len(interface.standardisation[0])} means"
+        )
+    return interface
+
+
+def _onnx(path: Path) -> tuple[Scores, Interface | None]:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UserError(f"{path} needs the package onnxruntime: pip install 'str-triton[onnx]'") from error
+    content = path.read_bytes()
+    try:
+        session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's errors have no common base class
+        raise ValueError(f"{path} is not an ONNX file: {str(error).splitlines()[0]}") from None
+    names = [value.name for value in session.get_inputs()]
+    metadata = session.get_modelmeta().custom_metadata_map
+    if len(names) != 1:
+        raise ValueError(f"{path}: the network has {len(names)} inputs, not one for images")
+
+    def scores(images: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {names[0]: images.numpy()})[0])
+
+    return scores, Interface.in_metadata(metadata, path)
+
+
+def _compiled(path: Path) -> tuple[Scores, Interface | None] | None:
+    """Return the compiled network in a packed file and its interface; None for another file."""
+    try:
+        metadata = deploy.inspect(path).metadata
+    except ValueError:  # `rebuild` reads other kinds of files, and says what is wrong with the rest
+        return None
+    if "sparse" not in metadata:
+        return None
+    return deploy.load_sparse(path), Interface.in_metadata(metadata, path)

@@ -1,0 +1,56 @@
+"""interface.json: what is written is read again, and everything else is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from str_triton.training.interface import ImageInput, Interface
+
+FULL = Interface(("a", "b"), ((1.0, 2.5, 3.0), (1.0, 0.5, 2.0)), ImageInput(3, 20, 30, 0.875))
+
+
+@pytest.mark.parametrize("interface", [FULL, Interface(("x",)), Interface(("a", "b"), ((0.0,), (1e-3,)))])
+def test_all_forms_are_read_again(interface: Interface, tmp_path: Path) -> None:
+    (tmp_path / "interface.json").write_text(interface.text())
+    assert Interface.read(tmp_path / "interface.json") == interface
+    assert Interface.of(interface.record()) == interface
+    assert Interface.in_metadata({"model": "x"} | interface.texts(), "x") == interface
+    assert Interface.in_metadata({"model": "x"} | interface.record(), "x") == interface
+    assert Interface.in_metadata({"model": "x"}, "x") is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"outputs": {"a": 1}}, "names of its scores"),
+        ({"outputs": []}, "names of its scores"),
+        ({"outputs": ["a", 1]}, "names of its scores"),
+        ({"standardisation": {"mean": [1.0]}}, "no std"),
+        ({"standardisation": {"mean": [1.0], "std": [0.0]}}, "its deviations are not 1 numbers"),
+        ({"standardisation": {"mean": [float("nan")], "std": [1.0]}}, "its means are not 1 numbers"),
+        ({"standardisation": {"mean": [1.0], "std": [1.0, 1.0]}}, "its deviations are not 1 numbers"),
+        ({"standardisation": {"mean": 1.0, "std": 1.0}}, "lists of numbers"),
+        ({"images": {"channels": 3, "height": 20}}, "channels, height and width"),
+        ({"images": {"channels": 2, "height": 20, "width": 20}}, "2 x 20 x 20"),
+        ({"images": {"channels": 3, "height": 0, "width": 20}}, "3 x 0 x 20"),
+        ({"images": {"channels": 3, "height": 20, "width": 10**6}}, "1000000"),
+        ({"images": {"channels": 3, "height": 20, "width": 20, "crop": 1.5}}, "1.5"),
+    ],
+)
+def test_a_damaged_interface_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        Interface.of(FULL.record() | change)
+    with pytest.raises(ValueError, match=rf"^file\.bin: .*{message}"):
+        Interface.in_metadata(FULL.record() | change, "file.bin")
+
+
+def test_other_values_are_refused(tmp_path: Path) -> None:
+    for value in (None, [], "x", {"outputs": ["a"]}):
+        with pytest.raises(ValueError, match="outputs"):
+            Interface.of(value)
+    (tmp_path / "i.json").write_text("{")
+    with pytest.raises(ValueError, match=r"i\.json"):
+        Interface.read(tmp_path / "i.json")
+    with pytest.raises(ValueError, match="x: "):
+        Interface.in_metadata({"outputs": "no JSON"}, "x")
