@@ -39,9 +39,10 @@ def text(x: float, y: float, words: str, anchor: str = "start") -> str:
 
 def svg(title: str, height: int, parts: Iterable[str]) -> str:
     """Return a whole file."""
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{title}">'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="480" role="img">'
+    name = f"<title>{title}</title>"
     plate = f'<rect class="plate" width="{WIDTH}" height="{height}" rx="8"/>'
-    return "\n".join([head, STYLE, plate, *parts, "</svg>", ""])
+    return "\n".join([head, name, STYLE, plate, *parts, "</svg>", ""])
 
 
 def soft_threshold() -> str:
