@@ -1,0 +1,90 @@
+"""The examples run as they stand, are short, and end with what they promise. Each runs in a folder of its own."""
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+from str_triton.nn import thresholded_weights
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def run(name: str) -> dict[str, Any]:
+    """Run an example and return its names. It may not leave accelerate's state behind."""
+    try:
+        return runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    finally:
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_an_example_is_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) < 60
+
+
+def test_own_loop() -> None:
+    budget = run("own_loop.py")["budget"]
+    assert budget.nonzeros == round(0.1 * budget.params)
+    state = torch.load("digits.pt")
+    assert sum(int(value.count_nonzero()) for value in state.values() if value.dim() > 1) == budget.nonzeros
+
+
+def test_accelerate_loop() -> None:
+    names = run("accelerate_loop.py")
+    assert names["budget"].nonzeros == round(0.1 * names["budget"].params)
+    again = run("accelerate_loop.py")  # There is nothing left to do.
+    assert again["first"] == again["epochs"]
+    assert all(
+        torch.equal(one, two) for one, two in zip(names["model"].parameters(), again["model"].parameters(), strict=True)
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_hf_trainer() -> None:
+    pytest.importorskip("transformers", reason="needs the extra transformers")
+    model = run("hf_trainer.py")["again"]
+    assert not list(thresholded_weights(model))
+    weights = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    zeros = sum(int((weight == 0).sum()) for weight in weights)
+    assert zeros == round(0.8 * sum(weight.numel() for weight in weights))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_module() -> None:
+    pytest.importorskip("lightning.pytorch", reason="needs the extra lightning")
+    budget = run("lightning_module.py")["budget"]
+    assert budget.nonzeros == round(0.1 * budget.params)
+
+
+def test_timm_finetune() -> None:
+    """Runs in a process of its own: an empty torchvision stands in where the real one cannot be imported."""
+    pytest.importorskip("timm", reason="needs timm", exc_type=ModuleNotFoundError)
+    code = (
+        "import runpy, sys\nfrom benchmarks import timm_models\n"
+        "budget = runpy.run_path(sys.argv[1], run_name='__main__')['budget']\n"
+        "assert budget.nonzeros == round(0.1 * budget.params), budget"
+    )
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", code, str(EXAMPLES / "timm_finetune.py")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": path})
+    assert result.returncode == 0, result.stderr
+
+
+def test_keyword_spotter() -> None:
+    names = run("keyword_spotter.py")
+    assert names["correct"] > 0.9
+    assert all(Path("spotter", file).read_text() for file in ("spotter.h", "spotter.c"))
