@@ -25,7 +25,7 @@ model = timm.create_model("test_resnet", pretrained=False, num_classes=10, in_ch
 sparsify(model)
 controller = SparsityController(model, Target(sparsity=0.9))
 optimizer = create_optimizer_v2(model, opt="adamw", lr=5e-3, weight_decay=0.02)
-epochs, batches = 3, torch.arange(1400).split(50)
+epochs, batches = 3, torch.arange(1400).split(100)
 scheduler, epochs = create_scheduler_v2(
     optimizer, "cosine", num_epochs=epochs, warmup_epochs=0, updates_per_epoch=len(batches), step_on_epochs=False
 )
