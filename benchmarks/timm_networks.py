@@ -5,8 +5,10 @@
 
 `check` compares each network with the model in float64 (batch 1 and 2), saves and loads it, and notes how every layer
 is executed; it chooses executions without timing. `time` compiles with timing and lets eager PyTorch (the faster of two
-memory formats), onnxruntime and the compiled network take turns at batch 1; it needs a quiet machine. Both merge their
-rows into benchmarks/results/timm_networks.json; the processor stands in each. It needs `pip install timm`.
+memory formats), onnxruntime and the compiled network take turns at batch 1; it needs a quiet machine. Every turn waits
+until the threads of the one before stand still: onnxruntime's spin after a call, and would take a core from the next.
+Both merge their rows into benchmarks/results/timm_networks.json; the processor stands in each. It needs
+`pip install timm onnx onnxruntime`.
 """
 
 import argparse
@@ -29,7 +31,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from benchmarks.timing import RESULTS, alternating, machine, median_ratio, version
+from benchmarks.timing import RESULTS, machine, median_ratio, version
 from str_triton import deploy
 from str_triton.files import write_atomically
 
@@ -148,6 +150,8 @@ def difference(found: Any, wanted: Any) -> float:
 
 def measure(name: str, rounds: int, threads: int) -> dict[str, Any]:
     """Return milliseconds at batch 1 and the execution of every layer, chosen by timing."""
+    from benchmarks.sparse_inference import in_turns, repeated
+
     torch.set_num_threads(threads)
     model, image = build(name)
     begin = time.perf_counter()
@@ -165,7 +169,7 @@ def measure(name: str, rounds: int, threads: int) -> dict[str, Any]:
             functions["onnxruntime"] = _onnxruntime(model, image, Path(folder) / "net.onnx", threads)
         except Exception as error:  # The exporter fails in as many ways as models do.
             problem = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-        times = alternating(functions, rounds)
+        times = in_turns({key: repeated(function) for key, function in functions.items()}, rounds)
     medians = {key: 1e3 * median(values) for key, values in times.items()}
     eager = min(("eager contiguous", "eager channels_last"), key=medians.__getitem__)
     peers = {"eager": eager} | ({"onnxruntime": "onnxruntime"} if "onnxruntime" in times else {})

@@ -111,7 +111,7 @@ def test_files_that_hold_no_network(tmp_path: Path, by_kernels):
     with pytest.raises(ValueError, match=r"other holds no compiled network: compile_sparse\(...\).save"):
         deploy.load_sparse(tmp_path / "other")
     for record, message in (
-        ({"format": "str_triton.sparse", "version": 7}, "version 7 of compiled networks, this is for version 2"),
+        ({"format": "str_triton.sparse", "version": 7}, "version 7 of compiled networks, this is for version 3"),
         (_record([{"kind": "Call", "name": "a", "inputs": [], "target": "os.system"}]), "describes no network"),
         (_record([{"kind": "Norm", "name": "a", "inputs": []}]), "describes no network"),
     ):

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from str_triton.deploy.sparse.executions.choice import Choice
-from str_triton.deploy.sparse.graph.nodes import ACTIVATIONS, Convolution, Graph, Input, Linear, MaxPool, Mean
+from str_triton.deploy.sparse.graph.nodes import ACTIVATIONS, Convolution, Graph, Input, Linear
+from str_triton.deploy.sparse.graph.pools import MaxPool, Mean
 from str_triton.deploy.sparse.graph.refs import Ref
 from str_triton.deploy.sparse.runtime import build
 from str_triton.deploy.sparse.runtime.plan import Plan

@@ -2,7 +2,6 @@
 
 import ctypes
 import functools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,10 +10,14 @@ import torch
 from torch import Tensor
 
 from str_triton.deploy.sparse import stopwatch
-from str_triton.deploy.sparse.cost import estimate
+from str_triton.deploy.sparse.cost import copy_milliseconds, estimate
 from str_triton.deploy.sparse.executions import EXECUTIONS
 from str_triton.deploy.sparse.executions.choice import Choice
-from str_triton.deploy.sparse.graph.nodes import Graph, Layer, Linear, MaxPool, Mean
+from str_triton.deploy.sparse.graph.nodes import Convolution, Graph, Layer, Linear
+from str_triton.deploy.sparse.graph.pointwise import Pointwise
+from str_triton.deploy.sparse.graph.pools import AvgPool, MaxPool, Mean
+from str_triton.deploy.sparse.runtime.draft import is_row
+from str_triton.deploy.sparse.runtime.images import leader
 from str_triton.deploy.sparse.runtime.plan import Plan, Segment
 from str_triton.deploy.sparse.runtime.structs import LINEAR
 from str_triton.deploy.sparse.runtime.trial import Trial
@@ -43,7 +46,7 @@ def choose(
     plan = Plan(graph, trial, ours, library) if library is not None else None
     if not tune:
         by_torch, by_kernel = estimate(graph, trial.shapes, plan, threads)
-        return _weigh(graph, trial.shapes, by_torch, by_kernel, _copy_estimate), True
+        return _weigh(graph, trial.shapes, by_torch, by_kernel, copy_milliseconds), True
     if plan is not None:
         plan.run(example)
     watch = stopwatch.Stopwatch()
@@ -125,10 +128,11 @@ class _Stage:
         op = self.segment.operations[self.number][0]
         lanes = self.library.str_triton_lanes()
         if op.kind == LINEAR:  # Its tensors are gone.
-            self._tensors = torch.randn(op.x.image), torch.empty(op.y.image)
+            self._tensors = torch.randn(op.images * op.x.image), torch.empty(op.images * op.y.image)
             op.x.data, op.y.data = (tensor.data_ptr() for tensor in self._tensors)
         cuts = _cuts(op.length // lanes * op.images * op.planes, self.threads, lanes)
-
+        if isinstance(self.segment.tasks[self.number].node, Pointwise):  # Memory decides: any cut will do.
+            cuts = cuts[-1:]
         rounds, kept = 2, cuts
         while len(kept) > 1 and rounds <= 8:
             best: dict[Choice, float] = {}
@@ -172,17 +176,18 @@ def _weigh(
             readers[name].add(node.name)
     nodes = {node.name: node for node in graph.nodes}
     kept = set(graph.kept())
-    pools = {node.name for node in graph.nodes if isinstance(node, MaxPool | Mean)}
+    pools = {node.name for node in graph.nodes if isinstance(node, MaxPool | AvgPool | Mean)}
+    leaders = {node.name: leader(node, shapes) for node in graph.nodes}
     choices = by_torch | by_kernel
 
     def form(name: str) -> type | None:
         """Return the kind of layer in whose padded buffers a node reads and writes; None: torch's tensors."""
+        while leaders[name] is not None:
+            name = leaders[name]
         node = nodes[name]
-        if isinstance(node, MaxPool):
-            return form(node.inputs[0])
-        if not isinstance(node, Layer) or choices[name].execution != "sparse":
+        if not isinstance(node, Layer) or choices[name].execution != "sparse" or is_row(node, shapes):
             return None
-        return None if isinstance(node, Linear) and math.prod(shapes[name][:-1]) == 1 else type(node)
+        return Linear if isinstance(node, Linear) else Convolution
 
     def crossings(name: str) -> float:
         """Milliseconds of the copies of one value; a pool reads whatever form there is."""
@@ -203,10 +208,6 @@ def _weigh(
             else:
                 choices[name] = before
     return choices
-
-
-def _copy_estimate(shape: tuple[int, ...]) -> float:
-    return 1e3 * math.prod(shape) * 8 / 10e9
 
 
 @functools.lru_cache(maxsize=1024)

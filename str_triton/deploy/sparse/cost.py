@@ -10,10 +10,13 @@ import torch
 import torch.nn.functional as F
 
 from str_triton.deploy.sparse.executions.choice import Choice
-from str_triton.deploy.sparse.graph.nodes import Convolution, Graph, Layer, Linear
+from str_triton.deploy.sparse.graph.nodes import Convolution, Graph, Layer
+from str_triton.deploy.sparse.graph.pointwise import Pointwise
+from str_triton.deploy.sparse.runtime.draft import is_row
 from str_triton.deploy.sparse.runtime.plan import Plan
 from str_triton.deploy.sparse.runtime.structs import CONVOLUTION, LINEAR
 
+BYTES = 10e9  # that a copy moves in a second
 CALL = 5e-3  # milliseconds of one more call of torch's
 # The kernels' multiplications a second in units of torch's dense ones, as measured on two processors.
 RATES = {CONVOLUTION: 0.45, LINEAR: 0.04}
@@ -54,9 +57,11 @@ def estimate(
         slow = 1.0
         if isinstance(node, Convolution) and node.is_depthwise:
             slow = DEPTHWISE
-        elif isinstance(node, Linear) and pixels == 1:
+        elif is_row(node, shapes):
             slow = ONE_ROW
         dense = CALL + node.weight.numel() * pixels / (rate * slow)
+        if isinstance(node, Pointwise):
+            dense = CALL + copy_milliseconds(shape)
         by_torch[node.name] = Choice("dense", ms=dense, ms_dense=dense)
         found = _operation(plan, node)
         if found is not None:
@@ -66,6 +71,11 @@ def estimate(
             ms = weights * pixels / (rate * RATES[kind])
             by_kernel[node.name] = _cut(vectors, threads, ms, dense)
     return by_torch, by_kernel
+
+
+def copy_milliseconds(shape: tuple[int, ...]) -> float:
+    """Return an estimate of how long it takes to read and write a value."""
+    return 1e3 * math.prod(shape) * 8 / BYTES
 
 
 def _pixels(node: Layer, shape: tuple[int, ...]) -> int:

@@ -24,7 +24,7 @@ from str_triton.deploy.sparse.graph.signature import Leaf, Signature
 from str_triton.deploy.sparse.quiet import quiet
 from str_triton.deploy.sparse.records import Refused, choice_of, decode, encode, node_of, node_record
 
-FORMAT, VERSION = "str_triton.sparse", 2
+FORMAT, VERSION, READABLE = "str_triton.sparse", 3, (2, 3)
 MOST_ELEMENTS = 2**28  # of an example
 
 
@@ -109,7 +109,7 @@ def read(path: str | os.PathLike[str]) -> Content:
         raise ValueError(f"{path} is no packed file: {_one_line(error)}") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise ValueError(f"{path} holds no compiled network: compile_sparse(...).save(path) writes one")
-    if record.get("version") != VERSION:
+    if record.get("version") not in READABLE:
         raise ValueError(
             f"{path} has version {record.get('version')} of compiled networks, this is for version {VERSION}"
         )

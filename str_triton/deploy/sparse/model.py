@@ -16,6 +16,7 @@ from str_triton.deploy.sparse import file
 from str_triton.deploy.sparse.choose import choose
 from str_triton.deploy.sparse.executions.choice import Choice
 from str_triton.deploy.sparse.graph.nodes import Constant, Graph, Layer, State
+from str_triton.deploy.sparse.graph.pointwise import Pointwise
 from str_triton.deploy.sparse.graph.refs import Ref
 from str_triton.deploy.sparse.graph.signature import Signature, Unfit
 from str_triton.deploy.sparse.profile import profile
@@ -221,8 +222,9 @@ class SparseModel(CompiledModel):
     def profile(self, *args: Any, **kwargs: Any) -> list[tuple[str, str, float]]:
         """Return what takes the time for such a call: (layer, kind, milliseconds) of every step, measured one by one.
 
-        Kinds are "convolution", "depthwise", "linear", "pool", "copy" (into and out of padded buffers, and into the
-        phases that strided layers read) and "torch".
+        Kinds are "convolution", "depthwise", "linear", "pool", "pointwise" (sums, norms, activations and gates that are
+        part of no other layer), "copy" (into and out of padded buffers, into the phases that strided layers read, of
+        concatenations and splits) and "torch".
         """
         leaves = self.signature.flatten(args, kwargs)
         inputs = [leaves[i].clone() for i in self._tensors]
@@ -230,7 +232,8 @@ class SparseModel(CompiledModel):
             return profile(self._plan(leaves), inputs)
 
     def layers(self) -> Iterable[tuple[Layer, Choice]]:
-        return ((node, self.choices[node.name]) for node in self.graph.layers())
+        shown = (node for node in self.graph.layers() if not isinstance(node, Pointwise))
+        return ((node, self.choices[node.name]) for node in shown)
 
     def _plan(self, leaves: Sequence[Any]) -> Plan:
         """Return the plan for such inputs; the lock is held."""

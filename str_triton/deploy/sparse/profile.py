@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from str_triton.deploy.sparse.graph.nodes import Convolution, Input, Linear, MaxPool, Mean, Node
+from str_triton.deploy.sparse.graph.nodes import Convolution, Input, Linear, Node
+from str_triton.deploy.sparse.graph.pointwise import Pointwise
+from str_triton.deploy.sparse.graph.pools import AvgPool, MaxPool, Mean
 from str_triton.deploy.sparse.runtime.plan import Plan, Segment
 
 PASSES = 30
@@ -53,10 +55,14 @@ def _kind(node: Node, task: str) -> str:
     match node:
         case _ if task == "copy":
             return "copy"
+        case Pointwise():
+            return "pointwise"
+        case _ if task == "gate":
+            return "pointwise"
         case Convolution():
             return "depthwise" if node.is_depthwise else "convolution"
         case Linear():
             return "linear"
-        case MaxPool() | Mean():
+        case MaxPool() | AvgPool() | Mean():
             return "pool"
     return "torch"

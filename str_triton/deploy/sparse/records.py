@@ -10,8 +10,9 @@ from torch import Tensor
 
 from str_triton.deploy.sparse.executions import EXECUTIONS
 from str_triton.deploy.sparse.executions.choice import Choice
-from str_triton.deploy.sparse.graph import nodes
+from str_triton.deploy.sparse.graph import nodes, pools
 from str_triton.deploy.sparse.graph.operators import allowed, operator_name, resolve
+from str_triton.deploy.sparse.graph.pointwise import Pointwise
 from str_triton.deploy.sparse.graph.refs import Ref, references
 
 MOST = 2**20  # of a stride, a padding, a cut; far beyond what makes sense, and far below what could overflow
@@ -188,6 +189,7 @@ def _is_layer(node: nodes.Layer, dims: int, most_inputs: int) -> bool:
         and all(abs(limit) <= LARGEST or math.isinf(limit) for limit in node.clamp)
     )
     limits = limits and node.activation in ("", *nodes.ACTIVATIONS)
+    limits = limits and type(node.slope) in (int, float) and abs(node.slope) <= LARGEST
     return fits and limits and node.clamp[0] <= node.clamp[1] and 1 <= len(node.inputs) <= most_inputs
 
 
@@ -197,17 +199,27 @@ def _check_convolution(node: nodes.Convolution) -> None:
     _require(sizes and node.weight.shape[0] % node.groups == 0, f"{node.name} is no convolution")
 
 
+def _check_pointwise(node: Pointwise) -> None:
+    _check_convolution(node)
+    plain = node.is_pointwise and node.dilation == (1, 1) and node.groups == len(node.weight)
+    plain = plain and node.weight.shape[1] == 1 and isinstance(node.scales, bool)
+    identity = plain and (node.scales or bool((node.weight == 1).all() and (node.bias == 0).all()))
+    _require(identity, f"{node.name} is no product by channels")
+
+
 def _check_linear(node: nodes.Linear) -> None:
     _require(_is_layer(node, 2, 1), f"{node.name} is no linear layer")
 
 
-def _check_pool(node: nodes.MaxPool) -> None:
+def _check_pool(node: pools.MaxPool | pools.AvgPool) -> None:
     pairs = all(_is_pair(pair, 1) for pair in (node.kernel, node.stride, node.dilation)) and _is_pair(node.padding, 0)
     small = pairs and all(2 * p <= k for p, k in zip(node.padding, node.kernel, strict=True))
-    _require(small and math.prod(node.kernel) <= MOST and len(node.inputs) == 1, f"{node.name} is no max pool")
+    flags = isinstance(node.ceil, bool) and isinstance(getattr(node, "whole", True), bool)
+    usual = small and flags and math.prod(node.kernel) <= MOST and len(node.inputs) == 1
+    _require(usual, f"{node.name} is no pool")
 
 
-def _check_mean(node: nodes.Mean) -> None:
+def _check_mean(node: pools.Mean) -> None:
     _require(isinstance(node.keep, bool) and len(node.inputs) == 1, f"{node.name} is no mean")
 
 
@@ -230,6 +242,8 @@ _KINDS: dict[str, tuple[type[nodes.Node], Callable[[Any], None]]] = {
     "Call": (nodes.Call, _check_call),
     "Convolution": (nodes.Convolution, _check_convolution),
     "Linear": (nodes.Linear, _check_linear),
-    "MaxPool": (nodes.MaxPool, _check_pool),
-    "Mean": (nodes.Mean, _check_mean),
+    "Pointwise": (Pointwise, _check_pointwise),
+    "MaxPool": (pools.MaxPool, _check_pool),
+    "AvgPool": (pools.AvgPool, _check_pool),
+    "Mean": (pools.Mean, _check_mean),
 }

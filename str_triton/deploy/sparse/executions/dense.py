@@ -29,7 +29,7 @@ class ChannelsLast(Execution):
 
     def fits(self, node: Layer, shapes: Shapes) -> bool:
         # Torch 2.13 crashes on some grouped convolutions with dilation in this format.
-        is_safe = isinstance(node, Convolution) and (node.groups == 1 or node.dilation == (1, 1))
+        is_safe = type(node) is Convolution and (node.groups == 1 or node.dilation == (1, 1))
         return is_safe and node.inputs[0] in shapes
 
     def run(self, node: Layer, values: dict[str, Any]) -> Tensor:

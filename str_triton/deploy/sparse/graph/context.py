@@ -90,6 +90,13 @@ def dimensions(node: Any) -> int | None:
     return value.dim() if isinstance(value, Tensor) else None
 
 
+def channels(node: fx.Node) -> int:
+    """Return the second size of an exported node's tensor [images, channels, height, width]; 0 if it is no such one."""
+    value = node.meta.get("val")
+    found = value.shape[1] if isinstance(value, Tensor) and value.dim() == 4 else 0
+    return found if isinstance(found, int) else 0
+
+
 def same_shape(a: Tensor, b: Tensor) -> bool:
     """Check that two shapes are the same whatever the open sizes are."""
     return a.dim() == b.dim() and all(map(_same_size, a.shape, b.shape))

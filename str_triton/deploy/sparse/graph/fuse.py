@@ -6,21 +6,38 @@ from typing import Any
 
 import torch
 
-from str_triton.deploy.sparse.graph.nodes import Add, Call, Clamp, Convolution, Graph, Input, Layer, Linear, Node, Norm
-from str_triton.deploy.sparse.graph.refs import Ref, rename
-
-_ACTIVATIONS = {
-    getattr(torch.ops.aten, name).default: name for name in ("hardswish", "hardsigmoid", "sigmoid", "silu", "gelu")
-}
+from str_triton.deploy.sparse.graph.branches import merge_branches
+from str_triton.deploy.sparse.graph.nodes import Call, Convolution, Graph, Input, Layer, Linear, Node
+from str_triton.deploy.sparse.graph.pointwise import Activation, Add, Norm
+from str_triton.deploy.sparse.graph.pools import AvgPool, MaxPool
+from str_triton.deploy.sparse.graph.refs import rename
 
 
 def fuse(graph: Graph) -> Graph:
     """Fold norms, fuse sums and activations, turn what could not be fused into calls, and drop what nobody reads."""
-    graph = _fuse_sums(_absorb(graph, Norm, _fold_norm))
-    graph = _absorb(graph, Clamp, _fuse_clamp)
-    graph = _absorb(graph, Call, _fuse_activation)
-    nodes = [node.as_call() if isinstance(node, Norm | Clamp | Add) else node for node in graph.nodes]
+    graph = _absorb(graph, Norm, _fold_norm)
+    graph = _absorb(_without(graph, merge_branches(graph, _users(graph))), Norm, _fold_norm)
+    graph = _fuse_sums(_beside_images(graph, Norm))
+    graph = _beside_images(_absorb(_beside_images(graph, Add), Activation, _fuse_activation), Activation)
+    nodes = [node.as_call() if isinstance(node, Norm | Activation | Add) else node for node in graph.nodes]
     return _without_unread(Graph(nodes, graph.outputs, graph.changes))
+
+
+def _beside_images(graph: Graph, kind: type[Norm | Activation | Add]) -> Graph:
+    """Turn the arithmetic of this kind beside convolutions and pools into layers, which the kernels can execute."""
+    images = {node.name for node in graph.nodes if isinstance(node, Convolution | MaxPool | AvgPool)}
+    read = {name for node in graph.nodes if node.name in images for name in node.inputs}
+    nodes = []
+    for node in graph.nodes:
+        is_arithmetic = isinstance(node, Norm | Activation | Add) and bool(node.channels)
+        if is_arithmetic and (node.name in read or images & set(node.inputs)):
+            images.add(node.name)
+            if isinstance(node, kind):
+                layer = node.as_layer()
+                layer.variable = node.variable
+                node = layer
+        nodes.append(node)
+    return Graph(nodes, graph.outputs, graph.changes)
 
 
 def _users(graph: Graph) -> Counter[str]:
@@ -77,21 +94,12 @@ def _fold_norm(layer: Layer, norm: Norm) -> bool:
     return True
 
 
-def _fuse_clamp(layer: Layer, clamp: Clamp) -> bool:
-    (low, high), (lower, upper) = layer.clamp, clamp.clamp
-    layer.clamp = (min(max(low, lower), upper), max(min(high, upper), lower))
-    return True
-
-
-def _fuse_activation(layer: Layer, call: Call) -> bool:
-    name = _ACTIVATIONS.get(call.target, "")
-    approximate = call.kwargs.get("approximate", "none")
-    if name == "gelu" and approximate == "tanh":
-        name = "gelu_tanh"
-    is_plain = call.args == (Ref(call.inputs[0]),) and call.kwargs.keys() <= {"approximate"}
-    if not name or not is_plain or layer.activation:
+def _fuse_activation(layer: Layer, node: Activation) -> bool:
+    if layer.activation:
         return False
-    layer.activation = name
+    layer.activation, layer.slope = node.activation, node.slope
+    (low, high), (lower, upper) = layer.clamp, node.clamp
+    layer.clamp = (min(max(low, lower), upper), max(min(high, upper), lower))
     return True
 
 

@@ -7,11 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from str_triton.deploy.sparse.graph.context import Context, bound, dimensions, is_float, pair, same_shape
-from str_triton.deploy.sparse.graph.nodes import Add, Call, Clamp, Convolution, Linear, MaxPool, Mean, Node, Norm
+from str_triton.deploy.sparse.graph.context import Context, bound, channels, dimensions, is_float, pair, same_shape
+from str_triton.deploy.sparse.graph.nodes import Call, Convolution, Linear, Node
+from str_triton.deploy.sparse.graph.pointwise import Activation, Add, Norm
+from str_triton.deploy.sparse.graph.pools import AvgPool, MaxPool, Mean
 from str_triton.deploy.sparse.graph.refs import references
 
 aten = torch.ops.aten
+_ACTIVATIONS = ("hardswish", "hardsigmoid", "sigmoid", "silu", "gelu", "leaky_relu")
 
 
 def _convolution(context: Context, node: fx.Node) -> Node | None:
@@ -98,6 +101,23 @@ def _norm(context: Context, node: fx.Node) -> Node | None:
     return Norm(context.name(node), [context.value(given["input"]).name], scale, shift, dimensions(given["input"]))
 
 
+def _by_number(context: Context, node: fx.Node) -> Node | None:
+    """Lower the sum or the product of an image and a number, which may become part of a layer."""
+    given = bound(node)
+    x, number = given["self"], given["other"]
+    count = channels(node)
+    usual = type(number) in (int, float) and math.isfinite(number) and given.get("alpha", 1) == 1
+    if not usual or not count or x in context.known or not is_float(node) or not is_float(x):
+        return None
+    name = node.target._schema.name
+    if name == "aten::div" and number == 0:
+        return None
+    by = {"aten::mul": number, "aten::div": 1 / number if number else 0.0}.get(name, 1.0)
+    plus = {"aten::add": number, "aten::sub": -number}.get(name, 0.0)
+    scale, shift = (torch.full((count,), value, dtype=torch.float64, device="cpu") for value in (by, plus))
+    return Norm(context.name(node), [context.value(x).name], scale, shift, 4, node.target, number)
+
+
 def _norm_by_batch(context: Context, node: fx.Node) -> Node | None:
     """Lower a norm by the statistics of the batch to the operation of the model's, which takes empty batches, too."""
     if any(user.args[1] != 0 for user in node.users):
@@ -118,33 +138,60 @@ def _clamp(context: Context, node: fx.Node) -> Node | None:
     numbers = all(isinstance(limit, int | float) and not math.isnan(limit) for limit in (low, high))
     if x in context.known or not numbers or low > high or not is_float(node) or not is_float(x):
         return None
-    return Clamp(context.name(node), [context.value(x).name], (float(low), float(high)))
+    return Activation(context.name(node), [context.value(x).name], channels(node), (float(low), float(high)))
+
+
+def _activation(context: Context, node: fx.Node) -> Node | None:
+    given = bound(node)
+    x, slope = given["self"], given.get("negative_slope", 0.01)
+    if x in context.known or not is_float(node) or not is_float(x) or not isinstance(slope, int | float):
+        return None
+    name = node.target._schema.name.removeprefix("aten::")
+    if name == "gelu" and given["approximate"] == "tanh":
+        name = "gelu_tanh"
+    values = {"activation": name, "slope": float(slope)}
+    return Activation(context.name(node), [context.value(x).name], channels(node), **values)
 
 
 def _add_tensors(context: Context, node: fx.Node) -> Node | None:
     given = bound(node)
     parts = given["self"], given["other"]
-    if given.get("alpha", 1) != 1 or not all(isinstance(part, fx.Node) for part in parts):
+    if not isinstance(parts[1], fx.Node):
+        return _by_number(context, node)
+    if given.get("alpha", 1) != 1 or not isinstance(parts[0], fx.Node):
         return None
     values = [part.meta.get("val") for part in (*parts, node)]
     if not all(isinstance(value, Tensor) and value.dtype == torch.float32 for value in values):
         return None
     if not all(same_shape(value, values[2]) for value in values[:2]):
         return None
-    return Add(context.name(node), [context.value(part).name for part in parts])
+    return Add(context.name(node), [context.value(part).name for part in parts], channels(node))
 
 
 def _max_pool(context: Context, node: fx.Node) -> Node | None:
     given = bound(node)
     x = given["self"]
-    if given["ceil_mode"] or dimensions(x) != 4 or not is_float(node) or x in context.known:
+    if dimensions(x) != 4 or not is_float(node) or x in context.known:
         return None
-    kernel = pair(given["kernel_size"])
-    stride = pair(given["stride"]) if given["stride"] else kernel
-    sizes = (kernel, stride, pair(given["padding"]), pair(given["dilation"]))
+    sizes = (*_window(given), pair(given["dilation"]))
     if not all(isinstance(number, int) for size in sizes for number in size):
         return None
-    return MaxPool(context.name(node), [context.value(x).name], *sizes)
+    return MaxPool(context.name(node), [context.value(x).name], *sizes, given["ceil_mode"])
+
+
+def _avg_pool(context: Context, node: fx.Node) -> Node | None:
+    given = bound(node)
+    x, sizes = given["self"], _window(given)
+    usual = dimensions(x) == 4 and is_float(node) and is_float(x) and x not in context.known
+    if not usual or given["divisor_override"] or not all(isinstance(number, int) for size in sizes for number in size):
+        return None
+    return AvgPool(context.name(node), [context.value(x).name], *sizes, given["ceil_mode"], given["count_include_pad"])
+
+
+def _window(given: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """Return the kernel, the stride and the padding of a pool."""
+    kernel = pair(given["kernel_size"])
+    return kernel, pair(given["stride"]) if given["stride"] else kernel, pair(given["padding"])
 
 
 def _mean(context: Context, node: fx.Node) -> Node | None:
@@ -170,7 +217,10 @@ HANDLERS: dict[Any, Handler] = {
     aten._native_batch_norm_legit.no_stats: _norm_by_batch,
     **dict.fromkeys((aten.relu.default, aten.relu6.default, aten.hardtanh.default), _clamp),
     **dict.fromkeys((aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default), _clamp),
+    **{getattr(aten, name).default: _activation for name in _ACTIVATIONS},
     aten.add.Tensor: _add_tensors,
+    **dict.fromkeys((aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor), _by_number),
     aten.max_pool2d.default: _max_pool,
+    aten.avg_pool2d.default: _avg_pool,
     **dict.fromkeys((aten.mean.dim, aten.adaptive_avg_pool2d.default), _mean),
 }

@@ -1,5 +1,7 @@
 """From an exported program to a graph of this package's nodes; what depends on weights alone is computed once."""
 
+import itertools
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +13,11 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from str_triton.deploy.sparse.graph.context import Context
+from str_triton.deploy.sparse.graph.context import Context, bound, dimensions
 from str_triton.deploy.sparse.graph.export import NotExported
 from str_triton.deploy.sparse.graph.handlers import HANDLERS
-from str_triton.deploy.sparse.graph.nodes import Call, Graph, Input, Norm, State
+from str_triton.deploy.sparse.graph.nodes import Call, Graph, Input, State
+from str_triton.deploy.sparse.graph.pointwise import Norm
 from str_triton.deploy.sparse.graph.refs import Ref, references
 
 aten = torch.ops.aten
@@ -28,6 +31,8 @@ _CHECKS = (
 )
 # A view by strides that are those of another run need not be possible in this one.
 _RESHAPES = (aten.view.default, aten._unsafe_view.default)
+# Each part of these is a slice.
+_SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
 _NORMS = (aten._native_batch_norm_legit.no_stats, aten._native_batch_norm_legit_no_training.default)
 _PRODUCTS = ("conv", "linear", "addmm", "mm", "matmul", "bmm", "gru", "lstm", "rnn")
 
@@ -101,7 +106,7 @@ class _Lowering(Context):
             (self.known if isinstance(found, Tensor) else self.values)[node] = found
         elif target in _CHECKS:
             pass
-        elif target in _IDENTITIES or (target is aten.dropout.default and not node.args[2]):
+        elif target in _IDENTITIES or (target is aten.dropout.default and not node.args[2]) or _is_whole(node):
             source = node.args[0]
             where = self.known if source in self.known else self.values
             where[node] = where[source]
@@ -121,6 +126,9 @@ class _Lowering(Context):
             and isinstance(self.values.get(node.args[0]), list)
         ):
             self.values[node] = self.values[node.args[0]][node.args[1]]
+        elif target in _SPLITS and (parts := self._parts(node)):
+            self.nodes += parts
+            self.values[node] = [Ref(part.name) for part in parts]
         else:
             handler = HANDLERS.get(target)
             made = handler(self, node) if handler else None
@@ -160,6 +168,20 @@ class _Lowering(Context):
         found = self.arguments(result)
         self.values[node] = list(found) if isinstance(found, list | tuple) else found
 
+    def _parts(self, node: fx.Node) -> list[Call] | None:
+        """Return the parts of a split as slices; None where their sizes are open."""
+        dim = bound(node)["dim"] % dimensions(node.args[0])
+        sizes = [part.shape[dim] for part in node.meta["val"]]
+        if not all(isinstance(size, int) for size in sizes) or _is_variable(node):
+            return None
+        x, ends = self.value(node.args[0]), itertools.accumulate(sizes)
+        return [
+            Call(
+                f"{self.name(node)}.{i}", [x.name], aten.slice.Tensor, (x, dim, end - size, end), label=self.label(node)
+            )
+            for i, (size, end) in enumerate(zip(sizes, ends, strict=True))
+        ]
+
     def _call(self, node: fx.Node) -> Call:
         args, kwargs = self.arguments((node.args, dict(node.kwargs)))
         target = aten.reshape.default if node.target in _RESHAPES else node.target
@@ -174,6 +196,14 @@ class _Lowering(Context):
             self.left[label] = _reason(node, name)
         kwargs = dict(kwargs) | _with_dtype(target, node)
         return Call(self.name(node), references((args, kwargs)), target, args, kwargs, label)
+
+
+def _is_whole(node: fx.Node) -> bool:
+    """Check whether a node is a slice of everything."""
+    if node.target is not aten.slice.Tensor:
+        return False
+    given = bound(node)
+    return given["start"] in (None, 0) and given["end"] in (None, sys.maxsize) and given["step"] == 1
 
 
 def _is_variable(node: fx.Node) -> bool:

@@ -1,7 +1,7 @@
 """A network as a short list of nodes: plain data, whatever module it was exported from.
 
-A node is a layer that this package executes itself (a convolution, a linear layer, a max pool, a global mean) or a call
-of one of torch's operations, which runs as it stands.
+A node is a layer that this package executes itself (a convolution or a linear layer; pools stand in pools.py,
+arithmetic on single elements in pointwise.py) or a call of one of torch's operations, which runs as it stands.
 """
 
 import functools
@@ -26,6 +26,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "leaky_relu": F.leaky_relu,
 }
 
 
@@ -129,6 +130,7 @@ class Layer(Node):
         clamp: the lowest and highest value of the output.
         label: the module's name in the model, for people.
         activation: a name in ACTIVATIONS, which follows the clamp; "": none.
+        slope: the factor of negative values of "leaky_relu".
     """
 
     weight: Tensor
@@ -136,6 +138,7 @@ class Layer(Node):
     clamp: tuple[float, float] = FREE
     label: str = ""
     activation: str = field(default="", kw_only=True)
+    slope: float = field(default=0.01, kw_only=True)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what executions prepared, which neither copies nor files can hold."""
@@ -156,7 +159,23 @@ class Layer(Node):
             y = y.relu_()
         elif self.clamp != FREE:
             y = y.clamp_(*self.clamp)
+        return self.activate(y)
+
+    def activate(self, y: Tensor) -> Tensor:
+        """Apply the activation alone."""
+        if self.activation == "leaky_relu":
+            return F.leaky_relu(y, self.slope)
         return ACTIVATIONS[self.activation](y) if self.activation else y
+
+
+Pair = tuple[int, int]
+
+
+def output_sizes(sizes: tuple[int, ...], kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Pair:
+    """Return the height and the width of what a window makes of an image of these sizes, rounded down."""
+    spans = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+    height, width = ((n + 2 * p - span) // s + 1 for n, span, s, p in zip(sizes, spans, stride, padding, strict=True))
+    return height, width
 
 
 @dataclass
@@ -182,9 +201,8 @@ class Convolution(Layer):
 
     def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of the convolution alone for an input [B, C, H, W] of this shape."""
-        spans = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel, strict=True)]
-        geometry = zip(shape[2:], spans, self.stride, self.padding, strict=True)
-        return shape[0], self.weight.shape[0], *((n + 2 * p - span) // s + 1 for n, span, s, p in geometry)
+        sizes = output_sizes(shape[2:], self.kernel, self.stride, self.padding, self.dilation)
+        return shape[0], self.weight.shape[0], *sizes
 
     def run(self, values: dict[str, Any]) -> Tensor:
         x = values[self.inputs[0]]
@@ -200,66 +218,6 @@ class Linear(Layer):
 
     def run(self, values: dict[str, Any]) -> Tensor:
         return self.finish(F.linear(values[self.inputs[0]], self.weight, self.bias), values)
-
-
-@dataclass
-class MaxPool(Node):
-    """A 2-d max pool without ceil_mode and indices."""
-
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-
-    def run(self, values: dict[str, Any]) -> Tensor:
-        return F.max_pool2d(values[self.inputs[0]], self.kernel, self.stride, self.padding, self.dilation)
-
-
-@dataclass
-class Mean(Node):
-    """The mean over the last two dimensions, [B, C, H, W] -> [B, C], or [B, C, 1, 1] if `keep`."""
-
-    keep: bool = False
-
-    def run(self, values: dict[str, Any]) -> Tensor:
-        return values[self.inputs[0]].mean((-2, -1), keepdim=self.keep)
-
-
-@dataclass
-class Norm(Node):
-    """A batch norm y = x * scale + shift by channel, [float64]; `dims` is how many dimensions x has."""
-
-    scale: Tensor
-    shift: Tensor
-    dims: int
-
-    def as_call(self) -> Call:
-        scale, shift = self.scale.float(), self.shift.float()
-        args = (Ref(self.inputs[0]), scale, shift, torch.zeros_like(scale), torch.ones_like(scale), False, 0.0, 0.0)
-        return Call(self.name, self.inputs, torch.ops.aten.batch_norm.default, (*args, False), variable=self.variable)
-
-
-@dataclass
-class Clamp(Node):
-    """An activation that clamps, not fused yet."""
-
-    clamp: tuple[float, float]
-
-    def as_call(self) -> Call:
-        if self.clamp == (0.0, math.inf):
-            target, limits = torch.ops.aten.relu.default, ()
-        else:
-            target, limits = torch.ops.aten.clamp.default, self.clamp
-        return Call(self.name, self.inputs, target, (Ref(self.inputs[0]), *limits), variable=self.variable)
-
-
-@dataclass
-class Add(Node):
-    """A sum of two values of one shape, not fused yet."""
-
-    def as_call(self) -> Call:
-        args = tuple(map(Ref, self.inputs))
-        return Call(self.name, self.inputs, torch.ops.aten.add.Tensor, args, variable=self.variable)
 
 
 @dataclass

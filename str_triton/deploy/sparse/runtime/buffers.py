@@ -17,11 +17,13 @@ class Key(NamedTuple):
 
     Attributes:
         turned: the value [..., features] lies as one image of one row: features are channels, and rows are pixels.
+        bordered: minus infinity lies around the pixels, not zeros; only copies write such an image.
     """
 
     value: str
     phases: tuple[int, int]
     turned: bool = False
+    bordered: bool = False
 
 
 @dataclass
@@ -30,6 +32,7 @@ class _Place:
 
     floats: int
     begin: int = 0
+    bordered: bool = False
 
 
 @dataclass
@@ -82,14 +85,15 @@ class Buffers:
         for other in filter(None, (x, residual)):
             self._groups[self.root(other)] = self.root(y)
 
+    def fit(self, key: Key) -> None:
+        """Make room for an image, once all are connected."""
+        frame, sizes = self.frame(key), plane_sizes(self.shape(key)[2:], key.phases)
+        frame.rows = max(frame.rows, *(rows for rows, _ in sizes))
+        frame.columns = max(frame.columns, *(columns for _, columns in sizes))
+
     def widen(self, window: Window, x: Key, y: Key) -> None:
-        """Make room for the images and for the zeros around x, once all are connected."""
-        frame = self.frame(y)
-        for key in (x, y):
-            sizes = plane_sizes(self.shape(key)[2:], key.phases)
-            frame.rows = max(frame.rows, *(rows for rows, _ in sizes))
-            frame.columns = max(frame.columns, *(columns for _, columns in sizes))
-        window.widen(frame, self.shape(x)[2:], self.shape(y)[2:])
+        """Make room for what a window reads around x."""
+        window.widen(self.frame(y), self.shape(x)[2:], self.shape(y)[2:])
 
     def take(self, key: Key) -> None:
         """Find a place for an image that is written next."""
@@ -102,7 +106,7 @@ class Buffers:
         fitting = [place for place in free if place.floats >= floats]
         place = min(fitting, key=lambda p: p.floats) if fitting else max(free, key=lambda p: p.floats, default=None)
         if place is None:
-            place = _Place(floats)
+            place = _Place(floats, bordered=key.bordered)
             self._all.append(place)
         else:
             free.remove(place)
@@ -116,7 +120,7 @@ class Buffers:
 
     def _layout(self, key: Key) -> tuple:
         """Return what decides where an image's zeros lie: a smaller one would read what a larger one left around it."""
-        return self.root(key), key.phases, self.shape(key)[2:]
+        return self.root(key), key.phases, self.shape(key)[2:], key.bordered
 
     def allocate(self) -> None:
         """Get the memory, all zeros. Around it there is room for what strips read beyond their image."""
@@ -128,11 +132,14 @@ class Buffers:
         memory = np.zeros(total + slack + 16, np.float32)
         misaligned = memory.ctypes.data % 64 // FLOAT
         self._memory = memory[(16 - misaligned) % 16 :]
+        for place in self._all:
+            if place.bordered:
+                self._memory[place.begin : place.begin + place.floats] = -np.inf
 
-    def view(self, key: Key, plane: int = 0) -> View:
-        """Pointer and strides of an image, from the first pixel of one of its planes."""
+    def view(self, key: Key, plane: int = 0, skipped: int = 0) -> View:
+        """Return pointer and strides of an image, from the first pixel of a plane and the channel after `skipped`."""
         frame, channel = self.frame(key), self.frame(key).channel(math.prod(key.phases))
-        begin = self._places[key].begin + plane * frame.plane + frame.origin
+        begin = self._places[key].begin + skipped * channel + plane * frame.plane + frame.origin
         return View(
             data=self._memory.ctypes.data + FLOAT * begin,
             image=self.shape(key)[1] * channel,

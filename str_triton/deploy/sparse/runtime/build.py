@@ -14,7 +14,7 @@ import warnings
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("kernels.c")
-HEADER = Path(__file__).with_name("vectors.h")
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("vectors.h", "operations.h", "copies.h"))
 COMPILERS = ("cc", "gcc", "clang")
 _BASE = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-ffp-contract=fast")
 # The first set that the compiler takes and whose library loads. OpenMP first: without it there is one thread.
@@ -74,8 +74,7 @@ def build(folder: Path, flag_sets: tuple[tuple[str, ...], ...] = FLAGS) -> Path:
     compiler = _compiler()
     key = hashlib.sha256()
     for part in (
-        SOURCE.read_bytes(),
-        HEADER.read_bytes(),
+        *(path.read_bytes() for path in (SOURCE, *HEADERS)),
         _version(compiler),
         repr((compiler, flag_sets)),
         _processor(),

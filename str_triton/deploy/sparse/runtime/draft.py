@@ -6,13 +6,17 @@ from dataclasses import dataclass, field
 
 from str_triton.deploy.sparse.executions import EXECUTIONS
 from str_triton.deploy.sparse.executions.choice import Choice
-from str_triton.deploy.sparse.graph.nodes import Convolution, Graph, Layer, Linear, MaxPool, Mean, Node
+from str_triton.deploy.sparse.graph.nodes import Call, Convolution, Graph, Layer, Linear, Node
+from str_triton.deploy.sparse.graph.pointwise import Pointwise
+from str_triton.deploy.sparse.graph.pools import AvgPool, MaxPool, Mean
 from str_triton.deploy.sparse.runtime.buffers import Buffers, Key
+from str_triton.deploy.sparse.runtime.images import MOST_PHASES, Channels, Gate, Parts, has_window, image_operation
 from str_triton.deploy.sparse.runtime.layout import Window
 from str_triton.deploy.sparse.runtime.trial import Trial
 
 PLAIN = (1, 1)
-MOST_PHASES = 1024  # of what a strided window reads: each is a plane of its own
+PIXEL = Window(PLAIN, PLAIN, (0, 0), PLAIN, PLAIN)  # an output pixel reads the pixel in its place
+NOT_NEGATIVE = ("sigmoid", "hardsigmoid")
 
 
 @dataclass
@@ -20,8 +24,8 @@ class Task:
     """One thing to do, in order: the node that it serves, and the images that it reads and writes.
 
     Attributes:
-        kind: "window", "mean" or "linear" (by the kernels), "copy" (an image to or from a tensor, or to other phases),
-            "torch".
+        kind: "window", "gate", "mean" or "linear" (by the kernels), "copy" (an image to or from a tensor, to other
+            phases, or some channels of it), "torch".
         tensors: names of the values whose tensors it reads; makes: the one that it makes, "" if none.
     """
 
@@ -32,6 +36,8 @@ class Task:
     tensors: list[str] = field(default_factory=list)
     makes: str = ""
     window: Window | None = None
+    value: str = ""  # of a copy: the value of this shape is copied
+    skipped: tuple[int, int] = (0, 0)  # of a copy: the channels before it in what it reads and in what it writes
 
     def images(self) -> set[Key]:
         """Return the images that it touches."""
@@ -47,7 +53,7 @@ class Draft:
         self.images: set[str] = set()  # Values that lie in padded buffers as images of a batch.
         self._written: set[str] = set()  # Values that a kernel makes in padded buffers.
         for node in graph.nodes:
-            if self._by_window(node):
+            if self._makes_image(node):
                 self._written.add(node.name)
         self.windows = self._windows(graph)
         self.tasks: list[Task] = []
@@ -62,19 +68,29 @@ class Draft:
         execution = EXECUTIONS[self.choices[node.name].execution]
         return self.kernels and execution.by_kernels and execution.fits(node, self.shapes)
 
-    def _by_window(self, node: Node) -> bool:
-        """Check whether a kernel computes this node from an image to an image."""
-        if isinstance(node, Convolution | MaxPool) and math.prod(node.stride) > MOST_PHASES:
-            return False
-        if isinstance(node, Convolution):
-            return self._by_kernels(node)
-        if isinstance(node, Linear):
-            return self._by_kernels(node) and math.prod(self.shapes[node.name][:-1]) > 1
-        if isinstance(node, MaxPool) and self._is_image(node.inputs[0]):
-            producer = self.nodes[node.inputs[0]]
-            # Zeros around the image are as good as minus infinity where nothing is negative.
-            return node.padding == (0, 0) or (isinstance(producer, Layer) and producer.clamp[0] >= 0)
+    def _makes_image(self, node: Node) -> bool:
+        """Check whether kernels compute this node from an image to an image."""
+        match node:
+            case Convolution():
+                fits = math.prod(node.stride) <= MOST_PHASES and self._by_kernels(node)
+                return fits and not is_row(node, self.shapes)
+            case Linear():
+                return self._by_kernels(node) and not is_row(node, self.shapes)
+            case MaxPool() | AvgPool():
+                return self._is_image(node.inputs[0]) and has_window(node, self.shapes)
+        match self.kernels and image_operation(node, self.shapes):
+            case Gate(image, _) | Channels(image, _):
+                return self._is_image(image)
+            case Parts(images):
+                return any(map(self._is_image, images))
         return False
+
+    def _reads_border(self, node: Node) -> bool:
+        """Check whether a max pool reads around an image in which a number may be less than the zeros there."""
+        if not isinstance(node, MaxPool) or (node.padding == (0, 0) and not node.ceil):
+            return False
+        producer = self.nodes[node.inputs[0]]
+        return not isinstance(producer, Layer) or (producer.clamp[0] < 0 and producer.activation not in NOT_NEGATIVE)
 
     def _is_image(self, name: str) -> bool:
         """Check whether a kernel makes this value, and not in turned form."""
@@ -85,9 +101,15 @@ class Draft:
         wanted: dict[str, set[tuple[int, int]]] = defaultdict(set)
         windows = {}
         for node in reversed(graph.nodes):
-            if isinstance(node, Linear):
-                windows[node.name] = Window(PLAIN, PLAIN, (0, 0), PLAIN, PLAIN)
-            elif node.name in self._written:
+            if isinstance(node, Mean):
+                wanted[node.inputs[0]].add(PLAIN)
+            if node.name not in self._written:
+                continue
+            windows[node.name] = PIXEL
+            if isinstance(node, Call):
+                for name in node.inputs:
+                    wanted[name].add(PLAIN)
+            elif not isinstance(node, Linear):
                 free = isinstance(node, Convolution) and node.is_pointwise and len(node.inputs) == 1
                 phases = next(iter(wanted[node.name])) if free and len(wanted[node.name]) == 1 else PLAIN
                 window = Window(node.kernel, node.stride, node.padding, node.dilation, phases)
@@ -95,27 +117,47 @@ class Draft:
                 wanted[node.inputs[0]].add(window.reads)
                 for residual in node.inputs[1:]:
                     wanted[residual].add(phases)
-            elif isinstance(node, Mean):
-                wanted[node.inputs[0]].add(PLAIN)
         return windows
 
     def _add(self, node: Node) -> None:
-        if node.name in self._written:
+        if node.name in self._written and isinstance(node, Call):
+            self._add_call(node)
+        elif node.name in self._written:
             window, writes = self.windows[node.name], self._own(node.name)
-            reads = [self._image(Key(node.inputs[0], window.reads, writes.turned))]
+            reads = [self._image(Key(node.inputs[0], window.reads, writes.turned, self._reads_border(node)))]
             reads += [self._image(Key(name, window.phases)) for name in node.inputs[1:]]
             self._note(writes)
             self.tasks.append(Task("window", node, reads, writes, window=window))
             self._made.add(writes)
         elif isinstance(node, Mean) and self._is_image(node.inputs[0]):
             self.tasks.append(Task("mean", node, [self._image(Key(node.inputs[0], PLAIN))], makes=node.name))
-        elif isinstance(node, Linear) and self._by_kernels(node):
+        elif isinstance(node, Layer) and self._by_kernels(node) and is_row(node, self.shapes):
             self._tensor(node.inputs[0])
             self.tasks.append(Task("linear", node, tensors=node.inputs[:1], makes=node.name))
         else:
             for name in node.inputs:
                 self._tensor(name)
             self.tasks.append(Task("torch", node, tensors=list(node.inputs), makes=node.name))
+
+    def _add_call(self, node: Call) -> None:
+        """Add the tasks that stand for one of torch's operations on images."""
+        writes = self._own(node.name)
+        self._note(writes)
+        match image_operation(node, self.shapes):
+            case Gate(image, factors):
+                self._tensor(factors)
+                self.tasks.append(Task("gate", node, [self._image(Key(image, PLAIN))], writes, [factors], window=PIXEL))
+            case Channels(image, begin):
+                source = [self._image(Key(image, PLAIN))]
+                self.tasks.append(Task("copy", node, source, writes, value=node.name, skipped=(begin, 0)))
+            case Parts(images):
+                begin = 0
+                for name in images:
+                    source, tensors = ([self._image(Key(name, PLAIN))], []) if self._is_image(name) else ([], [name])
+                    self._tensor(*tensors)
+                    self.tasks.append(Task("copy", node, source, writes, tensors, value=name, skipped=(0, begin)))
+                    begin += self.shapes[name][1]
+        self._made.add(writes)
 
     def _own(self, name: str) -> Key:
         """Return the form in which a kernel makes a value."""
@@ -134,20 +176,29 @@ class Draft:
         made = self._own(name) if name in self._written else None
         if made is None or made.turned != key.turned:
             self._tensor(name)
-            self.tasks.append(Task("copy", self.nodes[name], [], key, [name]))
+            self.tasks.append(Task("copy", self.nodes[name], [], key, [name], value=name))
         else:
             if PLAIN not in (made.phases, key.phases):
                 made = self._image(Key(name, PLAIN))
-            self.tasks.append(Task("copy", self.nodes[name], [made], key))
+            self.tasks.append(Task("copy", self.nodes[name], [made], key, value=name))
         self._made.add(key)
         return key
 
-    def _tensor(self, name: str) -> None:
-        """Return a value as torch's tensor."""
-        if name in self._written and name not in self._made:
-            source = self._own(name)
-            self.tasks.append(Task("copy", self.nodes[name], [source], makes=name))
-            self._made.add(name)
+    def _tensor(self, *names: str) -> None:
+        """Have values as torch's tensors."""
+        for name in names:
+            if name in self._written and name not in self._made:
+                source = self._own(name)
+                self.tasks.append(Task("copy", self.nodes[name], [source], makes=name, value=name))
+                self._made.add(name)
+
+
+def is_row(node: Layer, shapes: dict[str, tuple[int, ...]]) -> bool:
+    """Check whether a layer multiplies single rows: vectors of features, or images of one pixel."""
+    if isinstance(node, Linear):
+        return math.prod(shapes[node.name][:-1]) == 1
+    is_product = isinstance(node, Convolution) and not isinstance(node, Pointwise) and node.is_pointwise
+    return is_product and node.groups == 1 == len(node.inputs) and shapes.get(node.name, ())[2:] == PLAIN
 
 
 def place(tasks: list[Task], buffers: Buffers) -> None:
@@ -155,6 +206,9 @@ def place(tasks: list[Task], buffers: Buffers) -> None:
     windows = [task for task in tasks if task.window]
     for task in windows:
         buffers.connect(task.window, task.reads[0], task.writes, task.reads[1] if len(task.reads) > 1 else None)
+    for task in tasks:
+        for key in task.images():
+            buffers.fit(key)
     for task in windows:
         buffers.widen(task.window, task.reads[0], task.writes)
     last = {key: index for index, task in enumerate(tasks) for key in task.images()}

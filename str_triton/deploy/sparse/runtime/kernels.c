@@ -11,50 +11,13 @@
 
    Vector extensions of gcc and clang, no intrinsics; without OpenMP everything runs on the calling thread. */
 
-#include "vectors.h"
+#include "copies.h"
 #include <math.h>
 #include <string.h>
 #ifdef _OPENMP
 #include <omp.h>
 #include <sched.h>
 #endif
-
-#define GRAIN 16 /* floats in a cache line */
-
-enum { CONVOLUTION, MAX_POOL, COPY, MEAN, LINEAR, TURN };
-
-typedef struct {
-    float value;
-    int32_t offset; /* in floats, from the pixel's place in the first input channel */
-} tap;
-
-typedef struct {
-    float *data; /* the first pixel of the first image, channel and plane; NULL: absent */
-    int64_t image, channel, plane, row, column; /* strides in floats */
-} view;
-
-typedef struct {
-    int64_t kind;
-    int64_t items; /* what the threads share out among themselves */
-    view x, y, residual;
-    int64_t images, channels, planes;
-    int64_t length;               /* floats of a plane that are computed, a multiple of LANES */
-    int64_t rows, columns;        /* COPY and MEAN: pixels of a plane */
-    int64_t tiles, blocks, width; /* a plane in tiles, the channels in blocks, a strip in vectors */
-    int64_t tables;               /* of taps: 1, or as many as planes, each with its own; COPY: column phases */
-    const tap *taps;
-    const int32_t *first;       /* [tables][channels + 1]: where each channel's taps begin */
-    const int32_t *block_first; /* [blocks + 1]: where each block of channels begins */
-    const float *bias;          /* [channels] */
-    const int32_t *mask;        /* [planes][length]: -1 or 0; NULL: every pixel is real */
-    float low, high;            /* outputs are clamped to them */
-    int64_t activation;         /* what follows the clamp */
-} operation;
-
-typedef struct {
-    const operation *operations;
-    int64_t count;
-} stage;
 
 typedef struct {
     const float *x, *residual;
@@ -85,7 +48,7 @@ static inline __attribute__((always_inline)) void convolve(const operation *op, 
         if (op->activation) {
             vec y[WIDEST]; /* Not the sums themselves: what has an address does not live in registers. */
             EACH(j) y[j] = sum[j];
-            activate(op->activation, y, width);
+            activate(op->activation, op->slope, y, width);
             EACH(j) sum[j] = y[j];
         }
         if (s.mask) EACH(j) sum[j] = (vec)((bits)sum[j] & (bits)at((const float *)s.mask, j));
@@ -143,26 +106,6 @@ static void strips(const operation *op, int64_t item) {
     }
 }
 
-/* Rows of one channel, between an image in one phase and the planes of `tables` column phases: on the one side pixels of
-   a phase follow each other, on the other they are `column` apart, and the next phase is a pixel further. */
-static void copy(const operation *op, int64_t item) {
-    const int64_t channel = item % op->channels, image = item / op->channels;
-    const float *row_x = op->x.data + image * op->x.image + channel * op->x.channel;
-    float *row_y = op->y.data + image * op->y.image + channel * op->y.channel;
-    for (int64_t i = 0; i < op->rows; i++, row_x += op->x.row, row_y += op->y.row)
-        for (int64_t phase = 0; phase < op->tables; phase++) {
-            const float *x = row_x + phase * op->x.plane;
-            float *y = row_y + phase * op->y.plane;
-            const int64_t columns = (op->columns - phase + op->tables - 1) / op->tables;
-            if (op->tables == 1)
-                for (int64_t j = 0; j < columns; j++) y[j] = x[j];
-            else if (op->x.column == 2)
-                for (int64_t j = 0; j < columns; j++) y[j] = x[2 * j];
-            else
-                for (int64_t j = 0; j < columns; j++) y[j * op->y.column] = x[j * op->x.column];
-        }
-}
-
 /* The mean of one channel of one image; y has no rows and columns. */
 static void mean(const operation *op, int64_t item) {
     const int64_t channel = item % op->channels, image = item / op->channels;
@@ -176,9 +119,23 @@ static void mean(const operation *op, int64_t item) {
     op->y.data[image * op->y.image + channel] = (float)(sum / (double)(op->rows * op->columns));
 }
 
+/* One channel of one image times a number that lies in `residual`. */
+static void gate(const operation *op, int64_t item) {
+    const int64_t channel = item % op->channels, image = item / op->channels;
+    const float *x = op->x.data + image * op->x.image + channel * op->x.channel;
+    float *y = op->y.data + image * op->y.image + channel * op->y.channel;
+    const vec value = splat(op->residual.data[image * op->residual.image + channel * op->residual.channel]);
+    for (int64_t i = 0; i < op->length; i += LANES) {
+        const vec product = at(x + i, 0) * value;
+        *(vec *)(y + i) = op->mask ? (vec)((bits)product & (bits)at((const float *)op->mask + i, 0)) : product;
+    }
+}
+
 /* One block of outputs for one row. */
-static void linear(const operation *op, int64_t block) {
-    const float *x = op->x.data;
+static void linear(const operation *op, int64_t item) {
+    const int64_t block = item % op->blocks, image = item / op->blocks;
+    const float *x = op->x.data + image * op->x.image;
+    float *y = op->y.data + image * op->y.image;
     for (int64_t i = op->block_first[block]; i < op->block_first[block + 1]; i++) {
         const tap *t = op->taps + op->first[i], *end = op->taps + op->first[i + 1];
         float sum[4] = {op->bias[i], 0, 0, 0};
@@ -190,52 +147,14 @@ static void linear(const operation *op, int64_t block) {
         float value = (sum[0] + sum[1]) + (sum[2] + sum[3]);
         if (op->low > value) value = op->low;
         if (value > op->high) value = op->high;
-        op->y.data[i] = value;
+        y[i] = value;
     }
     for (int64_t i = op->block_first[block]; op->activation && i < op->block_first[block + 1]; i += LANES) {
         const int64_t left = op->block_first[block + 1] - i, size = sizeof(float) * (left < LANES ? left : LANES);
-        vec y = splat(0);
-        memcpy(&y, op->y.data + i, size);
-        activate(op->activation, &y, 1);
-        memcpy(op->y.data + i, &y, size);
-    }
-}
-
-/* GRAIN pixels of GRAIN channels at most, between a tensor [columns, channels], in which the channel's stride is 1, and an
-   image of one row, which has room for whole vectors of pixels. */
-static void turn_square(const operation *op, const float *x, float *y, int64_t channels, int64_t pixels) {
-    const int to_image = op->x.channel == 1;
-    for (int64_t p = 0; p < pixels; p += LANES, x += LANES * op->x.column, y += LANES * op->y.column) {
-        const int64_t present = pixels - p < LANES ? pixels - p : LANES;
-        int64_t c = 0;
-        for (; c + LANES <= channels; c += LANES) {
-            vec v[LANES];
-            for (int64_t i = 0; i < LANES; i++)
-                v[i] = !to_image ? at(x + (c + i) * op->x.channel, 0)
-                    : i < present ? at(x + i * op->x.column + c, 0) : splat(0);
-            transpose(v);
-            for (int64_t i = 0; i < LANES; i++)
-                if (to_image)
-                    *(vec *)(y + (c + i) * op->y.channel) = v[i];
-                else if (i < present)
-                    *(vec *)(y + i * op->y.column + c) = v[i];
-        }
-        for (; c < channels; c++)
-            for (int64_t i = 0; i < present; i++)
-                y[c * op->y.channel + i * op->y.column] = x[c * op->x.channel + i * op->x.column];
-    }
-}
-
-/* GRAIN pixels and one of `blocks` parts of the channels. */
-static void turn(const operation *op, int64_t item) {
-    const int64_t block = item % op->blocks, pixel = item / op->blocks * GRAIN, pixels = op->columns - pixel;
-    const int64_t squares = (op->channels + GRAIN - 1) / GRAIN;
-    for (int64_t i = squares * block / op->blocks; i < squares * (block + 1) / op->blocks; i++) {
-        const int64_t c = i * GRAIN, channels = op->channels - c;
-        turn_square(
-            op, op->x.data + c * op->x.channel + pixel * op->x.column,
-            op->y.data + c * op->y.channel + pixel * op->y.column, channels < GRAIN ? channels : GRAIN,
-            pixels < GRAIN ? pixels : GRAIN);
+        vec v = splat(0);
+        memcpy(&v, y + i, size);
+        activate(op->activation, op->slope, &v, 1);
+        memcpy(y + i, &v, size);
     }
 }
 
@@ -245,6 +164,7 @@ static void run_item(const operation *op, int64_t item) {
         case MEAN: mean(op, item); break;
         case LINEAR: linear(op, item); break;
         case TURN: turn(op, item); break;
+        case GATE: gate(op, item); break;
         default: strips(op, item);
     }
 }

@@ -6,12 +6,14 @@ import math
 import numpy as np
 
 from str_triton.deploy.sparse.executions.choice import Choice
-from str_triton.deploy.sparse.graph.nodes import ACTIVATIONS, Layer, Linear, MaxPool
+from str_triton.deploy.sparse.graph.nodes import ACTIVATIONS, Layer
+from str_triton.deploy.sparse.graph.pools import AvgPool, MaxPool
 from str_triton.deploy.sparse.runtime.buffers import FLOAT, Buffers, Key
 from str_triton.deploy.sparse.runtime.layout import GRAIN, Window, mask, offsets, plane_sizes
 from str_triton.deploy.sparse.runtime.structs import (
     CONVOLUTION,
     COPY,
+    GATE,
     LINEAR,
     MAX_POOL,
     MEAN,
@@ -33,9 +35,9 @@ class Operations:
         self._masks: dict[tuple, np.ndarray] = {}
 
     def window(
-        self, node: Layer | MaxPool, window: Window, x: Key, y: Key, residual: Key | None, choice: Choice
+        self, node: Layer | MaxPool | AvgPool, window: Window, x: Key, y: Key, residual: Key | None, choice: Choice
     ) -> Operation:
-        """Return a convolution, a linear layer on turned values, or a max pool."""
+        """Return a convolution, a linear layer on turned values, or a pool; an average is a depthwise convolution."""
         buffers, frame, shape = self.buffers, self.buffers.frame(y), self.buffers.shape(y)
         planes = math.prod(y.phases)
         op = Operation(x=buffers.view(x), y=buffers.view(y))
@@ -50,8 +52,13 @@ class Operations:
             _activate(op, node)
             weight, bias, groups = node.weight.numpy(), node.bias.numpy(), getattr(node, "groups", 1)
         else:
-            op.kind = MAX_POOL
-            weight, bias, groups = np.ones((shape[1], *node.kernel), np.float32), None, shape[1]
+            op.kind, op.low, op.high = MAX_POOL if isinstance(node, MaxPool) else CONVOLUTION, -math.inf, math.inf
+            value = 1 / math.prod(node.kernel)
+            weight, bias, groups = (
+                np.full((shape[1], *node.kernel), value, np.float32),
+                np.zeros(shape[1], np.float32),
+                shape[1],
+            )
         first, places, values = _nonzeros(weight, groups)
         taps = np.empty((window.tables, len(values)), TAP)
         for plane, table in enumerate(taps):
@@ -61,10 +68,24 @@ class Operations:
         self._point(op, taps=taps, first=starts, bias=bias)
         if residual is not None:
             op.residual = buffers.view(residual)
-        if frame.gap or frame.above or frame.below:
-            self._point(op, mask=self._mask(y, op.length))
+        self._hide_padding(op, y)
         self.cut(op, choice)
         return op
+
+    def gate(self, x: Key, y: Key) -> Operation:
+        """Return the product of an image with a tensor of factors [images, channels, 1, 1]."""
+        _, channels, rows, _ = self.buffers.shape(y)
+        op = Operation(kind=GATE, images=self.buffers.at_once(y), channels=channels, planes=1)
+        op.x, op.y, op.residual = self.buffers.view(x), self.buffers.view(y), View(None, channels, 1, 0, 0, 0)
+        op.length, op.items = self.buffers.frame(y).length(rows), op.images * channels
+        self._hide_padding(op, y)
+        return op
+
+    def _hide_padding(self, op: Operation, y: Key) -> None:
+        """Let an operation write zeros where the padding of an image lies."""
+        frame = self.buffers.frame(y)
+        if frame.gap or frame.above or frame.below:
+            self._point(op, mask=self._mask(y, op.length))
 
     def cut(self, op: Operation, choice: Choice) -> None:
         """Share the work out as `choice` says: blocks of channels with about as many taps each."""
@@ -78,13 +99,17 @@ class Operations:
         self._point(op, block_first=block_first)
         op.width = choice.width
         if op.kind == LINEAR:
-            op.items = op.blocks
+            op.items = op.blocks * op.images
         else:
             op.tiles = max(1, min(choice.tiles, op.length // GRAIN))
             op.items = op.images * op.planes * op.tiles * op.blocks
 
-    def copies(self, value: str, source: Key | None, target: Key | None) -> list[tuple[Operation, int]]:
+    def copies(
+        self, value: str, source: Key | None, target: Key | None, skipped: tuple[int, int] = (0, 0)
+    ) -> list[tuple[Operation, int]]:
         """Return one copy for each row phase of an image, where None stands for torch's tensor of that value.
+
+        Of an image that has more channels than the value, `skipped` says how many come before: in source and target.
 
         At least one side must be in one phase: its rows and columns are read or written with strides.
 
@@ -99,11 +124,11 @@ class Operations:
         for p in range(phases[0]):
             rows = len(range(p, height, phases[0]))
             op = Operation(kind=COPY, images=images, channels=channels, rows=rows, columns=width, tables=phases[1])
-            for key, name in ((source, "x"), (target, "y")):
+            for key, name, before in zip((source, target), ("x", "y"), skipped, strict=True):
                 if key and key.phases == phases:
-                    view = self.buffers.view(key, p * phases[1])
+                    view = self.buffers.view(key, p * phases[1], before)
                 else:
-                    view = self.buffers.view(key) if key else _tensor(channels, height, width)
+                    view = self.buffers.view(key, 0, before) if key else _tensor(channels, height, width)
                     view.data = (view.data or 0) + FLOAT * p * view.row
                     view.plane, view.row, view.column = 1, view.row * phases[0], phases[1]
                 setattr(op, name, view)
@@ -128,10 +153,10 @@ class Operations:
         op.items = images * channels
         return op
 
-    def linear(self, node: Linear, choice: Choice) -> Operation:
-        """Return a linear layer for one row."""
-        outputs, inputs = node.weight.shape
-        op = Operation(kind=LINEAR, images=1, channels=outputs, planes=1, tables=1)
+    def linear(self, node: Layer, images: int, choice: Choice) -> Operation:
+        """Return a layer that multiplies one row of features, or as many as there are images of one pixel."""
+        outputs, inputs = node.weight.shape[:2]
+        op = Operation(kind=LINEAR, images=images, channels=outputs, planes=1, tables=1)
         op.x, op.y = View(None, inputs, 1, 0, 0, 0), View(None, outputs, 1, 0, 0, 0)
         _activate(op, node)
         first, places, values = _nonzeros(node.weight.numpy(), 1)
@@ -157,7 +182,7 @@ class Operations:
 
 
 def _activate(op: Operation, node: Layer) -> None:
-    op.low, op.high = node.clamp
+    op.low, op.high, op.slope = *node.clamp, node.slope
     op.activation = list(ACTIVATIONS).index(node.activation) + 1 if node.activation else 0
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from str_triton.deploy.sparse.executions import EXECUTIONS
 from str_triton.deploy.sparse.executions.choice import Choice
-from str_triton.deploy.sparse.graph.nodes import Graph, Input, Layer, Node
+from str_triton.deploy.sparse.graph.nodes import Convolution, Graph, Input, Layer, Linear, Node
 from str_triton.deploy.sparse.runtime.buffers import FLOAT, Buffers, Key
 from str_triton.deploy.sparse.runtime.draft import Draft, Task, place
 from str_triton.deploy.sparse.runtime.operations import Operations
@@ -133,10 +133,15 @@ class Plan:
             case "mean":
                 return [self._operations.mean(task.reads[0])], [0]
             case "linear":
-                return [self._operations.linear(task.node, choice)], [0]
+                images = (
+                    self.buffers.group or self.shapes[task.node.name][0] if isinstance(task.node, Convolution) else 1
+                )
+                return [self._operations.linear(task.node, images, choice)], [0]
+            case "gate":
+                return [self._operations.gate(task.reads[0], task.writes)], [0]
         source = task.reads[0] if task.reads else None
-        value = (source or task.writes).value
-        operations, begins = zip(*self._operations.copies(value, source, task.writes), strict=True)
+        copies = self._operations.copies(task.value, source, task.writes, task.skipped)
+        operations, begins = zip(*copies, strict=True)
         return list(operations), list(begins)
 
 
@@ -163,8 +168,9 @@ def _split(tasks: list[Task], shapes: dict[str, tuple[int, ...]], group: int | N
             segments.append(task.node)
             continue
         groups = 1
-        if group and task.kind != "linear" and not any(key.turned for key in task.images()):
-            groups = shapes[(task.writes or task.reads[0]).value][0] // group
+        is_row = task.kind == "linear" and isinstance(task.node, Linear)
+        if group and not is_row and not any(key.turned for key in task.images()):
+            groups = shapes[(task.writes or task.reads[0]).value if task.images() else task.node.name][0] // group
         last = segments[-1] if segments else None
         if not isinstance(last, Segment) or last.groups != groups:
             segments.append(Segment(groups))
@@ -209,7 +215,8 @@ class Segment:
             for name in task.tensors:
                 if name not in self._writes:
                     self._reads[name] = shapes[name]
-                self._pointers += [(op.x, name, begin) for op, begin in zip(array, begins, strict=True)]
+                place = "residual" if task.kind == "gate" else "x"
+                self._pointers += [(getattr(op, place), name, begin) for op, begin in zip(array, begins, strict=True)]
             if task.makes:
                 self._writes[task.makes] = shapes[task.makes]
                 self._pointers += [(op.y, task.makes, begin) for op, begin in zip(array, begins, strict=True)]

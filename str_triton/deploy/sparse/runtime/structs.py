@@ -4,7 +4,7 @@ import ctypes
 
 import numpy as np
 
-CONVOLUTION, MAX_POOL, COPY, MEAN, LINEAR, TURN = range(6)
+CONVOLUTION, MAX_POOL, COPY, MEAN, LINEAR, TURN, GATE = range(7)
 
 
 class View(ctypes.Structure):
@@ -29,6 +29,7 @@ class Operation(ctypes.Structure):
         ("low", ctypes.c_float),
         ("high", ctypes.c_float),
         ("activation", ctypes.c_int64),
+        ("slope", ctypes.c_float),
     ]
 
 

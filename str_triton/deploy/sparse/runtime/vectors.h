@@ -39,7 +39,7 @@ typedef int32_t bits __attribute__((vector_size(LANES * 4), aligned(4), may_alia
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (bits){__VA_ARGS__})
 #endif
 
-enum { NONE, HARDSWISH, HARDSIGMOID, SIGMOID, SILU, GELU, GELU_TANH };
+enum { NONE, HARDSWISH, HARDSIGMOID, SIGMOID, SILU, GELU, GELU_TANH, LEAKY_RELU };
 
 static inline vec splat(float value) { return (vec){COPIES(value)}; }
 
@@ -84,7 +84,7 @@ static inline vec gelu(vec x) {
     return x * choose(x < 0, tail, 1.0f - tail);
 }
 
-static __attribute__((noinline)) void activate(int64_t activation, vec *v, int64_t count) {
+static __attribute__((noinline)) void activate(int64_t activation, float slope, vec *v, int64_t count) {
     const vec zero = splat(0), one = splat(1);
     for (int64_t i = 0; i < count; i++) {
         const vec x = v[i];
@@ -95,6 +95,7 @@ static __attribute__((noinline)) void activate(int64_t activation, vec *v, int64
             case SILU: v[i] = x / (1.0f + exponential(-x)); break;
             case GELU: v[i] = gelu(x); break;
             case GELU_TANH: v[i] = x / (1.0f + exponential(x * (-1.59576912f - 0.0713548163f * x * x))); break;
+            case LEAKY_RELU: v[i] = choose(x > 0, x, x * slope); break;
         }
     }
 }

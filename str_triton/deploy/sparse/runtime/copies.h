@@ -1,0 +1,69 @@
+/* Operations that only move pixels: between tensors and padded images, between phases, from rows to columns. */
+
+#ifndef STR_TRITON_COPIES_H
+#define STR_TRITON_COPIES_H
+
+#include "operations.h"
+#include "vectors.h"
+
+#define GRAIN 16 /* floats in a cache line */
+
+/* Rows of one channel, between an image in one phase and the planes of `tables` column phases: on the one side pixels of
+   a phase follow each other, on the other they are `column` apart, and the next phase is a pixel further. */
+static void copy(const operation *op, int64_t item) {
+    const int64_t channel = item % op->channels, image = item / op->channels;
+    const float *row_x = op->x.data + image * op->x.image + channel * op->x.channel;
+    float *row_y = op->y.data + image * op->y.image + channel * op->y.channel;
+    for (int64_t i = 0; i < op->rows; i++, row_x += op->x.row, row_y += op->y.row)
+        for (int64_t phase = 0; phase < op->tables; phase++) {
+            const float *x = row_x + phase * op->x.plane;
+            float *y = row_y + phase * op->y.plane;
+            const int64_t columns = (op->columns - phase + op->tables - 1) / op->tables;
+            if (op->tables == 1)
+                for (int64_t j = 0; j < columns; j++) y[j] = x[j];
+            else if (op->x.column == 2)
+                for (int64_t j = 0; j < columns; j++) y[j] = x[2 * j];
+            else
+                for (int64_t j = 0; j < columns; j++) y[j * op->y.column] = x[j * op->x.column];
+        }
+}
+
+/* GRAIN pixels of GRAIN channels at most, between a tensor [columns, channels], in which the channel's stride is 1, and an
+   image of one row, which has room for whole vectors of pixels. */
+static void turn_square(const operation *op, const float *x, float *y, int64_t channels, int64_t pixels) {
+    const int to_image = op->x.channel == 1;
+    for (int64_t p = 0; p < pixels; p += LANES, x += LANES * op->x.column, y += LANES * op->y.column) {
+        const int64_t present = pixels - p < LANES ? pixels - p : LANES;
+        int64_t c = 0;
+        for (; c + LANES <= channels; c += LANES) {
+            vec v[LANES];
+            for (int64_t i = 0; i < LANES; i++)
+                v[i] = !to_image ? at(x + (c + i) * op->x.channel, 0)
+                    : i < present ? at(x + i * op->x.column + c, 0) : splat(0);
+            transpose(v);
+            for (int64_t i = 0; i < LANES; i++)
+                if (to_image)
+                    *(vec *)(y + (c + i) * op->y.channel) = v[i];
+                else if (i < present)
+                    *(vec *)(y + i * op->y.column + c) = v[i];
+        }
+        for (; c < channels; c++)
+            for (int64_t i = 0; i < present; i++)
+                y[c * op->y.channel + i * op->y.column] = x[c * op->x.channel + i * op->x.column];
+    }
+}
+
+/* GRAIN pixels and one of `blocks` parts of the channels. */
+static void turn(const operation *op, int64_t item) {
+    const int64_t block = item % op->blocks, pixel = item / op->blocks * GRAIN, pixels = op->columns - pixel;
+    const int64_t squares = (op->channels + GRAIN - 1) / GRAIN;
+    for (int64_t i = squares * block / op->blocks; i < squares * (block + 1) / op->blocks; i++) {
+        const int64_t c = i * GRAIN, channels = op->channels - c;
+        turn_square(
+            op, op->x.data + c * op->x.channel + pixel * op->x.column,
+            op->y.data + c * op->y.channel + pixel * op->y.column, channels < GRAIN ? channels : GRAIN,
+            pixels < GRAIN ? pixels : GRAIN);
+    }
+}
+
+#endif

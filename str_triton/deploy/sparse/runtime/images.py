@@ -1,0 +1,101 @@
+"""Which of torch's operations are no more than copies and products of images, which the kernels take over."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from str_triton.deploy.sparse.graph.nodes import Call, Node
+from str_triton.deploy.sparse.graph.pools import AvgPool, MaxPool
+from str_triton.deploy.sparse.graph.refs import Ref
+
+aten = torch.ops.aten
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Gate(NamedTuple):
+    """The product of an image and a number for each of its channels, [images, channels, 1, 1]."""
+
+    image: str
+    factors: str
+
+
+class Parts(NamedTuple):
+    """Images side by side in their channels."""
+
+    images: tuple[str, ...]
+
+
+class Channels(NamedTuple):
+    """Some channels of an image, from `begin` on."""
+
+    image: str
+    begin: int
+
+
+def image_operation(node: Node, shapes: Shapes) -> Gate | Parts | Channels | None:
+    """Return what a call of torch's does to images [images, channels, height, width]; None if it is something else."""
+    if not isinstance(node, Call) or node.variable or node.kwargs or any(name not in shapes for name in node.inputs):
+        return None
+    own = shapes.get(node.name, ())
+    if len(own) != 4 or 0 in own:
+        return None
+    found = _READERS[node.target](node.args, own, shapes) if node.target in _READERS else None
+    return found if found and all(len(shapes[name]) == 4 for name in node.inputs) else None
+
+
+def _gate(args: tuple, own: tuple[int, ...], shapes: Shapes) -> Gate | None:
+    match args:
+        case (Ref(x), Ref(y)):
+            for image, factors in ((x, y), (y, x)):
+                if shapes[image] == own and shapes[factors] == (*own[:2], 1, 1):
+                    return Gate(image, factors)
+    return None
+
+
+def _parts(args: tuple, own: tuple[int, ...], shapes: Shapes) -> Parts | None:
+    match args:
+        case (list() as parts, int() as dim) if dim in (1, -3) and all(type(part) is Ref for part in parts):
+            return Parts(tuple(part.name for part in parts))
+    return None
+
+
+def _channels(args: tuple, own: tuple[int, ...], shapes: Shapes) -> Channels | None:
+    match args:
+        case (Ref(x), int() as dim, int() | None as begin, *_) if dim in (1, -3) and len(shapes[x]) == 4:
+            first, end, step = slice(begin, *args[3:]).indices(shapes[x][1]) if _are_sizes(args[3:]) else (0, 0, 0)
+            if step == 1 and end - first == own[1]:
+                return Channels(x, first)
+    return None
+
+
+def _are_sizes(values: tuple[Any, ...]) -> bool:
+    return len(values) in (1, 2) and all(value is None or type(value) is int for value in values) and 0 not in values
+
+
+_READERS: dict[Any, Any] = {aten.mul.Tensor: _gate, aten.cat.default: _parts, aten.slice.Tensor: _channels}
+
+
+def leader(node: Node, shapes: Shapes) -> str | None:
+    """Return the input whose form this node takes, if it follows one."""
+    if isinstance(node, MaxPool | AvgPool):
+        return node.inputs[0]
+    match image_operation(node, shapes):
+        case Gate(image, _) | Channels(image, _):
+            return image
+        case Parts((first, *_)):
+            return first
+    return None
+
+
+MOST_PHASES = 1024  # of what a strided window reads: each is a plane of its own
+
+
+def has_window(node: Node, shapes: Shapes) -> bool:
+    """Check that a pool is a window over the pixels of its image that a kernel can slide."""
+    if isinstance(node, AvgPool):
+        known = {node.name, node.inputs[0]} <= shapes.keys()
+        fits = known and 0 not in shapes[node.name] and node.is_uniform(shapes[node.inputs[0]], shapes[node.name])
+        return fits and math.prod(node.stride) <= 16
+    return isinstance(node, MaxPool) and math.prod(node.stride) <= MOST_PHASES

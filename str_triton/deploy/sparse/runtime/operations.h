@@ -1,0 +1,44 @@
+/* The structs that structs.py fills. */
+
+#ifndef STR_TRITON_OPERATIONS_H
+#define STR_TRITON_OPERATIONS_H
+
+#include <stdint.h>
+
+enum { CONVOLUTION, MAX_POOL, COPY, MEAN, LINEAR, TURN, GATE };
+
+typedef struct {
+    float value;
+    int32_t offset; /* in floats, from the pixel's place in the first input channel */
+} tap;
+
+typedef struct {
+    float *data; /* the first pixel of the first image, channel and plane; NULL: absent */
+    int64_t image, channel, plane, row, column; /* strides in floats */
+} view;
+
+typedef struct {
+    int64_t kind;
+    int64_t items; /* what the threads share out among themselves */
+    view x, y, residual;
+    int64_t images, channels, planes;
+    int64_t length;               /* floats of a plane that are computed, a multiple of LANES */
+    int64_t rows, columns;        /* COPY and MEAN: pixels of a plane */
+    int64_t tiles, blocks, width; /* a plane in tiles, the channels in blocks, a strip in vectors */
+    int64_t tables;               /* of taps: 1, or as many as planes, each with its own; COPY: column phases */
+    const tap *taps;
+    const int32_t *first;       /* [tables][channels + 1]: where each channel's taps begin */
+    const int32_t *block_first; /* [blocks + 1]: where each block of channels begins */
+    const float *bias;          /* [channels] */
+    const int32_t *mask;        /* [planes][length]: -1 or 0; NULL: every pixel is real */
+    float low, high;            /* outputs are clamped to them */
+    int64_t activation;         /* what follows the clamp */
+    float slope;                /* LEAKY_RELU: of what is negative */
+} operation;
+
+typedef struct {
+    const operation *operations;
+    int64_t count;
+} stage;
+
+#endif
