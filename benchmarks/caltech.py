@@ -126,7 +126,7 @@ def tune(data: str, pretrained: str, threads: int, runs: int | None) -> None:
             (Path(folder) / part.name).symlink_to(part.resolve())
         shared = ["mobilenetv1-finetune", "--data", f"hub:{folder}", "--pretrained", pretrained]
         shared += ["--epochs", str(TUNING_EPOCHS), "--threads", str(threads)]
-        keys = [{"line": line, "lr": lr} for lr in LRS for line in TUNED]
+        keys = [{"line": line, "lr": lr} for line in TUNED for lr in LRS]
         for key in list(file.missing(keys))[:runs]:
             target = [] if key["line"] == DENSE else ["--target-sparsity", "0.9"]
             options = [*shared, "--lr", str(key["lr"]), *LINES[key["line"]], *target]
