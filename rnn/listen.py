@@ -145,13 +145,17 @@ def parser() -> argparse.ArgumentParser:
     top = OneLineParser(
         prog=PROGRAM,
         description="Print the words in a stream of sound with their times, detected by a network that rnn/train.py "
-        "trained on speech. The sound must be 16-bit mono at 16,000 Hz.",
+        "trained on speech. The sound may have any rate; it is resampled to 16,000 Hz, and channels are averaged.",
         epilog="Example: arecord -f S16_LE -r 16000 -c 1 | python rnn/listen.py runs/spoken-gru. A network without "
         "the class silence (--data spoken:...) also reports words in noise.",
     )
     top.add_argument("run", metavar="RUN", type=Path, help="the folder of a finished run")
     top.add_argument("file", metavar="FILE", type=Path, nargs="?", help="a WAV file (default: standard input)")
-    top.add_argument("--rate", type=int, help="the sound is raw samples without a WAV header at this rate: 16000")
+    top.add_argument(
+        "--rate",
+        type=int,
+        help="the sound is raw 16-bit samples of one channel, without a WAV header, at this rate, such as 48000",
+    )
     return top
 
 

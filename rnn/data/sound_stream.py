@@ -1,4 +1,4 @@
-"""Streams of sound: 16-bit samples in chunks, and their log-mel features."""
+"""Streams of sound: samples at 16 kHz in chunks, and their log-mel features."""
 
 from collections.abc import Iterator
 from typing import BinaryIO
@@ -7,11 +7,9 @@ import torch
 from torch import Tensor
 
 from str_triton.rnn.data.audio import BANDS, HOP, MARGIN, RATE, WINDOW, LogMel
-from str_triton.rnn.data.wav import PCM, is_wav, read_header
+from str_triton.rnn.data.resampling import StreamResampler
+from str_triton.rnn.data.wav import PCM, RATES, Header, decode_samples, is_wav, read_header, to_int16
 from str_triton.training.errors import warn
-
-CHUNK = RATE // 10  # samples that are read at once
-CONVERT = f"ffmpeg -i IN -ar {RATE} -ac 1 -c:a pcm_s16le OUT.wav"
 
 
 class LogMelStream:
@@ -36,51 +34,65 @@ class LogMelStream:
 
 
 def pieces(stream: BinaryIO, name: str, rate: int | None) -> Iterator[Tensor]:
-    """Yield the samples of a stream in chunks, int16 [up to 1600], in constant memory.
+    """Yield the sound of a stream in chunks of up to 0.1 s, int16 [any] at 16 kHz, in constant memory.
 
-    The stream holds a WAV file or, with ``rate``, raw little-endian samples. Raises ValueError, naming ``name``, for
-    an empty stream, a stream that is not a WAV file, and sound that is not 16-bit mono at 16 kHz.
+    The stream holds a WAV file of any rate, depth and number of channels that `wav` reads, or with ``rate`` raw
+    little-endian 16-bit samples of one channel at that rate. Channels are averaged and other rates resampled. Raises
+    ValueError, naming ``name``, for an empty stream and for a stream of another kind.
     """
-    if rate is None:
-        left = _wav_header(stream, name)
-    else:
-        _check_rate(name, rate)
-        left = None
+    header = _wav_header(stream, name) if rate is None else _raw_header(name, rate)
+    resampler = None if header.rate == RATE else StreamResampler(header.rate, RATE)
     empty = True
+    for content in _frames(stream, name, header, check_wav=rate is not None):
+        empty = False
+        samples = decode_samples(content, header, name)
+        if resampler is None and header.channels == 1:
+            yield torch.from_numpy(samples[:, 0].copy())
+            continue
+        mixed = torch.from_numpy(samples.mean(1) / 32768.0)
+        yield _to_int16(mixed if resampler is None else resampler(mixed))
+    if empty:
+        raise ValueError(f"{name} is empty: it holds no sound")
+    if resampler is not None:
+        yield _to_int16(resampler.end())
+
+
+def _to_int16(samples: Tensor) -> Tensor:
+    return torch.from_numpy(to_int16(samples.numpy()))
+
+
+def _frames(stream: BinaryIO, name: str, header: Header, *, check_wav: bool) -> Iterator[bytes]:
+    """Yield the bytes of whole frames, of 0.1 s and the rest. Warn of a file that ends before its header says."""
+    frame = header.channels * header.bits // 8
+    chunk, left = max(1, header.rate // 10) * frame, header.size
     while left is None or left > 0:
-        wanted = 2 * CHUNK if left is None else min(2 * CHUNK, left)
+        wanted = chunk if left is None else min(chunk, left)
         content = stream.read(wanted)
-        if rate is not None and empty and is_wav(content):
-            raise ValueError(f"{name} is a WAV file, which states its own rate: leave out --rate {rate}")
+        if check_wav and is_wav(content):
+            raise ValueError(f"{name} is a WAV file, which states its own rate: leave out --rate {header.rate}")
+        check_wav = False
         left = None if left is None else left - len(content)
         if len(content) < wanted and left:
             warn(f"{name} is truncated: {left} bytes of sound are missing")
-            left = 0
-        if len(content) >= 2:
-            empty = False
-            yield torch.frombuffer(bytearray(content[: len(content) // 2 * 2]), dtype=torch.int16)
+        if len(content) >= frame:
+            yield content[: len(content) // frame * frame]
         if len(content) < wanted:
-            break
-    if empty:
-        raise ValueError(f"{name} is empty: it holds no sound")
+            return
 
 
-def _wav_header(stream: BinaryIO, name: str) -> int | None:
-    """Read and check the header; return the number of bytes of samples, or None where they last until the end."""
+def _wav_header(stream: BinaryIO, name: str) -> Header:
+    """Read and check the header of a WAV file."""
     first = stream.read(4)
     if not first:
         raise ValueError(f"{name} is empty")
     if not is_wav(first):
-        raise ValueError(f"{name} is not a WAV file; for raw 16-bit samples give their rate, --rate {RATE}")
-    header = read_header(stream, name, first)
-    if (header.code, header.bits) != (PCM, 16):
-        raise ValueError(f"{name}: WAV format {header.code} of {header.bits} bits; only 16-bit PCM is read: {CONVERT}")
-    if header.channels != 1:
-        raise ValueError(f"{name} has {header.channels} channels; only one is read: mix them, {CONVERT}")
-    _check_rate(name, header.rate)
-    return header.size
+        raise ValueError(f"{name} is not a WAV file; for raw 16-bit samples give their rate, such as --rate {RATE}")
+    return read_header(stream, name, first)
 
 
-def _check_rate(name: str, rate: int) -> None:
-    if rate != RATE:
-        raise ValueError(f"{name} is at {rate} Hz; the networks were trained at {RATE} Hz: resample it, {CONVERT}")
+def _raw_header(name: str, rate: int) -> Header:
+    """Return the header of raw samples."""
+    least, most = RATES
+    if not least <= rate <= most:
+        raise ValueError(f"{name}: --rate {rate}: it must be {least:,} to {most:,} Hz")
+    return Header(PCM, 1, rate, 16, None)

@@ -55,7 +55,7 @@ def parse_wav(content: bytes, name: str) -> tuple[np.ndarray, int]:
     sound = content[stream.tell() :]
     if header.size is not None and header.size > len(sound):
         raise ValueError(f"{name} is truncated: it holds {len(sound)} bytes of sound, and {header.size} by its header")
-    return _decode(sound[: header.size], header, name), header.rate
+    return decode_samples(sound[: header.size], header, name), header.rate
 
 
 def read_header(stream: BinaryIO, name: str, begin: bytes = b"") -> Header:
@@ -133,7 +133,7 @@ def _parse_format(content: bytes, name: str) -> tuple[int, int, int, int]:
     return code, channels, rate, bits
 
 
-def _decode(content: bytes, header: Header, name: str) -> np.ndarray:
+def decode_samples(content: bytes, header: Header, name: str) -> np.ndarray:
     """Decode samples to int16 [frames, channels]; an incomplete last frame is dropped."""
     frame = header.channels * header.bits // 8
     if len(content) < frame:
