@@ -22,7 +22,7 @@ from str_triton.training.memory import keep_freed_memory
 # layer, inputs, units, batch, steps; the ranks that the threshold leaves
 LAYERS = {
     "FastGRNN, HAR-2": (LowRankFastGRNN, 9, 80, 100, 128, (80, 40, 16, 8)),
-    "GRU, speech": (LowRankGRU, 32, 96, 64, 99, (96, 64, 32, 16)),
+    "GRU, speech": (LowRankGRU, 32, 96, 64, 99, (96, 56, 32, 16)),
     "LSTM, speech": (LowRankLSTM, 32, 96, 64, 99, (96, 16)),
 }
 

@@ -62,3 +62,14 @@ def low_rank_rnn() -> str:
             times = [f"{row['ours_ms']:.1f}", f"{row['torch_ms']:.1f}", f"{row['torch_over_ours']:.2f}"]
             rows.append([name, *sizes, *times])
     return markdown(["cell", "hidden size", "rank", "ms", "torch, ms", "times faster"], rows)
+
+
+@table("current-rank")
+def current_rank() -> str:
+    """Return how many times faster a training step is with the columns that the threshold leaves."""
+    rows = []
+    for run in results("current_rank_cpu.json"):
+        for row in run["rows"]:
+            name = f"{row['layer']}, batch {row['batch_size']}, {row['steps']} steps, {run['machine']['processor']}"
+            rows.append([name, str(row["hidden_size"]), str(row["rank"]), f"{row['times_faster']:.2f}"])
+    return markdown(["layer", "hidden size", "rank left", "times faster"], rows)

@@ -19,6 +19,8 @@ RTX3090, A100, H100, MI300 = (1024 * kib for kib in (99, 163, 227, 64))
         ("loop", "gru", (512, 32, 64), True),
         ("loop", "gru", (128, 128, 16), True),
         ("dense", "gru", (128, 128, 64), True),
+        ("dense", "gru", (96, 58, 64), True),
+        ("loop", "gru", (96, 48, 64), True),
         ("dense", "gru", (64, 4, 1), False),
         ("loop", "gru", (512, 256, 1), False),
         ("dense", "lstm", (128, 8, 64), True),
