@@ -217,10 +217,12 @@ class SparsityController(OffsetController):
             )
         ]
         if self.target.by_layer:
-            found = [
-                allocate([source], layer.size - self._zeros(layer, done), self._processes)
-                for source, layer in zip(sources, self._layers, strict=True)
-            ]
+            found = []
+            for number, (source, layer) in enumerate(zip(sources, self._layers, strict=True)):
+                try:
+                    found.append(allocate([source], layer.size - self._zeros(layer, done), self._processes))
+                except NotANumberError:
+                    raise NotANumberError(number) from None
             offsets, kept = [one.offset for one in found], [one.kept[0] for one in found]
             own = {id(layer.raw): (offset, offset) for layer, offset in zip(self._layers, offsets, strict=True)}
         else:
@@ -248,9 +250,11 @@ class SparsityController(OffsetController):
         try:
             shifts, self._held_back, kept = self._allocated(done)
         except NotANumberError as error:
+            bad = [layer.name for layer in self._layers if bool(layer.weight.local_raw.isnan().any())]
+            what = f"the raw threshold of {bad[0]!r}" if bad else f"weight {self._layers[error.index].name!r}"
             raise ValueError(
-                f"weight {self._layers[error.index].name!r} holds NaN, so that no share of it can be pruned: training "
-                "has diverged; go back to an earlier checkpoint"
+                f"{what} holds NaN, so that no share of the weights can be pruned: training has diverged; go back to "
+                "an earlier checkpoint"
             ) from None
         with torch.no_grad():
             self._move(shifts)

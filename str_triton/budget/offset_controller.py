@@ -111,9 +111,9 @@ class OffsetController:
             progress: the share of training that is done, 0 to 1. At 1 the target is met, as by `finish()`.
 
         Raises:
-            ValueError: progress out of range, smaller than at the step before, or inside `exact()`.
+            ValueError: progress out of range, smaller than at the step before, inside `exact()` or after `densify`.
         """
-        self._refuse_inside_exact("step")
+        self._refuse("step")
         self._advance(progress)
         self._meet()
         if self.distribution == "learned":
@@ -169,15 +169,17 @@ class OffsetController:
         """
         controller = self if model is None else self._for(model)
         if controller._control is self._control:
-            self._refuse_inside_exact("finish")
+            self._refuse("finish")
         controller.progress = 1.0
         controller._meet()
         controller._adopt(self._thresholds)
         controller._make_exact(done=1.0)
         controller._control.reached = True
 
-    def _refuse_inside_exact(self, method: str) -> None:
-        """Raise ValueError inside `exact()`, which would take back on leaving what the method does."""
+    def _refuse(self, method: str) -> None:
+        """Raise ValueError after `densify`, and inside `exact()`, which would take back what the method does."""
+        if self._control.densified:
+            raise ValueError(f"{method}() after densify(model): the model has no thresholds any more")
         if self._training is not None:
             raise ValueError(f"{method}() inside exact() would be undone on leaving it: call {method}() afterwards")
 
@@ -249,6 +251,8 @@ class OffsetController:
         if controller._training is not None:
             yield
             return
+        if controller._control is self._control:
+            self._refuse("exact")
         controller._meet()
         held_back, saved = controller._held_back, controller._thresholds.save()
         controller._training = saved[0], held_back

@@ -7,6 +7,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, ClassVar
 
 from str_triton.nn import LowRankWeight
@@ -31,6 +32,9 @@ class _Kinds(type):
         if args or len(named) != 1:
             raise ValueError(f"give exactly one of {', '.join(kinds)}; got {named or args or 'none'}")
         ((keyword, value),) = named.items()
+        for number in [value] if keyword != "layers" else value.values() if isinstance(value, Mapping) else []:
+            if not isinstance(number, Real) or isinstance(number, bool):
+                raise TypeError(f"target {keyword} must be a number, got {number!r}")
         return kinds[keyword](value)
 
 

@@ -16,6 +16,7 @@ class Control:
         reached: the model meets the controller's target now.
         exact: the model is inside `exact()`, where it meets the schedule's value.
         status: how far the controller is, in words, for the warning of an unfinished model.
+        densified: the thresholds are gone, so that there is nothing left to set.
         owner: a weak reference to the controller; None in a copy of the model, which no controller follows.
     """
 
@@ -24,6 +25,7 @@ class Control:
     status: str = ""
     owner: weakref.ref | None = None
     warned: bool = field(default=False, repr=False)
+    densified: bool = field(default=False, repr=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         twin = memo[id(self)] = type(self)(self.reached, self.exact, self.status, warned=self.warned)

@@ -159,6 +159,8 @@ def densify(model: nn.Module) -> nn.Module:
     if any(control.is_held and control.exact for control in controls(model)):
         raise ValueError("densify inside exact() would leave nothing to go on with: densify a copy.deepcopy(model)")
     warn_if_unfinished(model)
+    for control in controls(model):
+        control.densified = True
     gather(model)
     plain: dict[int, nn.Module] = {}
     weights: dict[tuple, nn.Parameter] = {}

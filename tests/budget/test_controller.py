@@ -420,6 +420,14 @@ def test_targets_out_of_range(make, message):
         make()
 
 
+@pytest.mark.parametrize(
+    "value", [{"sparsity": "0.9"}, {"nonzeros": "5"}, {"layers": {"0": "0.5"}}, {"flops_share": True}, {"flops": [3]}]
+)
+def test_a_target_that_is_no_number_is_named(value):
+    with pytest.raises(TypeError, match=f"target {next(iter(value))} must be a number, got "):
+        Target(**value)
+
+
 def test_targets_of_other_kinds():
     with pytest.raises(TypeError, match="got list"):
         Target(layers=[0.9])

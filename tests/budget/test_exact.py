@@ -418,3 +418,38 @@ def test_the_own_model_is_not_densified_inside_exact():
         densify(copy.deepcopy(model))
     controller.finish()
     densify(model)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "name"),
+    [
+        (lambda model: model[2].weight.data.view(-1)[:1].fill_(torch.nan), r"weight '2' holds NaN"),
+        (lambda model: model[2].raw_threshold.data.fill_(torch.nan), r"raw threshold of '2' holds NaN"),
+    ],
+)
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_the_error_names_what_is_nan(by_layer, spoil, name):
+    model = network("normal", torch.float32, 1)
+    sparsify(model)
+    target = Target(layers={"0": 0.5, "2": 0.5, "3": 0.5}) if by_layer else Target(sparsity=0.5)
+    controller = SparsityController(model, target)
+    controller.step(0.5)
+    spoil(model)
+    with pytest.raises(ValueError, match=name):
+        controller.finish()
+
+
+@pytest.mark.parametrize("call", [SparsityController.finish, enter_exact, lambda c: c.step(1.0)])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_controller_of_a_densified_model_is_refused(call, tied):
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    if tied:
+        model[2].weight = model[0].weight
+    sparsify(model)
+    controller = SparsityController(model, Target(sparsity=0.5))
+    controller.finish()
+    densify(copy.deepcopy(model))  # a copy's thresholds are its own
+    controller.finish()
+    densify(model)
+    with pytest.raises(ValueError, match=r"after densify"):
+        call(controller)
