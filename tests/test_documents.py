@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import str_triton
-from benchmarks import concept_pictures, documents, readme_tables
+from benchmarks.tables import __main__ as readme_tables
+from benchmarks.tables import concept_pictures, documents
 from str_triton import deploy
 from tests.check_commands import DOCUMENTS, ELSEWHERE, ROOT, check_for, commands, run
 
@@ -20,11 +21,11 @@ BLOCKS = [
 
 
 def test_tables_are_up_to_date() -> None:
-    assert readme_tables.main(["--check"]) == 0, "run python -m benchmarks.readme_tables"
+    assert readme_tables.main(["--check"]) == 0, "run python -m benchmarks.tables"
 
 
 def test_pictures_are_up_to_date() -> None:
-    assert concept_pictures.main(["--check"]) == 0, "run python -m benchmarks.concept_pictures"
+    assert concept_pictures.main(["--check"]) == 0, "run python -m benchmarks.tables.concept_pictures"
 
 
 def test_the_reference_has_every_public_name_once() -> None:
@@ -114,6 +115,6 @@ def test_a_broken_command_is_found() -> None:
     assert run(check_for("true")) == ""
     assert "exit code 1" in run(check_for("false | true"))
     assert "exit code 127" in run(check_for("no-such-program --help"))
-    help_of_python = check_for("python -m benchmarks.readme_tables --chec")
+    help_of_python = check_for("python -m benchmarks.tables --chec")
     assert "does not name --chec" in run(help_of_python)
-    assert run(check_for("python -m benchmarks.readme_tables --check")) == ""
+    assert run(check_for("python -m benchmarks.tables --check")) == ""

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import exact_budgets
-from benchmarks.exact_budgets_screen import RUNS, VARIANTS, train
+from benchmarks.studies import exact_budgets
+from benchmarks.studies.exact_budgets_screen import RUNS, VARIANTS, train
 from str_triton.cnn.data import Data
 from str_triton.cnn.data.arrays import ArrayImages, Augmentation, Normalisation
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import methods
 from benchmarks.runs import RunFile
+from benchmarks.studies import methods
 from str_triton.cnn.data import Data
 from str_triton.cnn.data.arrays import ArrayImages, Augmentation, Normalisation
 

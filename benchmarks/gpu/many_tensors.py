@@ -10,7 +10,7 @@ from statistics import median
 import torch
 
 from benchmarks.gpu.part import Session
-from benchmarks.soft_threshold import CALLS, COPY_PASSES, PASSES
+from benchmarks.speed.soft_threshold import CALLS, COPY_PASSES, PASSES
 from benchmarks.timing import alternating, median_ratio
 from str_triton import soft_threshold, soft_threshold_many
 from str_triton.cnn.resnet import resnet50

@@ -12,8 +12,8 @@ from torch import nn
 
 from benchmarks.gpu.part import Session
 from benchmarks.gpu.solve import tiny
+from benchmarks.speed.training_step import Step
 from benchmarks.timing import alternating, median_ratio, synchronize
-from benchmarks.training_step import Step
 from str_triton import sparsify
 from str_triton.cnn.resnet import resnet50
 

@@ -10,7 +10,7 @@ def keep_freed_memory() -> None:
     """Make the C library keep memory that this process frees, for the next step.
 
     By default glibc returns large blocks to the system and gets them back at the next step, page by page. For ResNet20
-    on 32x32 images that takes a tenth of the time of a step (benchmarks/cifar_speed.py). The process then holds
+    on 32x32 images that takes a tenth of the time of a step (benchmarks/speed/cifar_speed.py). The process then holds
     as much memory as at its peak. C libraries without mallopt stay as they are.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

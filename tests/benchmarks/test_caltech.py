@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import caltech
+from benchmarks.studies import caltech
 from str_triton import count
 from str_triton.cnn.models import build
 from str_triton.cnn.recipes import RECIPES

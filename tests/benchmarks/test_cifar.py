@@ -7,7 +7,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from benchmarks import cifar
+from benchmarks.studies import cifar
 from str_triton.training.run_folder import LOCK
 from tests.runs import run_main
 

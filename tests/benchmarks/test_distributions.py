@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from benchmarks import distributions
-from benchmarks.distributions import RULES, SHARES, Growth, Relative, variant
+from benchmarks.studies import distributions
+from benchmarks.studies.distributions import RULES, SHARES, Growth, Relative, variant
 
 COSTS = torch.tensor([16.0, 4.0, 1.0])
 

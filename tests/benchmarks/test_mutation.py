@@ -1,4 +1,4 @@
-from benchmarks.mutation import mutants
+from benchmarks.studies.mutation import mutants
 
 SOURCE = '''
 @decorator(1)

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import har_ranks, rank_runs, speech_ranks, tables_ranks
-from benchmarks.rank_runs import best_rate, key
+from benchmarks.studies import har_ranks, rank_runs, speech_ranks
+from benchmarks.studies.rank_runs import best_rate, key
+from benchmarks.tables import ranks as tables_ranks
 
 
 def line(job: dict[str, Any], accuracy: float, **more: Any) -> dict[str, Any]:

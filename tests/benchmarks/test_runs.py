@@ -1,8 +1,8 @@
 import pytest
 
-from benchmarks import exact_budgets, exact_budgets_screen, learned_rank, learned_rank_screen, methods
-from benchmarks.documents import RESULTS
 from benchmarks.runs import RunFile
+from benchmarks.studies import exact_budgets, exact_budgets_screen, learned_rank, learned_rank_screen, methods
+from benchmarks.tables.documents import RESULTS
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
-"""Random networks against eager PyTorch in float64; benchmarks/sparse_fuzz.py has the long run."""
+"""Random networks against eager PyTorch in float64; benchmarks/studies/sparse_fuzz.py has the long run."""
 
 import pytest
 
-from benchmarks import sparse_fuzz
+from benchmarks.studies import sparse_fuzz
 
 pytestmark = [pytest.mark.usefixtures("kernels"), pytest.mark.filterwarnings("ignore:Sparse CSR")]
 

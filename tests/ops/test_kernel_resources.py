@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="triton is for Linux")
 from triton.runtime.jit import JITFunction
 
 import str_triton.kernels
-from benchmarks.kernel_resources import (
+from benchmarks.speed.kernel_resources import (
     CHIPS,
     DTYPES,
     REPRESENTATIVE,

@@ -1,0 +1,1 @@
+"""Trainings that led to the defaults, and searches for faults."""

@@ -1,0 +1,191 @@
+"""Fine-tuning of MobileNetV1 on Caltech-101: accuracy, size and speed at equal sparsity and at a third of the FLOPs.
+
+    python -m benchmarks.studies.caltech --data hub:DIR --pretrained FILE [--runs 1] [--threads 2] [--list]
+    python -m benchmarks.studies.caltech --data hub:DIR --pretrained FILE --tune [--runs 1]
+    python -m benchmarks.studies.caltech --deploy
+
+The first command trains each missing line with the recipe `mobilenetv1-finetune`, the most informative lines first, and
+appends its result to benchmarks/results/caltech.jsonl. A killed run is resumed from its checkpoint at the next start.
+`--runs 1` ends after one run, so that a shell can give the machine to other work between two runs.
+
+All lines share the number of epochs, the learning rate, the batches and their augmentation. Sparsity counts all
+weights, including those of the first and the last layer. "budget of str-exact" gives another method the layers'
+sparsities of str-exact with the same target and seed. A target that ends in "flops" is a share of the dense network's
+multiply-adds.
+
+`--tune` compares learning rates on a fifth of the training images, which it holds out. The test images take no part.
+Its lines are in caltech_tuning.jsonl. `--deploy` packs and compiles the networks of the first seed, whose runs are kept
+below runs/caltech, and times them beside the dense network: caltech_deploy.jsonl.
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.runs import RunFile
+from benchmarks.studies.cifar import finished
+from benchmarks.timing import RESULTS, alternating, machine
+from str_triton import deploy
+from str_triton.cnn.rebuild import rebuild
+
+RUNS, SIZE = Path("runs/caltech"), 128
+EPOCHS, LR = 5, 0.02
+TUNING_EPOCHS, LRS, TUNED = 2, (0.02, 0.05, 0.01), ("str-exact", "gmp, global", "dense")
+ROUNDS = 100
+DENSE = "dense"
+BUDGET = "budget of str-exact"
+LINES: dict[str, list[str]] = {
+    DENSE: ["--method", "dense"],
+    "str-exact": ["--method", "str-exact"],
+    "gmp, global": ["--method", "gmp", "--distribution", "global"],
+    "str-exact, FLOP-aware": ["--method", "str-exact", "--distribution", "flop-aware"],
+    "str-exact, learned": ["--method", "str-exact", "--distribution", "learned"],
+    "gmp, uniform": ["--method", "gmp", "--distribution", "uniform"],
+    "gmp, ERK": ["--method", "gmp", "--distribution", "erk"],
+    f"gmp, {BUDGET}": ["--method", "gmp"],
+    "rigl, ERK": ["--method", "rigl", "--distribution", "erk"],
+    "dnw, ERK": ["--method", "dnw", "--distribution", "erk"],
+}
+LEADERS = ("str-exact", "gmp, global", "str-exact, FLOP-aware")
+THIRD = "0.3333 flops"
+
+
+class Key(NamedTuple):
+    """A run: the line, its target ("0.9", "0.3333 flops"; "" of the dense network), and the seed."""
+
+    line: str
+    target: str
+    seed: int
+
+
+def wanted() -> Iterator[Key]:
+    """Yield the runs in their order: the leaders at 90 %, a third of the FLOPs, then the rest. Some occur twice."""
+    yield Key(DENSE, "", 0)
+    yield from (Key(line, "0.9", 0) for line in LEADERS[:2])
+    yield Key("str-exact, FLOP-aware", THIRD, 0)
+    yield from (Key(line, target, 0) for target in ("0.95", "0.75") for line in LEADERS[:2])
+    for line in ("str-exact", f"gmp, {BUDGET}"):
+        yield Key(line, THIRD, 0)
+    for seed in (1, 2):
+        yield Key(DENSE, "", seed)
+        yield from (Key(line, "0.9", seed) for line in LEADERS[:2])
+    yield from (Key(line, "0.9", 0) for line in LINES if line != DENSE)
+    for target, seed in product(("0.95", "0.75"), (1, 2)):
+        yield from (Key(line, target, seed) for line in LEADERS)
+    for seed in (1, 2):
+        yield from (Key(line, THIRD, seed) for line in ("str-exact, FLOP-aware", "str-exact", f"gmp, {BUDGET}"))
+
+
+def results() -> RunFile:
+    return RunFile(RESULTS / "caltech.jsonl", Key._fields)
+
+
+def options_of(key: Key) -> list[str]:
+    """Return the training program's options for a line. Raise ValueError if it needs a run that is missing."""
+    if not key.target:
+        return LINES[key.line]
+    if key.line.endswith(BUDGET):
+        source = Key("str-exact", key.target, key.seed)
+        found = [run for run in results().read() if all(run[name] == value for name, value in source._asdict().items())]
+        if not found:
+            raise ValueError(f"{key}: run {source} first")
+        RUNS.mkdir(parents=True, exist_ok=True)
+        budget = RUNS / f"budget-{_name(source)}.json"
+        budget.write_text(json.dumps({name: 100 * (1 - share) for name, share in found[0]["density"].items()}))
+        return [*LINES[key.line], "--budget", str(budget)]
+    share, _, flops = key.target.partition(" ")
+    return [*LINES[key.line], "--target-flops" if flops else "--target-sparsity", share]
+
+
+def _name(key: Key) -> str:
+    return "-".join(str(part) for part in key if part != "").replace(", ", "-").replace(" ", "-")
+
+
+def train(key: Key, data: str, pretrained: str, threads: int) -> None:
+    """Train one line and append its result. Keep the first seed's network for `--deploy`."""
+    shared = ["--data", data, "--pretrained", pretrained, "--seed", str(key.seed), "--threads", str(threads)]
+    shared += ["--epochs", str(EPOCHS), "--lr", str(LR)]
+    folder = RUNS / _name(key)
+    result = finished(folder, ["mobilenetv1-finetune", *shared, *options_of(key)])
+    results().append({**key._asdict(), **result, "lr": LR, "threads": threads, "machine": machine()})
+
+
+def tune(data: str, pretrained: str, threads: int, runs: int | None) -> None:
+    """Train with each learning rate, without the test images."""
+    place = Path(data.removeprefix("hub:"))
+    file = RunFile(RESULTS / "caltech_tuning.jsonl", ("line", "lr"))
+    with tempfile.TemporaryDirectory() as folder:  # without a test split the program holds a fifth of each class out
+        for part in place.glob("**/train*.parquet"):
+            (Path(folder) / part.name).symlink_to(part.resolve())
+        shared = ["mobilenetv1-finetune", "--data", f"hub:{folder}", "--pretrained", pretrained]
+        shared += ["--epochs", str(TUNING_EPOCHS), "--threads", str(threads)]
+        keys = [{"line": line, "lr": lr} for line in TUNED for lr in LRS]
+        for key in list(file.missing(keys))[:runs]:
+            target = [] if key["line"] == DENSE else ["--target-sparsity", "0.9"]
+            options = [*shared, "--lr", str(key["lr"]), *LINES[key["line"]], *target]
+            result = finished(Path(folder) / "run" / f"{key['line']}-{key['lr']}", options)
+            file.append({**key, **result, "threads": threads, "machine": machine()})
+
+
+def deploy_all(threads: int) -> None:
+    """Pack and compile the first seed's networks, time them, and append a line for each."""
+    torch.set_num_threads(threads)
+    file = RunFile(RESULTS / "caltech_deploy.jsonl", ("line", "target", "threads"))
+    runs = [run for run in results().read() if run["seed"] == 0]
+    image = torch.randn(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    dense = rebuild(RUNS / _name(Key(DENSE, "", 0))).model.to(memory_format=torch.channels_last)
+    for run in file.missing({**run, "threads": threads} for run in runs):
+        key = Key(run["line"], run["target"], 0)
+        model = rebuild(RUNS / _name(key)).model
+        file.append({**key._asdict(), "threads": threads, **measured(model, dense, image), "machine": machine()})
+
+
+def measured(model: torch.nn.Module, dense: torch.nn.Module, image: torch.Tensor) -> dict[str, Any]:
+    """Return a network's bytes packed, and the milliseconds of an image compiled and of the dense network."""
+    with tempfile.TemporaryDirectory() as folder:
+        deploy.pack(model, Path(folder) / "packed.safetensors", plain_zeros=True)
+        size = (Path(folder) / "packed.safetensors").stat().st_size
+        deploy.pack(model, Path(folder) / "half.safetensors", "float16", plain_zeros=True)
+        half = (Path(folder) / "half.safetensors").stat().st_size
+    compiled, nhwc = deploy.compile_sparse(model, image), image.contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        seconds = alternating({"compiled": lambda: compiled(image), "dense": lambda: dense(nhwc)}, ROUNDS)
+    ms = {name: 1000 * median(times) for name, times in seconds.items()}
+    return {"bytes": size, "bytes_float16": half, "ms": ms["compiled"], "dense_ms": ms["dense"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="hub:DIR, as for cnn/train.py")
+    parser.add_argument("--pretrained", help="the weights of tf_mobilenetv1 for ImageNet")
+    parser.add_argument("--runs", type=int, help="end after so many runs; all by default")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tune", action="store_true", help="compare learning rates on held-out training images")
+    parser.add_argument("--deploy", action="store_true", help="pack, compile and time the trained networks")
+    parser.add_argument("--list", action="store_true", help="print the missing runs in their order, run nothing")
+    options = parser.parse_args()
+    if options.deploy:
+        return deploy_all(options.threads)
+    keys = [Key(**run) for run in results().missing(key._asdict() for key in wanted())][: options.runs]
+    if options.list:
+        print(*map(_name, keys), sep="\n")
+        return None
+    if options.data is None or options.pretrained is None:
+        parser.error("training needs --data and --pretrained")
+    if options.tune:
+        return tune(options.data, options.pretrained, options.threads, options.runs)
+    for key in keys:
+        print(*key)
+        train(key, options.data, options.pretrained, options.threads)
+    return None
+
+
+if __name__ == "__main__":
+    main()

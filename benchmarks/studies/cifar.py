@@ -1,0 +1,142 @@
+"""The methods of cnn/train.py on CIFAR-10: accuracy and FLOPs at equal sparsity.
+
+    python -m benchmarks.studies.cifar --data hub:DIR [--models resnet20] [--runs 1] [--threads 2] [--list]
+    python -m benchmarks.studies.cifar --data hub:DIR --tune
+
+Runs the recipe `cifar10` of the training program for each missing line, the most informative lines first, and appends
+its result to benchmarks/results/cifar.jsonl. A killed run is resumed from its checkpoint at the next start, because
+the runs' folders are below runs/cifar and are deleted only after their lines are written. `--runs 1` ends after one
+run, so that a shell can give the machine to other work between two runs.
+
+All lines of a network share the number of epochs, the learning rate, the batches and their augmentation. Sparsity
+counts all weights, including those of the first and the last layer. `--tune` trains the dense network on four fifths of
+the training images and tests it on the last fifth; the test images take no part. Its lines are in cifar_tuning.jsonl.
+
+`str`, the paper's method, has no target. Its lines name lambda, the weight decay of the weights and thresholds, and the
+table gives the sparsity that each one reached.
+"""
+
+import argparse
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from itertools import islice, product
+from pathlib import Path
+
+from benchmarks.runs import Run, RunFile
+from benchmarks.timing import RESULTS, machine
+from str_triton import Budget
+from str_triton.cnn import train
+
+RUNS = RunFile(RESULTS / "cifar.jsonl", ("model", "line", "target", "seed"))
+TUNING = RunFile(RESULTS / "cifar_tuning.jsonl", ("model", "lr"))
+FOLDERS = Path("runs/cifar")
+EPOCHS, LR = 5, 0.2
+LRS, TUNING_EPOCHS = (0.1, 0.2, 0.4, 0.05), 2
+LINES: dict[str, list[str]] = {
+    "dense": ["--method", "dense"],
+    "str-exact": ["--method", "str-exact"],
+    "gmp, global": ["--method", "gmp", "--distribution", "global"],
+    "str-exact, FLOP-aware": ["--method", "str-exact", "--distribution", "flop-aware"],
+    "str-exact, learned": ["--method", "str-exact", "--distribution", "learned"],
+    "gmp, ERK": ["--method", "gmp", "--distribution", "erk"],
+    "rigl, ERK": ["--method", "rigl", "--distribution", "erk"],
+    "dnw, ERK": ["--method", "dnw", "--distribution", "erk"],
+    **{f"str, lambda {value:g}": ["--method", "str", "--weight-decay", str(value)] for value in (1e-3, 2e-3, 4e-3)},
+}
+WITHOUT_TARGET = tuple(line for line in LINES if line == "dense" or line.startswith("str, "))
+LEADERS = tuple(LINES)[:5]
+
+
+def wanted(model: str) -> Iterator[Run]:
+    """Yield the runs of a network in their order: the leaders at 90 %, then the others, then other sparsities.
+
+    The target of lines without one is 0. They come up again with each sparsity.
+    """
+
+    def at(target: float, lines: tuple[str, ...], seeds: tuple[int, ...]) -> Iterator[Run]:
+        for seed, line in product(seeds, lines):
+            own = 0.0 if line in WITHOUT_TARGET else target
+            yield {"model": model, "line": line, "target": own, "seed": seed}
+
+    yield from at(0.9, LEADERS, (0,))
+    yield from at(0.9, tuple(LINES), (0,))
+    yield from at(0.9, LEADERS, (1, 2))
+    for target in (0.95, 0.98, 0.8):
+        yield from at(target, tuple(LINES), (0,))
+    for target in (0.95, 0.98, 0.8):
+        yield from at(target, LEADERS, (1, 2))
+
+
+def finished(folder: Path, options: list[str]) -> Run:
+    """Run or resume the training program in `folder`, and return the results.
+
+    Raises RuntimeError if the program ends with an error.
+    """
+    if not (folder / "summary.json").exists():
+        resumable = any((folder / "checkpoints").glob("*"))
+        if not resumable:
+            shutil.rmtree(folder, ignore_errors=True)
+        code = train.main([*(["--resume"] if resumable else options), "--run-dir", str(folder)])
+        if code:
+            raise RuntimeError(f"the run in {folder} ended with exit code {code}")
+    summary = json.loads((folder / "summary.json").read_text())
+    budget = Budget.from_json(folder / "budget.json")
+    return {
+        "accuracy": summary["accuracy"],
+        "sparsity": budget.sparsity,
+        "flops": budget.flops / budget.dense_flops,
+        "density": {row.name: row.nonzeros / row.params for row in budget.covered_rows},
+        "epochs": summary["epochs"],
+        "seconds": summary["seconds"],
+    }
+
+
+def train_line(key: Run, data: str, threads: int) -> None:
+    """Train one line and append its result."""
+    model, line = key["model"], key["line"]
+    options = ["cifar10", "--data", data, "--model", model, "--seed", str(key["seed"]), "--threads", str(threads)]
+    options += ["--epochs", str(EPOCHS), "--warmup-epochs", "1", "--lr", str(LR), *LINES[line]]
+    if key["target"]:
+        options += ["--target-sparsity", str(key["target"])]
+    folder = FOLDERS / f"{model}-{line.replace(', ', '-').replace(' ', '-')}-{key['target']:g}-{key['seed']}"
+    RUNS.append({**key, **finished(folder, options), "lr": LR, "threads": threads, "machine": machine()})
+    shutil.rmtree(folder)
+
+
+def tune(models: list[str], data: str, threads: int) -> None:
+    """Train the dense networks with each learning rate, without the test images."""
+    place = Path(data.removeprefix("hub:"))
+    with tempfile.TemporaryDirectory() as folder:  # without a test split the program holds a fifth of each class out
+        for file in place.glob("**/train*.parquet"):
+            (Path(folder) / file.name).symlink_to(file.resolve())
+        for key in TUNING.missing({"model": model, "lr": lr} for model, lr in product(models, LRS)):
+            model, lr = key["model"], key["lr"]
+            options = ["cifar10", "--data", f"hub:{folder}", "--model", model, "--method", "dense", "--lr", str(lr)]
+            options += ["--epochs", str(TUNING_EPOCHS), "--warmup-epochs", "0.4", "--threads", str(threads)]
+            result = finished(Path(folder) / f"{model}-{lr}", options)
+            TUNING.append({**key, **result, "threads": threads, "machine": machine()})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="hub:DIR or hub:NAME, as for cnn/train.py")
+    parser.add_argument("--models", nargs="*", default=["resnet20"], choices=["resnet20", "resnet-medium"])
+    parser.add_argument("--runs", type=int, help="end after so many runs; all by default")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tune", action="store_true", help="choose the learning rate on held-out training images")
+    parser.add_argument("--list", action="store_true", help="print the missing runs in their order, run nothing")
+    options = parser.parse_args()
+    if options.tune:
+        tune(options.models, options.data, options.threads)
+        return
+    keys = RUNS.missing(key for model in options.models for key in wanted(model))
+    for key in islice(keys, options.runs):
+        print(*key.values())
+        if not options.list:
+            train_line(key, options.data, options.threads)
+
+
+if __name__ == "__main__":
+    main()

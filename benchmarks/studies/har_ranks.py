@@ -1,0 +1,73 @@
+"""Learned rank on HAR-2 beside fixed rank, SVD with fine-tuning and the dense network: the paper's table 3.
+
+    python -m benchmarks.studies.har_ranks --data har:PATH [--epochs 60]
+
+PATH: UCI HAR as rnn/train.py takes it. Every run is the recipe har2-fastgrnn with one thread; only the number of epochs
+(the paper: 300), the method and the learning rate differ. The epoch is chosen on the validation people, who are not
+among the training people. The target of str-exact is the number of parameters of the fixed ranks; str has no target.
+With seed 0 and the first pair of ranks every method tries the rates of `RATES`; the rate with the highest validation
+accuracy is the method's rate for all other seeds and ranks. The test data choose nothing.
+
+One line per run is appended to benchmarks/results/har_ranks.jsonl, and runs that are in it are skipped. A run that was
+killed goes on from its last checkpoint.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks.studies.rank_runs import Job, best_rate, do, params_at, parser
+from benchmarks.timing import RESULTS
+from str_triton.rnn.models import Architecture
+
+RANKS = ((9, 8), (9, 7), (8, 7))  # of the input matrix and of the recurrent matrix, in the paper
+METHODS = ("str-exact", "fixed", "dense", "svd-finetune", "str")
+RATES = (1e-2, 3e-3, 2e-2)  # the recipe's first
+SEEDS = (0, 1, 2)
+ARCHITECTURE = Architecture("classify", "fastgrnn", inputs=9, outputs=2, hidden_size=80)
+
+
+def job(method: str, ranks: tuple[int, int], seed: int, rate: float, epochs: int) -> Job:
+    """Return the run of a method; dense and str do not depend on the ranks."""
+    arguments = ["har2-fastgrnn", "--method", method, "--seed", str(seed), "--lr", str(rate), "--epochs", str(epochs)]
+    pair = None if method in ("dense", "str") else ",".join(map(str, ranks))
+    if method == "str-exact":
+        params = params_at(ARCHITECTURE, weight_ih_l0=ranks[0], weight_hh_l0=ranks[1])
+        arguments += ["--target-params", str(params)]
+    elif pair:
+        arguments += ["--ranks", pair]
+    return {
+        "data": "har2", "method": method, "ranks": pair, "epochs": epochs, "rate": rate, "seed": seed,
+        "arguments": arguments,
+    }  # fmt: skip
+
+
+def jobs(done: list[dict[str, Any]], epochs: int) -> Iterator[Job]:
+    """Yield all runs, the most informative first: every method once, the rates, the seeds, the other ranks."""
+    first, *others = RANKS
+    for rate in RATES:
+        for method in METHODS:
+            yield job(method, first, SEEDS[0], rate, epochs)
+    for seed in SEEDS[1:]:
+        for method in METHODS:
+            yield job(method, first, seed, tuned(method, done, epochs), epochs)
+    for ranks in others:
+        for seed in SEEDS:
+            for method in METHODS:
+                yield job(method, ranks, seed, tuned(method, done, epochs), epochs)
+
+
+def tuned(method: str, done: list[dict[str, Any]], epochs: int) -> float:
+    """Return the method's rate, from its runs with seed 0 and the first ranks."""
+    return best_rate(done, [job(method, RANKS[0], SEEDS[0], rate, epochs) for rate in RATES])
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--epochs", type=int, default=60)
+    args = options.parse_args()
+    args.out = args.out or RESULTS / "har_ranks.jsonl"
+    do(lambda done: jobs(done, args.epochs), args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The documents' tables and pictures, made from benchmarks/results: python -m benchmarks.tables."""
