@@ -13,7 +13,7 @@ from str_triton import deploy
 from str_triton.cnn.data.decoding import centre, decode, whole
 from str_triton.cnn.data.normalisation import Normalisation
 from str_triton.cnn.rebuild import rebuild
-from str_triton.training.errors import UserError
+from str_triton.training.errors import UserError, one_line
 from str_triton.training.interface import ImageInput, Interface
 
 Scores = Callable[[Tensor], Tensor]
@@ -33,6 +33,18 @@ class Predictor:
         self.images: ImageInput = interface.images
         self.normalise = Normalisation(*interface.standardisation)
 
+    @torch.inference_mode()
+    def check(self, path: str | os.PathLike[str]) -> None:
+        """Raise `UserError` if the network does not take such images, or has another number of scores than names."""
+        channels, height, width = self.images.channels, self.images.height, self.images.width
+        try:
+            scores = self.scores(torch.zeros(1, channels, height, width, device=self.device))
+        except (RuntimeError, ValueError, AssertionError) as error:  # networks raise these
+            size = f"{channels} x {height} x {width}"
+            raise UserError(f"{path} does not take images of {size}: {one_line(error)[:200]}") from error
+        if scores.shape != (1, len(self.names)):
+            raise UserError(f"{path} gives {scores.shape[-1]} scores, but its interface names {len(self.names)}")
+
     def pixels(self, name: str, content: str | bytes) -> Tensor:
         """Decode an image file, by its path or bytes, to uint8 [C, H, W]. Raise ValueError, which names the image."""
         images = self.images
@@ -44,10 +56,7 @@ class Predictor:
     def __call__(self, pixels: Sequence[Tensor], top: int) -> list[list[tuple[str, float]]]:
         """Return the names and probabilities of the `top` most probable classes of each image."""
         images = self.normalise(torch.stack(list(pixels)).to(self.device))
-        scores = self.scores(images).float()
-        if scores.shape != (len(pixels), len(self.names)):
-            raise UserError(f"the network gives {scores.shape[-1]} scores, but there are {len(self.names)} names")
-        best = scores.softmax(1).topk(min(top, len(self.names)))
+        best = self.scores(images).float().softmax(1).topk(min(top, len(self.names)))
         rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         return [[(self.names[index], value) for index, value in zip(*row, strict=True)] for row in rows]
 
@@ -77,22 +86,16 @@ def open_predictor(
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no GPU here")
     given = None if interface is None else Interface.read(Path(interface))
-    if Path(path).suffix == ".onnx":
-        scores, held = _onnx(Path(path))
-        return Predictor(scores, _complete(given or held, path))
-    if Path(path).is_file() and (found := _compiled(Path(path))) is not None:
-        scores, held = found
-        return Predictor(scores, _complete(given or held, path))
-    network = rebuild(path, model)
-    gpu = device != "cpu" and torch.cuda.is_available()
-    known = _complete(given or network.interface, path)
-    if len(known.outputs) != network.num_classes or known.images.channels != network.in_channels:
-        raise UserError(
-            f"{path} takes {network.in_channels} colour channels and has {network.num_classes} classes; --interface "
-            f"{interface} names {known.images.channels} and {len(known.outputs)}"
-        )
-    where = torch.device("cuda" if gpu else "cpu")
-    return Predictor(network.model.to(where), known, where)
+    where = torch.device("cpu")
+    found = _onnx(Path(path)) if Path(path).suffix == ".onnx" else _compiled(Path(path))
+    if found is None:
+        network = rebuild(path, model)
+        where = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+        found = network.model.to(where), network.interface
+    scores, held = found
+    predictor = Predictor(scores, _complete(given or held, path), where)
+    predictor.check(path)
+    return predictor
 
 
 def _complete(interface: Interface | None, path: str | os.PathLike[str]) -> Interface:
@@ -128,13 +131,18 @@ def _onnx(path: Path) -> tuple[Scores, Interface | None]:
         raise ValueError(f"{path}: the network has {len(names)} inputs, not one for images")
 
     def scores(images: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {names[0]: images.numpy()})[0])
+        try:
+            return torch.from_numpy(session.run(None, {names[0]: images.numpy()})[0])
+        except Exception as error:  # onnxruntime's errors have no common base class
+            raise ValueError(str(error).splitlines()[0]) from None
 
     return scores, Interface.in_metadata(metadata, path)
 
 
 def _compiled(path: Path) -> tuple[Scores, Interface | None] | None:
-    """Return the compiled network in a packed file and its interface; None for another file."""
+    """Return the compiled network in a packed file and its interface; None for another file or a folder."""
+    if not path.is_file():
+        return None
     try:
         metadata = deploy.inspect(path).metadata
     except ValueError:  # `rebuild` reads other kinds of files, and says what is wrong with the rest

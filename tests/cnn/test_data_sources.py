@@ -23,6 +23,12 @@ def test_an_unknown_set_is_refused(spec: str, data_dir: str | None, message: str
         load(spec, data_dir)
 
 
+@pytest.mark.parametrize("spec", ["digits", "fashion-mnist"])
+def test_images_of_a_fixed_size_take_no_other(spec: str):
+    with pytest.raises(ValueError, match=f"--image-size 64: .*--data {spec}"):
+        load(spec, "nowhere" if spec != "digits" else None, image_size=64)
+
+
 def test_digits_are_all_there_in_a_fixed_stratified_split():
     data = load("digits", None)
     assert (len(data.train), len(data.test), data.num_classes, data.image_shape) == (1438, 359, 10, (1, 8, 8))

@@ -140,6 +140,17 @@ def test_a_sparse_network_runs_from_its_file(whole_run: Path, tmp_path: Path, ca
     assert printed.endswith(f"\nwrote {out}\n")
 
 
+def test_the_size_of_the_images_is_known_without_the_data(whole_run: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("model.safetensors", "interface.json"):
+        (run / name).symlink_to(whole_run / name)
+    config = json.loads((whole_run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"data": "imagefolder:elsewhere"}))
+    exported("pack", run, tmp_path / "x.safetensors")
+    assert deploy.inspect(tmp_path / "x.safetensors").metadata["image_shape"] == [1, 8, 8]
+
+
 @pytest.mark.parametrize("package", ["onnx", "onnxruntime"])
 def test_a_missing_package_is_named(
     whole_run: Path, tmp_path: Path, package: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch

@@ -138,7 +138,7 @@ def test_weights_without_an_interface_take_one_from_a_file(tmp_path: Path, capsy
     assert classes == pytest.approx(expected, abs=1e-5)
     (tmp_path / "i.json").write_text(Interface(names[:2], interface.standardisation, interface.images).text())
     assert main([*args, "--interface", str(tmp_path / "i.json")]) == 2
-    assert "has 3 classes" in capsys.readouterr().err
+    assert "gives 3 scores, but its interface names 2" in capsys.readouterr().err
 
 
 def test_the_files_hold_the_interface(whole_run: Path, tmp_path: Path):
@@ -187,6 +187,7 @@ def test_a_corrupt_image_ends_it_or_is_left_out(
         (["run", "x.png", "--batch-size", "0"], "--batch-size 0"),
         (["run", "x.png", "--interface", "text"], "text: "),
         (["run", "x.png", "--interface", "sound.json"], "not that of a network for images"),
+        (["run", "x.png", "--interface", "colour.json"], "run does not take images of 3 x 8 x 8"),
         (["odd", "x.png"], "odd: 10 scores, but 2 names"),
     ],
 )
@@ -206,6 +207,8 @@ def test_bad_input_is_one_line_and_exit_code_2(
         Path(name).write_text("Here be weights.")
     shutil.copy(digits / "00.png", "x.png")
     Path("sound.json").write_text(Interface(("a", "b")).text())
+    colour = Interface(tuple("0123456789"), ((0.0,) * 3, (1.0,) * 3), ImageInput(3, 8, 8, None))
+    Path("colour.json").write_text(colour.text())
     Path("odd").mkdir()
     shutil.copy(whole_run / "config.json", "odd")
     safetensors.torch.save_file(dict(rebuild(whole_run).model.state_dict()), "odd/model.safetensors")
