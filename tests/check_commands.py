@@ -45,6 +45,8 @@ def check_for(command: str) -> Check:
         return Check(command.replace("make", "make --dry-run", 1), [], ".ci/run runs it beforehand")
     if command.startswith("pip install"):
         return Check(command.replace("install", "install --dry-run", 1), [], "it is installed already")
+    if command.startswith("sbatch "):
+        return Check(command.replace("sbatch", "tests/slurm/sbatch", 1), [], "there is no SLURM here")
     if PLACEHOLDER.search(command):
         return Check(*help_of(command), "DIR and NAME stand for the reader's own data")
     if re.match(r"python -m benchmarks\.|tensorboard ", command):

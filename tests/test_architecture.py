@@ -47,10 +47,11 @@ ROOMS = {
         {"torch", "numpy", "einops", "safetensors"} | TRAINING_EXTRAS,
     ),
 }
-# Only inside functions: the launcher's kernels arrive with the first GPU tensor, timm with the first of its networks,
-# the ONNX extra with the first exported network.
+# Only inside functions: the launcher's kernels arrive with the first GPU tensor, the hub's client with the first call,
+# timm with the first of its networks, the ONNX extra with the first exported network.
 LATE = {
     "str_triton.ops": ({"str_triton.kernels"}, {"triton"}),
+    "str_triton.deploy": (set(), {"huggingface_hub"}),
     "str_triton.cnn": (set(), {"timm", "onnx", "onnxruntime"}),
     "str_triton.rnn": (set(), {"onnx", "onnxruntime"}),
 }

@@ -82,6 +82,8 @@ def test_python_blocks_run(code: str, tmp_path: Path, monkeypatch: pytest.Monkey
     model = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(288, 10))
     batches = [(torch.randn(16, 1, 8, 8), torch.randint(10, (16,))) for _ in range(4)]
     names = {"model": model, "batches": batches}
+    for extra in {"transformers", "lightning"} & set(re.findall(r"^from (\w+)", code, re.MULTILINE)):
+        pytest.importorskip(extra, reason=f"needs the extra {extra}")
     exec(compile(code, "block", "exec"), names)
     if "densify" in names:
         weights = torch.cat([parameter.flatten() for parameter in names["model"].parameters() if parameter.dim() > 1])

@@ -1,6 +1,7 @@
 """Deployment of sparse and low-rank networks: packed files, sparse execution on CPUs, C."""
 
 from str_triton.deploy.c_export import export_c
+from str_triton.deploy.hub import from_pretrained, push_to_hub, save_pretrained
 from str_triton.deploy.model_card import model_card
 from str_triton.deploy.pack import inspect, pack, unpack
 from str_triton.deploy.sparse import SparseModel, compile_sparse, load_sparse
@@ -15,11 +16,14 @@ __all__ = [
     "SparseModel",
     "compile_sparse",
     "export_c",
+    "from_pretrained",
     "inspect",
     "load_sparse",
     "model_card",
     "pack",
+    "push_to_hub",
     "read_checkpoint",
     "read_torch_file",
+    "save_pretrained",
     "unpack",
 ]
