@@ -153,6 +153,7 @@ RULES = {
     "learned": Variant(lambda: Sgd(0.1, bound=0.5, freeze=0.35)),
     "growth": Variant(lambda: Growth(1.0)),
     "growth, slow": Variant(lambda: Growth(0.25)),
+    "growth, unbounded": Variant(lambda: Growth(1.0, bound=math.inf)),
     "growth, FLOP-aware": Variant(lambda: Growth(1.0, cost=0.2)),
     "noise": Variant(lambda: Relative(noise=True)),
     "noise, FLOP-aware": Variant(lambda: Relative(noise=True, cost=0.5)),
