@@ -15,9 +15,8 @@ from torch import Tensor
 
 from str_triton import count, deploy
 from str_triton.cnn.data import load
-from str_triton.cnn.export_onnx import to_onnx
 from str_triton.cnn.rebuild import Network, rebuild
-from str_triton.files import percent, write_atomically
+from str_triton.files import percent
 from str_triton.training.errors import UserError, as_user_error, one_line, run_program
 
 NAMES_SHOWN = 20  # class names in the model card
@@ -189,12 +188,19 @@ def known_facts(options: Pack, network: Network) -> dict[str, str]:
 def onnx(options: Onnx, network: Network, example: Tensor) -> None:
     """Export to ONNX, check the result, and write the file."""
     metadata = {name: json.dumps(value) for name, value in described(network, example).items()}
-    content, difference = to_onnx(network.model, example, options.path, {"model": network.name, **metadata})
-    with as_user_error(OSError):
-        write_atomically(Path(options.out), content)
+    with as_user_error(ValueError, OSError, ImportError):
+        file = deploy.export_onnx(
+            network.model,
+            example,
+            inputs=["images"],
+            outputs=["scores"],
+            metadata={"model": network.name, **metadata},
+        )
+        file.save(options.out)
+    shape = ", ".join(map(str, example.shape[1:]))
     print(
-        f"wrote {options.out}: {len(content):,} bytes, images [batch, {', '.join(map(str, example.shape[1:]))}] -> "
-        f"scores [batch, {network.num_classes}]; largest difference to PyTorch {difference:.2g}"
+        f"wrote {options.out}: {len(file.content):,} bytes, images [batch, {shape}] -> "
+        f"scores [batch, {network.num_classes}]; largest difference to PyTorch {file.difference:.2g}"
     )
 
 

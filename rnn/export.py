@@ -9,7 +9,10 @@ from pathlib import Path
 
 from str_triton import RankBudget, deploy
 from str_triton.files import write_atomically
+from str_triton.rnn import listen
+from str_triton.rnn.data import audio
 from str_triton.rnn.finished_run import FinishedRun, open_run
+from str_triton.rnn.listen import is_speech
 from str_triton.rnn.one_line_parser import OneLineParser
 from str_triton.training.errors import UserError, as_user_error, run_program, warn
 from str_triton.training.interface import INTERFACE, Interface
@@ -45,9 +48,9 @@ def parser() -> argparse.ArgumentParser:
 
     c = command(
         "c",
-        "C99 for microcontrollers: a header and a source without allocation, one call per frame",
+        "C99 for microcontrollers without allocation: one call per frame; for speech, one that spots words in samples",
         "DIR",
-        "the folder for the two files, whose names begin with the folder's name; made if missing",
+        "the folder for the files, whose names begin with the folder's name; made if missing",
     )
     c.add_argument(
         "--weights",
@@ -85,9 +88,31 @@ def export_c(options: argparse.Namespace) -> None:
         mean=run.mean,
         std=run.std,
         title=run.name,
+        spotter=keyword_spotter(run),
     )
     print(f"{options.out}: C99, {options.weights} weights")
     print(sizes)
+
+
+def keyword_spotter(run: FinishedRun) -> deploy.KeywordSpotter | None:
+    """Return how rnn/listen.py listens with this network; None for a network that it refuses."""
+    if not is_speech(run) or run.mean is None or run.model.rnn.bidirectional:
+        return None
+    return deploy.KeywordSpotter(
+        rate=audio.RATE,
+        window=audio.WINDOW,
+        hop=audio.HOP,
+        margin=audio.MARGIN,
+        filters=audio.mel_filters(),
+        floor=audio.FLOOR,
+        frames=audio.FRAMES,
+        stride=listen.STRIDE,
+        smoothing=listen.SMOOTHING,
+        threshold=listen.THRESHOLD,
+        longest=listen.LONGEST,
+        quiet=listen.QUIET,
+        ignored=listen.IGNORED,
+    )
 
 
 def export_onnx(options: argparse.Namespace) -> None:

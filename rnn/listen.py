@@ -25,7 +25,13 @@ STRIDE = 10  # frames between the beginnings of two windows
 SMOOTHING = 5  # windows whose probabilities are averaged
 THRESHOLD = 0.6  # the averaged probability at which a word is detected
 LONGEST = 20  # windows after which a word is reported even though it still lasts
+IGNORED = (SILENCE, UNKNOWN)  # classes that are never reported
 QUIET = 0.03  # energy of a frame of noise at -60 dB of full scale; a window of quieter frames only is silent
+
+
+def is_speech(run: FinishedRun) -> bool:
+    """Return whether a run classifies the log-mel features of speech."""
+    return run.config["task"] == "classify" and run.config["data"].partition(":")[0] in SPEECH
 
 
 class Detection(NamedTuple):
@@ -53,7 +59,7 @@ class Listener:
     """
 
     def __init__(self, run: FinishedRun) -> None:
-        if run.config["task"] != "classify" or run.config["data"].partition(":")[0] not in SPEECH:
+        if not is_speech(run):
             raise ValueError(f"{run.folder}: trained on {run.config['data']}, which is not speech")
         if run.mean is None:
             raise ValueError(f"{run.folder}: its interface.json has no standardisation, which sound needs")
@@ -112,7 +118,7 @@ class Listener:
         average = torch.stack(tuple(self._recent)).sum(0) / SMOOTHING
         probability, number = average.max(0)
         word = self.run.outputs[int(number)]
-        if probability < THRESHOLD or word in (SILENCE, UNKNOWN) or not any(self._loud):
+        if probability < THRESHOLD or word in IGNORED or not any(self._loud):
             word = None
         if word != self._word:
             yield from self.end()

@@ -36,6 +36,7 @@ ROOMS = {
     "str_triton.nn": ({"str_triton.ops"}, {"torch", "numpy"}),
     "str_triton.budget": ({"str_triton.nn", "str_triton.ops"}, {"torch", "numpy"}),
     "str_triton.deploy": ({"str_triton.nn", "str_triton.budget"}, {"torch", "numpy", "safetensors"}),
+    "str_triton.deploy.onnx_export.loops": (set(), {"onnxscript"}),
     "str_triton.training": ({"str_triton.budget"}, {"torch", "numpy"} | TRAINING_EXTRAS),
     "str_triton.integrations": ({"str_triton"}, {"torch", "transformers", "lightning"}),
     "str_triton.cnn": (
@@ -51,8 +52,11 @@ ROOMS = {
 # timm with the first of its networks, the ONNX extra with the first exported network.
 LATE = {
     "str_triton.ops": ({"str_triton.kernels"}, {"triton"}),
-    "str_triton.deploy": (set(), {"huggingface_hub"}),
-    "str_triton.cnn": (set(), {"timm", "onnx", "onnxruntime"}),
+    "str_triton.deploy": (
+        {"str_triton.deploy.onnx_export.loops"},
+        {"huggingface_hub", "onnx", "onnxruntime", "onnxscript"},
+    ),
+    "str_triton.cnn": (set(), {"timm"}),
     "str_triton.rnn": (set(), {"onnx", "onnxruntime"}),
 }
 # The ground floor: every room may import it, but the device code, which imports triton and nothing else.
@@ -319,7 +323,8 @@ PLAIN_ENGLISH = (
     ),
     *("str_triton/budget", "str_triton/nn", "str_triton/nn/recurrent", "str_triton/ops", "str_triton/ops/cells"),
     *("str_triton/deploy/sparse", "str_triton/deploy/sparse/executions", "str_triton/deploy/sparse/runtime"),
-    *("str_triton/deploy/c_export", "str_triton/deploy/sparse/graph", "str_triton/kernels", "rnn", "rnn/data"),
+    *("str_triton/deploy/c_export", "str_triton/deploy/onnx_export", "str_triton/deploy/sparse/graph"),
+    *("str_triton/kernels", "rnn", "rnn/data"),
 )
 NO_VERB = re.compile(
     "An?|The|Th(is|at|ese|ose)|Its?|One|Two|Three|All|Any|Both|Each|Every|None|Nothing|Some|Such|"

@@ -1,8 +1,9 @@
-"""Deployment of sparse and low-rank networks: packed files, sparse execution on CPUs, C."""
+"""Deployment of sparse and low-rank networks: packed files, sparse execution on CPUs, ONNX, C."""
 
-from str_triton.deploy.c_export import export_c
+from str_triton.deploy.c_export import KeywordSpotter, export_c
 from str_triton.deploy.hub import from_pretrained, push_to_hub, save_pretrained
 from str_triton.deploy.model_card import model_card
+from str_triton.deploy.onnx_export import OnnxFile, export_onnx, onnx_translations
 from str_triton.deploy.pack import inspect, pack, unpack
 from str_triton.deploy.sparse import SparseModel, compile_sparse, load_sparse
 from str_triton.deploy.state_files import Checkpoint, read_checkpoint
@@ -11,15 +12,19 @@ from str_triton.deploy.torch_files import read_torch_file
 
 __all__ = [
     "Checkpoint",
+    "KeywordSpotter",
+    "OnnxFile",
     "PackedSummary",
     "PackedTensor",
     "SparseModel",
     "compile_sparse",
     "export_c",
+    "export_onnx",
     "from_pretrained",
     "inspect",
     "load_sparse",
     "model_card",
+    "onnx_translations",
     "pack",
     "push_to_hub",
     "read_checkpoint",

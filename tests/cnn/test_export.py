@@ -14,7 +14,7 @@ from onnx import numpy_helper
 from torch import nn
 
 from str_triton import Budget, densify, deploy, sparsify
-from str_triton.cnn import evaluate, export_onnx
+from str_triton.cnn import evaluate
 from str_triton.cnn.export import main
 from str_triton.cnn.models import build
 from str_triton.cnn.weights import read_weights
@@ -120,9 +120,9 @@ def test_an_onnx_file_computes_the_same_for_any_number_of_images(
 def test_an_onnx_file_that_computes_something_else_is_not_written(
     whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(export_onnx, "TOLERANCE", -1.0)
+    monkeypatch.setattr("str_triton.deploy.onnx_export.export.TOLERANCE", -1.0)
     assert main(["onnx", str(whole_run), str(tmp_path / "digits.onnx")]) == 2
-    assert re.match(rf"error: {whole_run}: as ONNX its scores differ by ", capsys.readouterr().err)
+    assert re.match(r"error: \w+: as ONNX its outputs differ by ", capsys.readouterr().err)
     assert not list(tmp_path.iterdir())
 
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from str_triton import count, densify, deploy, sparsify
 from str_triton.cnn.arithmetic import relu6_votes
 from str_triton.cnn.export import main as export
-from str_triton.cnn.export_onnx import to_onnx
 from str_triton.cnn.mobilenet import SamePadding
 from str_triton.cnn.models import build
 from str_triton.cnn.pretrained import start_from
@@ -173,4 +172,4 @@ def test_other_forms_compute_the_same():
     with torch.no_grad():
         compiled = deploy.compile_sparse(model, image)
         torch.testing.assert_close(compiled(image), model(image), rtol=0, atol=1e-4)
-    assert to_onnx(densify(whole).model[:2], image, "made")[1] < 1e-4
+    assert deploy.export_onnx(densify(whole).model[:2], image).difference < 1e-4

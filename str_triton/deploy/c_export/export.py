@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from str_triton.deploy.c_export.program import Program, Sizes
+from str_triton.deploy.c_export.spotter import KeywordSpotter, SpotterProgram, SpotterSizes
 from str_triton.deploy.recurrent_classifier import RecurrentClassifier
 from str_triton.files import write_atomically
 
@@ -23,7 +24,8 @@ def export_c(
     mean: Tensor | None = None,
     std: Tensor | None = None,
     title: str | None = None,
-) -> Sizes:
+    spotter: KeywordSpotter | None = None,
+) -> Sizes | SpotterSizes:
     """Write a recurrent classifier as NAME.h and NAME.c to `folder`, C99 without allocation, one call per frame.
 
     NAME comes from the folder's name; a missing folder is made. All arithmetic is float.
@@ -35,6 +37,8 @@ def export_c(
         outputs: the names of the classes, for the header; by default their numbers.
         mean, std: [inputs]; the program standardises its inputs, (frame - mean) / std. None: it does not.
         title: a line about the network for the files.
+        spotter: for a classifier of sound, how it listens: NAME_spotter.h and NAME_spotter.c find words in samples, and
+            demo/main.c finds them in a WAV file.
 
     Raises:
         ValueError: another module (the message names it), several bidirectional layers, unknown `weights`, weights
@@ -65,11 +69,16 @@ def export_c(
     if title is None:
         title = f"{type(rnn).__name__.removeprefix('LowRank')} of {rnn.hidden_size} units"
     program = Program(classifier, name, int8=weights == "int8", outputs=names, mean=mean, std=std, title=title)
-    header, source = program.header(), program.source()
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / f"{name}.h", header)
-    write_atomically(folder / f"{name}.c", source)
-    return program.sizes()
+    files = {f"{name}.h": program.header(), f"{name}.c": program.source()}
+    sizes: Sizes | SpotterSizes = program.sizes()
+    if spotter is not None:
+        ear = SpotterProgram(spotter, program)
+        files |= {f"{name}_spotter.h": ear.header(), f"{name}_spotter.c": ear.source(), "demo/main.c": ear.demo()}
+        sizes = ear.sizes()
+    for file, content in files.items():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / file, content)
+    return sizes
 
 
 def identifier(folder: Path) -> str:

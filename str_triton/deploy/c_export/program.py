@@ -134,6 +134,15 @@ class Program:
             step_back=template.STEP_BACK.substitute(named) if rnn.bidirectional else "",
         )
 
+    def products(self) -> tuple[int, int]:
+        """Return the multiply-adds of one frame's matrices, and those of the scores."""
+        counts = {
+            name: matrix.rows.size + (0 if matrix.inner is None else matrix.inner.size)
+            for name, matrix in self.matrices.items()
+        }
+        scores = counts.pop("classifier")
+        return sum(counts.values()), scores
+
     def sizes(self) -> Sizes:
         arrays = list(self._arrays())
         weights = sum(values.nbytes for _, kind, values in arrays if kind == "weight")

@@ -11,7 +11,7 @@ def array(name: str, kind: str, values: np.ndarray) -> str:
     """Return the C definition of a constant array, in lines of at most WIDTH characters."""
     lines, line = [], "   "
     for number in values.flatten().tolist():
-        text = f" {number}," if values.dtype == np.int8 else f" {constant(number)},"
+        text = f" {number}," if values.dtype.kind in "iu" else f" {constant(number)},"
         if len(line) + len(text) > WIDTH:
             lines.append(line)
             line = "   "
@@ -29,3 +29,11 @@ def constant(value: float) -> str:
 def comment(text: str) -> str:
     """Return text that is safe inside a C comment."""
     return re.sub(r"[^ -~]", "_", text).replace("*/", "* /").replace("/*", "/ *")
+
+
+def string(text: str) -> str:
+    """Return a C string constant; characters beyond ASCII become UTF-8 escapes."""
+    escaped = "".join(
+        chr(byte) if 32 <= byte < 127 and byte not in b'"\\?' else f"\\{byte:03o}" for byte in text.encode()
+    )
+    return f'"{escaped}"'

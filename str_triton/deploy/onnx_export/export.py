@@ -1,0 +1,168 @@
+"""Export of a module to ONNX, checked by ONNX's checker and by running the result."""
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from str_triton.deploy.onnx_export.translations import onnx_translations
+from str_triton.files import write_atomically
+
+TOLERANCE = 1e-4  # the largest difference to PyTorch, relative to the largest output where that is above 1
+OTHER_SIZES = (1, 3)  # added to, or in place of, the example's sizes of the dynamic axes in the check
+
+
+@dataclass(frozen=True)
+class OnnxFile:
+    """A checked ONNX file: its bytes, and the largest difference between onnxruntime's outputs and PyTorch's."""
+
+    content: bytes
+    difference: float
+
+    def save(self, path: str | Path) -> None:
+        """Write the file atomically."""
+        write_atomically(path, self.content)
+
+
+def export_onnx(
+    module: nn.Module,
+    example: Tensor | tuple[Tensor, ...],
+    *,
+    inputs: Sequence[str] = (),
+    outputs: Sequence[str] = (),
+    dynamic: Sequence[int] = (0,),
+    metadata: Mapping[str, str] | None = None,
+) -> OnnxFile:
+    """Export a module in evaluation mode to ONNX, and compare onnxruntime's outputs with the module's.
+
+    LowRank layers keep their factors, as two products in a Scan over time. Zeros of sparse layers are stored. Batch
+    norms are folded into the convolutions before them. The module does not change. Call `compact()` on low-rank layers
+    first: components that a threshold removes are exported otherwise.
+
+    Args:
+        module: the module. example: its inputs, on its device.
+        inputs, outputs: names of the inputs and outputs.
+        dynamic: the axes of every input whose sizes may differ from the example's. Axis 0 is the batch; for recurrent
+            layers of this library (0, 1) allows any number of steps too.
+        metadata: texts for the file.
+
+    Raises:
+        ValueError: PyTorch cannot export the module, or the outputs differ; the message names the module.
+        ImportError: onnx, onnxruntime or onnxscript is missing.
+    """
+    name = type(module).__name__
+    module = copy.deepcopy(module).eval()
+    example = example if isinstance(example, tuple) else (example,)
+    try:
+        import onnx
+        import onnxruntime
+
+        proto = _exported(module, example, name, inputs, outputs, dynamic)  # imports onnxscript
+    except ImportError as error:
+        message = f"exporting to ONNX needs the package {error.name}: pip install 'str-triton[onnx]'"
+        raise ImportError(message, name=error.name) from error
+    onnx.helper.set_model_props(proto, dict(metadata or {}))
+    onnx.checker.check_model(proto, full_check=True)
+    content = proto.SerializeToString()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    difference = max(_difference(module, session, _resized(example, dynamic, size)) for size in OTHER_SIZES)
+    if not difference <= TOLERANCE:
+        raise ValueError(f"{name}: as ONNX its outputs differ by {difference:.2g}, more than {TOLERANCE}")
+    return OnnxFile(content, difference)
+
+
+def _exported(
+    module: nn.Module,
+    example: tuple[Tensor, ...],
+    name: str,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    dynamic: Sequence[int],
+) -> Any:
+    translations = onnx_translations()
+    # torch.export may treat a size of 1 as fixed.
+    example = tuple(torch.cat([x, x]) if 0 in dynamic and len(x) == 1 else x for x in example)
+    shapes = tuple({axis: torch.export.Dim.DYNAMIC for axis in dynamic if axis < x.dim()} for x in example)
+    try:
+        with _quiet(), torch.no_grad():
+            # torch.onnx.export alone tries slower ways of exporting one after the other, for minutes.
+            program = torch.export.export(module, example, dynamic_shapes=shapes)
+            program = torch.onnx.export(
+                program,
+                dynamo=True,
+                input_names=list(inputs) or None,
+                output_names=list(outputs) or None,
+                custom_translation_table=translations,
+                verbose=False,
+            )
+    except ImportError:
+        raise
+    except Exception as error:  # torch.export raises many types
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        raise ValueError(f"{name}: PyTorch cannot export this module to ONNX: {reason}") from error
+    proto = program.model_proto
+    for node in proto.graph.node:  # the metadata hold paths of this machine
+        del node.metadata_props[:]
+    return proto
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporter's hints at torchvision and its deprecation warnings."""
+    logger = logging.getLogger("torch.onnx")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)
+
+
+def _resized(example: tuple[Tensor, ...], dynamic: Sequence[int], size: int) -> tuple[Tensor, ...]:
+    """Return random inputs like the example, with the batch `size`, and the other dynamic axes longer by `size`."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(x: Tensor) -> Tensor:
+        sizes = [
+            length if axis not in dynamic else size if axis == 0 else length + size
+            for axis, length in enumerate(x.shape)
+        ]
+        if x.is_floating_point():
+            return torch.randn(sizes, generator=generator, dtype=x.dtype).to(x.device)
+        return torch.randint(int(x.max()) + 1, sizes, generator=generator).to(x)
+
+    return tuple(map(drawn, example))
+
+
+@torch.inference_mode()
+def _difference(module: nn.Module, session: Any, inputs: tuple[Tensor, ...]) -> float:
+    expected = list(_tensors(module(*inputs)))
+    names = [value.name for value in session.get_inputs()]
+    given = session.run(None, {name: x.cpu().numpy() for name, x in zip(names, inputs, strict=True)})
+    differences = [
+        float((torch.from_numpy(own) - wanted.cpu()).abs().max() / wanted.abs().max().clamp(min=1).cpu())
+        for own, wanted in zip(given, expected, strict=True)
+    ]
+    return max(differences)
+
+
+def _tensors(output: object) -> Iterator[Tensor]:
+    """Yield the tensors of nested outputs in their order."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, tuple | list):
+        for part in output:
+            yield from _tensors(part)
+    elif isinstance(output, Mapping):
+        yield from _tensors(list(output.values()))

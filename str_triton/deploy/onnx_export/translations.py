@@ -1,0 +1,50 @@
+"""The registered ops of this library as ONNX operators, for PyTorch's exporter.
+
+A loop over time becomes a Scan, so any number of steps runs and the factors of a recurrent matrix stay two products.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Value = Any  # a value of the ONNX graph under construction; onnxscript is imported only when a module is exported
+
+
+def onnx_translations() -> dict[Callable, Callable]:
+    """Return the `custom_translation_table` for `torch.onnx.export(..., dynamo=True)` of modules with our layers.
+
+    Raises:
+        ImportError: onnxscript is not installed.
+    """
+    from onnxscript import opset18 as op
+
+    from str_triton.deploy.onnx_export.loops import LOOPS
+
+    def low_rank_rnn(
+        cell: str,
+        gates_x: Value,
+        w: Value,
+        v: Value,
+        bias: Value,
+        scale: Value,
+        states: list[Value],
+        lengths: Value | None,
+        reverse: bool,
+        save: bool,
+        precision: str | None = None,
+    ) -> Value:
+        if lengths is not None:
+            raise ValueError("sequences of different lengths (packed sequences) have no ONNX form")
+        if cell not in LOOPS:
+            raise ValueError(f"the cell {cell} has no ONNX form; {', '.join(LOOPS)} have one")
+        scalars = [op.Gather(scale, [index]) for index in range(2)] if cell == "fastgrnn" else []
+        return LOOPS[cell](gates_x, w, v, bias, *scalars, *states, direction=[int(reverse)])
+
+    def soft_threshold(weight: Value, threshold: Value) -> Value:
+        return op.Mul(op.Sign(weight), op.Relu(op.Sub(op.Abs(weight), threshold)))
+
+    return {
+        torch.ops.str_triton.low_rank_rnn.default: low_rank_rnn,
+        torch.ops.str_triton.soft_threshold.default: soft_threshold,
+    }

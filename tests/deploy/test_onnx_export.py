@@ -1,0 +1,69 @@
+"""The ONNX export of modules: onnxruntime's outputs are torch's, factors stay factors, loops are not unrolled."""
+
+import pytest
+import torch
+from torch import nn
+
+from str_triton import LowRankFastGRNN, LowRankGRU, LowRankLSTM, deploy, sparsify
+from tests.deploy.recurrent_networks import HIDDEN, INPUTS
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+
+class Stack(nn.Module):
+    """Modules one after the other; recurrent layers pass their outputs on."""
+
+    def __init__(self, *parts: nn.Module) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for part in self.parts:
+            x = part(x)
+            x = x[0] if isinstance(x, tuple) else x
+        return x
+
+
+def test_low_rank_layers_are_loops_of_two_products() -> None:
+    """`export_onnx` compares the outputs of two batch sizes and lengths with torch's."""
+    module = Stack(
+        LowRankGRU(INPUTS, HIDDEN, bidirectional=True, ranks={"weight_hh_l0": 3, "weight_hh_l0_reverse": 3}),
+        LowRankLSTM(2 * HIDDEN, HIDDEN, ranks={"weight_hh_l0": 3, "weight_ih_l0": 2}),
+        LowRankFastGRNN(HIDDEN, HIDDEN, ranks={"weight_hh_l0": 3, "weight_ih_l0": 2}),
+    )
+    file = deploy.export_onnx(module, torch.randn(7, 2, INPUTS), dynamic=(0, 1), metadata={"a": "b"})
+    model = onnx.load_from_string(file.content)
+    assert {prop.key: prop.value for prop in model.metadata_props} == {"a": "b"}
+    loops = [node for node in model.graph.node if node.op_type == "Scan"]
+    assert len(loops) == 4
+    for loop in loops:
+        (body,) = (attribute.g for attribute in loop.attribute if attribute.name == "body")
+        assert [node.op_type for node in body.node].count("MatMul") == 2
+    shapes = [tuple(constant.dims) for constant in model.graph.initializer]
+    assert shapes.count((HIDDEN, 3)) == 4
+    assert not {(gates * HIDDEN, HIDDEN) for gates in (1, 3, 4)} & {*shapes, *(shape[::-1] for shape in shapes)}
+
+
+def test_thresholds_and_dense_layers_are_exported() -> None:
+    module = Stack(
+        sparsify(nn.Linear(INPUTS, HIDDEN), initial_threshold=0.1),
+        LowRankGRU(HIDDEN, HIDDEN, raw_threshold_init=-1.0),
+        LowRankFastGRNN(HIDDEN, HIDDEN, factorize="none"),
+        nn.LSTM(HIDDEN, HIDDEN),
+    )
+    file = deploy.export_onnx(module, torch.randn(2, 7, INPUTS), dynamic=())
+    assert "LSTM" in [node.op_type for node in onnx.load_from_string(file.content).graph.node]
+
+
+def test_a_network_that_cannot_be_exported_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Undecided(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(ValueError, match="Undecided: PyTorch cannot export"):
+        deploy.export_onnx(Undecided(), torch.randn(2, 3))
+    monkeypatch.setattr("str_triton.deploy.onnx_export.export.TOLERANCE", -1.0)
+    with pytest.raises(ValueError, match="Linear: as ONNX its outputs differ"):
+        deploy.export_onnx(nn.Linear(3, 4), torch.randn(1, 3))
