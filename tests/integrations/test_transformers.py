@@ -93,6 +93,17 @@ def test_what_is_evaluated_logged_and_saved_costs_what_the_schedule_says(tmp_pat
     assert zeros(load_file(tmp_path / "final" / "model.safetensors")) == ZEROS
 
 
+def test_evaluation_and_checkpoints_do_not_change_the_training(tmp_path: Path) -> None:
+    def run(**options: Any) -> dict[str, Tensor]:
+        model = sparsify(Network())
+        trainer(tmp_path, model, BudgetCallback(Target(sparsity=0.8), **LINEAR), **options).train()
+        return model.state_dict()
+
+    quiet = run()
+    watched = run(eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=3)
+    assert all(torch.equal(quiet[key], watched[key]) for key in quiet)
+
+
 @pytest.mark.parametrize("strategy", ["steps", "epoch"])
 def test_a_resumed_training_with_tied_embeddings_gives_the_same_bits(tmp_path: Path, strategy: str) -> None:
     rows = torch.randint(32, (16, 6))
