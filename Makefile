@@ -10,11 +10,11 @@ INSTALL = PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs format clean
+.PHONY: help demo test coverage lint docs format clean
 
 help: ## list these commands
 	@echo "Usage: make TARGET [PYTHON=python3.12] [PIP_ARGS='options for pip install, such as another index']"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
 
 demo: .venv/.train ## train a small CNN and a small GRU to exact budgets on real data, and say where the reports are
 	$(BIN)/python cnn/train.py
@@ -23,19 +23,25 @@ demo: .venv/.train ## train a small CNN and a small GRU to exact budgets on real
 test: .venv/.dev ## run the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
+coverage: .venv/.dev ## run the test suite and report how much of the code it runs; slower than test
+	$(BIN)/python -m coverage erase
+	OMP_NUM_THREADS=1 $(BIN)/python -m coverage run -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report
+
 lint: .venv/.dev ## check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 docs: .venv/.docs ## build the documentation site into site/, and fail at the first warning
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --site-dir site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --site-dir site
 
 format: .venv/.dev ## format, and mend what can be mended safely
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean: ## remove the virtual environment and the tools' caches; runs/ stays
-	rm -rf .venv build dist site .pytest_cache .ruff_cache *.egg-info
+	rm -rf .venv .coverage* build dist site .pytest_cache .ruff_cache *.egg-info
 
 # The stamps: installed once, and again when the pinned versions or the project's metadata change.
 .venv/.train: pyproject.toml constraints.txt | $(BIN)/pip

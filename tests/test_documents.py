@@ -36,6 +36,12 @@ def test_the_reference_has_every_public_name_once() -> None:
     assert sorted(re.findall(r"^::: (\S+)$", pages, re.MULTILINE)) == sorted(names)
 
 
+def test_the_site_has_every_page_once() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
+    pages = [page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")]
+    assert sorted(re.findall(r": (\S+\.md)$", navigation, re.MULTILINE)) == sorted(pages)
+
+
 def test_a_table_is_made_anew() -> None:
     def missing() -> str:
         return documents.markdown(["a"], [[str(len(documents.results("no-such-result-*.json")))]])
