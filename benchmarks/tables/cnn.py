@@ -3,7 +3,9 @@
 from statistics import mean
 from typing import Any
 
+from benchmarks.runs import RunFile
 from benchmarks.tables.documents import EXACT_BUDGETS, METHODS_STUDY, README, lines, markdown, results, spread, table
+from benchmarks.timing import RESULTS
 
 
 @table("demo")
@@ -106,6 +108,41 @@ def cifar() -> str:
         )
     header = ["network, method", "sparsity %", "accuracy %", "points to dense", "FLOPs, % of dense", "seeds", "minutes"]
     return markdown(header, rows)
+
+
+@table("caltech")
+def caltech() -> str:
+    """Return accuracy, size and speed of the networks fine-tuned on Caltech-101; size and speed of the first seed."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for run in lines("caltech.jsonl"):
+        groups.setdefault((run["target"], run["line"]), []).append(run)
+    deployed = {(run["target"], run["line"]): run for run in RunFile(RESULTS / "caltech_deploy.jsonl").read()}
+    rows = []
+    for key, chosen in sorted(groups.items(), key=lambda group: group[0][0]):
+        use = deployed.get(key)
+        rows.append(
+            [
+                key[1],
+                f"{100 * mean(run['sparsity'] for run in chosen):.2f}",
+                spread((run["accuracy"] for run in chosen), 100),
+                spread((run["flops"] for run in chosen), 100),
+                f"{use['bytes'] / 1e6:.2f}" if use else "",
+                f"{use['ms']:.2f} ({use['dense_ms'] / use['ms']:.2f}x)" if use else "",
+                str(len(chosen)),
+            ]
+        )
+    header = ["method", "sparsity %", "accuracy %", "FLOPs, % of dense", "MB packed", "ms an image (speed)", "seeds"]
+    return markdown(header, rows)
+
+
+@table("caltech-tuning")
+def caltech_tuning() -> str:
+    """Return the accuracy of each learning rate on the held-out training images."""
+    rows = [
+        [run["line"], f"{run['lr']:g}", f"{100 * run['accuracy']:.2f}", f"{100 * run['sparsity']:.0f}"]
+        for run in lines("caltech_tuning.jsonl")
+    ]
+    return markdown(["method", "learning rate", "accuracy %", "sparsity %"], rows)
 
 
 @table("cifar-tuning")
