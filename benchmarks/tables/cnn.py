@@ -4,7 +4,17 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.runs import RunFile
-from benchmarks.tables.documents import EXACT_BUDGETS, METHODS_STUDY, README, lines, markdown, results, spread, table
+from benchmarks.tables.documents import (
+    EXACT_BUDGETS,
+    FINETUNING,
+    METHODS_STUDY,
+    README,
+    lines,
+    markdown,
+    results,
+    spread,
+    table,
+)
 from benchmarks.timing import RESULTS
 
 
@@ -143,6 +153,16 @@ def caltech_tuning() -> str:
         for run in lines("caltech_tuning.jsonl")
     ]
     return markdown(["method", "learning rate", "accuracy %", "sparsity %"], rows)
+
+
+@table("tf-arithmetic", FINETUNING)
+def tf_arithmetic() -> str:
+    """Return the accuracy of TensorFlow's weights with each arithmetic."""
+    rows = [
+        [name, *(f"{100 * accuracy[top]:.1f}" for top in ("top1", "top5"))]
+        for name, accuracy in results("tf_arithmetic.json")[0]["variants"].items()
+    ]
+    return markdown(["activation, padding, epsilon", "top-1 %", "top-5 %"], rows)
 
 
 @table("cifar-tuning")

@@ -20,11 +20,13 @@ ALL_RESULTS = ROOT / "docs" / "results.md"
 MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 EXACT_BUDGETS = ROOT / "docs" / "exact-budgets.md"
+FINETUNING = ROOT / "docs" / "guides" / "finetuning.md"
 LEARNED_RANK = ROOT / "docs" / "learned-rank.md"
 METHODS_STUDY = ROOT / "docs" / "methods.md"
 SPARSE_EXECUTION = ROOT / "docs" / "sparse-execution.md"
 DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
-    document: {} for document in (README, ALL_RESULTS, EXACT_BUDGETS, LEARNED_RANK, METHODS_STUDY, SPARSE_EXECUTION)
+    document: {}
+    for document in (README, ALL_RESULTS, EXACT_BUDGETS, FINETUNING, LEARNED_RANK, METHODS_STUDY, SPARSE_EXECUTION)
 }
 
 

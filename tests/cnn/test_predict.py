@@ -51,20 +51,27 @@ def predicted(capsys: pytest.CaptureFixture, *args: object) -> dict[str, dict[st
     return {record["image"]: {c["name"]: c["probability"] for c in record["classes"]} for record in records}
 
 
+FILES = {"pack": "x.packed.safetensors", "onnx": "x.onnx", "sparse": "x.sparse"}
+
+
+@pytest.fixture(scope="module")
+def exported(whole_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the run's network in every kind of file."""
+    folder = tmp_path_factory.mktemp("exported")
+    for kind, name in FILES.items():
+        assert export([kind, str(whole_run), str(folder / name)]) == 0
+    shutil.copy(whole_run / "model.safetensors", folder / "alone.safetensors")
+    return folder
+
+
 def test_all_files_of_a_run_give_its_probabilities(
-    whole_run: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    whole_run: Path, exported: Path, digits: Path, capsys: pytest.CaptureFixture
 ):
-    for kind, name in (("pack", "x.packed.safetensors"), ("onnx", "x.onnx"), ("sparse", "x.sparse")):
-        assert export([kind, str(whole_run), str(tmp_path / name)]) == 0
-    shutil.copy(whole_run / "model.safetensors", tmp_path / "alone.safetensors")
     test = data.load("digits").test
     images = test.normalisation(test.images[:DIGITS])
     with torch.inference_mode():
         expected = rebuild(whole_run).model(images).softmax(1)
-    for path in (
-        whole_run,
-        *(tmp_path / n for n in ("x.packed.safetensors", "x.onnx", "x.sparse", "alone.safetensors")),
-    ):
+    for path in (whole_run, *(exported / name for name in (*FILES.values(), "alone.safetensors"))):
         found = predicted(capsys, path, digits, "--top", 10, "--batch-size", 5)
         assert sorted(found) == list(found)
         by_number = {int(Path(name).stem): classes for name, classes in found.items()}
@@ -141,17 +148,16 @@ def test_weights_without_an_interface_take_one_from_a_file(tmp_path: Path, capsy
     assert "gives 3 scores, but its interface names 2" in capsys.readouterr().err
 
 
-def test_the_files_hold_the_interface(whole_run: Path, tmp_path: Path):
+def test_the_files_hold_the_interface(whole_run: Path, exported: Path):
     expected = json.loads((whole_run / "interface.json").read_text())
     assert expected["outputs"] == list("0123456789")
     assert expected["images"] == {"channels": 1, "height": 8, "width": 8, "crop": None}
-    for kind, name in (("pack", "x.safetensors"), ("onnx", "x.onnx")):
-        assert export([kind, str(whole_run), str(tmp_path / name)]) == 0
-    metadata = deploy.inspect(tmp_path / "x.safetensors").metadata
-    assert {key: metadata[key] for key in expected} == expected
-    properties = {entry.key: entry.value for entry in onnx.load(tmp_path / "x.onnx").metadata_props}
+    for name in (FILES["pack"], FILES["sparse"]):
+        metadata = deploy.inspect(exported / name).metadata
+        assert {key: metadata[key] for key in expected} == expected
+    properties = {entry.key: entry.value for entry in onnx.load(exported / FILES["onnx"]).metadata_props}
     assert {key: json.loads(properties[key]) for key in expected} == expected
-    card = (tmp_path / "x.md").read_text()
+    card = (exported / FILES["pack"]).with_suffix(".md").read_text()
     mean = expected["standardisation"]["mean"][0]
     assert f"mean {mean:g}, " in card
     assert "| classes | 10: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9" in card
