@@ -56,7 +56,7 @@ LATE = {
         {"str_triton.deploy.onnx_export.loops"},
         {"huggingface_hub", "onnx", "onnxruntime", "onnxscript"},
     ),
-    "str_triton.cnn": (set(), {"timm"}),
+    "str_triton.cnn": (set(), {"timm", "onnxruntime"}),
     "str_triton.rnn": (set(), {"onnx", "onnxruntime"}),
 }
 # The ground floor: every room may import it, but the device code, which imports triton and nothing else.
