@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.runs import RunFile
 from str_triton import count_ranks, deploy
 from str_triton.rnn.finished_run import open_run
 from str_triton.rnn.models import Architecture
@@ -40,24 +41,14 @@ def key(job: Job) -> tuple[Any, ...]:
     return tuple(job.get(name) for name in KEY)
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """Return the finished runs; a line that a kill has cut off is left out."""
-    found = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return found
-
-
 def do(next_jobs: Callable[[list[dict[str, Any]]], Iterable[Job]], args: argparse.Namespace) -> None:
     """Run all jobs that `args.out` does not hold, in order; ask for the list again after each run.
 
     next_jobs: returns the jobs, given the finished runs, on which later jobs may depend.
     """
+    held = RunFile(args.out)
     while True:
-        done = read(args.out)
+        done = held.read()
         finished = {key(run["job"]) for run in done}
         left = [job for job in next_jobs(done) if key(job) not in finished]
         if args.list:
@@ -67,15 +58,8 @@ def do(next_jobs: Callable[[list[dict[str, Any]]], Iterable[Job]], args: argpars
             return
         with turn(args.lock):
             result = run(left[0], args.data, args.work)
-        append(args.out, result)
+        held.append(result)
         print({**left[0], **{name: result[name] for name in ("accuracy", "params", "seconds")}}, flush=True)
-
-
-def append(path: Path, result: dict[str, Any]) -> None:
-    """Append a line, behind a line break where a kill has cut the last line off."""
-    broken = path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
-    with path.open("a") as file:
-        file.write("\n" * broken + json.dumps(result) + "\n")
 
 
 @contextmanager
