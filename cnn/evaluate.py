@@ -8,10 +8,9 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-import tyro
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,11 +19,13 @@ from str_triton.cnn.data import Data, batches, load
 from str_triton.cnn.data.common import OnCorrupt
 from str_triton.cnn.rebuild import Network, rebuild
 from str_triton.files import percent, write_atomically
+from str_triton.programs import command
 from str_triton.training.environment import describe_environment
 from str_triton.training.errors import UserError, as_user_error, run_program, warn
 from str_triton.training.meter import Meter
+from str_triton.training.options import positional, read_options
 
-PROGRAM = "python cnn/evaluate.py"
+PROGRAM = "evaluate"
 PURPOSE = "Accuracy, budget and throughput of a trained network."
 TOP = 5
 ROUNDS = range(3, 20)  # the least and the largest number of batches to time the network alone with
@@ -35,22 +36,22 @@ SECONDS = 3.0  # no further batch is timed after this time
 class Options:
     """The options of the program."""
 
-    path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN|FILE")]
+    path: str = positional("RUN|FILE")
     """A run's folder, one of its checkpoints, a checkpoint of the paper's original code, or a file of weights
     (safetensors, or a state dict that torch.save wrote)."""
     model: str | None = None
-    """The network's name, as in python cnn/train.py; needed for a file that does not hold it."""
+    """The network's name, as for training; needed for a file that does not hold it."""
     data: str | None = None
-    """Data set, as in python cnn/train.py; by default that of the run."""
+    """Data set, as for training; by default that of the run."""
     data_dir: str | None = None
-    """Directory of IDX files, as in python cnn/train.py."""
+    """Directory of IDX files, as for training."""
     image_size: int | None = None
-    """Height and width that images are scaled to, as in python cnn/train.py; by default that of the run."""
+    """Height and width that images are scaled to, as for training; by default that of the run."""
     batch_size: int = 64
     """Images in a batch."""
     workers: int = 0
     """Processes that read images; with 0 the program itself reads them."""
-    skip_corrupt: tyro.conf.FlagCreatePairsOff[bool] = False
+    skip_corrupt: bool = False
     """Leave out images that cannot be decoded, and count them."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device; auto takes a GPU if there is one."""
@@ -80,7 +81,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def program(args: Sequence[str] | None) -> None:
     """Evaluate the network that ``args`` name, print a table, and write the results with --json."""
-    options = tyro.cli(Options, args=args, prog=PROGRAM, description=PURPOSE)
+    options = read_options(Options, args, prog=command(PROGRAM), description=PURPOSE)
     device = check(options)
     with as_user_error(ValueError, OSError):
         network = rebuild(options.path, options.model)
@@ -126,7 +127,8 @@ def check(options: Options) -> torch.device:
 def read_data(options: Options, network: Network, on_corrupt: OnCorrupt) -> tuple[str, Data]:
     """Read the data set of the options or of the network's run. Raise `UserError` if it does not fit the network."""
     if options.data is not None:
-        name, data_dir = options.data, options.data_dir
+        same = network.config is not None and options.data == network.config.data
+        name, data_dir = options.data, options.data_dir or (network.config.data_dir if same else None)
     elif network.config is not None:
         name, data_dir = network.config.data, options.data_dir or network.config.data_dir
     else:

@@ -7,17 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-import tyro
 from torch import Tensor
 
 from str_triton import count, deploy
 from str_triton.cnn.data import load
 from str_triton.cnn.rebuild import Network, rebuild
 from str_triton.files import percent
+from str_triton.programs import command
 from str_triton.training.errors import UserError, as_user_error, one_line, run_program
+from str_triton.training.options import positional, read_command
 
 NAMES_SHOWN = 20  # class names in the model card
 PURPOSE = "Export a trained network: as a packed file, as ONNX, or compiled for sparse execution on this machine's CPU."
@@ -32,12 +33,12 @@ model.load_state_dict(deploy.unpack({file!r}))"""
 class Options:
     """The options of every command."""
 
-    path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN|FILE")]
-    """A run's folder or a file of weights, as for python cnn/evaluate.py."""
-    out: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
+    path: str = positional("RUN|FILE")
+    """A run's folder, one of its checkpoints, or a file of weights."""
+    out: str = positional("OUT")
     """The file to write."""
     model: str | None = None
-    """The network's name, as in python cnn/train.py; needed for a file that does not hold it."""
+    """The network's name, as for training; needed for a file that does not hold it."""
     image_size: int | None = None
     """Height and width of the images; by default those of the run's data set."""
 
@@ -70,10 +71,8 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def program(args: Sequence[str] | None) -> None:
     """Read the network that ``args`` name, and run their command."""
-    commands = {"pack": Pack, "onnx": Onnx, "sparse": Sparse}
-    options = tyro.extras.subcommand_cli_from_dict(
-        commands, args=args, prog="python -m str_triton.cnn.export", description=PURPOSE
-    )
+    kinds = {"pack": Pack, "onnx": Onnx, "sparse": Sparse}
+    options = read_command(kinds, args, prog=command("export-cnn"), description=PURPOSE)
     check(options)
     with as_user_error(ValueError, OSError):
         network = rebuild(options.path, options.model)

@@ -6,7 +6,6 @@ The keys of its state dict begin with "module." after training on several GPUs. 
 without a bias. A "dense-compatible" file has thresholded weights and no `sparseThreshold`.
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,6 +23,7 @@ from str_triton.cnn.models import build
 from str_triton.cnn.resnet import ResNet
 from str_triton.files import replacing, write_atomically
 from str_triton.training.errors import UserError, as_user_error, run_program
+from str_triton.training.options import OptionParser
 
 ARCHITECTURES = {"ResNet50": "resnet50", "MobileNetV1": "mobilenetv1"}
 OPTIONS = ".threshold_options"
@@ -176,7 +176,7 @@ def main(args: Sequence[str] | None = None) -> int:
 def program(args: Sequence[str] | None) -> None:
     """Print the table of a checkpoint, and write the files that ``args`` ask for."""
     purpose = "Sparsity, FLOPs and thresholds of a checkpoint of the paper's original code, layer by layer."
-    parser = argparse.ArgumentParser(prog="python -m str_triton.cnn.paper_checkpoint", description=purpose)
+    parser = OptionParser(prog="python -m str_triton.cnn.paper_checkpoint", description=purpose)
     parser.add_argument("file", type=Path, help="the checkpoint")
     parser.add_argument("--to", type=Path, help="write the thresholded weights for a plain network: X.safetensors")
     parser.add_argument("--budget", type=Path, help="write the table: X.csv or X.json")

@@ -6,16 +6,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
-
-import tyro
+from typing import Any, Literal, NamedTuple
 
 from str_triton.cnn.data.folder import images_below
 from str_triton.cnn.predictor import Predictor, open_predictor
 from str_triton.files import percent, printable
+from str_triton.programs import command
 from str_triton.training.errors import UserError, as_user_error, one_line, run_program, warn
+from str_triton.training.options import positional, read_options
 
-PROGRAM = "python cnn/predict.py"
+PROGRAM = "predict"
 PURPOSE = "Name the classes of images with a trained network."
 STDIN = "-"
 
@@ -24,18 +24,18 @@ STDIN = "-"
 class Options:
     """The options of the program."""
 
-    path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN|FILE")]
+    path: str = positional("RUN|FILE")
     """A finished run's folder, a file that python -m str_triton.cnn.export has written (packed, .onnx, sparse), or a
     file of weights."""
-    images: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="IMAGE|FOLDER")] = ()
+    images: tuple[str, ...] = positional("IMAGE|FOLDER", many=True)
     """Image files, and folders with images at any depth; - or nothing: one image from standard input."""
     top: int = 5
     """Classes to print for each image, the most probable first."""
-    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    json: bool = False
     """Print a line of JSON for each image."""
     batch_size: int = 32
     """Images in a batch."""
-    skip_corrupt: tyro.conf.FlagCreatePairsOff[bool] = False
+    skip_corrupt: bool = False
     """Leave out images that cannot be decoded, with a warning for each. Without it such an image ends the program."""
     model: str | None = None
     """The network's name, as in python cnn/train.py; needed for a file of weights that does not hold it."""
@@ -60,7 +60,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def program(args: Sequence[str] | None) -> None:
     """Print the classes of the images that ``args`` name."""
-    options = tyro.cli(Options, args=args, prog=PROGRAM, description=PURPOSE)
+    options = read_options(Options, args, prog=command(PROGRAM), description=PURPOSE)
     for name in ("top", "batch_size"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: it must be at least 1")

@@ -53,7 +53,7 @@ def rebuild(path: str | os.PathLike[str], name: str | None = None) -> Network:
     """
     path = Path(path)
     folder = _run_of(path)
-    config = None if folder is None else saved_config(folder, Config)
+    config = None if folder is None else saved_config(folder, Config, "train-cnn")
     file = read_file(path)
     said, weights = file.name if config is None else config.model, file.weights
     name = name or said

@@ -1,10 +1,11 @@
 """The configuration of a training run, and the recipes: named defaults of it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
+from str_triton.arguments import suggestion
 from str_triton.cnn.published import BASELINES, DENSE, DENSE_WEIGHT_DECAY, POINTS, Dense, Point
 from str_triton.training.config import TrainConfig, check_ranges, require
 from str_triton.training.errors import UserError
@@ -35,6 +36,15 @@ TAKEN_BY = {
 @dataclass(frozen=True, kw_only=True)
 class Config(TrainConfig):
     """The configuration of a run. Every field is an option of the command line; recipes set the defaults."""
+
+    groups: ClassVar[Mapping[str, str]] = {
+        "data": "data data_dir image_size skip_corrupt",
+        "network": "model pretrained new_classifier",
+        "method and target": "method target_sparsity target_flops budget distribution gradient granularity "
+        "mask_interval raw_threshold_init",
+        "training": "lr_schedule momentum",
+        "machine": "compile channels_last",
+    }
 
     data: str = "digits"
     """Data set: digits, mnist, fashion-mnist, kmnist, emnist[:SPLIT], imagefolder:DIR, hub:NAME, or hub:DIR for a
@@ -238,7 +248,7 @@ def resolve(config: Config) -> Config:
     the recipe's options that it does not take. Raises `UserError` for options that contradict each other.
     """
     if config.method not in METHODS:
-        raise UserError(f"--method {config.method}: there is no such method; the methods are {', '.join(METHODS)}")
+        raise UserError(f"--method {config.method}: there is no such method{suggestion(config.method, list(METHODS))}")
     recipe = RECIPES[config.recipe]() if config.recipe in RECIPES else Config(recipe=config.recipe)
     config = _resolve_options(_resolve_target(config, recipe), recipe)
     distributions = METHODS[config.method]

@@ -11,8 +11,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -29,14 +27,14 @@ from str_triton.training.checkpoints import Checkpoints
 from str_triton.training.command_line import CommandLine
 from str_triton.training.errors import UserError, as_user_error, one_line, tell, warn
 from str_triton.training.interface import INTERFACE
-from str_triton.training.loop import Loop, StepOutput
+from str_triton.training.loop import Accelerator, Loop, StepOutput
 from str_triton.training.meter import Means, Meter
 from str_triton.training.metrics import Record, read_metrics
 from str_triton.training.report import report
 from str_triton.training.run import Run
 from str_triton.training.schedules import decayed_thresholds, warmup_cosine
 
-PROGRAM = "python cnn/train.py"
+PROGRAM = "train-cnn"
 PURPOSE = "Train a convolutional network to an exact sparsity or FLOP budget."
 COMMAND_LINE = CommandLine(PROGRAM, PURPOSE, RECIPES, recipe_for, RESUME_MAY_CHANGE, resolve, PUBLISHED)
 REFRESH_BATCHES = 20  # batches from which batch norm's statistics are recomputed (docs/exact-budgets.md)
@@ -170,14 +168,14 @@ class Experiment(Loop):
 
     def report_corrupt(self, run: Run, epoch: int) -> int:
         """Print the images that any process has skipped in the epoch and its test, and return their number."""
-        lines = sorted(set(gather_object(self.corrupt)))
+        lines = sorted(set(self.gather(self.corrupt)))
         self.corrupt.clear()
         for line in lines:
             run.say(f"skipped in epoch {epoch}: {printable(line)}")
         return len(lines)
 
     def state(self) -> dict[str, Any]:
-        own = {"corrupt": gather_object(self.corrupt)} if self.config.skip_corrupt else {}
+        own = {"corrupt": self.gather(self.corrupt)} if self.config.skip_corrupt else {}
         return super().state() | own
 
     def load_state(self, state: dict[str, Any]) -> None:

@@ -9,15 +9,15 @@ from pathlib import Path
 
 from str_triton import RankBudget, deploy
 from str_triton.files import write_atomically
+from str_triton.programs import command
 from str_triton.rnn import listen
 from str_triton.rnn.data import audio
 from str_triton.rnn.finished_run import FinishedRun, open_run
 from str_triton.rnn.listen import is_speech
-from str_triton.rnn.one_line_parser import OneLineParser
 from str_triton.training.errors import UserError, as_user_error, run_program, warn
 from str_triton.training.interface import INTERFACE, Interface
+from str_triton.training.options import OptionParser
 
-PROGRAM = "python -m str_triton.rnn.export"
 WEIGHTS = ("float32", "int8")
 STEPS = 99  # the frames of one second of speech
 TOLERANCE = 1e-4  # the maximum difference between onnxruntime's and torch's scores
@@ -37,16 +37,16 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    top = OneLineParser(prog=PROGRAM, description="Export a finished run of rnn/train.py.")
-    commands = top.add_subparsers(title="targets", metavar="TARGET", required=True)
+    top = OptionParser(prog=command("export-rnn"), description="Export a finished run of a recurrent network.")
+    targets = top.add_subparsers(title="targets", metavar="TARGET", required=True)
 
-    def command(name: str, purpose: str, out: str, out_help: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=purpose, description=f"{purpose}.")
+    def target(name: str, purpose: str, out: str, out_help: str) -> argparse.ArgumentParser:
+        added = targets.add_parser(name, help=purpose, description=f"{purpose}.")
         added.add_argument("run", metavar="RUN", type=Path, help="the folder of a finished run")
         added.add_argument("out", metavar=out, type=Path, help=out_help)
         return added
 
-    c = command(
+    c = target(
         "c",
         "C99 for microcontrollers without allocation: one call per frame; for speech, one that spots words in samples",
         "DIR",
@@ -60,12 +60,12 @@ def parser() -> argparse.ArgumentParser:
         "the arithmetic is float (default: float32)",
     )
     c.set_defaults(export=export_c)
-    onnx = command("onnx", "ONNX, checked with onnxruntime against torch", "FILE", "the .onnx file")
+    onnx = target("onnx", "ONNX, checked with onnxruntime against torch", "FILE", "the .onnx file")
     length = onnx.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help=f"the length of the input sequences (default: {STEPS})")
     length.add_argument("--streaming", action="store_true", help="a single step, with the state as input and output")
     onnx.set_defaults(export=export_onnx)
-    pack = command(
+    pack = target(
         "pack", "A packed file with a checksum, and a model card (.md) next to it", "FILE", "the .safetensors file"
     )
     pack.add_argument(

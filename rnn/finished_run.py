@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from str_triton.programs import command
 from str_triton.rnn.data import Data, Text
 from str_triton.rnn.models import LanguageModel, SequenceClassifier, load_trained
 from str_triton.rnn.recipes import Config
+from str_triton.training.command_line import require_trained_by
 from str_triton.training.config import from_plain
 from str_triton.training.errors import UserError, one_line
 from str_triton.training.interface import INTERFACE, Interface
@@ -57,11 +59,12 @@ def open_run(folder: str | Path) -> FinishedRun:
     """Read the folder of a finished run; raise `UserError` for a folder that is missing, unfinished or damaged."""
     from safetensors import SafetensorError
 
-    folder = Path(folder)
+    folder, training = Path(folder), command("train-rnn")
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; name the folder of a run of rnn/train.py")
+        raise UserError(f"{folder}: no such folder; name the folder of a run of {training}")
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is not a run of rnn/train.py: it has no config.json")
+        raise UserError(f"{folder} is not a run of {training}: it has no config.json")
+    require_trained_by(folder, "train-rnn")
     for name in ("model.safetensors", INTERFACE):
         if not (folder / name).is_file():
             raise UserError(f"{folder} has no {name}: the run is not finished, or an older version made it")
@@ -76,7 +79,7 @@ def open_run(folder: str | Path) -> FinishedRun:
             raise ValueError(f"{scores} scores, but {len(interface.outputs)} names for them")
         return FinishedRun(folder, config, model, interface.outputs, mean, std)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder} is not a run of rnn/train.py, or damaged: {one_line(error)}") from error
+        raise UserError(f"{folder} is not a run of {training}, or damaged: {one_line(error)}") from error
 
 
 def _standardisation(interface: Interface, size: int) -> tuple[Tensor | None, Tensor | None]:

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 
 from str_triton.files import printable
+from str_triton.programs import command
 from str_triton.rnn.data.text import Vocabulary
 from str_triton.rnn.finished_run import FinishedRun, open_run
 from str_triton.rnn.models import LanguageModel
-from str_triton.rnn.one_line_parser import OneLineParser
 from str_triton.training.errors import UserError, run_program, warn
+from str_triton.training.options import OptionParser
 
-PROGRAM = "python rnn/generate.py"
 MAX_SEED = 2**63 - 1
 
 
@@ -45,9 +45,9 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    top = OneLineParser(
-        prog=PROGRAM,
-        description="Write text with a language model that rnn/train.py trained, character by character.",
+    top = OptionParser(
+        prog=command("generate"),
+        description="Write text with a trained language model, character by character.",
     )
     top.add_argument("run", metavar="RUN", type=Path, help="the folder of a finished run")
     top.add_argument("--length", type=int, default=500, help="characters to write (default: 500)")

@@ -12,14 +12,14 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
+from str_triton.programs import command
 from str_triton.rnn.data.audio import FRAMES, HOP, RATE
 from str_triton.rnn.data.clips import SILENCE, UNKNOWN
 from str_triton.rnn.data.sound_stream import LogMelStream, pieces
 from str_triton.rnn.finished_run import FinishedRun, open_run
-from str_triton.rnn.one_line_parser import OneLineParser
 from str_triton.training.errors import UserError, as_user_error, run_program
+from str_triton.training.options import OptionParser
 
-PROGRAM = "python rnn/listen.py"
 SPEECH = ("speech-commands", "hub", "spoken")  # the kinds of data with log-mel features
 STRIDE = 10  # frames between the beginnings of two windows
 SMOOTHING = 5  # windows whose probabilities are averaged
@@ -148,11 +148,11 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    top = OneLineParser(
-        prog=PROGRAM,
-        description="Print the words in a stream of sound with their times, detected by a network that rnn/train.py "
+    top = OptionParser(
+        prog=command("listen"),
+        description="Print the words in a stream of sound with their times, detected by a network that was "
         "trained on speech. The sound may have any rate; it is resampled to 16,000 Hz, and channels are averaged.",
-        epilog="Example: arecord -f S16_LE -r 16000 -c 1 | python rnn/listen.py runs/spoken-gru. A network without "
+        epilog=f"Example: arecord -f S16_LE -r 16000 -c 1 | {command('listen')} runs/spoken-gru. A network without "
         "the class silence (--data spoken:...) also reports words in noise.",
     )
     top.add_argument("run", metavar="RUN", type=Path, help="the folder of a finished run")

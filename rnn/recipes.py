@@ -1,13 +1,12 @@
 """The configuration of a training run, and the named recipes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
-
-import tyro
+from typing import ClassVar, Literal
 
 from str_triton.training.config import TrainConfig, check_ranges, require
 from str_triton.training.errors import UserError
+from str_triton.training.options import hidden
 
 TARGETS = ("target_rank", "target_params", "target_compression", "ranks")
 TARGETED = ("str-exact", "fixed", "svd-finetune")
@@ -19,7 +18,15 @@ DEFAULT_COMPRESSION = 3.0
 class Config(TrainConfig):
     """The configuration of a run. Every field is an option of the command line; recipes set the defaults."""
 
-    workers: tyro.conf.Suppress[int] = 0  # the examples are in memory, so no worker processes read them
+    groups: ClassVar[Mapping[str, str]] = {
+        "data": "data task words classes noise data_seed cache_dir",
+        "network": "cell hidden_size layers bidirectional dropout pooling",
+        "method and target": "method target_rank target_params target_compression ranks spectrum_decay "
+        "raw_threshold_init choose",
+        "training": "lr_schedule max_norm bptt",
+    }
+
+    workers: int = hidden(0)  # the examples are in memory, so no worker processes read them
 
     data: str = "japanese-vowels"
     """Data set: japanese-vowels, speech-commands:DIR, hub:NAME, spoken:WORD,WORD,..., har:PATH, text, text:FILE or

@@ -9,7 +9,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from str_triton import RankBudget, RankController, RankTarget, count_ranks, parameter_groups
@@ -22,14 +21,14 @@ from str_triton.rnn.tasks import Task, make_task
 from str_triton.training.command_line import CommandLine
 from str_triton.training.errors import as_user_error
 from str_triton.training.interface import INTERFACE
-from str_triton.training.loop import Loop, StepOutput
+from str_triton.training.loop import Accelerator, Loop, StepOutput
 from str_triton.training.meter import Means
 from str_triton.training.metrics import Record
 from str_triton.training.report import report
 from str_triton.training.run import Run
 from str_triton.training.schedules import warmup_cosine
 
-PROGRAM = "python rnn/train.py"
+PROGRAM = "train-rnn"
 PURPOSE = "Train a recurrent network with a learned rank that meets an exact target."
 COMMAND_LINE = CommandLine(PROGRAM, PURPOSE, RECIPES, recipe_for, RESUME_MAY_CHANGE, resolve, PUBLISHED)
 END = 0.5  # fraction of training after which the target holds; later cuts cost accuracy (docs/learned-rank.md)

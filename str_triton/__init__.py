@@ -41,6 +41,8 @@ from str_triton.ops.singular_value_threshold import singular_value_threshold
 from str_triton.ops.soft_threshold import soft_threshold
 from str_triton.ops.soft_threshold_many import soft_threshold_many
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Budget",
     "LayerBudget",

@@ -1,69 +1,79 @@
-"""The program python -m str_triton pack|unpack|inspect FILE, for files of tensors without their zeros."""
+"""The program str-triton, or python -m str_triton: every program of the project, and the commands for files of tensors.
+
+``pack``, ``unpack`` and ``inspect`` are here, for files without a training run. The other names start a program of
+`str_triton.programs`, whose modules are imported only then.
+"""
 
 import argparse
 import json
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from str_triton import deploy
+from str_triton import __version__, deploy
+from str_triton.arguments import Parser, unknown
 from str_triton.deploy.content import VALUES
 from str_triton.deploy.state_files import check_suffix, read_state, write_state
 from str_triton.files import printable
+from str_triton.programs import BAD_INPUT, PROGRAMS, command, require_extra, run_until_output_closes, trained_by
 
 PACKED = ".packed.safetensors"
 LONGEST = 4000  # the longest metadata to print, in characters of JSON
-HELP = """commands:
+FILE_COMMANDS = ("pack", "unpack", "inspect")
+HELP = """
+  export TARGET RUN|FILE OUT
+                write a trained network: TARGET is pack or onnx for every network, sparse for convolutional networks, c
+                for recurrent ones; which one it is, the run's folder tells
   pack FILE     write the weights in FILE, safetensors or a state dict of torch.save, without their zeros
   unpack FILE   write a packed file as plain tensors, bit for bit; a damaged file is refused
   inspect FILE  print the tensors of a packed file, its size and its budget
 
-options:
+options of pack, unpack and inspect; the other commands print theirs with --help:
   --to OUT      the file to write; by default NAME.packed.safetensors or NAME.unpacked.safetensors beside
                 NAME.safetensors. unpack also writes .pt and .pth, with torch.save
   --values V    pack: round weights to float16 or bfloat16; float32, the default, does not round
   --plain-zeros pack: store -0.0 as 0.0; the sign of -0.0 may take a bit per zero
   --factors     unpack: keep low-rank matrices in their factors u and v
   --help        print this text
+  --version     print the version
 
 examples:
-  python -m str_triton pack model.safetensors --values float16
-  python -m str_triton inspect model.packed.safetensors
-  python -m str_triton unpack model.packed.safetensors --to model.pt
+  {front} train-cnn --epochs 5 --target-sparsity 0.8
+  {front} export pack runs/RUN model.packed.safetensors
+  {front} pack model.safetensors --values float16
+  {front} unpack model.packed.safetensors --to model.pt
 
-To pack a run of cnn/train.py or rnn/train.py, use python -m str_triton.cnn.export or
-python -m str_triton.rnn.export. In Python, use str_triton.deploy. The format is described in docs/packed-format.md."""
+In Python, use str_triton.deploy. The format is described in docs/packed-format.md."""
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose error messages are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; see python -m str_triton --help\n")
+class FileParser(Parser):
+    """The parser of pack, unpack and inspect, which share the help of the whole program."""
 
     def format_help(self) -> str:
-        return f"usage: python -m str_triton COMMAND FILE [options]\n\n{HELP}\n"
+        return f"{help_text()}\n"
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the program with `args` (default: the command line's) and return its exit code, 2 for bad input."""
-    parser = Parser(prog="python -m str_triton")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name in ("pack", "unpack", "inspect"):
-        command = commands.add_parser(name)
-        command.add_argument("file", type=Path, metavar="FILE")
-        if name != "inspect":
-            command.add_argument("--to", type=Path, metavar="OUT")
-        if name == "pack":
-            command.add_argument("--values", choices=list(VALUES), default="float32")
-            command.add_argument("--plain-zeros", action="store_true")
-        if name == "unpack":
-            command.add_argument("--factors", action="store_true")
-    options = parser.parse_args(args)
+    return run_until_output_closes(partial(_main, sys.argv[1:] if args is None else list(args)))
+
+
+def _main(args: list[str]) -> int:
+    name, rest = (args[0], args[1:]) if args else ("", [])
+    if name in ("-h", "--help", "--version"):
+        print(__version__ if name == "--version" else help_text())
+        return 0
+    if name == "export":
+        name = export_program(rest)
+    if name in PROGRAMS:
+        require_extra("train", command(name))
+        return import_module(PROGRAMS[name].module).main(rest)
     try:
-        text = {"pack": pack, "unpack": unpack, "inspect": inspect}[options.command](options)
+        text = handle_file(args)
     except OSError as error:
         text = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
     except ValueError as error:
@@ -72,7 +82,41 @@ def main(args: Sequence[str] | None = None) -> int:
         print(text)
         return 0
     print(f"error: {printable(' '.join(text.split()))}", file=sys.stderr)
-    return 2
+    return BAD_INPUT
+
+
+def help_text() -> str:
+    """Return the help of the whole program."""
+    lines = [f"  {name:13} {program.purpose}" for name, program in PROGRAMS.items() if not name.startswith("export-")]
+    front = command("")
+    return f"usage: {front} COMMAND [options]\n\n" + "\n".join(["commands:", *lines]) + HELP.format(front=front)
+
+
+def export_program(args: Sequence[str]) -> str:
+    """Return the program that exports what ``args`` (TARGET RUN|FILE OUT ...) name."""
+    trained = next((program for word in args[1:] if (program := trained_by(word))), None)
+    if trained is None and args[:1] == ["c"]:
+        trained = "train-rnn"
+    return "export-rnn" if trained == "train-rnn" else "export-cnn"
+
+
+def handle_file(args: Sequence[str]) -> str:
+    """Run pack, unpack or inspect, and return the text to print. Raise ValueError for invalid arguments."""
+    names = [name for name in PROGRAMS if not name.startswith("export-")]
+    if not args or args[0] not in FILE_COMMANDS:
+        fault = unknown("command", args[0], [*names, "export", *FILE_COMMANDS]) if args else "name a command"
+        raise ValueError(f"{fault}; see {command('')} --help")
+    parser = FileParser(prog=command(args[0]))
+    parser.add_argument("file", type=Path, metavar="FILE")
+    if args[0] != "inspect":
+        parser.add_argument("--to", type=Path, metavar="OUT")
+    if args[0] == "pack":
+        parser.add_argument("--values", choices=list(VALUES), default="float32")
+        parser.add_argument("--plain-zeros", action="store_true")
+    if args[0] == "unpack":
+        parser.add_argument("--factors", action="store_true")
+    options = parser.parse_args(args[1:])
+    return {"pack": pack, "unpack": unpack, "inspect": inspect}[args[0]](options)
 
 
 def pack(options: argparse.Namespace) -> str:

@@ -56,8 +56,8 @@ def check_for(command: str) -> Check:
 
 def help_of(command: str) -> tuple[str, list[str]]:
     """Return the command of the program's --help, and the options that its output must name."""
-    # Each export has its own options.
-    program = re.match(r"python -m [\w.]+\.export \w+|python (-m )?\S+|\S+", command)[0]
+    export = r"(?:python -m str_triton\.[cr]nn\.export|str-triton export) \w+"  # each export has its own options
+    program = re.match(rf"{export}|str-triton \S+|python (-m )?\S+|\S+", command)[0]
     return f"{program} --help", re.findall(r"(?<=\s)--?[a-z][\w-]*", command.removeprefix(program))
 
 

@@ -1,8 +1,8 @@
 """Who may import whom, read from the source: DESIGN's arrows (CONTRIBUTING.md draws them), and what an import costs.
 
-A room is a folder of the house (str_triton/ops, cnn, ...), or its ground floor, the file str_triton/files.py. The
-folders cnn/ and rnn/ are installed as str_triton.cnn and str_triton.rnn. Imports inside functions count as well; two of
-the rules are about exactly those.
+A room is a folder of the house (str_triton/ops, cnn, ...), or a file of its ground floor (GROUND). The folders cnn/ and
+rnn/ are installed as str_triton.cnn and str_triton.rnn. Imports inside functions count as well; two of the rules are
+about exactly those.
 """
 
 import ast
@@ -19,6 +19,7 @@ import pytest
 
 import str_triton
 from str_triton import deploy
+from str_triton.programs import EXTRAS, PROGRAMS, script_of
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("str_triton", "cnn", "rnn")
@@ -30,6 +31,8 @@ TRAINING_EXTRAS = {re.split(r"[<>=]", extra)[0] for extra in METADATA["optional-
 # Room -> the rooms it may import besides itself and the ground floor, and the libraries besides the standard one.
 ROOMS = {
     "str_triton.files": (set(), set()),
+    "str_triton.programs": (set(), set()),
+    "str_triton.arguments": (set(), set()),
     "str_triton": ({"str_triton.ops", "str_triton.nn", "str_triton.budget", "str_triton.deploy"}, set()),
     "str_triton.kernels": (set(), {"triton"}),
     "str_triton.ops": (set(), {"torch"}),
@@ -60,7 +63,9 @@ LATE = {
     "str_triton.rnn": (set(), {"onnx", "onnxruntime"}),
 }
 # The ground floor: every room may import it, but the device code, which imports triton and nothing else.
-GROUND = "str_triton.files"
+GROUND = {"str_triton.files", "str_triton.programs", "str_triton.arguments"}
+# The one file that starts programs, by the names in the table of str_triton/programs.py and not by an import.
+FRONT = Path("str_triton/__main__.py")
 # What these rooms take from those in PUBLIC are their public names.
 USERS = {"str_triton.cnn", "str_triton.rnn", "str_triton.integrations"}
 PUBLIC = {"str_triton": str_triton.__all__, "str_triton.deploy": deploy.__all__}
@@ -108,7 +113,11 @@ def imports(source: str, path: Path) -> Iterator[Import]:
                     submodule = f"{base}.{alias.name}"
                     is_own = base.split(".")[0] == "str_triton" and is_module(submodule)
                     yield Import(node.lineno, submodule if is_own else base, None if is_own else alias.name, late)
-            case ast.Call(func=ast.Name(id="__import__") | ast.Attribute(attr="import_module"), args=[first, *_]):
+            case ast.Call(func=ast.Name(id="import_module"), args=[name]) if path == FRONT:
+                assert ast.unparse(name) == "PROGRAMS[name].module"  # no import: a name in the table of programs
+            case ast.Call(
+                func=ast.Name(id="__import__" | "import_module") | ast.Attribute(attr="import_module"), args=[first, *_]
+            ):
                 yield Import(node.lineno, ast.literal_eval(first), None, late)
         late = late or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
         for child in ast.iter_child_nodes(node):
@@ -122,7 +131,7 @@ def violations(source: str, path: Path) -> list[str]:
     room = room_of(module_name(path))
     rooms, libraries = ROOMS[room]
     if room != "str_triton.kernels":
-        rooms = rooms | {GROUND}
+        rooms = rooms | GROUND
     late_rooms, late_libraries = LATE.get(room, (set(), set()))
     found = []
     for line, module, name, late in imports(source, path):
@@ -211,6 +220,13 @@ def test_a_forbidden_import_is_found(path: str, source: str) -> None:
 )
 def test_an_allowed_import_is_not(path: str, source: str) -> None:
     assert not violations(source, Path(path))
+
+
+def test_the_table_names_programs_and_the_extras_that_pyproject_names() -> None:
+    for program in PROGRAMS.values():
+        assert room_of(program.module) in ("str_triton.cnn", "str_triton.rnn")
+        assert "def main(" in (ROOT / script_of(program.module)).read_text()
+    assert set(EXTRAS["train"]) == TRAINING_EXTRAS - {"pillow"}
 
 
 def circles(edges: Mapping[str, set[str]]) -> list[set[str]]:

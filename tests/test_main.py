@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from str_triton import LowRankLinear, __main__, count_ranks, deploy
+from str_triton import LowRankLinear, __main__, __version__, count_ranks, deploy
 from tests.deploy.packing import holed, same_bits
 
 
@@ -91,11 +91,11 @@ class Harm:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "the following arguments are required: COMMAND; see python -m str_triton --help"),
-        (["shrink", "a.pt"], "argument COMMAND: invalid choice: 'shrink'"),
-        (["pack"], "the following arguments are required: FILE; see"),
-        (["pack", "a.pt", "--values", "int8"], "argument --values: invalid choice: 'int8'"),
-        (["pack", "a.pt", "--factors"], "unrecognized arguments: --factors"),
+        ([], "name a command; see python -m str_triton --help"),
+        (["shrink", "a.pt"], "there is no command shrink; see python -m"),
+        (["pack"], "missing: FILE (python -m str_triton pack --help)"),
+        (["pack", "a.pt", "--values", "int8"], "--values int8: there is no such value; choose float32"),
+        (["pack", "a.pt", "--factors"], "there is no option --factors; "),
         (["pack", "none"], "none: No such file or directory"),
         (["pack", "."], ".: Is a directory"),
         (["pack", "text"], "text: not a file of weights: "),
@@ -145,10 +145,12 @@ def test_help_names_every_command_and_option(capsys: pytest.CaptureFixture):
     text = capsys.readouterr().out
     assert run("pack", "--help") == 0
     assert capsys.readouterr().out == text
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"{__version__}\n"
     source = Path(__main__.__file__).read_text()
     options = re.findall(r'add_argument\("(--[\w-]+)"', source)
     assert sorted(options) == ["--factors", "--plain-zeros", "--to", "--values"]
-    for word in (*options, "pack FILE", "unpack FILE", "inspect FILE", *__main__.VALUES):
+    for word in (*options, "pack FILE", "unpack FILE", "inspect FILE", "train-cnn", "export TARGET", *__main__.VALUES):
         assert word in text
     assert max(map(len, text.splitlines())) <= 120
 

@@ -66,7 +66,7 @@ def model_card(
         *([_table(("", ""), *facts.items())] if facts else []),
         f"## Files\n\n`{path.name}`: {' '.join(summary.remarks())}",
         f"## Load\n\nWith str-triton installed:\n\n```python\n{code}\n```\n\n"
-        "`python -m str_triton inspect` lists the content of the file, `python -m str_triton unpack` writes it as "
+        "`str-triton inspect` lists the content of the file, `str-triton unpack` writes it as "
         "plain safetensors. To read it without str-triton, see str-triton's docs/packed-format.md.",
         "\n\n".join(["## Budget", _table(*budget.lines()), *remarks]),
     ]

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from str_triton.deploy.content import DTYPES, Array, Content, Shared, check, own_arrays, record
 from str_triton.deploy.typed_json import loads, typed
 from str_triton.files import write_atomically
+from str_triton.programs import command
 
 FORMAT, VERSION = "str_triton.packed", "1"
 NO_DIGEST = "0" * 64  # the placeholder of the header's SHA-256 while it is computed
@@ -109,7 +110,7 @@ def read_packed(path: str | os.PathLike[str]) -> PackedFile:
 
 def _header(path: str | os.PathLike[str], data: NDArray[np.uint8]) -> tuple[int, dict[str, Any]]:
     """Return the position at which the header ends, and the header. Check its format, version and checksum."""
-    other = f"{path}: not a packed file; python -m str_triton pack makes one"
+    other = f"{path}: not a packed file; {command('pack')} makes one"
     if data.size < 8 or data[8:9].tobytes() != b"{":
         raise ValueError(other)
     end = 8 + struct.unpack("<Q", data[:8])[0]

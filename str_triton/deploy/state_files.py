@@ -15,6 +15,7 @@ from str_triton.deploy.packed_file import FORMAT
 from str_triton.deploy.torch_files import kind_of, not_weights, read_torch_file
 from str_triton.files import is_safetensors, replacing, write_atomically
 from str_triton.nn import plain_state_dict
+from str_triton.programs import command
 
 SUFFIXES = (".safetensors", ".pt", ".pth")
 WRAPPERS = ("state_dict", "model", "model_state_dict", "module", "net", "network")
@@ -96,7 +97,7 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     Raises as `read_checkpoint` does, and ValueError for a packed file and for thresholds that cannot be applied.
     """
     if is_packed(path):
-        raise ValueError(f"{path}: it is already packed: to get plain tensors, use python -m str_triton unpack")
+        raise ValueError(f"{path}: it is already packed: to get plain tensors, use {command('unpack')}")
     try:
         return plain_state_dict(read_checkpoint(path).state)
     except ValueError as error:

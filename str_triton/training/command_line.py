@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Generic
 
-import tyro
-
+from str_triton.arguments import unknown
+from str_triton.programs import command, trained_by
 from str_triton.training.config import RESUME_MAY_CHANGE, ConfigT, from_plain
 from str_triton.training.errors import UserError, one_line
+from str_triton.training.options import options_parser
 from str_triton.training.run_folder import CONFIG
 
 
@@ -18,7 +19,7 @@ class CommandLine(Generic[ConfigT]):
     """The command line of one program.
 
     Attributes:
-        program: the command, for messages.
+        program: the program's name in `str_triton.programs`.
         purpose: a line about the program, for --help.
         recipes: the recipes by name.
         recipe_for: returns the recipe's name if none is given, from the options with the first recipe's defaults.
@@ -35,11 +36,16 @@ class CommandLine(Generic[ConfigT]):
     resolve: Callable[[ConfigT], ConfigT] = lambda config: config
     published: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
+    @property
+    def command(self) -> str:
+        """The command that starts the program, as the user typed it."""
+        return command(self.program)
+
     def read(self, args: Sequence[str]) -> ConfigT:
         """Return the configuration for ``args``; with --resume, that of the run to resume.
 
-        Raises `UserError` for an unknown recipe, invalid values, and a run that cannot be resumed. For --help,
-        --describe and options that cannot be parsed, prints a text and raises ``SystemExit``.
+        Raises `UserError` for an unknown recipe, invalid options, and a run that cannot be resumed. For --help and
+        --describe, prints a text and raises ``SystemExit``.
         """
         config = self.resolve(self._read(args))
         if config.describe:
@@ -58,7 +64,7 @@ class CommandLine(Generic[ConfigT]):
         """Return the saved configuration with changed options. Refuse changes of options that alter the result."""
         if run_dir is None:
             raise UserError("--resume: name the directory of the run to resume with --run-dir")
-        saved = saved_config(run_dir, type(next(iter(self.recipes.values()))()))
+        saved = saved_config(run_dir, type(next(iter(self.recipes.values()))()), self.program)
         if saved.recipe not in self.recipes:
             raise UserError(f"--resume: the run in {run_dir} has an unknown recipe, {saved.recipe!r}")
         wanted = dataclasses.replace(self._parse(saved, options), recipe=word or saved.recipe)
@@ -87,23 +93,37 @@ class CommandLine(Generic[ConfigT]):
         if not args or args[0].startswith("-"):
             return None, list(args)
         if args[0] not in self.recipes:
-            raise UserError(f"there is no recipe {args[0]!r}; the recipes are {', '.join(self.recipes)}")
+            raise UserError(f"{unknown('recipe', args[0], list(self.recipes))} ({self.command} --help)")
         return args[0], list(args[1:])
 
     def _parse(self, default: ConfigT, options: Sequence[str]) -> ConfigT:
+        """Return ``default`` with the options that ``options`` give."""
         width = max(map(len, self.recipes))
-        lines = [f"  {name:{width}}  {recipe.__doc__.splitlines()[0]}" for name, recipe in self.recipes.items()]
+        lines = [f"  {name:{width}}  {(recipe.__doc__ or '').splitlines()[0]}" for name, recipe in self.recipes.items()]
         description = "\n".join([self.purpose, "", "recipes:", *lines])
-        prog = f"{self.program} [RECIPE]"
-        return tyro.cli(type(default), default=default, args=list(options), prog=prog, description=description)
+        parser = options_parser(default, prog=f"{self.command} [RECIPE]", description=description)
+        values, words = parser.parse_known_args(options)
+        for word in words:
+            if word in self.recipes:
+                raise UserError(f"the recipe {word} belongs before the options: {self.command} {word} [OPTIONS]")
+            parser.error(f"one word too many: {word}")
+        return dataclasses.replace(default, **vars(values))
 
 
-def saved_config(run_dir: str | Path, kind: type[ConfigT]) -> ConfigT:
-    """Read the configuration of the run in ``run_dir``. Raise `UserError` if there is none of this program."""
+def saved_config(run_dir: str | Path, kind: type[ConfigT], program: str) -> ConfigT:
+    """Read the configuration of the run in ``run_dir``. Raise `UserError` if there is none of ``program``."""
     path = Path(run_dir) / CONFIG
     if not path.is_file():
         raise UserError(f"--resume: there is no run in {run_dir} (no {CONFIG}); start one there without --resume")
+    require_trained_by(run_dir, program)
     try:
         return from_plain(kind, json.loads(path.read_text()))
     except (OSError, RecursionError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is not a configuration of this program: {one_line(error)}") from error
+        raise UserError(f"{path} is not a configuration of {command(program)}: {one_line(error)}") from error
+
+
+def require_trained_by(run_dir: str | Path, program: str) -> None:
+    """Raise `UserError` if another program than ``program`` wrote the run in ``run_dir``."""
+    other = trained_by(run_dir)
+    if other not in (None, program):
+        raise UserError(f"{run_dir} is a run of {command(other)}, not of {command(program)}")

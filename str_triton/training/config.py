@@ -4,29 +4,34 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import NoneType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
-import tyro
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
 
 from str_triton.training.errors import UserError, one_line
 from str_triton.training.memory import keep_freed_memory
+from str_triton.training.options import hidden
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """The options of every run. Programs add their own; every field is an option of their command line."""
 
-    recipe: tyro.conf.Suppress[str]
+    groups: ClassVar[Mapping[str, str]] = {
+        "run": "seed run_dir resume describe checkpoint_steps",
+        "machine": "device amp threads workers",
+    }
+
+    recipe: str = hidden()
     seed: int = 0
     """Seed of the weights, the order of the examples and their augmentation."""
     run_dir: str | None = None
     """Directory for everything that the run writes; a new one below runs/ by default."""
-    resume: tyro.conf.FlagCreatePairsOff[bool] = False
+    resume: bool = False
     """Resume the run in --run-dir with the options that it was started with."""
-    describe: tyro.conf.FlagCreatePairsOff[bool] = False
+    describe: bool = False
     """Print the whole configuration and the published results of the recipe, without training."""
     checkpoint_steps: int = 500
     """Steps between checkpoints within an epoch; every epoch also ends with one."""
@@ -43,6 +48,10 @@ class RunConfig:
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(RunConfig):
     """The options of a run that trains in epochs."""
+
+    groups: ClassVar[Mapping[str, str]] = {
+        "training": "epochs batch_size accumulate lr warmup_epochs weight_decay label_smoothing"
+    }
 
     epochs: int = 30
     """Passes over the training examples."""

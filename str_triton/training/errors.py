@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from str_triton.files import printable
-
-BAD_INPUT = 2
+from str_triton.programs import BAD_INPUT, output_is_closed, run_until_output_closes
 
 
 class UserError(Exception):
@@ -28,6 +27,8 @@ def as_user_error(*kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
     except kinds as error:
+        if isinstance(error, BrokenPipeError) and output_is_closed():
+            raise
         raise UserError(one_line(error)) from error
 
 
@@ -42,8 +43,13 @@ def run_program(program: Callable[[], None]) -> int:
     """Run ``program`` and return the exit code of the process.
 
     The code is 0 for success, 2 for a `UserError` (one line on stderr), and 128 plus the signal's number for a run that
-    was asked to stop. Any other exception is not caught. Programs of several processes use `job.run_job`.
+    was asked to stop. It is 141 if the reader of the output has gone (``| head``). Any other exception is not caught.
+    Programs of several processes use `job.run_job`.
     """
+    return run_until_output_closes(lambda: _exit_code(program))
+
+
+def _exit_code(program: Callable[[], None]) -> int:
     try:
         program()
         return 0

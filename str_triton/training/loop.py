@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol, Self
 
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, gather_object
 from torch import Tensor, nn
 from torch.linalg import LinAlgError
 
@@ -98,7 +98,7 @@ class Loop(ABC):
         if accelerator.is_main_process:
             RunFolder.check(run_dir, resume=config.resume)
         experiment = cls.prepare(config, accelerator)
-        with Run.open(accelerator, plain, run_dir, resume=config.resume, program=command_line.program) as run:
+        with Run.open(accelerator, plain, run_dir, resume=config.resume, program=command_line.command) as run:
             experiment.train(run)
             experiment.finish(run)
 
@@ -224,6 +224,11 @@ class Loop(ABC):
             measured = self.measure(run, epoch)
             self.record = run.log({"kind": "epoch", "step": step, "epoch": epoch, **means, **measured})
             self.save(run, step, meter)
+
+    @staticmethod
+    def gather(entries: list[str]) -> list[str]:
+        """Return the entries of all processes."""
+        return gather_object(entries)
 
     def broadcast_buffers(self) -> None:
         """Copy the buffers of process 0 to all processes. Batch norm's running statistics differ between them.

@@ -180,7 +180,7 @@ def test_the_process_ends_with_the_exit_code():
         (["run", "--workers", "-1"], "--workers -1"),
         (["run", "--json", "nowhere/x.json"], "--json nowhere/x.json"),
         (["run", "--json", "."], "--json . is a directory"),
-        (["damaged"], "config.json is not a configuration of this program"),
+        (["damaged"], "config.json is not a configuration of python cnn/train.py"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(

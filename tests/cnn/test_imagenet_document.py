@@ -4,10 +4,10 @@ import re
 from pathlib import Path
 
 import pytest
-import tyro
 
 from str_triton.cnn import evaluate, export, train
 from str_triton.cnn.recipes import RECIPES
+from str_triton.training.options import read_command, read_options
 from tests.check_commands import commands
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "imagenet.md").read_text()
@@ -27,9 +27,9 @@ def test_options_exist(command: str):
 def test_commands_on_what_comes_out_exist(command: str):
     args = re.split(r"cnn/evaluate\.py|-m str_triton\.cnn\.export", command)[1].split()
     if "cnn.export" in command:
-        tyro.extras.subcommand_cli_from_dict({"pack": export.Pack, "onnx": export.Onnx}, args=args)
+        read_command({"pack": export.Pack, "onnx": export.Onnx}, args, prog="x", description="")
     else:
-        tyro.cli(evaluate.Options, args=args)
+        read_options(evaluate.Options, args, prog="x", description="")
 
 
 def test_names_of_recipes():

@@ -153,7 +153,7 @@ def test_a_bad_budget_is_one_line_and_exit_code_2(name: str, tmp_path: Path, cap
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--method", "snip"], "--method snip: there is no such method; the methods are str-exact, str, gmp, dnw"),
+        (["--method", "snip"], "--method snip: there is no such method; choose str-exact or str or gmp or dnw"),
         (["--budget", "nowhere.csv"], "nowhere.csv: No such file or directory"),
         (["--budget", "."], "--budget .: not the folder of a finished run (no summary.json)"),
         (["--budget", "b.csv", "--target-sparsity", "0.9"], "--target-sparsity and --budget are given: choose one"),

@@ -120,7 +120,7 @@ def test_other_thresholds_meet_the_target_too(tmp_path: Path, quick: None, optio
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["cifar"], "there is no recipe 'cifar'; the recipes are digits, fashion-mnist"),
+        (["cifar"], "there is no recipe cifar; did you mean cifar10?"),
         (["--target-sparsity", "1.2"], "--target-sparsity 1.2"),
         (["--distribution", "learned", "--method", "dense"], "--method dense has none to choose"),
         (["--target-sparsity", "-0.1"], "--target-sparsity -0.1"),
@@ -222,7 +222,7 @@ def test_the_process_ends_with_the_exit_code():
     result = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr.startswith(
-        "error: there is no recipe 'cifar'; the recipes are digits, fashion-mnist, cifar10, mobilenetv1-"
+        "error: there is no recipe cifar; did you mean cifar10? (python cnn/train.py --help)"
     )
     assert result.stderr.count("\n") == 1
 

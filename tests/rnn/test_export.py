@@ -98,12 +98,12 @@ def test_bad_input_is_one_line(whole_run: Path, tmp_path: Path, capsys: pytest.C
     out = tmp_path / "out"
     assert "no such folder" in refused(capsys, "c", tmp_path / "none", out)
     assert "has no config.json" in refused(capsys, "c", tmp_path, out)
-    assert "invalid choice: 'int4'" in refused(capsys, "c", whole_run, out, "--weights", "int4")
+    assert "--weights int4: there is no such value" in refused(capsys, "c", whole_run, out, "--weights", "int4")
     assert "--steps 0: at least 1" in refused(capsys, "onnx", whole_run, out, "--steps", "0")
     assert "a bidirectional network cannot" in refused(capsys, "onnx", whole_run, out, "--streaming")
     assert "not allowed with" in refused(capsys, "onnx", whole_run, out, "--streaming", "--steps", "3")
     assert "x.md: the model card gets this name" in refused(capsys, "pack", whole_run, tmp_path / "x.md")
-    assert "arguments are required: TARGET" in refused(capsys)
+    assert "missing: TARGET" in refused(capsys)
     assert "No such file or directory" in refused(
         capsys, "onnx", whole_run, tmp_path / "none" / "x.onnx", "--steps", "2"
     )

@@ -135,7 +135,7 @@ def test_bad_input_is_one_line(
     assert "trained on japanese-vowels" in refused(whole_run, tmp_path / "x.wav")
     assert "no such folder" in refused(tmp_path / "none", tmp_path / "x.wav")
     assert "none.wav: No such file" in refused(whole_run, tmp_path / "none.wav")
-    assert "arguments are required: RUN" in refused()
+    assert "missing: RUN" in refused()
     monkeypatch.setattr("str_triton.rnn.listen.open_run", lambda folder: made_run(bidirectional=True))
     assert "a bidirectional network needs the end" in refused("run", tmp_path / "x.wav")
     monkeypatch.setattr("str_triton.rnn.listen.open_run", lambda folder: tones_run())

@@ -163,7 +163,7 @@ def test_a_language_model_is_measured_in_bits_per_character(tmp_path: Path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["vowels"], "there is no recipe 'vowels'; the recipes are japanese-vowels-gru, spoken-gru"),
+        (["vowels"], "there is no recipe vowels; choose japanese-vowels-gru"),
         (["--target-rank", "1000"], "216"),
         (["--method", "fixed", "--target-rank", "1000"], "216"),
         (["--target-rank", "3"], "4"),

@@ -2,16 +2,22 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
+from str_triton.cnn import recipes as cnn_recipes
+from str_triton.rnn import recipes as rnn_recipes
 from str_triton.training.command_line import CommandLine
 from str_triton.training.config import RunConfig, make_accelerator
 from str_triton.training.errors import UserError
+from str_triton.training.options import field_docs, group_titles
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(RunConfig):
+    groups: ClassVar = {"options of this test": "lr data data_dir"}
+
     lr: float = 0.1
     """Learning rate."""
     data: str = "small"
@@ -29,7 +35,7 @@ def large() -> Config:
 
 
 COMMAND_LINE = CommandLine(
-    "train", "Trains.", {"small": small, "large": large}, lambda config: config.data, frozenset({"data_dir"})
+    "train-cnn", "Trains.", {"small": small, "large": large}, lambda config: config.data, frozenset({"data_dir"})
 )
 
 
@@ -55,16 +61,70 @@ def test_without_a_word_the_options_choose_the_recipe():
 
 
 def test_an_unknown_recipe_lists_the_names():
-    with pytest.raises(UserError, match=r"no recipe 'huge'; the recipes are small, large"):
+    with pytest.raises(UserError, match="no recipe huge; choose small or large"):
         COMMAND_LINE.read(["huge"])
 
 
 @pytest.mark.parametrize("args", [["--lr", "fast"], ["--recipe", "large"], ["--device", "abacus"], ["--lr"]])
-def test_options_that_do_not_parse_exit_with_2(args: list[str], capsys: pytest.CaptureFixture):
-    with pytest.raises(SystemExit) as leaving:
+def test_options_that_do_not_parse_are_one_line(args: list[str]):
+    with pytest.raises(UserError, match=args[0]) as error:
         COMMAND_LINE.read(args)
-    assert leaving.value.code == 2
-    assert args[0] in capsys.readouterr().err
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--lr", "90%"], "--lr 90%: .* a number; write 90% as 0.9"),
+        (["--seed", "1.5"], "--seed 1.5: .* a whole number"),
+        (["--data-dri", "x"], "--data-dri; did you mean .*--data-dir"),
+        (["--device", "cup"], "--device cup: .* did you mean cpu"),
+        (["--lr"], "--lr: a value is missing"),
+        (["--lr", "--seed", "3"], "--lr: a value is missing"),
+        (["--describe=yes"], "--describe: it takes no value"),
+        (["smal"], "smal; did you mean small"),
+        (["--lr", "0.2", "large"], r"large belongs before the options: python cnn/train.py large"),
+        (["--describe", "yes"], "one word too many: yes"),
+    ],
+    ids=" ".join,
+)
+def test_wrong_options_say_what_to_do(args: list[str], message: str):
+    with pytest.raises(UserError, match=message):
+        COMMAND_LINE.read(args)
+
+
+def test_underscores_negative_numbers_and_none_are_taken():
+    assert COMMAND_LINE.read(["--data_dir", "-x", "--lr", "-1e-4"]) == dataclasses.replace(
+        small(), data_dir="-x", lr=-1e-4
+    )
+    assert COMMAND_LINE.read(["--data-dir", "none"]).data_dir is None
+    assert COMMAND_LINE.read(["--describe", "--no-describe"]) == small()
+
+
+@pytest.mark.parametrize("kind", [cnn_recipes.Config, rnn_recipes.Config])
+def test_every_option_of_the_programs_is_in_a_group_and_has_a_text(kind: type):
+    fields = {field.name for field in dataclasses.fields(kind) if "hidden" not in field.metadata}
+    titles, texts = group_titles(kind), field_docs(kind)
+    assert not [name for name in fields if titles[name] == "other" or not texts.get(name)]
+    assert titles.keys() >= fields
+
+
+@pytest.mark.parametrize("columns", [60, 120])
+def test_help_wraps_at_the_width_of_the_terminal(
+    columns: int, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit):
+        COMMAND_LINE.read(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert columns / 2 < max(map(len, lines)) <= columns
+
+
+def test_a_run_of_another_program_says_so(tmp_path: Path):
+    run = saved_run(tmp_path / "run", small())
+    (tmp_path / "run" / "config.json").write_text('{"cell": "gru"}')
+    with pytest.raises(UserError, match=r"run is a run of python rnn/train.py, not of python cnn/train.py"):
+        COMMAND_LINE.read(["--resume", "--run-dir", run])
 
 
 def test_help_lists_recipes_and_options(capsys: pytest.CaptureFixture):
@@ -72,7 +132,19 @@ def test_help_lists_recipes_and_options(capsys: pytest.CaptureFixture):
         COMMAND_LINE.read(["--help"])
     assert leaving.value.code == 0
     text = capsys.readouterr().out
-    for part in ("train [RECIPE]", "A small one.", "A large one.", "--lr", "--seed", "--run-dir", "--resume", "--amp"):
+    for part in (
+        "python cnn/train.py [RECIPE]",
+        "A small one.",
+        "A large one.",
+        "run:",
+        "machine:",
+        "options of this test:",
+        "--lr",
+        "--seed",
+        "--run-dir",
+        "--[no-]resume",
+        "--amp",
+    ):
         assert part in text
     assert "--recipe" not in text
 
@@ -106,7 +178,7 @@ def test_resume_without_a_run_says_so(tmp_path: Path):
     run = saved_run(tmp_path / "run", small())
     for text in ("{", "[]", '{"colour": "red"}'):
         (tmp_path / "run" / "config.json").write_text(text)
-        with pytest.raises(UserError, match="not a configuration of this program"):
+        with pytest.raises(UserError, match=r"not a configuration of python cnn/train\.py"):
             COMMAND_LINE.read(["--resume", "--run-dir", run])
 
 

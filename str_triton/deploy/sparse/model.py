@@ -207,7 +207,7 @@ class SparseModel(CompiledModel):
         return {node.label: node.value for node in self._states.values()}
 
     def save(self, path: str | os.PathLike[str], metadata: Mapping[str, Any] | None = None) -> None:
-        """Write the network with its choices to `path`: `load_sparse` reads it, `python -m str_triton inspect` too.
+        """Write the network with its choices to `path`: `load_sparse` reads it, `str-triton inspect` too.
 
         Args:
             metadata: further values for JSON; `deploy.inspect(path).metadata` returns them.

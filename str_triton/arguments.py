@@ -1,0 +1,120 @@
+"""The parser of every program's command line: wrong input is one line, which suggests the nearest name.
+
+Standard library only.
+"""
+
+import argparse
+import re
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from typing import Any, NoReturn
+
+KINDS = {"int": "a whole number", "float": "a number"}
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that raises ``ValueError`` with one line for invalid arguments.
+
+    Options are never abbreviated. An option may be written with underscores, and its value may begin with a dash. Help
+    wraps at the width of the terminal.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=Help, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(self.one_line(message))
+
+    def one_line(self, message: str) -> str:
+        """Return a message of argparse in plain words, with the command that prints help."""
+        return f"{in_plain_words(message)} ({self.prog.removesuffix(' [RECIPE]')} --help)"
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        args = sys.argv[1:] if args is None else list(args)
+        if self._subparsers is None:
+            args = list(self._joined(args))
+        return super().parse_known_args(args, namespace)
+
+    def _joined(self, args: Sequence[str]) -> Iterator[str]:
+        """Yield the arguments with ``--name value`` as ``--name=value``. Refuse options that do not exist."""
+        rest = iter(args)
+        for word in rest:
+            if not re.match(r"--[A-Za-z]", word):
+                yield word
+                continue
+            name, equals, value = word.partition("=")
+            name = name.replace("_", "-")
+            if name not in self._option_string_actions:
+                self.error(
+                    unknown("option", name, [known for known in self._option_string_actions if known[:2] == "--"])
+                )
+            if equals:
+                yield f"{name}={value}"
+            elif self._option_string_actions[name].nargs == 0:
+                yield name
+            else:
+                value = next(rest, None)
+                if value is None or value.partition("=")[0] in self._option_string_actions:
+                    self.error(f"{name}: a value is missing")
+                yield f"{name}={value}"
+
+
+class Help(argparse.HelpFormatter):
+    """Help with the width of the terminal. The description keeps its lines; a continued line is indented further."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n".join(self._wrapped(line, width) for line in text.splitlines())
+
+    @staticmethod
+    def _wrapped(line: str, width: int) -> str:
+        columns = re.match(r"(  \S+ +)?", line)
+        return textwrap.fill(line, width, subsequent_indent=" " * columns.end()) if line.strip() else ""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if isinstance(action, argparse.BooleanOptionalAction):
+            return action.option_strings[0].replace("--", "--[no-]", 1)
+        return super()._format_action_invocation(action)
+
+
+def unknown(kind: str, name: str, known: Sequence[str]) -> str:
+    """Return the message for a name that does not exist, with the nearest ones, or with all if none is near."""
+    return f"there is no {kind} {name}{suggestion(name, known)}"
+
+
+def suggestion(name: str, known: Sequence[str]) -> str:
+    """Return the end of a message about a wrong name: the nearest ones, or all if none is near and they are few."""
+    near = get_close_matches(name, known, n=3, cutoff=0.6)
+    if near:
+        return f"; did you mean {' or '.join(near)}?"
+    return f"; choose {' or '.join(known)}" if len(known) < 8 else ""
+
+
+def in_plain_words(message: str) -> str:
+    """Return a message of argparse in plain words."""
+    named = re.fullmatch(r"argument (\S+): (.*)", message, re.DOTALL)
+    if named is None:
+        return message.replace("the following arguments are required: ", "missing: ").replace(
+            "unrecognized arguments: ", "one word too many: "
+        )
+    name, fault = named[1].split("/")[0], named[2]
+    if choice := re.fullmatch(r"invalid choice: '?(.*?)'? \(choose from (.*)\)", fault):
+        known = re.findall(r"[^\s,']+", choice[2])
+        return f"{name} {choice[1]}: there is no such value{suggestion(choice[1], known)}"
+    if value := re.fullmatch(r"invalid (\w+) value: '(.*)'", fault):
+        return f"{name} {value[2]}: it must be {KINDS.get(value[1], value[1])}{percent_hint(value[2])}"
+    if fault.startswith("ignored explicit argument"):
+        return f"{name}: it takes no value"
+    if fault.startswith("expected one argument"):
+        return f"{name}: a value is missing"
+    return f"{name} {fault}"
+
+
+def percent_hint(text: str) -> str:
+    """Return how to write a number that was given in %, or an empty text."""
+    number = re.fullmatch(r"([\d.]+) ?%", text)
+    try:
+        return f"; write {text} as {float(number[1]) / 100:g}" if number else ""
+    except ValueError:
+        return ""

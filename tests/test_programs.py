@@ -1,0 +1,102 @@
+"""The names of programs as they were typed, missing extras, and readers of the output that leave."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from str_triton import __main__, programs
+from str_triton.programs import command, output_is_closed, trained_by
+
+ROOT = Path(__file__).parents[1]
+
+
+def start(monkeypatch: pytest.MonkeyPatch, *words: str, script: str) -> None:
+    """Make this process look like one that was started as `python WORDS` with the file ``script``."""
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-u", *words])
+    monkeypatch.setattr(sys, "argv", [script, *words[2 if words[0] == "-m" else 1 :]])
+
+
+@pytest.mark.parametrize(
+    ("words", "script", "training", "export"),
+    [
+        (["/bin/str-triton", "train-cnn"], "/bin/str-triton", "str-triton train-cnn", "str-triton export"),
+        (["-m", "str_triton", "x"], "/s.py", "python -m str_triton train-cnn", "python -m str_triton export"),
+        (
+            ["-m", "str_triton.cnn.train", "-m", "x"],
+            "/s/cnn/train.py",
+            "python -m str_triton.cnn.train",
+            "python -m str_triton.cnn.export",
+        ),
+        (["/s/cnn/train.py"], "/s/cnn/train.py", "python /s/cnn/train.py", "python -m str_triton.cnn.export"),
+        (["-m", "pytest"], "/s/pytest.py", "python cnn/train.py", "python -m str_triton.cnn.export"),
+    ],
+)
+def test_programs_are_named_as_they_were_typed(
+    monkeypatch: pytest.MonkeyPatch, words: list[str], script: str, training: str, export: str
+):
+    start(monkeypatch, *words, script=script)
+    assert command("train-cnn") == training
+    assert command("export-cnn") == export
+
+
+@pytest.mark.parametrize(
+    ("config", "program"),
+    [({"cell": "gru"}, "train-rnn"), ({"model": "resnet20"}, "train-cnn"), ({}, None), ([], None)],
+)
+def test_a_run_tells_its_program(tmp_path: Path, config: object, program: str | None):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert trained_by(tmp_path) == program
+    expected = "export-rnn" if program == "train-rnn" else "export-cnn"
+    assert __main__.export_program(["pack", "--values", "float16", str(tmp_path), "out"]) == expected
+
+
+def test_a_folder_without_a_run_tells_nothing(tmp_path: Path):
+    assert trained_by(tmp_path) is trained_by(tmp_path / "none") is None
+    exports = [__main__.export_program([target, "x"]) for target in ("c", "sparse", "pack")]
+    assert exports == ["export-rnn", "export-cnn", "export-cnn"]
+
+
+def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.setitem(programs.EXTRAS, "train", ("json", "no_such_package"))
+    start(monkeypatch, "-m", "str_triton.cnn.train", script="-m")
+    with pytest.raises(SystemExit) as leaving:
+        programs.check_started_program()
+    assert leaving.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: python -m str_triton.cnn.train needs the extra train (no_such_package)")
+    assert "str-triton[train]" in error
+    assert error.count("\n") == 1
+    start(monkeypatch, "-m", "their.program", script="-m")
+    programs.check_started_program()
+
+
+def test_a_reader_that_leaves_ends_the_program_quietly():
+    """As `| head` does. The reader closes its end before the program has written anything."""
+    code = """
+import sys
+from str_triton.training.errors import as_user_error, run_program
+
+def program():
+    sys.stdin.readline()
+    with as_user_error(OSError):
+        for _ in range(100_000):
+            print("line")
+
+sys.exit(run_program(program))
+"""
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes) as process:
+        process.stdout.close()
+        process.stdin.write(b"\n")
+        process.stdin.close()
+        assert process.stderr.read() == b""
+        assert process.wait(60) == 141
+
+
+def test_output_that_is_no_pipe_is_open(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    assert not output_is_closed()
