@@ -75,7 +75,7 @@ def test_lightning_module() -> None:
 def test_timm_finetune() -> None:
     """Runs in a process of its own: an empty torchvision stands in where there is none."""
     code = (
-        "import runpy, sys\nfrom benchmarks import timm_models\n"
+        "import runpy, sys\nfrom benchmarks.speed import timm_models\n"
         "budget = runpy.run_path(sys.argv[1], run_name='__main__')['budget']\n"
         "assert budget.nonzeros == round(0.1 * budget.params), budget"
     )
