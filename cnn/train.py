@@ -22,7 +22,7 @@ from str_triton.cnn.models import build, single_value_norms, state_shapes
 from str_triton.cnn.pretrained import check_start, start_from
 from str_triton.cnn.published import PUBLISHED
 from str_triton.cnn.recipes import FINETUNING, RECIPES, RESUME_MAY_CHANGE, Config, recipe_for, resolve
-from str_triton.files import percent, printable
+from str_triton.files import percent, printable, with_sorted_header
 from str_triton.training.checkpoints import Checkpoints
 from str_triton.training.command_line import CommandLine
 from str_triton.training.errors import UserError, as_user_error, one_line, tell, warn
@@ -212,7 +212,7 @@ class Experiment(Loop):
         run.write(INTERFACE, interface.text())
         content = {key: tensor.cpu().contiguous() for key, tensor in weights.items()}
         metadata = {"format": "pt", "model": self.config.model, **interface.texts()}
-        run.write("model.safetensors", safetensors.torch.save(content, metadata))
+        run.write("model.safetensors", with_sorted_header(safetensors.torch.save(content, metadata)))
         run.write("report.html", report(run.path))
         run.say(str(budget))
         run.say(

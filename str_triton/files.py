@@ -5,9 +5,11 @@ This module needs only the standard library, and every package but `kernels` may
 
 import errno
 import io
+import json
 import os
 import secrets
 import stat
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -95,6 +97,14 @@ def is_safetensors(path: str | os.PathLike[str]) -> bool:
     """Return whether a file begins like safetensors: a length of eight bytes, then JSON. Raise OSError as `open`."""
     with open(path, "rb") as file:
         return file.read(9)[8:] == b"{"
+
+
+def with_sorted_header(content: bytes) -> bytes:
+    """Return a safetensors file whose header lists its entries in order: the library writes metadata in any order."""
+    end = 8 + struct.unpack("<Q", content[:8])[0]
+    header = json.dumps(json.loads(content[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return struct.pack("<Q", len(header)) + header + content[end:]
 
 
 def printable(text: str) -> str:

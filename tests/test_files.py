@@ -11,9 +11,18 @@ from typing import BinaryIO
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
-from str_triton.files import beside, is_safetensors, percent, printable, replacing, write_atomically
+from str_triton.files import (
+    beside,
+    is_safetensors,
+    percent,
+    printable,
+    replacing,
+    with_sorted_header,
+    write_atomically,
+)
 
 NO_SPACE = 28
 
@@ -250,3 +259,14 @@ def test_nothing_printable_acts_on_a_terminal(text: str, expected: str):
 )
 def test_a_share_is_not_rounded_to_none_or_all(share: float, text: str):
     assert percent(share) == text
+
+
+def test_a_safetensors_file_with_a_sorted_header_holds_the_same(tmp_path: Path):
+    tensors = {"b": torch.arange(3), "a.1": torch.randn(2, 5), "a": torch.zeros(0), "c": torch.tensor(1.5)}
+    metadata = {str(number): "x" * number for number in range(20)}
+    (tmp_path / "model.safetensors").write_bytes(with_sorted_header(safetensors.torch.save(tensors, metadata)))
+    with safetensors.safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert file.metadata() == metadata
+        assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in tensors.items())
+    header = (tmp_path / "model.safetensors").read_bytes()[8:]
+    assert header.index(b'"0":""') < header.index(b'"1":"x"') < header.index(b'"10":') < header.index(b'"2":')
