@@ -91,7 +91,16 @@ def test_process_0_alone_prints_and_writes(whole_job: tuple[Path, Job]):
     assert {path.name for path in folder.parent.iterdir()} == {"run", "run-0.pt", "run-1.pt"} | {
         f"{kind}{number}" for kind in ("out", "err") for number in range(2)
     }
-    expected = {"budget.csv", "budget.json", "checkpoints", "config.json", "environment.json", "events", "lock"}
+    expected = {
+        "interface.json",
+        "budget.csv",
+        "budget.json",
+        "checkpoints",
+        "config.json",
+        "environment.json",
+        "events",
+        "lock",
+    }
     expected |= {"metrics.jsonl", "model.safetensors", "report.html", "summary.json"}
     assert {path.name for path in folder.iterdir()} == expected
     assert len(list((folder / "events").iterdir())) == 1

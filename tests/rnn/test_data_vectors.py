@@ -74,7 +74,7 @@ def test_a_name_reaches_its_loader(
     spec: str, options: dict, loader: str, place: object, passed: str | None, monkeypatch: pytest.MonkeyPatch
 ):
     module_name, function_name = loader.split(".")
-    source = importlib.import_module(f"rnn.data.{module_name}")
+    source = importlib.import_module(f"str_triton.rnn.data.{module_name}")
     signature = inspect.signature(getattr(source, function_name))
     monkeypatch.setattr(source, function_name, lambda *args, **keywords: signature.bind(*args, **keywords))
     call = load(spec, **options)
