@@ -48,10 +48,8 @@ clean: ## remove the virtual environment and the tools' caches; runs/ stays
 	$(INSTALL) -e ".[train]"
 	@touch $@
 
-# timm without torchvision, which needs a build of its own for each build of torch: the tests have a stand-in.
 .venv/.dev: pyproject.toml constraints.txt | $(BIN)/pip
 	$(INSTALL) -e ".[dev]"
-	$(INSTALL) --no-deps timm
 	@touch .venv/.train $@ # dev includes train
 
 .venv/.docs: pyproject.toml constraints.txt | .venv/.dev

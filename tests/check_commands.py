@@ -84,8 +84,13 @@ def run(check: Check) -> str:
         return f"not finished after {TIMEOUT} s\n{output}"
     if code:
         return f"exit code {code}\n{output}"
-    unknown = [option for option in check.options if not re.search(rf"{option}(?![\w-])", output)]
+    unknown = [option for option in check.options if not is_named(option, output)]
     return f"{check.command} does not name {', '.join(unknown)}\n{output}" if unknown else ""
+
+
+def is_named(option: str, text: str) -> bool:
+    """Return whether a help text names an option: as it is, or --json as --[no-]json."""
+    return bool(re.search(rf"{option.replace('--', r'--(?:\[no-\])?', 1)}(?![\w-])", text))
 
 
 def main() -> int:

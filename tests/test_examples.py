@@ -71,7 +71,10 @@ def test_lightning_module() -> None:
     assert budget.nonzeros == round(0.1 * budget.params)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="needs timm")
+@pytest.mark.skipif(
+    importlib.util.find_spec("timm") is None,
+    reason="needs timm, which `make` leaves out: it needs the torchvision of torch's own build",
+)
 def test_timm_finetune() -> None:
     """Runs in a process of its own: an empty torchvision stands in where there is none."""
     code = (
