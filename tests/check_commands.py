@@ -90,7 +90,8 @@ def run(check: Check) -> str:
 
 def is_named(option: str, text: str) -> bool:
     """Return whether a help text names an option: as it is, or --json as --[no-]json."""
-    return bool(re.search(rf"{option.replace('--', r'--(?:\[no-\])?', 1)}(?![\w-])", text))
+    pattern = option.replace("--", r"--(?:\[no-\])?", 1)
+    return bool(re.search(rf"{pattern}(?![\w-])", text))
 
 
 def main() -> int:
