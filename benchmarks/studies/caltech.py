@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.runs import RunFile
-from benchmarks.studies.cifar import finished
+from benchmarks.studies.cnn_runs import METHODS, finished, without_test_images
 from benchmarks.timing import RESULTS, alternating, machine
 from str_triton import deploy
 from str_triton.cnn.rebuild import rebuild
@@ -42,16 +42,9 @@ ROUNDS = 100
 DENSE = "dense"
 BUDGET = "budget of str-exact"
 LINES: dict[str, list[str]] = {
-    DENSE: ["--method", "dense"],
-    "str-exact": ["--method", "str-exact"],
-    "gmp, global": ["--method", "gmp", "--distribution", "global"],
-    "str-exact, FLOP-aware": ["--method", "str-exact", "--distribution", "flop-aware"],
-    "str-exact, learned": ["--method", "str-exact", "--distribution", "learned"],
+    **METHODS,
     "gmp, uniform": ["--method", "gmp", "--distribution", "uniform"],
-    "gmp, ERK": ["--method", "gmp", "--distribution", "erk"],
     f"gmp, {BUDGET}": ["--method", "gmp"],
-    "rigl, ERK": ["--method", "rigl", "--distribution", "erk"],
-    "dnw, ERK": ["--method", "dnw", "--distribution", "erk"],
 }
 LEADERS = ("str-exact", "gmp, global", "str-exact, FLOP-aware")
 THIRD = "0.3333 flops"
@@ -119,18 +112,15 @@ def train(key: Key, data: str, pretrained: str, threads: int) -> None:
 
 def tune(data: str, pretrained: str, threads: int, runs: int | None) -> None:
     """Train with each learning rate, without the test images."""
-    place = Path(data.removeprefix("hub:"))
     file = RunFile(RESULTS / "caltech_tuning.jsonl", ("line", "lr"))
-    with tempfile.TemporaryDirectory() as folder:  # without a test split the program holds a fifth of each class out
-        for part in place.glob("**/train*.parquet"):
-            (Path(folder) / part.name).symlink_to(part.resolve())
-        shared = ["mobilenetv1-finetune", "--data", f"hub:{folder}", "--pretrained", pretrained]
+    with without_test_images(data) as held_out, tempfile.TemporaryDirectory() as folder:
+        shared = ["mobilenetv1-finetune", "--data", held_out, "--pretrained", pretrained]
         shared += ["--epochs", str(TUNING_EPOCHS), "--threads", str(threads)]
         keys = [{"line": line, "lr": lr} for line in TUNED for lr in LRS]
         for key in list(file.missing(keys))[:runs]:
             target = [] if key["line"] == DENSE else ["--target-sparsity", "0.9"]
             options = [*shared, "--lr", str(key["lr"]), *LINES[key["line"]], *target]
-            result = finished(Path(folder) / "run" / f"{key['line']}-{key['lr']}", options)
+            result = finished(Path(folder) / f"{key['line']}-{key['lr']}", options)
             file.append({**key, **result, "threads": threads, "machine": machine()})
 
 

@@ -17,7 +17,6 @@ table gives the sparsity that each one reached.
 """
 
 import argparse
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -25,9 +24,8 @@ from itertools import islice, product
 from pathlib import Path
 
 from benchmarks.runs import Run, RunFile
+from benchmarks.studies.cnn_runs import METHODS, finished, without_test_images
 from benchmarks.timing import RESULTS, machine
-from str_triton import Budget
-from str_triton.cnn import train
 
 RUNS = RunFile(RESULTS / "cifar.jsonl", ("model", "line", "target", "seed"))
 TUNING = RunFile(RESULTS / "cifar_tuning.jsonl", ("model", "lr"))
@@ -35,14 +33,7 @@ FOLDERS = Path("runs/cifar")
 EPOCHS, LR = 5, 0.2
 LRS, TUNING_EPOCHS = (0.1, 0.2, 0.4, 0.05), 2
 LINES: dict[str, list[str]] = {
-    "dense": ["--method", "dense"],
-    "str-exact": ["--method", "str-exact"],
-    "gmp, global": ["--method", "gmp", "--distribution", "global"],
-    "str-exact, FLOP-aware": ["--method", "str-exact", "--distribution", "flop-aware"],
-    "str-exact, learned": ["--method", "str-exact", "--distribution", "learned"],
-    "gmp, ERK": ["--method", "gmp", "--distribution", "erk"],
-    "rigl, ERK": ["--method", "rigl", "--distribution", "erk"],
-    "dnw, ERK": ["--method", "dnw", "--distribution", "erk"],
+    **METHODS,
     **{f"str, lambda {value:g}": ["--method", "str", "--weight-decay", str(value)] for value in (1e-3, 2e-3, 4e-3)},
 }
 WITHOUT_TARGET = tuple(line for line in LINES if line == "dense" or line.startswith("str, "))
@@ -69,30 +60,6 @@ def wanted(model: str) -> Iterator[Run]:
         yield from at(target, LEADERS, (1, 2))
 
 
-def finished(folder: Path, options: list[str]) -> Run:
-    """Run or resume the training program in `folder`, and return the results.
-
-    Raises RuntimeError if the program ends with an error.
-    """
-    if not (folder / "summary.json").exists():
-        resumable = any((folder / "checkpoints").glob("*"))
-        if not resumable:
-            shutil.rmtree(folder, ignore_errors=True)
-        code = train.main([*(["--resume"] if resumable else options), "--run-dir", str(folder)])
-        if code:
-            raise RuntimeError(f"the run in {folder} ended with exit code {code}")
-    summary = json.loads((folder / "summary.json").read_text())
-    budget = Budget.from_json(folder / "budget.json")
-    return {
-        "accuracy": summary["accuracy"],
-        "sparsity": budget.sparsity,
-        "flops": budget.flops / budget.dense_flops,
-        "density": {row.name: row.nonzeros / row.params for row in budget.covered_rows},
-        "epochs": summary["epochs"],
-        "seconds": summary["seconds"],
-    }
-
-
 def train_line(key: Run, data: str, threads: int) -> None:
     """Train one line and append its result."""
     model, line = key["model"], key["line"]
@@ -107,13 +74,10 @@ def train_line(key: Run, data: str, threads: int) -> None:
 
 def tune(models: list[str], data: str, threads: int) -> None:
     """Train the dense networks with each learning rate, without the test images."""
-    place = Path(data.removeprefix("hub:"))
-    with tempfile.TemporaryDirectory() as folder:  # without a test split the program holds a fifth of each class out
-        for file in place.glob("**/train*.parquet"):
-            (Path(folder) / file.name).symlink_to(file.resolve())
+    with without_test_images(data) as held_out, tempfile.TemporaryDirectory() as folder:
         for key in TUNING.missing({"model": model, "lr": lr} for model, lr in product(models, LRS)):
             model, lr = key["model"], key["lr"]
-            options = ["cifar10", "--data", f"hub:{folder}", "--model", model, "--method", "dense", "--lr", str(lr)]
+            options = ["cifar10", "--data", held_out, "--model", model, "--method", "dense", "--lr", str(lr)]
             options += ["--epochs", str(TUNING_EPOCHS), "--warmup-epochs", "0.4", "--threads", str(threads)]
             result = finished(Path(folder) / f"{model}-{lr}", options)
             TUNING.append({**key, **result, "threads": threads, "machine": machine()})

@@ -7,7 +7,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from benchmarks.studies import cifar
+from benchmarks.studies import cifar, cnn_runs
 from str_triton.training.run_folder import LOCK
 from tests.runs import run_main
 
@@ -41,8 +41,8 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(file, "path", tmp_path / file.path.name)
     monkeypatch.setattr(cifar, "EPOCHS", 1)
     monkeypatch.setattr("str_triton.cnn.train.report", lambda folder: "")
-    main = cifar.train.main
-    monkeypatch.setattr(cifar.train, "main", lambda args: run_main(main, args))
+    main = cnn_runs.train.main
+    monkeypatch.setattr(cnn_runs.train, "main", lambda args: run_main(main, args))
 
 
 def test_every_line_can_be_run_again() -> None:
