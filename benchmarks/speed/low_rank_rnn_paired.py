@@ -24,7 +24,7 @@ def worker(threads: int) -> None:
     """Obey lines on standard input: the number of a size to make, or "run", which is answered with seconds a call."""
     import torch
 
-    # By its path: the other checkout may keep the file elsewhere. Its imports are the checkout's own.
+    # By its path: both checkouts run this script's sizes. Its imports are the checkout's own.
     names = runpy.run_path(str(Path(__file__).with_name("low_rank_rnn.py")))
     cells, layers = names["CELLS"], names["LAYERS"]
     torch.set_num_threads(threads)
@@ -85,7 +85,7 @@ def main() -> int:
         worker(options.threads)
         return 0
     if options.old is None or not (options.old / "benchmarks/speed/low_rank_rnn.py").is_file():
-        parser.error(f"OLD must be the folder of a checkout, got {options.old}")
+        parser.error(f"OLD must be a checkout that has benchmarks/speed/low_rank_rnn.py, got {options.old}")
     from benchmarks.speed.low_rank_rnn import CELLS
 
     checkouts = {"old": Checkout(options.old.resolve(), options.threads), "new": Checkout(ROOT, options.threads)}
