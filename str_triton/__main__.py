@@ -19,11 +19,20 @@ from str_triton.arguments import Parser, unknown
 from str_triton.deploy.content import VALUES
 from str_triton.deploy.state_files import check_suffix, read_state, write_state
 from str_triton.files import printable
-from str_triton.programs import BAD_INPUT, PROGRAMS, command, require_extra, run_until_output_closes, trained_by
+from str_triton.programs import (
+    BAD_INPUT,
+    PROGRAMS,
+    command,
+    front_name,
+    require_extra,
+    run_until_output_closes,
+    trained_by,
+)
 
 PACKED = ".packed.safetensors"
 LONGEST = 4000  # the longest metadata to print, in characters of JSON
 FILE_COMMANDS = ("pack", "unpack", "inspect")
+STARTED = {name: program.purpose for name, program in PROGRAMS.items() if front_name(name) == name}
 HELP = """
   export TARGET RUN|FILE OUT
                 write a trained network: TARGET is pack or onnx for every network, sparse for convolutional networks, c
@@ -87,7 +96,7 @@ def _main(args: list[str]) -> int:
 
 def help_text() -> str:
     """Return the help of the whole program."""
-    lines = [f"  {name:13} {program.purpose}" for name, program in PROGRAMS.items() if not name.startswith("export-")]
+    lines = [f"  {name:13} {purpose}" for name, purpose in STARTED.items()]
     front = command("")
     return f"usage: {front} COMMAND [options]\n\n" + "\n".join(["commands:", *lines]) + HELP.format(front=front)
 
@@ -102,9 +111,8 @@ def export_program(args: Sequence[str]) -> str:
 
 def handle_file(args: Sequence[str]) -> str:
     """Run pack, unpack or inspect, and return the text to print. Raise ValueError for invalid arguments."""
-    names = [name for name in PROGRAMS if not name.startswith("export-")]
     if not args or args[0] not in FILE_COMMANDS:
-        fault = unknown("command", args[0], [*names, "export", *FILE_COMMANDS]) if args else "name a command"
+        fault = unknown("command", args[0], [*STARTED, "export", *FILE_COMMANDS]) if args else "name a command"
         raise ValueError(f"{fault}; see {command('')} --help")
     parser = FileParser(prog=command(args[0]))
     parser.add_argument("file", type=Path, metavar="FILE")
