@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
+from str_triton.deploy.c_export import demo_template
 from str_triton.deploy.c_export import spotter_template as template
 from str_triton.deploy.c_export.program import POINTER, Program, Sizes
 from str_triton.deploy.c_export.text import array, comment, constant, string
@@ -130,7 +131,7 @@ class SpotterProgram:
         )
 
     def demo(self) -> str:
-        return template.DEMO.substitute(self.named)
+        return demo_template.DEMO.substitute(self.named)
 
     def _tables(self) -> Iterator[tuple[str, str, np.ndarray]]:
         """Yield name, type and values of the front end's arrays."""
