@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -14,31 +13,30 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from str_triton import Budget, count, densify, parameter_groups, refresh_batch_norm
+from str_triton import Budget, SparsityController, count, densify, parameter_groups, refresh_batch_norm
+from str_triton.cnn.checks import check_images, check_inputs, has_checkpoint
 from str_triton.cnn.data import Data, batches, load, steps_per_epoch
 from str_triton.cnn.methods import Masked, prepare
-from str_triton.cnn.methods.budget_file import named_sparsities
-from str_triton.cnn.models import build, single_value_norms, state_shapes
-from str_triton.cnn.pretrained import check_start, start_from
+from str_triton.cnn.models import build
+from str_triton.cnn.pretrained import start_from
 from str_triton.cnn.published import PUBLISHED
-from str_triton.cnn.recipes import FINETUNING, RECIPES, RESUME_MAY_CHANGE, Config, recipe_for, resolve
+from str_triton.cnn.recipes import RECIPES, RESUME_MAY_CHANGE, Config, recipe_for, resolve
+from str_triton.cnn.training_schedule import announce_pruning, learning_rate
 from str_triton.files import percent, printable, with_sorted_header
-from str_triton.training.checkpoints import Checkpoints
 from str_triton.training.command_line import CommandLine
-from str_triton.training.errors import UserError, as_user_error, one_line, tell, warn
+from str_triton.training.errors import as_user_error
 from str_triton.training.interface import INTERFACE
 from str_triton.training.loop import Accelerator, Loop, StepOutput
 from str_triton.training.meter import Means, Meter
 from str_triton.training.metrics import Record, read_metrics
+from str_triton.training.opening import number
 from str_triton.training.report import report
 from str_triton.training.run import Run
-from str_triton.training.schedules import decayed_thresholds, warmup_cosine
 
 PROGRAM = "train-cnn"
 PURPOSE = "Train a convolutional network to an exact sparsity or FLOP budget."
 COMMAND_LINE = CommandLine(PROGRAM, PURPOSE, RECIPES, recipe_for, RESUME_MAY_CHANGE, resolve, PUBLISHED)
 REFRESH_BATCHES = 20  # batches from which batch norm's statistics are recomputed (docs/exact-budgets.md)
-EFFECTIVE = -10.0  # above this raw threshold the threshold is 5e-5 or more, and its gradient moves it as well
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -57,6 +55,7 @@ class Experiment(Loop):
     """
 
     config: Config
+    controller: SparsityController | Masked | None
     data: Data
     corrupt: list[str]
     example: Tensor
@@ -99,6 +98,15 @@ class Experiment(Loop):
             example=example,
             budget=budget,
         )
+
+    def facts(self) -> dict[str, str]:
+        train, test = number(len(self.data.train), "training image"), number(len(self.data.test), "test image")
+        shape = "x".join(map(str, self.data.image_shape))
+        return {
+            "data": f"{self.config.data}: {train}, {test}, {shape}, {self.data.num_classes} classes",
+            "model": f"{self.config.model}: {number(self.budget.params, 'weight')}",
+            "target": target_text(self.config),
+        }
 
     def batches(self, epoch: int, start: int, *, training: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
         layout = memory_format(self.config)
@@ -187,8 +195,19 @@ class Experiment(Loop):
     def status(self, epoch: int, means: Means) -> str:
         return (
             f"epoch {epoch + 1}/{self.config.epochs}  loss {means.loss:.3f}  accuracy {100 * means.accuracy:.1f} %  "
-            f"sparsity {percent(self.budget.sparsity)}"
+            f"{self.pruned_text()}"
         )
+
+    def pruned_text(self) -> str:
+        """Return the sparsity or FLOPs that the schedule asks for now. Without a schedule return the last count's."""
+        if self.controller is not None:
+            scheduled = self.controller.scheduled()
+            if "flops_share" in scheduled:
+                return f"FLOPs {percent(scheduled['flops_share'])} of dense"
+            return f"sparsity {percent(scheduled['sparsity'])}"
+        counted = 0 if self.record is None else self.record["epoch"]
+        when = f" after epoch {counted}" if self.config.method == "str" else ""
+        return f"sparsity {percent(self.budget.sparsity)}{when}"
 
     def finish(self, run: Run) -> None:
         """Write summary.json, interface.json, the plain model and the report, and print the budget."""
@@ -222,39 +241,17 @@ class Experiment(Loop):
         run.say(f"report: {run.path / 'report.html'}")
 
 
-def check_inputs(config: Config) -> None:
-    """Check all files and names that a run needs, except its images, whose reading takes longer.
-
-    Raises as `build`, `check_start` and `named_sparsities` do, and `UserError` if the recipe needs data or a trained
-    network and none is named.
-    """
-    if not config.data:
-        raise UserError(f"{config.recipe} needs your images: name them with --data imagefolder:DIR or hub:DIR")
-    state_shapes(config.model, 2, 1)
-    if config.pretrained is None and config.recipe in FINETUNING:
-        raise UserError(f"{config.recipe} starts from a trained dense network: name it with --pretrained FILE")
-    if config.pretrained is not None and not has_checkpoint(config):
-        check_start(config.pretrained, needs_zeros=config.method == "keep-zeros")
-    if config.budget is not None:
-        named_sparsities(config.budget)
-
-
-def check_images(config: Config, model: nn.Module, example: Tensor, processes: int) -> None:
-    """Raise `ValueError` if the network does not take images of this size, or if batch norm would get a single value.
-
-    Batch norm needs at least two values per channel. It gets one from a single image whose size there is 1 x 1.
-    """
-    height, width = example.shape[2:]
-    try:
-        norms = single_value_norms(model, example)
-    except (RuntimeError, ValueError, AssertionError) as error:  # timm's networks raise these
-        raise ValueError(f"--model {config.model}: images of {width}x{height} pixels: {one_line(error)}") from error
-    if norms and config.batch_size == processes * config.accumulate:
-        part = f" and --accumulate {config.accumulate}" if config.accumulate > 1 else ""
-        raise ValueError(
-            f"--batch-size {config.batch_size}{part}: with one image of {width}x{height} pixels at a time, the batch "
-            f"norm {norms[0]!r} of {config.model} gets one value per channel; use at least two images at a time"
-        )
+def target_text(config: Config) -> str:
+    """Return the method and its target in words."""
+    if config.target_sparsity is not None:
+        target = f"sparsity {percent(config.target_sparsity)}"
+    elif config.target_flops is not None:
+        target = f"FLOPs {percent(config.target_flops)} of dense"
+    elif config.budget is not None:
+        target = f"the sparsity of each layer in {config.budget}"
+    else:
+        return f"none ({config.method})"
+    return f"{target} ({config.method}{f', {config.distribution}' if config.distribution else ''})"
 
 
 def initial_model(config: Config, data: Data) -> nn.Module:
@@ -269,57 +266,9 @@ def initial_model(config: Config, data: Data) -> nn.Module:
     return model
 
 
-def has_checkpoint(config: Config) -> bool:
-    """Return whether the run resumes from a checkpoint. Then the file of --pretrained is not needed and may be gone."""
-    return config.resume and bool(Checkpoints(Path(config.run_dir) / "checkpoints").steps())
-
-
 def memory_format(config: Config) -> torch.memory_format:
     """Return the memory format of images and of the weights of convolutions."""
     return torch.channels_last if config.channels_last else torch.contiguous_format
-
-
-def learning_rate(config: Config, steps: int, step: int) -> float:
-    """Return the learning rate of step number ``step``, counted from 0: the schedule at the middle of the step.
-
-    The paper's schedule, epoch-cosine, is constant within an epoch. During warmup it takes the schedule's value at the
-    epoch's end, later the value at the epoch's beginning.
-    """
-    progress = (step + 0.5) / (config.epochs * steps)
-    if config.lr_schedule == "epoch-cosine":
-        epoch = step // steps
-        progress = (epoch + 1 if epoch < config.warmup_epochs else epoch) / config.epochs
-    return config.lr * warmup_cosine(progress, config.warmup_epochs / config.epochs)
-
-
-def pruning_start(config: Config, steps: int) -> tuple[int | None, float]:
-    """Predict the epoch in which pruning starts. Until then only weight decay moves a very negative raw threshold.
-
-    Returns:
-        The epoch, counted from 1, or None if pruning does not start; and the raw threshold then, or at the end.
-    """
-    rates = (learning_rate(config, steps, step) for step in range(config.epochs * steps))
-    start = end = config.raw_threshold_init
-    for step, end in enumerate(decayed_thresholds(start, rates, config.weight_decay, config.momentum)):
-        if end > EFFECTIVE:
-            return step // steps + 1, end
-    return None, end
-
-
-def announce_pruning(config: Config, steps: int) -> None:
-    """Print in which epoch pruning will start, or warn that it will not."""
-    epoch, end = pruning_start(config, steps)
-    if epoch is None:
-        warn(
-            f"nothing will be pruned: weight decay moves the raw thresholds from {config.raw_threshold_init:g} to "
-            f"{end:.4g} in {config.epochs} epochs, and pruning starts above {EFFECTIVE:g}; "
-            "train longer, or raise --weight-decay or --raw-threshold-init"
-        )
-    elif config.raw_threshold_init < EFFECTIVE:
-        tell(
-            f"pruning will start in epoch {epoch} of {config.epochs}, when weight decay has moved the raw thresholds "
-            f"from {config.raw_threshold_init:g} to {EFFECTIVE:g}"
-        )
 
 
 if __name__ == "__main__":

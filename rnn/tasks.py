@@ -49,6 +49,10 @@ class Task(ABC):
         self.config, self.data, self.accelerator = config, data, accelerator
 
     @abstractmethod
+    def sizes(self) -> str:
+        """Return the sizes of the data for people."""
+
+    @abstractmethod
     def batches(self, epoch: int, start: int) -> Iterator[Any]:
         """Yield this process's part of an epoch's training batches, from batch number ``start`` on."""
 
@@ -90,6 +94,10 @@ class Classify(Task):
             )
         self.steps = examples // config.batch_size
         self.inputs, self.outputs = data.input_size, data.num_classes
+
+    def sizes(self) -> str:
+        parts = _parts(self.data, self.config.choose == "last")
+        return f"{parts} sequences, {self.inputs} numbers a step, {self.outputs} classes"
 
     def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
         size, seed = self.config.batch_size, self.config.seed
@@ -153,6 +161,9 @@ class Language(Task):
         self.inputs = self.outputs = len(data.vocabulary)
         # The streams' states, one for each part of a step (--accumulate). The first belongs to the next part.
         self._states: deque[State | None] = deque([None] * config.accumulate)
+
+    def sizes(self) -> str:
+        return f"{_parts(self.data, self.config.choose == 'last')} characters, {self.inputs} different ones"
 
     def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         if start == 0:
@@ -218,6 +229,12 @@ class Language(Task):
 def make_task(config: Config, data: Data | Text, accelerator: Accelerator) -> Task:
     """Return the task for the data; raise ``ValueError`` where the configuration does not fit the data."""
     return (Language if isinstance(data, Text) else Classify)(config, data, accelerator)
+
+
+def _parts(data: Data | Text, merged: bool) -> str:
+    """Return the lengths of the parts. With ``merged`` the training part contains the validation part."""
+    validation = f"{len(data.validation):,} validation{' (also trained on)' if merged else ''}"
+    return f"{len(data.train):,} training, {validation} and {len(data.test):,} test"
 
 
 def _generator(*numbers: int) -> torch.Generator:

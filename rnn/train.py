@@ -11,12 +11,13 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from str_triton import RankBudget, RankController, RankTarget, count_ranks, parameter_groups
-from str_triton.rnn.baselines import equal_ranks, given_ranks, svd_ranks
+from str_triton import LowRankWeight, RankBudget, count_ranks
+from str_triton.rnn.baselines import given_ranks, svd_ranks
 from str_triton.rnn.data import load
 from str_triton.rnn.finished_run import interface_of
+from str_triton.rnn.methods import END, build, make_optimizer, rank_target, target_text
 from str_triton.rnn.models import Architecture, architecture_of, compact, copy_weights
-from str_triton.rnn.recipes import PUBLISHED, RECIPES, RESUME_MAY_CHANGE, TARGETED, Config, recipe_for, resolve
+from str_triton.rnn.recipes import PUBLISHED, RECIPES, RESUME_MAY_CHANGE, Config, recipe_for, resolve
 from str_triton.rnn.tasks import Task, make_task
 from str_triton.training.command_line import CommandLine
 from str_triton.training.errors import as_user_error
@@ -24,6 +25,7 @@ from str_triton.training.interface import INTERFACE
 from str_triton.training.loop import Accelerator, Loop, StepOutput
 from str_triton.training.meter import Means
 from str_triton.training.metrics import Record
+from str_triton.training.opening import number
 from str_triton.training.report import report
 from str_triton.training.run import Run
 from str_triton.training.schedules import warmup_cosine
@@ -31,7 +33,6 @@ from str_triton.training.schedules import warmup_cosine
 PROGRAM = "train-rnn"
 PURPOSE = "Train a recurrent network with a learned rank that meets an exact target."
 COMMAND_LINE = CommandLine(PROGRAM, PURPOSE, RECIPES, recipe_for, RESUME_MAY_CHANGE, resolve, PUBLISHED)
-END = 0.5  # fraction of training after which the target holds; later cuts cost accuracy (docs/learned-rank.md)
 SETTLED = 0.9  # fraction of training after which the ranks of --method str count as final
 SPECTRUM = 64  # the maximum number of singular values of a matrix in the metrics of an epoch
 
@@ -92,6 +93,17 @@ class Experiment(Loop):
             architecture=architecture,
             budget=count_ranks(model),
         )
+
+    def facts(self) -> dict[str, str]:
+        config = self.config
+        layers = f"{number(config.layers, 'layer')} of {config.hidden_size} units"
+        ways = " in both directions" if config.bidirectional else ""
+        size = f"{self.budget.dense_params:,} parameters when dense"
+        return {
+            "data": f"{self.task.data.name}: {self.task.sizes()}",
+            "model": f"{config.cell}, {layers}{ways}: {size}",
+            "target": target_text(config),
+        }
 
     def batches(self, epoch: int, start: int) -> Iterator[Any]:
         with as_user_error(ValueError, OSError):
@@ -168,7 +180,9 @@ class Experiment(Loop):
 
     def status(self, epoch: int, means: Means) -> str:
         text = self.task.text(self.task.value(means))
-        return f"epoch {epoch + 1}/{self.config.epochs}  loss {means.loss:.3f}  {text}{rank_text(self.budget)}"
+        # Not `count_ranks`, which counts all parameters: this is called several times a second.
+        ranks = [module.rank for module in self.model.modules() if isinstance(module, LowRankWeight)]
+        return f"epoch {epoch + 1}/{self.config.epochs}  loss {means.loss:.3f}  {text}{rank_text(ranks)}"
 
     def finish(self, run: Run) -> None:
         """Test the chosen epoch's model, write the run's results and print its metric and cost."""
@@ -203,46 +217,10 @@ class Experiment(Loop):
         run.write("report.html", report(run.path))
         run.say(str(budget))
         run.say(
-            f"{self.task.text(figure)}{rank_text(budget)}  parameters {budget.params:,} of "
+            f"{self.task.text(figure)}{rank_text([row.rank for row in budget.rows])}  parameters {budget.params:,} of "
             f"{budget.dense_params:,} ({100 * budget.params / budget.dense_params:.1f} % of dense)  {seconds:.0f} s"
         )
         run.say(f"report: {run.path / 'report.html'}")
-
-
-def build(config: Config, architecture: Architecture) -> tuple[nn.Module, RankController | None]:
-    """Build the model that the method starts with, and the controller of --method str-exact (None otherwise).
-
-    Raises ``ValueError`` for a target that cannot be met.
-    """
-    if config.method == "str":
-        return architecture.build(gradient="masked", raw_threshold_init=config.raw_threshold_init), None
-    if config.method not in TARGETED:
-        return architecture.build(factorize="none"), None
-    random = torch.get_rng_state()
-    model = architecture.build()
-    if config.ranks is None:
-        controller = RankController(model, rank_target(config), end=END)  # checks the target
-        if config.method == "str-exact":
-            return model, controller
-        ranks = equal_ranks(model, rank_target(config))
-    else:
-        ranks = given_ranks(model, config.ranks)
-    torch.set_rng_state(random)  # the model above only served the checks
-    if config.method == "fixed":
-        return architecture.build(ranks=ranks), None
-    return architecture.build(factorize="none"), None
-
-
-def rank_target(config: Config) -> RankTarget:
-    """Return the target of the configuration."""
-    return RankTarget(total_rank=config.target_rank, params=config.target_params, compression=config.target_compression)
-
-
-def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Adam:
-    """Return Adam. Weight decay is a part of the gradient, as in the paper's formula."""
-    thresholds = config.spectrum_decay if config.method == "str" else None
-    groups = parameter_groups(model, config.weight_decay, thresholds, spectrum_weight_decay=config.spectrum_decay)
-    return torch.optim.Adam(groups, lr=config.lr)
 
 
 def cut_epoch(config: Config) -> int:
@@ -273,9 +251,9 @@ def learning_rate(config: Config, steps: int, step: int) -> float:
     return config.lr * warmup_cosine(progress, min(1.0, config.warmup_epochs / (end - begin)))
 
 
-def rank_text(budget: RankBudget) -> str:
-    """Return the total rank as the end of a status line, or "" where all matrices are dense."""
-    return f"  rank {budget.total_rank}" if budget.rows else ""
+def rank_text(ranks: Sequence[int]) -> str:
+    """Return the total of the matrices' ranks as the end of a status line, or "" where all matrices are dense."""
+    return f"  rank {sum(ranks)}" if ranks else ""
 
 
 def downsample(values: Tensor) -> list[float]:

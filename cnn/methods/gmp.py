@@ -36,11 +36,20 @@ class GMP(Masked):
         self.pruned = -1.0  # `done` of the last pruning; the same value again would change nothing
 
     def step(self, progress: float) -> None:
-        done = 1 - (1 - min(progress / self.END, 1)) ** 3
+        done = self._done(progress)
         if (self.steps % self.interval == 0 or done == 1) and done != self.pruned:
             self.prune(done)
         self.apply()
         super().step(progress)
+
+    def scheduled(self) -> dict[str, float]:
+        sizes = [weight.numel() for weight in self.weights]
+        final = 1 - (sum(self.keep) if self.total is None else self.total) / sum(sizes)
+        return {"sparsity": self._done(self.progress) * final}
+
+    def _done(self, progress: float) -> float:
+        """Return the share of the way from the dense network to the target that the schedule has gone."""
+        return 1 - (1 - min(progress / self.END, 1)) ** 3
 
     @torch.no_grad()
     def prune(self, done: float) -> None:

@@ -99,6 +99,7 @@ class SparsityController(OffsetController):
             model, target, example_input, count_flops=target.counts_flops or distribution == "flop-aware"
         )
         self._dense = costs.thresholded
+        self._whole = costs.flops if target.counts_flops else costs.thresholded + costs.others
         shared = len({id(layer.raw) for layer in self._layers}) < len(self._layers)
         if shared and (floor or distribution == "flop-aware" or target.by_layer):
             raise ValueError(
@@ -327,6 +328,18 @@ class SparsityController(OffsetController):
             if others:
                 keep = keep + sum(other.numel() for other in others) - nonzeros(others).sum()
         return keep
+
+    def scheduled(self) -> dict[str, float]:
+        """Return what the schedule asks for now, for a progress line. No weight is read.
+
+        {"sparsity": share of all covered weights} or {"flops_share": share of the dense model's multiply-adds}.
+        """
+        done = self._done()
+        if self.target.by_layer:
+            cut = sum(self._zeros(layer, done) for layer in self._layers)
+        else:
+            cut = round(done * (self._dense - self._keep))
+        return {"flops_share": 1 - cut / self._whole} if self.target.counts_flops else {"sparsity": cut / self._whole}
 
     def measure(self) -> dict[str, float]:
         return {"sparsity": present_sparsity(self._layers, self._others)}

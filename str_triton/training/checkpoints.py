@@ -5,12 +5,13 @@ import os
 import random
 import re
 import zipfile
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from str_triton.files import replacing
 from str_triton.training.errors import UserError, as_user_error, one_line, warn
@@ -146,3 +147,14 @@ def set_random_state_of(process: int, states: Sequence[dict[str, Any]]) -> None:
     random.seed(seeds[0])
     np.random.seed(seeds[1])
     torch.manual_seed(seeds[2])  # the GPUs' too
+
+
+def require_same_shapes(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Raise `UserError`, which names the first differing tensor, unless both state dicts have the same shapes."""
+    for key in (*own, *saved):
+        now, then = (list(state[key].shape) if key in state else "not there" for state in (own, saved))
+        if now != then:
+            raise UserError(
+                f"the checkpoint belongs to another network: the shape of {key} is {then} in it, {now} here; "
+                "resume with the data that the run began with"
+            )

@@ -23,13 +23,18 @@ def describe_environment(device: torch.device, num_processes: int = 1) -> dict[s
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
         "device": str(device),
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "device_name": device_name(device),
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "processes": num_processes,
     }
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of the GPU or of the processor."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
 
 
 def _version(name: str) -> str | None:

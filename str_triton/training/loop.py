@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -15,12 +15,14 @@ from accelerate.utils import broadcast, gather_object
 from torch import Tensor, nn
 from torch.linalg import LinAlgError
 
+from str_triton.training.checkpoints import require_same_shapes
 from str_triton.training.command_line import CommandLine
 from str_triton.training.config import TrainConfig, check_parts, make_accelerator
-from str_triton.training.errors import UserError, as_user_error
+from str_triton.training.errors import as_user_error
 from str_triton.training.job import only_first_process_prints, run_job
 from str_triton.training.meter import Means, Meter, Throughput
 from str_triton.training.metrics import Record
+from str_triton.training.opening import opening
 from str_triton.training.run import Run
 from str_triton.training.run_folder import RunFolder, default_run_dir
 
@@ -99,8 +101,13 @@ class Loop(ABC):
             RunFolder.check(run_dir, resume=config.resume)
         experiment = cls.prepare(config, accelerator)
         with Run.open(accelerator, plain, run_dir, resume=config.resume, program=command_line.command) as run:
+            run.say(opening(experiment.facts(), accelerator, run.path))
             experiment.train(run)
             experiment.finish(run)
+
+    @abstractmethod
+    def facts(self) -> dict[str, str]:
+        """Return what the first lines of a run say about data, model and target, by heading."""
 
     @abstractmethod
     def batches(self, epoch: int, start: int) -> Iterator[Any]:
@@ -278,17 +285,6 @@ class Loop(ABC):
                 self.controller.load_state_dict(state["controller"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-
-
-def require_same_shapes(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
-    """Raise `UserError`, which names the first differing tensor, unless both state dicts have the same shapes."""
-    for key in (*own, *saved):
-        now, then = (list(state[key].shape) if key in state else "not there" for state in (own, saved))
-        if now != then:
-            raise UserError(
-                f"the checkpoint belongs to another network: the shape of {key} is {then} in it, {now} here; "
-                "resume with the data that the run began with"
-            )
 
 
 def split(batch: Any, number: int) -> list[Any]:

@@ -270,6 +270,25 @@ def test_a_controller_measures_what_count_counts(target):
     assert controller.measure() == {"sparsity": pytest.approx(count(model, image).sparsity)}
 
 
+@pytest.mark.parametrize(
+    "target", [{"sparsity": 0.4}, {"nonzeros": 50}, {"flops_share": 0.6}, {"layers": {"0": 0.5, "2": 0.25}}]
+)
+@pytest.mark.parametrize("progress", [0.25, 0.5, 1.0])
+def test_what_the_schedule_asks_for_is_what_count_counts_when_it_is_exact(target: dict, progress: float):
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 8), nn.Linear(8, 2))
+    sparsify(model, exclude=["1"])
+    image = torch.randn(1, 8)
+    controller = SparsityController(model, Target(**target), begin=0.2, end=0.8, example_input=image)
+    controller.step(progress)
+    with controller.exact():
+        budget = count(model, image)
+    if "flops_share" in target:
+        one = 1 / budget.dense_flops
+        assert controller.scheduled() == {"flops_share": pytest.approx(budget.flops / budget.dense_flops, abs=one)}
+    else:
+        assert controller.scheduled() == {"sparsity": pytest.approx(budget.sparsity)}
+
+
 def test_a_rank_controller_measures_the_ranks():
     model = nn.Sequential(LowRankLinear(8, 6), LowRankLinear(6, 8))
     controller = RankController(model, RankTarget(total_rank=5))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from str_triton.cnn import evaluate, export, train
+from str_triton.cnn import evaluate, export, train, training_schedule
 from str_triton.cnn.recipes import RECIPES
 from str_triton.training.options import read_command, read_options
 from tests.check_commands import commands
@@ -51,5 +51,5 @@ def test_hours():
 def test_a_scaled_learning_rate_prunes_from_the_same_epoch():
     config = RECIPES["resnet50-str-90.23"]()
     scaled = type(config)(**{**vars(config), "batch_size": 1024, "lr": 4 * config.lr})
-    starts = [train.pruning_start(c, IMAGES // c.batch_size)[0] for c in (config, scaled)]
+    starts = [training_schedule.pruning_start(c, IMAGES // c.batch_size)[0] for c in (config, scaled)]
     assert starts[0] == starts[1]

@@ -13,6 +13,7 @@ from str_triton.cnn.methods import prepare
 from str_triton.cnn.methods.budget_file import layer_sparsities
 from str_triton.cnn.methods.dnw import DNW
 from str_triton.cnn.methods.gmp import GMP
+from str_triton.cnn.methods.keep_zeros import KeepZeros
 from str_triton.cnn.methods.rigl import RigL
 from str_triton.cnn.models import build
 from str_triton.cnn.recipes import METHODS, Config, digits, resolve
@@ -95,6 +96,25 @@ def test_a_target_that_leaves_a_layer_nothing_is_refused(method: str):
     message = r"2 of 1,288 weights .* 3 layers"
     with pytest.raises(ValueError, match=message):
         prepare(configure(method, target_sparsity=0.9985), net(), IMAGE)
+
+
+@pytest.mark.parametrize(("method", "way"), MASKED)
+def test_the_schedules_sparsity_is_the_counted_one(method: str, way: str):
+    model, controller, optimizer = begin(method, distribution=way, target_sparsity=0.9, mask_interval=None)
+    for first, last in ((0, 1), (1, 12)):
+        train(model, controller, optimizer, first, last, 12)
+        assert controller.scheduled() == {"sparsity": pytest.approx(count(model, IMAGE).sparsity, abs=2 / 1288)}
+    resumed = begin(method, distribution=way, target_sparsity=0.9, mask_interval=None)[1]
+    resumed.load_state_dict(controller.state_dict())
+    assert resumed.scheduled() == controller.scheduled()
+
+
+def test_the_zeros_that_are_kept_are_counted_once_and_after_resuming():
+    weight = nn.Parameter(torch.tensor([0.0, 1.0, 0.0, 2.0, 3.0]))
+    controller, resumed = KeepZeros({"w": weight}), KeepZeros({"w": nn.Parameter(torch.ones(5))})
+    assert controller.scheduled() == {"sparsity": pytest.approx(0.4)}
+    resumed.load_state_dict(controller.state_dict())
+    assert resumed.scheduled() == {"sparsity": pytest.approx(0.4)}
 
 
 # GMP.

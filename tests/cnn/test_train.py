@@ -81,8 +81,21 @@ def test_evaluation_and_checkpoints_see_the_schedules_exact_value(whole_run: Pat
     assert count(model, torch.zeros(1, 1, 8, 8)).sparsity == pytest.approx(0.9, abs=2e-5)
 
 
-def test_a_flop_target_is_a_share_of_dense(tmp_path: Path, quick: None):
+def test_a_flop_target_is_a_share_of_dense(tmp_path: Path, quick: None, capsys: pytest.CaptureFixture):
     assert begin(tmp_path / "run", "--target-flops", "0.1") == 0
+    said = capsys.readouterr().out.splitlines()
+    opening = dict(line.split(maxsplit=1) for line in said[:5])
+    assert list(opening) == ["data", "model", "target", "device", "folder"]
+    for heading, figures in {
+        "data": ["digits", "1,438", "359", "1x8x8", "10 classes"],
+        "model": ["resnet-digits", "76,704"],
+        "target": ["10.00 %", "str-exact", "fixed"],
+        "device": ["cpu", "thread"],
+        "folder": [str(tmp_path / "run")],
+    }.items():
+        assert all(figure in opening[heading] for figure in figures)
+    # The first of ten steps, before any evaluation: the cubic schedule at a tenth of training.
+    assert f"FLOPs {100 * (1 - 0.9 * (1 - (6 / 7) ** 3)):.2f} %" in said[5]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["flops"] == pytest.approx(0.1 * summary["dense_flops"], rel=1e-3)
 
@@ -90,7 +103,9 @@ def test_a_flop_target_is_a_share_of_dense(tmp_path: Path, quick: None):
 @pytest.mark.parametrize("method", ["dense", "str"])
 def test_methods_without_a_target(tmp_path: Path, quick: None, method: str, capsys: pytest.CaptureFixture):
     assert begin(tmp_path / "run", "--method", method) == 0
-    assert "nothing will be pruned" not in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert "nothing will be pruned" not in err
+    assert ("after epoch 1" in out) == (method == "str")  # the last count's sparsity: there is no schedule
     state = last_checkpoint(tmp_path / "run")
     assert state["controller"] is None
     raws = [value for name, value in state["model"].items() if name.endswith("raw_threshold")]

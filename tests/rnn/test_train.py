@@ -97,9 +97,14 @@ def test_baselines_take_given_ranks(tmp_path: Path, quick: None, method: str):
 def test_methods_without_a_target(tmp_path: Path, quick: None, method: str, capsys: pytest.CaptureFixture):
     decay = ["--spectrum-decay", "0.01"] if method == "str" else []
     assert begin(tmp_path / "run", "--method", method, *decay) == 0
-    assert ("  rank " in capsys.readouterr().out.split("\nmatrix ")[0]) == (
-        method == "str"
-    )  # a dense network has no rank
+    said = capsys.readouterr().out.split("\nmatrix ")[0]
+    assert ("  rank " in said) == (method == "str")  # a dense network has no rank
+    opening = dict(line.split(maxsplit=1) for line in said.splitlines()[:5])
+    assert list(opening) == ["data", "model", "target", "device", "folder"]
+    assert all(figure in opening["data"] for figure in ("japanese-vowels", "270", "370", "12 numbers", "9 classes"))
+    size = summary_of(tmp_path / "run")["dense_params"]
+    assert all(figure in opening["model"] for figure in ("gru", "8 units", "both directions", f"{size:,}"))
+    assert method in opening["target"]
     state = last_checkpoint(tmp_path / "run")
     assert state["controller"] is None
     raws = [value for name, value in state["model"].items() if name.endswith("raw_threshold")]

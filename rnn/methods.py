@@ -1,0 +1,61 @@
+"""The methods of rnn/train.py: the model that each begins with, its target and its optimizer."""
+
+import torch
+from torch import nn
+
+from str_triton import RankController, RankTarget, parameter_groups
+from str_triton.rnn.baselines import equal_ranks, given_ranks
+from str_triton.rnn.models import Architecture
+from str_triton.rnn.recipes import TARGETED, Config
+
+END = 0.5  # fraction of training after which the target holds; later cuts cost accuracy (docs/learned-rank.md)
+
+
+def build(config: Config, architecture: Architecture) -> tuple[nn.Module, RankController | None]:
+    """Build the model that the method starts with, and the controller of --method str-exact (None otherwise).
+
+    Raises ``ValueError`` for a target that cannot be met.
+    """
+    if config.method == "str":
+        return architecture.build(gradient="masked", raw_threshold_init=config.raw_threshold_init), None
+    if config.method not in TARGETED:
+        return architecture.build(factorize="none"), None
+    random = torch.get_rng_state()
+    model = architecture.build()
+    if config.ranks is None:
+        controller = RankController(model, rank_target(config), end=END)  # checks the target
+        if config.method == "str-exact":
+            return model, controller
+        ranks = equal_ranks(model, rank_target(config))
+    else:
+        ranks = given_ranks(model, config.ranks)
+    torch.set_rng_state(random)  # the model above only served the checks
+    if config.method == "fixed":
+        return architecture.build(ranks=ranks), None
+    return architecture.build(factorize="none"), None
+
+
+def rank_target(config: Config) -> RankTarget:
+    """Return the target of the configuration."""
+    return RankTarget(total_rank=config.target_rank, params=config.target_params, compression=config.target_compression)
+
+
+def target_text(config: Config) -> str:
+    """Return the method and its target in words."""
+    texts = {
+        "total rank": config.target_rank,
+        "ranks of the input and recurrent matrices": config.ranks,
+        "parameters": config.target_params,
+        "times fewer parameters": config.target_compression,
+    }
+    given = [
+        f"{name} {value:,}" if isinstance(value, int) else f"{name} {value}" for name, value in texts.items() if value
+    ]
+    return f"{given[0] if given else 'none'} ({config.method})"
+
+
+def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Adam:
+    """Return Adam. Weight decay is a part of the gradient, as in the paper's formula."""
+    thresholds = config.spectrum_decay if config.method == "str" else None
+    groups = parameter_groups(model, config.weight_decay, thresholds, spectrum_weight_decay=config.spectrum_decay)
+    return torch.optim.Adam(groups, lr=config.lr)
