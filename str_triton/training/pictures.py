@@ -1,5 +1,11 @@
-"""The report's pictures, as SVG with the page's font and text colour, light or dark."""
+"""The report's pictures, as SVG with the page's font and text colour, light or dark.
 
+Every picture is `WIDTH` points wide, so that the smallest text has 11 pixels or more on a phone of 390 pixels. On wide
+screens the page puts pictures side by side.
+"""
+
+import colorsys
+import html
 import io
 import re
 from collections.abc import Sequence
@@ -14,13 +20,15 @@ from str_triton.budget.budget import Budget, LayerBudget
 from str_triton.files import percent
 from str_triton.training.metrics import Record
 
-BLUE, ORANGE, GREY = "#3f87cf", "#e07b39", "#9aa3ad"
+WIDTH, FONT_SIZE = 360, 11.5
+BLUE, ORANGE, GREY = "#3f87cf", "#d2691e", "#7f8893"  # each contrasts 3:1 or more with the light and the dark page
+LUMINANCE = 0.2  # of the colours of layers, which contrast with both pages
 TEXT = "#010203"  # a placeholder for the page's text colour, used nowhere else in a picture
-LEGEND_LAYERS = 14
+LEGEND_LAYERS, NAME_LENGTH = 14, 22
 STYLE = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
-    "font.size": 9.5,
+    "font.size": FONT_SIZE,
     "text.color": TEXT,
     "axes.edgecolor": TEXT,
     "axes.labelcolor": TEXT,
@@ -29,36 +37,36 @@ STYLE = {
     "axes.linewidth": 0.6,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "axes.titlesize": 10.5,
+    "axes.titlesize": FONT_SIZE,
     "axes.titlelocation": "left",
     "grid.color": GREY,
     "grid.alpha": 0.3,
     "grid.linewidth": 0.6,
     "xtick.color": TEXT,
     "ytick.color": TEXT,
+    "xtick.labelsize": FONT_SIZE,
+    "ytick.labelsize": FONT_SIZE,
     "lines.linewidth": 1.8,
     "legend.frameon": False,
+    "legend.fontsize": FONT_SIZE,
 }
 
 
-def progress_picture(epochs: Sequence[Record]) -> str:
-    """Draw accuracy and sparsity after each epoch."""
+def progress_pictures(epochs: Sequence[Record]) -> list[str]:
+    """Draw accuracy, and sparsity, after each epoch."""
+    numbers = [record["epoch"] for record in epochs]
     with matplotlib.rc_context(STYLE):
-        figure = Figure((9.0, 2.9), layout="constrained")
-        accuracy, sparsity = figure.subplots(1, 2)
-        for axes in (accuracy, sparsity):
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        numbers = [record["epoch"] for record in epochs]
-        marker = "o" if len(epochs) < 3 else None
+        figure, axes = epoch_axes("Accuracy (%)")
         for key, colour, label in (("train_accuracy", GREY, "training"), ("accuracy", BLUE, "test")):
             values = [100 * record[key] for record in epochs]
-            accuracy.plot(numbers, values, color=colour, label=label, marker=marker, markersize=4)
-        accuracy.legend(loc="lower right")
-        accuracy.set(title="Accuracy (%)", xlabel="epoch")
+            axes.plot(numbers, values, color=colour, label=label, **markers(epochs))
+        axes.legend(loc="lower right")
+        pictures = [svg(figure, "Accuracy after each epoch")]
+        figure, axes = epoch_axes("Sparsity (% of the weights that are zero)")
         values = [100 * record["sparsity"] for record in epochs]
-        sparsity.plot(numbers, values, color=ORANGE, marker=marker, markersize=4)
-        sparsity.set(title="Sparsity (% of the weights that are zero)", xlabel="epoch", ylim=(-2, 102))
-        return svg(figure)
+        axes.plot(numbers, values, color=ORANGE, **markers(epochs))
+        axes.set_ylim(-2, 102)
+        return [*pictures, svg(figure, "Sparsity after each epoch")]
 
 
 def sparsity_picture(budget: Budget) -> str:
@@ -68,10 +76,10 @@ def sparsity_picture(budget: Budget) -> str:
         figure, axes = _layers(rows)
         axes.barh(range(len(rows)), [100 * row.sparsity for row in rows], color=BLUE, height=0.7)
         for index, row in enumerate(rows):
-            axes.annotate(percent(row.sparsity, 1).removesuffix(" %"), (101, index), (0, 0), **_BESIDE)
+            axes.annotate(percent(row.sparsity, 1).removesuffix(" %"), (101, index), (2, 0), **_BESIDE)
         axes.axvline(100 * budget.sparsity, color=ORANGE, linestyle="--", linewidth=1.4)
-        axes.set(xlabel=f"sparsity (%); dashed: the network, {percent(budget.sparsity)}", xlim=(0, 106))
-        return svg(figure)
+        axes.set(xlabel="sparsity (%)", xlim=(0, 130), xticks=range(0, 101, 25))
+        return svg(figure, "Sparsity of each layer")
 
 
 def threshold_picture(epochs: Sequence[Record], budget: Budget) -> str | None:
@@ -84,20 +92,12 @@ def threshold_picture(epochs: Sequence[Record], budget: Budget) -> str | None:
     if all(np.allclose(line, lines[names[0]], rtol=1e-3) for line in lines.values()):
         lines = {"all layers": lines[names[0]]}
     with matplotlib.rc_context(STYLE):
-        figure = Figure((9.0, 3.4), layout="constrained")
-        axes = figure.subplots()
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        colours = matplotlib.colormaps["viridis"]
-        marker = "o" if len(epochs) < 3 else None
-        for index, (name, values) in enumerate(lines.items()):
-            colour = colours(0.2 + 0.65 * index / max(1, len(lines) - 1))
-            axes.plot(numbers, values, color=colour, label=name, marker=marker, markersize=4)
-        if len(lines) <= LEGEND_LAYERS:
-            axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-        else:
-            axes.set_title("dark: first layers, bright: last layers")
-        axes.set(xlabel="epoch", ylabel="threshold", ylim=(0, None))
-        return svg(figure)
+        figure, axes = epoch_axes("Threshold", legend_lines=len(lines))
+        for (name, values), colour in zip(lines.items(), layer_colours(len(lines)), strict=True):
+            axes.plot(numbers, values, color=colour, label=short(name), **markers(epochs))
+        name_lines(figure, axes)
+        axes.set_ylim(0, None)
+        return svg(figure, "Threshold of each layer after each epoch")
 
 
 def flops_picture(budget: Budget) -> str:
@@ -105,35 +105,32 @@ def flops_picture(budget: Budget) -> str:
     rows = [row for row in budget.rows if row.dense_flops]
     with matplotlib.rc_context(STYLE):
         figure, axes = _layers(rows)
-        axes.barh(
-            range(len(rows)), [row.dense_flops for row in rows], color=GREY, height=0.7, alpha=0.55, label="dense"
-        )
-        axes.barh(range(len(rows)), [row.flops for row in rows], color=BLUE, height=0.7, label="sparse")
+        axes.barh(range(len(rows)), [row.dense_flops for row in rows], color=GREY, height=0.7, alpha=0.55)
+        axes.barh(range(len(rows)), [row.flops for row in rows], color=BLUE, height=0.7)
         for index, row in enumerate(rows):
             text = percent(row.flops / row.dense_flops, 1)
             axes.annotate(text, (row.dense_flops, index), (3, 0), **_BESIDE)
-        axes.set(xlabel="multiply-adds for one input", xlim=(0, 1.12 * max(row.dense_flops for row in rows)))
-        axes.xaxis.set_major_formatter(EngFormatter())
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
-        return svg(figure)
+        axes.set(xlabel="multiply-adds for one input", xlim=(0, 1.4 * max(row.dense_flops for row in rows)))
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        return svg(figure, "Multiply-adds of each layer")
 
 
 def size_picture(budget: Budget) -> str:
     """Draw the bytes of the weights: dense in float32, and sparse, with nonzeros in float32 and a bitmap."""
     dense, values, bitmap = 4 * budget.params, 4 * budget.nonzeros, budget.params / 8
     with matplotlib.rc_context(STYLE):
-        figure = Figure((9.0, 1.7), layout="constrained")
+        figure = Figure((WIDTH / 72, 1.5), layout="constrained")
         axes = figure.subplots()
         axes.barh(["sparse", "dense"], [values, dense], color=[BLUE, GREY], height=0.6)
         axes.barh(["sparse"], [bitmap], left=[values], color=ORANGE, height=0.6)
         for index, size in enumerate((values + bitmap, dense)):
             axes.annotate(size_text(size), (size, index), (4, 0), **_BESIDE)
-        axes.set(
-            xlim=(0, 1.12 * dense), xlabel="bytes of the weights; blue: nonzeros (float32), orange: one bit per weight"
-        )
+        axes.set(xlim=(0, 1.3 * dense), xlabel="bytes of the weights")
+        axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.xaxis.set_major_formatter(EngFormatter(unit="B"))
         axes.grid(axis="y", visible=False)
-        return svg(figure)
+        return svg(figure, "Bytes of the weights")
 
 
 def size_text(size: float) -> str:
@@ -145,25 +142,74 @@ def size_text(size: float) -> str:
     return f"{size:.3g} {unit}"
 
 
-_BESIDE = {"textcoords": "offset points", "va": "center", "ha": "left", "fontsize": 8.5}
+_BESIDE = {"textcoords": "offset points", "va": "center", "ha": "left"}
 
 
 def _layers(rows: Sequence[LayerBudget]) -> tuple[Figure, Axes]:
     """Return a figure and axes with one line per layer, the first on top."""
-    figure = Figure((9.0, 0.9 + 0.24 * len(rows)), layout="constrained")
+    figure = Figure((WIDTH / 72, 0.8 + 0.25 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    axes.set_yticks(range(len(rows)), [row.name or "(model)" for row in rows])
+    axes.set_yticks(range(len(rows)), [short(row.name) or "(model)" for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)
     return figure, axes
 
 
-def svg(figure: Figure) -> str:
-    """Return the figure as an <svg> element without a background that scales with the page."""
+def epoch_axes(title: str, *, legend_lines: int = 0) -> tuple[Figure, Axes]:
+    """Return a figure and axes over epochs, with room for a legend of so many lines below."""
+    lines = legend_lines if legend_lines <= LEGEND_LAYERS else 2
+    figure = Figure((WIDTH / 72, 2.8 + 0.11 * lines), layout="constrained")
+    axes = figure.subplots()
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.set(title=title, xlabel="epoch")
+    return figure, axes
+
+
+def name_lines(figure: Figure, axes: Axes) -> None:
+    """Put the names of the axes' lines below the picture, or explain the colours if there are too many names."""
+    lines = len(axes.get_lines())
+    if lines <= LEGEND_LAYERS:
+        figure.legend(loc="outside lower center", ncols=min(2, lines))
+    else:
+        figure.supxlabel("blue: first layers, orange: last layers", fontsize=FONT_SIZE)
+
+
+def markers(points: Sequence[object]) -> dict[str, object]:
+    """Return the markers of a line with so many points: one or two would be hard to see without."""
+    return {"marker": "o" if len(points) < 3 else None, "markersize": 4}
+
+
+def short(name: str) -> str:
+    """Return the end of a layer's name if it is too long for a picture."""
+    return name if len(name) <= NAME_LENGTH else f"…{name[1 - NAME_LENGTH :]}"
+
+
+def layer_colours(number: int) -> list[tuple[float, float, float]]:
+    """Return colours from blue over purple to orange, all of the luminance `LUMINANCE`."""
+    hues = np.linspace(0.58, 1.07, number) if number > 1 else [0.58]
+    return [_with_luminance(hue % 1.0) for hue in hues]
+
+
+def _with_luminance(hue: float) -> tuple[float, float, float]:
+    lightest, darkest = 1.0, 0.0
+    for _ in range(20):  # bisect the lightness
+        lightness = (lightest + darkest) / 2
+        colour = colorsys.hls_to_rgb(hue, lightness, 0.6)
+        lightest, darkest = (lightness, darkest) if luminance(colour) > LUMINANCE else (lightest, lightness)
+    return colour
+
+
+def luminance(colour: Sequence[float]) -> float:
+    """Return the relative luminance of an sRGB colour with parts in 0..1, as in WCAG 2."""
+    parts = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in colour]
+    return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
+
+
+def svg(figure: Figure, label: str) -> str:
+    """Return the figure as an <svg> element without a background that scales with the page. ``label`` describes it."""
     text = io.StringIO()
     figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     svg = text.getvalue()[text.getvalue().index("<svg") :].replace(TEXT, "currentColor")
-    return re.sub(
-        r'width="[\d.]+pt" height="[\d.]+pt"|height="[\d.]+pt" width="[\d.]+pt"', 'width="100%"', svg, count=1
-    )
+    size = r'width="[\d.]+pt" height="[\d.]+pt"|height="[\d.]+pt" width="[\d.]+pt"'
+    return re.sub(size, f'width="100%" role="img" aria-label="{html.escape(label)}"', svg, count=1)

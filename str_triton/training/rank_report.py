@@ -6,9 +6,9 @@ from typing import Any
 
 from str_triton.budget.rank_budget import RankBudget
 from str_triton.training.metrics import Record
-from str_triton.training.page import section, table
+from str_triton.training.page import pictures, section, table
 from str_triton.training.pictures import size_text
-from str_triton.training.rank_pictures import rank_picture, rank_progress_picture, spectrum_picture
+from str_triton.training.rank_pictures import rank_picture, rank_progress_pictures, spectrum_pictures
 
 SPECTRA = (
     "Each line is the singular value of a component after every epoch. Blue: kept at the end; grey: removed. "
@@ -44,11 +44,11 @@ def low_rank_sections(folder: Path, summary: Mapping[str, Any], epochs: Sequence
     name = "accuracy" if "accuracy" in summary else "bits_per_character"
     validated = summary[f"validation_{name}"] is not None
     label = "validation" if validated else "validation data, also trained on"
-    sections = [section("Progress", rank_progress_picture(epochs, name, label))]
+    sections = [section("Progress", pictures(*rank_progress_pictures(epochs, name, label)))]
     if budget.rows:
         sections += [
-            section("Ranks over time", rank_picture(epochs, [row.name for row in budget.rows])),
-            section("Spectra over time", spectrum_picture(epochs, budget), SPECTRA),
+            section("Ranks over time", pictures(rank_picture(epochs, [row.name for row in budget.rows]))),
+            section("Spectra over time", pictures(*spectrum_pictures(epochs, budget)), SPECTRA),
             section("Matrices", _matrix_table(budget)),
         ]
     return sections

@@ -8,10 +8,10 @@ from typing import Any
 from str_triton.budget.budget import Budget
 from str_triton.files import percent
 from str_triton.training.metrics import Record, read_metrics
-from str_triton.training.page import page, plain_table, section, table
+from str_triton.training.page import page, pictures, plain_table, section, table
 from str_triton.training.pictures import (
     flops_picture,
-    progress_picture,
+    progress_pictures,
     size_picture,
     size_text,
     sparsity_picture,
@@ -71,13 +71,15 @@ def _facts(summary: Mapping[str, Any], budget: Budget) -> dict[str, str]:
 
 def _sections(epochs: list[Record], budget: Budget) -> list[str]:
     thresholds = threshold_picture(epochs, budget)
+    dashed = f"Dashed: the whole network, {percent(budget.sparsity)}."
     flops = "Grey: dense. Blue: without the zeros; the number is the share of dense."
+    size = "Blue: nonzeros in float32. Orange: one bit per weight, which says where they are. Grey: all in float32."
     return [
-        section("Accuracy and sparsity over time", progress_picture(epochs)),
-        section("Sparsity by layer", sparsity_picture(budget)),
-        *([section("Thresholds over time", thresholds)] if thresholds else []),
-        section("FLOPs by layer", flops_picture(budget), flops),
-        section("Size of the weights", size_picture(budget)),
+        section("Accuracy and sparsity over time", pictures(*progress_pictures(epochs))),
+        section("Sparsity by layer", pictures(sparsity_picture(budget)), dashed),
+        *([section("Thresholds over time", pictures(thresholds))] if thresholds else []),
+        section("FLOPs by layer", pictures(flops_picture(budget)), flops),
+        section("Size of the weights", pictures(size_picture(budget)), size),
         section("Budget", _budget_table(budget), " ".join(budget.remarks())),
     ]
 

@@ -8,6 +8,7 @@ import pytest
 from str_triton.budget.rank_budget import MatrixBudget, RankBudget
 from str_triton.training.metrics import Metrics
 from str_triton.training.report import report
+from tests.training.test_report import require_readable
 
 BUDGET = RankBudget(
     [
@@ -50,10 +51,10 @@ def run_folder(folder: Path, name: str, *, epochs: int = 3, rows: int = 3, cut: 
 @pytest.mark.parametrize(
     ("name", "options", "pictures"),
     [
-        ("accuracy", {}, 3),
-        ("bits_per_character", {"epochs": 1}, 3),
-        ("accuracy", {"cut": 2, "rows": 1}, 3),
-        ("accuracy", {"rows": 0}, 1),
+        ("accuracy", {}, 6),
+        ("bits_per_character", {"epochs": 1}, 6),
+        ("accuracy", {"cut": 2, "rows": 1}, 4),
+        ("accuracy", {"rows": 0}, 2),
     ],
 )
 def test_the_page_has_its_pictures(tmp_path: Path, name: str, options: dict, pictures: int):
@@ -62,6 +63,7 @@ def test_the_page_has_its_pictures(tmp_path: Path, name: str, options: dict, pic
     assert len(found) == pictures
     for picture in found:
         ElementTree.fromstring(picture)
+        require_readable(picture)
 
 
 def test_the_page_shows_the_figures(tmp_path: Path):

@@ -1,14 +1,28 @@
+import itertools
 import json
 import re
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from matplotlib.colors import to_rgb
 
 from str_triton.budget.budget import Budget, LayerBudget
 from str_triton.training.metrics import Metrics
-from str_triton.training.pictures import TEXT, size_text
+from str_triton.training.page import STYLE
+from str_triton.training.pictures import (
+    BLUE,
+    GREY,
+    NAME_LENGTH,
+    ORANGE,
+    TEXT,
+    layer_colours,
+    luminance,
+    short,
+    size_text,
+)
 from str_triton.training.report import report
 
 BUDGET = Budget(
@@ -67,11 +81,63 @@ def test_the_page_is_whole_and_self_contained(tmp_path: Path, epochs: int, thres
     assert tags.open == []
     assert all(source.startswith("#") for source in tags.sources)
     pictures = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
-    assert len(pictures) == (5 if thresholds else 4)
+    assert len(pictures) == (6 if thresholds else 5)
     for picture in pictures:
         ElementTree.fromstring(picture)
     assert TEXT not in page
     assert "currentColor" in pictures[0]
+
+
+PHONE = 390 - 2 * 16  # pixels of a picture on a phone: the page's margins are 1 rem
+
+
+def require_readable(picture: str) -> None:
+    """Check that no text of a picture is smaller than 11 pixels on a phone."""
+    width = float(re.search(r'viewBox="0 0 ([\d.]+) ', picture)[1])
+    sizes = [float(size) for size in re.findall(r"font(?:-size)?: ([\d.]+)px", picture)]
+    assert sizes
+    assert min(sizes) * PHONE / width >= 11
+
+
+def test_pictures_are_readable_on_a_phone(tmp_path: Path):
+    page = report(run_folder(tmp_path, epochs=3, thresholds=True))
+    for picture in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
+        require_readable(picture)
+    assert "main { padding: 1.5rem 1rem" in page
+
+
+def test_wide_tables_scroll_and_say_so(tmp_path: Path):
+    page = report(run_folder(tmp_path, epochs=2, thresholds=True))
+    assert len(re.findall(r'<p class="hint">[^<]+</p><div class="wide" tabindex="0"><table>', page)) == 1
+    assert page.count('<table class="plain">') == 2  # these wrap
+
+
+def contrast(one: Sequence[float], other: Sequence[float]) -> float:
+    darker, lighter = sorted((luminance(one), luminance(other)))
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+@pytest.mark.parametrize("page", re.findall(r"--page: (#\w+)", STYLE))
+@pytest.mark.parametrize("colour", [BLUE, ORANGE, GREY, *layer_colours(1), *layer_colours(12)])
+def test_colours_are_seen_on_the_light_and_on_the_dark_page(page: str, colour: str | tuple[float, float, float]):
+    assert contrast(to_rgb(colour), to_rgb(page)) >= 3
+
+
+def test_neighbouring_layers_have_different_colours():
+    colours = layer_colours(8)
+    steps = [sum(abs(a - b) for a, b in zip(one, two, strict=True)) for one, two in itertools.pairwise(colours)]
+    assert min(steps) > 0.05
+
+
+def test_contrast_is_that_of_wcag():
+    assert contrast((0, 0, 0), (1, 1, 1)) == pytest.approx(21)
+    assert luminance(to_rgb("#808080")) == pytest.approx(0.2159, abs=1e-4)
+
+
+def test_long_names_are_cut_at_the_front():
+    assert short("blocks.1.conv2") == "blocks.1.conv2"
+    assert short("encoder.layers.11.self_attention.out_proj") == "…lf_attention.out_proj"
+    assert len(short("x" * 80)) == NAME_LENGTH
 
 
 def test_the_page_shows_the_figures(tmp_path: Path):
