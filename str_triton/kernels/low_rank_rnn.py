@@ -27,6 +27,7 @@ from str_triton.kernels.time_loop import (
     store,
     store_saved,
     store_tiles,
+    tile,
     time_index,
     to_compute,
     up,
@@ -56,7 +57,7 @@ def low_rank_rnn_forward_kernel(
     p_x, p_w, p_v, p_bias, p_scale, p_h0, p_c0, p_lengths, p_outputs, p_c, p_p, p_saved, p_state,
     steps, batch, hidden, rank,
     STEP: tl.constexpr, GATES: tl.constexpr, BIASES: tl.constexpr, SAVED: tl.constexpr, SCALARS: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr, REVERSE: tl.constexpr, SAVE: tl.constexpr, RESIDENT: tl.constexpr, AHEAD: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, REVERSE: tl.constexpr, SAVE: tl.constexpr, RESIDENT: tl.constexpr,
     WHOLE: tl.constexpr, PRECISION: tl.constexpr, APPROX: tl.constexpr, COMPUTE: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -75,22 +76,17 @@ def low_rank_rnn_forward_kernel(
 
     # The state and p = V^T h, which each step leaves for the next.
     if RESIDENT:
-        i_h = tl.arange(0, BLOCK_H)
-        o_h, exists = row * hidden + i_h[:, None], (i_h < hidden)[:, None]
-        o_x, o_s = row * (GATES * hidden) + i_h[:, None], row * (SAVED * hidden) + i_h[:, None]
-        m_h = (lengths > 0) & exists
+        i_h, exists, m_h, o_h, o_x, o_s = tile(0, lengths, row, hidden, GATES, SAVED, BLOCK_H)
         w, v = load_factor(p_w, i_h, hidden, rank, GATES, BLOCK_R), load_rows(p_v, i_h, hidden, rank, BLOCK_R)
         bias = to_compute(load_tiles(p_bias + i_h[:, None], hidden, exists, BIASES), COMPUTE)
         state = load(p_s0 + o_h, m_h, COMPUTE)
         p = tl.sum(down(v, load(p_h0 + o_h, m_h, COMPUTE), zero, PRECISION, COMPUTE), axis=0)
-        if AHEAD:
-            t = time_index(0, steps, REVERSE)
-            x = load_tiles(p_x + (t * batch + first) * (GATES * hidden) + o_x, hidden, (t < lengths) & exists, GATES)
+        t = time_index(0, steps, REVERSE)
+        x = load_tiles(p_x + (t * batch + first) * (GATES * hidden) + o_x, hidden, (t < lengths) & exists, GATES)
     else:
         pieces = zero
         for start in range(0, hidden, BLOCK_H):
-            i_h = start + tl.arange(0, BLOCK_H)
-            o_h, m_h = row * hidden + i_h[:, None], (lengths > 0) & (i_h < hidden)[:, None]
+            i_h, _, m_h, o_h, _, _ = tile(start, lengths, row, hidden, GATES, SAVED, BLOCK_H)
             h = load(p_h0 + o_h, m_h, COMPUTE)
             store(p_state + o_h, load(p_s0 + o_h, m_h, COMPUTE), m_h)
             pieces = down(load_rows(p_v, i_h, hidden, rank, BLOCK_R), h, pieces, PRECISION, COMPUTE)
@@ -105,26 +101,21 @@ def low_rank_rnn_forward_kernel(
         if SAVE:
             store(p_p + at * rank + row * rank + i_r, p, active & (i_r < rank))
         if RESIDENT:
-            if AHEAD:  # The next step's gates are on their way while this step computes.
-                t = time_index(step + 1, steps, REVERSE)
-                m_x = (t < lengths) & exists & (step + 1 < steps)
-                x_next = load_tiles(p_x + (t * batch + first) * (GATES * hidden) + o_x, hidden, m_x, GATES)
-            else:
-                x = load_tiles(p_x + at * (GATES * hidden) + o_x, hidden, active & exists, GATES)
+            # The next step's gates are on their way while this step computes.
+            t = time_index(step + 1, steps, REVERSE)
+            m_x = (t < lengths) & exists & (step + 1 < steps)
+            x_next = load_tiles(p_x + (t * batch + first) * (GATES * hidden) + o_x, hidden, m_x, GATES)
             state, pieces = _forward(
                 x, p, state, zero, w, v, bias, scale, p_outputs + at * hidden, p_step,
                 o_h, o_s, hidden, active & exists, active,
                 STEP, HAS_LENGTHS, SAVE, WHOLE, PRECISION, APPROX, COMPUTE,
             )  # fmt: skip
-            if AHEAD:
-                x = x_next
+            x = x_next
         else:
             pieces = zero
             for start in range(0, hidden, BLOCK_H):
-                i_h = start + tl.arange(0, BLOCK_H)
-                o_h, exists = row * hidden + i_h[:, None], (i_h < hidden)[:, None]
-                o_x, o_s = row * (GATES * hidden) + i_h[:, None], row * (SAVED * hidden) + i_h[:, None]
-                m_h, mask = (lengths > 0) & exists, active & exists
+                i_h, exists, m_h, o_h, o_x, o_s = tile(start, lengths, row, hidden, GATES, SAVED, BLOCK_H)
+                mask = active & exists
                 w, v = load_factor(p_w, i_h, hidden, rank, GATES, BLOCK_R), load_rows(p_v, i_h, hidden, rank, BLOCK_R)
                 bias = to_compute(load_tiles(p_bias + i_h[:, None], hidden, exists, BIASES), COMPUTE)
                 x = load_tiles(p_x + at * (GATES * hidden) + o_x, hidden, mask, GATES)
@@ -143,8 +134,7 @@ def low_rank_rnn_forward_kernel(
             store(p_c + o_h, state, m_h)
         else:
             for start in range(0, hidden, BLOCK_H):
-                i_h = start + tl.arange(0, BLOCK_H)
-                o_h, m_h = row * hidden + i_h[:, None], (lengths > 0) & (i_h < hidden)[:, None]
+                i_h, _, m_h, o_h, _, _ = tile(start, lengths, row, hidden, GATES, SAVED, BLOCK_H)
                 store(p_c + o_h, load(p_state + o_h, m_h, COMPUTE), m_h)
 
 
@@ -204,10 +194,8 @@ def low_rank_rnn_backward_kernel(
         sums += (tl.zeros([BLOCK_H, BLOCK_B], COMPUTE),)
 
     if RESIDENT:
-        i_h = tl.arange(0, BLOCK_H)
+        i_h, exists, m_h, o_h, o_x, _ = tile(0, lengths, row, hidden, GATES, SAVED, BLOCK_H)
         w, v = load_factor(p_w, i_h, hidden, rank, GATES, BLOCK_R), load_rows(p_v, i_h, hidden, rank, BLOCK_R)
-        o_h, o_x, exists = row * hidden + i_h[:, None], row * (GATES * hidden) + i_h[:, None], (i_h < hidden)[:, None]
-        m_h = (lengths > 0) & exists
         carry = load(p_grad_s + o_h, m_h, COMPUTE)
         if AHEAD:
             loaded = load_step(
@@ -216,8 +204,7 @@ def low_rank_rnn_backward_kernel(
             )  # fmt: skip
     else:
         for start in range(0, hidden, BLOCK_H):
-            i_h = start + tl.arange(0, BLOCK_H)
-            o_h, m_h = row * hidden + i_h[:, None], (lengths > 0) & (i_h < hidden)[:, None]
+            i_h, _, m_h, o_h, _, _ = tile(start, lengths, row, hidden, GATES, SAVED, BLOCK_H)
             store(p_state + o_h, load(p_grad_s + o_h, m_h, COMPUTE), m_h)
         tl.debug_barrier()
 
@@ -247,11 +234,8 @@ def low_rank_rnn_backward_kernel(
         else:
             pieces = zero
             for start in range(0, hidden, BLOCK_H):
-                i_h = start + tl.arange(0, BLOCK_H)
+                i_h, exists, m_h, o_h, o_x, _ = tile(start, lengths, row, hidden, GATES, SAVED, BLOCK_H)
                 w, v = load_factor(p_w, i_h, hidden, rank, GATES, BLOCK_R), load_rows(p_v, i_h, hidden, rank, BLOCK_R)
-                o_h, o_x = row * hidden + i_h[:, None], row * (GATES * hidden) + i_h[:, None]
-                exists = (i_h < hidden)[:, None]
-                m_h = (lengths > 0) & exists
                 loaded = load_step(
                     t, lengths, exists, True, first, steps, batch, hidden, row, i_h,
                     p_grad_outputs, p_outputs, p_saved, p_s0, REVERSE, SAVED, HAS_C, WHOLE, SPLIT,
@@ -269,8 +253,7 @@ def low_rank_rnn_backward_kernel(
     for i in tl.static_range(SCALARS):
         tl.store(p_grad_scale + tl.program_id(0) * SCALARS + i, tl.sum(tl.sum(sums[i], axis=1), axis=0))
     for start in range(0, hidden, BLOCK_H):
-        i_h = start + tl.arange(0, BLOCK_H)
-        o_h, m_h = row * hidden + i_h[:, None], (lengths > 0) & (i_h < hidden)[:, None]
+        i_h, _, m_h, o_h, _, _ = tile(start, lengths, row, hidden, GATES, SAVED, BLOCK_H)
         if not RESIDENT:
             v, carry = load_rows(p_v, i_h, hidden, rank, BLOCK_R), load(p_state + o_h, m_h, COMPUTE)
         grad = up(v, grad_p, PRECISION, COMPUTE)

@@ -5,6 +5,18 @@ import triton.language as tl
 
 
 @triton.jit
+def tile(start, lengths, row, hidden, GATES: tl.constexpr, SAVED: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Return the hidden units of a tile, masks of those that exist and of those with a step to do, and offsets.
+
+    The offsets are those within a step's h, x and saved tiles.
+    """
+    i_h = start + tl.arange(0, BLOCK_H)
+    exists = (i_h < hidden)[:, None]
+    o_h, o_x, o_s = row * hidden, row * (GATES * hidden), row * (SAVED * hidden)
+    return i_h, exists, (lengths > 0) & exists, o_h + i_h[:, None], o_x + i_h[:, None], o_s + i_h[:, None]
+
+
+@triton.jit
 def load(pointers, mask, COMPUTE: tl.constexpr):
     """Load values in the dtype of the arithmetic, with 0 where the mask is off."""
     return tl.load(pointers, mask=mask, other=0).to(COMPUTE)

@@ -12,10 +12,6 @@ BLOCK = 1024  # Elements per program: the same for every shape, so that a list g
 # ---- one tensor ---------------------------------------------------------------------------------------------------
 
 
-def _compute_dtype(x: Tensor, raw: Tensor) -> torch.dtype:
-    return torch.promote_types(torch.promote_types(x.dtype, raw.dtype), torch.float32)
-
-
 def _blocks(cols: int) -> int:
     return -(-cols // BLOCK)
 

@@ -81,9 +81,26 @@ class Backward:
         return self.v.new_empty(self.size, self.schedule.batch, width * len(self.v))
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """Return float64 for float64, else float32."""
-    return torch.promote_types(x.dtype, torch.float32)
+def coupled_backward(run: Backward, begin: Callable, a: Tensor, a_n: Tensor, keep: Tensor) -> tuple:
+    """Return the backward of a cell whose last gate takes R h + bias times another gate, as a GRU's n does.
+
+    `begin` forms the coefficients of a chunk of time. dh times a [size, batch, gates, H] is the gradient of R h + bias,
+    dh times a_n that of the last gate's part of gates_x. dh times `keep` reaches the state before without a product.
+    """
+    hidden, v_t, w, (dh,), dhs = len(run.v), run.v.t(), run.w, run.grad_states, run.chunk(1)
+
+    def step(k, grad, grad_gates, grad_flat, grad_p):
+        count = len(grad)
+        dh_t = torch.add(dh[:count], grad, out=dhs[k, :count])
+        torch.mul(a[k, :count], dh_t.unsqueeze(1), out=grad_gates)
+        torch.mm(grad_flat, w, out=grad_p)
+        torch.mul(dh_t, keep[k, :count], out=dh[:count]).addmm_(grad_p, v_t)
+
+    def end(span, begin, end):
+        torch.mul(dhs[span], a_n[span], out=run.grad_x[begin:end, :, run.grad_x.shape[2] - hidden :])
+        run.schedule.blank(run.grad_x[begin:end], begin)
+
+    return (run.grad_x.unflatten(2, a.shape[2:]), run.grad_x), begin, step, end
 
 
 def grad_v(outputs: Tensor, h0: Tensor, grad_p: Tensor, lengths: Tensor | None, reverse: bool) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from str_triton.ops.soft_threshold import DTYPES
+from str_triton.ops.tensors import check_tensors
 
 PRECISIONS = ("ieee", "tf32", "tf32x3")
 
@@ -22,12 +22,7 @@ def check(
     factors: u, m, v. biases: None, or as many elements as `u` has rows over their number. scalars: of one element.
     """
     others = {**factors, **scalars, **{name: bias for name, bias in biases.items() if bias is not None}, **states}
-    for name, tensor in {"gates_x": gates_x, **others}.items():
-        if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES:
-            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"{name} must be a tensor of float16, bfloat16, float32 or float64, got {kind}")
-        if tensor.device != gates_x.device:
-            raise ValueError(f"{name} is on {tensor.device}, gates_x on {gates_x.device}: move them to one device")
+    check_tensors({"gates_x": gates_x, **others})
     for name, state in states.items():
         if state.dtype != gates_x.dtype:
             raise TypeError(f"{name} is {state.dtype}, gates_x {gates_x.dtype}: give both in one dtype")

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from str_triton.ops.low_rank_cell import CELLS, Backward, Cell, compute_dtype, grad_v
+from str_triton.ops.low_rank_cell import CELLS, Backward, Cell, grad_v
 from str_triton.ops.schedule import Schedule, with_ones
+from str_triton.ops.tensors import compute_dtype
 
 
 def forward(

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from str_triton.ops.low_rank_cell import CELLS, Cell, compute_dtype, grad_v
+from str_triton.ops.low_rank_cell import CELLS, Cell, grad_v
 from str_triton.ops.low_rank_checks import check_lengths, rnn_precision
 from str_triton.ops.low_rank_plan import layout, padded, saved_shape
+from str_triton.ops.tensors import compute_dtype
 
 
 def shared_memory_limit(device: torch.device) -> int | None:
@@ -119,7 +120,6 @@ def _options(
         "HAS_LENGTHS": lengths is not None,
         "REVERSE": reverse,
         "RESIDENT": plan.kind == "resident",
-        "AHEAD": plan.ahead,
         "WHOLE": plan.kind == "resident" and plan.block_hidden == padded(len(v)),
         # Most of AMD's chips have no TF32.
         "PRECISION": (precision or rnn_precision()) if v.dtype == torch.float32 and kind == "nvidia" else "ieee",
@@ -131,6 +131,7 @@ def _options(
         "BLOCK_R": plan.block_rank,
         "num_warps": plan.warps,
         "num_stages": 1,
+        **({"AHEAD": plan.ahead} if backward else {}),
     }
 
 

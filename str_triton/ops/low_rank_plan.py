@@ -7,7 +7,7 @@ import torch
 
 from str_triton.ops.low_rank_cell import CELLS, Cell
 from str_triton.ops.low_rank_checks import check_precision, rnn_precision
-from str_triton.ops.soft_threshold import DTYPES
+from str_triton.ops.tensors import DTYPES
 
 TILE_BYTES = 8 * 1024  # Of one factor, where factors are streamed.
 LARGEST_RANK = 512

@@ -9,31 +9,22 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from str_triton.ops import differentiable, low_rank_cpu, low_rank_gpu, vmap
-from str_triton.ops.low_rank_cell import CELLS, Cell, compute_dtype
+from str_triton.ops import low_rank_cpu, low_rank_gpu
+from str_triton.ops.low_rank_cell import CELLS, Cell
 from str_triton.ops.low_rank_checks import check, check_precision
 from str_triton.ops.low_rank_plan import saved_shape
-from str_triton.ops.soft_threshold import known_signature
+from str_triton.ops.registration import differentiable, function, op
+from str_triton.ops.tensors import compute_dtype
 
 # ---- registration -------------------------------------------------------------------------------------------------
 
-_LIBRARY = torch.library.Library("str_triton", "FRAGMENT")
-_LIBRARY.define(
+
+@op(
     "low_rank_rnn(str cell, Tensor gates_x, Tensor w, Tensor v, Tensor bias, Tensor scale, Tensor[] states, "
-    "Tensor? lengths, bool reverse, bool save, str? precision) -> Tensor[]"
+    "Tensor? lengths, bool reverse, bool save, str? precision) -> Tensor[]",
+    low_rank_cpu.forward,
+    low_rank_gpu.forward,
 )
-_LIBRARY.define(
-    "low_rank_rnn_backward(str cell, Tensor grad_outputs, Tensor[] grad_states, Tensor? gates_x, Tensor outputs, "
-    "Tensor p, Tensor saved, Tensor w, Tensor v, Tensor bias, Tensor scale, Tensor[] states, Tensor? lengths, "
-    "bool reverse, str? precision) -> Tensor[]"
-)
-_LIBRARY.impl("low_rank_rnn", low_rank_cpu.forward, "CPU")
-_LIBRARY.impl("low_rank_rnn", low_rank_gpu.forward, "CUDA")
-_LIBRARY.impl("low_rank_rnn_backward", low_rank_cpu.backward, "CPU")
-_LIBRARY.impl("low_rank_rnn_backward", low_rank_gpu.backward, "CUDA")
-
-
-@torch.library.register_fake("str_triton::low_rank_rnn")
 def _(cell, gates_x, w, v, bias, scale, states, lengths, reverse, save, precision):
     steps, batch, _ = gates_x.shape
     hidden, rank = v.shape
@@ -49,23 +40,26 @@ def _(cell, gates_x, w, v, bias, scale, states, lengths, reverse, save, precisio
     return [outputs, *finals, p, saved]
 
 
-@torch.library.register_fake("str_triton::low_rank_rnn_backward")
+@op(
+    "low_rank_rnn_backward(str cell, Tensor grad_outputs, Tensor[] grad_states, Tensor? gates_x, Tensor outputs, "
+    "Tensor p, Tensor saved, Tensor w, Tensor v, Tensor bias, Tensor scale, Tensor[] states, Tensor? lengths, "
+    "bool reverse, str? precision) -> Tensor[]",
+    low_rank_cpu.backward,
+    low_rank_gpu.backward,
+)
 def _(cell, grad_outputs, grad_states, gates_x, outputs, p, saved, w, v, bias, scale, states, lengths, *options):
     grad_x = outputs.new_empty(*outputs.shape[:2], CELLS[cell].gates * outputs.shape[2])
     return [grad_x, *(torch.empty_like(tensor) for tensor in (w, v, bias, scale, *states))]
 
 
-vmap.register("str_triton::low_rank_rnn_backward")
-
-
 # ---- autograd -----------------------------------------------------------------------------------------------------
 
 
+@function
 class _LowRankRNN(torch.autograd.Function):
     """Outputs and the last states, and what their backward needs."""
 
     @staticmethod
-    @known_signature
     def forward(cell, lengths, reverse, precision, gates_x, w, v, bias, scale, *states):
         arguments = (cell, gates_x, w, v, bias, scale, list(states), lengths, reverse, True, precision)
         return tuple(torch.ops.str_triton.low_rank_rnn(*arguments))
@@ -95,17 +89,13 @@ class _LowRankRNN(torch.autograd.Function):
         )  # fmt: skip
         return None, None, None, None, *grads
 
-    @staticmethod
-    def vmap(info, in_dims, *arguments):
-        return vmap.loop(_LowRankRNN.apply)(info, in_dims, *arguments)
-
 
 def _differentiable(cell, gates_x, w, v, bias, scale, states, lengths, reverse, save, precision):
     results = _LowRankRNN.apply(cell, lengths, reverse, precision, gates_x, w, v, bias, scale, *states)
     return list(results)
 
 
-differentiable.register(_LIBRARY, "low_rank_rnn", _differentiable)
+differentiable("low_rank_rnn", _differentiable)
 
 
 # ---- what the public functions share ------------------------------------------------------------------------------

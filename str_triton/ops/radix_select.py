@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from str_triton.ops.layout import _starts
+from str_triton.ops.registration import op
 from str_triton.ops.soft_threshold_many import tables
 
 BINS = 256
@@ -84,21 +85,17 @@ def _tables(values: list[Tensor], costs: list[int]) -> tuple[Tensor, Tensor, Ten
 
 # ---- registration -------------------------------------------------------------------------------------------------
 
-_LIBRARY = torch.library.Library("str_triton", "FRAGMENT")
-_LIBRARY.define("radix_select_histogram(Tensor[] values, int[] costs, Tensor prefix, int shift) -> Tensor")
-_LIBRARY.define("radix_select_least(Tensor[] values, Tensor cut) -> Tensor")
-_LIBRARY.impl("radix_select_histogram", _histogram, "CPU")
-_LIBRARY.impl("radix_select_histogram", _histogram_triton, "CUDA")
-_LIBRARY.impl("radix_select_least", _least, "CPU")
-_LIBRARY.impl("radix_select_least", _least_triton, "CUDA")
 
-
-@torch.library.register_fake("str_triton::radix_select_histogram")
+@op(
+    "radix_select_histogram(Tensor[] values, int[] costs, Tensor prefix, int shift) -> Tensor",
+    _histogram,
+    _histogram_triton,
+)
 def _(values, costs, prefix, shift):
     return prefix.new_empty(BINS)
 
 
-@torch.library.register_fake("str_triton::radix_select_least")
+@op("radix_select_least(Tensor[] values, Tensor cut) -> Tensor", _least, _least_triton)
 def _(values, cut):
     return torch.empty_like(cut)
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from str_triton.ops import differentiable, vmap
-from str_triton.ops.soft_threshold import DTYPES, known_signature  # and registers the op that thresholds the spectrum
+from str_triton.ops import soft_threshold  # noqa: F401  registers the op that thresholds the spectrum
+from str_triton.ops.registration import differentiable, function, op
+from str_triton.ops.tensors import check_tensors, compute_dtype
 from str_triton.ops.thresholds import threshold_function
 
 # ---- reference, and CPU implementation ----------------------------------------------------------------------------
@@ -23,7 +24,7 @@ from str_triton.ops.thresholds import threshold_function
 def _decompose(w: Tensor, raw: Tensor, g: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the thin SVD U, sigma, V^T, and s = S(sigma). The spectrum of a matrix that is not finite is NaN."""
     finite = w.isfinite().flatten(1).all(1)
-    w = torch.where(finite[:, None, None], w, 0).to(_compute_dtype(w, raw))
+    w = torch.where(finite[:, None, None], w, 0).to(compute_dtype(w, raw))
     u, sigma, vh = torch.linalg.svd(w, full_matrices=False)
     sigma = torch.where(finite[:, None], sigma, torch.nan)
     alpha = threshold_function(g).value(raw.to(u.dtype))
@@ -77,10 +78,6 @@ def _divided_differences(sigma: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tens
     return minus, plus, s / torch.where(s != 0, sigma, 1)
 
 
-def _compute_dtype(w: Tensor, raw: Tensor) -> torch.dtype:
-    return torch.promote_types(torch.promote_types(w.dtype, raw.dtype), torch.float32)
-
-
 def _no_autocast(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
@@ -125,41 +122,36 @@ def _dot_precision(dtype: torch.dtype) -> str:
 
 # ---- registration -------------------------------------------------------------------------------------------------
 
-_LIBRARY = torch.library.Library("str_triton", "FRAGMENT")
-_LIBRARY.define(
-    "singular_value_threshold(Tensor w, Tensor raw, str g) -> (Tensor out, Tensor u, Tensor sigma, Tensor vh, Tensor s)"
-)
-_LIBRARY.define(
-    "singular_value_threshold_backward("
-    "Tensor grad, Tensor u, Tensor sigma, Tensor vh, Tensor s, Tensor raw, str g) -> (Tensor grad_w, Tensor grad_raw)"
-)
-_LIBRARY.impl("singular_value_threshold", _forward, "CPU")
-_LIBRARY.impl("singular_value_threshold", _forward_triton, "CUDA")
-_LIBRARY.impl("singular_value_threshold_backward", _backward, "CPU")
-_LIBRARY.impl("singular_value_threshold_backward", _backward, "CUDA")
 
-
-@torch.library.register_fake("str_triton::singular_value_threshold")
+@op(
+    "singular_value_threshold(Tensor w, Tensor raw, str g) -> "
+    "(Tensor out, Tensor u, Tensor sigma, Tensor vh, Tensor s)",
+    _forward,
+    _forward_triton,
+)
 def _(w, raw, g):
-    u, sigma, vh = torch.linalg.svd(w.to(_compute_dtype(w, raw)), full_matrices=False)
+    u, sigma, vh = torch.linalg.svd(w.to(compute_dtype(w, raw)), full_matrices=False)
     return w.new_empty(w.shape), u, sigma, vh, torch.empty_like(sigma)
 
 
-@torch.library.register_fake("str_triton::singular_value_threshold_backward")
+@op(
+    "singular_value_threshold_backward(Tensor grad, Tensor u, Tensor sigma, Tensor vh, Tensor s, Tensor raw, str g) -> "
+    "(Tensor grad_w, Tensor grad_raw)",
+    _backward,
+    _backward,
+)
 def _(grad, u, sigma, vh, s, raw, g):
     return grad.new_empty(grad.shape), torch.empty_like(raw)
 
 
-vmap.register("str_triton::singular_value_threshold_backward")
-
 # ---- autograd -----------------------------------------------------------------------------------------------------
 
 
+@function
 class _SingularValueThreshold(torch.autograd.Function):
     """The result, and what its backward needs."""
 
     @staticmethod
-    @known_signature
     def forward(w, raw, g):
         return torch.ops.str_triton.singular_value_threshold(w, raw, g)
 
@@ -178,12 +170,8 @@ class _SingularValueThreshold(torch.autograd.Function):
             return None, None, None
         return *torch.ops.str_triton.singular_value_threshold_backward(grad, *ctx.saved_tensors, ctx.g), None
 
-    @staticmethod
-    def vmap(info, in_dims, *arguments):
-        return vmap.loop(_SingularValueThreshold.apply)(info, in_dims, *arguments)
 
-
-differentiable.register(_LIBRARY, "singular_value_threshold", _SingularValueThreshold.apply)
+differentiable("singular_value_threshold", _SingularValueThreshold.apply)
 
 
 # ---- public function ----------------------------------------------------------------------------------------------
@@ -236,14 +224,9 @@ def singular_value_threshold(w: Tensor, raw_threshold: Tensor, *, g: str = "exp"
 
 
 def _check(w: Tensor, raw: Tensor) -> None:
-    for name, tensor in (("w", w), ("raw_threshold", raw)):
-        if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES:
-            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"{name} must be a tensor of float16, bfloat16, float32 or float64, got {kind}")
+    check_tensors({"w": w, "raw_threshold": raw})
     if w.dim() < 2:
         raise ValueError(f"w must be a matrix or a batch of matrices, got shape {tuple(w.shape)}")
-    if raw.device != w.device:
-        raise ValueError(f"raw_threshold is on {raw.device}, w on {w.device}: move them to one device")
     per_matrix = (*w.shape[:-2], 1, 1)
     if raw.numel() != 1 and raw.shape != per_matrix:
         raise ValueError(

@@ -10,20 +10,18 @@ dtype of the arithmetic, laid out like x if there is one per weight; the gradien
 s needs no gradient.
 """
 
-import inspect
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from str_triton.ops import differentiable, vmap
-from str_triton.ops.layout import BLOCK, _blocks, _compute_dtype, _flat, _laid_out, _prepared, _rows
+from str_triton.ops.layout import BLOCK, _blocks, _flat, _laid_out, _prepared, _rows
+from str_triton.ops.registration import differentiable, function, op
 from str_triton.ops.shards import is_sharded, threshold_shards
+from str_triton.ops.tensors import check_tensors, compute_dtype
 from str_triton.ops.thresholds import threshold_function
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PIECE = 1 << 19  # Elements at a time on the CPU: few enough for its caches, enough for all of its threads.
 GRADIENTS = ("masked", "straight_through")
 
@@ -112,43 +110,31 @@ def _backward_triton(grad: Tensor, out: Tensor, slope: Tensor | None, masked: bo
 
 # ---- registration -------------------------------------------------------------------------------------------------
 
-_LIBRARY = torch.library.Library("str_triton", "FRAGMENT")
-_LIBRARY.define("soft_threshold(Tensor x, Tensor alpha) -> Tensor")
-_LIBRARY.define("soft_threshold_backward(Tensor grad, Tensor out, Tensor? slope, bool masked) -> (Tensor, Tensor)")
-_LIBRARY.impl("soft_threshold", _forward, "CPU")
-_LIBRARY.impl("soft_threshold", _forward_triton, "CUDA")
-_LIBRARY.impl("soft_threshold_backward", _backward, "CPU")
-_LIBRARY.impl("soft_threshold_backward", _backward_triton, "CUDA")
 
-
-@torch.library.register_fake("str_triton::soft_threshold")
+@op("soft_threshold(Tensor x, Tensor alpha) -> Tensor", _forward, _forward_triton)
 def _(x, alpha):
     return torch.empty_like(x)
 
 
-@torch.library.register_fake("str_triton::soft_threshold_backward")
+@op(
+    "soft_threshold_backward(Tensor grad, Tensor out, Tensor? slope, bool masked) -> (Tensor, Tensor)",
+    _backward,
+    _backward_triton,
+)
 def _(grad, out, slope, masked):
     grad_x = torch.empty_like(out) if masked else out.new_empty(0)
     return grad_x, out.new_empty(0) if slope is None else torch.empty_like(slope)
 
 
-vmap.register("str_triton::soft_threshold_backward")
-
 # ---- autograd -----------------------------------------------------------------------------------------------------
 
 
-def known_signature(function: Callable) -> Callable:
-    """Keep a Function's forward's signature, which `torch.autograd.Function.apply` would work out at every call."""
-    function.__signature__ = inspect.signature(function)
-    return function
-
-
+@function
 class _SoftThreshold(torch.autograd.Function):
     @staticmethod
-    @known_signature
     def forward(x, raw, g, masked, learned):
         x, raw = _prepared(x, raw)
-        return torch.ops.str_triton.soft_threshold(x, threshold_function(g).value(raw.to(_compute_dtype(x, raw))))
+        return torch.ops.str_triton.soft_threshold(x, threshold_function(g).value(raw.to(compute_dtype(x, raw))))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -164,38 +150,15 @@ class _SoftThreshold(torch.autograd.Function):
             return grad, None, None, None, None
         slope = None
         if learned:
-            slope = threshold_function(ctx.g).derivative(_prepared(out, raw)[1].to(_compute_dtype(out, raw)))
+            slope = threshold_function(ctx.g).derivative(_prepared(out, raw)[1].to(compute_dtype(out, raw)))
         grad_x, grad_raw = torch.ops.str_triton.soft_threshold_backward(
             _laid_out(grad, out.stride()), out, slope, ctx.masked
         )
         return grad_x if ctx.masked else grad, grad_raw.to(raw.dtype) if learned else None, None, None, None
 
-    @staticmethod
-    def vmap(info, in_dims, *arguments):
-        return vmap.loop(_SoftThreshold.apply)(info, in_dims, *arguments)
 
-
-class _Op(torch.autograd.Function):
-    """The registered op as a function of alpha, with the masked gradient."""
-
-    @staticmethod
-    def forward(ctx, x, alpha):
-        out = torch.ops.str_triton.soft_threshold(x, alpha)
-        ctx.save_for_backward(out, alpha)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        out, alpha = ctx.saved_tensors
-        slope = torch.ones_like(alpha) if ctx.needs_input_grad[1] else None
-        grad_x, grad_alpha = torch.ops.str_triton.soft_threshold_backward(
-            _laid_out(grad, out.stride()), out, slope, True
-        )
-        return grad_x, None if slope is None else grad_alpha
-
-
-differentiable.register(_LIBRARY, "soft_threshold", _Op.apply)
+# The registered op is a function of alpha, with the masked gradient.
+differentiable("soft_threshold", lambda x, alpha: _SoftThreshold.apply(x, alpha, "identity", True, True))
 
 
 # ---- public function ----------------------------------------------------------------------------------------------
@@ -255,12 +218,7 @@ def _check_options(g: str, gradient: str) -> None:
 
 
 def _check_pair(x: Tensor, raw: Tensor) -> None:
-    for name, tensor in (("x", x), ("raw_threshold", raw)):
-        if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES:
-            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"{name} must be a tensor of float16, bfloat16, float32 or float64, got {kind}")
-    if raw.device != x.device:
-        raise ValueError(f"raw_threshold is on {raw.device}, x on {x.device}: move them to one device")
+    check_tensors({"x": x, "raw_threshold": raw})
     if raw.numel() != 1 and raw.shape != x.shape and raw.shape != (*x.shape[:1], *[1] * (x.dim() - 1)):
         rows = f"({', '.join(map(str, (*x.shape[:1], *[1] * (x.dim() - 1))))})"
         raise ValueError(

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from str_triton.ops import differentiable, vmap
 from str_triton.ops.layout import (
     BLOCK,
     _blocks,
-    _compute_dtype,
+    _flat,
     _flat_buffer,
     _flat_starts,
     _joined,
@@ -29,7 +28,9 @@ from str_triton.ops.layout import (
     _threshold_views,
     _view,
 )
-from str_triton.ops.soft_threshold import _backward, _check_options, _check_pair, _forward, known_signature
+from str_triton.ops.registration import differentiable, function, op
+from str_triton.ops.soft_threshold import _backward, _check_options, _check_pair, _forward
+from str_triton.ops.tensors import compute_dtype
 from str_triton.ops.thresholds import threshold_function
 
 NUMBERS = 64  # Integers per launch of the kernel that writes a table.
@@ -172,42 +173,34 @@ def _written(numbers: tuple[int, ...], device: torch.device, stream: int) -> Ten
 
 # ---- registration -------------------------------------------------------------------------------------------------
 
-_LIBRARY = torch.library.Library("str_triton", "FRAGMENT")
-_LIBRARY.define("soft_threshold_many(Tensor[] xs, Tensor alpha, int[] thresholds) -> Tensor")
-_LIBRARY.define(
-    "soft_threshold_many_backward(Tensor[] grads, Tensor flat, Tensor? slope, int[] thresholds, bool masked)"
-    " -> (Tensor, Tensor)"
-)
-_LIBRARY.impl("soft_threshold_many", _forward_many, "CPU")
-_LIBRARY.impl("soft_threshold_many", _forward_many_triton, "CUDA")
-_LIBRARY.impl("soft_threshold_many_backward", _backward_many, "CPU")
-_LIBRARY.impl("soft_threshold_many_backward", _backward_many_triton, "CUDA")
 
-
-@torch.library.register_fake("str_triton::soft_threshold_many")
+@op("soft_threshold_many(Tensor[] xs, Tensor alpha, int[] thresholds) -> Tensor", _forward_many, _forward_many_triton)
 def _(xs, alpha, thresholds):
     return xs[0].new_empty(_flat_starts(xs)[1])
 
 
-@torch.library.register_fake("str_triton::soft_threshold_many_backward")
+@op(
+    "soft_threshold_many_backward(Tensor[] grads, Tensor flat, Tensor? slope, int[] thresholds, bool masked)"
+    " -> (Tensor, Tensor)",
+    _backward_many,
+    _backward_many_triton,
+)
 def _(grads, flat, slope, thresholds, masked):
     return flat.new_empty(flat.shape if masked else 0), flat.new_empty(0) if slope is None else torch.empty_like(slope)
 
 
-vmap.register("str_triton::soft_threshold_many_backward")
-
 # ---- autograd -----------------------------------------------------------------------------------------------------
 
 
+@function
 class _SoftThresholdMany(torch.autograd.Function):
     """The flat buffer, for the backward alone, and the results."""
 
     @staticmethod
-    @known_signature
     def forward(count, g, masked, *tensors):
         pairs = [_prepared(x, raw) for x, raw in zip(tensors[:count], tensors[count:], strict=True)]
         xs, raws = [x for x, _ in pairs], [raw for _, raw in pairs]
-        alpha = threshold_function(g).value(_joined(xs, raws).to(_compute_dtype(xs[0], raws[0])))
+        alpha = threshold_function(g).value(_joined(xs, raws).to(compute_dtype(xs[0], raws[0])))
         flat = torch.ops.str_triton.soft_threshold_many(xs, alpha, [raw.numel() for raw in raws])
         return flat, *(_view(flat, x, start) for x, start in zip(xs, _flat_starts(xs)[0], strict=True))
 
@@ -233,7 +226,7 @@ class _SoftThresholdMany(torch.autograd.Function):
         grad_raws, thresholds, slope = [None] * len(raws), [raw.numel() for raw in raws], None
         if learned:
             prepared = [_prepared(grad, raw)[1] for grad, raw in zip(grads, raws, strict=True)]
-            slope = threshold_function(ctx.g).derivative(_joined(grads, prepared).to(_compute_dtype(flat, raws[0])))
+            slope = threshold_function(ctx.g).derivative(_joined(grads, prepared).to(compute_dtype(flat, raws[0])))
         if ctx.masked or learned:
             grad_flat, grad_raw = torch.ops.str_triton.soft_threshold_many_backward(
                 grads, flat, slope, thresholds, ctx.masked
@@ -245,36 +238,15 @@ class _SoftThresholdMany(torch.autograd.Function):
             grads = [_view(grad_flat, grad, start) for grad, start in zip(grads, _flat_starts(grads)[0], strict=True)]
         return None, None, None, *grads, *grad_raws
 
-    @staticmethod
-    def vmap(info, in_dims, *arguments):
-        return vmap.loop(_SoftThresholdMany.apply)(info, in_dims, *arguments)
+
+def _differentiable(xs: list[Tensor], alpha: Tensor, thresholds: list[int]) -> Tensor:
+    """Compute the registered op, a function of alpha, with the masked gradient."""
+    views = _threshold_views(alpha, xs, thresholds)
+    _, *outs = _SoftThresholdMany.apply(len(xs), "identity", True, *xs, *views)
+    return torch.cat([piece for out in outs for piece in (_flat(out), out.new_zeros(-out.numel() % 16))])
 
 
-class _Op(torch.autograd.Function):
-    """The registered op as a function of xs and alpha, with the masked gradient."""
-
-    @staticmethod
-    def forward(ctx, alpha, thresholds, *xs):
-        flat = torch.ops.str_triton.soft_threshold_many(list(xs), alpha, thresholds)
-        ctx.save_for_backward(flat, alpha)
-        ctx.thresholds, ctx.layouts = thresholds, [torch.empty_like(x, device="meta") for x in xs]
-        return flat
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        flat, alpha = ctx.saved_tensors
-        starts, grad = _flat_starts(ctx.layouts)[0], grad.contiguous()
-        grads = [_view(grad, layout, start) for layout, start in zip(ctx.layouts, starts, strict=True)]
-        grad_flat, grad_alpha = torch.ops.str_triton.soft_threshold_many_backward(
-            grads, flat, torch.ones_like(alpha), ctx.thresholds, True
-        )
-        return grad_alpha, None, *(_view(grad_flat, x, start) for x, start in zip(ctx.layouts, starts, strict=True))
-
-
-differentiable.register(
-    _LIBRARY, "soft_threshold_many", lambda xs, alpha, thresholds: _Op.apply(alpha, thresholds, *xs)
-)
+differentiable("soft_threshold_many", _differentiable)
 
 
 # ---- public function ----------------------------------------------------------------------------------------------

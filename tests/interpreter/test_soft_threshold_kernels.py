@@ -35,7 +35,7 @@ def assert_close(got: Tensor, want: Tensor, magnitude: float = 1.0) -> None:
 
 def numbers(x: Tensor, raw: Tensor, g: str) -> tuple[Tensor, Tensor]:
     """alpha and the slope, as the ops get them."""
-    raw = raw.to(ops._compute_dtype(x, raw))
+    raw = raw.to(ops.compute_dtype(x, raw))
     return threshold_function(g).value(raw), threshold_function(g).derivative(raw)
 
 

@@ -1,8 +1,4 @@
-"""The FastGRNN of the low-rank recurrent ops.
-
-Source: Kusupati et al., "FastGRNN: A Fast, Accurate, Stable and Tiny Kilobyte Sized Gated Recurrent Neural Network",
-NeurIPS 2018; the low-rank form with a learned rank: Kusupati et al., ICML 2020, section 3.3.
-Derivation of the backward: docs/derivations.md.
+"""The FastGRNN of the low-rank recurrent ops. docs/derivations.md derives its backward.
 
 The registered op sees both biases in one tensor, (bias_gate | bias_update), and scale = (sigmoid(zeta), sigmoid(nu)).
 """
@@ -103,40 +99,19 @@ def low_rank_fastgrnn(
         h' = (sigmoid(zeta) (1 - z) + sigmoid(nu)) c + z h
 
     The gate z and the candidate c share both matrices: gates_x and u have H columns and rows, no stack of gates.
-    Arithmetic is float64 if gates_x is, else float32, under autocast too. NaN at a step makes its sequence NaN from
-    there on. The same inputs give the same bits.
 
     Args:
-        gates_x: [T, B, H], W x at all steps, no bias in it. float16, bfloat16, float32 or float64. T is at least 1.
-        u: [H, r].
-        m: [r], the spectrum as it applies: already thresholded.
-        v: [H, r].
+        gates_x: [T, B, H], W x at all steps, no bias in it.
+        u, m, v: [H, r], [r] and [H, r].
         bias_gate, bias_update: [H], those of z and c; None for none.
         zeta, nu: one element of any shape, raw: the op applies the sigmoid.
-        h0: [B, H], the state before each sequence's first step, in gates_x's dtype.
-        lengths: int64 [B], each sequence's number of steps, 1 to T, in any order, on the CPU or gates_x's device;
-            None if all are T. What lies behind a sequence's end is not read. A CUDA graph takes those on the device.
-        reverse: run from each sequence's last step to its first. Outputs stay at their own time index.
-        precision: of float32 products on an NVIDIA GPU: "ieee", "tf32", or "tf32x3" (three TF32 products, nearly as
-            exact as "ieee"); None follows torch's own layers, `torch.backends.cudnn.rnn.fp32_precision`.
+        h0: [B, H], the state before each sequence's first step.
 
-    u, m, v, biases, zeta and nu may have other dtypes of these four; u m, v and the biases are rounded to gates_x's.
-
-    Returns:
-        outputs [T, B, H], the state after every step, 0 behind a sequence's end, and h [B, H], the state after each
-        sequence's last processed step. Differentiable once with respect to every tensor but lengths, by
-        autograd or `torch.func.grad`; `torch.func.vmap` loops over the batch.
-
-    Raises:
-        TypeError: an argument that is no tensor of one of these dtypes; h0 of another dtype than gates_x; lengths of
-            another dtype than int64.
-        ValueError: shapes that do not fit one another, no time step, tensors on different devices, lengths outside 1
-            to T (checked where that does not wait for a GPU), unknown precision.
+    Everything else, also dtypes, results and errors, is as in `low_rank_gru`.
 
     Source: Kusupati et al., NeurIPS 2018 (arXiv 1901.02358), equations 3 to 5; Kusupati et al., ICML 2020 (arXiv
     2002.03231), section 3.3.
     """
-    biases = {"bias_gate": bias_gate, "bias_update": bias_update}
     biases = {"bias_gate": bias_gate, "bias_update": bias_update}
     scalars, states = {"zeta": zeta, "nu": nu}, {"h0": h0}
     outputs, (h,) = run(FASTGRNN, gates_x, u, m, v, biases, scalars, states, lengths, reverse, precision)

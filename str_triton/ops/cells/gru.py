@@ -1,14 +1,9 @@
-"""The GRU of the low-rank recurrent ops.
-
-Source: Cho et al., "Learning Phrase Representations using RNN Encoder-Decoder", EMNLP 2014, in torch's variant (the
-reset gate after the product); the low-rank form: Kusupati et al., ICML 2020, section 3.3.
-Derivation of the backward: docs/derivations.md.
-"""
+"""The GRU of the low-rank recurrent ops. docs/derivations.md derives its backward."""
 
 import torch
 from torch import Tensor
 
-from str_triton.ops.low_rank_cell import Backward, Cell
+from str_triton.ops.low_rank_cell import Backward, Cell, coupled_backward
 from str_triton.ops.low_rank_rnn import run
 from str_triton.ops.schedule import Schedule, with_ones
 
@@ -31,25 +26,13 @@ def _forward(schedule: Schedule, gates_x: Tensor, w: Tensor, v: Tensor, bias: Te
 
 
 def _backward(run: Backward) -> tuple:
-    hidden, v_t, w, (dh,) = len(run.v), run.v.t(), run.w, run.grad_states
-    a, a_n, dhs = (run.chunk(width) for width in (3, 1, 1))
-    a_by_gate, z = a.unflatten(2, (3, hidden)), run.q[..., hidden : 2 * hidden]
+    hidden = len(run.v)
+    a, a_n = (run.chunk(width) for width in (3, 1))
 
     def begin(span, begin, end, previous):
         _coefficients(a[span], a_n[span], run.q[span], run.gates_x[begin:end], previous)
 
-    def step(k, grad, grad_gates, grad_flat, grad_p):
-        count = len(grad)
-        dh_t = torch.add(dh[:count], grad, out=dhs[k, :count])
-        torch.mul(a_by_gate[k, :count], dh_t.unsqueeze(1), out=grad_gates)
-        torch.mm(grad_flat, w, out=grad_p)
-        torch.mul(dh_t, z[k, :count], out=dh[:count]).addmm_(grad_p, v_t)
-
-    def end(span, begin, end):
-        torch.mul(dhs[span], a_n[span], out=run.grad_x[begin:end, :, 2 * hidden :])
-        run.schedule.blank(run.grad_x[begin:end], begin)
-
-    return (run.grad_x.unflatten(2, (3, hidden)), run.grad_x), begin, step, end
+    return coupled_backward(run, begin, a.unflatten(2, (3, hidden)), a_n, keep=run.q[..., hidden : 2 * hidden])
 
 
 def _coefficients(a: Tensor, a_n: Tensor, gates: Tensor, gates_x: Tensor, previous: Tensor) -> None:

@@ -1,9 +1,4 @@
-"""The LSTM of the low-rank recurrent ops.
-
-Source: Hochreiter, Schmidhuber, "Long Short-Term Memory", Neural Computation 9(8), 1997, with the forget gate of Gers
-et al., 2000, as torch has it; the low-rank form: Kusupati et al., ICML 2020, section 3.3.
-Derivation of the backward: docs/derivations.md.
-"""
+"""The LSTM of the low-rank recurrent ops. docs/derivations.md derives its backward."""
 
 import torch
 from torch import Tensor
@@ -103,38 +98,21 @@ def low_rank_lstm(
         c' = f c + i g
         h' = o tanh(c')
 
-    which are torch.nn.LSTM's equations, gates in its order (i, f, g, o). Arithmetic is float64 if gates_x is, else
-    float32, under autocast too. NaN at a step makes its sequence NaN from there on. The same inputs give the same bits.
+    which are torch.nn.LSTM's equations, gates in its order (i, f, g, o).
 
     Args:
-        gates_x: [T, B, 4 H], the input's part of the gates at all steps, torch's input bias b_ih included. float16,
-            bfloat16, float32 or float64. T is at least 1.
-        u: [4 H, r], rows in the order of the gates.
-        m: [r], the spectrum as it applies: already thresholded.
-        v: [H, r].
+        gates_x: [T, B, 4 H], the input's part of the gates at all steps, torch's input bias b_ih included.
+        u, m, v: [4 H, r], rows in the order of the gates; [r]; [H, r].
         bias: [4 H], torch's recurrent bias b_hh; None for none.
-        h0, c0: [B, H], the states before each sequence's first step, in gates_x's dtype.
-        lengths: int64 [B], each sequence's number of steps, 1 to T, in any order, on the CPU or gates_x's device;
-            None if all are T. What lies behind a sequence's end is not read. A CUDA graph takes those on the device.
-        reverse: run from each sequence's last step to its first. Outputs stay at their own time index.
-        precision: of float32 products on an NVIDIA GPU: "ieee", "tf32", or "tf32x3" (three TF32 products, nearly as
-            exact as "ieee"); None follows torch's own layers, `torch.backends.cudnn.rnn.fp32_precision`.
-
-    u, m, v and bias may have other dtypes of these four; u m, v and bias are rounded to gates_x's.
+        h0, c0: [B, H], the states before each sequence's first step.
 
     Returns:
-        outputs [T, B, H], h after every step, 0 behind a sequence's end, and (h, c), each [B, H]: the states after each
-        sequence's last processed step. Differentiable once with respect to every tensor but lengths, by
-        autograd or `torch.func.grad`; `torch.func.vmap` loops over the batch.
+        outputs [T, B, H], h after every step, and (h, c), each [B, H], after each sequence's last processed step.
 
-    Raises:
-        TypeError: an argument that is no tensor of one of these dtypes; h0 or c0 of another dtype than gates_x;
-            lengths of another dtype than int64.
-        ValueError: shapes that do not fit one another, no time step, tensors on different devices, lengths outside 1
-            to T (checked where that does not wait for a GPU), unknown precision.
+    Everything else, also dtypes and errors, is as in `low_rank_gru`.
 
-    Source: Hochreiter, Schmidhuber, Neural Computation 9(8), 1997, as torch has it; Kusupati et al., ICML 2020 (arXiv
-    2002.03231), section 3.3.
+    Source: Hochreiter, Schmidhuber, Neural Computation 9(8), 1997, with the forget gate of Gers et al., 2000, as torch
+    has it; Kusupati et al., ICML 2020 (arXiv 2002.03231), section 3.3.
     """
     states = {"h0": h0, "c0": c0}
     outputs, (h, c) = run(LSTM, gates_x, u, m, v, {"bias": bias}, {}, states, lengths, reverse, precision)
