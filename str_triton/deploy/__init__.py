@@ -5,7 +5,7 @@ from str_triton.deploy.hub import from_pretrained, push_to_hub, save_pretrained
 from str_triton.deploy.model_card import model_card
 from str_triton.deploy.onnx_export import OnnxFile, export_onnx, onnx_translations
 from str_triton.deploy.pack import inspect, pack, unpack
-from str_triton.deploy.sparse import SparseModel, compile_sparse, load_sparse
+from str_triton.deploy.sparse import QuantizedModel, SparseModel, compile_sparse, load_sparse, quantize
 from str_triton.deploy.state_files import Checkpoint, read_checkpoint
 from str_triton.deploy.summary import PackedSummary, PackedTensor
 from str_triton.deploy.torch_files import read_torch_file
@@ -16,6 +16,7 @@ __all__ = [
     "OnnxFile",
     "PackedSummary",
     "PackedTensor",
+    "QuantizedModel",
     "SparseModel",
     "compile_sparse",
     "export_c",
@@ -27,6 +28,7 @@ __all__ = [
     "onnx_translations",
     "pack",
     "push_to_hub",
+    "quantize",
     "read_checkpoint",
     "read_torch_file",
     "save_pretrained",

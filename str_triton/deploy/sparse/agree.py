@@ -9,11 +9,15 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from str_triton.deploy.sparse.graph.nodes import Graph
+from str_triton.deploy.sparse.graph.pools import AvgPool, Mean
+from str_triton.deploy.sparse.graph.quantized import QuantizedConvolution, QuantizedLinear, QuantizedMean
 from str_triton.deploy.sparse.graph.signature import Signature
 from str_triton.deploy.sparse.state import Buffers
 
 ROUNDING = 1e-4  # of the largest value: what float32 may differ by
 DOUBT = 1e-2  # of the largest value: where a model differs from itself in float64 by more, that one is another model
+FLIPS = 5e-2  # of the largest value: what codes that are rounded the other way may make of a network
 SLACK = 10.0  # a network may differ from float64 by so many times what the model itself does
 
 
@@ -47,6 +51,32 @@ def difference(model: nn.Module, network: Callable, calls: Sequence[tuple[tuple,
     finally:
         buffers.restore()
     return None
+
+
+def integer_difference(model: nn.Module, network: Callable, calls: Sequence[tuple[tuple, dict]]) -> str | None:
+    """Return how a compiled network on integers differs from its reference in a row of calls; None if it does not.
+
+    The outputs must be equal. Only where layers in float32 stand between may one be rounded to the next code, and the
+    difference is then FLIPS of the largest value at most.
+    """
+    exact = is_integral(model.graph)
+    for args, kwargs in calls:
+        wanted, found = (pytree.tree_leaves(run(*clone(args), **clone(kwargs))) for run in (model, network))
+        for ours, theirs in zip(found, wanted, strict=True):
+            if not _alike(ours, theirs):
+                return "other shapes"
+            if isinstance(ours, Tensor) and not torch.equal(ours.nan_to_num(), theirs.nan_to_num()):
+                error = float((ours - theirs).nan_to_num().abs().max() / theirs.nan_to_num().abs().max())
+                if exact or not error <= FLIPS:
+                    return f"by {error:.2g} of the largest value"
+    return None
+
+
+def is_integral(graph: Graph) -> bool:
+    """Check that a graph's layers all run on integers, and torch computes what lies between in the same way always."""
+    floats = (AvgPool, Mean)
+    is_float = any(isinstance(node, floats) and not isinstance(node, QuantizedMean) for node in graph.nodes)
+    return not is_float and all(isinstance(node, QuantizedConvolution | QuantizedLinear) for node in graph.layers())
 
 
 def _exact(model: nn.Module, buffers: Buffers, calls: Sequence[tuple[tuple, dict]], args: tuple, kwargs: dict) -> Any:

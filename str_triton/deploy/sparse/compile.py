@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from str_triton.deploy.plain_state import unwrapped
 from str_triton.deploy.sparse import file
-from str_triton.deploy.sparse.agree import clone, difference, resized, takes_more
+from str_triton.deploy.sparse.agree import clone, difference, integer_difference, resized, takes_more
 from str_triton.deploy.sparse.choose import choose
 from str_triton.deploy.sparse.fallback import ModulewiseModel, layer_graph, layer_inputs, left_to_torch
 from str_triton.deploy.sparse.graph.export import Exported, NotExported, exports
@@ -20,6 +20,7 @@ from str_triton.deploy.sparse.graph.lower import lower
 from str_triton.deploy.sparse.graph.nodes import Graph
 from str_triton.deploy.sparse.graph.signature import Signature, Unfit, check_tensor
 from str_triton.deploy.sparse.model import CompiledModel, SparseModel, plain_torch
+from str_triton.deploy.sparse.quantize.model import QuantizedModel
 from str_triton.deploy.sparse.quiet import quiet
 from str_triton.deploy.sparse.runtime.build import library
 from str_triton.deploy.sparse.runtime.trial import try_out
@@ -51,7 +52,7 @@ def compile_sparse(
     Threads are `torch.get_num_threads()` of them, here and at every call: compile with the number that you will use.
 
     Args:
-        model: plain, or with layers of `sparsify`; it stays as it is.
+        model: plain, or with layers of `sparsify`, or made by `quantize`; it stays as it is.
         example_input: the model's argument, or a tuple of its arguments: tensors on the CPU, floating-point ones
             float32, of the shapes that matter; others work, too, as far as the export leaves them open.
         example_kwargs: its keyword arguments.
@@ -73,6 +74,9 @@ def compile_sparse(
     args = example_input if type(example_input) is tuple else (example_input,)
     kwargs = dict(example_kwargs or {})
     _check(args, kwargs)
+    if isinstance(model, QuantizedModel):
+        with torch.inference_mode(False), plain_torch():
+            return _compile_quantized(model, *clone((args, kwargs)), tune)
     warn_if_unfinished(model)
     model = unwrapped(model)
     for name, parameter in model.named_parameters():
@@ -179,6 +183,18 @@ def _tuned(
     choices, quiet = choose(graph, try_out(graph, clone(inputs)), clone(inputs), library(), tune=tune)
     example = [tuple(tensor.shape) for tensor in inputs]
     return SparseModel(graph, signature, choices, left, [] if quiet else [BUSY], example, source)
+
+
+def _compile_quantized(model: QuantizedModel, args: tuple, kwargs: dict[str, Any], tune: bool) -> SparseModel:
+    """Compile a graph on integers, and compare it with torch's: equal, unless layers in float32 stand between."""
+    leaves = model.signature.flatten(args, kwargs)
+    model.signature.check(leaves)
+    inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    network = _tuned(model.plain_graph(), model.signature, inputs, dict(model.left), tune, None)
+    problem = integer_difference(model, network, _calls(network, args, kwargs))
+    if problem is not None:
+        raise RuntimeError(f"the compiled network differs from the quantized one: {problem}")
+    return network
 
 
 def _calls(network: SparseModel, args: tuple, kwargs: dict[str, Any]) -> list[tuple[tuple, dict[str, Any]]]:

@@ -8,7 +8,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -137,6 +137,7 @@ class Layer(Node):
     bias: Tensor
     clamp: tuple[float, float] = FREE
     label: str = ""
+    dtypes: ClassVar[tuple[torch.dtype, torch.dtype]] = (torch.float32, torch.float32)  # of weight and bias
     activation: str = field(default="", kw_only=True)
     slope: float = field(default=0.01, kw_only=True)
 

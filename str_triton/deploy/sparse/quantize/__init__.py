@@ -1,0 +1,1 @@
+"""Networks on 8-bit integers: calibration, the graph on integers, its report."""

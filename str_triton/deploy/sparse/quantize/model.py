@@ -1,0 +1,120 @@
+"""A quantized network before it is compiled: its graph on integers, run by torch, and what was measured on the way."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import nn
+
+from str_triton.deploy.sparse.graph.nodes import Constant, Graph, Layer
+from str_triton.deploy.sparse.graph.pointwise import Pointwise
+from str_triton.deploy.sparse.graph.quantized import QuantizedConvolution, QuantizedLinear
+from str_triton.deploy.sparse.graph.signature import Signature
+from str_triton.files import percent
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """What quantization does to one layer.
+
+    Attributes:
+        label: the layer's name in the model.
+        sparsity: zeros among its weights, in %.
+        alone: the root of the mean squared error of its output relative to that of the output itself, where this layer
+            alone is quantized; None: it cannot be.
+        together: the same in the network as it is.
+        left: why it stays in float32; "": it runs on integers.
+    """
+
+    label: str
+    sparsity: float
+    alone: float | None
+    together: float | None
+    left: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What quantization does to a network, on the batches of the calibration.
+
+    Attributes:
+        layers: the error by layer, in order.
+        error: the relative error of the network's outputs.
+        accuracy: the shares of right classes in float32 and quantized, if labels were given.
+    """
+
+    layers: Sequence[LayerError]
+    error: float
+    accuracy: tuple[float, float] | None = None
+
+    def __str__(self) -> str:
+        rows = [("layer", "sparsity", "error alone", "error in the network", "executed in")]
+        for layer in self.layers:
+            errors = ["" if error is None else f"{error:.4f}" for error in (layer.alone, layer.together)]
+            kind = f"float32: {layer.left}" if layer.left else "int8"
+            rows.append((layer.label, percent(layer.sparsity / 100), *errors, kind))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines.append(f"relative error of the outputs: {self.error:.4f}")
+        if self.accuracy:
+            lines.append("accuracy: {:.2%} in float32, {:.2%} quantized".format(*self.accuracy))
+        return "\n".join(lines)
+
+
+class QuantizedModel(nn.Module):
+    """A network whose layers run on 8-bit integers, computed by torch: the reference for the compiled one.
+
+    `compile_sparse(quantized, example)` makes it fast. It takes the arguments of the model that it was made from. Its
+    state dict has the int8 weights, their scales and the int32 biases, by the names of the layers after "weights.", and
+    `pack` stores it.
+
+    Attributes:
+        report: what was measured; `print(quantized)` shows it.
+    """
+
+    def __init__(self, graph: Graph, signature: Signature, report: Report, left: dict[str, str]) -> None:
+        super().__init__()
+        self.graph, self.signature, self.report, self.left = graph, signature, report, left
+        self.weights = nn.Module()
+        self.training = False
+        for node in graph.nodes:
+            if isinstance(node, Layer) and not (isinstance(node, Pointwise) and not node.scales):
+                self._hold(node.label or node.name, node)
+            elif isinstance(node, Constant):
+                self._hold(node.name, node)
+
+    def _hold(self, label: str, node: Any) -> None:
+        """Register a node's tensors under the name of its layer."""
+        place = self.weights
+        for part in label.split("."):
+            if part not in place._modules:
+                place.add_module(part, nn.Module())
+            place = place.get_submodule(part)
+        names = ("weight", "bias", "scale") if isinstance(node, QuantizedConvolution | QuantizedLinear) else ()
+        names = names or (("value",) if isinstance(node, Constant) else ("weight", "bias"))
+        for name in names:
+            if name not in place._buffers:
+                place.register_buffer(name, getattr(node, name))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        leaves = self.signature.flatten(args, kwargs)
+        self.signature.check(leaves)
+        inputs = [leaf for leaf, known in zip(leaves, self.signature.leaves, strict=True) if known.dtype is not None]
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            outputs, _ = self.graph.run(inputs)
+        return pytree.tree_unflatten(outputs, self.signature.returns)
+
+    def train(self, mode: bool = True) -> "QuantizedModel":
+        if mode:
+            raise ValueError("a network made by quantize is for inference: train the model it was made from")
+        return super().train(False)
+
+    def __str__(self) -> str:
+        return str(self.report)
+
+    def plain_graph(self) -> Graph:
+        """Return a copy of the graph, for a compiled network to own."""
+        return copy.deepcopy(self.graph)

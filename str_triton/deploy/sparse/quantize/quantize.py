@@ -1,0 +1,213 @@
+"""`quantize`: calibrate a network on a few batches, and run its layers on 8-bit integers where that is good enough."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from str_triton.deploy.sparse.compile import compile_sparse
+from str_triton.deploy.sparse.graph.nodes import Graph, Input, Linear, Node
+from str_triton.deploy.sparse.graph.pointwise import Pointwise
+from str_triton.deploy.sparse.graph.quantized import Grid
+from str_triton.deploy.sparse.model import SparseModel, plain_torch
+from str_triton.deploy.sparse.quantize.convert import alike, convert, quantized, unfit
+from str_triton.deploy.sparse.quantize.model import LayerError, QuantizedModel, Report
+from str_triton.deploy.sparse.quantize.ranges import METHODS, Range
+from str_triton.deploy.sparse.runtime.trial import try_out
+
+BOUND = 0.1  # the relative error of a layer's output from which on it stays in float32
+
+
+def quantize(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    labels: Iterable[Tensor] | None = None,
+    method: str = "mse",
+    bound: float = BOUND,
+) -> QuantizedModel:
+    """Make a copy of `model` whose convolutions and linear layers run on 8-bit integers, without training.
+
+    Batch norms are folded. Weights become int8 with a scale for each output channel, symmetric, so zeros stay zeros.
+    Each value between layers becomes a byte with one scale and one zero point, found on the batches. A residual sum is
+    part of the layer before it; a concatenation, a slice and a max pool have one grid for what they read and give.
+    A layer whose own error is above `bound` stays in float32, and so does what has no form on integers; the report says
+    which and why. The first and the last layer are no exceptions: their errors decide.
+
+    Args:
+        model: a model that `compile_sparse` can export. It does not change.
+        batches: inputs like those of inference, a tensor each, or a tuple of arguments. A few hundred examples are
+            usual.
+        labels: the classes [batch] of each batch: the report then has the accuracy in float32 and quantized.
+        method: how the range of a value is found: "mse" (the least squared error), "percentile" or "minmax".
+        bound: the largest relative error of a layer's output, as the root of the mean squares.
+
+    Returns:
+        A module for `compile_sparse`. `print` shows the error by layer.
+
+    Raises:
+        TypeError, ValueError: wrong arguments, no batches, or a model that cannot be exported or whose calls change
+            its buffers.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
+    if not bound > 0:
+        raise ValueError(f"bound must be positive, got {bound}")
+    given = [batch if type(batch) is tuple else (batch,) for batch in batches]
+    if not given:
+        raise ValueError("quantize needs at least one batch to calibrate on")
+    classes = None if labels is None else list(labels)
+    if classes is not None and len(classes) != len(given):
+        raise ValueError(f"labels must have one tensor for each of the {len(given)} batches, got {len(classes)}")
+    network = compile_sparse(model, given[0], tune=False)
+    if not isinstance(network, SparseModel):
+        raise ValueError(f"{type(model).__name__} cannot be quantized: {network.notes[0]}")
+    if network.graph.changes:
+        raise ValueError(f"{type(model).__name__} cannot be quantized: a call changes {min(network.graph.changes)}")
+    with plain_torch():
+        return _Calibration(network, given, method).result(bound, classes)
+
+
+class _Calibration:
+    """The values of a network on the batches, as far as quantization needs to know them."""
+
+    def __init__(self, network: SparseModel, batches: Sequence[tuple], method: str) -> None:
+        self.network, self.graph = network, network.graph
+        self.batches = [_tensors(network, batch) for batch in batches]
+        self.shapes = try_out(self.graph, self.batches[0]).shapes
+        self.roots = alike(self.graph, self.shapes)
+        self.unfit = {node.name: unfit(node, self.shapes) for node in self.graph.layers()}
+        self.grids = self._grids(method)
+
+    def _grids(self, method: str) -> dict[str, Grid]:
+        """Return the grid of every value that may become codes."""
+        read = [node for node in self.graph.layers() if self.unfit[node.name] is None]
+        watched = {self.roots[name] for node in read for name in (node.name, *node.inputs)}
+        ranges = {root: Range() for root in watched}
+        for note in (Range.widen, Range.count):
+            for inputs in self.batches:
+                for node, values in _run(self.graph, inputs):
+                    if self.roots[node.name] in watched:
+                        note(ranges[self.roots[node.name]], values[node.name])
+        found = {root: seen.grid(method) for root, seen in ranges.items()}
+        return {name: found[root] for name, root in self.roots.items() if root in found}
+
+    def result(self, bound: float, labels: list[Tensor] | None) -> QuantizedModel:
+        """Quantize the layers whose errors are within the bound, and measure the result."""
+        alone = self._errors_alone()
+        left = dict(self.unfit)
+        for name, error in alone.items():
+            if isinstance(error, str):
+                left[name] = error
+            elif not error <= bound:
+                left[name] = f"its error {error:.3f} is above {bound:g}"
+        chosen = {name for name, reason in left.items() if reason is None}
+        graph, codes = convert(self.graph, chosen, self.grids, self.shapes)
+        together, error = self._errors_together(graph, codes)
+        layers = [
+            LayerError(
+                node.label or node.name,
+                100 * float((node.weight == 0).float().mean()),
+                alone.get(node.name) if not isinstance(alone.get(node.name), str) else None,
+                together.get(node.name),
+                left[node.name] or "",
+            )
+            for node in self.graph.layers()
+            if not isinstance(node, Pointwise)
+        ]
+        accuracy = None if labels is None else self._accuracy(graph, labels)
+        return QuantizedModel(graph, self.network.signature, Report(layers, error, accuracy), self.network.left)
+
+    def _errors_alone(self) -> dict[str, float | str]:
+        """Return the relative error of each layer's output where this layer alone is quantized, or why it cannot be."""
+        made: dict[str, Any] = {}
+        found: dict[str, float | str] = {}
+        for node in self.graph.layers():
+            if self.unfit[node.name] is None:
+                try:
+                    made[node.name] = quantized(node, self.grids, node.name, node.inputs)
+                except ValueError as error:
+                    found[node.name] = str(error)
+        sums = _Errors()
+        for inputs in self.batches:
+            for node, values in _run(self.graph, inputs):
+                if node.name in made:
+                    codes = {name: self.grids[name].encode(values[name]) for name in node.inputs}
+                    y = made[node.name].run(codes)
+                    y = y if isinstance(node, Linear) else self.grids[node.name].decode(y)
+                    sums.add(node.name, y, values[node.name])
+        return found | sums.relative()
+
+    def _errors_together(self, graph: Graph, codes: Mapping[str, str]) -> tuple[dict[str, float], float]:
+        """Return the relative errors of the layers' outputs in the quantized network, and of its own outputs."""
+        sums = _Errors()
+        layers = {node.name for node in self.graph.layers()}
+        for inputs in self.batches:
+            exact = {node.name: values[node.name] for node, values in _run(self.graph, inputs) if node.name in layers}
+            values_seen: dict[str, Tensor] = {}
+            names = {codes.get(name, name): name for name in layers}
+            for node, values in _run(graph, inputs):
+                if (name := names.get(node.name)) is not None:
+                    value = values[node.name]
+                    values_seen[name] = self.grids[name].decode(value) if value.dtype == torch.uint8 else value
+            for name, value in values_seen.items():
+                sums.add(name, value, exact[name])
+            for ours, theirs in zip(_floats(graph, inputs), _floats(self.graph, inputs), strict=True):
+                sums.add("", ours, theirs)
+        found = sums.relative()
+        error = found.pop("", 0.0)
+        return found, error
+
+    def _accuracy(self, graph: Graph, labels: list[Tensor]) -> tuple[float, float]:
+        right, count = [0, 0], 0
+        for inputs, classes in zip(self.batches, labels, strict=True):
+            count += len(classes)
+            for place, network in enumerate((self.graph, graph)):
+                scores = _floats(network, inputs)[0]
+                if scores.dim() != 2 or len(scores) != len(classes):
+                    raise ValueError(f"labels need outputs [batch, classes], got shape {tuple(scores.shape)}")
+                right[place] += int((scores.argmax(1) == classes).sum())
+        return right[0] / max(count, 1), right[1] / max(count, 1)
+
+
+class _Errors:
+    """Sums of squares by name: of differences, and of the exact values."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, list[float]] = {}
+
+    def add(self, name: str, found: Tensor, exact: Tensor) -> None:
+        sums = self._sums.setdefault(name, [0.0, 0.0])
+        sums[0] += float(((found - exact).double() ** 2).sum())
+        sums[1] += float((exact.double() ** 2).sum())
+
+    def relative(self) -> dict[str, float]:
+        return {name: (error / size) ** 0.5 if size else float(error > 0) for name, (error, size) in self._sums.items()}
+
+
+def _tensors(network: SparseModel, batch: tuple) -> list[Any]:
+    """Return the tensors among a batch's arguments, checked."""
+    leaves = network.signature.flatten(batch, {})
+    network.signature.check(leaves)
+    return [leaf for leaf, known in zip(leaves, network.signature.leaves, strict=True) if known.dtype is not None]
+
+
+def _floats(graph: Graph, inputs: list[Any]) -> list[Tensor]:
+    """Return the outputs of a graph that are floating-point tensors."""
+    outputs, _ = graph.run(inputs)
+    return [value for value in pytree.tree_leaves(outputs) if isinstance(value, Tensor) and value.is_floating_point()]
+
+
+def _run(graph: Graph, inputs: list[Any]) -> Iterator[tuple[Node, dict[str, Any]]]:
+    """Yield every node with the values so far, of which those that no later node reads are dropped on the way."""
+    values: dict[str, Any] = {}
+    given = iter(inputs)
+    last = {name: index for index, node in enumerate(graph.nodes) for name in node.inputs}
+    for index, node in enumerate(graph.nodes):
+        values[node.name] = next(given) if isinstance(node, Input) else node.run(values)
+        yield node, values
+        for name in node.inputs:
+            if last[name] == index:
+                values.pop(name, None)
