@@ -58,7 +58,8 @@ def choose(
     by_kernel = {name: found["sparse"] for name, found in timed.items() if "sparse" in found}
     candidates = [_weigh(graph, trial.shapes, by_torch, by_kernel, _copy_milliseconds)]
     # Beside channels_last there are no changes of format to pay, which each layer alone has to.
-    candidates += [{name: found.get(e, found["dense"]) for name, found in timed.items()} for e in _DENSE]
+    others = {name: choice for name, choice in by_torch.items() if choice.execution not in (*_DENSE, "csr")}
+    candidates += [{name: found.get(e, found["dense"]) for name, found in timed.items()} | others for e in _DENSE]
     plans = [Plan(graph, trial, choices, library) for choices in candidates]
     calls = {index: functools.partial(plan.run, example) for index, plan in enumerate(plans)}
     times = watch.race(calls, 2 * stopwatch.ROUNDS, cold=False)
@@ -86,7 +87,7 @@ def _time(
         calls["sparse"] = kernel.run
     times = watch.race(calls)
     passes = {name: kernel.passes if name == "sparse" else 1 for name in times}
-    dense = min(ms for name, ms in times.items() if name in _DENSE)
+    dense = min(ms for name, ms in times.items() if name in (*_DENSE, "torch_layer"))
     return {
         name: replace(cut if name == "sparse" else Choice(name), ms=ms * passes[name], ms_dense=dense)
         for name, ms in times.items()

@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from str_triton.deploy.sparse.graph.export import Exported, NotExported, exports
 from str_triton.deploy.sparse.graph.fuse import fuse
 from str_triton.deploy.sparse.graph.lower import lower
 from str_triton.deploy.sparse.graph.nodes import Graph
+from str_triton.deploy.sparse.graph.recurrent import exportable
 from str_triton.deploy.sparse.graph.signature import Signature, Unfit, check_tensor
 from str_triton.deploy.sparse.model import CompiledModel, SparseModel, plain_torch
 from str_triton.deploy.sparse.quantize.model import QuantizedModel
@@ -148,7 +149,7 @@ def _compile(model: nn.Module, args: tuple, kwargs: dict[str, Any], tune: bool) 
         change_in_place(dense, changed)
     problems = []
     try:
-        for exported in exports(dense, clone(args), clone(kwargs)):
+        for exported in _exports(dense, args, kwargs):
             try:
                 network = _lowered(exported, dense, args, kwargs, tune)
             except (NotExported, Unfit) as error:
@@ -167,6 +168,18 @@ def _compile(model: nn.Module, args: tuple, kwargs: dict[str, Any], tune: bool) 
     except NotExported as error:
         problems.append(f"torch.export: {error}")
     return _modulewise(model, args, kwargs, tune, f"{type(model).__name__} runs layer by layer; {problems[0]}")
+
+
+def _exports(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Iterator[Exported]:
+    """Export a model with its recurrent layers as single operations, and else as it stands."""
+    replaced = exportable(model)
+    if replaced is not None:
+        try:
+            yield from exports(replaced, clone(args), clone(kwargs))
+        except NotExported:
+            if not any(isinstance(module, nn.GRU | nn.LSTM) for module in model.modules()):
+                raise
+    yield from exports(model, clone(args), clone(kwargs))
 
 
 def _lowered(exported: Exported, model: nn.Module, args: tuple, kwargs: dict[str, Any], tune: bool) -> SparseModel:

@@ -9,9 +9,11 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from str_triton.deploy.sparse.executions import EXECUTIONS
 from str_triton.deploy.sparse.executions.choice import Choice
 from str_triton.deploy.sparse.graph.nodes import Convolution, Graph, Layer
 from str_triton.deploy.sparse.graph.pointwise import Pointwise
+from str_triton.deploy.sparse.graph.recurrent import Recurrent
 from str_triton.deploy.sparse.runtime.draft import is_row
 from str_triton.deploy.sparse.runtime.plan import Plan
 from str_triton.deploy.sparse.runtime.structs import CONVOLUTION, LINEAR
@@ -52,6 +54,9 @@ def estimate(
         shape = shapes.get(node.name)
         if shape is None:
             by_torch[node.name] = Choice("dense", ms=0.0)
+            continue
+        if isinstance(node, Recurrent):
+            by_torch[node.name] = Choice("loop" if EXECUTIONS["loop"].fits(node, shapes) else "dense")
             continue
         pixels = _pixels(node, shape)
         slow = 1.0

@@ -222,9 +222,9 @@ class SparseModel(CompiledModel):
     def profile(self, *args: Any, **kwargs: Any) -> list[tuple[str, str, float]]:
         """Return what takes the time for such a call: (layer, kind, milliseconds) of every step, measured one by one.
 
-        Kinds are "convolution", "depthwise", "linear", "pool", "pointwise" (sums, norms, activations and gates that are
-        part of no other layer), "copy" (into and out of padded buffers, into the phases that strided layers read, of
-        concatenations and splits) and "torch".
+        Kinds are "convolution", "depthwise", "linear", "recurrent", "pool", "pointwise" (sums, norms, activations and
+        gates that are part of no other layer), "copy" (into and out of padded buffers, into the phases that strided
+        layers read, of concatenations and splits) and "torch".
         """
         leaves = self.signature.flatten(args, kwargs)
         inputs = [leaves[i].clone() for i in self._tensors]

@@ -13,6 +13,7 @@ from torch import Tensor
 from str_triton.deploy.sparse.graph.nodes import Convolution, Input, Linear, Node
 from str_triton.deploy.sparse.graph.pointwise import Pointwise
 from str_triton.deploy.sparse.graph.pools import AvgPool, MaxPool, Mean
+from str_triton.deploy.sparse.graph.recurrent import Recurrent
 from str_triton.deploy.sparse.runtime.plan import Plan, Segment
 
 PASSES = 30
@@ -65,4 +66,6 @@ def _kind(node: Node, task: str) -> str:
             return "linear"
         case MaxPool() | AvgPool() | Mean():
             return "pool"
+        case Recurrent():
+            return "recurrent"
     return "torch"

@@ -18,6 +18,7 @@ from str_triton.deploy.sparse.graph.export import NotExported
 from str_triton.deploy.sparse.graph.handlers import HANDLERS
 from str_triton.deploy.sparse.graph.nodes import Call, Graph, Input, State
 from str_triton.deploy.sparse.graph.pointwise import Norm
+from str_triton.deploy.sparse.graph.recurrent import LOW_RANK, recurrent_nodes
 from str_triton.deploy.sparse.graph.refs import Ref, references
 
 aten = torch.ops.aten
@@ -34,7 +35,7 @@ _RESHAPES = (aten.view.default, aten._unsafe_view.default)
 # Each part of these is a slice.
 _SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
 _NORMS = (aten._native_batch_norm_legit.no_stats, aten._native_batch_norm_legit_no_training.default)
-_PRODUCTS = ("conv", "linear", "addmm", "mm", "matmul", "bmm", "gru", "lstm", "rnn")
+_PRODUCTS = ("conv", "linear", "addmm", "mm", "matmul", "bmm", "gru", "lstm", "rnn", "str_triton::low_rank_rnn")
 
 
 @dataclass
@@ -106,7 +107,7 @@ class _Lowering(Context):
             (self.known if isinstance(found, Tensor) else self.values)[node] = found
         elif target in _CHECKS:
             pass
-        elif target in _IDENTITIES or (target is aten.dropout.default and not node.args[2]) or _is_whole(node):
+        elif target in _IDENTITIES or (target is aten.dropout.default and not node.args[2]) or _is_same(node):
             source = node.args[0]
             where = self.known if source in self.known else self.values
             where[node] = where[source]
@@ -129,6 +130,9 @@ class _Lowering(Context):
         elif target in _SPLITS and (parts := self._parts(node)):
             self.nodes += parts
             self.values[node] = [Ref(part.name) for part in parts]
+        elif target is LOW_RANK and (recurrent := recurrent_nodes(self, node)):
+            self.nodes += recurrent[0]
+            self.values[node] = recurrent[1]
         else:
             handler = HANDLERS.get(target)
             made = handler(self, node) if handler else None
@@ -185,6 +189,8 @@ class _Lowering(Context):
     def _call(self, node: fx.Node) -> Call:
         args, kwargs = self.arguments((node.args, dict(node.kwargs)))
         target = aten.reshape.default if node.target in _RESHAPES else node.target
+        if target is aten.new_zeros.default:  # Its values follow from sizes alone.
+            target, args, kwargs = aten.zeros.default, args[1:], {}
         if target in (aten.as_strided.default, aten.sym_stride.int):
             raise NotExported("it reads a tensor by its strides")
         if getattr(getattr(target, "_schema", None), "is_mutable", False):
@@ -198,8 +204,11 @@ class _Lowering(Context):
         return Call(self.name(node), references((args, kwargs)), target, args, kwargs, label)
 
 
-def _is_whole(node: fx.Node) -> bool:
-    """Check whether a node is a slice of everything."""
+def _is_same(node: fx.Node) -> bool:
+    """Check whether a node is a slice of everything, or a conversion to the dtype that is there."""
+    if node.target is aten.to.dtype:
+        source = node.args[0].meta.get("val")
+        return isinstance(source, Tensor) and source.dtype == node.meta["val"].dtype and not bound(node)["copy"]
     if node.target is not aten.slice.Tensor:
         return False
     given = bound(node)
@@ -230,7 +239,7 @@ def _inlined(node: fx.Node) -> tuple[Any, tuple] | None:
 def _reason(node: fx.Node, name: str) -> str:
     value = node.meta.get("val")
     dtype = value.dtype if isinstance(value, Tensor) else torch.float32
-    return f"aten.{name}" + ("" if dtype == torch.float32 else f" in {dtype}")
+    return f"{'' if '::' in name else 'aten.'}{name}" + ("" if dtype == torch.float32 else f" in {dtype}")
 
 
 def _with_dtype(target: Any, node: fx.Node) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import warnings
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("kernels.c")
-HEADERS = tuple(Path(__file__).with_name(name) for name in ("vectors.h", "operations.h", "copies.h"))
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("vectors.h", "operations.h", "copies.h", "recurrent.h"))
 COMPILERS = ("cc", "gcc", "clang")
 _BASE = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-ffp-contract=fast")
 # The first set that the compiler takes and whose library loads. OpenMP first: without it there is one thread.
@@ -111,6 +111,10 @@ def load(path: Path) -> ctypes.CDLL:
     lib = ctypes.CDLL(str(path))
     lib.str_triton_run.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
     lib.str_triton_run.restype = None
+    lib.str_triton_recurrent.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+    lib.str_triton_recurrent.restype = None
+    lib.str_triton_recurrent_scratch.argtypes = (ctypes.c_void_p,)
+    lib.str_triton_recurrent_scratch.restype = ctypes.c_int64
     lib.str_triton_lanes.argtypes = ()
     lib.str_triton_lanes.restype = ctypes.c_int64
     return lib

@@ -12,6 +12,7 @@
    Vector extensions of gcc and clang, no intrinsics; without OpenMP everything runs on the calling thread. */
 
 #include "copies.h"
+#include "recurrent.h"
 #include <math.h>
 #include <string.h>
 #ifdef _OPENMP
@@ -187,6 +188,7 @@ static void run_share(const stage *s, int64_t thread, int64_t threads) {
 /* How often a waiting thread looks before it offers its processor to others: some 20 microseconds. Beside a busy neighbour
    the thread that it waits for may stand still for longer, and needs the processor. */
 #define SPINS 1000
+#define MOST_TEAMS 64
 
 /* `arrived` counts over all stages: the stage numbered i is done when threads * (i + 1) have arrived. */
 static void wait_for_all(int64_t *arrived, int64_t wanted) {
@@ -216,5 +218,30 @@ void str_triton_run(const stage *stages, int64_t count, int64_t threads) {
     (void)threads;
     for (int64_t i = 0; i < count; i++) run_share(stages + i, 0, 1);
 }
+
+/* Runs a recurrent layer: its sequences are shared out among the threads, and, where `shared` says so and there are fewer
+   sequences than threads, the hidden units of each. */
+void str_triton_recurrent(const recurrent *r, int64_t threads, int64_t shared) {
+#ifdef _OPENMP
+    if (threads > 1 && (shared || r->batch > 1)) {
+        int64_t arrived[MOST_TEAMS] = {0};
+        const int64_t most = threads < MOST_TEAMS ? threads : MOST_TEAMS;
+#pragma omp parallel num_threads((int)(shared || most < r->batch ? most : r->batch))
+        {
+            const int64_t thread = omp_get_thread_num(), count = omp_get_num_threads();
+            const int64_t teams = count < r->batch ? count : r->batch, number = thread % teams;
+            const duty d = {
+                r->batch * number / teams, r->batch * (number + 1) / teams, thread / teams, shared ? count / teams : 1};
+            if (d.member < d.team) run_sequences(r, d, arrived + number);
+        }
+        return;
+    }
+#endif
+    (void)threads, (void)shared;
+    run_sequences(r, (duty){0, r->batch, 0, 1}, 0);
+}
+
+/* Floats of scratch memory that a layer needs. */
+int64_t str_triton_recurrent_scratch(const recurrent *r) { return r->batch * (3 * state_pitch(r) + rank_pitch(r)); }
 
 int64_t str_triton_lanes(void) { return LANES; }

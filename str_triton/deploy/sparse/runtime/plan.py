@@ -6,7 +6,6 @@ which kernels.c reads and writes. A copy stands wherever the form changes.
 
 import ctypes
 import math
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,26 +19,10 @@ from str_triton.deploy.sparse.runtime.buffers import FLOAT, Buffers, Key
 from str_triton.deploy.sparse.runtime.draft import Draft, Task, place
 from str_triton.deploy.sparse.runtime.operations import Operations
 from str_triton.deploy.sparse.runtime.structs import Operation, Stage, View
+from str_triton.deploy.sparse.runtime.threads import thread_count
 from str_triton.deploy.sparse.runtime.trial import Trial
 
 GROUP_BYTES = 2**18  # of the largest value of a group of images: they run one group after the other, in the caches
-
-
-_is_forked = False
-
-
-def _note_fork() -> None:
-    global _is_forked
-    _is_forked = True
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_note_fork)
-
-
-def thread_count() -> int:
-    """Return how many threads the kernels use: in a forked child one, whose OpenMP waits for its parent's threads."""
-    return 1 if _is_forked else torch.get_num_threads()
 
 
 class Mismatch(Exception):

@@ -1,0 +1,179 @@
+"""Recurrent layers: how they are exported, and the node that one direction of one layer becomes."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from str_triton.deploy.sparse.graph.context import Context, bound, is_float
+from str_triton.deploy.sparse.graph.nodes import FREE, Call, Layer, Linear, Node
+from str_triton.deploy.sparse.graph.refs import Ref
+from str_triton.nn import LowRankGRU, LowRankLSTM, LowRankRNN
+
+aten = torch.ops.aten
+LOW_RANK = torch.ops.str_triton.low_rank_rnn.default
+# Blocks of `hidden` rows in the recurrent matrix and of `hidden` elements in the bias, states, and elements of `scale`.
+SIZES = {"gru": (3, 3, 1, 0), "lstm": (4, 4, 2, 0), "fastgrnn": (1, 2, 1, 2), "mgu": (2, 2, 1, 0)}
+
+
+@dataclass
+class Recurrent(Layer):
+    """One direction of one recurrent layer.
+
+    Its inputs are gates_x [T, B, gates * hidden], then h and perhaps c, [B, hidden]. Its value is
+    [T + states, B, hidden]: the outputs, then the last h, then the last c.
+
+    Attributes:
+        weight: the recurrent matrix [gates * hidden, hidden], or without `v` its factor w [gates * hidden, rank].
+        bias: of the gates, as `ops.low_rank_rnn` takes it.
+        v: the other factor [hidden, rank], the matrix being w v^T; None: `weight` is the whole matrix.
+        scale: the sigmoids of FastGRNN's two numbers, else empty.
+        weight_in, bias_in: with them the first input is x [T, B, features], and gates_x is weight_in x + bias_in.
+        cell: "gru", "lstm", "fastgrnn" or "mgu".
+        reverse: run from the last step to the first.
+    """
+
+    v: Tensor | None = None
+    scale: Tensor | None = None
+    weight_in: Tensor | None = None
+    bias_in: Tensor | None = None
+    cell: str = "gru"
+    reverse: bool = False
+
+    @property
+    def hidden(self) -> int:
+        return self.weight.shape[0] // SIZES[self.cell][0]
+
+    @property
+    def states(self) -> int:
+        return SIZES[self.cell][2]
+
+    def is_whole(self) -> bool:
+        """Check that the fields, which a file may have given, fit together."""
+        if not isinstance(self.cell, str) or self.cell not in SIZES or not _is_tensor(self.weight, 2):
+            return False
+        gates, biases, states, scalars = SIZES[self.cell]
+        rows, inner = self.weight.shape
+        if rows % gates or rows == 0 or inner == 0 or not isinstance(self.reverse, bool):
+            return False
+        hidden = rows // gates
+        recurrent = inner == hidden if self.v is None else _is_tensor(self.v, 2) and self.v.shape == (hidden, inner)
+        vectors = [(self.bias, biases * hidden), (self.scale, scalars or None)]
+        projection = self.weight_in is None or (_is_tensor(self.weight_in, 2) and len(self.weight_in) == rows)
+        vectors.append((self.bias_in, None if self.weight_in is None else rows))
+        sizes = all(x is None if size is None else _is_tensor(x, 1) and len(x) == size for x, size in vectors)
+        plain = self.clamp == FREE and self.activation == ""
+        return recurrent and projection and sizes and plain and len(self.inputs) == 1 + states
+
+    def check(self, values: dict[str, Any]) -> list[Tensor]:
+        """Return the values of the inputs.
+
+        Raises ValueError where their sizes are not those of the layer.
+        """
+        x, *states = found = [values[name] for name in self.inputs]
+        features = len(self.weight) if self.weight_in is None else self.weight_in.shape[1]
+        if x.dim() != 3 or x.shape[2] != features:
+            raise ValueError(f"{self.label} takes [T, B, {features}], got {list(x.shape)}")
+        for state in states:
+            if state.shape != (x.shape[1], self.hidden):
+                raise ValueError(f"{self.label} takes states [{x.shape[1]}, {self.hidden}], got {list(state.shape)}")
+        return found
+
+    def gates_x(self, x: Tensor) -> Tensor:
+        """Return the input's part of the gates at all steps."""
+        return x if self.weight_in is None else F.linear(x, self.weight_in, self.bias_in)
+
+    def run(self, values: dict[str, Any]) -> Tensor:
+        x, *states = self.check(values)
+        v = torch.eye(self.hidden, dtype=torch.float32, device="cpu") if self.v is None else self.v
+        scale = self.bias.new_empty(0) if self.scale is None else self.scale
+        arguments = (self.gates_x(x).contiguous(), self.weight, v, self.bias, scale)
+        states = [state.contiguous() for state in states]
+        outputs, *finals = LOW_RANK(self.cell, *arguments, states, None, self.reverse, False, None)
+        return torch.cat([outputs, *(final.unsqueeze(0) for final in finals[: self.states])])
+
+
+def _is_tensor(value: Any, dims: int) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.float32 and value.dim() == dims
+
+
+def exportable(model: nn.Module) -> nn.Module | None:
+    """Return a copy of a model in which torch.export meets recurrent layers as one operation for each direction.
+
+    torch.export would fix the number of steps of nn.GRU and nn.LSTM. The copy computes the same with this package's
+    layers. None: there are no layers to replace.
+    """
+    if (alone := _replacement(model)) is not None:
+        return alone
+    places = {
+        name: made
+        for name, module in model.named_modules(remove_duplicate=False)
+        if name and (made := _replacement(module)) is not None
+    }
+    if not places:
+        return None
+    copied = copy.deepcopy(model)
+    made: dict[int, nn.Module] = {}
+    for name, replacement in places.items():
+        parent, _, child = name.rpartition(".")
+        shared = made.setdefault(id(model.get_submodule(name)), replacement)
+        setattr(copied.get_submodule(parent), child, shared)
+    return copied
+
+
+def _replacement(module: nn.Module) -> nn.Module | None:
+    if module._forward_hooks or module._forward_pre_hooks:
+        return None
+    if type(module) in (nn.GRU, nn.LSTM) and not module.proj_size:
+        kind = LowRankGRU if type(module) is nn.GRU else LowRankLSTM
+        return kind.from_dense(module, factorize="none").eval()
+    if isinstance(module, LowRankRNN) and type(module).__module__.startswith("str_triton."):
+        return module.compact().eval()
+    return None
+
+
+def recurrent_nodes(context: Context, node: fx.Node) -> tuple[list[Node], list[Ref | None]] | None:
+    """Return what the low-rank op becomes: its node with what reads its parts, and the op's results.
+
+    None where torch executes it.
+    """
+    given = bound(node)
+    cell, x, states = given["cell"], given["gates_x"], given["states"]
+    known = (given["w"], 2), (given["v"], 2), (given["bias"], 1)
+    if cell not in SIZES or given["lengths"] is not None or not all(context.is_weight(*pair) for pair in known):
+        return None
+    _, _, count, scalars = SIZES[cell]
+    if scalars and not context.is_weight(given["scale"], 1):
+        return None
+    reads_more = any(user.users for user in node.users if user.args[1] > count)
+    if reads_more or x in context.known or not all(map(is_float, (x, *states))):
+        return None
+    w, v, bias = (context.known[argument].detach().contiguous() for argument, _ in known)
+    name = context.name(node)
+    inputs = [context.value(argument).name for argument in (x, *states)]
+    made = Recurrent(name, inputs, w, bias, FREE, context.label(node, given["w"]), cell=cell, reverse=given["reverse"])
+    if scalars:
+        made.scale = context.known[given["scale"]].detach().contiguous()
+    is_dense = v.shape[0] == v.shape[1] and torch.equal(v, torch.eye(len(v)))
+    made.v = None if is_dense else v
+    if not made.is_whole():
+        return None
+    if is_dense:
+        _absorb_projection(context, made, x)
+    parts: list[Node] = [made, Call(f"{name}.0", [name], aten.slice.Tensor, (Ref(name), 0, 0, -count))]
+    parts += [
+        Call(f"{name}.{index + 1}", [name], aten.select.int, (Ref(name), 0, index - count)) for index in range(count)
+    ]
+    return parts, [*(Ref(part.name) for part in parts[1:]), None, None]
+
+
+def _absorb_projection(context: Context, made: Recurrent, x: fx.Node) -> None:
+    """Let a layer with a dense recurrent matrix hold the input's linear layer, as torch's own layers do."""
+    found = next((node for node in context.nodes if node.name == made.inputs[0]), None)
+    if isinstance(found, Linear) and len(x.users) == 1 and found.clamp == FREE and not found.activation:
+        context.nodes.remove(found)
+        made.inputs[0] = found.inputs[0]
+        made.weight_in, made.bias_in = found.weight, found.bias

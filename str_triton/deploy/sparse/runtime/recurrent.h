@@ -1,0 +1,235 @@
+/* The time loops of recurrent layers.
+
+   The recurrent matrix is dense, or a product w v^T of rank r. A step is p = v^T h (if there is a v), q = w p or w h, and
+   a function of single units. Lanes are ranks in the first product and hidden units in the second, so that both read
+   the packed factors front to back, and one load of a vector serves up to four sequences.
+
+   Packed factors: v as [panels][hidden][width][LANES] with `width` vectors of ranks in a panel; w as
+   [blocks][inner][2][gates][LANES] with two vectors of units in a block. What is beyond the last rank or unit is zero
+   there and is never stored. */
+
+#ifndef STR_TRITON_RECURRENT_H
+#define STR_TRITON_RECURRENT_H
+
+#include "vectors.h"
+#include <string.h>
+
+enum { GRU, LSTM, FASTGRNN, MGU };
+enum { ROWS = 4, UNITS = 2 }; /* sequences that share a load; vectors of units in a block */
+
+typedef struct {
+    int64_t cell, gates, reverse;
+    int64_t steps, batch, hidden, inner; /* inner: the rank, or `hidden` without v */
+    int64_t panels, width;               /* of v */
+    const float *x;                      /* [steps][batch][gates * hidden]: the input's part of the gates */
+    const float *h, *c;                  /* [batch][hidden]: the first states; c of an LSTM alone */
+    float *y;                            /* [steps + states][batch][hidden]: outputs, the last h, the last c */
+    const float *v, *w;                  /* packed; v may be NULL */
+    const float *bias;                   /* [blocks][2][gates, of FASTGRNN 2][LANES] */
+    float zeta, nu;                      /* FASTGRNN: sigmoids of its two numbers */
+    float *scratch;                      /* str_triton_recurrent_scratch floats */
+} recurrent;
+
+/* e^v - 1 for |v| <= 20, right to 3 units in the last place: 2^n (e^r - 1) + (2^n - 1) with |r| < 0.35. */
+static inline vec exponential_less_one(vec v) {
+    const vec magic = splat(12582912.0f); /* as in `exponential` */
+    const vec shifted = v * 1.44269504f + magic;
+    const vec n = shifted - magic;
+    const vec r = (v - n * 0.693359375f) - n * -2.12194440e-4f;
+    vec p = splat(1.0f / 5040);
+    p = p * r + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r * r + r;
+    const vec power = (vec)(((bits)shifted - (bits)magic + 127) << 23);
+    return p * power + (power - 1.0f);
+}
+
+/* Right to 5 units in the last place; exactly 1 or -1 from |v| = 10 on. NaN stays, as `clamp` keeps it. */
+static inline vec hyperbolic_tangent(vec v) {
+    const vec e = exponential_less_one(2.0f * clamp(v, splat(-10.0f), splat(10.0f)));
+    return e / (e + 2.0f);
+}
+
+static inline vec sigmoid(vec v) { return 1.0f / (1.0f + exponential(-v)); }
+
+#define UNROLLED(i, n) _Pragma("GCC unroll 8") for (int i = 0; i < n; i++)
+
+/* y[i][j] = sum over k of x[i][k] w[k][j], for `rows` sequences and `width` vectors, added up in `chains` parts, so that
+   enough sums are under way. All three are constants in each copy that the compiler makes. */
+static inline __attribute__((always_inline)) void multiply(
+    const float *w, int64_t pitch, int64_t count, const float *x, int64_t row, float *y, int64_t out, const int rows,
+    const int width, const int chains) {
+    vec sum[8 * ROWS];
+    UNROLLED(i, rows * width * chains) sum[i] = splat(0);
+    int64_t k = 0;
+    for (; k + chains <= count; k += chains)
+        UNROLLED(c, chains) UNROLLED(j, width) {
+            const vec value = at(w + (k + c) * pitch, j);
+            UNROLLED(i, rows) sum[(c * rows + i) * width + j] += value * splat(x[i * row + k + c]);
+        }
+    for (; k < count; k++)
+        UNROLLED(j, width) UNROLLED(i, rows) sum[i * width + j] += at(w + k * pitch, j) * splat(x[i * row + k]);
+    for (int c = chains / 2; c > 0; c /= 2) UNROLLED(i, c * rows * width) sum[i] += sum[c * rows * width + i];
+    UNROLLED(i, rows) UNROLLED(j, width) *(vec *)(y + i * out + j * LANES) = sum[i * width + j];
+}
+
+#define MULTIPLY(rows, width, chains) \
+    case rows * 16 + width: multiply(w, pitch, count, x, row, y, out, rows, width, chains); break;
+
+static __attribute__((noinline)) void multiply_some(
+    const float *w, int64_t pitch, int64_t count, const float *x, int64_t row, float *y, int64_t out, int64_t rows,
+    int64_t width) {
+    switch (rows * 16 + width) {
+        MULTIPLY(1, 1, 8) MULTIPLY(1, 2, 4) MULTIPLY(1, 4, 2) MULTIPLY(1, 6, 1) MULTIPLY(1, 8, 1)
+        MULTIPLY(2, 1, 4) MULTIPLY(2, 2, 2) MULTIPLY(2, 3, 1)
+        MULTIPLY(3, 1, 2) MULTIPLY(3, 2, 1) MULTIPLY(3, 3, 1)
+        MULTIPLY(4, 1, 2) MULTIPLY(4, 2, 1) MULTIPLY(4, 3, 1)
+    }
+}
+
+/* The next h of one vector of units. q: [gates] of R h; x: [gates], `apart` floats from one to the next. */
+static inline __attribute__((always_inline)) vec advance(
+    const recurrent *r, const int cell, const float *q, const float *x, int64_t apart, const float *bias, vec h, vec *c) {
+#define X(gate) at(x + (gate)*apart, 0)
+#define Q(gate) (at(q, gate) + at(bias, gate))
+    switch (cell) {
+        case GRU: {
+            const vec reset = sigmoid(X(0) + Q(0)), update = sigmoid(X(1) + Q(1));
+            const vec n = hyperbolic_tangent(X(2) + reset * Q(2));
+            return n + update * (h - n);
+        }
+        case LSTM: {
+            const vec input = sigmoid(X(0) + Q(0)), forget = sigmoid(X(1) + Q(1)), g = hyperbolic_tangent(X(2) + Q(2));
+            *c = forget * *c + input * g;
+            return sigmoid(X(3) + Q(3)) * hyperbolic_tangent(*c);
+        }
+        case MGU: {
+            const vec forget = sigmoid(X(0) + Q(0)), n = hyperbolic_tangent(X(1) + forget * Q(1));
+            return h + forget * (n - h);
+        }
+        default: {
+            const vec a = X(0) + at(q, 0), z = sigmoid(a + at(bias, 0)), n = hyperbolic_tangent(a + at(bias, 1));
+            return (r->zeta * (1.0f - z) + r->nu) * n + z * h;
+        }
+    }
+#undef X
+#undef Q
+}
+
+/* Copies the last units' part of each gate, which is less than a vector. */
+static __attribute__((noinline)) void pad(const float *x, int64_t hidden, int64_t gates, int64_t left, float *y) {
+    for (int64_t gate = 0; gate < gates; gate++) memcpy(y + gate * LANES, x + gate * hidden, sizeof(float) * left);
+}
+
+/* What one thread does: `member` of a team of `team`, which has the sequences from `begin` to `end`. */
+typedef struct {
+    int64_t begin, end, member, team;
+} duty;
+
+static int64_t blocks_of(const recurrent *r) { return (r->hidden + UNITS * LANES - 1) / (UNITS * LANES); }
+
+/* Floats of a sequence's state, and of its p. */
+static int64_t state_pitch(const recurrent *r) { return blocks_of(r) * UNITS * LANES; }
+static int64_t rank_pitch(const recurrent *r) { return r->panels * r->width * LANES; }
+
+#define SHARE(count, d, part) ((count) * ((d).member + (part)) / (d).team)
+#define EACH_GROUP(s, rows, d) \
+    for (int64_t s = (d).begin, rows; s < (d).end && (rows = (d).end - s < ROWS ? (d).end - s : ROWS, 1); s += rows)
+
+/* p = v^T h for a member's share of the panels. */
+static void to_ranks(const recurrent *r, duty d, const float *h, float *p) {
+    const int64_t pitch = r->width * LANES;
+    for (int64_t panel = SHARE(r->panels, d, 0); panel < SHARE(r->panels, d, 1); panel++)
+        EACH_GROUP(s, rows, d)
+            multiply_some(
+                r->v + panel * r->hidden * pitch, pitch, r->hidden, h + s * state_pitch(r), state_pitch(r),
+                p + s * rank_pitch(r) + panel * pitch, rank_pitch(r), rows, r->width);
+}
+
+static inline __attribute__((always_inline)) void units(
+    const recurrent *r, const int cell, const int gates, duty d, int64_t time, const float *from, const float *h,
+    float *next, float *cells) {
+    const int64_t pitch = state_pitch(r), row = r->v ? rank_pitch(r) : pitch, vectors = UNITS * gates;
+    const int64_t biases = cell == FASTGRNN ? 2 : gates, hidden = r->hidden;
+    float q[ROWS * UNITS * 4 * LANES] __attribute__((aligned(64))), last[4 * LANES] = {0};
+    for (int64_t block = SHARE(blocks_of(r), d, 0); block < SHARE(blocks_of(r), d, 1); block++) {
+        const float *w = r->w + block * r->inner * vectors * LANES;
+        EACH_GROUP(s, rows, d) {
+            const int64_t width = rows == 1 ? vectors : gates == 3 ? 3 : 2;
+            for (int64_t j = 0; j < vectors; j += width)
+                multiply_some(
+                    w + j * LANES, vectors * LANES, r->inner, from + s * row, row, q + j * LANES, vectors * LANES, rows,
+                    width);
+            for (int64_t i = 0; i < rows; i++)
+                for (int64_t u = 0; u < UNITS; u++) {
+                    const int64_t unit = (block * UNITS + u) * LANES, place = (s + i) * pitch + unit;
+                    const int64_t step = time * r->batch + s + i, left = hidden - unit;
+                    const float *x = r->x + step * gates * hidden + unit;
+                    if (left <= 0) break;
+                    if (left < LANES) pad(x, hidden, gates, left, last);
+                    vec c = cell == LSTM ? at(cells + place, 0) : splat(0);
+                    const vec state = advance(
+                        r, cell, q + (i * vectors + u * gates) * LANES, left < LANES ? last : x,
+                        left < LANES ? LANES : hidden, r->bias + (block * UNITS + u) * biases * LANES, at(h + place, 0),
+                        &c);
+                    *(vec *)(next + place) = state;
+                    if (cell == LSTM) *(vec *)(cells + place) = c;
+                    float *y = r->y + step * hidden + unit;
+                    if (left < LANES)
+                        memcpy(y, next + place, sizeof(float) * left);
+                    else
+                        *(vec *)y = state;
+                }
+        }
+    }
+}
+
+static __attribute__((noinline)) void step_units(
+    const recurrent *r, duty d, int64_t time, const float *from, const float *h, float *next, float *cells) {
+    switch (r->cell) {
+        case GRU: units(r, GRU, 3, d, time, from, h, next, cells); break;
+        case LSTM: units(r, LSTM, 4, d, time, from, h, next, cells); break;
+        case MGU: units(r, MGU, 2, d, time, from, h, next, cells); break;
+        default: units(r, FASTGRNN, 1, d, time, from, h, next, cells);
+    }
+}
+
+/* Copies a member's share of the units of a state: to the scratch with its padding, or back. */
+static void copy_state(const recurrent *r, duty d, const float *from, int64_t pitch, float *to, int64_t row) {
+    const int64_t begin = SHARE(blocks_of(r), d, 0) * UNITS * LANES, end = SHARE(blocks_of(r), d, 1) * UNITS * LANES;
+    const int64_t count = (end < r->hidden ? end : r->hidden) - begin;
+    for (int64_t s = d.begin; s < d.end && count > 0; s++)
+        memcpy(to + s * row + begin, from + s * pitch + begin, sizeof(float) * count);
+}
+
+#ifdef _OPENMP
+static void wait_for_all(int64_t *arrived, int64_t wanted);
+#define WAIT() if (d.team > 1) wait_for_all(arrived, ++waits * d.team)
+#else
+#define WAIT() (void)waits, (void)arrived
+#endif
+
+static void run_sequences(const recurrent *r, duty d, int64_t *arrived) {
+    const int64_t pitch = state_pitch(r), size = r->batch * pitch, finals = r->steps * r->batch * r->hidden;
+    float *states[2] = {r->scratch, r->scratch + size}, *cells = r->scratch + 2 * size, *p = r->scratch + 3 * size;
+    int64_t waits = 0;
+    copy_state(r, d, r->h, r->hidden, states[0], pitch);
+    if (r->cell == LSTM) copy_state(r, d, r->c, r->hidden, cells, pitch);
+    WAIT();
+    for (int64_t i = 0; i < r->steps; i++) {
+        const float *h = states[i % 2];
+        if (r->v) {
+            to_ranks(r, d, h, p);
+            WAIT();
+        }
+        step_units(r, d, r->reverse ? r->steps - 1 - i : i, r->v ? p : h, h, states[(i + 1) % 2], cells);
+        WAIT();
+    }
+    copy_state(r, d, states[r->steps % 2], pitch, r->y + finals, r->hidden);
+    if (r->cell == LSTM) copy_state(r, d, cells, pitch, r->y + finals + r->batch * r->hidden, r->hidden);
+}
+
+#endif

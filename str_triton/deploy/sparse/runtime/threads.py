@@ -1,0 +1,21 @@
+"""How many threads the kernels use."""
+
+import os
+
+import torch
+
+_is_forked = False
+
+
+def _note_fork() -> None:
+    global _is_forked
+    _is_forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
+
+
+def thread_count() -> int:
+    """Return how many threads the kernels use: in a forked child one, whose OpenMP waits for its parent's threads."""
+    return 1 if _is_forked else torch.get_num_threads()
