@@ -5,13 +5,22 @@ from str_triton.deploy.hub import from_pretrained, push_to_hub, save_pretrained
 from str_triton.deploy.model_card import model_card
 from str_triton.deploy.onnx_export import OnnxFile, export_onnx, onnx_translations
 from str_triton.deploy.pack import inspect, pack, unpack
-from str_triton.deploy.sparse import QuantizedModel, SparseModel, compile_sparse, load_sparse, quantize
+from str_triton.deploy.sparse import (
+    CompiledStep,
+    QuantizedModel,
+    SparseModel,
+    compile_sparse,
+    compile_step,
+    load_sparse,
+    quantize,
+)
 from str_triton.deploy.state_files import Checkpoint, read_checkpoint
 from str_triton.deploy.summary import PackedSummary, PackedTensor
 from str_triton.deploy.torch_files import read_torch_file
 
 __all__ = [
     "Checkpoint",
+    "CompiledStep",
     "KeywordSpotter",
     "OnnxFile",
     "PackedSummary",
@@ -19,6 +28,7 @@ __all__ = [
     "QuantizedModel",
     "SparseModel",
     "compile_sparse",
+    "compile_step",
     "export_c",
     "export_onnx",
     "from_pretrained",

@@ -14,7 +14,9 @@ import warnings
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("kernels.c")
-HEADERS = tuple(Path(__file__).with_name(name) for name in ("vectors.h", "operations.h", "copies.h", "recurrent.h"))
+HEADERS = tuple(
+    Path(__file__).with_name(name) for name in ("vectors.h", "operations.h", "copies.h", "recurrent.h", "stepping.h")
+)
 COMPILERS = ("cc", "gcc", "clang")
 _BASE = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-ffp-contract=fast")
 # The first set that the compiler takes and whose library loads. OpenMP first: without it there is one thread.

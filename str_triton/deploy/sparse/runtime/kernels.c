@@ -12,7 +12,7 @@
    Vector extensions of gcc and clang, no intrinsics; without OpenMP everything runs on the calling thread. */
 
 #include "copies.h"
-#include "recurrent.h"
+#include "stepping.h"
 #include <math.h>
 #include <string.h>
 #ifdef _OPENMP

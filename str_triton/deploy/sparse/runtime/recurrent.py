@@ -40,9 +40,9 @@ class PackedLoop:
         gates, biases, _, _ = SIZES[node.cell]
         weight, inner = node.weight.numpy(), node.weight.shape[1]
         blocks = -(-self.hidden // (UNITS * lanes))
-        w = _padded(weight.reshape(gates, self.hidden, inner), 1, blocks * UNITS * lanes)
+        w = padded(weight.reshape(gates, self.hidden, inner), 1, blocks * UNITS * lanes)
         w = w.reshape(gates, blocks, UNITS, lanes, inner).transpose(1, 4, 2, 0, 3)
-        bias = _padded(node.bias.numpy().reshape(biases, self.hidden), 1, blocks * UNITS * lanes)
+        bias = padded(node.bias.numpy().reshape(biases, self.hidden), 1, blocks * UNITS * lanes)
         bias = bias.reshape(biases, blocks, UNITS, lanes).transpose(1, 2, 0, 3)
         self.loop = Loop(cell=CELLS.index(node.cell), gates=gates, reverse=node.reverse, inner=inner)
         self.loop.hidden = self.hidden
@@ -51,7 +51,7 @@ class PackedLoop:
         if node.v is not None:
             width = 1 if inner <= lanes else 2
             panels = -(-inner // (width * lanes))
-            v = _padded(node.v.numpy(), 1, panels * width * lanes)
+            v = padded(node.v.numpy(), 1, panels * width * lanes)
             self._arrays["v"] = v.reshape(self.hidden, panels, width * lanes).transpose(1, 0, 2)
             self.loop.panels, self.loop.width = panels, width
             self._products += self.hidden * inner
@@ -87,7 +87,8 @@ class PackedLoop:
         return y
 
 
-def _padded(array: np.ndarray, axis: int, size: int) -> np.ndarray:
+def padded(array: np.ndarray, axis: int, size: int) -> np.ndarray:
+    """Return the array with zeros up to this size of an axis."""
     widths = [(0, 0)] * array.ndim
     widths[axis] = (0, size - array.shape[axis])
     return np.pad(array, widths)
