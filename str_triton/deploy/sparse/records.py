@@ -224,10 +224,6 @@ def _check_linear(node: nodes.Linear) -> None:
     _require(_is_layer(node, 2, 1), f"{node.name} is no linear layer")
 
 
-def _check_recurrent(node: Recurrent) -> None:
-    _require(node.is_whole(), f"{node.name} is no recurrent layer")
-
-
 def _check_pool(node: pools.MaxPool | pools.AvgPool) -> None:
     pairs = all(_is_pair(pair, 1) for pair in (node.kernel, node.stride, node.dilation)) and _is_pair(node.padding, 0)
     small = pairs and all(2 * p <= k for p, k in zip(node.padding, node.kernel, strict=True))
@@ -296,7 +292,7 @@ _KINDS: dict[str, tuple[type[nodes.Node], Callable[[Any], None]]] = {
     "Call": (nodes.Call, _check_call),
     "Convolution": (nodes.Convolution, _check_convolution),
     "Linear": (nodes.Linear, _check_linear),
-    "Recurrent": (Recurrent, _check_recurrent),
+    "Recurrent": (Recurrent, Recurrent.check_fields),
     "Pointwise": (Pointwise, _check_pointwise),
     "MaxPool": (pools.MaxPool, _check_pool),
     "AvgPool": (pools.AvgPool, _check_pool),

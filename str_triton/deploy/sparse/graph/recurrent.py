@@ -68,6 +68,11 @@ class Recurrent(Layer):
         plain = self.clamp == FREE and self.activation == ""
         return recurrent and projection and sizes and plain and len(self.inputs) == 1 + states
 
+    def check_fields(self) -> None:
+        """Raise ValueError where the fields do not fit together."""
+        if not self.is_whole():
+            raise ValueError(f"{self.name} is no recurrent layer")
+
     def check(self, values: dict[str, Any]) -> list[Tensor]:
         """Return the values of the inputs.
 
