@@ -9,6 +9,7 @@ import html
 import io
 import re
 from collections.abc import Sequence
+from itertools import takewhile
 
 import matplotlib
 import numpy as np
@@ -93,8 +94,8 @@ def threshold_picture(epochs: Sequence[Record], budget: Budget) -> str | None:
         lines = {"all layers": lines[names[0]]}
     with matplotlib.rc_context(STYLE):
         figure, axes = epoch_axes("Threshold", legend_lines=len(lines))
-        for (name, values), colour in zip(lines.items(), layer_colours(len(lines)), strict=True):
-            axes.plot(numbers, values, color=colour, label=short(name), **markers(epochs))
+        for name, values, colour in zip(short(list(lines)), lines.values(), layer_colours(len(lines)), strict=True):
+            axes.plot(numbers, values, color=colour, label=name, **markers(epochs))
         name_lines(figure, axes)
         axes.set_ylim(0, None)
         return svg(figure, "Threshold of each layer after each epoch")
@@ -149,7 +150,7 @@ def _layers(rows: Sequence[LayerBudget]) -> tuple[Figure, Axes]:
     """Return a figure and axes with one line per layer, the first on top."""
     figure = Figure((WIDTH / 72, 0.8 + 0.25 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    axes.set_yticks(range(len(rows)), [short(row.name) or "(model)" for row in rows])
+    axes.set_yticks(range(len(rows)), [name or "(model)" for name in short([row.name for row in rows])])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)
@@ -180,9 +181,19 @@ def markers(points: Sequence[object]) -> dict[str, object]:
     return {"marker": "o" if len(points) < 3 else None, "markersize": 4}
 
 
-def short(name: str) -> str:
-    """Return the end of a layer's name if it is too long for a picture."""
-    return name if len(name) <= NAME_LENGTH else f"…{name[1 - NAME_LENGTH :]}"
+def short(names: Sequence[str]) -> list[str]:
+    """Return the names of layers, shortened if one is too long for a picture.
+
+    Left out are the parts that all names begin with, and then the middle of a name that is still too long.
+    """
+    if max(map(len, names), default=0) <= NAME_LENGTH:
+        return list(names)
+    parts = [name.split(".") for name in names]
+    shared = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, zip(*parts, strict=False)))
+    shared = min(shared, *(len(own) - 1 for own in parts))
+    rest = [".".join(own[shared:]) for own in parts]
+    half = NAME_LENGTH // 2
+    return [name if len(name) <= NAME_LENGTH else f"{name[: half - 1]}…{name[-half:]}" for name in rest]
 
 
 def layer_colours(number: int) -> list[tuple[float, float, float]]:

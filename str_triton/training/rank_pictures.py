@@ -52,11 +52,11 @@ def rank_picture(epochs: Sequence[Record], names: Sequence[str]) -> str:
     """Draw the rank of each matrix after each epoch in which it was factorized."""
     with matplotlib.rc_context(STYLE):
         figure, axes = epoch_axes("Rank", legend_lines=len(names))
-        for name, colour in zip(names, layer_colours(len(names)), strict=True):
+        for name, label, colour in zip(names, short(names), layer_colours(len(names)), strict=True):
             own = [record for record in epochs if name in record["layers"]]
             values = [record["layers"][name]["rank"] for record in own]
             numbers = [record["epoch"] for record in own]
-            axes.plot(numbers, values, color=colour, label=short(name), **markers(own))
+            axes.plot(numbers, values, color=colour, label=label, **markers(own))
         name_lines(figure, axes)
         axes.set_ylim(0, None)
         return svg(figure, "Rank of each matrix after each epoch")
@@ -65,11 +65,12 @@ def rank_picture(epochs: Sequence[Record], names: Sequence[str]) -> str:
 def spectrum_pictures(epochs: Sequence[Record], budget: RankBudget) -> list[str]:
     """Draw the singular values and the threshold of each matrix after each epoch in which it was factorized."""
     with matplotlib.rc_context(STYLE):
-        return [_spectrum(epochs, row) for row in budget.rows]
+        labels = short([row.name for row in budget.rows])
+        return [_spectrum(epochs, row, label) for row, label in zip(budget.rows, labels, strict=True)]
 
 
-def _spectrum(epochs: Sequence[Record], row: MatrixBudget) -> str:
-    figure, axes = epoch_axes(f"{short(row.name)}: {row.rank} of {row.max_rank}")
+def _spectrum(epochs: Sequence[Record], row: MatrixBudget, label: str) -> str:
+    figure, axes = epoch_axes(f"{label}: {row.rank} of {row.max_rank}")
     own = [record for record in epochs if row.name in record["layers"]]
     numbers = [record["epoch"] for record in own]
     layers = [record["layers"][row.name] for record in own]

@@ -134,10 +134,14 @@ def test_contrast_is_that_of_wcag():
     assert luminance(to_rgb("#808080")) == pytest.approx(0.2159, abs=1e-4)
 
 
-def test_long_names_are_cut_at_the_front():
-    assert short("blocks.1.conv2") == "blocks.1.conv2"
-    assert short("encoder.layers.11.self_attention.out_proj") == "…lf_attention.out_proj"
-    assert len(short("x" * 80)) == NAME_LENGTH
+def test_long_names_are_shortened_and_stay_different():
+    assert short(["blocks.1.conv2", "blocks.2.conv1"]) == ["blocks.1.conv2", "blocks.2.conv1"]
+    assert short(["rnn.weight_ih_l0", "rnn.weight_hh_l0_reverse"]) == ["weight_ih_l0", "weight_hh_l0_reverse"]
+    blocks = [f"features.{number}.block.1.conv_pointwise" for number in range(12)]
+    assert short(blocks)[11] == "11.block.1…v_pointwise"
+    assert len(set(short(blocks))) == 12
+    assert [len(name) for name in short(["x" * 80])] == [NAME_LENGTH]
+    assert short(["a.b", "a.b." + "c" * 20]) == ["b", "b." + "c" * 20]
 
 
 def test_the_page_shows_the_figures(tmp_path: Path):
