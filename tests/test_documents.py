@@ -50,7 +50,7 @@ def test_a_table_is_made_anew() -> None:
     made = documents.fill(text, {"one": lambda: documents.markdown(["a", "b"], [["c", "1"]]), "two": missing})
     assert made == (
         "x\n<!-- table:one -->\n| a | b |\n| --- | ---: |\n| c | 1 |\n<!-- /table -->\n"
-        "y\n<!-- table:two -->\nNot measured.\n<!-- /table -->\n"
+        "y\n<!-- table:two -->\n<!-- /table -->\n"
     )
 
 

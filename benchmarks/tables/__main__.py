@@ -7,7 +7,15 @@ document, and run this program.
 import argparse
 import sys
 
-from benchmarks.tables import cnn, deploy, ranks, rnn, speed  # noqa: F401 (they register their tables)
+from benchmarks.tables import (  # noqa: F401 (they register their tables)
+    cnn,
+    deploy,
+    photographs,
+    ranks,
+    real_data,
+    rnn,
+    speed,
+)
 from benchmarks.tables.documents import DOCUMENTS, fill
 
 

@@ -3,19 +3,16 @@
 from statistics import mean
 from typing import Any
 
-from benchmarks.runs import RunFile
 from benchmarks.tables.documents import (
     EXACT_BUDGETS,
     FINETUNING,
     METHODS_STUDY,
-    README,
     lines,
     markdown,
     results,
     spread,
     table,
 )
-from benchmarks.timing import RESULTS
 
 
 @table("demo")
@@ -93,68 +90,6 @@ def screen_table() -> str:
     return markdown(["variant", *(f"{100 * t:g} %: accuracy (FLOPs)" for t in targets)], rows)
 
 
-@table("cifar")
-def cifar() -> str:
-    """Return the results on CIFAR-10 at each sparsity, the dense network of each recipe first."""
-    runs = lines("cifar.jsonl")
-    groups: dict[tuple[str, float, str], list[dict[str, Any]]] = {}
-    for run in runs:
-        groups.setdefault((run["model"], run["target"], run["line"]), []).append(run)
-    rows = []
-    for (model, _, line), chosen in sorted(groups.items(), key=lambda group: group[0][:2]):
-        accuracy = mean(run["accuracy"] for run in chosen)
-        dense = [run["accuracy"] for run in groups.get((model, 0.0, "dense"), [])]
-        behind = f"{100 * (accuracy - mean(dense)):+.2f}" if dense and line != "dense" else ""
-        rows.append(
-            [
-                f"{model}, {line}",
-                f"{100 * mean(run['sparsity'] for run in chosen):.2f}",
-                spread((run["accuracy"] for run in chosen), 100),
-                behind,
-                spread((run["flops"] for run in chosen), 100),
-                str(len(chosen)),
-                f"{mean(run['seconds'] for run in chosen) / 60:.0f}",
-            ]
-        )
-    header = ["network, method", "sparsity %", "accuracy %", "points to dense", "FLOPs, % of dense", "seeds", "minutes"]
-    return markdown(header, rows)
-
-
-@table("caltech")
-def caltech() -> str:
-    """Return accuracy, size and speed of the networks fine-tuned on Caltech-101; size and speed of the first seed."""
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for run in lines("caltech.jsonl"):
-        groups.setdefault((run["target"], run["line"]), []).append(run)
-    deployed = {(run["target"], run["line"]): run for run in RunFile(RESULTS / "caltech_deploy.jsonl").read()}
-    rows = []
-    for key, chosen in sorted(groups.items(), key=lambda group: group[0][0]):
-        use = deployed.get(key)
-        rows.append(
-            [
-                key[1],
-                f"{100 * mean(run['sparsity'] for run in chosen):.2f}",
-                spread((run["accuracy"] for run in chosen), 100),
-                spread((run["flops"] for run in chosen), 100),
-                f"{use['bytes'] / 1e6:.2f}" if use else "",
-                f"{use['ms']:.2f} ({use['dense_ms'] / use['ms']:.2f}x)" if use else "",
-                str(len(chosen)),
-            ]
-        )
-    header = ["method", "sparsity %", "accuracy %", "FLOPs, % of dense", "MB packed", "ms an image (speed)", "seeds"]
-    return markdown(header, rows)
-
-
-@table("caltech-tuning")
-def caltech_tuning() -> str:
-    """Return the accuracy of each learning rate on the held-out training images."""
-    rows = [
-        [run["line"], f"{run['lr']:g}", f"{100 * run['accuracy']:.2f}", f"{100 * run['sparsity']:.0f}"]
-        for run in lines("caltech_tuning.jsonl")
-    ]
-    return markdown(["method", "learning rate", "accuracy %", "sparsity %"], rows)
-
-
 @table("tf-arithmetic", FINETUNING)
 def tf_arithmetic() -> str:
     """Return the accuracy of TensorFlow's weights with each arithmetic."""
@@ -163,17 +98,6 @@ def tf_arithmetic() -> str:
         for name, accuracy in results("tf_arithmetic.json")[0]["variants"].items()
     ]
     return markdown(["activation, padding, epsilon", "top-1 %", "top-5 %"], rows)
-
-
-@table("cifar-tuning")
-def cifar_tuning() -> str:
-    """Return the validation accuracy of the dense networks by learning rate."""
-    runs = lines("cifar_tuning.jsonl")
-    rows = [
-        [run["model"], f"{run['lr']:g}", f"{100 * run['accuracy']:.2f}"]
-        for run in sorted(runs, key=lambda run: (run["model"], run["lr"]))
-    ]
-    return markdown(["network", "learning rate", "validation accuracy %"], rows)
 
 
 @table("distributions", EXACT_BUDGETS)
@@ -212,7 +136,6 @@ METHODS = (
 
 
 @table("methods", METHODS_STUDY)
-@table("methods", README)
 def methods() -> str:
     """Return the results of the methods at each sparsity, and of the dense network."""
     return _by_sparsity([run for run in lines("methods.jsonl") if run["line"] in ("dense", *METHODS)])

@@ -1,11 +1,13 @@
 """Tables for the documents: a registry of functions by document, reading of result files, Markdown.
 
 A document has a table between the markers <!-- table:NAME --> and <!-- /table -->. Its text is the return value of the
-function that is registered as NAME.
+function that is registered as NAME. A table without a result file is left out: nothing is between its markers. If the
+function returns a whole section (`section`), the heading and the text are left out too.
 """
 
 import json
 import re
+import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import mean, stdev
@@ -31,7 +33,7 @@ DOCUMENTS: dict[Path, dict[str, Callable[[], str]]] = {
 
 
 class NotMeasured(Exception):
-    """An error for a table without a result file. The document then says that it was not measured."""
+    """An error for a table without results. The document then leaves it out."""
 
 
 def table(name: str, document: Path = ALL_RESULTS) -> Callable[[Callable[[], str]], Callable[[], str]]:
@@ -74,6 +76,21 @@ def spread(values: Iterable[float], scale: float = 1, digits: int = 2) -> str:
     return f"{text} ± {stdev(scaled):.{digits}f}" if len(scaled) > 1 else text
 
 
+def section(heading: str, text: str, table: str) -> str:
+    """Return a part of a document: a heading, a paragraph, which is wrapped, and a table."""
+    return f"{heading}\n\n{paragraph(text)}\n\n{table}"
+
+
+def paragraph(text: str) -> str:
+    """Return a text wrapped to the documents' width."""
+    return textwrap.fill(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False)
+
+
+def seeds(number: int) -> str:
+    """Return a number of seeds for people."""
+    return "one seed" if number == 1 else str(number)
+
+
 def fill(text: str, tables: dict[str, Callable[[], str]], document: str = "README.md") -> str:
     """Replace every marked table in `text`. Raise ValueError if markers and tables do not correspond."""
     marked = [name for _, name, _ in MARKED.findall(text)]
@@ -82,9 +99,8 @@ def fill(text: str, tables: dict[str, Callable[[], str]], document: str = "READM
 
     def made(match: re.Match[str]) -> str:
         try:
-            body = tables[match[2]]()
+            return f"{match[1]}{tables[match[2]]()}\n{match[3]}"
         except NotMeasured:
-            body = "Not measured."
-        return f"{match[1]}{body}\n{match[3]}"
+            return f"{match[1]}{match[3]}"
 
     return MARKED.sub(made, text)

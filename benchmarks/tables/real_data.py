@@ -1,0 +1,107 @@
+"""README's table: a row for each study on real data, with the default method beside the best of the others."""
+
+from statistics import mean
+
+from benchmarks.runs import RunFile
+from benchmarks.tables.documents import README, NotMeasured, lines, markdown, seeds, spread, table
+from benchmarks.tables.photographs import deployed, epochs_of
+from benchmarks.tables.ranks import NONE, Run, at_its_rate, main_study
+from benchmarks.timing import RESULTS
+
+OURS = "str-exact"
+THIRD = 3.0  # compression of the studies of ranks
+Runs = dict[str, list[Run]]  # by method
+
+
+@table("real-data", README)
+def real_data() -> str:
+    """Return a row for each study that has runs."""
+    rows = []
+    for make in (caltech, cifar, speech, har_six, har_two):
+        try:
+            rows.append(make())
+        except NotMeasured:
+            continue
+    if not rows:
+        raise NotMeasured("no study on real data")
+    header = ["data, network, target", "dense %", "str-exact %", "best other method %", "seeds", "with str-exact"]
+    return markdown(header, rows)
+
+
+def caltech() -> list[str]:
+    """Return the row of MobileNetV1 on Caltech-101."""
+    runs = by_method([run for run in lines("caltech.jsonl") if run["target"] in ("", "0.9")], "line")
+    use = deployed(RunFile(RESULTS / "caltech_deploy.jsonl").read())
+    own, dense = use.get(("0.9", OURS)), use.get(("", "dense"))
+    gain = NONE
+    if own and dense:
+        gain = f"{own['bytes'] / 1e6:.1f} of {dense['bytes'] / 1e6:.1f} MB, {own['ms']:.1f} of {own['dense_ms']:.1f} ms"
+    return row("Caltech-101 (a part), MobileNetV1 fine-tuned, 90 % zeros", runs, gain)
+
+
+def cifar() -> list[str]:
+    """Return the row of ResNet20 on CIFAR-10."""
+    runs = [run for run in lines("cifar.jsonl") if run["model"] == "resnet20" and run["target"] in (0.0, 0.9)]
+    methods = by_method([run for run in runs if run["target"] or run["line"] == "dense"], "line")
+    gain = f"{100 * mean(r['flops'] for r in methods[OURS]):.0f} % of the FLOPs" if OURS in methods else NONE
+    return row(f"CIFAR-10 as JPEG, ResNet20, {epochs_of(runs)} epochs, 90 % zeros", methods, gain)
+
+
+def speech() -> list[str]:
+    """Return the row of the GRU on speech."""
+    runs = main_study("speech_ranks.jsonl", "speech5")
+    return ranks_row("Speech Commands (five words), GRU, a third of the parameters", runs)
+
+
+def har_six() -> list[str]:
+    """Return the row of the GRU on HAR-6."""
+    return ranks_row("HAR-6 (reconstructed), GRU, a third of the parameters", main_study("har_ranks.jsonl", "har6"))
+
+
+def ranks_row(name: str, runs: list[Run]) -> list[str]:
+    """Return the row of a study with several cells and compressions: the GRU at a third of the parameters."""
+    runs = [run for run in runs if run["job"]["cell"] == "gru" and run["job"]["compression"] in (None, THIRD)]
+    return row(name, tuned(runs), parameters(tuned(runs)))
+
+
+def har_two() -> list[str]:
+    """Return the row of FastGRNN on HAR-2."""
+    runs = [run for run in main_study("har_ranks.jsonl", "har2") if run["job"]["ranks"] in (None, "9,8")]
+    methods = tuned([run for run in runs if run["job"]["method"] != "str"])  # str has no target
+    return row("HAR-2 (reconstructed), FastGRNN, the size of ranks 9 and 8", methods, parameters(methods))
+
+
+def by_method(runs: list[Run], field: str) -> Runs:
+    """Return the runs by their method."""
+    methods: Runs = {}
+    for run in runs:
+        methods.setdefault(run[field], []).append(run)
+    return methods
+
+
+def tuned(runs: list[Run]) -> Runs:
+    """Return the runs of studies of ranks by their method, at the method's learning rate."""
+    methods: Runs = {}
+    for run in runs:
+        methods.setdefault(run["job"]["method"], []).append(run)
+    return {method: at_its_rate(own) for method, own in methods.items()}
+
+
+def parameters(methods: Runs) -> str:
+    """Return the parameters of str-exact and of the dense network."""
+    if OURS not in methods:
+        return NONE
+    own, dense = (mean(run[key] for run in methods[OURS]) for key in ("params", "dense_params"))
+    return f"{own:,.0f} of {dense:,.0f} parameters"
+
+
+def row(name: str, methods: Runs, gain: str) -> list[str]:
+    """Return the cells of a study. Raise NotMeasured unless it has runs of str-exact and of the dense network."""
+    if not {OURS, "dense"} <= methods.keys():
+        raise NotMeasured(name)
+    others = {method: runs for method, runs in methods.items() if method != "dense" and not method.startswith(OURS)}
+    best = max(others, key=lambda method: mean(run["accuracy"] for run in others[method]), default=None)
+    shown = [methods["dense"], methods[OURS], others.get(best, [])]
+    cells = [spread((run["accuracy"] for run in runs), 100) if runs else NONE for runs in shown]
+    cells[2] += f" ({best})" if best else ""
+    return [name, *cells, seeds(min(len(runs) for runs in shown if runs)), gain]
