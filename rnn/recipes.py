@@ -139,6 +139,21 @@ def speech5_gru() -> Config:
     )
 
 
+def har6_gru() -> Config:
+    """Train a GRU on the motion data of UCI HAR, six activities, to a third of its parameters (needs --data)."""
+    return Config(
+        recipe="har6-gru",
+        data="har:DIR",
+        classes=6,
+        epochs=30,
+        batch_size=100,
+        hidden_size=48,
+        dropout=0.1,
+        pooling="mean",
+        lr=1e-2,
+    )
+
+
 def text_lstm() -> Config:
     """Train a character language model, an LSTM, on Python's help text."""
     return Config(
@@ -181,6 +196,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "japanese-vowels-gru": japanese_vowels_gru,
     "spoken-gru": spoken_gru,
     "speech5-gru": speech5_gru,
+    "har6-gru": har6_gru,
     "text-lstm": text_lstm,
     "google12-fastgrnn": google12_fastgrnn,
     "har2-fastgrnn": har2_fastgrnn,

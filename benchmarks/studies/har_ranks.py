@@ -1,12 +1,15 @@
-"""Learned rank on HAR-2 beside fixed rank, SVD with fine-tuning and the dense network: the paper's table 3.
+"""Learned rank on HAR-2 beside fixed rank, SVD with fine-tuning and the dense network: the paper's table 3. And HAR-6.
 
     python -m benchmarks.studies.har_ranks --data har:PATH [--epochs 60]
+    python -m benchmarks.studies.har_ranks --data har:PATH --classes 6 [--cells gru lstm] [--epochs 30]
 
 PATH: UCI HAR as rnn/train.py takes it. Every run is the recipe har2-fastgrnn with one thread; only the number of epochs
 (the paper: 300), the method and the learning rate differ. The epoch is chosen on the validation people, who are not
 among the training people. The target of str-exact is the number of parameters of the fixed ranks; str has no target.
 With seed 0 and the first pair of ranks every method tries the rates of `RATES`; the rate with the highest validation
 accuracy is the method's rate for all other seeds and ranks. The test data choose nothing.
+
+With `--classes 6` the runs are the recipe har6-gru with each cell, at a third of the dense network's parameters.
 
 One line per run is appended to benchmarks/results/har_ranks.jsonl, and runs that are in it are skipped. A run that was
 killed goes on from its last checkpoint.
@@ -21,8 +24,12 @@ from str_triton.rnn.models import Architecture
 
 RANKS = ((9, 8), (9, 7), (8, 7))  # of the input matrix and of the recurrent matrix, in the paper
 METHODS = ("str-exact", "fixed", "dense", "svd-finetune", "str")
+METHODS_OF_SIX = METHODS[:4]
 RATES = (1e-2, 3e-3, 2e-2)  # the recipe's first
 SEEDS = (0, 1, 2)
+CELLS = ("gru", "lstm")  # of HAR-6
+COMPRESSION = 3.0  # of HAR-6
+EPOCHS = {2: 60, 6: 30}  # by the number of classes
 ARCHITECTURE = Architecture("classify", "fastgrnn", inputs=9, outputs=2, hidden_size=80)
 
 
@@ -61,12 +68,41 @@ def tuned(method: str, done: list[dict[str, Any]], epochs: int) -> float:
     return best_rate(done, [job(method, RANKS[0], SEEDS[0], rate, epochs) for rate in RATES])
 
 
+def job_of_six(cell: str, method: str, seed: int, rate: float, epochs: int) -> Job:
+    """Return the run of a method on HAR-6; the dense network has no compression."""
+    compression = None if method == "dense" else COMPRESSION
+    arguments = ["har6-gru", "--cell", cell, "--method", method]
+    arguments += ["--seed", str(seed), "--lr", str(rate), "--epochs", str(epochs)]
+    if compression:
+        arguments += ["--target-compression", str(compression)]
+    return {
+        "data": "har6", "cell": cell, "method": method, "compression": compression, "epochs": epochs, "rate": rate,
+        "seed": seed, "arguments": arguments,
+    }  # fmt: skip
+
+
+def jobs_of_six(done: list[dict[str, Any]], cells: list[str], epochs: int) -> Iterator[Job]:
+    """Yield the runs on HAR-6, the most informative first: every method with each cell, the rates, the seeds."""
+    for rate in RATES:
+        for cell in cells:
+            for method in METHODS_OF_SIX:
+                yield job_of_six(cell, method, SEEDS[0], rate, epochs)
+    for seed in SEEDS[1:]:
+        for cell in cells:
+            for method in METHODS_OF_SIX:
+                candidates = [job_of_six(cell, method, SEEDS[0], rate, epochs) for rate in RATES]
+                yield job_of_six(cell, method, seed, best_rate(done, candidates), epochs)
+
+
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--epochs", type=int, default=60)
+    options.add_argument("--classes", type=int, choices=EPOCHS, default=2, help="2: HAR-2, 6: HAR-6")
+    options.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS), help="the cells of HAR-6")
+    options.add_argument("--epochs", type=int, help="by default 60 for HAR-2 and 30 for HAR-6")
     args = options.parse_args()
     args.out = args.out or RESULTS / "har_ranks.jsonl"
-    do(lambda done: jobs(done, args.epochs), args)
+    epochs = args.epochs or EPOCHS[args.classes]
+    do(lambda done: jobs(done, epochs) if args.classes == 2 else jobs_of_six(done, args.cells, epochs), args)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from benchmarks.runs import RunFile
 from benchmarks.studies import har_ranks, rank_runs, speech_ranks
 from benchmarks.studies.rank_runs import best_rate, key
 from benchmarks.tables import ranks as tables_ranks
+from str_triton.rnn.train import COMMAND_LINE
 
 
 def line(job: dict[str, Any], accuracy: float, **more: Any) -> dict[str, Any]:
@@ -26,6 +28,19 @@ def test_every_job_of_a_study_is_another_run_or_one_that_is_done() -> None:
     assert {key(job) for job in first[:15]} < {key(job) for job in har_ranks.jobs(done, 60)}
     rates = {job["method"]: job["rate"] for job in list(har_ranks.jobs(done, 60))[15:20]}
     assert rates == {**dict.fromkeys(har_ranks.METHODS, 1e-2), "fixed": 2e-2}
+
+
+def test_har_with_six_classes_has_runs_of_its_own() -> None:
+    first = list(har_ranks.jobs_of_six([], ["gru", "lstm"], 30))
+    assert [(job["cell"], job["method"]) for job in first[:8]] == list(product(("gru", "lstm"), har_ranks.METHODS[:4]))
+    assert len({key(job) for job in first}) == 2 * 4 * (3 + 2)
+    done = [line(job, 0.9 if job["rate"] == 3e-3 and job["cell"] == "lstm" else 0.5) for job in first[:24]]
+    later = {(job["cell"], job["rate"]) for job in list(har_ranks.jobs_of_six(done, ["gru", "lstm"], 30))[24:]}
+    assert later == {("gru", 1e-2), ("lstm", 3e-3)}
+    for job in first:
+        config = COMMAND_LINE.read(job["arguments"])
+        assert (config.classes, config.cell, config.method) == (6, job["cell"], job["method"])
+        assert config.target_compression == job["compression"]
 
 
 def test_networks_of_the_speech_study_have_the_parameters_of_their_compression() -> None:
