@@ -55,10 +55,10 @@ class Parser(argparse.ArgumentParser):
             elif self._option_string_actions[name].nargs == 0:
                 yield name
             else:
-                value = next(rest, None)
-                if value is None or value.partition("=")[0] in self._option_string_actions:
+                following = next(rest, None)
+                if following is None or following.partition("=")[0] in self._option_string_actions:
                     self.error(f"{name}: a value is missing")
-                yield f"{name}={value}"
+                yield f"{name}={following}"
 
 
 class Help(argparse.HelpFormatter):
@@ -69,8 +69,9 @@ class Help(argparse.HelpFormatter):
 
     @staticmethod
     def _wrapped(line: str, width: int) -> str:
-        columns = re.match(r"(  \S+ +)?", line)
-        return textwrap.fill(line, width, subsequent_indent=" " * columns.end()) if line.strip() else ""
+        column = re.match(r"  \S+ +", line)
+        indent = " " * column.end() if column else ""
+        return textwrap.fill(line, width, subsequent_indent=indent) if line.strip() else ""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if isinstance(action, argparse.BooleanOptionalAction):

@@ -124,7 +124,7 @@ class _Draft(io.FileIO):
         self.asked = asked
         self.failure: OSError | None = None
 
-    def write(self, data: Block) -> int | None:
+    def write(self, data: Block) -> int:
         try:
             with _naming(self.asked):
                 return super().write(data)

@@ -65,7 +65,7 @@ class Backward:
     grad_outputs: Tensor
     grad_states: list[Tensor]  # changed in place, from the gradients of the last states to those of the first
     cells: Tensor  # c after every step, if the cell has one; or what the cell has kept
-    first_cell: Tensor | None
+    states: list[Tensor]  # before each sequence's first step
     w: Tensor
     v: Tensor
     bias: Tensor

@@ -27,9 +27,9 @@ def check(
         if state.dtype != gates_x.dtype:
             raise TypeError(f"{name} is {state.dtype}, gates_x {gates_x.dtype}: give both in one dtype")
     if gates_x.dim() != 3 or gates_x.shape[2] % gates:
-        width = f"{gates} H" if gates > 1 else "H"
-        raise ValueError(f"gates_x must have shape [T, B, {width}], got {tuple(gates_x.shape)}")
-    steps, batch, width = gates_x.shape
+        columns = f"{gates} H" if gates > 1 else "H"
+        raise ValueError(f"gates_x must have shape [T, B, {columns}], got {tuple(gates_x.shape)}")
+    steps, batch, _ = gates_x.shape
     if steps == 0:
         raise ValueError(f"gates_x of shape {tuple(gates_x.shape)} has no time step: give at least one")
     _check_shapes(gates_x, others, scalars, {"u": gates, **dict.fromkeys(biases, gates if len(biases) == 1 else 1)})
@@ -84,4 +84,6 @@ def check_precision(precision: str | None) -> None:
 
 def rnn_precision() -> str:
     """Return the precision in which torch's own recurrent layers multiply float32 on a GPU: "tf32" or "ieee"."""
-    return "tf32" if torch.backends.cudnn.rnn.fp32_precision == "tf32" else "ieee"
+    # torch puts an object with this attribute in the place of the module torch.backends.cudnn.rnn.
+    precision = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
+    return "tf32" if precision == "tf32" else "ieee"

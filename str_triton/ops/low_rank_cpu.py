@@ -14,7 +14,7 @@ def forward(
 ) -> list[Tensor]:  # fmt: skip
     """Return outputs, the last states, and for the backward nothing (p) and saved: c after every step, or gates."""
     dtype, compute, of = gates_x.dtype, compute_dtype(gates_x), CELLS[cell]
-    schedule = Schedule(lengths, *gates_x.shape[:2], reverse)
+    schedule = Schedule(lengths, gates_x.shape[0], gates_x.shape[1], reverse)
     gates_x, states = schedule.sort(gates_x, 1).to(compute), [schedule.sort(state, 0).to(compute) for state in states]
     w, v, bias = (tensor.to(compute) for tensor in (w, v, bias))
     buffers = [schedule.buffer(v, len(v))]
@@ -50,7 +50,7 @@ def backward(
 ) -> list[Tensor]:  # fmt: skip
     """Return the gradients of gates_x, w, v, bias, scale and the states."""
     dtype, compute = outputs.dtype, compute_dtype(outputs)
-    schedule = Schedule(lengths, *outputs.shape[:2], reverse)
+    schedule = Schedule(lengths, outputs.shape[0], outputs.shape[1], reverse)
     grad_outputs, gates_x, outputs = (schedule.sort(x, 1).to(compute) for x in (grad_outputs, gates_x, outputs))
     states, grad_states = ([schedule.sort(x, 0).to(compute) for x in xs] for xs in (states, grad_states))
     saved, w, v, bias = (tensor.to(compute) for tensor in (saved, w, v, bias))
@@ -74,7 +74,7 @@ def _run_backward(
     p_shape = size, schedule.batch, rank
     p = with_ones(p_shape, v) if has_ones else v.new_empty(p_shape)
     run = Backward(
-        schedule, size, gates_x, grad_outputs, [grad.clone() for grad in grad_states], cells, (*states, None)[1],
+        schedule, size, gates_x, grad_outputs, [grad.clone() for grad in grad_states], cells, states,
         w, v, bias, scale,
         q=v.new_empty(0 if cell.kept else size, schedule.batch, cell.gates * hidden),
         grad_x=schedule.buffer(v, cell.gates * hidden),

@@ -4,6 +4,8 @@ The functions take and return what those of low_rank_cpu.py do; here `p` and `sa
 kernels get hidden sizes that are multiples of 16: others are padded with units that stay 0.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,7 +26,7 @@ def shared_memory_limit(device: torch.device) -> int | None:
 
 
 # What torch.compiler.assume_constant_result does; that imports torch._dynamo, which takes seconds.
-shared_memory_limit._dynamo_marked_constant = True
+vars(shared_memory_limit)["_dynamo_marked_constant"] = True
 
 
 def chip(device: torch.device) -> str:
@@ -54,7 +56,7 @@ def forward(
         options = _options(of, v, lengths, reverse, precision, backward=False)
         with torch.cuda.device_of(gates_x):
             kernel[_grid(batch, options)](
-                gates_x, w, v, bias, scale, h0, *(c0 or [None]), lengths, outputs, *(c or [None]), p, saved,
+                gates_x, w, v, bias, scale, h0, _only(c0), lengths, outputs, _only(c), p, saved,
                 _scratch(h0, options), steps, batch, size, rank,
                 STEP=getattr(low_rank_cells, cell), BIASES=of.bias_blocks, SAVE=save, **options,
             )  # fmt: skip
@@ -83,8 +85,8 @@ def backward(
     if h0.numel():
         with torch.cuda.device_of(outputs):
             kernel[_grid(batch, options)](
-                wide[0], grad_h, *(grad_c or [None]), wide[1], saved, _pad(w, hidden, 0), _pad(v, hidden, 0), scale,
-                first, lengths, grad_x, grad_extra, grad_p, grad_scale, grad_firsts[0], *(grad_firsts[1:] or [None]),
+                wide[0], grad_h, _only(grad_c), wide[1], saved, _pad(w, hidden, 0), _pad(v, hidden, 0), scale,
+                first, lengths, grad_x, grad_extra, grad_p, grad_scale, grad_firsts[0], _only(grad_firsts[1:]),
                 _scratch(first, options), steps, batch, size, rank,
                 STEP=getattr(low_rank_cells, f"{cell}_backward"), **options,
             )  # fmt: skip
@@ -107,12 +109,12 @@ def backward(
 
 def _options(
     cell: Cell, v: Tensor, lengths: Tensor | None, reverse: bool, precision: str | None, backward: bool
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Return the constants and the launch options of a kernel."""
     import triton.language as tl
 
-    kind = chip(v.device)
-    plan = layout(cell, *v.shape, v.dtype, shared_memory_limit(v.device), backward, kind)
+    kind, limit, (hidden, rank) = chip(v.device), shared_memory_limit(v.device), v.shape
+    plan = layout(cell, hidden, rank, v.dtype, limit or 0, backward, kind)
     return {
         "GATES": cell.gates,
         "SAVED": cell.saved,
@@ -133,6 +135,11 @@ def _options(
         "num_stages": 1,
         **({"AHEAD": plan.ahead} if backward else {}),
     }
+
+
+def _only(tensors: list[Tensor]) -> Tensor | None:
+    """Return the one tensor of a list; None for the empty list of a cell without c."""
+    return tensors[0] if tensors else None
 
 
 def _pad(x: Tensor, hidden: int, dim: int = -1) -> Tensor:
@@ -160,12 +167,12 @@ def _buffers(like: Tensor, lengths: Tensor | None, *widths: int) -> list[Tensor]
     return [new((*like.shape[:2], width)) for width in widths]
 
 
-def _scratch(state: Tensor, options: dict[str, object]) -> Tensor:
+def _scratch(state: Tensor, options: dict[str, Any]) -> Tensor:
     """Make room for the state if a kernel does not hold that of all hidden units."""
     return state.new_empty(0 if options["RESIDENT"] else state.shape, dtype=compute_dtype(state))
 
 
-def _grid(batch: int, options: dict[str, object]) -> tuple[int]:
+def _grid(batch: int, options: dict[str, Any]) -> tuple[int]:
     return (-(-batch // options["BLOCK_B"]),)
 
 

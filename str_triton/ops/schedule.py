@@ -76,7 +76,7 @@ class Schedule:
 
     def last(self, states: Tensor) -> Tensor:
         """Return the state after each sequence's last step, from those after every step."""
-        if self.reverse or self.counts is None:
+        if self.reverse or self.lengths is None:
             return states[0 if self.reverse else -1].clone()
         return states[self.lengths - 1, torch.arange(self.batch)]
 
@@ -109,7 +109,7 @@ class Schedule:
 
     def begins(self) -> Tensor:
         """Return when each sequence's first step is."""
-        if self.reverse and self.counts is not None:
+        if self.reverse and self.lengths is not None:
             return self.lengths - 1
         return torch.full((self.batch,), self.steps - 1 if self.reverse else 0)
 

@@ -1,11 +1,15 @@
 """Soft thresholds of a DTensor: each process thresholds the elements that it holds."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeGuard
 
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
-def is_sharded(tensor: Tensor) -> bool:
+
+def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
     """Return whether a tensor is a DTensor."""
     return hasattr(tensor, "device_mesh")  # An import of torch.distributed.tensor takes half a second.
 

@@ -97,13 +97,12 @@ def _backward_triton(grad: Tensor, out: Tensor, slope: Tensor | None, masked: bo
     grad_x = torch.empty_like(out) if masked else out.new_empty(0)
     grad_raw = out.new_empty(0) if slope is None else (torch.empty_like if out.numel() else torch.zeros_like)(slope)
     if out.numel():
-        by_row = slope is not None and not per_weight
-        partial = slope.new_empty(rows * _blocks(cols)) if by_row else None
+        partial = slope.new_empty(rows * _blocks(cols)) if slope is not None and not per_weight else None
         with torch.cuda.device_of(out):
             kernels.soft_threshold_backward_kernel[(rows * _blocks(cols),)](
                 grad, out, slope if per_weight else None, grad_x, grad_raw, partial, cols, MASKED=masked, BLOCK=BLOCK
             )
-            if by_row:
+            if partial is not None:
                 kernels.soft_threshold_reduce_kernel[(rows,)](partial, slope, grad_raw, cols, BLOCK=BLOCK)
     return grad_x, grad_raw
 

@@ -53,10 +53,10 @@ def _backward_many(
     starts, _ = _flat_starts(grads)
     grad_flat = _flat_buffer(flat, grads if masked else [])
     grad_raw = flat.new_empty(0) if slope is None else torch.zeros_like(slope)
-    slopes, grad_raws = (
-        [None] * len(grads) if slope is None else _threshold_views(buffer, grads, thresholds)
-        for buffer in (slope, grad_raw)
-    )
+    slopes: Sequence[Tensor | None] = [None] * len(grads)
+    grad_raws = slopes
+    if slope is not None:
+        slopes, grad_raws = (_threshold_views(buffer, grads, thresholds) for buffer in (slope, grad_raw))
     for grad, start, piece, out_piece in zip(grads, starts, slopes, grad_raws, strict=True):
         grad_x, grad_piece = _backward(grad, _view(flat, grad, start), piece, masked)
         if out_piece is not None:
@@ -150,11 +150,11 @@ def _layout_tables(
     """Return the table of the layout, and the index of the tensor that each program and each threshold belongs to."""
     table = _written.__wrapped__(layout, device, stream)
     _, _, first_programs, first_thresholds = table[: len(layout)].view(-1, 4).t().contiguous()
-    owners = (
+    owners, threshold_owners = (
         torch.searchsorted(firsts, torch.arange(count, device=device), right=True) - 1
         for firsts, count in ((first_programs, programs), (first_thresholds, thresholds))
     )
-    return table, *owners
+    return table, owners, threshold_owners
 
 
 @lru_cache(maxsize=64)
@@ -215,15 +215,16 @@ class _SoftThresholdMany(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, _, *grads):
+    def backward(ctx, _, *given):
         flat, *raws = ctx.saved_tensors
         grads = [
             flat.new_zeros(()).expand(shape) if grad is None else grad
-            for grad, (shape, _) in zip(grads, ctx.layouts, strict=True)
+            for grad, (shape, _) in zip(given, ctx.layouts, strict=True)
         ]
         grads = [_laid_out(grad, strides) for grad, (_, strides) in zip(grads, ctx.layouts, strict=True)]
         learned = any(ctx.needs_input_grad[3 + len(grads) :])
-        grad_raws, thresholds, slope = [None] * len(raws), [raw.numel() for raw in raws], None
+        grad_raws: Sequence[Tensor | None] = [None] * len(raws)
+        thresholds, slope = [raw.numel() for raw in raws], None
         if learned:
             prepared = [_prepared(grad, raw)[1] for grad, raw in zip(grads, raws, strict=True)]
             slope = threshold_function(ctx.g).derivative(_joined(grads, prepared).to(compute_dtype(flat, raws[0])))

@@ -35,7 +35,7 @@ def _backward(run: Backward) -> tuple:
 
     def begin(span, begin, end, previous):
         run.q[span].add_(run.gates_x[begin:end])
-        before = run.schedule.previous_chunk(run.cells, run.first_cell, begin, end)
+        before = run.schedule.previous_chunk(run.cells, run.states[1], begin, end)
         _coefficients(a[span], a_c[span], run.q[span], run.cells[begin:end], before)
 
     def step(k, grad, grad_ifg, grad_o, grad_gates, grad_p):
