@@ -14,8 +14,8 @@ from str_triton.ops.soft_threshold import soft_threshold
 from str_triton.ops.thresholds import threshold_function
 
 
-class ThresholdHolder:
-    """A mixin in front of `nn.Module`: a raw threshold, its options, and how both are saved.
+class ThresholdHolder(nn.Module):
+    """A base class in front of a module's own class: a raw threshold, its options, and how both are saved.
 
     Attributes:
         raw_threshold: s, a Parameter; float32 (float64 if the weight is), also after `.half()` and the like. None in a
@@ -43,7 +43,7 @@ class ThresholdHolder:
     @property
     def threshold_options(self) -> Tensor:
         """The options as they stand in the state dict, under this name: torch.distributed.checkpoint looks it up."""
-        return options_tensor(self.g, self.gradient, self.raw_threshold.device, is_shared=self._shares_threshold)
+        return options_tensor(self.g, self.gradient, self.raw().device, is_shared=self._shares_threshold)
 
     @threshold_options.setter
     def threshold_options(self, options: Tensor) -> None:
@@ -55,7 +55,7 @@ class ThresholdHolder:
     @property
     def threshold(self) -> Tensor:
         """g(raw_threshold), in units of the weights; raw_threshold's shape."""
-        return self.threshold_of(self.raw_threshold)
+        return self.threshold_of(self.raw())
 
     def threshold_of(self, raw_threshold: Tensor) -> Tensor:
         """Return g(raw_threshold), in units of the weights."""
@@ -66,7 +66,7 @@ class ThresholdHolder:
 
         `raw_threshold` is the module's, or the part of it that belongs to the values.
         """
-        raw = self.raw_threshold if raw_threshold is None else raw_threshold
+        raw = self.raw() if raw_threshold is None else raw_threshold
         if not is_sharded(values):
             raw = full(raw)
         return soft_threshold(values, raw, g=self.g, gradient=self.gradient, learn_threshold=self.learns_threshold)
@@ -74,13 +74,14 @@ class ThresholdHolder:
     @torch.no_grad()
     def scale_threshold(self, factor: float) -> None:
         """Multiply the threshold, in place: raw_threshold becomes g^-1(factor * threshold)."""
-        self.raw_threshold.copy_(threshold_function(self.g).inverse(factor * self.threshold))
+        self.raw().copy_(threshold_function(self.g).inverse(factor * self.threshold))
 
     @torch.no_grad()
     def reset_threshold(self) -> None:
         """Set the raw threshold to its first value, in place."""
-        if self._parameters.get(RAW) is not None:
-            self.raw_threshold.fill_(self._first_raw())
+        raw = self._parameters.get(RAW)
+        if raw is not None:
+            raw.fill_(self._first_raw())
 
     def offsets_from(self, sizes: Tensor, raw_threshold: Tensor | None = None) -> Tensor:
         """Return for each size the offset g^-1(|size|) - raw_threshold: added to raw_threshold, it and more prune it.
@@ -89,9 +90,15 @@ class ThresholdHolder:
 
         Detached, of the sizes' shape; -inf for a size of 0, inf for one that no threshold of g reaches.
         """
-        raw = (self.raw_threshold if raw_threshold is None else raw_threshold).detach()
+        raw = (self.raw() if raw_threshold is None else raw_threshold).detach()
         magnitude = sizes.detach().abs().to(torch.promote_types(sizes.dtype, raw.dtype))
         return threshold_function(self.g).inverse(magnitude) - raw
+
+    def raw(self) -> nn.Parameter:
+        """Return the raw threshold. Raises ValueError in a module without one."""
+        if self.raw_threshold is None:
+            raise ValueError(f"this {type(self).__name__} has no threshold")
+        return self.raw_threshold
 
     def _first_raw(self) -> float:
         return initial_raw(self.g) if self._initial_raw is None else self._initial_raw
@@ -111,11 +118,12 @@ class ThresholdHolder:
         torch makes one per module where it assigns loaded tensors, which would hide them from ties, optimizers and
         controllers, and where it moves from the meta device.
         """
-        now = self.raw_threshold
+        now = self.raw()
         if now is before:
             return
         if _kind(before) == _kind(now):
-            self.raw_threshold = before.copy_(now)
+            before.copy_(now)
+            self.raw_threshold = before
             return
         same = vars(before).setdefault("_successor", now)
         if _kind(same) == _kind(now):
@@ -151,7 +159,7 @@ class ThresholdHolder:
                 f"{prefix + RAW!r} was saved with g={g!r}, and the model has g={self.g!r}: make it with g={g!r}"
             )
             return
-        if g is not None and self._shares_threshold and not says_shared(options):
+        if options is not None and self._shares_threshold and not says_shared(options):
             error_msgs.append(
                 f"{prefix + RAW!r} was saved as a threshold of its own, and the model has one threshold for several "
                 "weights: sparsify it with the granularity, and tie the weights, of the model that was saved"

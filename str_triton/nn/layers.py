@@ -3,7 +3,7 @@
 Source: Kusupati et al., ICML 2020: a layer computes with S_g(weight, raw_threshold) = sign(w) relu(|w| - g(s)).
 """
 
-from typing import Any, ClassVar, Self
+from typing import Any, Self, TypedDict, TypeVar, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +17,17 @@ from str_triton.nn.shards import is_sharded
 from str_triton.nn.state import RAW, marked, unmark
 from str_triton.ops.soft_threshold import soft_threshold
 
+M = TypeVar("M", bound=nn.Module)
+
 
 def refusal(module: nn.Module) -> str | None:
     """Return why a layer of torch cannot become a thresholded layer; None if it can."""
     if isinstance(module, STRLayer):
         return weight_refusal(module, "weight")
-    base = str_class(module).dense_class
+    layer_class = str_class(module)
+    if layer_class is None:
+        return f"there is no thresholded layer for {type(module).__name__}"
+    base = layer_class.dense_class
     for name in ("forward", "_conv_forward", "weight", "bias"):
         if name in vars(module) or getattr(type(module), name, None) is not getattr(base, name, None):
             return f"{type(module).__name__} has its own {name}, which a thresholded layer would not keep"
@@ -34,8 +39,16 @@ def str_class(module: nn.Module) -> "type[STRLayer] | None":
     return next((cls for cls in STR_LAYERS if isinstance(module, cls.dense_class)), None)
 
 
+class InitialThreshold(TypedDict, total=False):
+    """The options of `new_raw_threshold` by keyword, without g."""
+
+    granularity: str
+    initial_threshold: float | None
+    raw_threshold_init: float | None
+
+
 class STRLayer(ThresholdHolder):
-    """What all thresholded layers share: a mixin in front of the torch layer.
+    """What all thresholded layers share: a base class in front of the torch layer.
 
     Takes the torch layer's arguments and, by keyword, those of `new_raw_threshold` and `soft_threshold`. The default
     g is "exp" (the paper's is "sigmoid"): a SparsityController multiplies all thresholds by one factor, and those of
@@ -48,7 +61,8 @@ class STRLayer(ThresholdHolder):
         g, gradient: the options of `soft_threshold`.
     """
 
-    dense_class: ClassVar[type[nn.Module]]
+    dense_class: type[nn.Module]
+    weight: nn.Parameter
     raw_threshold: nn.Parameter
 
     def __init__(
@@ -81,7 +95,7 @@ class STRLayer(ThresholdHolder):
         *,
         g: str = "exp",
         gradient: str = "straight_through",
-        **threshold_options,
+        **threshold_options: Unpack[InitialThreshold],
     ) -> Self:
         """Return a thresholded layer that adopts the dense layer's very Parameter objects, its buffers, hooks and mode.
 
@@ -102,9 +116,10 @@ class STRLayer(ThresholdHolder):
             raise ValueError(f"{type(dense).__name__} cannot be thresholded: {reason}")
         initial = None
         if raw_threshold is None:
-            raw_threshold = new_raw_threshold(dense.weight, g=g, **threshold_options)
-            threshold_options.pop("granularity", None)
-            initial = initial_raw(g, **threshold_options)
+            raw_threshold = new_raw_threshold(dense.get_parameter("weight"), g=g, **threshold_options)
+            initial = initial_raw(
+                g, threshold_options.get("initial_threshold"), threshold_options.get("raw_threshold_init")
+            )
         elif threshold_options:
             raise ValueError(f"raw_threshold is given, which leaves {', '.join(threshold_options)} without effect")
         layer = with_class(dense, cls)
@@ -139,7 +154,7 @@ class STRLayer(ThresholdHolder):
 
     def reset_parameters(self) -> None:
         """Draw the weight and bias anew, as the torch layer does, and set the threshold to its first value."""
-        super().reset_parameters()
+        super().reset_parameters()  # type: ignore[misc]  # the class behind this one is the torch layer
         self.reset_threshold()
 
     @property
@@ -186,6 +201,7 @@ class STRConv1d(STRLayer, nn.Conv1d):
     """nn.Conv1d with a thresholded weight [out, in / groups, k]."""
 
     dense_class = nn.Conv1d
+    weight: nn.Parameter
 
     def forward(self, input: Tensor) -> Tensor:
         return self._conv_forward(input, self.sparse_weight, self.bias)
@@ -195,6 +211,7 @@ class STRConv2d(STRLayer, nn.Conv2d):
     """nn.Conv2d with a thresholded weight [out, in / groups, kh, kw]."""
 
     dense_class = nn.Conv2d
+    weight: nn.Parameter
 
     def forward(self, input: Tensor) -> Tensor:
         return self._conv_forward(input, self.sparse_weight, self.bias)
@@ -204,6 +221,7 @@ class STRConv3d(STRLayer, nn.Conv3d):
     """nn.Conv3d with a thresholded weight [out, in / groups, kd, kh, kw]."""
 
     dense_class = nn.Conv3d
+    weight: nn.Parameter
 
     def forward(self, input: Tensor) -> Tensor:
         return self._conv_forward(input, self.sparse_weight, self.bias)
@@ -213,6 +231,7 @@ class STRLinear(STRLayer, nn.Linear):
     """nn.Linear with a thresholded weight [out, in]."""
 
     dense_class = nn.Linear
+    weight: nn.Parameter
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.sparse_weight, self.bias)
@@ -225,6 +244,7 @@ class STREmbedding(STRLayer, nn.Embedding):
     """
 
     dense_class = nn.Embedding
+    weight: nn.Parameter
 
     def forward(self, input: Tensor) -> Tensor:
         weight = self.sparse_weight
@@ -236,7 +256,7 @@ class STREmbedding(STRLayer, nn.Embedding):
 STR_LAYERS: tuple[type[STRLayer], ...] = (STRConv1d, STRConv2d, STRConv3d, STRLinear, STREmbedding)
 
 
-def with_class(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
+def with_class(module: nn.Module, cls: type[M]) -> M:
     """Return a module of class `cls` with what `module` holds: the same Parameters, buffers, hooks, submodules, mode.
 
     Its tables of parameters and buffers are its own. The hooks' are shared, so that their handles remove them here too.

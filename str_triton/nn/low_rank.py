@@ -4,7 +4,7 @@ Source: Kusupati et al., ICML 2020, section 3.3 (W = (W1 * m) W2 with a soft thr
 |m_k| ||u_k|| ||v_k||, the size of a component, whatever its share of it each factor holds (docs/derivations.md).
 """
 
-from typing import Self
+from typing import Self, TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,17 @@ COLUMNS = 16  # A product of 100 rows and 80 columns takes 8 us with 16 columns,
 RAW_THRESHOLD = -10.0  # the paper's bound for g = exp: a threshold of 4.5e-5
 
 
-class LowRankWeight(ThresholdHolder, nn.Module):
+class FactorOptions(TypedDict, total=False):
+    """The options of `LowRankWeight` by keyword, without device and dtype."""
+
+    g: str
+    gradient: str
+    raw_threshold_init: float
+    recurrent: bool
+    thresholded: bool
+
+
+class LowRankWeight(ThresholdHolder):
     """A matrix [rows, columns] as the sum of max_rank components, of which a learned threshold leaves the larger ones.
 
         W = sum_k s_k u_k v_k^T      s_k = S(m_k n_k) / n_k,  n_k = ||u_k|| ||v_k||,  S(x) = sign(x) relu(|x| - g(raw))
@@ -67,14 +77,16 @@ class LowRankWeight(ThresholdHolder, nn.Module):
             raise ValueError(f"max_rank must be from 1 to {largest} for a {rows} x {columns} matrix, got {max_rank}")
         self.rows, self.columns, self.max_rank = rows, columns, max_rank
         self.recurrent = recurrent
-        options = {"device": device, "dtype": dtype}
-        self.u = nn.Parameter(torch.empty(rows, max_rank, **options))
-        self.v = nn.Parameter(torch.empty(columns, max_rank, **options))
-        self.m = nn.Parameter(torch.empty(max_rank, **options)) if thresholded else None
-        raw = new_raw_threshold(self.u, g=g, raw_threshold_init=raw_threshold_init) if thresholded else None
+        self.u = nn.Parameter(torch.empty(rows, max_rank, device=device, dtype=dtype))
+        self.v = nn.Parameter(torch.empty(columns, max_rank, device=device, dtype=dtype))
+        m, raw = None, None
+        if thresholded:
+            m = nn.Parameter(torch.empty(max_rank, device=device, dtype=dtype))
+            raw = new_raw_threshold(self.u, g=g, raw_threshold_init=raw_threshold_init)
+            # Every check of the forward, without its arithmetic.
+            soft_threshold(m.to("meta"), raw.to("meta"), g=g, gradient=gradient)
+        self.m = m
         self._hold(raw, g, gradient, raw_threshold_init)
-        if thresholded:  # Every check of the forward, without its arithmetic.
-            soft_threshold(self.m.to("meta"), self.raw_threshold.to("meta"), g=g, gradient=gradient)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -83,8 +95,8 @@ class LowRankWeight(ThresholdHolder, nn.Module):
         self.reset_threshold()
         if weight is None:
             bound = self.columns**-0.5
-            options = {"dtype": self.u.dtype, "device": self.u.device}
-            weight = torch.empty(self.rows, self.columns, **options).uniform_(-bound, bound)
+            weight = torch.empty(self.rows, self.columns, dtype=self.u.dtype, device=self.u.device)
+            weight.uniform_(-bound, bound)
         self.set_weight(weight)
 
     @torch.no_grad()
@@ -107,9 +119,10 @@ class LowRankWeight(ThresholdHolder, nn.Module):
             store(self.m, sigma[:k] + self.threshold.to(sigma.dtype))
 
     @classmethod
-    def from_dense(cls, weight: Tensor, max_rank: int | None = None, **options) -> Self:
+    def from_dense(cls, weight: Tensor, max_rank: int | None = None, **options: Unpack[FactorOptions]) -> Self:
         """Return the max_rank largest singular components of a matrix [rows, columns]; `options`: of the class."""
-        layer = cls(*weight.shape, max_rank, device="meta", dtype=weight.dtype, **options)
+        rows, columns = weight.shape
+        layer = cls(rows, columns, max_rank, device="meta", dtype=weight.dtype, **options)
         layer.to_empty(device=weight.device).reset_parameters(weight.detach())
         return layer
 
@@ -129,7 +142,7 @@ class LowRankWeight(ThresholdHolder, nn.Module):
         """Return s [max_rank], what stands between u and v; differentiable, of u's dtype."""
         if self.m is None:
             return self.u.new_ones(self.max_rank)
-        sizes, norms = self._thresholded()
+        sizes, norms = self._thresholded(self.m)
         return (sizes / norms).to(self.u.dtype)
 
     def surviving(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,7 +155,7 @@ class LowRankWeight(ThresholdHolder, nn.Module):
         """
         if self.m is None:
             return self.u, self.spectrum(), self.v
-        sizes, norms = self._thresholded()
+        sizes, norms = self._thresholded(self.m)
         spectrum = (sizes / norms).to(self.u.dtype)
         if self.gradient != "masked" or not self._reads_values(sizes):
             return self.u, spectrum, self.v
@@ -154,12 +167,12 @@ class LowRankWeight(ThresholdHolder, nn.Module):
         chosen = is_cut.to(torch.uint8).argsort(stable=True)[:count]
         return self.u.index_select(1, chosen), spectrum.index_select(0, chosen), self.v.index_select(1, chosen)
 
-    def _thresholded(self) -> tuple[Tensor, Tensor]:
+    def _thresholded(self, m: Tensor) -> tuple[Tensor, Tensor]:
         """Return S(m_k n_k) and n_k [max_rank], in the dtype of the arithmetic."""
         norms = self._norms()
         if self.gradient == "straight_through":
             norms = norms.detach()  # Else three factors would move the size of what is cut (docs/derivations.md).
-        return self.apply_threshold(full(self.m).to(norms.dtype) * norms), norms
+        return self.apply_threshold(full(m).to(norms.dtype) * norms), norms
 
     def _reads_values(self, sizes: Tensor) -> bool:
         """Return whether Python may read `sizes` for free: real numbers, on the CPU, outside of any graph."""
@@ -204,7 +217,7 @@ class LowRankWeight(ThresholdHolder, nn.Module):
 
         Detached, [max_rank]; -inf for a size of 0, inf for one that no threshold of g reaches.
         """
-        return self.offsets_from(self.singular_values(), full(self.raw_threshold))
+        return self.offsets_from(self.singular_values(), full(self.raw()))
 
     @torch.no_grad()
     def refactor(self) -> None:
@@ -226,12 +239,18 @@ class LowRankWeight(ThresholdHolder, nn.Module):
         for parameter, value in (
             (self.u, qu @ p * root),
             (self.v, qv @ qh.mT * root),
-            (self.m, torch.ones_like(sigma)),
+            (self.trained_spectrum(), torch.ones_like(sigma)),
         ):
             whole = full(parameter)
             whole.index_copy_(whole.dim() - 1, left, value.to(whole.dtype))
             if whole is not parameter:
                 store(parameter, whole)
+
+    def trained_spectrum(self) -> nn.Parameter:
+        """Return m. Raises ValueError in a matrix without a threshold."""
+        if self.m is None:
+            raise ValueError("this matrix has no threshold, and so no spectrum of its own")
+        return self.m
 
     @torch.no_grad()
     def settle(self, raw_threshold: Tensor) -> None:
@@ -240,8 +259,8 @@ class LowRankWeight(ThresholdHolder, nn.Module):
         What the threshold has cut gets m = 0, so that it stays cut.
         """
         spectrum = self.spectrum()
-        store(self.raw_threshold, raw_threshold)
-        store(self.m, spectrum + spectrum.sign() * self.threshold / self._norms())
+        store(self.raw(), raw_threshold)
+        store(self.trained_spectrum(), spectrum + spectrum.sign() * self.threshold / self._norms())
 
     @torch.no_grad()
     def compact(self) -> "LowRankWeight | None":
@@ -256,8 +275,9 @@ class LowRankWeight(ThresholdHolder, nn.Module):
             return None
         # What is cut counts as less than anything.
         order = torch.where(spectrum != 0, self.singular_values(), -1).argsort(descending=True)[:left]
-        options = {"recurrent": self.recurrent, "thresholded": False, "dtype": self.u.dtype}
-        compact = LowRankWeight(*self.shape, len(order), device="meta", **options)
+        compact = LowRankWeight(
+            *self.shape, len(order), recurrent=self.recurrent, thresholded=False, device="meta", dtype=self.u.dtype
+        )
         compact.u = nn.Parameter(full(self.u)[:, order] * spectrum[order])
         compact.v = nn.Parameter(full(self.v)[:, order].clone())
         return compact.train(self.training)

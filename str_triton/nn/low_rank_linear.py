@@ -1,12 +1,20 @@
 """What a low-rank layer is to budgets and deployment, and the linear one."""
 
 from collections.abc import Mapping
-from typing import Protocol, Self, runtime_checkable
+from typing import Protocol, Self, Unpack, runtime_checkable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from str_triton.nn.low_rank import LowRankWeight
+from str_triton.nn.low_rank import FactorOptions, LowRankWeight
+
+
+class LinearOptions(FactorOptions, total=False):
+    """The options of `LowRankWeight` by keyword."""
+
+    device: torch.device | str | None
+    dtype: torch.dtype | None
 
 
 @runtime_checkable
@@ -45,14 +53,14 @@ class LowRankLinear(nn.Module):
         *,
         max_rank: int | None = None,
         ranks: Mapping[str, int] | None = None,
-        **options,
+        **options: Unpack[LinearOptions],
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         if ranks is not None:
             if unknown := [name for name in ranks if name != "weight"]:
                 raise ValueError(f"ranks may name weight; got {', '.join(unknown)}")
-            max_rank, options = ranks.get("weight"), {**options, "thresholded": False}
+            max_rank, options["thresholded"] = ranks.get("weight"), False
         weight = LowRankWeight(out_features, in_features, max_rank, **options)
         is_dense = ranks is not None and max_rank is None
         self.weight: LowRankWeight | nn.Parameter = nn.Parameter(weight.weight().detach()) if is_dense else weight
@@ -62,7 +70,7 @@ class LowRankLinear(nn.Module):
             self.bias = nn.Parameter(weight.u.new_empty(out_features).uniform_(-bound, bound))
 
     @classmethod
-    def from_dense(cls, dense: nn.Linear, *, max_rank: int | None = None, **options) -> Self:
+    def from_dense(cls, dense: nn.Linear, *, max_rank: int | None = None, **options: Unpack[FactorOptions]) -> Self:
         """Return the layer with a dense layer's singular components, all of them unless max_rank says fewer; copies."""
         weight = LowRankWeight.from_dense(dense.weight, max_rank, **options)
         bias = None if dense.bias is None else nn.Parameter(dense.bias.detach().clone())
@@ -94,14 +102,13 @@ class LowRankLinear(nn.Module):
 
     def compact(self) -> "LowRankLinear":
         """Return a new layer of the surviving components, without a threshold; dense where that is not larger."""
-        weight = self.weight.compact() if self.factors() else None
-        if weight is None:
-            weight = nn.Parameter(self._dense_weight())
+        weight = self.weight.compact() if isinstance(self.weight, LowRankWeight) else None
         bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone())
-        return self._of(weight, bias).train(self.training)
+        dense = nn.Parameter(self._dense_weight()) if weight is None else weight
+        return self._of(dense, bias).train(self.training)
 
     def _dense_weight(self) -> Tensor:
-        return (self.weight.weight() if self.factors() else self.weight).detach().clone()
+        return (self.weight.weight() if isinstance(self.weight, LowRankWeight) else self.weight).detach().clone()
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(self.weight, LowRankWeight):

@@ -40,8 +40,8 @@ def parameter_groups(
             decay = weight_decay if spectrum_weight_decay is None else spectrum_weight_decay
             special[id(module.m)] = ("spectra", decay)
         if isinstance(module, ThresholdHolder) and module.raw_threshold is not None:
-            default = 0.0 if module.control else weight_decay
-            decay = default if threshold_weight_decay is None else threshold_weight_decay
+            decay = 0.0 if module.control else weight_decay
+            decay = decay if threshold_weight_decay is None else threshold_weight_decay
             special[id(module.raw_threshold)] = ("thresholds", decay)
             if not module.learns_threshold:
                 held.add(id(module.raw_threshold))

@@ -19,7 +19,7 @@ from str_triton.ops.soft_threshold import soft_threshold
 _RESETS = ("reset_parameters", "_reset_parameters")  # torch's names
 
 
-class SoftThreshold(ThresholdHolder, nn.Module):
+class SoftThreshold(ThresholdHolder):
     """The parametrization of one weight: weight -> S_g(weight, raw_threshold).
 
     Args:
@@ -27,6 +27,8 @@ class SoftThreshold(ThresholdHolder, nn.Module):
         g, gradient: the options of `soft_threshold`.
         initial: the first value of the raw threshold; None: the default of g.
     """
+
+    raw_threshold: nn.Parameter
 
     def __init__(self, raw_threshold: nn.Parameter, *, g: str, gradient: str, initial: float | None = None) -> None:
         super().__init__()
@@ -62,13 +64,14 @@ class SoftThreshold(ThresholdHolder, nn.Module):
         return f"{text}, threshold={low:.4g}" + ("" if low == high else f" to {high:.4g}")
 
 
-class ThresholdedModule:
-    """A mixin in front of a module's own class, for modules with a `SoftThreshold`.
+class ThresholdedModule(nn.Module):
+    """A base class in front of a module's own class, for modules with a `SoftThreshold`.
 
     In the state dict the weights have the names that they have in the plain module.
     """
 
     dense_class: ClassVar[type[nn.Module]]
+    parametrizations: nn.ModuleDict
     _parameter_order: tuple[str, ...]  # of the plain module
 
     def plain(self, weights: Mapping[str, nn.Parameter]) -> nn.Module:
@@ -84,7 +87,12 @@ class ThresholdedModule:
 
     def originals(self) -> dict[str, nn.Parameter]:
         """Return the dense weights by attribute."""
-        return {name: self.parametrizations[name].original for name in soft_thresholds(self)}
+        return {name: entries.original for name, entries in self._lists().items()}
+
+    def _lists(self) -> "dict[str, _Parametrizations]":
+        """Return the parametrizations of the thresholded weights, by attribute."""
+        lists = self.parametrizations.items()
+        return {name: entries for name, entries in lists if isinstance(entries, _Parametrizations)}
 
     @contextmanager
     def _as_plain(self) -> Iterator[None]:
@@ -97,7 +105,7 @@ class ThresholdedModule:
             for name, original in self.originals().items():
                 weight = held.pop(name)
                 if weight is not original:  # load_state_dict(assign=True)
-                    self.parametrizations[name].original = weight
+                    self._lists()[name].original = weight
             vars(self)["_parameters"] = held
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -116,8 +124,8 @@ class ThresholdedModule:
         missing_keys.extend(key for key in raws if key not in state_dict)
 
 
-class _ThresholdedRNN(ThresholdedModule):
-    """The mixin for recurrent layers, which pass the list `_flat_weights` to the kernel.
+class _ThresholdedRNN(ThresholdedModule, nn.RNNBase):
+    """The base class for recurrent layers, which pass the list `_flat_weights` to the kernel.
 
     RNNBase fills the list once, with Parameters. Here it is made of the thresholded weights each time.
     """
@@ -125,7 +133,7 @@ class _ThresholdedRNN(ThresholdedModule):
     def __setattr__(self, name: str, value: Any) -> None:
         super(nn.RNNBase, self).__setattr__(name, value)  # RNNBase would put `value` into the list, which is made anew.
 
-    @property
+    @property  # type: ignore[override]  # torch's list of Parameters; its kernels take any tensors
     def _flat_weights(self) -> list[Tensor]:
         return [getattr(self, name) for name in self._flat_weights_names]
 
@@ -145,6 +153,8 @@ class _ThresholdedRNN(ThresholdedModule):
 
 class _Parametrizations(parametrize.ParametrizationList):
     """The list of one weight's parametrizations; the module saves and loads the dense weight itself."""
+
+    original: nn.Parameter
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -174,27 +184,26 @@ def parametrize_weights(module: nn.Module, thresholds: Mapping[str, SoftThreshol
     """Put thresholds in front of a module's weights, in place. Their Parameters stay the same objects."""
     order = tuple(module._parameters)
     vars(module).pop("_flat_weights", None)
-    module.__class__ = _thresholded_class(type(module))
-    module._parameter_order = order
+    module.__class__ = _thresholded_class(type(module))  # type: ignore[arg-type]  # a class is hashable
+    vars(module)["_parameter_order"] = order
     for attribute, threshold in thresholds.items():
         parametrize.register_parametrization(module, attribute, threshold, unsafe=True)
-        module.parametrizations[attribute].__class__ = _Parametrizations
-    module.parametrizations.train(module.training)
+        module.get_submodule(f"parametrizations.{attribute}").__class__ = _Parametrizations
+    module.get_submodule("parametrizations").train(module.training)
 
 
 def soft_thresholds(module: nn.Module) -> dict[str, SoftThreshold]:
     """Return the thresholds in front of a module's weights, by attribute."""
     if not isinstance(module, ThresholdedModule):
         return {}
-    lists = module.parametrizations.items()
+    lists = module._lists().items()
     return {attribute: entries[0] for attribute, entries in lists if isinstance(entries[0], SoftThreshold)}
 
 
 def unparametrized(module: ThresholdedModule) -> nn.Module:
     """Return a plain module with new Parameters of the thresholded weights; the module stays as it is."""
-    if len(soft_thresholds(module)) < len(module.parametrizations) or any(
-        len(entries) > 1 for entries in module.parametrizations.values()
-    ):
+    lists = module._lists()
+    if len(lists) < len(module.parametrizations) or any(len(entries) > 1 for entries in lists.values()):
         raise ValueError(f"{type(module).__name__} has further parametrizations: remove them first")
     originals = module.originals()
     return module.plain({name: plain_parameter(getattr(module, name), originals[name]) for name in originals})
@@ -207,7 +216,7 @@ def _ordered(parameters: dict[str, Any], order: tuple[str, ...]) -> dict[str, An
 @functools.cache
 def _thresholded_class(plain: type[nn.Module]) -> type[ThresholdedModule]:
     """Return the class of modules of class `plain` with a threshold in front of some weights."""
-    mixin = _ThresholdedRNN if issubclass(plain, nn.RNNBase) else ThresholdedModule
+    base = _ThresholdedRNN if issubclass(plain, nn.RNNBase) else ThresholdedModule
 
     @functools.wraps(plain.forward)
     def forward(self: ThresholdedModule, *args: Any, **kwargs: Any) -> Any:
@@ -236,4 +245,4 @@ def _thresholded_class(plain: type[nn.Module]) -> type[ThresholdedModule]:
         "__doc__": plain.__doc__,
         **resets,
     }
-    return type(plain.__name__, (mixin, plain), body)
+    return type(plain.__name__, (base, plain), body)

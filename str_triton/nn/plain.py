@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from str_triton.ops.soft_threshold import soft_threshold
 
 _PARAMETRIZATION = re.compile(r"(.*?)parametrizations\.([^.]+)\.0\.", re.DOTALL)
 _FACTORS = ("u", "v", "m")
+T = TypeVar("T", bound=Tensor | LowRankWeight)
 
 
 @torch.no_grad()
@@ -31,7 +33,7 @@ def plain_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             read, or shapes that do not fit; one line that names the key.
     """
     plain = dict(state)
-    made: dict[tuple, list[tuple[Tensor, Tensor | LowRankWeight]]] = {}
+    made: dict[tuple, list[tuple[Tensor, Any, list[Tensor]]]] = {}  # by places in memory and g
     for key, tensor in state.items():
         if not isinstance(key, str) or not isinstance(tensor, Tensor) or key.rpartition(".")[2] not in (RAW, OPTIONS):
             continue
@@ -103,9 +105,7 @@ def _replace_factors(plain: dict[str, Tensor], prefix: str, raw: Tensor, g: str,
             plain[key] = tensor
 
 
-def _shared(
-    made: dict, sources: tuple[Tensor, ...], raw: Tensor, g: str, compute: Callable[[], Tensor | LowRankWeight]
-) -> Tensor | LowRankWeight:
+def _shared(made: dict, sources: tuple[Tensor, ...], raw: Tensor, g: str, compute: Callable[[], T]) -> T:
     """Return what was computed from the same memory and an equal threshold before, or compute it."""
     # A DTensor's own storage is made at each look, so that its address says nothing and differs between processes.
     here = [local(source) for source in sources]

@@ -35,8 +35,7 @@ def shard_dimension(tensor: Tensor) -> int | None:
 
 def rows_here(tensor: Tensor) -> slice:
     """Return which rows of a tensor this process holds."""
-    dimension = shard_dimension(tensor)
-    if dimension is None:
+    if not is_sharded(tensor) or (dimension := shard_dimension(tensor)) is None:
         return slice(None)
     mesh, rows = tensor.device_mesh, tensor.shape[0]
     share = -(-rows // mesh.size(dimension))  # As torch.chunk: the last processes may hold fewer rows, or none.

@@ -15,7 +15,7 @@ from str_triton.nn.shards import gather, reshard
 from str_triton.nn.thresholded import thresholded_weights
 
 # Modules that read the weights of these children without calling them.
-_BYPASSES = [
+_BYPASSES: list[tuple[type[nn.Module], str]] = [
     (nn.MultiheadAttention, "out_proj"),
     (nn.TransformerEncoderLayer, "linear1"),
     (nn.TransformerEncoderLayer, "linear2"),
@@ -111,21 +111,22 @@ def sparsify(
     layers: dict[int, nn.Module] = {}
     parametrizations: dict[nn.Module, dict[str, SoftThreshold]] = defaultdict(dict)
     for use in _once(selection.chosen):
-        key = 0 if granularity == "global" else id(use.parameter)
+        weight, layer_class = use.module.get_parameter(use.attribute), str_class(use.module)
+        key = 0 if granularity == "global" else id(weight)
         is_shared = key in raws
         if not is_shared:
             raws[key] = (
-                zeros_kept(use.parameter)
+                zeros_kept(weight)
                 if keep_zeros
-                else new_raw_threshold(use.parameter, granularity=granularity, g=g, raw_threshold_init=initial)
+                else new_raw_threshold(weight, granularity=granularity, g=g, raw_threshold_init=initial)
             )
-        if needs_parametrization(use) or id(use.module) in bypassed:
+        holder: STRLayer | SoftThreshold
+        if layer_class is None or needs_parametrization(use) or id(use.module) in bypassed:
             holder = SoftThreshold(raws[key], g=g, gradient=gradient)
             parametrizations[use.module][use.attribute] = holder
         else:
-            layers[id(use.module)] = holder = str_class(use.module).from_dense(
-                use.module, raws[key], g=g, gradient=gradient
-            )
+            holder = layer_class.from_dense(use.module, raws[key], g=g, gradient=gradient)
+            layers[id(use.module)] = holder
         holder._initial_raw = initial
         if is_shared:
             holder._shares_threshold = True
@@ -163,12 +164,12 @@ def densify(model: nn.Module) -> nn.Module:
         control.densified = True
     gather(model)
     plain: dict[int, nn.Module] = {}
-    weights: dict[tuple, nn.Parameter] = {}
+    weights: dict[tuple, nn.Parameter | None] = {}
     for weight in list(thresholded_weights(model)):
-        module, attribute = weight.module, weight.attribute
-        if id(module) not in plain:
-            plain[id(module)] = module.to_dense() if isinstance(module, STRLayer) else unparametrized(module)
-        own = plain[id(module)]._parameters
+        user, attribute = weight.module, weight.attribute
+        if id(user) not in plain:
+            plain[id(user)] = user.to_dense() if isinstance(user, STRLayer) else unparametrized(user)
+        own = plain[id(user)]._parameters
         shared = (id(weight.dense), id(weight.raw), weight.holder.g)
         own[attribute] = weights.setdefault(shared, own[attribute])
     for module in [*model.modules(), *plain.values()]:

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from str_triton.nn.holder import ThresholdHolder
 from str_triton.nn.layers import STRLayer
-from str_triton.nn.parametrization import soft_thresholds
+from str_triton.nn.parametrization import SoftThreshold, ThresholdedModule, soft_thresholds
 from str_triton.nn.shards import local, local_raw
 from str_triton.ops.thresholds import threshold_function
 
@@ -25,16 +24,16 @@ class ThresholdedWeight:
     """
 
     name: str
-    module: nn.Module
+    module: STRLayer | ThresholdedModule
     attribute: str
-    holder: ThresholdHolder
+    holder: STRLayer | SoftThreshold
 
     @property
     def dense(self) -> nn.Parameter:
         """The weight before the threshold, the Parameter that the optimizer trains."""
-        if isinstance(self.holder, STRLayer):
-            return self.holder.weight
-        return self.module.parametrizations[self.attribute].original
+        if isinstance(self.module, STRLayer):
+            return self.module.weight
+        return self.module.originals()[self.attribute]
 
     @property
     def sparse(self) -> Tensor:
@@ -82,5 +81,6 @@ def thresholded_weights(model: nn.Module) -> Iterator[ThresholdedWeight]:
     for name, module in model.named_modules():
         if isinstance(module, STRLayer):
             yield ThresholdedWeight(weight_name(name, "weight"), module, "weight", module)
-        for attribute, holder in soft_thresholds(module).items():
-            yield ThresholdedWeight(weight_name(name, attribute), module, attribute, holder)
+        if isinstance(module, ThresholdedModule):
+            for attribute, holder in soft_thresholds(module).items():
+                yield ThresholdedWeight(weight_name(name, attribute), module, attribute, holder)

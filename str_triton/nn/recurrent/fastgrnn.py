@@ -1,13 +1,20 @@
 """LowRankFastGRNN: a gated recurrent layer of two small matrices with learned ranks."""
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from str_triton.nn.recurrent.low_rank_rnn import LowRankRNN
+from str_triton.nn.recurrent.matrices import ConversionOptions
 from str_triton.ops.cells.fastgrnn import low_rank_fastgrnn
+
+
+class RankOptions(ConversionOptions, total=False):
+    """The keyword-only arguments of the layers, without device and dtype."""
+
+    max_rank: int | None
 
 
 class LowRankFastGRNN(LowRankRNN):
@@ -48,10 +55,11 @@ class LowRankFastGRNN(LowRankRNN):
     def _loop(
         self, suffix: str, gates_x: Tensor, states: list[Tensor], lengths: Tensor | None, *, reverse: bool
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        names = ("bias_gate", "bias_update", "zeta", "nu")
-        vectors = [getattr(self, f"{name}_{suffix}", None) for name in names]
+        bias_gate, bias_update = (getattr(self, f"{name}_{suffix}", None) for name in self.biases)
+        zeta, nu = (getattr(self, f"{name}_{suffix}") for name in self.scalars)
         u, m, v = self._recurrent_factors(suffix)
-        outputs, h = low_rank_fastgrnn(gates_x, u, m, v, *vectors, *states, lengths, reverse=reverse)
+        (h0,) = states
+        outputs, h = low_rank_fastgrnn(gates_x, u, m, v, bias_gate, bias_update, zeta, nu, h0, lengths, reverse=reverse)
         return outputs, (h,)
 
     def _cell(self, suffix: str, gates_x: Tensor, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -65,7 +73,9 @@ class LowRankFastGRNN(LowRankRNN):
         return ((zeta * (1 - z) + nu) * c + z * h,)
 
     @classmethod
-    def from_edgeml(cls, parameters: Mapping[str, Any], *, layout: str = "cell", **options) -> Self:
+    def from_edgeml(
+        cls, parameters: Mapping[str, Any], *, layout: str = "cell", **options: Unpack[RankOptions]
+    ) -> Self:
         """Make one layer that computes the same function as an EdgeML cell, by default with the cell's ranks.
 
         Args:
@@ -86,7 +96,8 @@ class LowRankFastGRNN(LowRankRNN):
         w, input_rank = _matrix(values, "W", None, transposed=layout == "cuda")
         hidden, inputs = w.shape
         u, rank = _matrix(values, "U", hidden, transposed=layout == "cuda")
-        options = {"max_rank": rank, "input_max_rank": input_rank, **options}
+        options.setdefault("max_rank", rank)
+        options.setdefault("input_max_rank", input_rank)
         layer = cls(inputs, hidden, device="meta", dtype=w.dtype, **options).to_empty(device=w.device)
         layer._set("weight_ih_l0", w)
         layer._set("weight_hh_l0", u)

@@ -45,7 +45,8 @@ class LowRankGRU(LowRankRNN):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         u, m, v = self._recurrent_factors(suffix)
         bias = getattr(self, f"bias_hh_{suffix}", None)
-        outputs, h = low_rank_gru(gates_x, u, m, v, bias, *states, lengths, reverse=reverse)
+        (h0,) = states
+        outputs, h = low_rank_gru(gates_x, u, m, v, bias, h0, lengths, reverse=reverse)
         return outputs, (h,)
 
     def _cell(self, suffix: str, gates_x: Tensor, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -91,7 +92,8 @@ class LowRankLSTM(LowRankRNN):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         u, m, v = self._recurrent_factors(suffix)
         bias = getattr(self, f"bias_hh_{suffix}", None)
-        return low_rank_lstm(gates_x, u, m, v, bias, *states, lengths, reverse=reverse)
+        h0, c0 = states
+        return low_rank_lstm(gates_x, u, m, v, bias, h0, c0, lengths, reverse=reverse)
 
     def _cell(self, suffix: str, gates_x: Tensor, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         h, c = states

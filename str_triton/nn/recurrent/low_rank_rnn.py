@@ -42,31 +42,38 @@ class LowRankRNN(LowRankMatrices):
         self, input: Tensor | PackedSequence, hx: Tensor | tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor | PackedSequence, Tensor | tuple[Tensor, Tensor]]:
         """Return (output, h), for an LSTM (output, (h, c)), as torch's layer does; see the class."""
-        x, batch_sizes = (input.data, input.batch_sizes) if isinstance(input, PackedSequence) else (input, None)
-        check_input(self, x, self._dtype, packed=batch_sizes is not None)
-        unbatched = batch_sizes is None and x.dim() == 2
+        if isinstance(input, PackedSequence):
+            return self._forward_packed(input, hx)
+        x = input
+        check_input(self, x, self._dtype, packed=False)
+        unbatched = x.dim() == 2
         if unbatched:
             x = x.unsqueeze(1)
-        elif batch_sizes is None and self.batch_first:
+        elif self.batch_first:
             x = x.transpose(0, 1)
-        batch = x.shape[1] if batch_sizes is None else int(batch_sizes[0])
-        states = self._initial_states(hx, x, batch, unbatched=unbatched, packed=batch_sizes is not None)
-        if batch_sizes is None:
-            output, states = self._layers(x, states, None)
-            if unbatched:
-                output, states = output.squeeze(1), tuple(state.squeeze(1) for state in states)
-            elif self.batch_first:
-                output = output.transpose(0, 1)
-        else:
-            # A packed input is sorted by length, but the initial states are not.
-            packing = Packing.of(input)
-            if input.sorted_indices is not None:
-                states = tuple(state.index_select(1, input.sorted_indices) for state in states)
-            output, states = self._layers(x, states, packing)
-            output = PackedSequence(packing.packed(output), batch_sizes, input.sorted_indices, input.unsorted_indices)
-            if input.unsorted_indices is not None:
-                states = tuple(state.index_select(1, input.unsorted_indices) for state in states)
-        return output, states if len(states) > 1 else states[0]
+        states = self._initial_states(hx, x, x.shape[1], unbatched=unbatched, packed=False)
+        output, states = self._layers(x, states, None)
+        if unbatched:
+            output, states = output.squeeze(1), tuple(state.squeeze(1) for state in states)
+        elif self.batch_first:
+            output = output.transpose(0, 1)
+        return output, _hidden(states)
+
+    def _forward_packed(
+        self, input: PackedSequence, hx: Tensor | tuple[Tensor, Tensor] | None
+    ) -> tuple[PackedSequence, Tensor | tuple[Tensor, Tensor]]:
+        """Run over packed sequences. They are sorted by length, but the initial states are not."""
+        x, batch_sizes = input.data, input.batch_sizes
+        order, inverse_order = input.sorted_indices, input.unsorted_indices
+        check_input(self, x, self._dtype, packed=True)
+        states = self._initial_states(hx, x, int(batch_sizes[0]), unbatched=False, packed=True)
+        packing = Packing.of(input)
+        if order is not None:
+            states = tuple(state.index_select(1, order) for state in states)
+        output, states = self._layers(x, states, packing)
+        if inverse_order is not None:
+            states = tuple(state.index_select(1, inverse_order) for state in states)
+        return PackedSequence(packing.packed(output), batch_sizes, order, inverse_order), _hidden(states)
 
     @torch.no_grad()
     def step(
@@ -102,8 +109,7 @@ class LowRankRNN(LowRankMatrices):
             final = self._cell(suffix, gates_x, tuple(own[layer].to(gates_x.dtype) for own in states))
             finals.append(tuple(own.to(gates_x.dtype) for own in final))
             x = finals[-1][0]
-        states = tuple(torch.stack(parts) for parts in zip(*finals, strict=True))
-        return x, states if len(states) > 1 else states[0]
+        return x, _hidden(tuple(torch.stack(parts) for parts in zip(*finals, strict=True)))
 
     def _initial_states(
         self, hx: Tensor | tuple[Tensor, ...] | None, x: Tensor, batch: int, *, unbatched: bool, packed: bool
@@ -215,3 +221,11 @@ class LowRankRNN(LowRankMatrices):
             self.cell, x, states, weights, bias=self.bias, bidirectional=self.bidirectional, batch_sizes=batch_sizes
         )
         return output, tuple(final)
+
+
+def _hidden(states: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, Tensor]:
+    """Return the last states in the form of torch's layers: h, or (h, c)."""
+    if len(states) == 1:
+        return states[0]
+    h, c = states
+    return h, c

@@ -1,15 +1,37 @@
 """The parameters of a recurrent layer under torch's names, and the conversion from and to dense layers."""
 
 from collections.abc import Iterator, Mapping
-from typing import ClassVar, Self
+from typing import ClassVar, Self, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from str_triton.nn.low_rank import LowRankWeight
+from str_triton.nn.low_rank import FactorOptions, LowRankWeight
 
 FACTORIZE = ("both", "recurrent", "none")
-ARGUMENTS = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional")
+
+
+class TorchArguments(TypedDict):
+    """The arguments that torch's layers have as well."""
+
+    input_size: int
+    hidden_size: int
+    num_layers: int
+    bias: bool
+    batch_first: bool
+    dropout: float
+    bidirectional: bool
+
+
+class ConversionOptions(TypedDict, total=False):
+    """The keyword-only arguments of the layers, without max_rank, device and dtype."""
+
+    input_max_rank: int | None
+    factorize: str
+    ranks: Mapping[str, int] | None
+    g: str
+    gradient: str
+    raw_threshold_init: float
 
 
 class LowRankMatrices(nn.Module):
@@ -23,8 +45,9 @@ class LowRankMatrices(nn.Module):
     biases: ClassVar[tuple[str, ...]] = ("bias_ih", "bias_hh")
     scalars: ClassVar[tuple[str, ...]] = ()
     # The torch layer with the same arguments, and whether it computes the same function.
-    torch_class: ClassVar[type[nn.RNNBase]]
+    torch_class: ClassVar[type[nn.GRU | nn.LSTM | nn.RNN]]
     has_dense: ClassVar[bool] = True
+    weight_hh_l0: LowRankWeight | nn.Parameter
 
     def __init__(
         self,
@@ -52,21 +75,21 @@ class LowRankMatrices(nn.Module):
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
         self.bias, self.batch_first, self.dropout, self.bidirectional = bias, batch_first, dropout, bidirectional
         # torch's own layer checks these arguments, with torch's messages.
-        self.torch_class(**self._arguments(), device="meta")
+        self.torch_class(**_arguments(self), device="meta")
         self.factorize = factorize
         shapes = dict(self._shapes())
+        options: FactorOptions = {"thresholded": False}
         if ranks is None:
             ranks = self._max_ranks(shapes, max_rank, input_max_rank)
             options = {"g": g, "gradient": gradient, "raw_threshold_init": raw_threshold_init}
-        else:
-            options = {"thresholded": False}
         if unknown := [name for name in ranks if not name.startswith("weight") or name not in shapes]:
             known = ", ".join(name for name in shapes if name.startswith("weight"))
             raise ValueError(f"ranks may name {known}; got {', '.join(unknown)}")
         for name, shape in shapes.items():
             if name in ranks:
-                recurrent = name.startswith("weight_hh")
-                matrix = LowRankWeight(*shape, ranks[name], recurrent=recurrent, device="meta", dtype=dtype, **options)
+                options["recurrent"] = name.startswith("weight_hh")
+                rows, columns = shape
+                matrix = LowRankWeight(rows, columns, ranks[name], device="meta", dtype=dtype, **options)
                 self.add_module(name, matrix)
             else:
                 self.register_parameter(name, nn.Parameter(torch.empty(shape, device="meta", dtype=dtype)))
@@ -138,17 +161,15 @@ class LowRankMatrices(nn.Module):
         matrix = self.weight_hh_l0
         return matrix.u.dtype if isinstance(matrix, LowRankWeight) else matrix.dtype
 
-    def _arguments(self) -> dict[str, int | bool | float]:
-        """Return the arguments that torch's layer has as well."""
-        return {name: getattr(self, name) for name in ARGUMENTS}
-
-    def _like(self, **options) -> Self:
-        layer = type(self)(**self._arguments(), device="meta", dtype=self._dtype, **options)
+    def _like(self, **options: Unpack[ConversionOptions]) -> Self:
+        layer = type(self)(**_arguments(self), device="meta", dtype=self._dtype, **options)
         return layer.to_empty(device=self._device).train(self.training)
 
     @classmethod
     @torch.no_grad()
-    def from_dense(cls, dense: nn.RNNBase, *, max_rank: int | None = None, **options) -> Self:
+    def from_dense(
+        cls, dense: nn.RNNBase, *, max_rank: int | None = None, **options: Unpack[ConversionOptions]
+    ) -> Self:
         """Make a layer from copies of a dense layer's singular components, the largest ones where a rank is limited.
 
         Args:
@@ -167,9 +188,8 @@ class LowRankMatrices(nn.Module):
             )
         if dense.proj_size:
             raise ValueError(f"{cls.__name__} has no projections: proj_size must be 0, got {dense.proj_size}")
-        arguments = {name: getattr(dense, name) for name in ARGUMENTS}
-        weight = dense.weight_hh_l0
-        layer = cls(**arguments, max_rank=max_rank, device="meta", dtype=weight.dtype, **options)
+        _, weight = dense.all_weights[0][:2]  # weight_ih_l0 and weight_hh_l0
+        layer = cls(**_arguments(dense), max_rank=max_rank, device="meta", dtype=weight.dtype, **options)
         layer.to_empty(device=weight.device)
         for name, _ in layer._shapes():
             layer._set(name, getattr(dense, name))
@@ -181,10 +201,11 @@ class LowRankMatrices(nn.Module):
 
         torch has no FastGRNN, so LowRankFastGRNN returns its own class with factorize="none".
         """
+        dense: nn.Module
         if not self.has_dense:
             dense = self._like(factorize="none")
         else:
-            dense = self.torch_class(**self._arguments(), device="meta", dtype=self._dtype)
+            dense = self.torch_class(**_arguments(self), device="meta", dtype=self._dtype)
             dense = dense.to_empty(device=self._device).train(self.training)
         for name, _ in self._shapes():
             getattr(dense, name).copy_(self._get(name))
@@ -222,3 +243,15 @@ class LowRankMatrices(nn.Module):
         return ", ".join(
             [f"{self.input_size}, {self.hidden_size}", *(f"{name}={value}" for name, value in given.items())]
         )
+
+
+def _arguments(layer: nn.RNNBase | LowRankMatrices) -> TorchArguments:
+    return {
+        "input_size": layer.input_size,
+        "hidden_size": layer.hidden_size,
+        "num_layers": layer.num_layers,
+        "bias": layer.bias,
+        "batch_first": layer.batch_first,
+        "dropout": layer.dropout,
+        "bidirectional": layer.bidirectional,
+    }
