@@ -194,10 +194,12 @@ def _record(row: LayerBudget) -> dict[str, Any]:
 def _parse(record: Any, where: str) -> LayerBudget:
     """Return a row from the texts of a CSV line or the values of a JSON object."""
     require_record(COLUMNS, record, where)
-    counts = [number(record, column, int, where) for column in ("params", "nonzeros", "dense_flops", "flops")]
+    params, nonzeros, dense_flops, flops = (
+        number(record, column, int, where) for column in ("params", "nonzeros", "dense_flops", "flops")
+    )
     threshold = None if record["threshold"] in (None, "") else number(record, "threshold", float, where)
     covered = flag(record, "covered", where) if "covered" in record else True
-    row = LayerBudget(record["name"], *counts, threshold, covered)
+    row = LayerBudget(record["name"], params, nonzeros, dense_flops, flops, threshold, covered)
     for part, whole in (("nonzeros", "params"), ("flops", "dense_flops")):
         if not 0 <= getattr(row, part) <= getattr(row, whole):
             raise ValueError(

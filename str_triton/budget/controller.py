@@ -22,7 +22,7 @@ from str_triton.budget.processes import nonzeros
 from str_triton.budget.raw_thresholds import raws_for_rows
 from str_triton.budget.select import select
 from str_triton.budget.survivors import Moved
-from str_triton.budget.target import Target
+from str_triton.budget.target import LayersTarget, Target
 from str_triton.nn import ThresholdHolder, thresholded_weights
 from str_triton.nn.shards import shard_dimension
 
@@ -95,6 +95,7 @@ class SparsityController(OffsetController):
             raise ValueError(f"straight_through_until must be in [0, 1], got {straight_through_until}")
         self.straight_through_until = straight_through_until
         self.target = target
+        self._shares: Mapping[str, float] = target.layers if isinstance(target, LayersTarget) else {}
         self._layers, self._others, costs = take_inventory(
             model, target, example_input, count_flops=target.counts_flops or distribution == "flop-aware"
         )
@@ -108,7 +109,7 @@ class SparsityController(OffsetController):
                 "weights that were tied once must be tied again after to_empty or load_state_dict(assign=True)"
             )
         if target.by_layer:
-            self._check_layers(target.layers)
+            self._check_layers(self._shares)
             keep = [layer.size - self._zeros(layer, 1.0) for layer in self._layers]
         else:
             self._keep = min(target.keep(costs), self._dense)
@@ -164,7 +165,7 @@ class SparsityController(OffsetController):
         ahead = min(self.progress + min(paces) * left, 1.0)
         shifts, held = self._shifts(self._done(ahead))
         more = [after - now for after, now in zip(held, self._held_back, strict=True)]
-        self._drift = tuple([change / left for change in changes] for changes in (shifts, more))
+        self._drift = [shift / left for shift in shifts], [change / left for change in more]
         self._marks = [self._marks[0], (self.progress, step)]
 
     @torch.no_grad()
@@ -218,13 +219,13 @@ class SparsityController(OffsetController):
             )
         ]
         if self.target.by_layer:
-            found = []
+            each = []
             for number, (source, layer) in enumerate(zip(sources, self._layers, strict=True)):
                 try:
-                    found.append(allocate([source], layer.size - self._zeros(layer, done), self._processes))
+                    each.append(allocate([source], layer.size - self._zeros(layer, done), self._processes))
                 except NotANumberError:
                     raise NotANumberError(number) from None
-            offsets, kept = [one.offset for one in found], [one.kept[0] for one in found]
+            offsets, kept = [one.offset for one in each], [one.kept[0] for one in each]
             own = {id(layer.raw): (offset, offset) for layer, offset in zip(self._layers, offsets, strict=True)}
         else:
             found = allocate(sources, int(self._budget(done)), self._processes)
@@ -315,14 +316,14 @@ class SparsityController(OffsetController):
 
     def _zeros(self, layer: Layer, done: float) -> int:
         """Return how many elements of a layer with a share of its own are zero."""
-        return round(done * round(self.target.layers[layer.name] * layer.size))
+        return round(done * round(self._shares[layer.name] * layer.size))
 
     def _budget(self, done: float) -> int | Tensor:
         """Return what the thresholded weights may cost when the schedule has gone this far; int64 on the device.
 
         At the end zeros in weights without a threshold count towards the target.
         """
-        keep = self._dense - round(done * (self._dense - self._keep))
+        keep: int | Tensor = self._dense - round(done * (self._dense - self._keep))
         if done == 1 and not self.target.counts_flops:
             others = [other.value.detach() for other in self._others]
             if others:
@@ -348,19 +349,22 @@ class SparsityController(OffsetController):
         state = super().state_dict()
         drift = None if self._drift is None else [[part.clone() for part in parts] for parts in self._drift]
         return state | {
-            "layers": dict(self.target.layers) if self.target.by_layer else None,
+            "layers": dict(self._shares) if self.target.by_layer else None,
             "drift": drift,
             "marks": list(self._marks),
             "changed": self._moved.state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state.get("layers") != (self.target.layers if self.target.by_layer else None):
+        if state.get("layers") != (self._shares if self.target.by_layer else None):
             raise ValueError("the state was made for another target by layers; has the file that names it changed?")
         super().load_state_dict(state)
         device = self._thresholds.own[0].device
         drift, self._marks = state["drift"], state["marks"]
-        self._drift = None if drift is None else tuple([part.to(device) for part in parts] for parts in drift)
+        if drift is not None:
+            shifts, more = drift
+            drift = [shift.to(device) for shift in shifts], [change.to(device) for change in more]
+        self._drift = drift
         self._moved.load(state["changed"])
         self._set_gradient()
 

@@ -111,14 +111,17 @@ def _rows(model: nn.Module, weights: Sequence[Matrix]) -> list[LayerBudget]:
     values = [weight.value if use is None else use.dense for weight, use in zip(weights, uses, strict=True)]
     processes = Processes.of(values)
     raws = iter(raws_for_rows([use for use in uses if use is not None], processes))
-    left, nan, means = [], [], []
+    own_left, own_nan, means = [], [], []
     for value, use in zip(values, uses, strict=True):
-        raw = None if use is None else next(raws)
-        own = local(value) if use is None else use.holder.apply_threshold(local(value), raw)
-        left.append(torch.tensor(nonzeros(own)))
-        nan.append(torch.tensor(int(_has_nan(own))))
-        means.append(None if use is None or value.is_meta else _mean_threshold(use, raw))
-    left, nan = (processes.sum_once(numbers, values).tolist() for numbers in (left, nan))
+        own, mean = local(value), None
+        if use is not None:
+            raw = next(raws)
+            own = use.holder.apply_threshold(own, raw)
+            mean = None if value.is_meta else _mean_threshold(use, raw)
+        own_left.append(torch.tensor(nonzeros(own)))
+        own_nan.append(torch.tensor(int(_has_nan(own))))
+        means.append(mean)
+    left, nan = (processes.sum_once(numbers, values).tolist() for numbers in (own_left, own_nan))
     if any(nan):
         with_nan = [weight.name or "(model)" for weight, number in zip(weights, nan, strict=True) if number]
         warnings.warn(

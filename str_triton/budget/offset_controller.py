@@ -6,7 +6,7 @@ how far it may move a threshold, is for the kind of controller to say (`_cut`).
 
 import copy
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -92,7 +92,7 @@ class OffsetController:
         for module in self._modules:
             module.learns_threshold = learn
             if learn:
-                module.raw_threshold.requires_grad_(True)
+                module.raw().requires_grad_(True)
 
     def _cut(self, done: float) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Return between which two offsets to cut, and for each raw threshold the largest one that it may take.
@@ -202,7 +202,7 @@ class OffsetController:
         twin._thresholds = RawThresholds(model, holders, twin._weights())
         return twin
 
-    def _bind(self, model: nn.Module) -> list[ThresholdHolder]:
+    def _bind(self, model: nn.Module) -> Sequence[ThresholdHolder]:
         """Take the weights of another model in place of the present ones; return the holders of their thresholds.
 
         Raises ValueError if the other model has no weight of the same name and shape.
@@ -313,7 +313,7 @@ class OffsetController:
 
 def unwrapped_names(items: dict[str, Any]) -> dict[str, Any]:
     """Return the items by their names without the words that wrappers of a model put in front."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, item in items.items():
         parts = name.split(".")
         while len(parts) > 1 and parts[0] in WRAPPERS:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, distributed
 
-from str_triton.nn.shards import local, shard_dimension
+from str_triton.nn.shards import is_sharded, local, shard_dimension
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,7 @@ class Processes:
         """
         found: dict[int, Processes] = {}
         for parameter in parameters:
-            dimension = shard_dimension(parameter)
-            if dimension is not None:
+            if is_sharded(parameter) and (dimension := shard_dimension(parameter)) is not None:
                 mesh = parameter.device_mesh
                 group = mesh.get_group(dimension)
                 found[id(group)] = cls(group, mesh.device_type)

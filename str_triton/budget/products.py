@@ -250,4 +250,4 @@ def _storage(tensor: Tensor) -> StorageWeakRef:
 
 
 def _offset(tensor: Tensor) -> int:
-    return tensor.storage_offset() * tensor.itemsize
+    return int(tensor.storage_offset()) * tensor.itemsize

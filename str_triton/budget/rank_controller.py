@@ -5,7 +5,8 @@ What its cut saves follows from its place in its matrix's order, since the small
 the offsets of all matrices, and a running sum of what they save, give the cost of every possible cut, on the device.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ class RankController(OffsetController):
             for matrix in self._matrices
             for rank in range(matrix.max_rank, 0, -1)
         ]
-        self._savings = torch.tensor(savings, device=self._matrices[0].raw_threshold.device)
+        self._savings = torch.tensor(savings, device=self._matrices[0].raw().device)
         modules = [m for m in model.modules() if isinstance(m, LowRankWeight) and m.raw_threshold is not None]
         for module in modules:
             module.learns_threshold = False
@@ -105,7 +106,7 @@ class RankController(OffsetController):
         self._survivors: list[Tensor] | None = None  # The components that are left, once the ranks are settled.
 
     def _weights(self) -> list[Tensor]:
-        return [parameter for matrix in self._matrices for parameter in (matrix.u, matrix.v, matrix.m)]
+        return [p for matrix in self._matrices for p in (matrix.u, matrix.v, matrix.trained_spectrum())]
 
     def _final_cost(self, model: nn.Module) -> int:
         """Return what the controlled matrices may cost at the end."""
@@ -131,7 +132,7 @@ class RankController(OffsetController):
         self._meet()
         if self._survivors is not None:
             self._advance(progress)
-            self._hold()
+            self._hold(self._survivors)
             self._control.reached = True  # The ranks are the target's, whatever the optimizer does.
             return
         ends = progress >= self.end
@@ -148,7 +149,7 @@ class RankController(OffsetController):
             return
         self.progress = 1.0
         self._meet()
-        self._hold()
+        self._hold(self._survivors)
         self._control.reached = True
 
     @torch.no_grad()
@@ -156,13 +157,18 @@ class RankController(OffsetController):
         """Move all raw thresholds by one offset so that the model costs what the schedule says now."""
         self._meet()
         if self._survivors is not None:
-            self._hold()
+            self._hold(self._survivors)
             return
         self._separate()
         super().solve()
 
-    def exact(self, model: nn.Module | None = None) -> AbstractContextManager[None]:
-        return nullcontext() if self._survivors is not None and model is None else super().exact(model)
+    @contextmanager
+    def exact(self, model: nn.Module | None = None) -> Iterator[None]:
+        if self._survivors is not None and model is None:
+            yield
+            return
+        with super().exact(model):
+            yield
 
     def _make_exact(self, done: float) -> None:
         for name, matrix in zip(self._names, self._matrices, strict=True):
@@ -174,16 +180,16 @@ class RankController(OffsetController):
         if self._survivors is None:
             super()._make_exact(done)
             return
-        self._kept = [local(matrix.m).clone() for matrix in self._matrices]
-        self._hold()
+        self._kept = [local(matrix.trained_spectrum()).clone() for matrix in self._matrices]
+        self._hold(self._survivors)
 
     @torch.no_grad()
     def _undo_exact(self) -> None:
         for matrix, m in zip(self._matrices, self._kept, strict=False):  # none where the ranks are not settled
-            local(matrix.m).copy_(m)
+            local(matrix.trained_spectrum()).copy_(m)
         self._kept = []
 
-    def _bind(self, model: nn.Module) -> list[ThresholdHolder]:
+    def _bind(self, model: nn.Module) -> Sequence[ThresholdHolder]:
         found = unwrapped_names(factored_matrices(model))
         for name, matrix in zip(self._names, self._matrices, strict=True):
             other = found.get(name)
@@ -200,15 +206,16 @@ class RankController(OffsetController):
         self.solve()
         for matrix, raw in zip(self._matrices, self._first, strict=True):
             matrix.settle(raw)
-        self._survivors = [full(matrix.m) != 0 for matrix in self._matrices]
+        self._survivors = [full(matrix.trained_spectrum()) != 0 for matrix in self._matrices]
         self._control.reached = True
         self._let_learn(False)
 
     @torch.no_grad()
-    def _hold(self) -> None:
+    def _hold(self, survivors: list[Tensor]) -> None:
         """Undo what an optimizer's momentum did to the components that are cut."""
-        for matrix, survivors in zip(self._matrices, self._survivors, strict=True):
-            local(matrix.m).mul_(survivors[rows_here(matrix.m)])
+        for matrix, mask in zip(self._matrices, survivors, strict=True):
+            m = matrix.trained_spectrum()
+            local(m).mul_(mask[rows_here(m)])
 
     def measure(self) -> dict[str, float]:
         return {"total_rank": sum(matrix.rank for matrix in self._matrices)}
@@ -220,7 +227,7 @@ class RankController(OffsetController):
         super().load_state_dict(state)
         survivors = state["survivors"]
         if survivors is not None:
-            survivors = [mask.to(matrix.m.device) for mask, matrix in zip(survivors, self._matrices, strict=True)]
+            survivors = [mask.to(matrix.u.device) for mask, matrix in zip(survivors, self._matrices, strict=True)]
         self._let_learn(survivors is None and self.distribution == "learned")
         self._survivors = survivors
         self._first = [first.to(raw) for first, raw in zip(state["first"], self._thresholds.own, strict=True)]
@@ -271,7 +278,8 @@ class RankController(OffsetController):
         for matrix, move in zip(
             self._matrices, moves.split([matrix.max_rank for matrix in self._matrices]), strict=True
         ):
-            local(matrix.m).mul_(move.exp()[rows_here(matrix.m)])
+            m = matrix.trained_spectrum()
+            local(m).mul_(move.exp()[rows_here(m)])
 
     def _budget(self, done: float) -> Tensor:
         """Return what the controlled matrices may cost when the schedule has gone this far; int64 on their device."""

@@ -32,7 +32,7 @@ class RawThresholds:
     @property
     def parameters(self) -> list[nn.Parameter]:
         """The Parameters as they are now."""
-        return [holder.raw_threshold for holder in self._holders]
+        return [holder.raw() for holder in self._holders]
 
     @property
     def own(self) -> list[Tensor]:

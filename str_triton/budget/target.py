@@ -4,7 +4,6 @@
 """
 
 import math
-from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -25,7 +24,8 @@ class _Kinds(type):
     def __call__(cls, *args: Any, **given: Any) -> Any:
         if hasattr(cls, "keyword"):
             return super().__call__(*args, **given)
-        kinds = {kind.keyword: kind for kind in cls.__subclasses__()}
+        subclasses: list[Any] = cls.__subclasses__()
+        kinds = {kind.keyword: kind for kind in subclasses}
         if unknown := sorted(given.keys() - kinds.keys()):
             raise TypeError(f"{cls.__name__} has no kind {unknown[0]!r}; it has {', '.join(kinds)}")
         named = {name: value for name, value in given.items() if value is not None}
@@ -74,6 +74,17 @@ class Target(metaclass=_Kinds):
     keyword: ClassVar[str]
     counts_flops: ClassVar[bool] = False
     by_layer: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        *,
+        sparsity: float | None = None,
+        nonzeros: float | None = None,
+        flops: float | None = None,
+        flops_share: float | None = None,
+        layers: Mapping[str, float] | None = None,
+    ) -> None:
+        """Name the keywords for type checkers and editors: the call makes an instance of a subclass instead."""
 
     def __repr__(self) -> str:
         return _described(self, "Target")
@@ -204,6 +215,16 @@ class RankTarget(metaclass=_Kinds):
     keyword: ClassVar[str]
     recurrent_only: ClassVar[bool] = False
 
+    def __init__(
+        self,
+        *,
+        total_rank: float | None = None,
+        params: float | None = None,
+        recurrent_flops: float | None = None,
+        compression: float | None = None,
+    ) -> None:
+        """Name the keywords for type checkers and editors: the call makes an instance of a subclass instead."""
+
     def __repr__(self) -> str:
         return _described(self, "RankTarget")
 
@@ -214,9 +235,9 @@ class RankTarget(metaclass=_Kinds):
         """Return what a matrix costs at this rank."""
         return matrix.compact_cost(rank)
 
-    @abstractmethod
     def fixed(self, costs: RankCosts) -> int:
         """Return what of the target's unit is not the controlled matrices'."""
+        raise NotImplementedError
 
     def keep(self, costs: RankCosts) -> int:
         """Return what the controlled matrices may cost at the end.
