@@ -8,7 +8,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -38,6 +38,12 @@ DTYPES = {
 VALUES = {"float32": None, "float16": "F16", "bfloat16": "BF16"}
 BUDGETS = {"Budget": Budget, "RankBudget": RankBudget}
 FACTORS = ("F64", "F32", "F16", "BF16")  # the dtypes of factors, which torch must be able to multiply
+# Texts, which `typed` compares with these when it reads a file.
+if TYPE_CHECKING:
+    DtypeName = str
+    ValuesName = str
+else:
+    DtypeName, ValuesName = Literal[*DTYPES], Literal[*VALUES]
 # The largest size of all tensors together in bytes: a constant, plus a multiple of the file's size. Zeros take no bytes
 # in a file, so without a limit a small file could fill any memory.
 FREE_NBYTES, NBYTES_PER_BYTE = 2**30, 1000
@@ -47,7 +53,7 @@ FREE_NBYTES, NBYTES_PER_BYTE = 2**30, 1000
 class Array:
     """An entry of the safetensors header."""
 
-    dtype: Literal[*DTYPES]
+    dtype: DtypeName
     shape: tuple[int, ...]
     data_offsets: tuple[int, int]
 
@@ -63,7 +69,7 @@ class Shared:
 class Stored:
     """A stored tensor: its dtype and shape, and the checksum of its arrays. low_bits is None for a dense one."""
 
-    dtype: Literal[*DTYPES]
+    dtype: DtypeName
     shape: tuple[int, ...]
     nonzeros: int
     low_bits: int | None = None
@@ -74,7 +80,7 @@ class Stored:
 class Content:
     """The content of a packed file's header, as docs/packed-format.md lists it."""
 
-    values: Literal[*VALUES]
+    values: ValuesName
     budget: dict[str, Any] | None
     metadata: dict[str, Any]
     products: dict[str, tuple[str, str]]
@@ -87,7 +93,10 @@ class Content:
 
     def stored(self, name: str) -> Stored:
         """Return the entry of a tensor, or of the tensor whose memory it shares."""
-        return self.tensors[self.source(name)]
+        entry = self.tensors[self.source(name)]
+        if isinstance(entry, Shared):
+            raise ValueError(f"tensor {name!r} shares the memory of one that shares another's")
+        return entry
 
 
 def record(content: Content) -> dict[str, Any]:
@@ -145,11 +154,11 @@ def check(content: Content, arrays: Mapping[str, Array], nbytes: int) -> None:
         if begin != end or own_end != begin + size:
             raise ValueError(f"array {name!r}: bytes {begin} to {own_end}, but it must take {size} from {end} on")
         end = own_end
-    seen: set[str] = set()
+    seen: dict[str, Stored] = {}
     owned: set[str] = set()
     for name, entry in content.tensors.items():
         if isinstance(entry, Stored):
-            seen.add(name)
+            seen[name] = entry
             own = set(own_arrays(name, arrays))
             if own & owned:
                 raise ValueError(f"array {min(own & owned)!r} belongs to two tensors")
@@ -159,7 +168,7 @@ def check(content: Content, arrays: Mapping[str, Array], nbytes: int) -> None:
             raise ValueError(f"tensor {name!r} is the same as {entry.same_as!r}, which is not stored before it")
     if left := arrays.keys() - owned:
         raise ValueError(f"array {min(left)!r} belongs to no tensor")
-    total = sum(_nbytes(content.tensors[name]) for name in seen) + _check_products(content)
+    total = sum(_nbytes(entry) for entry in seen.values()) + _check_products(content)
     if total > FREE_NBYTES + NBYTES_PER_BYTE * nbytes:
         raise ValueError(f"its tensors would take {total:,} bytes, too many for a file of {nbytes:,}")
     budget_of(content)
@@ -187,7 +196,7 @@ def _check_stored(name: str, entry: Stored, arrays: Mapping[str, Array], values:
     is_rounded = first.dtype == VALUES[values] and own_dtype.is_floating_point and stored.itemsize < own_dtype.itemsize
     if first.dtype != entry.dtype and not is_rounded:
         raise ValueError(f"tensor {name!r} is {entry.dtype}, its values are {first.dtype}, rounded to {values}")
-    if is_dense:
+    if entry.low_bits is None:
         if first.shape != entry.shape:
             raise ValueError(f"tensor {name!r}: its shape is {list(entry.shape)}, its array's {list(first.shape)}")
         stored_count = count
@@ -235,6 +244,6 @@ def _check_products(content: Content) -> int:
             raise ValueError(f"product {matrix!r}: factors of shapes {list(u.shape)} and {list(v.shape)}")
         if u.dtype != v.dtype or u.dtype not in FACTORS:
             raise ValueError(f"product {matrix!r}: factors of dtypes {u.dtype} and {v.dtype}")
-        shape = (u.shape[0], v.shape[0])
-        nbytes[tuple(map(content.source, pair))] = elements(matrix, shape) * DTYPES[u.dtype].itemsize
+        first, second = map(content.source, pair)
+        nbytes[first, second] = elements(matrix, (u.shape[0], v.shape[0])) * DTYPES[u.dtype].itemsize
     return sum(nbytes.values())

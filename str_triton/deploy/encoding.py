@@ -37,7 +37,7 @@ def encode(name: str, tensor: Tensor, *, plain_zeros: bool = False) -> tuple[dic
     is_nonzero = bits != 0
     negative_zeros = 0 if plain_zeros else int(is_negative_zero.sum())
     entry = {"shape": shape, "nonzeros": int(is_nonzero.sum()) - negative_zeros}
-    candidates = [(is_nonzero, None)]
+    candidates: list[tuple[NDArray[np.bool_], NDArray[np.uint8] | None]] = [(is_nonzero, None)]
     if negative_zeros:
         is_value = is_nonzero & ~is_negative_zero
         candidates.append((is_value, np.packbits(is_negative_zero[~is_value], bitorder="little")))
@@ -65,10 +65,11 @@ def decode(name: str, entry: Stored, parts: Mapping[str, Part]) -> Tensor:
 
     Raises ValueError, which names the tensor, if its positions or truth values are invalid.
     """
-    if name in parts:
+    if entry.low_bits is None:
         dtype, flat = parts[name].dtype, parts[name].data.copy()
     else:
-        values, where, signs = (parts.get(key) for key in part_names(name))
+        values_name, where_name, signs_name = part_names(name)
+        values, where, signs = parts[values_name], parts[where_name], parts.get(signs_name)
         dtype = values.dtype
         bits = np.zeros(elements(name, entry.shape), f"u{DTYPES[dtype].itemsize}")
         try:

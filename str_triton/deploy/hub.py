@@ -109,5 +109,6 @@ def from_pretrained(
         return unpack(Path(repository) / FILE, factors=factors)
     from huggingface_hub import hf_hub_download
 
-    path = hf_hub_download(str(repository), FILE, token=token, revision=revision, cache_dir=cache_dir)
+    folder = None if cache_dir is None else os.fspath(cache_dir)
+    path = hf_hub_download(str(repository), FILE, token=token, revision=revision, cache_dir=folder)
     return unpack(path, factors=factors)

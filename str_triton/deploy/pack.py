@@ -78,7 +78,7 @@ def pack(
         warn_if_unfinished(model)
         model = unwrapped(model)
     state, products = plain_state(model)
-    if budget is None and products:
+    if budget is None and products and isinstance(model, nn.Module):
         budget = count_ranks(model)
     budget_kept, metadata_kept = budget_record(budget), _metadata_record(metadata)
     parts, entries = _encoded(state, VALUES[values], plain_zeros)

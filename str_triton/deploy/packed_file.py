@@ -47,7 +47,7 @@ def digest(*data: bytes | NDArray[np.uint8]) -> str:
     """Return the SHA-256 of the concatenated bytes, in hexadecimal."""
     total = hashlib.sha256()
     for block in data:
-        total.update(block)
+        total.update(block if isinstance(block, bytes) else block.data)
     return total.hexdigest()
 
 
@@ -113,7 +113,7 @@ def _header(path: str | os.PathLike[str], data: NDArray[np.uint8]) -> tuple[int,
     other = f"{path}: not a packed file; {command('pack')} makes one"
     if data.size < 8 or data[8:9].tobytes() != b"{":
         raise ValueError(other)
-    end = 8 + struct.unpack("<Q", data[:8])[0]
+    end = 8 + struct.unpack("<Q", data[:8].tobytes())[0]
     if end > data.size:
         raise ValueError(f"{path}: the header is damaged or cut off: the file has {data.size:,} of {end:,} bytes")
     raw = data[:end].tobytes()
@@ -127,8 +127,9 @@ def _header(path: str | os.PathLike[str], data: NDArray[np.uint8]) -> tuple[int,
     version, stated = metadata.get("version"), metadata.get("sha256")
     if version != VERSION:
         raise ValueError(f"{path}: packed format version {version!r:.20}; this str_triton reads {VERSION}")
-    is_stated = isinstance(stated, str) and stated.isascii() and len(stated) == len(NO_DIGEST)
-    if not is_stated or digest(raw.replace(stated.encode(), NO_DIGEST.encode(), 1)) != stated:
+    if not isinstance(stated, str) or not stated.isascii() or len(stated) != len(NO_DIGEST):
+        stated = ""
+    if not stated or digest(raw.replace(stated.encode(), NO_DIGEST.encode(), 1)) != stated:
         raise ValueError(f"{path}: the header is damaged: its bytes have another checksum")
     if not isinstance(metadata.get("content"), str):
         raise ValueError(f"{path}: the header has no content")

@@ -48,8 +48,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
-        elif hasattr(model, "_orig_mod"):  # torch.compile
-            model = model._orig_mod
+        elif isinstance(original := getattr(model, "_orig_mod", None), nn.Module):  # torch.compile
+            model = original
         else:
             return model
 

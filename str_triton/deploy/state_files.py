@@ -42,7 +42,7 @@ class Checkpoint:
         It is `content` itself, or has one of the keys `WRAPPERS` (the first one counts), or is the only dictionary of
         tensors in it. Raises ValueError, which says what was found instead, if there is none.
         """
-        state, others = content, {}
+        state, others = content, dict[Any, Any]()
         for _ in range(DEEPEST):
             key = _wrapper(state, path)
             if key is None:

@@ -158,7 +158,12 @@ _BUILDERS = {
 class _Unpickler(pickle._Unpickler):
     """Python's own unpickler without the opcodes that call or change objects."""
 
-    dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
+    # What the base class has besides its documented methods: the stack of values, and ways to add to it and to take all
+    # values behind a mark.
+    stack: list[Any]
+    append: Callable[[object], None]
+    pop_mark: Callable[[], list[Any]]
 
     def find_class(self, module: str, name: str) -> object:
         path = f"{module}.{name}"

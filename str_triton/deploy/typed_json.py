@@ -23,7 +23,7 @@ def loads(text: str | bytes) -> Any:
         value = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse, parse_float=_float)
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         raise ValueError("it is not JSON") from None
-    level = [[value]]
+    level: list[dict[str, Any] | list[Any]] = [[value]]
     for _ in range(DEEPEST + 1):
         inside = [child for parent in level for child in _inside(parent)]
         for wrong in inside:
@@ -49,7 +49,7 @@ def typed(kind: Any, value: Any, where: str) -> Any:
         return value
     if kind is float and is_integer:
         return float(value)
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return _instance(kind, value, where)
     origin, args = get_origin(kind), get_args(kind)
     if origin is UnionType:
@@ -126,8 +126,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
         seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"the key {_short(twice)} occurs twice")
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"the key {_short(key)} occurs twice")
+            seen.add(key)
     return made
 
 

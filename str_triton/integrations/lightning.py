@@ -26,6 +26,12 @@ class BudgetCallback(Callback):
         self._state: dict[str, Any] = {}  # of the checkpoint that training goes on from
         self._exact = ExitStack()
 
+    def _running(self) -> SparsityController | RankController:
+        """Return the controller. Raises RuntimeError before a training has begun."""
+        if self.controller is None:
+            raise RuntimeError("the callback has no controller before Trainer.fit")
+        return self.controller
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Build the controller before DistributedDataParallel wraps the module, and make `save_checkpoint` exact."""
         if stage != "fit":
@@ -36,10 +42,10 @@ class BudgetCallback(Callback):
         save = type(trainer).save_checkpoint
 
         def save_exact(*args: Any, **options: Any) -> None:  # No hook is called before Lightning reads the weights.
-            with self.controller.exact():
+            with self._running().exact():
                 save(trainer, *args, **options)
 
-        trainer.save_checkpoint = save_exact
+        vars(trainer)["save_checkpoint"] = save_exact
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.controller is None:
@@ -56,21 +62,23 @@ class BudgetCallback(Callback):
         if not 0 < self._total < float("inf"):
             raise ValueError("the length of training is unknown: pass Trainer(max_steps=...)")
         if self._state:
-            self.controller.load_state_dict(self._state)
+            self._running().load_state_dict(self._state)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         if trainer.global_step > self._steps:  # not where gradients accumulate
             self._steps = trainer.global_step
-            self.controller.step(min(self._steps / self._total, 1.0))
-            if trainer.log_every_n_steps and self._steps % trainer.log_every_n_steps == 0:
-                pl_module.log_dict(self.controller.measure())
+            controller = self._running()
+            controller.step(min(self._steps / self._total, 1.0))
+            interval = trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning sets it without declaring it
+            if interval and self._steps % interval == 0:
+                pl_module.log_dict(controller.measure())
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit":
-            self._exact.enter_context(self.controller.exact())
+            self._exact.enter_context(self._running().exact())
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._exact.close()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.controller.finish()
+        self._running().finish()

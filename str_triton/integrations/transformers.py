@@ -3,7 +3,7 @@
 import base64
 import io
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -42,8 +42,9 @@ class BudgetCallback(TrainerCallback):
     ) -> None:
         if not any(module is self._model for module in rest["model"].modules()):  # model_init, add_callback
             self._control(rest["model"])
-        if KEY in state.stateful_callbacks:
-            saved = io.BytesIO(base64.b64decode(state.stateful_callbacks[KEY]))
+        states = _states_of_callbacks(state)
+        if KEY in states:
+            saved = io.BytesIO(base64.b64decode(states[KEY]))
             self.controller.load_state_dict(torch.load(saved))
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any) -> None:
@@ -59,7 +60,7 @@ class BudgetCallback(TrainerCallback):
             self._exact.enter_context(self.controller.exact())
             buffer = io.BytesIO()
             torch.save(self.controller.state_dict(), buffer)
-            state.stateful_callbacks[KEY] = base64.b64encode(buffer.getvalue()).decode()
+            _states_of_callbacks(state)[KEY] = base64.b64encode(buffer.getvalue()).decode()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any) -> None:
         if "train_runtime" in rest["logs"]:  # the last log; the Trainer may load its best checkpoint next
@@ -70,3 +71,8 @@ class BudgetCallback(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any) -> None:
         self._exact.close()
         self.controller.finish()
+
+
+def _states_of_callbacks(state: TrainerState) -> dict[str, str]:
+    """Return what trainer_state.json holds of the callbacks: a dictionary, which TrainerState makes of its list."""
+    return cast("dict[str, str]", state.stateful_callbacks)

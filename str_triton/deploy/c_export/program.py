@@ -70,7 +70,7 @@ class Program:
         title: str,
     ) -> None:
         self.name, self.int8, self.outputs, self.title = name, int8, outputs, title
-        self.standardisation = None if mean is None else (as_float32(mean), as_float32(std))
+        self.standardisation = None if mean is None or std is None else (as_float32(mean), as_float32(std))
         rnn = self.rnn = classifier.rnn
         self.suffixes = [suffix for layer in range(rnn.num_layers) for suffix in rnn._suffixes(layer)]
         self.pools_mean = classifier.pooling == "mean"

@@ -95,9 +95,9 @@ def _exported(
     try:
         with _quiet(), torch.no_grad():
             # torch.onnx.export alone tries slower ways of exporting one after the other, for minutes.
-            program = torch.export.export(module, example, dynamic_shapes=shapes)
+            exported = torch.export.export(module, example, dynamic_shapes=shapes)
             program = torch.onnx.export(
-                program,
+                exported,
                 dynamo=True,
                 input_names=list(inputs) or None,
                 output_names=list(outputs) or None,
@@ -109,7 +109,7 @@ def _exported(
     except Exception as error:  # torch.export raises many types
         reason = " ".join(str(error.__cause__ or error).split())[:300]
         raise ValueError(f"{name}: PyTorch cannot export this module to ONNX: {reason}") from error
-    proto = program.model_proto
+    proto = program.model_proto  # type: ignore[union-attr]  # None only with dynamo=False
     for node in proto.graph.node:  # the metadata hold paths of this machine
         del node.metadata_props[:]
     return proto

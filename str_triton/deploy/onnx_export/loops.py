@@ -5,7 +5,7 @@ w [gates * hidden, rank], v [hidden, rank], bias as in `low_rank_rnn`, states [B
 from the last step to the first, else [0].
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from onnxscript import FLOAT, graph, script
 from onnxscript import opset18 as op
@@ -82,4 +82,4 @@ def low_rank_fastgrnn(
     return outputs, final
 
 
-LOOPS = {"gru": low_rank_gru, "lstm": low_rank_lstm, "fastgrnn": low_rank_fastgrnn}
+LOOPS: dict[str, Callable] = {"gru": low_rank_gru, "lstm": low_rank_lstm, "fastgrnn": low_rank_fastgrnn}

@@ -38,7 +38,8 @@ def onnx_translations() -> dict[Callable, Callable]:
             raise ValueError("sequences of different lengths (packed sequences) have no ONNX form")
         if cell not in LOOPS:
             raise ValueError(f"the cell {cell} has no ONNX form; {', '.join(LOOPS)} have one")
-        scalars = [op.Gather(scale, [index]) for index in range(2)] if cell == "fastgrnn" else []
+        indices: list[Value] = [[0], [1]] if cell == "fastgrnn" else []
+        scalars = [op.Gather(scale, index) for index in indices]
         return LOOPS[cell](gates_x, w, v, bias, *scalars, *states, direction=[int(reverse)])
 
     def soft_threshold(weight: Value, threshold: Value) -> Value:
