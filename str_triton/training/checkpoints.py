@@ -115,10 +115,11 @@ def _checked(state: object, step: int, keys: Collection[str]) -> dict[str, Any]:
 
 def random_state() -> dict[str, Any]:
     """Return the states of Python's, NumPy's and torch's random generators as tensors and plain values."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()
+    numpy = np.random.get_state(legacy=False)
+    name, inner = numpy["bit_generator"], numpy["state"]
     return {
         "python": random.getstate(),
-        "numpy": (name, keys.tolist(), position, has_gauss, gauss),
+        "numpy": (name, inner["key"].tolist(), inner["pos"], numpy["has_gauss"], numpy["gauss"]),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
@@ -142,7 +143,7 @@ def set_random_state_of(process: int, states: Sequence[dict[str, Any]]) -> None:
         set_random_state(states[process])
         return
     set_random_state(states[0])
-    common = torch.randint(2**62, (), device="cpu").item()
+    common = int(torch.randint(2**62, (), device="cpu"))
     seeds = np.random.SeedSequence((common, process)).generate_state(3).tolist()
     random.seed(seeds[0])
     np.random.seed(seeds[1])

@@ -65,6 +65,8 @@ def _run_among_others(program: Callable[[], None]) -> None:
             watch.leave()
             raise SystemExit(128 + stop.signum) from stop
         except SystemExit as leaving:
+            if isinstance(leaving.code, str):
+                watch.fail(1, leaving.code)
             watch.leave_parser(leaving.code or 0)
         except UserError as error:
             watch.fail(BAD_INPUT, f"error: {error}")

@@ -81,8 +81,8 @@ def add_options(parser: argparse.ArgumentParser, source: Any) -> None:
         default = field.default if source is kind else getattr(source, field.name)
         target = groups[titles[field.name]] if field.name in titles else parser
         if "positional" in field.metadata:
-            count = {"nargs": "*"} if field.metadata["many"] else {}
-            target.add_argument(field.name, metavar=field.metadata["positional"], help=texts.get(field.name), **count)
+            count, metavar = "*" if field.metadata["many"] else None, field.metadata["positional"]
+            target.add_argument(field.name, nargs=count, metavar=metavar, help=texts.get(field.name))
         else:
             _add_option(target, field.name, types[field.name], default, texts.get(field.name, ""))
 
@@ -149,8 +149,13 @@ def field_docs(kind: type) -> Mapping[str, str]:
     """Return the text below each field of a dataclass and its bases, on one line."""
     texts: dict[str, str] = {}
     for base in reversed(kind.__mro__[:-1]):
-        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body
-        for before, after in pairwise(body):
-            if isinstance(before, ast.AnnAssign) and isinstance(after, ast.Expr):
+        nodes = ast.walk(ast.parse(textwrap.dedent(inspect.getsource(base))))
+        definition = next(node for node in nodes if isinstance(node, ast.ClassDef))
+        for before, after in pairwise(definition.body):
+            if (
+                isinstance(before, ast.AnnAssign)
+                and isinstance(before.target, ast.Name)
+                and isinstance(after, ast.Expr)
+            ):
                 texts[before.target.id] = " ".join(ast.literal_eval(after.value).split())
     return texts

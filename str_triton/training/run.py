@@ -95,7 +95,7 @@ class Run:
             with self.as_damaged_checkpoint(step), as_user_error(OSError):
                 self._metrics = Metrics(self.path, step, state and state.get("record"))
                 if state is not None:
-                    self._record_session(step)
+                    self._record_session(self.folder, step)
             self._bar = ProgressBar(total_steps, step)
         return state
 
@@ -219,15 +219,15 @@ class Run:
         if self.folder is not None:
             self.folder.close()
 
-    def _record_session(self, step: int) -> None:
+    def _record_session(self, folder: RunFolder, step: int) -> None:
         """Add this session's environment, which may differ from earlier ones, to environment.json."""
         session = {"step": step, **describe_environment(self.accelerator.device, self.accelerator.num_processes)}
         try:
-            environment = json.loads(self.folder.read(ENVIRONMENT))
+            environment = json.loads(folder.read(ENVIRONMENT))
             environment["resumed"] = [*environment.get("resumed", []), session]
             text = json.dumps(environment, indent=2)
         except (AttributeError, FileNotFoundError, RecursionError, TypeError, ValueError) as error:
             path = self.path / ENVIRONMENT
             warn(f"{path} is damaged ({one_line(error)[:100]}); it is replaced, without the earlier sessions")
             text = json.dumps({"resumed": [session]}, indent=2)
-        self.folder.write(ENVIRONMENT, text)
+        folder.write(ENVIRONMENT, text)

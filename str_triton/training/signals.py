@@ -2,7 +2,9 @@
 
 import signal
 import time
+from collections.abc import Callable
 from types import FrameType, TracebackType
+from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -17,7 +19,7 @@ class StopRequest:
     def __init__(self, patience: float = 0.0) -> None:
         self.signum: int | None = None
         self._patience, self._noted = patience, 0.0
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
 
     def __enter__(self) -> "StopRequest":
         for number in SIGNALS:
