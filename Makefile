@@ -10,7 +10,7 @@ INSTALL = PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage lint docs format clean
+.PHONY: help demo test coverage lint types docs format clean
 
 help: ## list these commands
 	@echo "Usage: make TARGET [PYTHON=python3.12] [PIP_ARGS='options for pip install, such as another index']"
@@ -33,6 +33,9 @@ lint: .venv/.dev ## check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+types: .venv/.dev ## check types
+	$(BIN)/python .ci/check_types.py
+
 docs: .venv/.docs ## build the documentation site into site/, and fail at the first warning
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --site-dir site
 
@@ -41,7 +44,7 @@ format: .venv/.dev ## format, and mend what can be mended safely
 	$(BIN)/ruff format .
 
 clean: ## remove the virtual environment and the tools' caches; runs/ stays
-	rm -rf .venv .coverage* build dist site .pytest_cache .ruff_cache *.egg-info
+	rm -rf .venv .coverage* build dist site .mypy_cache .pytest_cache .ruff_cache *.egg-info
 
 # The stamps: installed once, and again when the pinned versions or the project's metadata change.
 .venv/.train: pyproject.toml constraints.txt | $(BIN)/pip

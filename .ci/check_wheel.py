@@ -12,9 +12,10 @@ from pathlib import Path
 
 def main() -> None:
     """Exit with a message if a check fails."""
-    names = {name.split("/")[0] for name in zipfile.ZipFile(sys.argv[1]).namelist()}
-    packages = {name for name in names if not name.endswith(".dist-info")}
+    names = zipfile.ZipFile(sys.argv[1]).namelist()
+    packages = {top for name in names if not (top := name.split("/")[0]).endswith(".dist-info")}
     assert packages == {"str_triton"}, packages
+    assert "str_triton/py.typed" in names, "type checkers ignore a package without py.typed"
 
     import str_triton
     import str_triton.cnn

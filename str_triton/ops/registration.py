@@ -35,8 +35,8 @@ def function(cls: type[torch.autograd.Function]) -> type[torch.autograd.Function
 
     `torch.autograd.Function.apply` would work out the signature of `forward` at every call.
     """
-    cls.forward.__signature__ = inspect.signature(cls.forward)
-    cls.vmap = staticmethod(loop(cls.apply))
+    vars(cls.forward)["__signature__"] = inspect.signature(cls.forward)
+    cls.vmap = staticmethod(loop(cls.apply))  # type: ignore[method-assign]  # what a subclass would define
     return cls
 
 
@@ -65,7 +65,7 @@ def loop(function: Callable[..., Any], contiguous: bool = True) -> Callable[...,
     With `contiguous` the function gets contiguous tensors; without, each sample keeps its strides.
     """
 
-    def sample(argument: object, dim: object, i: int) -> object:
+    def sample(argument: object, dim: Any, i: int) -> object:  # dim is nested as the argument is
         if isinstance(argument, list | tuple):
             return [sample(part, part_dim, i) for part, part_dim in zip(argument, dim, strict=True)]
         if not isinstance(argument, Tensor):
