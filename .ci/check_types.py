@@ -10,36 +10,48 @@ import sys
 import tempfile
 import tomllib
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 USER = ".ci/user_program.py"
 LISTED = "ignore_errors = true  # listed"  # the line in pyproject.toml that silences the listed modules
-ERROR = re.compile(r"(\S+?\.py):(\d+): error: .*")
+ERROR = re.compile(r"(\S+?\.py):(\d+): error: ")
+
+
+class Error(NamedTuple):
+    """An error that mypy has found, and its line of mypy's output."""
+
+    path: str
+    line: int
+    text: str
+
+    @property
+    def module(self) -> str:
+        """The module of the file: "a.b" for a/b.py and for a/b/__init__.py."""
+        return self.path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
 def main() -> None:
     """Exit with a message if a check fails."""
     project = (ROOT / "pyproject.toml").read_text()
-    assert project.count(LISTED) == 1, f"pyproject.toml must have one line {LISTED!r}"
-    silenced = [entry for entry in tomllib.loads(project)["tool"]["mypy"]["overrides"] if entry.get("ignore_errors")]
-    (listed,) = (set(entry["module"]) for entry in silenced if not any("*" in name for name in entry["module"]))
-    errors = found(project.replace(LISTED, ""))
-    wrong = [error for error in errors if error[1] != USER and module_of(error[1]) not in listed]
-    lines = (ROOT / USER).read_text().splitlines()
-    marked = {number for number, line in enumerate(lines, start=1) if line.endswith("# wrong")}
-    wrong += [error for error in errors if error[1] == USER and int(error[2]) not in marked]
-    messages = [error[0] for error in wrong]
-    for number in sorted(marked - {int(error[2]) for error in errors if error[1] == USER}):
-        messages.append(f"{USER}:{number}: mypy finds no error in this wrong line")
-    for module in sorted(listed - {module_of(error[1]) for error in errors}):
-        messages.append(f"pyproject.toml: {module} has no error left: remove it from the list")
-    if messages:
-        sys.exit("\n".join(messages))
+    listed = listed_modules(project)
+    found = faults(errors(project.replace(LISTED, "")), listed, (ROOT / USER).read_text())
+    if found:
+        sys.exit("\n".join(found))
     print(f"types: no error outside of the {len(listed)} modules that pyproject.toml lists")
 
 
-def found(settings: str) -> list[re.Match[str]]:
-    """Return mypy's errors under the settings, the text of a pyproject.toml."""
+def listed_modules(project: str) -> set[str]:
+    """Return the modules that pyproject.toml allows to have errors."""
+    assert project.count(LISTED) == 1, f"pyproject.toml must have one line {LISTED!r}"
+    overrides = tomllib.loads(project)["tool"]["mypy"]["overrides"]
+    silenced = [set(entry["module"]) for entry in overrides if entry.get("ignore_errors")]
+    (listed,) = (modules for modules in silenced if not any("*" in module for module in modules))
+    return listed
+
+
+def errors(settings: str) -> list[Error]:
+    """Run mypy with the settings, the text of a pyproject.toml."""
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder, "pyproject.toml")
         config.write_text(settings)
@@ -47,12 +59,19 @@ def found(settings: str) -> list[re.Match[str]]:
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if result.returncode not in (0, 1):
         sys.exit(result.stdout + result.stderr)
-    return [match for line in result.stdout.splitlines() if (match := ERROR.match(line))]
+    matches = ((ERROR.match(line), line) for line in result.stdout.splitlines())
+    return [Error(match[1], int(match[2]), line) for match, line in matches if match]
 
 
-def module_of(path: str) -> str:
-    """Return the module in a file: "a.b" for a/b.py and for a/b/__init__.py."""
-    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+def faults(found: list[Error], listed: set[str], program: str) -> list[str]:
+    """Return a line for each fault: errors elsewhere, and modules and lines of the user's program without one."""
+    own = {error.line for error in found if error.path == USER}
+    wrong = {number for number, line in enumerate(program.splitlines(), start=1) if line.endswith("# wrong")}
+    lines = [error.text for error in found if error.path != USER and error.module not in listed]
+    lines += [error.text for error in found if error.path == USER and error.line not in wrong]
+    lines += [f"{USER}:{number}: mypy finds no error in a wrong line" for number in sorted(wrong - own)]
+    clean = sorted(listed - {error.module for error in found})
+    return lines + [f"pyproject.toml: {module} has no error left: remove it from the list" for module in clean]
 
 
 if __name__ == "__main__":

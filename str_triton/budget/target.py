@@ -84,7 +84,7 @@ class Target(metaclass=_Kinds):
         flops_share: float | None = None,
         layers: Mapping[str, float] | None = None,
     ) -> None:
-        """Name the keywords for type checkers and editors: the call makes an instance of a subclass instead."""
+        """Show the keywords to type checkers and editors; the call makes an instance of a subclass instead."""
 
     def __repr__(self) -> str:
         return _described(self, "Target")
@@ -223,7 +223,7 @@ class RankTarget(metaclass=_Kinds):
         recurrent_flops: float | None = None,
         compression: float | None = None,
     ) -> None:
-        """Name the keywords for type checkers and editors: the call makes an instance of a subclass instead."""
+        """Show the keywords to type checkers and editors; the call makes an instance of a subclass instead."""
 
     def __repr__(self) -> str:
         return _described(self, "RankTarget")

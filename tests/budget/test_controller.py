@@ -1,12 +1,13 @@
 """The controller: exact targets, schedules, floors, and a training that evaluation does not disturb."""
 
 import copy
+import inspect
 
 import pytest
 import torch
 from torch import nn
 
-from str_triton import SparsityController, Target, count, densify, parameter_groups, sparsify
+from str_triton import RankTarget, SparsityController, Target, count, densify, parameter_groups, sparsify
 from str_triton.nn import STRLinear, str_layers
 
 
@@ -426,6 +427,12 @@ def test_targets_out_of_range(make, message):
 def test_a_target_that_is_no_number_is_named(value):
     with pytest.raises(TypeError, match=f"target {next(iter(value))} must be a number, got "):
         Target(**value)
+
+
+@pytest.mark.parametrize("base", [Target, RankTarget])
+def test_type_checkers_know_every_keyword(base):
+    known = set(inspect.signature(base.__init__).parameters) - {"self"}
+    assert known == {kind.keyword for kind in base.__subclasses__()}
 
 
 def test_targets_of_other_kinds():

@@ -344,3 +344,17 @@ def test_settle_lowers_the_threshold_and_keeps_the_matrix(dtype):
     rounding = 0.02 if dtype == torch.bfloat16 else 1e-6
     torch.testing.assert_close(matrix.weight(), weight, rtol=rounding, atol=rounding)
     assert torch.equal(matrix.m == 0, spectrum == 0)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda matrix: matrix.scale_threshold(2.0),
+        lambda matrix: matrix.settle(torch.zeros(1)),
+        lambda matrix: matrix.refactor(),
+        lambda matrix: matrix.pruning_offsets(),
+    ],
+)
+def test_a_matrix_without_a_threshold_says_so(use):
+    with pytest.raises(ValueError, match="has no threshold"):
+        use(LowRankWeight(4, 3, thresholded=False))
