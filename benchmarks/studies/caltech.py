@@ -125,10 +125,17 @@ def tune(data: str, pretrained: str, threads: int, runs: int | None) -> None:
 
 
 def deploy_all(threads: int) -> None:
-    """Pack and compile the first seed's networks, time them, and append a line for each."""
+    """Pack and compile the first seed's networks, time them, and append a line for each.
+
+    Raises SystemExit, which names the folder, if a network is not below `RUNS`.
+    """
     torch.set_num_threads(threads)
     file = RunFile(RESULTS / "caltech_deploy.jsonl", ("line", "target", "threads"))
     runs = [run for run in results().read() if run["seed"] == 0]
+    folders = [RUNS / _name(Key(run["line"], run["target"], 0)) for run in runs]
+    for folder in (RUNS / _name(Key(DENSE, "", 0)), *folders):
+        if not (folder / "model.safetensors").exists():
+            raise SystemExit(f"{folder}: no finished run; start --deploy in the folder in which the study has trained")
     image = torch.randn(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
     dense = rebuild(RUNS / _name(Key(DENSE, "", 0))).model.to(memory_format=torch.channels_last)
     for run in file.missing({**run, "threads": threads} for run in runs):

@@ -61,6 +61,17 @@ def test_a_network_is_packed_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["ms"] > 0 < found["dense_ms"]
 
 
+def test_deploying_names_the_run_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(caltech, "RESULTS", tmp_path)
+    monkeypatch.setattr(caltech, "RUNS", tmp_path / "runs")
+    (tmp_path / "runs" / "dense-0").mkdir(parents=True)
+    (tmp_path / "runs" / "dense-0" / "model.safetensors").touch()
+    caltech.results().append(caltech.Key("dense", "", 0)._asdict())
+    caltech.results().append(caltech.Key("str-exact", "0.9", 0)._asdict())
+    with pytest.raises(SystemExit, match=r"str-exact-0\.9-0: .*--deploy"):
+        caltech.deploy_all(threads=torch.get_num_threads())
+
+
 def test_the_recipe_needs_data_and_weights() -> None:
     config = RECIPES["mobilenetv1-finetune"]()
     assert (config.data, config.pretrained, config.new_classifier) == ("", None, True)
