@@ -267,7 +267,7 @@ def test_threads_give_the_same_bits(kernels):
     assert torch.equal(results[0], results[2])
 
 
-WIDE = ("-D__AVX512F__", "-mno-avx512f", "-march=native")  # Vectors of 16 floats, each in two registers.
+WIDE = ("-DSTR_TRITON_SIXTEEN_LANES", "-mno-avx512f", "-march=native")  # Vectors of 16 floats, each in two registers.
 
 
 @pytest.mark.parametrize("flags", [("-mno-avx512f", "-march=native"), ("-msse2",), (), WIDE], ids=str)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from str_triton.deploy.sparse import stopwatch
 from str_triton.deploy.sparse.cost import copy_milliseconds, estimate
-from str_triton.deploy.sparse.executions import EXECUTIONS
+from str_triton.deploy.sparse.executions import EXECUTIONS, kernel_name
 from str_triton.deploy.sparse.executions.choice import Choice
 from str_triton.deploy.sparse.graph.nodes import Convolution, Graph, Layer, Linear
 from str_triton.deploy.sparse.graph.pointwise import Pointwise
@@ -19,7 +19,7 @@ from str_triton.deploy.sparse.graph.pools import AvgPool, MaxPool, Mean
 from str_triton.deploy.sparse.runtime.draft import is_row
 from str_triton.deploy.sparse.runtime.images import leader
 from str_triton.deploy.sparse.runtime.plan import Plan, Segment
-from str_triton.deploy.sparse.runtime.structs import LINEAR
+from str_triton.deploy.sparse.runtime.structs import LINEAR, LINEAR_BYTES
 from str_triton.deploy.sparse.runtime.trial import Trial
 
 _DENSE = ("dense", "channels_last")
@@ -42,20 +42,21 @@ def choose(
     threads = torch.get_num_threads()
     if not graph.layers():
         return {}, True
-    ours = {node.name: Choice("sparse", tiles=4 * threads) for node in graph.layers()}
+    ours = {node.name: Choice(kernel_name(node), tiles=4 * threads) for node in graph.layers()}
     plan = Plan(graph, trial, ours, library) if library is not None else None
     if not tune:
-        by_torch, by_kernel = estimate(graph, trial.shapes, plan, threads)
+        by_torch, by_kernel = estimate(graph, trial.every(), plan, threads)
         return _weigh(graph, trial.shapes, by_torch, by_kernel, copy_milliseconds), True
     if plan is not None:
         plan.run(example)
     watch = stopwatch.Stopwatch()
     timed = {node.name: _time(node, trial, plan, library, watch) for node in graph.layers()}
     by_torch = {
-        name: min((c for c in found.values() if c.execution != "sparse"), key=lambda c: c.ms)
+        name: min((c for c in found.values() if not EXECUTIONS[c.execution].by_kernels), key=lambda c: c.ms)
         for name, found in timed.items()
     }
-    by_kernel = {name: found["sparse"] for name, found in timed.items() if "sparse" in found}
+    kernels = {name: [c for c in found.values() if EXECUTIONS[c.execution].by_kernels] for name, found in timed.items()}
+    by_kernel = {name: found[0] for name, found in kernels.items() if found}
     candidates = [_weigh(graph, trial.shapes, by_torch, by_kernel, _copy_milliseconds)]
     # Beside channels_last there are no changes of format to pay, which each layer alone has to.
     others = {name: choice for name, choice in by_torch.items() if choice.execution not in (*_DENSE, "csr")}
@@ -70,11 +71,14 @@ def _time(
     node: Layer, trial: Trial, plan: Plan | None, library: ctypes.CDLL | None, watch: stopwatch.Stopwatch
 ) -> dict[str, Choice]:
     """Return the executions of one layer with their times."""
-    shapes = trial.shapes
-    if any(name not in shapes for name in (*node.inputs, node.name)):  # Torch alone, untimed.
+    shapes, every, ours = trial.shapes, trial.every(), kernel_name(node)
+    if any(name not in every for name in (*node.inputs, node.name)):  # Torch alone, untimed.
         return {"dense": Choice("dense", ms=0.0)}
     values: dict[str, Any] = {
-        name: torch.randn(shapes[name], dtype=torch.float32, device="cpu") for name in node.inputs
+        name: torch.randn(shapes[name], dtype=torch.float32, device="cpu")
+        if name in shapes
+        else torch.randint(256, every[name], dtype=torch.uint8, device="cpu")
+        for name in node.inputs
     }
     calls: dict[str, Callable[[], object]] = {}
     for name, execution in EXECUTIONS.items():
@@ -84,12 +88,12 @@ def _time(
     kernel = _Stage.find(plan, node.name, library)
     if kernel is not None:
         cut = kernel.best_cut(watch)
-        calls["sparse"] = kernel.run
+        calls[ours] = kernel.run
     times = watch.race(calls)
-    passes = {name: kernel.passes if name == "sparse" else 1 for name in times}
+    passes = {name: kernel.passes if name == ours else 1 for name in times}
     dense = min(ms for name, ms in times.items() if name in (*_DENSE, "torch_layer"))
     return {
-        name: replace(cut if name == "sparse" else Choice(name), ms=ms * passes[name], ms_dense=dense)
+        name: replace(cut if name == ours else Choice(name), execution=name, ms=ms * passes[name], ms_dense=dense)
         for name, ms in times.items()
     }
 
@@ -128,8 +132,9 @@ class _Stage:
         """Cut the work in the fastest way, and return it."""
         op = self.segment.operations[self.number][0]
         lanes = self.library.str_triton_lanes()
-        if op.kind == LINEAR:  # Its tensors are gone.
-            self._tensors = torch.randn(op.images * op.x.image), torch.empty(op.images * op.y.image)
+        if op.kind in (LINEAR, LINEAR_BYTES):  # Its tensors are gone.
+            x = torch.randn(op.images * op.x.image) if op.kind == LINEAR else torch.zeros(op.images * op.x.image).byte()
+            self._tensors = x, torch.empty(op.images * op.y.image)
             op.x.data, op.y.data = (tensor.data_ptr() for tensor in self._tensors)
         cuts = _cuts(op.length // lanes * op.images * op.planes, self.threads, lanes)
         if isinstance(self.segment.tasks[self.number].node, Pointwise):  # Memory decides: any cut will do.
@@ -186,7 +191,7 @@ def _weigh(
         while leaders[name] is not None:
             name = leaders[name]
         node = nodes[name]
-        if not isinstance(node, Layer) or choices[name].execution != "sparse" or is_row(node, shapes):
+        if not isinstance(node, Layer) or not EXECUTIONS[choices[name].execution].by_kernels or is_row(node, shapes):
             return None
         return Linear if isinstance(node, Linear) else Convolution
 
@@ -203,7 +208,7 @@ def _weigh(
         changed = False
         for name in by_kernel:
             before, now = choices[name], local(name)
-            choices[name] = by_torch[name] if before.execution == "sparse" else by_kernel[name]
+            choices[name] = by_torch[name] if EXECUTIONS[before.execution].by_kernels else by_kernel[name]
             if local(name) < 0.99 * now:
                 changed = True
             else:

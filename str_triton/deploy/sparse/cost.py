@@ -5,23 +5,24 @@ import functools
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 
-from str_triton.deploy.sparse.executions import EXECUTIONS
+from str_triton.deploy.sparse.executions import EXECUTIONS, kernel_name
 from str_triton.deploy.sparse.executions.choice import Choice
 from str_triton.deploy.sparse.graph.nodes import Convolution, Graph, Layer
 from str_triton.deploy.sparse.graph.pointwise import Pointwise
 from str_triton.deploy.sparse.graph.recurrent import Recurrent
 from str_triton.deploy.sparse.runtime.draft import is_row
 from str_triton.deploy.sparse.runtime.plan import Plan
-from str_triton.deploy.sparse.runtime.structs import CONVOLUTION, LINEAR
+from str_triton.deploy.sparse.runtime.structs import CONVOLUTION, CONVOLUTION_BYTES, LINEAR, LINEAR_BYTES
 
 BYTES = 10e9  # that a copy moves in a second
 CALL = 5e-3  # milliseconds of one more call of torch's
-# The kernels' multiplications a second in units of torch's dense ones, as measured on two processors.
-RATES = {CONVOLUTION: 0.45, LINEAR: 0.04}
+# The kernels' multiplications a second in units of torch's dense ones, as measured on two processors; of bytes, quads.
+RATES = {CONVOLUTION: 0.45, LINEAR: 0.04, CONVOLUTION_BYTES: 0.15, LINEAR_BYTES: 0.04}
 # How fast torch multiplies in depthwise layers, and in linear layers for one row, in the same unit.
 DEPTHWISE, ONE_ROW = 0.1, 0.2
 
@@ -74,7 +75,7 @@ def estimate(
             # Each output costs about as much as two weights.
             weights = nonzeros + 2 * node.weight.shape[0]
             ms = weights * pixels / (rate * RATES[kind])
-            by_kernel[node.name] = _cut(vectors, threads, ms, dense)
+            by_kernel[node.name] = replace(_cut(vectors, threads, ms, dense), execution=kernel_name(node))
     return by_torch, by_kernel
 
 

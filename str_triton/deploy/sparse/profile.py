@@ -54,7 +54,7 @@ def profile(plan: Plan, inputs: Sequence[Tensor], passes: int = PASSES) -> list[
 
 def _kind(node: Node, task: str) -> str:
     match node:
-        case _ if task == "copy":
+        case _ if task in ("copy", "quantize", "dequantize"):
             return "copy"
         case Pointwise():
             return "pointwise"

@@ -3,12 +3,20 @@
 from str_triton.deploy.sparse.executions.base import Execution, Shapes
 from str_triton.deploy.sparse.executions.csr import Csr
 from str_triton.deploy.sparse.executions.dense import ChannelsLast, Dense
+from str_triton.deploy.sparse.executions.integer import Integer
 from str_triton.deploy.sparse.executions.kernel import Kernel
 from str_triton.deploy.sparse.executions.recurrent import Loop, SharedLoop, TorchLayer
+from str_triton.deploy.sparse.graph.nodes import Layer
 
 EXECUTIONS: dict[str, Execution] = {
     execution.name: execution
-    for execution in (Dense(), ChannelsLast(), Csr(), Kernel(), Loop(), SharedLoop(), TorchLayer())
+    for execution in (Dense(), ChannelsLast(), Csr(), Kernel(), Integer(), Loop(), SharedLoop(), TorchLayer())
 }
 
-__all__ = ["EXECUTIONS", "Execution", "Shapes"]
+
+def kernel_name(node: Layer) -> str:
+    """Return the name of the execution by the kernels that a layer may have."""
+    return Integer.name if EXECUTIONS[Integer.name].fits(node, {}) else Kernel.name
+
+
+__all__ = ["EXECUTIONS", "Execution", "Shapes", "kernel_name"]

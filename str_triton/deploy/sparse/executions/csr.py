@@ -18,7 +18,7 @@ class Csr(Execution):
     name = "csr"
 
     def fits(self, node: Layer, shapes: Shapes) -> bool:
-        is_product = isinstance(node, Linear) or (type(node) is Convolution and node.is_pointwise and node.groups == 1)
+        is_product = type(node) is Linear or (type(node) is Convolution and node.is_pointwise and node.groups == 1)
         return is_product and node.inputs[0] in shapes and int(node.weight.count_nonzero()) < MOST * node.weight.numel()
 
     def run(self, node: Layer, values: dict[str, Any]) -> Tensor:

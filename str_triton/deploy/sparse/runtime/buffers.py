@@ -1,12 +1,13 @@
 """The memory of the images between layers: which share a frame, where each lies, who may reuse whose place."""
 
 import math
+from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
-from str_triton.deploy.sparse.runtime.layout import Frame, Window, plane_sizes
+from str_triton.deploy.sparse.runtime.layout import GRAIN, Frame, Window, plane_sizes
 from str_triton.deploy.sparse.runtime.structs import View
 
 FLOAT = 4
@@ -18,12 +19,14 @@ class Key(NamedTuple):
     Attributes:
         turned: the value [..., features] lies as one image of one row: features are channels, and rows are pixels.
         bordered: minus infinity lies around the pixels, not zeros; only copies write such an image.
+        fill: of codes, the one that lies around the pixels.
     """
 
     value: str
     phases: tuple[int, int]
     turned: bool = False
     bordered: bool = False
+    fill: int = 0
 
 
 @dataclass
@@ -32,7 +35,8 @@ class _Place:
 
     floats: int
     begin: int = 0
-    bordered: bool = False
+    border: float = 0.0
+    size: int = FLOAT  # bytes of an element
 
 
 @dataclass
@@ -44,17 +48,23 @@ class Buffers:
     Attributes:
         group: how many images of a batch are there at once; None: all.
         whole: the keys of which all images are there, whatever `group` says.
+        codes: the values whose elements are bytes.
     """
 
     shapes: dict[str, tuple[int, ...]]
     group: int | None = None
     whole: set[Key] = field(default_factory=set)
+    codes: Container[str] = ()
     _groups: dict[Key, Key] = field(default_factory=dict)
     _frames: dict[Key, Frame] = field(default_factory=dict)
     _places: dict[Key, _Place] = field(default_factory=dict)
     _free: dict[tuple, list[_Place]] = field(default_factory=dict)
     _all: list[_Place] = field(default_factory=list)
     _memory: np.ndarray | None = None
+
+    def size(self, value: str) -> int:
+        """Return how many bytes an element of a value takes."""
+        return 1 if value in self.codes else FLOAT
 
     def images(self, key: Key) -> int:
         """Return how many images of a value are there at once."""
@@ -99,14 +109,16 @@ class Buffers:
         """Find a place for an image that is written next."""
         if key in self._places:
             return
-        floats = self.images(key) * self.shape(key)[1] * self.frame(key).channel(math.prod(key.phases))
+        elements = self.images(key) * self.shape(key)[1] * self.frame(key).channel(math.prod(key.phases))
+        size = self.size(key.value)
+        floats = -(-elements * size // (FLOAT * GRAIN)) * GRAIN
         # The groups of a batch run through the same places in turn, which one that holds all cannot share.
         free = [] if key in self.whole else self._free.get(self._layout(key), [])
         # The smallest that is large enough, or else the largest, which grows.
         fitting = [place for place in free if place.floats >= floats]
         place = min(fitting, key=lambda p: p.floats) if fitting else max(free, key=lambda p: p.floats, default=None)
         if place is None:
-            place = _Place(floats, bordered=key.bordered)
+            place = _Place(floats, border=-math.inf if key.bordered else key.fill, size=size)
             self._all.append(place)
         else:
             free.remove(place)
@@ -120,7 +132,7 @@ class Buffers:
 
     def _layout(self, key: Key) -> tuple:
         """Return what decides where an image's zeros lie: a smaller one would read what a larger one left around it."""
-        return self.root(key), key.phases, self.shape(key)[2:], key.bordered
+        return self.root(key), key.phases, self.shape(key)[2:], key.bordered, key.fill, self.size(key.value)
 
     def allocate(self) -> None:
         """Get the memory, all zeros. Around it there is room for what strips read beyond their image."""
@@ -133,15 +145,16 @@ class Buffers:
         misaligned = memory.ctypes.data % 64 // FLOAT
         self._memory = memory[(16 - misaligned) % 16 :]
         for place in self._all:
-            if place.bordered:
-                self._memory[place.begin : place.begin + place.floats] = -np.inf
+            if place.border:
+                part = self._memory[place.begin : place.begin + place.floats]
+                part.view(np.uint8 if place.size == 1 else np.float32)[:] = place.border
 
     def view(self, key: Key, plane: int = 0, skipped: int = 0) -> View:
         """Return pointer and strides of an image, from the first pixel of a plane and the channel after `skipped`."""
         frame, channel = self.frame(key), self.frame(key).channel(math.prod(key.phases))
-        begin = self._places[key].begin + skipped * channel + plane * frame.plane + frame.origin
+        elements = skipped * channel + plane * frame.plane + frame.origin
         return View(
-            data=self._memory.ctypes.data + FLOAT * begin,
+            data=self._memory.ctypes.data + FLOAT * self._places[key].begin + self.size(key.value) * elements,
             image=self.shape(key)[1] * channel,
             channel=channel,
             plane=frame.plane,

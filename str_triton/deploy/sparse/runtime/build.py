@@ -15,7 +15,8 @@ from pathlib import Path
 
 SOURCE = Path(__file__).with_name("kernels.c")
 HEADERS = tuple(
-    Path(__file__).with_name(name) for name in ("vectors.h", "operations.h", "copies.h", "recurrent.h", "stepping.h")
+    Path(__file__).with_name(name)
+    for name in ("vectors.h", "operations.h", "copies.h", "dot.h", "integers.h", "recurrent.h", "stepping.h")
 )
 COMPILERS = ("cc", "gcc", "clang")
 _BASE = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-ffp-contract=fast")

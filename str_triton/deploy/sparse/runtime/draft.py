@@ -9,6 +9,7 @@ from str_triton.deploy.sparse.executions.choice import Choice
 from str_triton.deploy.sparse.graph.nodes import Call, Convolution, Graph, Layer, Linear, Node
 from str_triton.deploy.sparse.graph.pointwise import Pointwise
 from str_triton.deploy.sparse.graph.pools import AvgPool, MaxPool, Mean
+from str_triton.deploy.sparse.graph.quantized import Dequantize, Quantize, QuantizedConvolution, QuantizedLinear
 from str_triton.deploy.sparse.runtime.buffers import Buffers, Key
 from str_triton.deploy.sparse.runtime.images import MOST_PHASES, Channels, Gate, Parts, has_window, image_operation
 from str_triton.deploy.sparse.runtime.layout import Window
@@ -25,7 +26,7 @@ class Task:
 
     Attributes:
         kind: "window", "gate", "mean" or "linear" (by the kernels), "copy" (an image to or from a tensor, to other
-            phases, or some channels of it), "torch".
+            phases, or some channels of it), "quantize" and "dequantize" (a tensor to codes and back), "torch".
         tensors: names of the values whose tensors it reads; makes: the one that it makes, "" if none.
     """
 
@@ -48,7 +49,8 @@ class Draft:
     """Decides which form every value takes, and lists the tasks."""
 
     def __init__(self, graph: Graph, trial: Trial, choices: dict[str, Choice], kernels: bool) -> None:
-        self.shapes, self.choices, self.kernels = trial.shapes, choices, kernels
+        self.shapes, self.codes, self.choices, self.kernels = trial.shapes, trial.codes, choices, kernels
+        self.zeros = _zeros(graph)
         self.nodes = {node.name: node for node in graph.nodes}
         self.images: set[str] = set()  # Values that lie in padded buffers as images of a batch.
         self._written: set[str] = set()  # Values that a kernel makes in padded buffers.
@@ -71,6 +73,16 @@ class Draft:
     def _makes_image(self, node: Node) -> bool:
         """Check whether kernels compute this node from an image to an image."""
         match node:
+            case Quantize():
+                return self.kernels and self._are_images(node.name) and not node.variable
+            case QuantizedConvolution():
+                own = node.output_shape(self.codes[node.inputs[0]]) if self._are_images(*node.inputs, node.name) else ()
+                fits = math.prod(node.stride) <= MOST_PHASES and self._by_kernels(node)
+                return (
+                    fits and all(self.codes[name] == own for name in (node.name, *node.inputs[1:]) if own) and own != ()
+                )
+            case QuantizedLinear():
+                return False
             case Convolution():
                 fits = math.prod(node.stride) <= MOST_PHASES and self._by_kernels(node)
                 return fits and not is_row(node, self.shapes)
@@ -78,16 +90,24 @@ class Draft:
                 return self._by_kernels(node) and not is_row(node, self.shapes)
             case MaxPool() | AvgPool():
                 return self._is_image(node.inputs[0]) and has_window(node, self.shapes)
-        match self.kernels and image_operation(node, self.shapes):
+        match self.kernels and image_operation(node, self._kind(node)):
             case Gate(image, _) | Channels(image, _):
                 return self._is_image(image)
             case Parts(images):
                 return any(map(self._is_image, images))
         return False
 
+    def _are_images(self, *names: str) -> bool:
+        """Check that values are codes of images, and none is empty."""
+        return all(len(self.codes.get(name, ())) == 4 and 0 not in self.codes[name] for name in names)
+
+    def _kind(self, node: Node) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the values of a node's kind: codes, or float32."""
+        return self.codes if node.name in self.codes else self.shapes
+
     def _reads_border(self, node: Node) -> bool:
         """Check whether a max pool reads around an image in which a number may be less than the zeros there."""
-        if not isinstance(node, MaxPool) or (node.padding == (0, 0) and not node.ceil):
+        if not isinstance(node, MaxPool) or node.name in self.codes or (node.padding == (0, 0) and not node.ceil):
             return False
         producer = self.nodes[node.inputs[0]]
         return not isinstance(producer, Layer) or (producer.clamp[0] < 0 and producer.activation not in NOT_NEGATIVE)
@@ -106,7 +126,10 @@ class Draft:
             if node.name not in self._written:
                 continue
             windows[node.name] = PIXEL
-            if isinstance(node, Call):
+            if isinstance(node, Quantize):
+                phases = next(iter(wanted[node.name])) if len(wanted[node.name]) == 1 else PLAIN
+                windows[node.name] = Window(PLAIN, PLAIN, (0, 0), PLAIN, phases)
+            elif isinstance(node, Call):
                 for name in node.inputs:
                     wanted[name].add(PLAIN)
             elif not isinstance(node, Linear):
@@ -122,16 +145,25 @@ class Draft:
     def _add(self, node: Node) -> None:
         if node.name in self._written and isinstance(node, Call):
             self._add_call(node)
+        elif node.name in self._written and isinstance(node, Quantize):
+            writes = self._own(node.name)
+            self._tensor(*node.inputs)
+            self._note(writes)
+            self.tasks.append(Task("quantize", node, [], writes, list(node.inputs), value=node.name))
+            self._made.add(writes)
+        elif isinstance(node, Dequantize) and self._is_image(node.inputs[0]):
+            source = self._image(self._key(node.inputs[0], PLAIN))
+            self.tasks.append(Task("dequantize", node, [source], makes=node.name, value=node.name))
         elif node.name in self._written:
             window, writes = self.windows[node.name], self._own(node.name)
-            reads = [self._image(Key(node.inputs[0], window.reads, writes.turned, self._reads_border(node)))]
-            reads += [self._image(Key(name, window.phases)) for name in node.inputs[1:]]
+            reads = [self._image(self._read(node, window, writes.turned))]
+            reads += [self._image(self._key(name, window.phases)) for name in node.inputs[1:]]
             self._note(writes)
             self.tasks.append(Task("window", node, reads, writes, window=window))
             self._made.add(writes)
         elif isinstance(node, Mean) and self._is_image(node.inputs[0]):
-            self.tasks.append(Task("mean", node, [self._image(Key(node.inputs[0], PLAIN))], makes=node.name))
-        elif isinstance(node, Layer) and self._by_kernels(node) and is_row(node, self.shapes):
+            self.tasks.append(Task("mean", node, [self._image(self._key(node.inputs[0], PLAIN))], makes=node.name))
+        elif isinstance(node, Layer) and self._by_kernels(node) and self._multiplies_rows(node):
             self._tensor(node.inputs[0])
             self.tasks.append(Task("linear", node, tensors=node.inputs[:1], makes=node.name))
         else:
@@ -143,25 +175,47 @@ class Draft:
         """Add the tasks that stand for one of torch's operations on images."""
         writes = self._own(node.name)
         self._note(writes)
-        match image_operation(node, self.shapes):
+        match image_operation(node, self._kind(node)):
             case Gate(image, factors):
                 self._tensor(factors)
                 self.tasks.append(Task("gate", node, [self._image(Key(image, PLAIN))], writes, [factors], window=PIXEL))
             case Channels(image, begin):
-                source = [self._image(Key(image, PLAIN))]
+                source = [self._image(self._key(image, PLAIN))]
                 self.tasks.append(Task("copy", node, source, writes, value=node.name, skipped=(begin, 0)))
             case Parts(images):
                 begin = 0
                 for name in images:
-                    source, tensors = ([self._image(Key(name, PLAIN))], []) if self._is_image(name) else ([], [name])
+                    source, tensors = (
+                        ([self._image(self._key(name, PLAIN))], []) if self._is_image(name) else ([], [name])
+                    )
                     self._tensor(*tensors)
                     self.tasks.append(Task("copy", node, source, writes, tensors, value=name, skipped=(0, begin)))
-                    begin += self.shapes[name][1]
+                    begin += self._kind(node)[name][1]
         self._made.add(writes)
 
     def _own(self, name: str) -> Key:
         """Return the form in which a kernel makes a value."""
-        return Key(name, self.windows[name].phases, isinstance(self.nodes[name], Linear))
+        return self._key(name, self.windows[name].phases, isinstance(self.nodes[name], Linear))
+
+    def _key(self, name: str, phases: tuple[int, int], turned: bool = False) -> Key:
+        """Return a form of a value with what its kernel writes around it."""
+        return Key(name, phases, turned, fill=self.zeros.get(name, 0))
+
+    def _read(self, node: Layer | MaxPool | AvgPool, window: Window, turned: bool) -> Key:
+        """Return the form in which a window reads its input, with what it expects around it."""
+        key = self._key(node.inputs[0], window.reads, turned)._replace(bordered=self._reads_border(node))
+        if isinstance(node, QuantizedConvolution) and node.padding != (0, 0):
+            return key._replace(fill=node.grids[0].zero)
+        if isinstance(node, MaxPool) and node.name in self.codes and (node.padding != (0, 0) or node.ceil):
+            return key._replace(fill=0)
+        return key
+
+    def _multiplies_rows(self, node: Layer) -> bool:
+        """Check that a layer has a kernel for single rows: of codes, or of float32."""
+        if isinstance(node, QuantizedLinear):
+            shape = self.codes.get(node.inputs[0], ())
+            return len(shape) == 2 and 0 not in shape and self.shapes.get(node.name) == (shape[0], len(node.weight))
+        return node.name in self.shapes and is_row(node, self.shapes)
 
     def _note(self, key: Key) -> None:
         if not key.turned:
@@ -191,6 +245,20 @@ class Draft:
                 source = self._own(name)
                 self.tasks.append(Task("copy", self.nodes[name], [source], makes=name, value=name))
                 self._made.add(name)
+
+
+def _zeros(graph: Graph) -> dict[str, int]:
+    """Return the code of zero by the names of the values that are codes."""
+    zeros: dict[str, int] = {}
+    for node in graph.nodes:
+        match node:
+            case Quantize():
+                zeros[node.name] = node.grid.zero
+            case QuantizedConvolution():
+                zeros[node.name] = node.grids[1].zero
+            case MaxPool() | Call() if node.inputs and node.inputs[0] in zeros:
+                zeros[node.name] = zeros[node.inputs[0]]
+    return zeros
 
 
 def is_row(node: Layer, shapes: dict[str, tuple[int, ...]]) -> bool:

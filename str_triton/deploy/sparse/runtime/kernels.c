@@ -12,6 +12,7 @@
    Vector extensions of gcc and clang, no intrinsics; without OpenMP everything runs on the calling thread. */
 
 #include "copies.h"
+#include "integers.h"
 #include "stepping.h"
 #include <math.h>
 #include <string.h>
@@ -166,6 +167,13 @@ static void run_item(const operation *op, int64_t item) {
         case LINEAR: linear(op, item); break;
         case TURN: turn(op, item); break;
         case GATE: gate(op, item); break;
+        case CONVOLUTION_BYTES:
+        case MAX_POOL_BYTES: byte_strips(op, item); break;
+        case COPY_BYTES: copy_bytes(op, item); break;
+        case MEAN_BYTES: mean_bytes(op, item); break;
+        case LINEAR_BYTES: linear_bytes(op, item); break;
+        case QUANTIZE: quantize(op, item); break;
+        case DEQUANTIZE: dequantize(op, item); break;
         default: strips(op, item);
     }
 }

@@ -5,7 +5,10 @@
 
 #include <stdint.h>
 
-enum { CONVOLUTION, MAX_POOL, COPY, MEAN, LINEAR, TURN, GATE };
+enum {
+    CONVOLUTION, MAX_POOL, COPY, MEAN, LINEAR, TURN, GATE,
+    CONVOLUTION_BYTES, MAX_POOL_BYTES, COPY_BYTES, MEAN_BYTES, LINEAR_BYTES, QUANTIZE, DEQUANTIZE,
+};
 
 typedef struct {
     float value;
@@ -13,9 +16,16 @@ typedef struct {
 } tap;
 
 typedef struct {
-    float *data; /* the first pixel of the first image, channel and plane; NULL: absent */
-    int64_t image, channel, plane, row, column; /* strides in floats */
+    float *data; /* the first pixel of the first image, channel and plane, or a byte; NULL: absent */
+    int64_t image, channel, plane, row, column; /* strides in elements */
 } view;
+
+/* Of what is stored as bytes: the numbers that integers.h explains. */
+typedef struct {
+    const float *factors;  /* [channels]: what sums are multiplied by */
+    float residual, scale; /* the residual's factor; that of QUANTIZE, DEQUANTIZE and MEAN_BYTES */
+    int32_t zero_x, zero_y, zero_residual;
+} integers;
 
 typedef struct {
     int64_t kind;
@@ -34,6 +44,7 @@ typedef struct {
     float low, high;            /* outputs are clamped to them */
     int64_t activation;         /* what follows the clamp */
     float slope;                /* LEAKY_RELU: of what is negative */
+    const integers *codes;      /* of the kinds on bytes: taps are quads or byte_taps, bias is int32, mask is bytes */
 } operation;
 
 typedef struct {

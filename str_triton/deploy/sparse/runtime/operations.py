@@ -15,6 +15,7 @@ from str_triton.deploy.sparse.runtime.structs import (
     COPY,
     GATE,
     LINEAR,
+    LINEAR_BYTES,
     MAX_POOL,
     MEAN,
     TAP,
@@ -38,15 +39,10 @@ class Operations:
         self, node: Layer | MaxPool | AvgPool, window: Window, x: Key, y: Key, residual: Key | None, choice: Choice
     ) -> Operation:
         """Return a convolution, a linear layer on turned values, or a pool; an average is a depthwise convolution."""
-        buffers, frame, shape = self.buffers, self.buffers.frame(y), self.buffers.shape(y)
-        planes = math.prod(y.phases)
-        op = Operation(x=buffers.view(x), y=buffers.view(y))
-        op.images, op.channels, op.planes, op.tables = buffers.at_once(y), shape[1], planes, window.tables
-        op.length = frame.length(max(rows for rows, _ in plane_sizes(shape[2:], y.phases)))
+        frame, shape = self.buffers.frame(y), self.buffers.shape(y)
+        op = self._sliding(window, x, y, residual)
         if y.turned:  # A few rows take no more vectors than they need.
             op.length = -(-shape[3] // self.lanes) * self.lanes
-        if window.tables > 1 or planes == 1:
-            op.x.plane = 0  # The taps say which plane they read.
         if isinstance(node, Layer):
             op.kind = CONVOLUTION
             _activate(op, node)
@@ -59,17 +55,27 @@ class Operations:
                 np.zeros(shape[1], np.float32),
                 shape[1],
             )
-        first, places, values = _nonzeros(weight, groups)
+        first, places, values = nonzeros(weight, groups)
         taps = np.empty((window.tables, len(values)), TAP)
         for plane, table in enumerate(taps):
             found = offsets(window, frame, plane, self.buffers.shape(x)[1]).ravel()
             table["value"], table["offset"] = values, found[places]
         starts = np.concatenate([first + plane * len(values) for plane in range(window.tables)]).astype(np.int32)
         self._point(op, taps=taps, first=starts, bias=bias)
-        if residual is not None:
-            op.residual = buffers.view(residual)
         self._hide_padding(op, y)
         self.cut(op, choice)
+        return op
+
+    def _sliding(self, window: Window, x: Key, y: Key, residual: Key | None) -> Operation:
+        """Return an operation that slides a window: with its images, not with its weights."""
+        buffers, shape = self.buffers, self.buffers.shape(y)
+        op = Operation(x=buffers.view(x), y=buffers.view(y), images=buffers.at_once(y), channels=shape[1])
+        op.planes, op.tables = math.prod(y.phases), window.tables
+        op.length = buffers.frame(y).length(max(rows for rows, _ in plane_sizes(shape[2:], y.phases)))
+        if window.tables > 1 or op.planes == 1:
+            op.x.plane = 0  # The taps say which plane they read.
+        if residual is not None:
+            op.residual = buffers.view(residual)
         return op
 
     def gate(self, x: Key, y: Key) -> Operation:
@@ -98,20 +104,21 @@ class Operations:
         block_first[0], block_first[-1] = 0, op.channels
         self._point(op, block_first=block_first)
         op.width = choice.width
-        if op.kind == LINEAR:
+        if op.kind in (LINEAR, LINEAR_BYTES):
             op.items = op.blocks * op.images
         else:
             op.tiles = max(1, min(choice.tiles, op.length // GRAIN))
             op.items = op.images * op.planes * op.tiles * op.blocks
 
     def copies(
-        self, value: str, source: Key | None, target: Key | None, skipped: tuple[int, int] = (0, 0)
+        self, value: str, source: Key | None, target: Key | None, skipped: tuple[int, int] = (0, 0), size: int = FLOAT
     ) -> list[tuple[Operation, int]]:
         """Return one copy for each row phase of an image, where None stands for torch's tensor of that value.
 
         Of an image that has more channels than the value, `skipped` says how many come before: in source and target.
 
-        At least one side must be in one phase: its rows and columns are read or written with strides.
+        At least one side must be in one phase: its rows and columns are read or written with strides. `size` is that of
+        the tensor's elements in bytes.
 
         Returns them with the place of their first pixel in the tensor, in bytes: its address is known when it exists.
         """
@@ -129,11 +136,11 @@ class Operations:
                     view = self.buffers.view(key, p * phases[1], before)
                 else:
                     view = self.buffers.view(key, 0, before) if key else _tensor(channels, height, width)
-                    view.data = (view.data or 0) + FLOAT * p * view.row
+                    view.data = (view.data or 0) + (self.buffers.size(key.value) if key else size) * p * view.row
                     view.plane, view.row, view.column = 1, view.row * phases[0], phases[1]
                 setattr(op, name, view)
             op.items = images * channels
-            found.append((op, FLOAT * p * width))
+            found.append((op, size * p * width))
         return found
 
     def _turn(self, source: Key | None, target: Key | None) -> Operation:
@@ -159,7 +166,7 @@ class Operations:
         op = Operation(kind=LINEAR, images=images, channels=outputs, planes=1, tables=1)
         op.x, op.y = View(None, inputs, 1, 0, 0, 0), View(None, outputs, 1, 0, 0, 0)
         _activate(op, node)
-        first, places, values = _nonzeros(node.weight.numpy(), 1)
+        first, places, values = nonzeros(node.weight.numpy(), 1)
         taps = np.empty(len(values), TAP)
         taps["value"], taps["offset"] = values, places
         self._point(op, taps=taps, first=first, bias=node.bias.numpy())
@@ -191,7 +198,7 @@ def _tensor(channels: int, height: int, width: int) -> View:
     return View(None, channels * height * width, height * width, 0, width, 1)
 
 
-def _nonzeros(weight: np.ndarray, groups: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def nonzeros(weight: np.ndarray, groups: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Find the weights that are not zero, by output channel.
 
     Returns:

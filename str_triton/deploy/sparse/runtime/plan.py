@@ -15,9 +15,10 @@ from torch import Tensor
 from str_triton.deploy.sparse.executions import EXECUTIONS
 from str_triton.deploy.sparse.executions.choice import Choice
 from str_triton.deploy.sparse.graph.nodes import Convolution, Graph, Input, Layer, Linear, Node
+from str_triton.deploy.sparse.graph.quantized import QuantizedLinear, QuantizedMean
 from str_triton.deploy.sparse.runtime.buffers import FLOAT, Buffers, Key
 from str_triton.deploy.sparse.runtime.draft import Draft, Task, place
-from str_triton.deploy.sparse.runtime.operations import Operations
+from str_triton.deploy.sparse.runtime.integers import ByteOperations
 from str_triton.deploy.sparse.runtime.structs import Operation, Stage, View
 from str_triton.deploy.sparse.runtime.threads import thread_count
 from str_triton.deploy.sparse.runtime.trial import Trial
@@ -51,19 +52,20 @@ class Plan:
     """
 
     def __init__(self, graph: Graph, trial: Trial, choices: dict[str, Choice], library: ctypes.CDLL | None) -> None:
-        self.graph, self.shapes, self.library = graph, trial.shapes, library
+        self.graph, self.shapes, self.library = graph, trial.every(), library
+        self.codes = trial.codes.keys()
         self.choices = _fitting(graph, trial, choices)
         draft = Draft(graph, trial, self.choices, library is not None)
         self.tasks = draft.tasks
-        group = _group(draft.images, trial.shapes)
-        self.segments = _split(self.tasks, trial.shapes, group)
+        group = _group(draft.images, self.shapes)
+        self.segments = _split(self.tasks, self.shapes, group)
         whole = _crossing(self.segments) if group else set()
-        self.buffers = Buffers(trial.shapes, group, whole)
+        self.buffers = Buffers(self.shapes, group, whole, self.codes)
         place(self.tasks, self.buffers)
-        self._operations = Operations(self.buffers, library.str_triton_lanes() if library is not None else 1)
+        self._operations = ByteOperations(self.buffers, library.str_triton_lanes() if library is not None else 1)
         for segment in self.segments:
             if isinstance(segment, Segment):
-                segment.close([self._make(task) for task in segment.tasks], trial.shapes, self.buffers)
+                segment.close([self._make(task) for task in segment.tasks], self.shapes, self.buffers)
         self.fixed = trial.fixed
         self._last_reads = _last_reads(self.segments, set(graph.kept()) | trial.fixed.keys())
 
@@ -111,10 +113,15 @@ class Plan:
         match task.kind:
             case "window":
                 residual = task.reads[1] if len(task.reads) > 1 else None
-                made = self._operations.window(task.node, task.window, task.reads[0], task.writes, residual, choice)
+                make = self._operations.byte_window if task.node.name in self.codes else self._operations.window
+                made = make(task.node, task.window, task.reads[0], task.writes, residual, choice)
                 return [made], [0]
             case "mean":
+                if isinstance(task.node, QuantizedMean):
+                    return [self._operations.byte_mean(task.node, task.reads[0])], [0]
                 return [self._operations.mean(task.reads[0])], [0]
+            case "linear" if isinstance(task.node, QuantizedLinear):
+                return [self._operations.byte_linear(task.node, self.shapes[task.node.name][0], choice)], [0]
             case "linear":
                 images = (
                     self.buffers.group or self.shapes[task.node.name][0] if isinstance(task.node, Convolution) else 1
@@ -123,7 +130,11 @@ class Plan:
             case "gate":
                 return [self._operations.gate(task.reads[0], task.writes)], [0]
         source = task.reads[0] if task.reads else None
-        copies = self._operations.copies(task.value, source, task.writes, task.skipped)
+        if task.kind in ("quantize", "dequantize"):
+            copies = self._operations.coders(task.value, source, task.writes, task.node.grid)
+        else:
+            copy = self._operations.byte_copies if task.value in self.codes else self._operations.copies
+            copies = copy(task.value, source, task.writes, task.skipped)
         operations, begins = zip(*copies, strict=True)
         return list(operations), list(begins)
 
@@ -207,9 +218,10 @@ class Segment:
                 views = [*zip((op.x, op.residual), task.reads, strict=False), (op.y, task.writes)]
                 for view, key in views:
                     if key in buffers.whole:
-                        self._moving.append((view, view.data, FLOAT * op.images * view.image))
+                        self._moving.append((view, view.data, buffers.size(key.value) * op.images * view.image))
         every = self._reads | self._writes
-        self._strides = {name: FLOAT * math.prod(shape) // self.groups for name, shape in every.items()}
+        self._dtypes = {name: torch.uint8 if buffers.size(name) == 1 else torch.float32 for name in every}
+        self._strides = {name: buffers.size(name) * math.prod(shape) // self.groups for name, shape in every.items()}
 
     def bind(self, values: dict[str, Any]) -> list[Tensor]:
         """Make the tensors that this segment writes and point the operations to the first group of all.
@@ -222,13 +234,13 @@ class Segment:
         held = {}
         for name, shape in self._reads.items():
             value = values[name]
-            if value.shape != shape or value.dtype is not torch.float32 or value.layout is not torch.strided:
+            if value.shape != shape or value.dtype is not self._dtypes[name] or value.layout is not torch.strided:
                 raise Mismatch(name)
             if value.device.type != "cpu" or value.is_neg():
                 value = value.resolve_neg().to("cpu")
             held[name] = value.contiguous()
         for name, shape in self._writes.items():
-            held[name] = values[name] = torch.empty(shape, dtype=torch.float32, device="cpu")
+            held[name] = values[name] = torch.empty(shape, dtype=self._dtypes[name], device="cpu")
         self._addresses = {name: value.data_ptr() for name, value in held.items()}
         self._point(0)
         return list(held.values())

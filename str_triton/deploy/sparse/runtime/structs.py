@@ -5,14 +5,25 @@ import ctypes
 import numpy as np
 
 CONVOLUTION, MAX_POOL, COPY, MEAN, LINEAR, TURN, GATE = range(7)
+CONVOLUTION_BYTES, MAX_POOL_BYTES, COPY_BYTES, MEAN_BYTES, LINEAR_BYTES, QUANTIZE, DEQUANTIZE = range(7, 14)
 
 
 class View(ctypes.Structure):
-    """A tensor: a pointer to float32 and strides in floats."""
+    """A tensor: a pointer to float32 or to bytes, and strides in elements."""
 
     _fields_ = [
         ("data", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("image", "channel", "plane", "row", "column")),
+    ]
+
+
+class Integers(ctypes.Structure):
+    """The numbers of an operation on bytes."""
+
+    _fields_ = [
+        ("factors", ctypes.c_void_p),
+        *((name, ctypes.c_float) for name in ("residual", "scale")),
+        *((name, ctypes.c_int32) for name in ("zero_x", "zero_y", "zero_residual")),
     ]
 
 
@@ -30,6 +41,7 @@ class Operation(ctypes.Structure):
         ("high", ctypes.c_float),
         ("activation", ctypes.c_int64),
         ("slope", ctypes.c_float),
+        ("codes", ctypes.c_void_p),
     ]
 
 
@@ -40,3 +52,5 @@ class Stage(ctypes.Structure):
 
 
 TAP = np.dtype([("value", np.float32), ("offset", np.int32)])
+QUAD = np.dtype([("offset", np.int32, 4), ("weights", np.int8, 4)])
+BYTE_TAP = np.dtype([("weight", np.int32), ("offset", np.int32)])

@@ -16,11 +16,17 @@ class Trial:
 
     Attributes:
         shapes: of the float32 tensors whose shape does not depend on the values of tensors.
+        codes: the shapes of the uint8 tensors of that kind: codes of quantized values.
         fixed: the values that follow from the shapes of the inputs alone: sizes, positions, constants.
     """
 
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    codes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     fixed: dict[str, Any] = field(default_factory=dict)
+
+    def every(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of float32 tensors and of codes."""
+        return self.shapes | self.codes
 
 
 def try_out(graph: Graph, inputs: Sequence[Tensor]) -> Trial:
@@ -35,7 +41,8 @@ def try_out(graph: Graph, inputs: Sequence[Tensor]) -> Trial:
         value = next(given) if isinstance(node, Input) else node.run(values)
         values[node.name] = value
         if isinstance(value, Tensor) and not node.variable and _is_plain(value):
-            trial.shapes[node.name] = tuple(value.shape)
+            kind = trial.codes if value.dtype == torch.uint8 else trial.shapes
+            kind[node.name] = tuple(value.shape)
         if _is_fixed(node, trial, variable):
             trial.fixed[node.name] = value
         for name in (*reads[index], node.name):
@@ -45,7 +52,7 @@ def try_out(graph: Graph, inputs: Sequence[Tensor]) -> Trial:
 
 
 def _is_plain(value: Tensor) -> bool:
-    return value.dtype == torch.float32 and value.device.type == "cpu" and value.layout is torch.strided
+    return value.dtype in (torch.float32, torch.uint8) and value.device.type == "cpu" and value.layout is torch.strided
 
 
 def _is_fixed(node: Node, trial: Trial, variable: set[str]) -> bool:

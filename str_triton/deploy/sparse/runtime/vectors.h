@@ -6,7 +6,7 @@
 #include <stdint.h>
 
 /* Floats in a register, and how many registers a strip may take: about half to most of what the processor has. */
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(STR_TRITON_SIXTEEN_LANES)
 #define LANES 16
 #define WIDEST 16
 #define COPIES(x) x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x

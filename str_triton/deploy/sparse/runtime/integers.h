@@ -1,0 +1,218 @@
+/* Layers on 8-bit integers: the same integers as graph/quantized.py, bit for bit.
+
+   Images of bytes lie as those of floats do, with the code of zero in their padding. A convolution takes its weights in
+   quads: four pixels' bytes of any four places are brought together, and dot4 adds their products. */
+
+#ifndef STR_TRITON_INTEGERS_H
+#define STR_TRITON_INTEGERS_H
+
+#include "dot.h"
+#include "operations.h"
+
+typedef struct {
+    int32_t offset[4]; /* in bytes, from the pixel's place in the first input channel */
+    int32_t weights;   /* four of them, int8 */
+} quad;
+
+typedef struct {
+    int32_t weight, offset;
+} byte_tap;
+
+typedef struct {
+    const uint8_t *x, *residual, *mask;
+    uint8_t *y;
+    const int32_t *first;
+    int64_t begin, end, left; /* channels; bytes from here to the end of the plane */
+} byte_strip;
+
+static inline bytes bytes_at(const uint8_t *x, int64_t index) { return *(const bytes *)(x + index * WIDE); }
+
+/* What fits of a vector. */
+static inline void store(const byte_strip *s, uint8_t *y, int64_t index, bytes value, uint8_t zero) {
+    if (s->mask) {
+        const bytes real = bytes_at(s->mask, index);
+        value = (value & real) | (((bytes){0} + zero) & ~real);
+    }
+    const int64_t left = s->left - index * WIDE;
+    if (left >= WIDE)
+        *(bytes *)(y + index * WIDE) = value;
+    else if (left > 0)
+        memcpy(y + index * WIDE, &value, left);
+}
+
+/* To the nearest integer, ties to even: numbers are within the clamp, far below 2^22. */
+static inline ints nearest(reals v) {
+    const reals magic = (reals){0} + 12582912.0f;
+    const reals shifted = v + magic;
+    return (ints)shifted - (ints)magic;
+}
+
+static inline reals limited(reals v, reals low, reals high) {
+    v = (reals)(((low > v) & (ints)low) | (~(low > v) & (ints)v));
+    return (reals)(((v > high) & (ints)high) | (~(v > high) & (ints)v));
+}
+
+static inline ints scaled(const operation *op, ints sum, ints residual, reals factor) {
+    const integers *codes = op->codes;
+    reals v = __builtin_convertvector(sum, reals) * factor;
+    ROUNDED(v);
+    if (op->residual.data) {
+        reals r = __builtin_convertvector(residual - codes->zero_residual, reals) * codes->residual;
+        ROUNDED(r);
+        v += r;
+    }
+    return nearest(limited(v, (reals){0} + op->low, (reals){0} + op->high)) + codes->zero_y;
+}
+
+static inline __attribute__((always_inline)) void convolve_bytes(const operation *op, byte_strip s, const int width) {
+    const integers *codes = op->codes;
+    const bytes nothing = {0};
+    for (int64_t i = s.begin; i < s.end; i++) {
+        ints sum[4 * WIDEST_BYTES];
+        for (int j = 0; j < 4 * width; j++) sum[j] = (ints){0} + ((const int32_t *)op->bias)[i];
+        const quad *quads = (const quad *)op->taps, *end = quads + s.first[i + 1];
+        for (const quad *t = quads + s.first[i]; t < end; t++) {
+            const ints weights = (ints){0} + t->weights;
+            for (int j = 0; j < width; j++) {
+                const bytes a = bytes_at(s.x + t->offset[0], j), b = bytes_at(s.x + t->offset[1], j);
+                const bytes c = bytes_at(s.x + t->offset[2], j), d = bytes_at(s.x + t->offset[3], j);
+                const bytes ab = low_bytes(a, b), cd = low_bytes(c, d);
+                sum[4 * j] = dot4(sum[4 * j], low_pairs(ab, cd), weights);
+                sum[4 * j + 1] = dot4(sum[4 * j + 1], high_pairs(ab, cd), weights);
+                const bytes ef = high_bytes(a, b), gh = high_bytes(c, d);
+                sum[4 * j + 2] = dot4(sum[4 * j + 2], low_pairs(ef, gh), weights);
+                sum[4 * j + 3] = dot4(sum[4 * j + 3], high_pairs(ef, gh), weights);
+            }
+        }
+        const reals factor = (reals){0} + codes->factors[i];
+        for (int j = 0; j < width; j++) {
+            bytes r = nothing;
+            if (s.residual) r = bytes_at(s.residual + i * op->residual.channel, j);
+            const bytes low = low_bytes(r, nothing), high = high_bytes(r, nothing);
+            const bytes y = pack(
+                scaled(op, sum[4 * j], (ints)low_pairs(low, nothing), factor),
+                scaled(op, sum[4 * j + 1], (ints)high_pairs(low, nothing), factor),
+                scaled(op, sum[4 * j + 2], (ints)low_pairs(high, nothing), factor),
+                scaled(op, sum[4 * j + 3], (ints)high_pairs(high, nothing), factor));
+            store(&s, s.y + i * op->y.channel, j, y, (uint8_t)codes->zero_y);
+        }
+    }
+}
+
+static inline void max_pool_bytes(const operation *op, byte_strip s, int64_t width) {
+    for (int64_t i = s.begin; i < s.end; i++)
+        for (int64_t j = 0; j < width; j++) {
+            bytes most = {0};
+            const tap *end = op->taps + s.first[i + 1];
+            for (const tap *t = op->taps + s.first[i]; t < end; t++) {
+                const bytes v = bytes_at(s.x + t->offset, j);
+                most = (v & (bytes)(v > most)) | (most & ~(bytes)(v > most));
+            }
+            store(&s, s.y + i * op->y.channel, j, most, (uint8_t)op->codes->zero_y);
+        }
+}
+
+static __attribute__((noinline)) void run_byte_strip(const operation *op, byte_strip s, int64_t width) {
+    if (op->kind == MAX_POOL_BYTES) {
+        max_pool_bytes(op, s, width);
+        return;
+    }
+    switch (width) {
+        case 1: convolve_bytes(op, s, 1); break;
+        case 2: convolve_bytes(op, s, 2); break;
+#if WIDEST_BYTES == 4
+        case 3: convolve_bytes(op, s, 3); break;
+        case 4: convolve_bytes(op, s, 4); break;
+#endif
+    }
+}
+
+/* One tile of one plane, all channels of one block. The last vector of a plane may be only partly in it. */
+static void byte_strips(const operation *op, int64_t item) {
+    const int64_t tile = item % op->tiles, plane = item / op->tiles % op->planes;
+    const int64_t image = item / op->tiles / op->planes % op->images, block = item / op->tiles / op->planes / op->images;
+    const int64_t vectors = (op->length + WIDE - 1) / WIDE;
+    const int64_t end = vectors * (tile + 1) / op->tiles;
+    const int64_t width = op->width < WIDEST_BYTES ? op->width : WIDEST_BYTES;
+    for (int64_t v = vectors * tile / op->tiles; v < end; v += width) {
+        const int64_t q = v * WIDE;
+        const byte_strip s = {
+            .x = (const uint8_t *)op->x.data + image * op->x.image + plane * op->x.plane + q,
+            .y = (uint8_t *)op->y.data + image * op->y.image + plane * op->y.plane + q,
+            .residual = !op->residual.data ? 0
+                : (const uint8_t *)op->residual.data + image * op->residual.image + plane * op->residual.plane + q,
+            .mask = op->mask ? (const uint8_t *)op->mask + plane * op->length + q : 0,
+            .first = op->first + (op->tables > 1 ? plane * (op->channels + 1) : 0),
+            .begin = op->block_first[block],
+            .end = op->block_first[block + 1],
+            .left = op->length - q,
+        };
+        run_byte_strip(op, s, end - v < width ? end - v : width);
+    }
+}
+
+static inline uint8_t encode(const operation *op, float v) {
+    v /= op->codes->scale;
+    v = v != v ? 0 : v;
+    v = op->low > v ? op->low : v;
+    v = v > op->high ? op->high : v;
+    return (uint8_t)((int32_t)(v + 12582912.0f - 12582912.0f) + op->codes->zero_y);
+}
+
+static inline float decode(const operation *op, uint8_t code) {
+    return (float)(code - op->codes->zero_x) * op->codes->scale;
+}
+
+static inline uint8_t same(const operation *op, uint8_t code) { return (void)op, code; }
+
+/* As `copy` in copies.h, with one kind of element on each side. */
+#define DEFINE_COPY(name, from, to, change)                                                                    \
+    static void name(const operation *op, int64_t item) {                                                      \
+        const int64_t channel = item % op->channels, image = item / op->channels;                              \
+        const from *row_x = (const from *)op->x.data + image * op->x.image + channel * op->x.channel;          \
+        to *row_y = (to *)op->y.data + image * op->y.image + channel * op->y.channel;                          \
+        for (int64_t i = 0; i < op->rows; i++, row_x += op->x.row, row_y += op->y.row)                         \
+            for (int64_t phase = 0; phase < op->tables; phase++) {                                             \
+                const from *x = row_x + phase * op->x.plane;                                                   \
+                to *y = row_y + phase * op->y.plane;                                                           \
+                const int64_t columns = (op->columns - phase + op->tables - 1) / op->tables;                   \
+                if (op->tables == 1)                                                                           \
+                    for (int64_t j = 0; j < columns; j++) y[j] = change(op, x[j]);                             \
+                else                                                                                           \
+                    for (int64_t j = 0; j < columns; j++) y[j * op->y.column] = change(op, x[j * op->x.column]); \
+            }                                                                                                  \
+    }
+DEFINE_COPY(copy_bytes, uint8_t, uint8_t, same)
+DEFINE_COPY(quantize, float, uint8_t, encode)
+DEFINE_COPY(dequantize, uint8_t, float, decode)
+
+/* The mean of one channel of one image; y has no rows and columns. */
+static void mean_bytes(const operation *op, int64_t item) {
+    const int64_t channel = item % op->channels, image = item / op->channels;
+    const uint8_t *x = (const uint8_t *)op->x.data + image * op->x.image + channel * op->x.channel;
+    int64_t sum = 0;
+    for (int64_t i = 0; i < op->rows; i++, x += op->x.row)
+        for (int64_t j = 0; j < op->columns; j++) sum += x[j];
+    sum -= op->rows * op->columns * op->codes->zero_x;
+    op->y.data[image * op->y.image + channel] = (float)sum * op->codes->scale;
+}
+
+/* One block of outputs for one row. */
+static void linear_bytes(const operation *op, int64_t item) {
+    const int64_t block = item % op->blocks, image = item / op->blocks;
+    const uint8_t *x = (const uint8_t *)op->x.data + image * op->x.image;
+    float *y = op->y.data + image * op->y.image;
+    for (int64_t i = op->block_first[block]; i < op->block_first[block + 1]; i++) {
+        const byte_tap *t = (const byte_tap *)op->taps + op->first[i], *end = (const byte_tap *)op->taps + op->first[i + 1];
+        int32_t sum[2] = {((const int32_t *)op->bias)[i], 0};
+        for (; t + 2 <= end; t += 2)
+            for (int j = 0; j < 2; j++) sum[j] += t[j].weight * x[t[j].offset];
+        if (t < end) sum[0] += t->weight * x[t->offset];
+        float value = (float)(sum[0] + sum[1]) * op->codes->factors[i];
+        if (op->low > value) value = op->low;
+        if (value > op->high) value = op->high;
+        y[i] = value;
+    }
+}
+
+#endif
