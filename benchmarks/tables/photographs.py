@@ -126,7 +126,7 @@ def caltech_tuning() -> str:
     """Return the accuracy of each learning rate on the held-out training images, "" if there is none."""
     rows = [
         [run["line"], f"{run['lr']:g}", f"{100 * run['accuracy']:.2f}", f"{100 * run['sparsity']:.0f}"]
-        for run in RunFile(RESULTS / "caltech_tuning.jsonl").read()
+        for run in sorted(RunFile(RESULTS / "caltech_tuning.jsonl").read(), key=lambda run: (run["line"], run["lr"]))
     ]
     return tuning(
         """Two epochs on four fifths of the training photographs, with the last fifth as validation data and one seed,
