@@ -5,9 +5,9 @@ rounding, the first ones are kept, in the order of the weights and in each weigh
 the budget lasts. So the cost is met to within one element, whatever the values are.
 
 One pass over the elements, piece by piece: a sample tells between which two offsets the cut lies, what lies above them
-is counted, and only what lies between them is searched. The result reaches the host. Where the weights are spread over
-processes each looks at its own elements, and what the processes tell each other are sums of whole numbers and extremes:
-the result is the one of a single process, bit for bit.
+is counted, and only what lies between them is searched. The result is on the host. Where the weights are spread over
+processes, each process reads its own elements, and the processes exchange sums of whole numbers, minima and maxima. So
+the result equals that of a single process, bit for bit.
 """
 
 import math
@@ -72,12 +72,12 @@ class Source:
 
 @dataclass
 class Allocation:
-    """What `allocate` has found.
+    """The result of `allocate`.
 
     Attributes:
-        offset: the common offset that keeps what it should up to ties: elements above it are kept.
+        offset: the common offset. Elements above it are kept; ties are not resolved by it.
         kept: for each source the number of its elements to keep.
-        caps: for each source the largest offset that leaves its floor; inf where the common offset does.
+        caps: for each source the largest offset at which its floor survives; inf where the common offset is below it.
     """
 
     offset: float
@@ -141,7 +141,7 @@ def _cut(sources: Sequence[Source], budget: int, processes: Processes) -> Alloca
         above, values, owners = _candidates(sources, low, high, processes)
         left = budget - sum(source.cost * count for source, count in zip(sources, above, strict=True))
         if left < 0:
-            high = math.inf  # The sample misled.
+            high = math.inf  # The sample's bracket was wrong.
             continue
         cut = cut_value(values, torch.tensor([source.cost for source in sources])[owners], left, processes)
         below, beyond = _neighbors(values, cut, processes)

@@ -125,7 +125,7 @@ class Budget:
         return [HEADINGS, *body, _cells("total, covered", covered), _cells("total", all_rows)]
 
     def remarks(self) -> list[str]:
-        """Return what is worth knowing beside the table, a line each: the share of what is not covered."""
+        """Return the lines below the table: how many weights are not covered."""
         if not self.uncovered_rows:
             return []
         number = len(self.uncovered_rows)

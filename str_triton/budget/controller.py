@@ -60,9 +60,9 @@ class SparsityController(OffsetController):
             never more than one weight per filter, and at least one weight), so that no layer is emptied. 0: no floor,
             and none where the target names each layer's share.
         interval: steps between solves.
-        straight_through_until: progress until which layers with the straight-through gradient keep it. From then on
-            theirs is the masked one: at high sparsity the steps of the pruned weights, noise for the most part, would
-            otherwise drown the survivors (docs/methods.md). 1: they keep it throughout.
+        straight_through_until: progress until which layers with the straight-through gradient keep it. After that they
+            use the masked gradient: at high sparsity the steps of the pruned weights are mostly noise and would exceed
+            those of the survivors (docs/methods.md). 1: they keep it throughout.
 
     Raises:
         ValueError: a model without thresholds or with another controller, a target that excluded layers make
@@ -124,9 +124,9 @@ class SparsityController(OffsetController):
             for layer in self._layers:
                 layer.weight.holder.scale_threshold(max(layer.flops, 1) ** FLOP_EXPONENT)
         self._thresholds.before = [raw.clone() for raw in self._thresholds.own]
-        # How far the next solve's thresholds are, in parts of one step each; and who is then held back how much more.
+        # The changes per step, until the next solve, of the raw thresholds and of `_held_back`.
         self._drift: tuple[list[Tensor], list[Tensor]] | None = None
-        self._marks: list[tuple[float, int]] = []  # Progress and step where training began, and of the last aim.
+        self._marks: list[tuple[float, int]] = []  # (progress, step) at the start of training, and at the last `_aim`.
         self._moved = Moved([layer.weight for layer in self._layers])  # What exact() has to put back.
         self._set_gradient()
 
@@ -153,10 +153,10 @@ class SparsityController(OffsetController):
             self._aim(self.steps)
 
     def _aim(self, step: int) -> None:
-        """Solve for the thresholds at the next planned solve, and spread the way there over the steps until then.
+        """Solve for the thresholds at the next planned solve, and divide the change among the steps until then.
 
-        Where progress will be then follows from its pace since training began or since the last aim, the slower one:
-        progress may stand still for an epoch and then jump.
+        The progress at that solve is predicted from the pace since training began and the pace since the last `_aim`.
+        The slower one counts, because progress may stand still for an epoch and then jump.
         """
         paces = [(self.progress - progress) / (step - before) for progress, before in self._marks if before < step]
         if not paces:
@@ -172,7 +172,7 @@ class SparsityController(OffsetController):
     def solve(self) -> None:
         super().solve()
         if self._drift is not None and self._training is None:
-            self._aim(self.steps - 1)  # The rest of the way begins from here.
+            self._aim(self.steps - 1)  # The remaining change begins from here.
 
     def _check_layers(self, shares: Mapping[str, float]) -> None:
         if self.distribution != "fixed":
@@ -203,7 +203,7 @@ class SparsityController(OffsetController):
             return super()._shifts(done)
         try:
             return self._allocated(done)[:2]
-        except NotANumberError:  # Said where exactness is promised; until then the thresholds stay where they are.
+        except NotANumberError:  # `_make_exact` reports it. Until then the thresholds stay as they are.
             return [torch.zeros_like(held) for held in self._held_back], self._held_back
 
     def _allocated(self, done: float) -> tuple[list[Tensor], list[Tensor], list[int]]:
@@ -211,7 +211,7 @@ class SparsityController(OffsetController):
         before = {id(raw): held for raw, held in zip(self._raws, self._held_back, strict=True)}
         middle = float(self._thresholds.mean())
         sources = [
-            self._source(layer, raw + before[id(layer.raw)] - middle)  # near 0, where float32 is fine
+            self._source(layer, raw + before[id(layer.raw)] - middle)  # near 0, where float32 is precise
             for layer, raw in zip(
                 self._layers,
                 raws_for_rows([layer.weight for layer in self._layers], self._processes),

@@ -1,4 +1,4 @@
-"""What a sparsity controller finds in a model: the weights that it controls, the other ones, and what they cost."""
+"""The inventory of a sparsity controller: the weights that it controls, the other weights, and their costs."""
 
 import warnings
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ class Layer:
 def take_inventory(
     model: nn.Module, target: Target, example_input: Any, count_flops: bool
 ) -> tuple[list[Layer], list[Matrix], Costs]:
-    """Return the thresholded weights, the covered weights without a threshold, and what all cost."""
+    """Return the thresholded weights, the covered weights without a threshold, and the costs of all."""
     reshard(model)
     first: dict[int, ThresholdedWeight] = {}
     for use in thresholded_weights(model):

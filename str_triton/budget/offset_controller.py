@@ -1,7 +1,7 @@
 """What all controllers share: one offset common to all raw thresholds moves a model's cost along a schedule.
 
-The thresholds relative to each other are the *distribution*; the offset is the *amount*. What the offset must be, and
-how far it may move a threshold, is for the kind of controller to say (`_cut`).
+The thresholds relative to each other are the *distribution*; the offset is the *amount*. Each kind of controller
+defines in `_cut` what the offset must be, and how far it may move a threshold.
 """
 
 import copy
@@ -18,7 +18,7 @@ from str_triton.budget.raw_thresholds import RawThresholds
 from str_triton.budget.target import SCHEDULES
 from str_triton.nn import Control, ThresholdHolder
 
-# What the optimizer may do to learned thresholds: steps at full length kill a layer (docs/exact-budgets.md).
+# Limits of the optimizer's changes of learned thresholds: without them a layer dies (docs/exact-budgets.md).
 LEARNING_RATE = 0.1  # of its steps' length
 BOUND = 0.5  # largest distance of a raw threshold from the mean
 FREEZE = 0.35  # share of training after which the distribution stays
@@ -48,7 +48,7 @@ class OffsetController:
         self.distribution = distribution
         self.interval = interval
         self.progress, self.steps = 0.0, 0
-        # This process's raw thresholds and what holds them back, to come back to, inside exact().
+        # Inside exact(): this process's raw thresholds and `_held_back`, to restore on leaving.
         self._training: tuple[list[Tensor], list[Tensor]] | None = None
 
     def _take(self, model: nn.Module, holders: Iterable[ThresholdHolder], modules: Iterable[ThresholdHolder]) -> None:
@@ -86,8 +86,8 @@ class OffsetController:
     def _let_learn(self, learn: bool) -> None:
         """Let the forward give the raw thresholds gradients, or not.
 
-        `requires_grad` is not taken away: DistributedDataParallel, which may have wrapped the model before, would wait
-        for the gradient.
+        `requires_grad` stays as it is: DistributedDataParallel may have wrapped the model already, and would wait for
+        the gradient.
         """
         for module in self._modules:
             module.learns_threshold = learn
@@ -127,7 +127,7 @@ class OffsetController:
         self.steps += 1
 
     def _follow(self) -> None:
-        """Do what a step before the end does: solve at every interval."""
+        """Solve at every interval, before the end of training."""
         if self.steps % self.interval == 0:
             self.solve()
 
@@ -184,13 +184,13 @@ class OffsetController:
             raise ValueError(f"{method}() inside exact() would be undone on leaving it: call {method}() afterwards")
 
     def _make_exact(self, done: float) -> None:
-        """Move the raw thresholds, and what else it takes, until the model costs exactly what it should."""
+        """Make the model cost exactly what it should: move raw thresholds, and weights where that is needed."""
         shifts, self._held_back = self._shifts(done)
         with torch.no_grad():
             self._move(shifts)
 
     def _undo_exact(self) -> None:
-        """Take back what `_make_exact` did beside moving raw thresholds."""
+        """Undo what `_make_exact` did beside moving raw thresholds."""
 
     def _for(self, model: nn.Module) -> Self:
         """Return a controller like this one for another model of the same structure."""
@@ -210,12 +210,12 @@ class OffsetController:
         raise NotImplementedError
 
     def _adopt(self, thresholds: RawThresholds) -> None:
-        """Take over a distribution of thresholds: an average of the ones on the way is none."""
+        """Use the thresholds of the trained model: an average of thresholds during training meets no target."""
         if thresholds is not self._thresholds:
             self._thresholds.load(thresholds.whole())
 
     def _shifts(self, done: float) -> tuple[list[Tensor], list[Tensor]]:
-        """Return how far to move each raw threshold, and how far its floor then holds it back from the offset."""
+        """Return how far to move each raw threshold, and by how much its floor then keeps it below the offset."""
         below, above, caps = self._cut(done)
         # Halfway, where rounding cannot move a weight across; nothing to cut, or nothing to keep, is one step away.
         offset = torch.where(below.isinf(), above - 1, torch.where(above.isinf(), below + 1, (below + above) / 2))
@@ -236,10 +236,10 @@ class OffsetController:
 
     @contextmanager
     def exact(self, model: nn.Module | None = None) -> Iterator[None]:
-        """Make the model cost exactly what the schedule says; on leaving, training goes on as if nothing had been.
+        """Make the model cost exactly what the schedule says; on leaving, training continues unchanged.
 
-        For evaluation and checkpoints: a state dict of the model taken inside holds the exact thresholds, and that of
-        the controller what to go on with.
+        For evaluation and checkpoints: inside, a state dict of the model holds the exact thresholds, and a state dict
+        of the controller holds what training needs to continue.
 
         Args:
             model: another model of the same structure, such as an average of weights; None: the controller's own.
@@ -312,7 +312,7 @@ class OffsetController:
 
 
 def unwrapped_names(items: dict[str, Any]) -> dict[str, Any]:
-    """Return the items by their names without the words that wrappers of a model put in front."""
+    """Return the items by their names, without the prefixes that wrappers of a model add."""
     found: dict[str, Any] = {}
     for name, item in items.items():
         parts = name.split(".")

@@ -1,4 +1,4 @@
-"""What the processes that share a model's parameters tell each other: sums of whole numbers, and extremes."""
+"""Communication of the processes that share a model's parameters: sums of whole numbers, minima and maxima."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from str_triton.nn.shards import is_sharded, local, shard_dimension
 class Processes:
     """The processes over which parameters are spread; by default this process alone, which holds everything.
 
-    Every method is for all of the processes to call, in the same order, and returns the same in each, on the CPU.
+    All processes must call every method, in the same order. It returns the same value in each, on the CPU.
 
     Attributes:
         group: the process group; None for one process.
@@ -77,7 +77,7 @@ class Processes:
         return self.sum(numbers).tolist()
 
     def joined(self, values: Tensor) -> Tensor:
-        """Return every process's values [n], n of its own, one process's behind the other's."""
+        """Return the concatenated values of all processes, in the order of the processes; n may differ between them."""
         if self.group is None:
             return values
         counts = self.by_rank(len(values))

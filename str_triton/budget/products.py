@@ -40,8 +40,8 @@ class Products(TorchDispatchMode):
     Attributes:
         dense: multiply-adds by the weight's name.
         sparse: the same without those whose weight is zero.
-        hidden: names of weights, by the operators of other libraries that take them and an activation, and compute
-            nobody knows what.
+        hidden: names of weights, by the operators of other libraries that use them with an activation, and whose FLOPs
+            are unknown.
         unthresholded: names of weights that have a threshold and meet an activation without it.
     """
 

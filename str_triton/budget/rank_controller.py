@@ -87,7 +87,7 @@ class RankController(OffsetController):
                 "one raw threshold for several matrices cannot keep a component in each: give each its own"
             )
         self._names = [name for name, matrix in named.items() if any(matrix is m for m in self._matrices)]
-        self._kept: list[Tensor] = []  # What exact() has to put back.
+        self._kept: list[Tensor] = []  # The values of m that exact() restores.
         self._full = sum(target.cost(matrix, matrix.max_rank) for matrix in self._matrices)
         self._keep = self._final_cost(model)
         savings = [
@@ -133,7 +133,7 @@ class RankController(OffsetController):
         if self._survivors is not None:
             self._advance(progress)
             self._hold(self._survivors)
-            self._control.reached = True  # The ranks are the target's, whatever the optimizer does.
+            self._control.reached = True  # The ranks meet the target, whatever the optimizer does.
             return
         ends = progress >= self.end
         if ends or self.steps % (self.interval * REFACTOR) == 0:
@@ -185,7 +185,7 @@ class RankController(OffsetController):
 
     @torch.no_grad()
     def _undo_exact(self) -> None:
-        for matrix, m in zip(self._matrices, self._kept, strict=False):  # none where the ranks are not settled
+        for matrix, m in zip(self._matrices, self._kept, strict=False):  # empty where the ranks are not settled
             local(matrix.trained_spectrum()).copy_(m)
         self._kept = []
 
@@ -202,7 +202,7 @@ class RankController(OffsetController):
         return self._matrices
 
     def _settle(self) -> None:
-        """Let the ranks be what they are now, from here on."""
+        """Fix the ranks at their present values, for the rest of training."""
         self.solve()
         for matrix, raw in zip(self._matrices, self._first, strict=True):
             matrix.settle(raw)
@@ -212,7 +212,7 @@ class RankController(OffsetController):
 
     @torch.no_grad()
     def _hold(self, survivors: list[Tensor]) -> None:
-        """Undo what an optimizer's momentum did to the components that are cut."""
+        """Set m of the cut components to 0 again, after an optimizer's momentum has changed it."""
         for matrix, mask in zip(self._matrices, survivors, strict=True):
             m = matrix.trained_spectrum()
             local(m).mul_(mask[rows_here(m)])
@@ -268,7 +268,7 @@ class RankController(OffsetController):
         return critical, TIE * rounding * finite.abs().amax().clamp(min=1)
 
     def _separate(self) -> None:
-        """Scale the m of components apart that no threshold tells apart, where there are any."""
+        """Where components have equal offsets up to rounding, scale their m so that a threshold separates them."""
         critical, tie = self._critical_offsets()
         ordered, order = torch.cat(critical).sort(stable=True)
         steps = 2 * tie * torch.arange(len(ordered), device=ordered.device)

@@ -13,11 +13,10 @@ from str_triton.nn.shards import full, is_sharded, local, reshard, rows_here, sh
 class RawThresholds:
     """The raw thresholds of some modules, each once, and what they were when the controller last touched them.
 
-    `fully_shard` puts other Parameters into the modules, also after the controller was made, so that they are looked up
-    each time.
+    `fully_shard` may replace the Parameters in the modules at any time, so they are looked up at each use.
 
     Attributes:
-        before: what the optimizer's step begins with; each process its elements, like `own`.
+        before: the values before the optimizer's step; each process holds its own elements, like `own`.
         processes: the ones over which the model's parameters are spread.
     """
 
@@ -40,10 +39,10 @@ class RawThresholds:
         return [local(raw) for raw in self.parameters]
 
     def meet(self, others: Iterable[Tensor] = ()) -> None:
-        """Find out how the parameters are spread now; `others` are the further ones that a controller reads.
+        """Read how the parameters are sharded now; `others` are further parameters that a controller reads.
 
         Raises:
-            ValueError: parameters that are spread in a way that no controller knows.
+            ValueError: parameters that are sharded in a way that controllers do not support.
         """
         reshard(self._model)
         own = self.own
@@ -58,14 +57,14 @@ class RawThresholds:
 
     @torch.no_grad()
     def move(self, shifts: list[Tensor]) -> None:
-        """Add a number to each."""
+        """Add a shift to each raw threshold."""
         for raw, before, shift in zip(self.own, self.before, shifts, strict=True):
             raw.add_(shift)
             before.add_(shift)
 
     @torch.no_grad()
     def hold(self) -> None:
-        """Undo what the optimizer did to them: weight decay moves also those that learn nothing."""
+        """Undo the optimizer's step: weight decay also moves thresholds that are not trained."""
         torch._foreach_copy_(self.own, self.before)
 
     def save(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -80,13 +79,13 @@ class RawThresholds:
                 raw.copy_(value)
 
     def whole(self, own: list[Tensor] | None = None) -> list[Tensor]:
-        """Return all elements of each, or of this process's elements `own` and the other processes'; copies."""
+        """Return copies of all elements of each raw threshold; `own`: values to use for this process's elements."""
         own = self.own if own is None else own
         return [gathered(raw, parameter) for raw, parameter in zip(own, self.parameters, strict=True)]
 
     @torch.no_grad()
     def load(self, values: Iterable[Tensor]) -> None:
-        """Take all elements of each from `values`."""
+        """Set all elements of each raw threshold from `values`."""
         for raw, before, parameter, value in zip(self.own, self.before, self.parameters, values, strict=True):
             raw.copy_(value[rows_here(parameter)])
             before.copy_(raw)

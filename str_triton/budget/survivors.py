@@ -70,16 +70,16 @@ def keep_exactly(
 ) -> tuple[Tensor, Tensor] | None:
     """Move elements of the dense weight across the threshold, as few as possible, until `excess` fewer survive.
 
-    Elements that survive and are too many, the smallest first and among equal ones the last ones, get the magnitude of
-    the threshold, rounded down, so that they are pruned. Where too few survive (`excess` is negative), the largest of
+    Where too many survive, the smallest (among equal ones the last) get the magnitude of the threshold, rounded down,
+    so that they are pruned. Where too few survive (`excess` is negative), the largest of
     the others, among equal ones the first ones, get the next larger magnitude that survives. Elements of 0 stay.
 
     The processes over which the weight is spread call this together. Each changes its own rows, to which `raw`, a part
     of the raw threshold, belongs.
 
     Returns:
-        The places that changed, int64 [n] into this process's rows, flattened, and what stood there, [n]; None if
-        nothing did.
+        The places that changed, int64 [n] into this process's rows, flattened, and the old values, [n]; None if
+        no element changed.
     """
     dense, threshold = weight.local_dense, weight.holder.threshold_of(raw)
     flat, survivors = dense.flatten(), _survivors(weight, raw).flatten()

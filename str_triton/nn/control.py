@@ -16,7 +16,7 @@ class Control:
         reached: the model meets the controller's target now.
         exact: the model is inside `exact()`, where it meets the schedule's value.
         status: how far the controller is, in words, for the warning of an unfinished model.
-        densified: the thresholds are gone, so that there is nothing left to set.
+        densified: `densify` has removed the thresholds.
         owner: a weak reference to the controller; None in a copy of the model, which no controller follows.
     """
 

@@ -113,10 +113,10 @@ class ThresholdHolder(nn.Module):
 
     @torch.no_grad()
     def _keep_tie(self, before: nn.Parameter) -> None:
-        """Take `before` again, in whose place torch has put a new Parameter, or one new one with all that shared it.
+        """Put `before` back where torch has replaced the Parameter, or one new Parameter for all that shared it.
 
-        torch makes one per module where it assigns loaded tensors, which would hide them from ties, optimizers and
-        controllers, and where it moves from the meta device.
+        torch makes a new Parameter per module when it assigns loaded tensors and when it moves from the meta device.
+        That would break ties, and optimizers and controllers would not see the new Parameters.
         """
         now = self.raw()
         if now is before:

@@ -1,7 +1,7 @@
 """A matrix in factors, whose rank is learned: u diag(S(m)) v^T.
 
 Source: Kusupati et al., ICML 2020, section 3.3 (W = (W1 * m) W2 with a soft threshold on m). Here the threshold acts on
-|m_k| ||u_k|| ||v_k||, the size of a component, whatever its share of it each factor holds (docs/derivations.md).
+|m_k| ||u_k|| ||v_k||, the size of a component, however it is divided among the factors (docs/derivations.md).
 """
 
 from typing import Self, TypedDict, Unpack
@@ -180,7 +180,7 @@ class LowRankWeight(ThresholdHolder):
             return False
         if sizes.device.type != "cpu" or type(sizes) is not Tensor or is_sharded(self.u):  # a FakeTensor is a subclass
             return False
-        return not torch._C._functorch.is_functorch_wrapped_tensor(sizes)  # nor has a tensor inside vmap a value
+        return not torch._C._functorch.is_functorch_wrapped_tensor(sizes)  # a tensor inside vmap has no value
 
     @torch.no_grad()
     def singular_values(self) -> Tensor:
@@ -221,11 +221,12 @@ class LowRankWeight(ThresholdHolder):
 
     @torch.no_grad()
     def refactor(self) -> None:
-        """Hold what the threshold leaves as its singular value decomposition, in place: the same matrix to rounding.
+        """Replace the surviving components by their singular value decomposition, in place.
 
-        The sizes of the survivors become its singular values plus the threshold, in equal parts u and v, and their m
-        becomes 1: so an optimizer moves large components no faster than small ones in proportion, where m with all of
-        the size would let them run away. What is cut stays as it is. Reads the rank, and so waits for a GPU.
+        The matrix stays the same up to rounding. The sizes of the survivors become its singular values plus the
+        threshold, half of each in u and half in v, and their m becomes 1. Then an optimizer moves large components no
+        faster than small ones in proportion; with the whole size in m, large components would run away. Cut components
+        stay as they are. Reads the rank, which synchronizes with the GPU.
         """
         spectrum = self.spectrum()
         left = spectrum.nonzero().flatten()
@@ -254,9 +255,9 @@ class LowRankWeight(ThresholdHolder):
 
     @torch.no_grad()
     def settle(self, raw_threshold: Tensor) -> None:
-        """Lower the threshold to g(raw_threshold), in place, and leave the matrix as it is: m takes up the difference.
+        """Lower the threshold to g(raw_threshold), in place, and change m so that the matrix stays the same.
 
-        What the threshold has cut gets m = 0, so that it stays cut.
+        Components that are cut get m = 0, so that they stay cut.
         """
         spectrum = self.spectrum()
         store(self.raw(), raw_threshold)
@@ -273,7 +274,7 @@ class LowRankWeight(ThresholdHolder):
         left = spectrum.count_nonzero().clamp_min(1)
         if left * (self.rows + self.columns) >= self.rows * self.columns:
             return None
-        # What is cut counts as less than anything.
+        # Cut components come last.
         order = torch.where(spectrum != 0, self.singular_values(), -1).argsort(descending=True)[:left]
         compact = LowRankWeight(
             *self.shape, len(order), recurrent=self.recurrent, thresholded=False, device="meta", dtype=self.u.dtype

@@ -54,7 +54,7 @@ class SoftThreshold(ThresholdHolder):
         super()._load_from_state_dict(state_dict, prefix, *args)
         missing_keys = args[2]
         if prefix + RAW in missing_keys:
-            missing_keys.remove(prefix + RAW)  # Whether it should be there, the module knows.
+            missing_keys.remove(prefix + RAW)  # `ThresholdedModule` reports a missing raw threshold.
 
     def extra_repr(self) -> str:
         text = f"g={self.g}, gradient={self.gradient}"
@@ -127,11 +127,13 @@ class ThresholdedModule(nn.Module):
 class _ThresholdedRNN(ThresholdedModule, nn.RNNBase):
     """The base class for recurrent layers, which pass the list `_flat_weights` to the kernel.
 
-    RNNBase fills the list once, with Parameters. Here it is made of the thresholded weights each time.
+    RNNBase fills the list once, with Parameters. Here each access makes it from the thresholded weights.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super(nn.RNNBase, self).__setattr__(name, value)  # RNNBase would put `value` into the list, which is made anew.
+        super(nn.RNNBase, self).__setattr__(
+            name, value
+        )  # RNNBase would write `value` into the list, which the property makes anew.
 
     @property  # type: ignore[override]  # torch's list of Parameters; its kernels take any tensors
     def _flat_weights(self) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""How a threshold stands in a state dict.
+"""The form of a threshold in a state dict.
 
 A thresholded weight has the plain model's key and one more dimension in front, of size 1, so that no loader can take it
 for a plain weight. Beside its raw threshold stands a small uint8 tensor, a text that names g and the gradient.

@@ -189,7 +189,7 @@ def str_layers(model: nn.Module) -> dict[str, STRLayer]:
 
 
 def _once(uses: list[Candidate]) -> list[Candidate]:
-    """Return each weight of each module once, under the module's first name."""
+    """Return each weight of each module once, by the module's first name."""
     once: dict[tuple[int, str], Candidate] = {}
     for use in uses:
         once.setdefault((id(use.module), use.attribute), use)
