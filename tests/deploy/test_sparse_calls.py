@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from str_triton import deploy
 from str_triton.deploy.sparse import backend
@@ -162,3 +164,63 @@ def test_without_tuning(kernels):
     compiled = deploy.compile_sparse(model, x, tune=False)
     same(model, compiled, x)
     assert all(choice.ms is not None for _, choice in compiled.layers())
+
+
+class Times(nn.Module):
+    """Its result has another dtype or value for numbers that are equal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 2, 1)
+
+    def forward(self, x: Tensor, number: float) -> tuple[Tensor, Tensor]:
+        return self.conv(x) * number, torch.arange(3) * number
+
+
+@pytest.mark.parametrize(("example", "others"), [(2, (2.0, 3, 2)), (True, (1, 1.0)), (0.0, (-0.0, 0))])
+def test_equal_constants_of_other_types(by_kernels, example: float, others: tuple[float, ...]):
+    model, x = Times().eval(), torch.randn(1, 2, 3, 3)
+    compiled = deploy.compile_sparse(model, (x, example))
+    for number in (example, *others):
+        found, wanted = compiled(x, number), model(x, number)
+        assert [t.dtype for t in found] == [t.dtype for t in wanted]
+        for a, b in zip(found, wanted, strict=True):
+            torch.testing.assert_close(a, b)
+        assert torch.equal(found[1].signbit(), wanted[1].signbit())
+
+
+def test_tensors_without_memory_of_their_own(by_kernels):
+    """A dispatch mode or a transformation hands over tensors whose address is null."""
+    model, x = prune(Two(F.silu), 0.3), torch.randn(2, 16, 6, 6)
+    compiled = deploy.compile_sparse(model, x)
+    with torch.no_grad():
+        wanted = model(x)
+    with FakeTensorMode():
+        assert compiled(torch.empty(2, 16, 6, 6)).shape == wanted.shape
+    assert torch.allclose(compiled(x), wanted, atol=1e-4)  # What was planned for fakes is not used.
+    traced = make_fx(compiled)(x)
+    other = torch.randn(2, 16, 6, 6)
+    assert torch.allclose(traced(other), compiled(other))
+    assert torch.allclose(torch.func.functionalize(compiled)(x), wanted, atol=1e-4)
+    many = torch.randn(3, 2, 16, 6, 6)
+    assert torch.allclose(torch.vmap(compiled)(many), torch.stack([compiled(each) for each in many]))
+    for derivative in (
+        lambda: torch.func.grad(lambda x: compiled(x).sum())(x),
+        lambda: torch.func.jvp(compiled, (x,), (x,)),
+        lambda: torch.func.grad(lambda many: torch.vmap(compiled)(many).sum())(many),
+    ):
+        with pytest.raises(ValueError, match="no derivative"):
+            derivative()
+
+
+def test_torch_compile_of_what_a_network_leaves_to_its_model(by_kernels):
+    torch.compiler.reset()
+    model, flagged = Branches().eval(), Times().eval()
+    compiled = torch.compile(deploy.compile_sparse(model, torch.randn(1, 2, 9, 9)), backend="eager")
+    with torch.no_grad():
+        for shape in ((1, 2, 3, 3), (1, 2, 9, 9), (1, 2, 4, 9)):
+            x = torch.randn(shape)
+            torch.testing.assert_close(compiled(x), model(x))
+        compiled = torch.compile(deploy.compile_sparse(flagged, (x, True)), backend="eager")
+        for number in (True, 3.0):
+            torch.testing.assert_close(compiled(x, number), flagged(x, number))

@@ -153,11 +153,16 @@ def resized(args: tuple, kwargs: dict[str, Any], sizes: dict[str, tuple[int, int
 
 
 def takes_more(model: nn.Module, signature: Signature, args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Try whether the model takes arguments that the signature excludes; one dimension at a time has another size."""
+    """Try whether the model takes arguments that the signature excludes; one dimension at a time has another size.
+
+    An argument that is no tensor may always have another value.
+    """
     flat, structure = pytree.tree_flatten((args, kwargs))
+    if not all(isinstance(leaf, Tensor) for leaf in flat):
+        return True
     buffers = Buffers(model)
     for number, given in enumerate(flat):
-        for dim in range(given.dim() if isinstance(given, Tensor) else 0):
+        for dim in range(given.dim()):
             old = given.shape[dim]
             for size in {0, 1, 2, old + 1} - {old} if old else ():
                 leaves = clone(flat)

@@ -17,7 +17,7 @@ from str_triton.deploy.sparse.choose import choose
 from str_triton.deploy.sparse.executions.choice import Choice
 from str_triton.deploy.sparse.graph.nodes import Constant, Graph, Layer, State
 from str_triton.deploy.sparse.graph.pointwise import Pointwise
-from str_triton.deploy.sparse.graph.refs import Ref
+from str_triton.deploy.sparse.graph.refs import Ref, references
 from str_triton.deploy.sparse.graph.signature import Signature, Unfit
 from str_triton.deploy.sparse.profile import profile
 from str_triton.deploy.sparse.runtime.build import library
@@ -136,19 +136,19 @@ class SparseModel(CompiledModel):
         self._tensors = [i for i, leaf in enumerate(self.signature.leaves) if leaf.dtype is not None]
         self._held = {node.name for node in self.graph.nodes if isinstance(node, Constant | State)}
         self._states = {node.name: node for node in self.graph.nodes if isinstance(node, State)}
+        results = set(references(self.graph.outputs))
+        self._gives_numbers = any(node.name in results and node.is_number for node in self.graph.nodes)
         self._number = next(_numbers)
         NETWORKS[self._number] = self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return self._in_a_trace(args, kwargs)
         try:
             leaves = self.signature.flatten(args, kwargs)
-            outputs = self.run(leaves)
+            outputs = self._as_operation(leaves) if _is_watched() else self.run(leaves)
         except Unfit:
-            if self.source is None:
-                raise
-            return self._by_source(args, kwargs)
+            if self.source is None or torch.compiler.is_compiling():
+                raise  # Dynamo takes this for a graph break, and calls the network without it.
+            return self.by_source(*args, **kwargs)
         return pytree.tree_unflatten(outputs, self.signature.returns)
 
     def run(self, leaves: Sequence[Any]) -> list[Any]:
@@ -176,7 +176,7 @@ class SparseModel(CompiledModel):
             else:
                 inputs[places[name]].copy_(value)
 
-    def _by_source(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def by_source(self, *args: Any, **kwargs: Any) -> Any:
         """Let the model itself take a call that the network was not exported for; both have the same state."""
         with plain_torch(), self._lock:
             owners = {name: self.source.get_submodule(name.rpartition(".")[0]) for name in self.state()}
@@ -237,13 +237,14 @@ class SparseModel(CompiledModel):
 
     def _plan(self, leaves: Sequence[Any]) -> Plan:
         """Return the plan for such inputs; the lock is held."""
+        if len(self._tensors) < len(leaves):
+            self.signature.check_constants(leaves)
         key = tuple(
-            (leaf.shape, leaf.dtype, leaf.device, leaf.layout) if isinstance(leaf, Tensor) else leaf for leaf in leaves
+            (leaf.shape, leaf.dtype, leaf.device, leaf.layout) if isinstance(leaf, Tensor) else None for leaf in leaves
         )
-        try:
+        if key in self._plans:
             return self._plans[key]
-        except (KeyError, TypeError):
-            self.signature.check(leaves)
+        self.signature.check(leaves)
         if len(self._plans) == PLANS:
             del self._plans[next(iter(self._plans))]
         trial = try_out(self.graph, [leaves[i] for i in self._tensors])
@@ -254,21 +255,43 @@ class SparseModel(CompiledModel):
         self._plans[key] = plan
         return plan
 
-    def _in_a_trace(self, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Stand as one opaque operation in what torch.compile and torch.export trace."""
-        leaves = self.signature.flatten(args, kwargs)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    def _as_operation(self, leaves: Sequence[Any]) -> list[Any]:
+        """Return the outputs by one opaque operation, as tracers and dispatch modes see it."""
+        self.signature.check_constants(leaves)
+        if self._gives_numbers:
+            raise Unfit("the network returns a size, which an operation of torch.compile cannot")
+        tensors = [leaves[i] for i in self._tensors]
+        if not torch.compiler.is_compiling():
+            refuse_gradients(tensors)
         found = iter(torch.ops.str_triton.sparse_network(tensors, self._number))
-        outputs = [next(found) if isinstance(output, Ref) else output for output in self.graph.outputs]
-        return pytree.tree_unflatten(outputs, self.signature.returns)
+        return [next(found) if isinstance(output, Ref) else output for output in self.graph.outputs]
 
     def __getstate__(self) -> dict[str, Any]:
-        made = ("_plans", "_lock", "_tensors", "_held", "_states", "_number")
+        made = ("_plans", "_lock", "_tensors", "_held", "_states", "_gives_numbers", "_number")
         return {key: value for key, value in vars(self).items() if key not in made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._prepare()
+
+
+def _is_watched() -> bool:
+    """Check whether tensors may have no memory of their own.
+
+    That is so within torch.compile, torch.export, a dispatch mode (fake tensors, make_fx), torch.func and torch.jit.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._is_tracing()
+    )
+
+
+def refuse_gradients(tensors: Sequence[Any]) -> None:
+    """Raise ValueError within torch.func.grad and jvp, which would take the derivative to be zero."""
+    if any(isinstance(t, Tensor) and torch._C._functorch.is_gradtrackingtensor(t) for t in tensors):
+        raise ValueError("a network made by compile_sparse has no derivative: differentiate the model it was made from")
 
 
 _numbers = itertools.count()

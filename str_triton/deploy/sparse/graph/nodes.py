@@ -6,6 +6,7 @@ arithmetic on single elements in pointwise.py) or a call of one of torch's opera
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -41,6 +42,11 @@ class Node:
     name: str
     inputs: list[str]
     variable: bool = field(default=False, kw_only=True)
+
+    @property
+    def is_number(self) -> bool:
+        """Whether the value is a size or another number, not a tensor."""
+        return False
 
     def run(self, values: dict[str, Any]) -> Any:
         """Compute the value with torch from those of the nodes before it."""
@@ -102,6 +108,13 @@ class Call(Node):
         """Whether nothing is lost without it where nobody reads its value."""
         schema = getattr(self.target, "_schema", None)
         return schema is None or bool(schema.returns)
+
+    @property
+    def is_number(self) -> bool:
+        schema = getattr(self.target, "_schema", None)
+        if schema is None:
+            return self.target is not operator.getitem
+        return not any("Tensor" in str(value.type) for value in schema.returns)
 
     @property
     def is_random(self) -> bool:

@@ -11,6 +11,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+_CONSTANTS = (bool, int, float, complex, str, bytes, torch.device)  # their text says what they are
 Size = int | str  # a string names a size that is the same wherever it stands
 
 
@@ -105,12 +106,10 @@ class Signature:
 
     def check(self, leaves: Sequence[Any]) -> None:
         """Raise Unfit where the network does not hold for these arguments."""
+        self.check_constants(leaves)
         sizes: dict[str, int] = {}
         for number, (leaf, given) in enumerate(zip(self.leaves, leaves, strict=True)):
-            where = f"argument {number + 1}" if len(self.leaves) > 1 else "the input"
             if leaf.dtype is None:
-                if isinstance(given, Tensor) or type(given) is not type(leaf.value) or given != leaf.value:
-                    raise Unfit(f"the network was compiled for {leaf.value!r} as {where}, got {given!r}")
                 continue
             check_tensor(given, leaf.dtype)
             if leaf.sizes is None:
@@ -121,11 +120,28 @@ class Signature:
                 for size, n in zip(leaf.sizes, shape, strict=False)
             )
             if shape != wanted or len(shape) != len(leaf.sizes):
+                where = self._place(number)
                 raise Unfit(f"the network was compiled for {where} of shape [{_sizes(leaf)}], got {list(shape)}")
         for guard, check in zip(self.guards, self._checks, strict=True):
             if not check(sizes):
                 stated = ", ".join(f"{name} = {size}" for name, size in sizes.items() if name in guard)
                 raise Unfit(f"the network was compiled for sizes with {guard}, got {stated}")
+
+    def check_constants(self, leaves: Sequence[Any]) -> None:
+        """Raise Unfit where an argument that is no tensor has another value or type than the example's."""
+        for number, (leaf, given) in enumerate(zip(self.leaves, leaves, strict=True)):
+            if leaf.dtype is None and not _is_same(given, leaf.value):
+                raise Unfit(f"the network was compiled for {leaf.value!r} as {self._place(number)}, got {given!r}")
+
+    def _place(self, number: int) -> str:
+        return f"argument {number + 1}" if len(self.leaves) > 1 else "the input"
+
+
+def _is_same(given: Any, value: Any) -> bool:
+    """Check that two constants have one effect: 2, 2.0 and True are equal, and so are 0.0 and -0.0, without that."""
+    if given is value:
+        return True
+    return type(given) is type(value) and type(given) in _CONSTANTS and repr(given) == repr(value)
 
 
 def _sizes(leaf: Leaf) -> str:
