@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from str_triton.deploy.sparse import file
 from str_triton.deploy.sparse.choose import choose
 from str_triton.deploy.sparse.executions.choice import Choice
-from str_triton.deploy.sparse.graph.nodes import Constant, Graph, Layer, State
+from str_triton.deploy.sparse.graph.nodes import Graph, Layer, State
 from str_triton.deploy.sparse.graph.pointwise import Pointwise
 from str_triton.deploy.sparse.graph.refs import Ref, references
 from str_triton.deploy.sparse.graph.signature import Signature, Unfit
@@ -86,6 +86,9 @@ def plain_torch() -> Iterator[None]:
         yield
 
 
+_NO_CONTEXT = contextlib.nullcontext()
+
+
 def _context() -> contextlib.AbstractContextManager:
     """Return `plain_torch`, or what is left of it where autocast is off: a graph names its devices."""
     is_usual = torch.get_default_dtype() is torch.float32 and not torch.is_autocast_enabled("cpu")
@@ -134,7 +137,6 @@ class SparseModel(CompiledModel):
         self._plans: dict[tuple, Plan] = {}
         self._lock = threading.Lock()
         self._tensors = [i for i, leaf in enumerate(self.signature.leaves) if leaf.dtype is not None]
-        self._held = {node.name for node in self.graph.nodes if isinstance(node, Constant | State)}
         self._states = {node.name: node for node in self.graph.nodes if isinstance(node, State)}
         results = set(references(self.graph.outputs))
         self._gives_numbers = any(node.name in results and node.is_number for node in self.graph.nodes)
@@ -153,19 +155,24 @@ class SparseModel(CompiledModel):
 
     def run(self, leaves: Sequence[Any]) -> list[Any]:
         """Return the outputs, flat, for the leaves of a call's arguments."""
-        with _context(), self._lock:
+        with self._lock:
             plan = self._plan(leaves)
             inputs = [leaves[i] for i in self._tensors]
-            try:
-                values = plan.run(inputs)
-            except Mismatch:
-                outputs, changes = self.graph.run(inputs)
-            else:
-                held = self._held | plan.fixed.keys()
-                outputs = [_output(value, values, held) for value in self.graph.outputs]
-                changes = {name: values[ref.name] for name, ref in self.graph.changes.items()}
-            if changes:
-                self._commit(changes, inputs)
+            with _NO_CONTEXT if plan.by_kernels else _context():
+                try:
+                    values = plan.run(inputs)
+                except Mismatch:
+                    return self._by_torch(inputs)
+                outputs = [_output(value, values, plan.held) for value in self.graph.outputs]
+                if self.graph.changes:
+                    self._commit({name: values[ref.name] for name, ref in self.graph.changes.items()}, inputs)
+        return outputs
+
+    def _by_torch(self, inputs: list[Any]) -> list[Any]:
+        """Return the outputs for inputs that no plan holds."""
+        with _context():
+            outputs, changes = self.graph.run(inputs)
+            self._commit(changes, inputs)
         return outputs
 
     def _commit(self, changes: dict[str, Tensor], inputs: list[Tensor]) -> None:
@@ -247,11 +254,12 @@ class SparseModel(CompiledModel):
         self.signature.check(leaves)
         if len(self._plans) == PLANS:
             del self._plans[next(iter(self._plans))]
-        trial = try_out(self.graph, [leaves[i] for i in self._tensors])
-        try:
-            plan = Plan(self.graph, trial, self.choices, library())
-        except TooLarge:
-            plan = Plan(self.graph, trial, self.choices, None)
+        with _context():
+            trial = try_out(self.graph, [leaves[i] for i in self._tensors])
+            try:
+                plan = Plan(self.graph, trial, self.choices, library())
+            except TooLarge:
+                plan = Plan(self.graph, trial, self.choices, None)
         self._plans[key] = plan
         return plan
 
@@ -267,7 +275,7 @@ class SparseModel(CompiledModel):
         return [next(found) if isinstance(output, Ref) else output for output in self.graph.outputs]
 
     def __getstate__(self) -> dict[str, Any]:
-        made = ("_plans", "_lock", "_tensors", "_held", "_states", "_gives_numbers", "_number")
+        made = ("_plans", "_lock", "_tensors", "_states", "_gives_numbers", "_number")
         return {key: value for key, value in vars(self).items() if key not in made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

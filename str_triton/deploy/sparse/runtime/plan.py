@@ -14,7 +14,7 @@ from torch import Tensor
 
 from str_triton.deploy.sparse.executions import EXECUTIONS
 from str_triton.deploy.sparse.executions.choice import Choice
-from str_triton.deploy.sparse.graph.nodes import Convolution, Graph, Input, Layer, Linear, Node
+from str_triton.deploy.sparse.graph.nodes import Convolution, Graph, Input, Layer, Linear, Node, State
 from str_triton.deploy.sparse.graph.quantized import QuantizedLinear, QuantizedMean
 from str_triton.deploy.sparse.runtime.buffers import FLOAT, Buffers, Key
 from str_triton.deploy.sparse.runtime.draft import Draft, Task, place
@@ -67,7 +67,13 @@ class Plan:
             if isinstance(segment, Segment):
                 segment.close([self._make(task) for task in segment.tasks], self.shapes, self.buffers)
         self.fixed = trial.fixed
+        self.held = trial.fixed.keys() | {node.name for node in graph.nodes if isinstance(node, State)}
         self._last_reads = _last_reads(self.segments, set(graph.kept()) | trial.fixed.keys())
+        for segment, dropped in zip(self.segments, self._last_reads, strict=True):
+            if isinstance(segment, Segment):
+                segment.keep_scratch(dropped)
+        # Without a call of torch's, neither autocast nor gradients nor torch's defaults matter.
+        self.by_kernels = not graph.changes and all(isinstance(part, Segment | Input) for part in self.segments)
 
     def run(self, inputs: Sequence[Any]) -> dict[str, Any]:
         """Return the values that are read after the last node, by name.
@@ -84,7 +90,7 @@ class Plan:
             else:
                 values[segment.name] = next(given) if isinstance(segment, Input) else self.value(segment, values)
             for name in self._last_reads[index]:
-                del values[name]
+                values.pop(name, None)  # What a segment has for itself alone is not among them.
         return values
 
     def value(self, node: Node, values: dict[str, Any]) -> Any:
@@ -219,9 +225,17 @@ class Segment:
                 for view, key in views:
                     if key in buffers.whole:
                         self._moving.append((view, view.data, buffers.size(key.value) * op.images * view.image))
+        self._scratch: dict[str, Tensor] = {}
+        self._begin = ctypes.addressof(self.stages)
         every = self._reads | self._writes
         self._dtypes = {name: torch.uint8 if buffers.size(name) == 1 else torch.float32 for name in every}
         self._strides = {name: buffers.size(name) * math.prod(shape) // self.groups for name, shape in every.items()}
+
+    def keep_scratch(self, dropped: Sequence[str]) -> None:
+        """Allocate what this segment writes for itself alone once; `dropped` are the values nobody reads after it."""
+        for name in self._writes.keys() & set(dropped):
+            self._scratch[name] = torch.empty(self._writes.pop(name), dtype=self._dtypes[name], device="cpu")
+        self._scratch_addresses = {name: value.data_ptr() for name, value in self._scratch.items()}
 
     def bind(self, values: dict[str, Any]) -> list[Tensor]:
         """Make the tensors that this segment writes and point the operations to the first group of all.
@@ -241,7 +255,7 @@ class Segment:
             held[name] = value.contiguous()
         for name, shape in self._writes.items():
             held[name] = values[name] = torch.empty(shape, dtype=self._dtypes[name], device="cpu")
-        self._addresses = {name: value.data_ptr() for name, value in held.items()}
+        self._addresses = {name: value.data_ptr() for name, value in held.items()} | self._scratch_addresses
         self._point(0)
         return list(held.values())
 
@@ -257,7 +271,7 @@ class Segment:
         for group in range(self.groups):
             if group:
                 self._point(group)
-            library.str_triton_run(self.stages, len(self.tasks), threads)
+            library.str_triton_run(self._begin, len(self.tasks), threads)
         del held
 
 
