@@ -268,7 +268,7 @@ class RankController(OffsetController):
         return critical, TIE * rounding * finite.abs().amax().clamp(min=1)
 
     def _separate(self) -> None:
-        """Where components have equal offsets up to rounding, scale their m so that a threshold separates them."""
+        """Scale m of the components whose offsets are equal up to rounding, so that a threshold separates them."""
         critical, tie = self._critical_offsets()
         ordered, order = torch.cat(critical).sort(stable=True)
         steps = 2 * tie * torch.arange(len(ordered), device=ordered.device)
