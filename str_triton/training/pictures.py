@@ -10,6 +10,7 @@ import io
 import re
 from collections.abc import Sequence
 from itertools import takewhile
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
@@ -21,12 +22,15 @@ from str_triton.budget.budget import Budget, LayerBudget
 from str_triton.files import percent
 from str_triton.training.metrics import Record
 
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType  # of matplotlib 3.11
+
 WIDTH, FONT_SIZE = 360, 11.5
 BLUE, ORANGE, GREY = "#3f87cf", "#d2691e", "#7f8893"  # each contrasts 3:1 or more with the light and the dark page
 LUMINANCE = 0.2  # of the colours of layers, which contrast with both pages
 TEXT = "#010203"  # a placeholder for the page's text colour, used nowhere else in a picture
 LEGEND_LAYERS, NAME_LENGTH = 14, 22
-STYLE = {
+STYLE: "dict[RcKeyType, Any]" = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": FONT_SIZE,
@@ -77,7 +81,7 @@ def sparsity_picture(budget: Budget) -> str:
         figure, axes = _layers(rows)
         axes.barh(range(len(rows)), [100 * row.sparsity for row in rows], color=BLUE, height=0.7)
         for index, row in enumerate(rows):
-            axes.annotate(percent(row.sparsity, 1).removesuffix(" %"), (101, index), (2, 0), **_BESIDE)
+            _write_beside(axes, percent(row.sparsity, 1).removesuffix(" %"), (101, index), 2)
         axes.axvline(100 * budget.sparsity, color=ORANGE, linestyle="--", linewidth=1.4)
         axes.set(xlabel="sparsity (%)", xlim=(0, 130), xticks=range(0, 101, 25))
         return svg(figure, "Sparsity of each layer")
@@ -110,7 +114,7 @@ def flops_picture(budget: Budget) -> str:
         axes.barh(range(len(rows)), [row.flops for row in rows], color=BLUE, height=0.7)
         for index, row in enumerate(rows):
             text = percent(row.flops / row.dense_flops, 1)
-            axes.annotate(text, (row.dense_flops, index), (3, 0), **_BESIDE)
+            _write_beside(axes, text, (row.dense_flops, index), 3)
         axes.set(xlabel="multiply-adds for one input", xlim=(0, 1.4 * max(row.dense_flops for row in rows)))
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -126,7 +130,7 @@ def size_picture(budget: Budget) -> str:
         axes.barh(["sparse", "dense"], [values, dense], color=[BLUE, GREY], height=0.6)
         axes.barh(["sparse"], [bitmap], left=[values], color=ORANGE, height=0.6)
         for index, size in enumerate((values + bitmap, dense)):
-            axes.annotate(size_text(size), (size, index), (4, 0), **_BESIDE)
+            _write_beside(axes, size_text(size), (size, index), 4)
         axes.set(xlim=(0, 1.3 * dense), xlabel="bytes of the weights")
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.xaxis.set_major_formatter(EngFormatter(unit="B"))
@@ -143,7 +147,9 @@ def size_text(size: float) -> str:
     return f"{size:.3g} {unit}"
 
 
-_BESIDE = {"textcoords": "offset points", "va": "center", "ha": "left"}
+def _write_beside(axes: Axes, text: str, place: tuple[float, float], shift: int) -> None:
+    """Write a text to the right of a place, by some points."""
+    axes.annotate(text, place, (shift, 0), textcoords="offset points", va="center", ha="left")
 
 
 def _layers(rows: Sequence[LayerBudget]) -> tuple[Figure, Axes]:
@@ -176,7 +182,7 @@ def name_lines(figure: Figure, axes: Axes) -> None:
         figure.supxlabel("blue: first layers, orange: last layers", fontsize=FONT_SIZE)
 
 
-def markers(points: Sequence[object]) -> dict[str, object]:
+def markers(points: Sequence[object]) -> dict[str, Any]:
     """Return the markers of a line with so many points: one or two would be hard to see without."""
     return {"marker": "o" if len(points) < 3 else None, "markersize": 4}
 
