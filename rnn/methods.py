@@ -42,16 +42,16 @@ def rank_target(config: Config) -> RankTarget:
 
 def target_text(config: Config) -> str:
     """Return the method and its target in words."""
-    texts = {
-        "total rank": config.target_rank,
-        "ranks of the input and recurrent matrices": config.ranks,
-        "parameters": config.target_params,
-        "times fewer parameters": config.target_compression,
-    }
-    given = [
-        f"{name} {value:,}" if isinstance(value, int) else f"{name} {value}" for name, value in texts.items() if value
-    ]
-    return f"{given[0] if given else 'none'} ({config.method})"
+    target = "none"
+    if config.target_rank is not None:
+        target = f"total rank {config.target_rank:,}"
+    elif config.target_params is not None:
+        target = f"{config.target_params:,} parameters"
+    elif config.target_compression is not None:
+        target = f"{config.target_compression:g} times fewer parameters"
+    elif config.ranks is not None:
+        target = f"ranks {config.ranks} of the input and recurrent matrices"
+    return f"{target} ({config.method})"
 
 
 def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Adam:

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from str_triton.files import printable
 from str_triton.training.environment import device_name
 
 
@@ -13,7 +14,7 @@ def opening(facts: Mapping[str, str], accelerator: Accelerator, folder: Path) ->
     """Return a line per fact, then the device and the run's folder, with the headings in one column."""
     lines = {**facts, "device": _device(accelerator), "folder": str(folder)}
     width = max(map(len, lines))
-    return "\n".join(f"{heading:{width}}  {text}" for heading, text in lines.items())
+    return "\n".join(f"{heading:{width}}  {printable(text)}" for heading, text in lines.items())
 
 
 def _device(accelerator: Accelerator) -> str:

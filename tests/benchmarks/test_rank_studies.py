@@ -37,7 +37,7 @@ def test_har_with_six_classes_has_runs_of_its_own() -> None:
     done = [line(job, 0.9 if job["rate"] == 3e-3 and job["cell"] == "lstm" else 0.5) for job in first[:24]]
     later = {(job["cell"], job["rate"]) for job in list(har_ranks.jobs_of_six(done, ["gru", "lstm"], 30))[24:]}
     assert later == {("gru", 1e-2), ("lstm", 3e-3)}
-    for job in first:
+    for job in first[:8]:
         config = COMMAND_LINE.read(job["arguments"])
         assert (config.classes, config.cell, config.method) == (6, job["cell"], job["method"])
         assert config.target_compression == job["compression"]

@@ -2,6 +2,7 @@ import dataclasses
 
 import pytest
 
+from str_triton.rnn.methods import target_text
 from str_triton.rnn.recipes import PUBLISHED, RECIPES, Config, recipe_for, resolve
 from str_triton.rnn.train import COMMAND_LINE, first_candidate, learning_rate
 from str_triton.training.errors import UserError
@@ -106,3 +107,19 @@ def test_svd_finetune_goes_through_the_learning_rate_twice():
     assert rates[:30] == pytest.approx(rates[30:])
     assert max(rates) == pytest.approx(1.0, abs=0.01)
     assert max(rates[29], rates[0], rates[30]) < 0.06
+
+
+@pytest.mark.parametrize(
+    ("options", "figure"),
+    [
+        ({"target_rank": 1400}, "1,400"),
+        ({"target_params": 65_000}, "65,000"),
+        ({"target_compression": 2.5}, "2.5"),
+        ({"ranks": "9,8", "method": "fixed"}, "9,8"),
+        ({"method": "dense"}, "none"),
+    ],
+)
+def test_the_target_in_words_has_its_figure_and_method(options: dict, figure: str) -> None:
+    config = Config(recipe="x", **options)
+    assert figure in target_text(config)
+    assert config.method in target_text(config)
