@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from str_triton.ops.radix_select import cost_histogram, keys, least_above, value_of
+from str_triton.ops.radix_select import keys, value_of
 
 
 def select(values: Sequence[Tensor], costs: Sequence[int], keep: Tensor) -> tuple[Tensor, Tensor]:
@@ -27,10 +27,10 @@ def select(values: Sequence[Tensor], costs: Sequence[int], keep: Tensor) -> tupl
     values = [value.contiguous() for value in values]
     key = torch.zeros_like(keep)
     for shift in (24, 16, 8, 0):
-        costs_of_digits = cost_histogram(values, costs, key, shift)
+        costs_of_digits = torch.ops.str_triton.radix_select_histogram(values, list(costs), key, shift)
         costs_above = costs_of_digits.sum() - costs_of_digits.cumsum(0)
         digit = (costs_above > keep).sum()
         keep = keep - costs_above.gather(0, digit.reshape(1)).squeeze(0)
         key = (key << 8) + digit
     below = value_of(torch.maximum(key, keys(torch.full((), -torch.inf, device=key.device))))
-    return below, least_above(values, below)
+    return below, torch.ops.str_triton.radix_select_least(values, below)

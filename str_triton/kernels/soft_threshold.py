@@ -131,21 +131,15 @@ def table_entry(p_owner, p_layout, p_addresses, like, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _first_threshold(p_entry, PER_WEIGHT: tl.constexpr):
-    first = tl.load(p_entry + 3)
-    # Where each weight has a threshold the launcher starts every tensor's at a multiple of 16 elements.
-    return tl.multiple_of(first, 16) if PER_WEIGHT else first
-
-
-@triton.jit
 def soft_threshold_many_kernel(
     p_owner, p_layout, p_addresses, like_x, p_alpha, p_out,
     PER_WEIGHT: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Do the same as `soft_threshold_kernel` for a list of tensors, found in a table."""
     p_entry, p_x, block = table_entry(p_owner, p_layout, p_addresses, like_x, ALIGNED)
-    p_alpha += _first_threshold(p_entry, PER_WEIGHT)
-    # The launcher starts every tensor at a multiple of 16 elements of the flat buffer.
+    first = tl.load(p_entry + 3)
+    # The launcher starts tensors, and thresholds that are one per weight, at multiples of 16 elements of their buffers.
+    p_alpha += tl.multiple_of(first, 16) if PER_WEIGHT else first
     p_out += tl.multiple_of(tl.load(p_entry + 1), 16)
     _forward(p_x, p_alpha, p_out, block, tl.load(p_entry), PER_WEIGHT, BLOCK)
 
@@ -159,7 +153,7 @@ def soft_threshold_many_backward_kernel(
     p_entry, p_grad, block = table_entry(p_owner, p_layout, p_addresses, like_grad, ALIGNED)
     start = tl.multiple_of(tl.load(p_entry + 1), 16)
     if p_slope is not None:
-        first = _first_threshold(p_entry, True)
+        first = tl.multiple_of(tl.load(p_entry + 3), 16)
         p_slope, p_grad_raw = p_slope + first, p_grad_raw + first
     if p_partial is not None:
         p_partial += tl.load(p_entry + 2)

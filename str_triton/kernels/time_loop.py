@@ -6,10 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def tile(start, lengths, row, hidden, GATES: tl.constexpr, SAVED: tl.constexpr, BLOCK_H: tl.constexpr):
-    """Return the hidden units of a tile, masks of those that exist and of those with a step to do, and offsets.
-
-    The offsets are those within a step's h, x and saved tiles.
-    """
+    """Return hidden units, masks (that exist; with a step to do), and offsets within a step's h, x and saved blocks."""
     i_h = start + tl.arange(0, BLOCK_H)
     exists = (i_h < hidden)[:, None]
     o_h, o_x, o_s = row * hidden, row * (GATES * hidden), row * (SAVED * hidden)
@@ -39,10 +36,7 @@ def load_tiles(pointers, stride, mask, COUNT: tl.constexpr):
 
 @triton.jit
 def to_compute(tiles, COMPUTE: tl.constexpr):
-    converted = ()
-    for i in tl.static_range(len(tiles)):
-        converted += (tiles[i].to(COMPUTE),)
-    return converted
+    return [tile.to(COMPUTE) for tile in tiles]
 
 
 @triton.jit
@@ -64,9 +58,8 @@ def store_saved(
         H: tl.constexpr = tiles[0].shape[0]
         B: tl.constexpr = tiles[0].shape[1]
         for i in tl.static_range(len(tiles)):
-            tile = tl.reshape(
-                where_active(active, tiles[i], 0, HAS_LENGTHS), [H // SPLIT // 16, SPLIT, 2, 8, B // 2, 2]
-            )
+            tile = where_active(active, tiles[i], 0, HAS_LENGTHS)
+            tile = tl.reshape(tile, [H // SPLIT // 16, SPLIT, 2, 8, B // 2, 2])
             tile = tl.reshape(tl.permute(tile, (1, 3, 4, 0, 2, 5)), [H * B])
             tl.store(p_step + i * H * B + tl.arange(0, H * B), tile.to(p_step.dtype.element_ty))
     else:
@@ -159,18 +152,6 @@ def time_index(step, steps, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def time_before(t, lengths, steps, REVERSE: tl.constexpr):
-    """Return the time index of the state before step t, and a mask of the sequences that have one: others have h0."""
-    if REVERSE:
-        before = tl.minimum(t + 1, steps - 1)
-        inside = t + 1 < lengths
-    else:
-        before = tl.maximum(t - 1, 0)
-        inside = (t > 0) & (lengths > 0)
-    return before, inside
-
-
-@triton.jit
 def load_step(
     t, lengths, exists, wanted, first, steps, batch, hidden, row, i_h, p_grad_outputs, p_outputs, p_saved, p_s0,
     REVERSE: tl.constexpr, SAVED: tl.constexpr, HAS_C: tl.constexpr, WHOLE: tl.constexpr, SPLIT: tl.constexpr,
@@ -179,7 +160,11 @@ def load_step(
     at = t * batch + first
     mask = (t < lengths) & exists & wanted
     o_h, o_s = row * hidden + i_h[:, None], row * (SAVED * hidden) + i_h[:, None]
-    before, inside = time_before(t, lengths, steps, REVERSE)
+    # The time index of the state before, and which sequences have one: the others begin with p_s0.
+    if REVERSE:
+        before, inside = tl.minimum(t + 1, steps - 1), t + 1 < lengths
+    else:
+        before, inside = tl.maximum(t - 1, 0), (t > 0) & (lengths > 0)
     width = tl.num_programs(0) * row.shape[1]
     if HAS_C:  # c is the last of what a step saves.
         p_before = p_saved + (before * width + first) * (SAVED * hidden)

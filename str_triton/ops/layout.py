@@ -9,9 +9,6 @@ from torch import Tensor
 BLOCK = 1024  # Elements per program: the same for every shape, so that a list gives the same bits as a loop.
 
 
-# ---- one tensor ---------------------------------------------------------------------------------------------------
-
-
 def _blocks(cols: int) -> int:
     return -(-cols // BLOCK)
 
@@ -55,9 +52,6 @@ def _prepared(x: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
     per_weight = _per_weight(x, raw)
     x = x if _is_dense(x, by_row=raw.numel() != 1 and not per_weight) else x.contiguous()
     return x, _laid_out(raw, x.stride()) if per_weight else raw.contiguous()
-
-
-# ---- a list -------------------------------------------------------------------------------------------------------
 
 
 def _starts(counts: Sequence[int], multiple: int = 1) -> tuple[list[int], int]:

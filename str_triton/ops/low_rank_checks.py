@@ -21,8 +21,11 @@ def check(
 
     factors: u, m, v. biases: None, or as many elements as `u` has rows over their number. scalars: of one element.
     """
-    others = {**factors, **scalars, **{name: bias for name, bias in biases.items() if bias is not None}, **states}
-    check_tensors({"gates_x": gates_x, **others})
+    u, tensors = (
+        factors["u"],
+        {name: tensor for name, tensor in (factors | biases | states).items() if tensor is not None},
+    )
+    check_tensors({"gates_x": gates_x, **tensors, **scalars})
     for name, state in states.items():
         if state.dtype != gates_x.dtype:
             raise TypeError(f"{name} is {state.dtype}, gates_x {gates_x.dtype}: give both in one dtype")
@@ -32,39 +35,33 @@ def check(
     steps, batch, _ = gates_x.shape
     if steps == 0:
         raise ValueError(f"gates_x of shape {tuple(gates_x.shape)} has no time step: give at least one")
-    _check_shapes(gates_x, others, scalars, {"u": gates, **dict.fromkeys(biases, gates if len(biases) == 1 else 1)})
-    if lengths is not None:
-        if not isinstance(lengths, Tensor) or lengths.dtype != torch.int64:
-            kind = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
-            raise TypeError(f"lengths must be a tensor of int64, got {kind}")
-        if lengths.shape != (batch,):
-            raise ValueError(f"lengths must have shape {(batch,)}, one for each sequence, got {tuple(lengths.shape)}")
-        if lengths.device.type != "cpu" and lengths.device != gates_x.device:
-            raise ValueError(
-                f"lengths is on {lengths.device}, gates_x on {gates_x.device}: move it there or to the CPU"
-            )
-
-
-def _check_shapes(
-    gates_x: Tensor, others: dict[str, Tensor], scalars: dict[str, Tensor], blocks: dict[str, int]
-) -> None:
-    """Check shapes against gates_x's. blocks: how many blocks of H elements the first dimension of a tensor has."""
-    u, (_, batch, width), gates = others["u"], gates_x.shape, blocks["u"]
-    hidden = width // gates
     if u.dim() != 2:
         raise ValueError(f"u must be a matrix [{width}, r], got shape {tuple(u.shape)}")
-    rank = u.shape[1]
-    expected = {"u": (width, rank), "m": (rank,), "v": (hidden, rank), "h0": (batch, hidden), "c0": (batch, hidden)}
-    expected |= {name: (count * hidden,) for name, count in blocks.items() if name != "u"}
-    for name, tensor in others.items():
-        if name in scalars:
-            if tensor.numel() != 1:
-                raise ValueError(f"{name} must have one element, got shape {tuple(tensor.shape)}")
-        elif tensor.shape != expected[name]:
+    hidden, rank = width // gates, u.shape[1]
+    expected = {"u": (width, rank), "m": (rank,), "v": (hidden, rank), **dict.fromkeys(states, (batch, hidden))}
+    expected |= dict.fromkeys(biases, (width if len(biases) == 1 else hidden,))
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name]:
             raise ValueError(
                 f"{name} must have shape {expected[name]} to fit gates_x of shape {tuple(gates_x.shape)} "
                 f"and u of shape {tuple(u.shape)}, got {tuple(tensor.shape)}"
             )
+    for name, scalar in scalars.items():
+        if scalar.numel() != 1:
+            raise ValueError(f"{name} must have one element, got shape {tuple(scalar.shape)}")
+    if lengths is not None:
+        _check_lengths_tensor(lengths, gates_x)
+
+
+def _check_lengths_tensor(lengths: Tensor, gates_x: Tensor) -> None:
+    if not isinstance(lengths, Tensor) or lengths.dtype != torch.int64:
+        kind = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
+        raise TypeError(f"lengths must be a tensor of int64, got {kind}")
+    if lengths.shape != gates_x.shape[1:2]:
+        expected = tuple(gates_x.shape[1:2])
+        raise ValueError(f"lengths must have shape {expected}, one for each sequence, got {tuple(lengths.shape)}")
+    if lengths.device.type != "cpu" and lengths.device != gates_x.device:
+        raise ValueError(f"lengths is on {lengths.device}, gates_x on {gates_x.device}: move it there or to the CPU")
 
 
 def check_lengths(lengths: Tensor, steps: int) -> None:

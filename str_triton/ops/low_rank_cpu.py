@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from str_triton.ops.low_rank_cell import CELLS, Backward, Cell, grad_v
-from str_triton.ops.schedule import Schedule, with_ones
+from str_triton.ops.schedule import Schedule, last_state, with_ones
 from str_triton.ops.tensors import compute_dtype
 
 
@@ -17,13 +17,10 @@ def forward(
     schedule = Schedule(lengths, gates_x.shape[0], gates_x.shape[1], reverse)
     gates_x, states = schedule.sort(gates_x, 1).to(compute), [schedule.sort(state, 0).to(compute) for state in states]
     w, v, bias = (tensor.to(compute) for tensor in (w, v, bias))
-    buffers = [schedule.buffer(v, len(v))]
-    buffers += [schedule.buffer(v, len(v)) if save else schedule.scratch(v, len(v)) for _ in states[1:]]
+    new = schedule.buffer if save else schedule.scratch
+    buffers = [schedule.buffer(v, len(v)), *(new(v, len(v)) for _ in states[1:])]
+    kept = [new(v, of.kept * len(v))] if of.kept else []
     with torch.autocast("cpu", enabled=False):
-        kept = []
-        if of.kept:
-            width = of.kept * len(v)
-            kept = [schedule.buffer(v, width) if save else schedule.scratch(v, width)]
         inputs, step = of.forward(schedule, gates_x, w, v, bias, scale, *kept)
         written = [schedule.rows(buffer) for buffer in buffers]
         rows = list(zip(*(schedule.rows(tensor) for tensor in inputs), *written, strict=True))
@@ -35,7 +32,7 @@ def forward(
             for time in schedule.times:
                 step(previous(hs, h0, time), *rows[time])
     outputs, *cells = buffers
-    finals = [schedule.last(buffer) if len(buffer) == schedule.steps else buffer[0] for buffer in buffers]
+    finals = [last_state(x, schedule.lengths, reverse) if len(x) == schedule.steps else x[0] for x in buffers]
     nothing = gates_x.new_empty(0, dtype=dtype)
     saved = nothing.clone()
     if save and (cells or kept):  # in the schedule's order; gates in the dtype of the arithmetic
@@ -49,44 +46,44 @@ def backward(
     lengths: Tensor | None, reverse: bool, precision: str | None,
 ) -> list[Tensor]:  # fmt: skip
     """Return the gradients of gates_x, w, v, bias, scale and the states."""
-    dtype, compute = outputs.dtype, compute_dtype(outputs)
+    dtype, compute, of = outputs.dtype, compute_dtype(outputs), CELLS[cell]
     schedule = Schedule(lengths, outputs.shape[0], outputs.shape[1], reverse)
     grad_outputs, gates_x, outputs = (schedule.sort(x, 1).to(compute) for x in (grad_outputs, gates_x, outputs))
     states, grad_states = ([schedule.sort(x, 0).to(compute) for x in xs] for xs in (states, grad_states))
     saved, w, v, bias = (tensor.to(compute) for tensor in (saved, w, v, bias))
+    (hidden, rank), size = v.shape, schedule.chunk(len(v))
+    run = Backward(
+        schedule, size, gates_x, grad_outputs, [grad.clone() for grad in grad_states], saved, states,
+        w, v, bias, scale,
+        q=v.new_empty(0 if of.kept else size, schedule.batch, of.gates * hidden),
+        grad_x=schedule.buffer(v, of.gates * hidden),
+        grad_p=schedule.buffer(v, rank),
+        grad_bias=v.new_zeros(of.bias_blocks, hidden),
+        grad_scale=v.new_zeros(of.scalars),
+    )  # fmt: skip
     with torch.autocast("cpu", enabled=False):
-        grad_x, *others, grad_scale, grad_states = _run_backward(
-            CELLS[cell], schedule, grad_outputs, gates_x, outputs, saved, grad_states, states, w, v, bias, scale
-        )
-    grads = [schedule.unsort(grad_x, 1).to(dtype), *(grad.to(dtype) for grad in others), grad_scale.to(scale.dtype)]
-    return grads + [schedule.unsort(grad, 0).to(dtype) for grad in grad_states]
+        grad_w, grad_bias = _walk(of, run, outputs, states[0])
+        grad_v_ = grad_v(outputs, states[0], run.grad_p, schedule.lengths, reverse)
+    grads = [schedule.unsort(run.grad_x, 1), grad_w, grad_v_, grad_bias]
+    grads = [*(grad.to(dtype) for grad in grads), run.grad_scale.to(scale.dtype)]
+    return grads + [schedule.unsort(grad, 0).to(dtype) for grad in run.grad_states]
 
 
-def _run_backward(
-    cell: Cell, schedule: Schedule, grad_outputs: Tensor, gates_x: Tensor, outputs: Tensor, cells: Tensor,
-    grad_states: list[Tensor], states: list[Tensor], w: Tensor, v: Tensor, bias: Tensor, scale: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
-    """Walk through chunks of time: R h again, coefficients, the loop over the steps, and what needs no loop."""
-    hidden, rank = v.shape
-    size, has_ones = schedule.chunk(hidden), cell.biases is None
+def _walk(cell: Cell, run: Backward, outputs: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
+    """Write the gradients in `run`, a chunk of time after the other, and return those of w and the bias.
+
+    Of each chunk: R h again, the coefficients, the loop over the steps, and what needs no loop.
+    """
+    schedule, w, v, bias, rank, has_ones = run.schedule, run.w, run.v, run.bias, run.v.shape[1], cell.biases is None
     factor = torch.cat((w, bias[:, None]), 1) if has_ones else w
     grad_factor = torch.zeros_like(factor)
-    p_shape = size, schedule.batch, rank
+    p_shape = run.size, schedule.batch, rank
     p = with_ones(p_shape, v) if has_ones else v.new_empty(p_shape)
-    run = Backward(
-        schedule, size, gates_x, grad_outputs, [grad.clone() for grad in grad_states], cells, states,
-        w, v, bias, scale,
-        q=v.new_empty(0 if cell.kept else size, schedule.batch, cell.gates * hidden),
-        grad_x=schedule.buffer(v, cell.gates * hidden),
-        grad_p=schedule.buffer(v, rank),
-        grad_bias=v.new_zeros(cell.bias_blocks, hidden),
-        grad_scale=v.new_zeros(cell.scalars),
-    )  # fmt: skip
     buffers, begin_chunk, step, end_chunk = cell.backward(run)
-    rows = list(zip(*(schedule.rows(buffer) for buffer in (grad_outputs, *buffers, run.grad_p)), strict=True))
-    for begin, end in schedule.chunks(hidden):
+    rows = list(zip(*(schedule.rows(buffer) for buffer in (run.grad_outputs, *buffers, run.grad_p)), strict=True))
+    for begin, end in schedule.chunks(len(v)):
         span = slice(0, end - begin)
-        previous, p_flat = schedule.previous_chunk(outputs, states[0], begin, end), p[span].flatten(0, 1)
+        previous, p_flat = schedule.previous_chunk(outputs, h0, begin, end), p[span].flatten(0, 1)
         torch.mm(previous.flatten(0, 1), v, out=p_flat[:, :rank])
         if not cell.kept:
             torch.mm(p_flat, factor.t(), out=run.q[span].flatten(0, 1))
@@ -95,7 +92,6 @@ def _run_backward(
             step(time - begin, *rows[time])
         grad_factor.addmm_(run.grad_x[begin:end].flatten(0, 1).t(), p_flat)
         end_chunk(span, begin, end)
-    grad_w, grad_bias = (grad_factor[:, :-1].contiguous(), grad_factor[:, -1].clone()) if has_ones else (
-        grad_factor, run.grad_bias.flatten())  # fmt: skip
-    grad_v_ = grad_v(outputs, states[0], run.grad_p, schedule.lengths, schedule.reverse)
-    return run.grad_x, grad_w, grad_v_, grad_bias, run.grad_scale, run.grad_states
+    if has_ones:
+        return grad_factor[:, :-1].contiguous(), grad_factor[:, -1].clone()
+    return grad_factor, run.grad_bias.flatten()

@@ -13,6 +13,7 @@ from torch import Tensor
 from str_triton.ops.low_rank_cell import CELLS, Cell, grad_v
 from str_triton.ops.low_rank_checks import check_lengths, rnn_precision
 from str_triton.ops.low_rank_plan import layout, padded, saved_shape
+from str_triton.ops.schedule import last_state
 from str_triton.ops.tensors import compute_dtype
 
 
@@ -54,14 +55,15 @@ def forward(
     c = [torch.empty_like(state) for state in c0]
     if h0.numel():
         options = _options(of, v, lengths, reverse, precision, backward=False)
+        state = h0.new_empty(0 if options["RESIDENT"] else h0.shape, dtype=compute_dtype(h0))
         with torch.cuda.device_of(gates_x):
             kernel[_grid(batch, options)](
                 gates_x, w, v, bias, scale, h0, _only(c0), lengths, outputs, _only(c), p, saved,
-                _scratch(h0, options), steps, batch, size, rank,
+                state, steps, batch, size, rank,
                 STEP=getattr(low_rank_cells, cell), BIASES=of.bias_blocks, SAVE=save, **options,
             )  # fmt: skip
     outputs, *c = (tensor[..., :hidden].contiguous() for tensor in (outputs, *c))
-    return [outputs, _last(outputs, lengths, reverse), *c, p, saved]
+    return [outputs, last_state(outputs, lengths, reverse), *c, p, saved]
 
 
 def backward(
@@ -81,13 +83,14 @@ def backward(
     grad_x, grad_extra, grad_p = _buffers(wide[0], lengths, of.gates * size, of.extra * size, rank)
     grad_firsts = [torch.empty_like(first) for _ in states]
     options = _options(of, v, lengths, reverse, precision, backward=True)
+    state = first.new_empty(0 if options["RESIDENT"] else first.shape, dtype=compute_dtype(first))
     grad_scale = scale.new_zeros((*_grid(batch, options), of.scalars))
     if h0.numel():
         with torch.cuda.device_of(outputs):
             kernel[_grid(batch, options)](
                 wide[0], grad_h, _only(grad_c), wide[1], saved, _pad(w, hidden, 0), _pad(v, hidden, 0), scale,
                 first, lengths, grad_x, grad_extra, grad_p, grad_scale, grad_firsts[0], _only(grad_firsts[1:]),
-                _scratch(first, options), steps, batch, size, rank,
+                state, steps, batch, size, rank,
                 STEP=getattr(low_rank_cells, f"{cell}_backward"), **options,
             )  # fmt: skip
     grad_x = grad_x.unflatten(2, (of.gates, size))[..., :hidden].flatten(2)
@@ -167,17 +170,5 @@ def _buffers(like: Tensor, lengths: Tensor | None, *widths: int) -> list[Tensor]
     return [new((*like.shape[:2], width)) for width in widths]
 
 
-def _scratch(state: Tensor, options: dict[str, Any]) -> Tensor:
-    """Make room for the state if a kernel does not hold that of all hidden units."""
-    return state.new_empty(0 if options["RESIDENT"] else state.shape, dtype=compute_dtype(state))
-
-
 def _grid(batch: int, options: dict[str, Any]) -> tuple[int]:
     return (-(-batch // options["BLOCK_B"]),)
-
-
-def _last(outputs: Tensor, lengths: Tensor | None, reverse: bool) -> Tensor:
-    """Return the state after each sequence's last processed step."""
-    if reverse or lengths is None:
-        return outputs[0 if reverse else -1].clone()
-    return outputs[lengths - 1, torch.arange(outputs.shape[1], device=outputs.device)]

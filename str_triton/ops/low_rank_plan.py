@@ -114,12 +114,8 @@ def _plan_cpu(cell: Cell, hidden_size: int, rank: int, batch_size: int, training
     if hidden_size < 256:
         return "dense"  # oneDNN's fused loop: 0.2 to 0.7, but 0.9 to 1.2 at 128 hidden units and batch 64; above, 1.1
     full = hidden_size // 4 if hidden_size < 512 else hidden_size // 2
-    return (
-        "dense" if rank > full else "loop"
-    )  # 256: 0.9 to 1.2 at a quarter, 0.7 to 1.0 at half; 512: 0.9 to 1.6 at half
-
-
-# ---- the layout of a kernel ---------------------------------------------------------------------------------------
+    # 256: 0.9 to 1.2 at a quarter, 0.7 to 1.0 at half; 512: 0.9 to 1.6 at half
+    return "dense" if rank > full else "loop"
 
 
 def padded(hidden: int) -> int:

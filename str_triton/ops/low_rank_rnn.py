@@ -16,8 +16,6 @@ from str_triton.ops.low_rank_plan import saved_shape
 from str_triton.ops.registration import differentiable, function, op
 from str_triton.ops.tensors import compute_dtype
 
-# ---- registration -------------------------------------------------------------------------------------------------
-
 
 @op(
     "low_rank_rnn(str cell, Tensor gates_x, Tensor w, Tensor v, Tensor bias, Tensor scale, Tensor[] states, "
@@ -50,9 +48,6 @@ def _(cell, gates_x, w, v, bias, scale, states, lengths, reverse, save, precisio
 def _(cell, grad_outputs, grad_states, gates_x, outputs, p, saved, w, v, bias, scale, states, lengths, *options):
     grad_x = outputs.new_empty(*outputs.shape[:2], CELLS[cell].gates * outputs.shape[2])
     return [grad_x, *(torch.empty_like(tensor) for tensor in (w, v, bias, scale, *states))]
-
-
-# ---- autograd -----------------------------------------------------------------------------------------------------
 
 
 @function
@@ -91,14 +86,10 @@ class _LowRankRNN(torch.autograd.Function):
 
 
 def _differentiable(cell, gates_x, w, v, bias, scale, states, lengths, reverse, save, precision):
-    results = _LowRankRNN.apply(cell, lengths, reverse, precision, gates_x, w, v, bias, scale, *states)
-    return list(results)
+    return list(_LowRankRNN.apply(cell, lengths, reverse, precision, gates_x, w, v, bias, scale, *states))
 
 
 differentiable("low_rank_rnn", _differentiable)
-
-
-# ---- what the public functions share ------------------------------------------------------------------------------
 
 
 def run(

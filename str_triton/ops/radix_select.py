@@ -5,8 +5,6 @@ higher bits are a prefix. Costs are integers, so their sums are the same bits in
 waits for a GPU.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -30,10 +28,11 @@ def value_of(key: Tensor) -> Tensor:
     return torch.where(key < SIGN, ~key, key - SIGN).to(torch.int32).view(torch.float32)
 
 
-# ---- reference, and CPU implementation ----------------------------------------------------------------------------
-
-
 def _histogram(values: list[Tensor], costs: list[int], prefix: Tensor, shift: int) -> Tensor:
+    """Return what the elements cost together whose key is prefix | digit | anything, for each digit: int64 [256].
+
+    An element of a tensor costs a whole number from 0 to 2^56. `shift` is the number of bits below the digit.
+    """
     total = torch.zeros(BINS, dtype=torch.int64)
     for value, cost in zip(values, costs, strict=True):
         key = keys(value.flatten())
@@ -43,11 +42,9 @@ def _histogram(values: list[Tensor], costs: list[int], prefix: Tensor, shift: in
 
 
 def _least(values: list[Tensor], cut: Tensor) -> Tensor:
+    """Return the least value above `cut`, inf if there is none."""
     above = torch.cat([value.flatten() for value in values])
     return torch.where(above > cut, above, torch.inf).amin() if len(above) else cut.new_full((), torch.inf)
-
-
-# ---- Triton implementation ----------------------------------------------------------------------------------------
 
 
 def _histogram_triton(values: list[Tensor], costs: list[int], prefix: Tensor, shift: int) -> Tensor:
@@ -83,9 +80,6 @@ def _tables(values: list[Tensor], costs: list[int]) -> tuple[Tensor, Tensor, Ten
     return owners, layout, addresses, aligned
 
 
-# ---- registration -------------------------------------------------------------------------------------------------
-
-
 @op(
     "radix_select_histogram(Tensor[] values, int[] costs, Tensor prefix, int shift) -> Tensor",
     _histogram,
@@ -98,23 +92,3 @@ def _(values, costs, prefix, shift):
 @op("radix_select_least(Tensor[] values, Tensor cut) -> Tensor", _least, _least_triton)
 def _(values, cut):
     return torch.empty_like(cut)
-
-
-# ---- public functions ---------------------------------------------------------------------------------------------
-
-
-def cost_histogram(values: Sequence[Tensor], costs: Sequence[int], prefix: Tensor, shift: int) -> Tensor:
-    """Return what the elements cost together whose key is prefix | digit | anything, for each digit: int64 [256].
-
-    Args:
-        values: contiguous float32 tensors on one device.
-        costs: for each tensor what one of its elements costs, a whole number from 0 to 2^56.
-        prefix: int64 scalar on the same device, the key's bits above the digit.
-        shift: the number of bits below the digit: 24, 16, 8 or 0.
-    """
-    return torch.ops.str_triton.radix_select_histogram(list(values), list(costs), prefix, shift)
-
-
-def least_above(values: Sequence[Tensor], cut: Tensor) -> Tensor:
-    """Return the least value above `cut`, a float32 scalar on the values' device; inf if there is none."""
-    return torch.ops.str_triton.radix_select_least(list(values), cut)

@@ -65,23 +65,17 @@ def loop(function: Callable[..., Any], contiguous: bool = True) -> Callable[...,
     With `contiguous` the function gets contiguous tensors; without, each sample keeps its strides.
     """
 
-    def sample(argument: object, dim: Any, i: int) -> object:  # dim is nested as the argument is
-        if isinstance(argument, list | tuple):
-            return [sample(part, part_dim, i) for part, part_dim in zip(argument, dim, strict=True)]
-        if not isinstance(argument, Tensor):
-            return argument
-        tensor = argument if dim is None else argument.select(dim, i)
-        return tensor.contiguous() if contiguous else tensor
+    def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+        leaves, structure = pytree.tree_flatten(arguments)
+        dims = pytree._broadcast_to_and_flatten(in_dims, structure)
 
-    def rule(info, in_dims, *arguments):
-        in_dims = [
-            [None] * len(argument) if dim is None and isinstance(argument, list | tuple) else dim
-            for argument, dim in zip(arguments, in_dims, strict=True)
-        ]
-        samples = [
-            function(*(sample(argument, dim, i) for argument, dim in zip(arguments, in_dims, strict=True)))
-            for i in range(info.batch_size)
-        ]
+        def sample(i: int) -> Any:
+            parts = [leaf if dim is None else leaf.select(dim, i) for leaf, dim in zip(leaves, dims, strict=True)]
+            if contiguous:
+                parts = [part.contiguous() if isinstance(part, Tensor) else part for part in parts]
+            return function(*pytree.tree_unflatten(parts, structure))
+
+        samples = [sample(i) for i in range(info.batch_size)]
         if isinstance(samples[0], Tensor):
             return torch.stack(samples), 0
         return tuple(torch.stack(results) for results in zip(*samples, strict=True)), (0,) * len(samples[0])

@@ -74,12 +74,6 @@ class Schedule:
         begun, count = self.counts[before], self.counts[time]
         return rows[before] if begun == count else torch.cat((rows[before], first[begun:count]))
 
-    def last(self, states: Tensor) -> Tensor:
-        """Return the state after each sequence's last step, from those after every step."""
-        if self.reverse or self.lengths is None:
-            return states[0 if self.reverse else -1].clone()
-        return states[self.lengths - 1, torch.arange(self.batch)]
-
     def chunks(self, width: int) -> Iterator[tuple[int, int]]:
         """Pieces of time in the order of the backward, few enough steps each for the caches."""
         size = self.chunk(width)
@@ -102,16 +96,19 @@ class Schedule:
         previous = torch.zeros_like(states[begin:end])
         kept_begin, kept_end = max(begin + shift, 0), min(end + shift, self.steps)
         previous[kept_begin - shift - begin : kept_end - shift - begin] = states[kept_begin:kept_end]
-        begins = self.begins()
+        # When each sequence's first step is.
+        ends = self.steps if self.lengths is None else self.lengths
+        begins = torch.zeros(self.batch, dtype=torch.int64) + (ends - 1 if self.reverse else 0)
         here = torch.nonzero((begins >= begin) & (begins < end)).squeeze(1)
         previous[begins[here] - begin, here] = first[here]
         return previous
 
-    def begins(self) -> Tensor:
-        """Return when each sequence's first step is."""
-        if self.reverse and self.lengths is not None:
-            return self.lengths - 1
-        return torch.full((self.batch,), self.steps - 1 if self.reverse else 0)
+
+def last_state(states: Tensor, lengths: Tensor | None, reverse: bool) -> Tensor:
+    """Return the state after each sequence's last processed step, from those after every step."""
+    if reverse or lengths is None:
+        return states[0 if reverse else -1].clone()
+    return states[lengths - 1, torch.arange(states.shape[1], device=states.device)]
 
 
 def with_ones(size: tuple[int, ...], like: Tensor) -> Tensor:

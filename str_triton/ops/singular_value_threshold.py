@@ -1,7 +1,5 @@
 """Soft threshold of a matrix's singular values: F(W) = U S(sigma) V^T, whose rank is learned with the threshold.
 
-Source: Cai, Candes, Shen, "A Singular Value Thresholding Algorithm for Matrix Completion", SIAM J. Optim. 20(4), 2010,
-equation 2.2; with the learnable threshold of STR (Kusupati et al., ICML 2020, section 3).
 Derivation of the gradients: docs/derivations.md. Kernel: kernels/singular_value_threshold.py.
 
 The registered ops see a batch of matrices [batch, m, n] and a raw threshold of one element or of shape [batch, 1].
@@ -18,8 +16,6 @@ from str_triton.ops.registration import differentiable, function, op
 from str_triton.ops.tensors import check_tensors, compute_dtype
 from str_triton.ops.thresholds import threshold_function
 
-# ---- reference, and CPU implementation ----------------------------------------------------------------------------
-
 
 def _decompose(w: Tensor, raw: Tensor, g: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the thin SVD U, sigma, V^T, and s = S(sigma). The spectrum of a matrix that is not finite is NaN."""
@@ -32,7 +28,7 @@ def _decompose(w: Tensor, raw: Tensor, g: str) -> tuple[Tensor, Tensor, Tensor, 
 
 
 def _forward(w: Tensor, raw: Tensor, g: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    with _no_autocast(w):
+    with torch.autocast(w.device.type, enabled=False):
         u, sigma, vh, s = _decompose(w, raw, g)
         rank = int((s != 0).sum(1).max()) if s.numel() else 0  # sigma decreases: what survives is a prefix.
         out = (u[:, :, :rank] * s[:, None, :rank]) @ vh[:, :rank]
@@ -45,7 +41,7 @@ def _backward(
     """Return dL/dW, and dL/draw through the spectrum's op: dL/ds is the diagonal of M = U^T grad V."""
     grad_w = grad.to(u.dtype)
     minus, plus, outer = _divided_differences(sigma, s)
-    with _no_autocast(grad):
+    with torch.autocast(grad.device.type, enabled=False):
         # U core V^T is the part inside the row and column space; outer weighs what a rectangular W has outside of it.
         if u.shape[1] >= vh.shape[2]:
             y = grad_w @ vh.mT
@@ -78,15 +74,8 @@ def _divided_differences(sigma: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tens
     return minus, plus, s / torch.where(s != 0, sigma, 1)
 
 
-def _no_autocast(x: Tensor) -> torch.autocast:
-    return torch.autocast(x.device.type, enabled=False)
-
-
-# ---- Triton implementation ----------------------------------------------------------------------------------------
-
-
 def _forward_triton(w: Tensor, raw: Tensor, g: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    with _no_autocast(w):
+    with torch.autocast(w.device.type, enabled=False):
         u, sigma, vh, s = _decompose(w, raw, g)
     return _recombine_triton(u, s, vh, w.dtype), u, sigma, vh, s
 
@@ -120,9 +109,6 @@ def _dot_precision(dtype: torch.dtype) -> str:
     return "tf32" if may and dtype == torch.float32 and torch.version.hip is None else "ieee"
 
 
-# ---- registration -------------------------------------------------------------------------------------------------
-
-
 @op(
     "singular_value_threshold(Tensor w, Tensor raw, str g) -> "
     "(Tensor out, Tensor u, Tensor sigma, Tensor vh, Tensor s)",
@@ -142,9 +128,6 @@ def _(w, raw, g):
 )
 def _(grad, u, sigma, vh, s, raw, g):
     return grad.new_empty(grad.shape), torch.empty_like(raw)
-
-
-# ---- autograd -----------------------------------------------------------------------------------------------------
 
 
 @function
@@ -172,9 +155,6 @@ class _SingularValueThreshold(torch.autograd.Function):
 
 
 differentiable("singular_value_threshold", _SingularValueThreshold.apply)
-
-
-# ---- public function ----------------------------------------------------------------------------------------------
 
 
 def singular_value_threshold(w: Tensor, raw_threshold: Tensor, *, g: str = "exp") -> Tensor:
@@ -212,24 +192,20 @@ def singular_value_threshold(w: Tensor, raw_threshold: Tensor, *, g: str = "exp"
         ValueError: unknown g, w of fewer than two dimensions, a raw_threshold of another shape or on another device.
         torch.linalg.LinAlgError: the singular value decomposition of a finite matrix did not converge.
 
-    Source: Cai, Candes, Shen, SIAM J. Optim. 20(4), 2010 (arXiv 0810.3286), with the learnable threshold of
-    Kusupati et al., ICML 2020 (arXiv 2002.03231).
+    Source: Cai, Candes, Shen, SIAM J. Optim. 20(4), 2010 (arXiv 0810.3286), equation 2.2, with the learnable
+    threshold of Kusupati et al., ICML 2020 (arXiv 2002.03231).
     """
     threshold_function(g)
-    _check(w, raw_threshold)
+    check_tensors({"w": w, "raw_threshold": raw_threshold})
+    if w.dim() < 2:
+        raise ValueError(f"w must be a matrix or a batch of matrices, got shape {tuple(w.shape)}")
+    per_matrix = (*w.shape[:-2], 1, 1)
+    if raw_threshold.numel() != 1 and raw_threshold.shape != per_matrix:
+        raise ValueError(
+            f"raw_threshold of shape {tuple(raw_threshold.shape)} does not fit w of shape {tuple(w.shape)}: "
+            f"give one element, or shape {per_matrix} for one per matrix"
+        )
     batch = math.prod(w.shape[:-2])
     raw = raw_threshold if raw_threshold.numel() == 1 else raw_threshold.reshape(batch, 1).contiguous()
     out, *_ = _SingularValueThreshold.apply(w.reshape(batch, *w.shape[-2:]), raw, g)
     return out.reshape(w.shape)
-
-
-def _check(w: Tensor, raw: Tensor) -> None:
-    check_tensors({"w": w, "raw_threshold": raw})
-    if w.dim() < 2:
-        raise ValueError(f"w must be a matrix or a batch of matrices, got shape {tuple(w.shape)}")
-    per_matrix = (*w.shape[:-2], 1, 1)
-    if raw.numel() != 1 and raw.shape != per_matrix:
-        raise ValueError(
-            f"raw_threshold of shape {tuple(raw.shape)} does not fit w of shape {tuple(w.shape)}: "
-            f"give one element, or shape {per_matrix} for one per matrix"
-        )

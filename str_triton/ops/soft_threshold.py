@@ -1,6 +1,5 @@
 """Soft threshold with a learnable threshold: S = sign(x) relu(|x| - g(s)).
 
-Source: Kusupati et al., "Soft Threshold Weight Reparameterization for Learnable Sparsity", ICML 2020, equations 3 to 5.
 Derivation of the gradients: docs/derivations.md. Kernels: kernels/soft_threshold.py.
 
 The threshold alpha = g(s) and its slope g'(s) come from ops/thresholds.py: the ops and kernels get numbers, the same on
@@ -24,9 +23,6 @@ from str_triton.ops.thresholds import threshold_function
 
 PIECE = 1 << 19  # Elements at a time on the CPU: few enough for its caches, enough for all of its threads.
 GRADIENTS = ("masked", "straight_through")
-
-
-# ---- reference, and CPU implementation ----------------------------------------------------------------------------
 
 
 def _forward(x: Tensor, alpha: Tensor) -> Tensor:
@@ -72,9 +68,6 @@ def _mask_into(result: Tensor, grad: Tensor, out: Tensor) -> Tensor:
     return torch.ops.aten.softshrink_backward.grad_input(grad, out, 0.0, grad_input=result)
 
 
-# ---- Triton implementation ----------------------------------------------------------------------------------------
-
-
 def _forward_triton(x: Tensor, alpha: Tensor) -> Tensor:
     """Launch once: a program per BLOCK elements of a row."""
     from str_triton.kernels import soft_threshold as kernels
@@ -107,9 +100,6 @@ def _backward_triton(grad: Tensor, out: Tensor, slope: Tensor | None, masked: bo
     return grad_x, grad_raw
 
 
-# ---- registration -------------------------------------------------------------------------------------------------
-
-
 @op("soft_threshold(Tensor x, Tensor alpha) -> Tensor", _forward, _forward_triton)
 def _(x, alpha):
     return torch.empty_like(x)
@@ -123,9 +113,6 @@ def _(x, alpha):
 def _(grad, out, slope, masked):
     grad_x = torch.empty_like(out) if masked else out.new_empty(0)
     return grad_x, out.new_empty(0) if slope is None else torch.empty_like(slope)
-
-
-# ---- autograd -----------------------------------------------------------------------------------------------------
 
 
 @function
@@ -158,9 +145,6 @@ class _SoftThreshold(torch.autograd.Function):
 
 # The registered op is a function of alpha, with the masked gradient.
 differentiable("soft_threshold", lambda x, alpha: _SoftThreshold.apply(x, alpha, "identity", True, True))
-
-
-# ---- public function ----------------------------------------------------------------------------------------------
 
 
 def soft_threshold(

@@ -36,9 +36,6 @@ from str_triton.ops.thresholds import threshold_function
 NUMBERS = 64  # Integers per launch of the kernel that writes a table.
 
 
-# ---- reference, and CPU implementation ----------------------------------------------------------------------------
-
-
 def _forward_many(xs: list[Tensor], alpha: Tensor, thresholds: list[int]) -> Tensor:
     starts, _ = _flat_starts(xs)
     flat = _flat_buffer(xs[0], xs)
@@ -64,9 +61,6 @@ def _backward_many(
         if masked:
             _view(grad_flat, grad, start).copy_(grad_x)
     return grad_flat, grad_raw
-
-
-# ---- Triton implementation ----------------------------------------------------------------------------------------
 
 
 def _forward_many_triton(xs: list[Tensor], alpha: Tensor, thresholds: list[int]) -> Tensor:
@@ -171,9 +165,6 @@ def _written(numbers: tuple[int, ...], device: torch.device, stream: int) -> Ten
     return table
 
 
-# ---- registration -------------------------------------------------------------------------------------------------
-
-
 @op("soft_threshold_many(Tensor[] xs, Tensor alpha, int[] thresholds) -> Tensor", _forward_many, _forward_many_triton)
 def _(xs, alpha, thresholds):
     return xs[0].new_empty(_flat_starts(xs)[1])
@@ -187,9 +178,6 @@ def _(xs, alpha, thresholds):
 )
 def _(grads, flat, slope, thresholds, masked):
     return flat.new_empty(flat.shape if masked else 0), flat.new_empty(0) if slope is None else torch.empty_like(slope)
-
-
-# ---- autograd -----------------------------------------------------------------------------------------------------
 
 
 @function
@@ -248,9 +236,6 @@ def _differentiable(xs: list[Tensor], alpha: Tensor, thresholds: list[int]) -> T
 
 
 differentiable("soft_threshold_many", _differentiable)
-
-
-# ---- public function ----------------------------------------------------------------------------------------------
 
 
 def soft_threshold_many(
