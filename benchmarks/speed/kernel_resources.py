@@ -3,19 +3,23 @@
     python -m benchmarks.speed.kernel_resources [--all] [--json PATH]
 
 The launchers themselves are run, on CPU tensors, where a launch compiles for the target and stops there: so types,
-alignments and constants are those of a real launch. To add a kernel, add launches of it to `launches`.
+alignments and constants are those of a real launch. To add a kernel, add launches of it to kernel_launches.py.
+
+With --json each launch is kept in PATH.partial.jsonl as soon as it is compiled. Started again after a kill, the command
+compiles what is missing, unless the code of kernels or launchers has changed.
 """
 
 import argparse
+import hashlib
 import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,15 +29,16 @@ from unittest import mock
 
 import torch
 import triton
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from str_triton.ops import low_rank_gpu, radix_select, singular_value_threshold, soft_threshold, soft_threshold_many
-from str_triton.ops.low_rank_cell import CELLS
-from str_triton.ops.low_rank_plan import saved_shape
+from benchmarks.runs import Run, RunFile
+from benchmarks.speed.kernel_launches import Launch, launches
+from str_triton.files import write_atomically
+from str_triton.ops import low_rank_gpu, soft_threshold_many
 
+ROOT = Path(__file__).parents[2]
 TARGETS = {
     "sm_86": GPUTarget("cuda", 86, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -67,108 +72,6 @@ class Resources:
     exponentials: int
     barriers: int
     dots: str  # the kinds of matrix instructions
-
-
-# ---- the launches -------------------------------------------------------------------------------------------------
-
-Launch = tuple[str, Callable[[], Any]]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-
-
-def launches(all_variants: bool = True) -> list[Launch]:
-    """Yield the launches of all kernels, in the variants that differ most: a name, and a call of the launcher."""
-    return [
-        *soft_threshold_launches(all_variants),
-        *singular_value_threshold_launches(),
-        *radix_select_launches(all_variants),
-        *low_rank_launches(every_size() if all_variants else REPRESENTATIVE),
-    ]
-
-
-def soft_threshold_launches(all_variants: bool) -> Iterator[Launch]:
-    for dtype, aligned in product(("float32", "bfloat16"), (True, False)):
-        yield from _soft_threshold_launches(dtype, "row", aligned)
-    yield from _soft_threshold_launches("float32", "weight", aligned=True)
-    if all_variants:
-        for dtype, granularity in product(("float16", "float64"), ("row", "weight")):
-            yield from _soft_threshold_launches(dtype, granularity, aligned=True)
-        yield from _soft_threshold_launches("float32", "weight", aligned=False)
-
-
-def _soft_threshold_launches(dtype: str, granularity: str, aligned: bool) -> Iterator[Launch]:
-    x = _tensor((2, 64), DTYPES[dtype], aligned)
-    compute = torch.promote_types(x.dtype, torch.float32)
-    alpha = _tensor((2, 1) if granularity == "row" else (2, 64), compute, aligned)
-    out, flat, xs, thresholds = torch.zeros_like(x), x.new_zeros(256), [x, x], [alpha.numel()] * 2
-    joined = torch.zeros(2 * alpha.numel(), dtype=compute)
-    variant = f"{dtype}, per {granularity}, {'aligned' if aligned else 'misaligned'}"
-    yield variant, partial(soft_threshold._forward_triton, x, alpha)
-    yield variant, partial(soft_threshold_many._forward_many_triton, xs, joined, thresholds)
-    for masked, learned in ((True, True), (False, True), (True, False)):
-        gradient = f"{variant}, {'masked' if masked else 'straight-through'}{'' if learned else ', frozen'}"
-        slopes = (alpha, joined) if learned else (None, None)
-        yield gradient, partial(soft_threshold._backward_triton, x, out, slopes[0], masked)
-        yield gradient, partial(soft_threshold_many._backward_many_triton, xs, flat, slopes[1], thresholds, masked)
-
-
-def singular_value_threshold_launches() -> Iterator[Launch]:
-    # The 16-bit matrices are decomposed in float32.
-    for dtype, size in product(("float32", "float64"), (16, 256)):
-        u, s, vh = (torch.zeros(shape, dtype=DTYPES[dtype]) for shape in ((2, size, size), (2, size), (2, size, size)))
-        yield f"{dtype}, {size} x {size}", partial(singular_value_threshold._recombine_triton, u, s, vh, DTYPES[dtype])
-
-
-def radix_select_launches(all_variants: bool) -> Iterator[Launch]:
-    prefix, cut = torch.zeros((), dtype=torch.int64), torch.zeros(())
-    for aligned in (True, False) if all_variants else (True,):
-        values, name = [_tensor((100,), torch.float32, aligned)] * 2, "aligned" if aligned else "misaligned"
-        for shift in (24, 16, 8, 0) if all_variants else (24, 0):
-            yield f"shift {shift}, {name}", partial(radix_select._histogram_triton, values, [1, 1], prefix, shift)
-        yield name, partial(radix_select._least_triton, values, cut)
-
-
-Size = tuple[str, int, int, str, str]  # cell, hidden size, rank, dtype, precision
-# A size of every kind: resident and streamed, no powers of two, no multiple of 16, float32 in each precision.
-REPRESENTATIVE: list[Size] = [
-    ("gru", 512, 32, "bfloat16", "tf32"), ("gru", 100, 10, "float32", "tf32"), ("lstm", 200, 16, "bfloat16", "tf32"),
-    ("fastgrnn", 256, 16, "float32", "ieee"), ("mgu", 1000, 64, "bfloat16", "tf32"),
-]  # fmt: skip
-
-
-def every_size() -> list[Size]:
-    """Return the sizes of the table: powers of two and others, and float32 in each precision."""
-    kinds = ((100, "float32"), (256, "float32"), (100, "bfloat16"), (512, "bfloat16"), (1024, "bfloat16"))
-    sizes = [(cell, hidden, hidden // 16, dtype, "tf32") for cell, (hidden, dtype) in product(CELLS, kinds)]
-    others = [(200, 20, "bfloat16", "tf32"), (256, 16, "float64", "ieee")]
-    others += [(256, 16, "float32", precision) for precision in ("ieee", "tf32x3")]
-    return [*sizes, *(("gru", *other) for other in others)]
-
-
-def low_rank_launches(sizes: Iterable[Size]) -> Iterator[Launch]:
-    for size in sizes:
-        yield from _low_rank_launches(*size)
-
-
-def _low_rank_launches(cell: str, hidden: int, rank: int, dtype: str, precision: str) -> list[Launch]:
-    of, steps, batch = CELLS[cell], 2, 2
-
-    def zeros(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=DTYPES[dtype])
-
-    outputs, states = zeros(steps, batch, hidden), [zeros(batch, hidden) for _ in of.states]
-    gates_x, p = zeros(steps, batch, of.gates * hidden), zeros(steps, batch, rank)
-    saved = zeros(*saved_shape(of, steps, batch, hidden))
-    scale = torch.zeros(of.scalars, dtype=torch.promote_types(DTYPES[dtype], torch.float32))
-    weights = zeros(of.gates * hidden, rank), zeros(hidden, rank), zeros(of.bias_blocks * hidden), scale, states
-    forward = (cell, gates_x, *weights, None, False, True, precision)
-    backward = (cell, outputs, states, None, outputs, p, saved, *weights, None, False, precision)
-    variant = f"{cell}, {hidden} x {rank}, {dtype}" + (f", {precision}" if dtype == "float32" else "")
-    return [(variant, partial(low_rank_gpu.forward, *forward)), (variant, partial(low_rank_gpu.backward, *backward))]
-
-
-def _tensor(shape: tuple[int, ...], dtype: torch.dtype, aligned: bool) -> Tensor:
-    numel = torch.Size(shape).numel()
-    return torch.zeros(numel + 1, dtype=dtype)[0 if aligned else 1 :][:numel].view(shape)
 
 
 # ---- compilation without a GPU ------------------------------------------------------------------------------------
@@ -292,8 +195,37 @@ def access_bits(kernel: CompiledKernel, kind: str) -> list[int]:
     return [int(count or 1) * int(bits) for count, bits in found]
 
 
-def measure(target: str, all_variants: bool) -> list[Resources]:
-    return [resources(target, *build) for build in builds(target, launches(all_variants))]
+def code() -> str:
+    """Return a digest of what decides the compiled code: kernels, launchers, launches, and triton's version."""
+    files = [*(ROOT / "str_triton/kernels").glob("*.py"), *(ROOT / "str_triton/ops").rglob("*.py")]
+    digest = hashlib.sha256(triton.__version__.encode())
+    for file in sorted([*files, *Path(__file__).parent.glob("kernel_*.py")]):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def measure(run: Run) -> Run:
+    """Compile the launch of this number for a target, and add its seconds and the kernels' resources to the run."""
+    begin, target = time.monotonic(), run["target"]
+    variant, launch = launches(run["all"])[run["launch"]]
+    kernels = [{"hash": k.hash} | asdict(resources(target, name, k)) for name, k in builds(target, [(variant, launch)])]
+    return run | {"variant": variant, "seconds": round(time.monotonic() - begin, 1), "kernels": kernels}
+
+
+def measure_all(wanted: list[Run], progress: RunFile) -> list[Resources]:
+    """Measure what the file does not hold, in two processes, and return the resources of every code once."""
+    if missing := list(progress.missing(wanted)):
+        with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+            for future in as_completed([pool.submit(measure, run) for run in missing]):
+                run = future.result()
+                progress.append(run)
+                print(f"{run['seconds']:7.1f} s  {run['target']:8} {run['variant']}", flush=True)
+    found = {(run["code"], run["target"], run["launch"]): run["kernels"] for run in progress.read()}
+    once: dict[tuple[str, str], dict[str, Any]] = {}
+    for run in wanted:
+        for row in found[run["code"], run["target"], run["launch"]]:
+            once.setdefault((run["target"], row["hash"]), {name: row[name] for name in row if name != "hash"})
+    return [Resources(**row) for row in once.values()]
 
 
 def main() -> None:
@@ -301,8 +233,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the table to this file")
     parser.add_argument("--all", action="store_true", help="every variant, not only those that differ most (an hour)")
     args = parser.parse_args()
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        rows = [row for part in pool.map(partial(measure, all_variants=args.all), TARGETS) for row in part]
+    common, numbers = {"code": code(), "all": args.all}, range(len(launches(args.all)))
+    wanted = [{**common, "target": target, "launch": number} for target, number in product(TARGETS, numbers)]
+    with tempfile.TemporaryDirectory() as folder:
+        path = args.json or Path(folder, "resources")
+        progress = RunFile(path.with_name(path.name + ".partial.jsonl"), ("code", "all", "target", "launch"))
+        rows = measure_all(wanted, progress)
     columns = ("registers", "spills", "shared", "load_bits", "store_bits", "loop", "exponentials", "barriers")
     print(f"{'kernel':42} {'target':7}" + "".join(f"{column:>13}" for column in columns) + "  variant")
     for row in sorted(rows, key=lambda row: (row.kernel, row.target, row.variant)):
@@ -311,9 +247,9 @@ def main() -> None:
         )
     if args.json:
         versions = {"torch": torch.__version__, "triton": triton.__version__}
-        args.json.write_text(
-            json.dumps({"versions": versions, "kernels": [asdict(row) for row in rows]}, indent=2) + "\n"
-        )
+        text = json.dumps({"versions": versions, "kernels": [asdict(row) for row in rows]}, indent=2) + "\n"
+        write_atomically(args.json, text)
+        progress.path.unlink()
 
 
 if __name__ == "__main__":

@@ -23,11 +23,11 @@ from str_triton.kernels.time_loop import (
     load_scalars,
     load_step,
     load_tiles,
+    place,
     sequence_lengths,
     store,
     store_saved,
     store_tiles,
-    tile,
     time_index,
     to_compute,
     up,
@@ -76,7 +76,7 @@ def low_rank_rnn_forward_kernel(
 
     # The state and p = V^T h, which each step leaves for the next.
     if RESIDENT:
-        i_h, exists, m_h, o_h, o_x, o_s = tile(0, lengths, row, hidden, GATES, SAVED, BLOCK_H)
+        i_h, exists, m_h, o_h, o_x, o_s = place(0, lengths, row, hidden, GATES, SAVED, BLOCK_H)
         w, v = load_factor(p_w, i_h, hidden, rank, GATES, BLOCK_R), load_rows(p_v, i_h, hidden, rank, BLOCK_R)
         bias = to_compute(load_tiles(p_bias + i_h[:, None], hidden, exists, BIASES), COMPUTE)
         state = load(p_s0 + o_h, m_h, COMPUTE)
@@ -86,7 +86,7 @@ def low_rank_rnn_forward_kernel(
     else:
         pieces = zero
         for start in range(0, hidden, BLOCK_H):
-            i_h, _, m_h, o_h, _, _ = tile(start, lengths, row, hidden, GATES, SAVED, BLOCK_H)
+            i_h, _, m_h, o_h, _, _ = place(start, lengths, row, hidden, GATES, SAVED, BLOCK_H)
             h = load(p_h0 + o_h, m_h, COMPUTE)
             store(p_state + o_h, load(p_s0 + o_h, m_h, COMPUTE), m_h)
             pieces = down(load_rows(p_v, i_h, hidden, rank, BLOCK_R), h, pieces, PRECISION, COMPUTE)
@@ -114,7 +114,7 @@ def low_rank_rnn_forward_kernel(
         else:
             pieces = zero
             for start in range(0, hidden, BLOCK_H):
-                i_h, exists, m_h, o_h, o_x, o_s = tile(start, lengths, row, hidden, GATES, SAVED, BLOCK_H)
+                i_h, exists, m_h, o_h, o_x, o_s = place(start, lengths, row, hidden, GATES, SAVED, BLOCK_H)
                 mask = active & exists
                 w, v = load_factor(p_w, i_h, hidden, rank, GATES, BLOCK_R), load_rows(p_v, i_h, hidden, rank, BLOCK_R)
                 bias = to_compute(load_tiles(p_bias + i_h[:, None], hidden, exists, BIASES), COMPUTE)
@@ -134,7 +134,7 @@ def low_rank_rnn_forward_kernel(
             store(p_c + o_h, state, m_h)
         else:
             for start in range(0, hidden, BLOCK_H):
-                i_h, _, m_h, o_h, _, _ = tile(start, lengths, row, hidden, GATES, SAVED, BLOCK_H)
+                i_h, _, m_h, o_h, _, _ = place(start, lengths, row, hidden, GATES, SAVED, BLOCK_H)
                 store(p_c + o_h, load(p_state + o_h, m_h, COMPUTE), m_h)
 
 
@@ -194,7 +194,7 @@ def low_rank_rnn_backward_kernel(
         sums += (tl.zeros([BLOCK_H, BLOCK_B], COMPUTE),)
 
     if RESIDENT:
-        i_h, exists, m_h, o_h, o_x, _ = tile(0, lengths, row, hidden, GATES, SAVED, BLOCK_H)
+        i_h, exists, m_h, o_h, o_x, _ = place(0, lengths, row, hidden, GATES, SAVED, BLOCK_H)
         w, v = load_factor(p_w, i_h, hidden, rank, GATES, BLOCK_R), load_rows(p_v, i_h, hidden, rank, BLOCK_R)
         carry = load(p_grad_s + o_h, m_h, COMPUTE)
         if AHEAD:
@@ -204,7 +204,7 @@ def low_rank_rnn_backward_kernel(
             )  # fmt: skip
     else:
         for start in range(0, hidden, BLOCK_H):
-            i_h, _, m_h, o_h, _, _ = tile(start, lengths, row, hidden, GATES, SAVED, BLOCK_H)
+            i_h, _, m_h, o_h, _, _ = place(start, lengths, row, hidden, GATES, SAVED, BLOCK_H)
             store(p_state + o_h, load(p_grad_s + o_h, m_h, COMPUTE), m_h)
         tl.debug_barrier()
 
@@ -234,7 +234,7 @@ def low_rank_rnn_backward_kernel(
         else:
             pieces = zero
             for start in range(0, hidden, BLOCK_H):
-                i_h, exists, m_h, o_h, o_x, _ = tile(start, lengths, row, hidden, GATES, SAVED, BLOCK_H)
+                i_h, exists, m_h, o_h, o_x, _ = place(start, lengths, row, hidden, GATES, SAVED, BLOCK_H)
                 w, v = load_factor(p_w, i_h, hidden, rank, GATES, BLOCK_R), load_rows(p_v, i_h, hidden, rank, BLOCK_R)
                 loaded = load_step(
                     t, lengths, exists, True, first, steps, batch, hidden, row, i_h,
@@ -253,7 +253,7 @@ def low_rank_rnn_backward_kernel(
     for i in tl.static_range(SCALARS):
         tl.store(p_grad_scale + tl.program_id(0) * SCALARS + i, tl.sum(tl.sum(sums[i], axis=1), axis=0))
     for start in range(0, hidden, BLOCK_H):
-        i_h, _, m_h, o_h, _, _ = tile(start, lengths, row, hidden, GATES, SAVED, BLOCK_H)
+        i_h, _, m_h, o_h, _, _ = place(start, lengths, row, hidden, GATES, SAVED, BLOCK_H)
         if not RESIDENT:
             v, carry = load_rows(p_v, i_h, hidden, rank, BLOCK_R), load(p_state + o_h, m_h, COMPUTE)
         grad = up(v, grad_p, PRECISION, COMPUTE)

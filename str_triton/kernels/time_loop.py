@@ -5,7 +5,7 @@ import triton.language as tl
 
 
 @triton.jit
-def tile(start, lengths, row, hidden, GATES: tl.constexpr, SAVED: tl.constexpr, BLOCK_H: tl.constexpr):
+def place(start, lengths, row, hidden, GATES: tl.constexpr, SAVED: tl.constexpr, BLOCK_H: tl.constexpr):
     """Return hidden units, masks (that exist; with a step to do), and offsets within a step's h, x and saved blocks."""
     i_h = start + tl.arange(0, BLOCK_H)
     exists = (i_h < hidden)[:, None]
@@ -36,7 +36,10 @@ def load_tiles(pointers, stride, mask, COUNT: tl.constexpr):
 
 @triton.jit
 def to_compute(tiles, COMPUTE: tl.constexpr):
-    return [tile.to(COMPUTE) for tile in tiles]
+    converted = ()
+    for i in tl.static_range(len(tiles)):
+        converted += (tiles[i].to(COMPUTE),)
+    return converted
 
 
 @triton.jit
