@@ -133,10 +133,9 @@ def sequence_lengths(p_lengths, first, row, batch, steps, HAS_LENGTHS: tl.conste
     """Return the number of steps of each sequence [1, BLOCK_B], 0 for a sequence that does not exist."""
     exists = first + row < batch
     if HAS_LENGTHS:
-        lengths = tl.load(p_lengths + first + row, mask=exists, other=0)
+        return tl.load(p_lengths + first + row, mask=exists, other=0)
     else:
-        lengths = tl.where(exists, steps, 0).to(tl.int64)
-    return lengths
+        return tl.where(exists, steps, 0).to(tl.int64)
 
 
 @triton.jit
@@ -150,8 +149,7 @@ def where_active(active, new, old, HAS_LENGTHS: tl.constexpr):
 @triton.jit
 def time_index(step, steps, REVERSE: tl.constexpr):
     """Return the time index of step number `step`, as int64."""
-    t = steps - 1 - step if REVERSE else step
-    return t.to(tl.int64)
+    return (steps - 1 - step if REVERSE else step).to(tl.int64)
 
 
 @triton.jit

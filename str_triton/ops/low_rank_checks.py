@@ -21,10 +21,8 @@ def check(
 
     factors: u, m, v. biases: None, or as many elements as `u` has rows over their number. scalars: of one element.
     """
-    u, tensors = (
-        factors["u"],
-        {name: tensor for name, tensor in (factors | biases | states).items() if tensor is not None},
-    )
+    u = factors["u"]
+    tensors = {name: tensor for name, tensor in (factors | biases | states).items() if tensor is not None}
     check_tensors({"gates_x": gates_x, **tensors, **scalars})
     for name, state in states.items():
         if state.dtype != gates_x.dtype:
@@ -32,13 +30,14 @@ def check(
     if gates_x.dim() != 3 or gates_x.shape[2] % gates:
         columns = f"{gates} H" if gates > 1 else "H"
         raise ValueError(f"gates_x must have shape [T, B, {columns}], got {tuple(gates_x.shape)}")
-    steps, batch, _ = gates_x.shape
+    steps, batch, width = gates_x.shape
     if steps == 0:
         raise ValueError(f"gates_x of shape {tuple(gates_x.shape)} has no time step: give at least one")
     if u.dim() != 2:
         raise ValueError(f"u must be a matrix [{width}, r], got shape {tuple(u.shape)}")
     hidden, rank = width // gates, u.shape[1]
-    expected = {"u": (width, rank), "m": (rank,), "v": (hidden, rank), **dict.fromkeys(states, (batch, hidden))}
+    expected: dict[str, tuple[int, ...]] = {"u": (width, rank), "m": (rank,), "v": (hidden, rank)}
+    expected |= dict.fromkeys(states, (batch, hidden))
     expected |= dict.fromkeys(biases, (width if len(biases) == 1 else hidden,))
     for name, tensor in tensors.items():
         if tensor.shape != expected[name]:
@@ -50,18 +49,14 @@ def check(
         if scalar.numel() != 1:
             raise ValueError(f"{name} must have one element, got shape {tuple(scalar.shape)}")
     if lengths is not None:
-        _check_lengths_tensor(lengths, gates_x)
-
-
-def _check_lengths_tensor(lengths: Tensor, gates_x: Tensor) -> None:
-    if not isinstance(lengths, Tensor) or lengths.dtype != torch.int64:
-        kind = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
-        raise TypeError(f"lengths must be a tensor of int64, got {kind}")
-    if lengths.shape != gates_x.shape[1:2]:
-        expected = tuple(gates_x.shape[1:2])
-        raise ValueError(f"lengths must have shape {expected}, one for each sequence, got {tuple(lengths.shape)}")
-    if lengths.device.type != "cpu" and lengths.device != gates_x.device:
-        raise ValueError(f"lengths is on {lengths.device}, gates_x on {gates_x.device}: move it there or to the CPU")
+        if not isinstance(lengths, Tensor) or lengths.dtype != torch.int64:
+            kind = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
+            raise TypeError(f"lengths must be a tensor of int64, got {kind}")
+        if lengths.shape != (batch,):
+            raise ValueError(f"lengths must have shape {(batch,)}, one for each sequence, got {tuple(lengths.shape)}")
+        if lengths.device.type != "cpu" and lengths.device != gates_x.device:
+            device = gates_x.device
+            raise ValueError(f"lengths is on {lengths.device}, gates_x on {device}: move it there or to the CPU")
 
 
 def check_lengths(lengths: Tensor, steps: int) -> None:

@@ -33,10 +33,8 @@ def forward(
                 step(previous(hs, h0, time), *rows[time])
     outputs, *cells = buffers
     finals = [last_state(x, schedule.lengths, reverse) if len(x) == schedule.steps else x[0] for x in buffers]
-    nothing = gates_x.new_empty(0, dtype=dtype)
-    saved = nothing.clone()
-    if save and (cells or kept):  # in the schedule's order; gates in the dtype of the arithmetic
-        saved = cells[0].to(dtype) if cells else kept[0]
+    nothing, kept = gates_x.new_empty(0, dtype=dtype), [cell.to(dtype) for cell in cells] or kept
+    saved = kept[0] if save and kept else nothing.clone()  # in the schedule's order; gates in the arithmetic's dtype
     return [schedule.unsort(outputs, 1).to(dtype), *(schedule.unsort(h, 0).to(dtype) for h in finals), nothing, saved]
 
 

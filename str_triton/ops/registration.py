@@ -67,7 +67,7 @@ def loop(function: Callable[..., Any], contiguous: bool = True) -> Callable[...,
 
     def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
         leaves, structure = pytree.tree_flatten(arguments)
-        dims = pytree._broadcast_to_and_flatten(in_dims, structure)
+        dims = pytree._broadcast_to_and_flatten(in_dims, structure) or []
 
         def sample(i: int) -> Any:
             parts = [leaf if dim is None else leaf.select(dim, i) for leaf, dim in zip(leaves, dims, strict=True)]
