@@ -149,7 +149,8 @@ def where_active(active, new, old, HAS_LENGTHS: tl.constexpr):
 @triton.jit
 def time_index(step, steps, REVERSE: tl.constexpr):
     """Return the time index of step number `step`, as int64."""
-    return (steps - 1 - step if REVERSE else step).to(tl.int64)
+    t = steps - 1 - step if REVERSE else step
+    return t.to(tl.int64)
 
 
 @triton.jit
