@@ -10,6 +10,7 @@ import sys
 from benchmarks.tables import (  # noqa: F401 (they register their tables)
     cnn,
     deploy,
+    integers,
     photographs,
     ranks,
     real_data,

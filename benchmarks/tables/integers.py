@@ -1,0 +1,52 @@
+"""Tables about networks on 8-bit integers."""
+
+from benchmarks.tables.documents import SPARSE_EXECUTION, markdown, results, table
+
+
+@table("int8-kernels", SPARSE_EXECUTION)
+def int8_kernels() -> str:
+    """Return the microseconds of single layers in float32 and on bytes, by processor and path."""
+    rows, names = [], {}
+    for run in results("int8_kernels_*.json"):
+        for layer in run["layers"]:
+            times = layer["microseconds"]
+            names |= dict.fromkeys(name for name in times if name != "float32")
+            kind = "depthwise " if layer["groups"] == layer["inputs"] else ""
+            window = f"{kind}{layer['kernel']}x{layer['kernel']}" + (
+                f", stride {layer['stride']}" * (layer["stride"] > 1)
+            )
+            rows.append((run["machine"]["processor"], layer, window, times))
+    cells = [
+        [
+            f"{layer['inputs']} -> {layer['outputs']}, {layer['side']}",
+            window,
+            f"{layer['sparsity']}",
+            processor,
+            f"{times['float32']:.0f}",
+            *(f"{times[name]:.0f} ({times['float32'] / times[name]:.2f}x)" if name in times else "" for name in names),
+        ]
+        for processor, layer, window, times in rows
+    ]
+    return markdown(["channels, side", "window", "sparsity, %", "processor", "float32, us", *names], cells)
+
+
+@table("int8-accuracy", SPARSE_EXECUTION)
+def int8_accuracy() -> str:
+    """Return accuracy, bytes and milliseconds of trained networks in float32 and on 8-bit integers."""
+    (runs,) = results("int8_accuracy.json")
+    rows = []
+    for name, run in runs.items():
+        for kind in run["accuracy"]:
+            error = run["relative_error"].get(kind)
+            rows.append(
+                [
+                    f"{name}: {run['network']}, {100 * run['sparsity']:.1f} % zeros",
+                    kind if kind == "float32" else f"int8, {kind}",
+                    f"{100 * run['accuracy'][kind]:.2f}",
+                    "" if error is None else f"{100 * error:.2f}",
+                    f"{run['bytes'][kind]:,}",
+                    f"{run['milliseconds'][kind]:.3f}",
+                ]
+            )
+    header = ["run, network", "numbers", "accuracy, %", "error of the outputs, %", "bytes saved", "ms"]
+    return markdown(header, rows)
