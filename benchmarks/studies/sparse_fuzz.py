@@ -2,7 +2,7 @@
 
     python -m benchmarks.studies.sparse_fuzz [--first 0] [--count 2000] [--minutes 60] [--name sparse_fuzz]
 
-Each seed is a network of sparse_fuzz_networks.py, with random zeros; every layer's execution is drawn at
+Each seed is a network of sparse_fuzz_networks.py, with random zeros; from a million on a recurrent one. Every layer's execution is drawn at
 random. It is compared for the example, for other batches (none, one, many) and for other sizes, in several memory
 formats, saved and loaded; results must not change with the next call, nor arguments with this one. What was run is
 added to benchmarks/results/NAME.json. Under AddressSanitizer and UBSan, for the part in C:
@@ -36,6 +36,7 @@ from benchmarks.timing import RESULTS, write
 from str_triton import deploy
 from str_triton.deploy.sparse.executions import EXECUTIONS
 from str_triton.deploy.sparse.executions.choice import Choice
+from str_triton.deploy.sparse.graph.recurrent import Recurrent
 from str_triton.deploy.sparse.model import CompiledModel
 
 TOLERANCE = 1e-4  # of the largest value, at least of 1
@@ -80,7 +81,8 @@ def forced(compiled: deploy.SparseModel, draw: random.Random, tally: Tally | Non
         node = next(node for node in compiled.graph.layers() if node.name == name)
         shapes = dict.fromkeys((*node.inputs, name), (1, 1, 1, 1))
         fitting = [key for key, execution in EXECUTIONS.items() if execution.by_kernels or execution.fits(node, shapes)]
-        compiled.choices[name] = Choice(draw.choice([*fitting, "sparse", "sparse", "sparse"]), *cut)
+        ours = ["loop", "loop"] if isinstance(node, Recurrent) else ["sparse", "sparse", "sparse"]
+        compiled.choices[name] = Choice(draw.choice([*fitting, *ours]), *cut)
         tally.executions[compiled.choices[name].execution] += 1
     compiled._plans.clear()
 

@@ -9,6 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.studies.sparse_fuzz_kinds import KINDS, WEIGHTS, Do, Draw, changed_by
+from benchmarks.studies.sparse_fuzz_recurrent import RecurrentNetwork
+
+RECURRENT = 10**6  # seeds from here on are recurrent networks
 
 
 class ImageNetwork(nn.Module):
@@ -108,7 +111,7 @@ def _heads(width: int) -> nn.Module:
 class Case(NamedTuple):
     """A network and the sizes of its example."""
 
-    model: ImageNetwork | TokenNetwork
+    model: ImageNetwork | TokenNetwork | RecurrentNetwork
     sizes: tuple[int, int, int]
 
 
@@ -116,7 +119,11 @@ def case(seed: int) -> Case:
     """Return the network of a seed, with random zeros, in eval mode."""
     draw = random.Random(seed)
     torch.manual_seed(seed)
-    model = ImageNetwork(draw) if draw.random() < 0.75 else TokenNetwork(draw)
+    model: ImageNetwork | TokenNetwork | RecurrentNetwork
+    if seed >= RECURRENT:
+        model = RecurrentNetwork(draw)
+    else:
+        model = ImageNetwork(draw) if draw.random() < 0.75 else TokenNetwork(draw)
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear | nn.Conv1d):
             module.weight.data *= torch.rand_like(module.weight) < draw.choice((0.0, 0.05, 0.3, 0.3, 1.0))

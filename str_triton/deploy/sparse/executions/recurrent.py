@@ -28,7 +28,7 @@ class Loop(Execution):
         x, *states = inputs = node.check(values)
         if not all(map(_is_plain, inputs)):
             return node.run(values)
-        loop = node.prepare("loop", lambda _: PackedLoop(node, library()))
+        loop: Any = node.prepare("loop", lambda _: PackedLoop(node, library()))
         return loop.run(node.gates_x(x).contiguous(), [state.contiguous() for state in states], self.shared)
 
 
@@ -65,5 +65,4 @@ class TorchLayer(Execution):
 
 def _is_plain(x: Tensor) -> bool:
     """Check that the loop can read a tensor, once it is contiguous."""
-    is_usual = x.dtype is torch.float32 and x.device.type == "cpu" and x.layout is torch.strided
-    return is_usual and not x.is_neg()
+    return x.dtype is torch.float32 and x.is_cpu and x.layout is torch.strided and not x.is_neg()

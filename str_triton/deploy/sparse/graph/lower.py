@@ -108,7 +108,7 @@ class _Lowering(Context):
         elif target in _CHECKS:
             pass
         elif target in _IDENTITIES or (target is aten.dropout.default and not node.args[2]) or _is_same(node):
-            source = node.args[0]
+            source = node.args[0][0] if isinstance(node.args[0], list | tuple) else node.args[0]
             where = self.known if source in self.known else self.values
             where[node] = where[source]
             if source in self.labels:
@@ -191,6 +191,8 @@ class _Lowering(Context):
         target = aten.reshape.default if node.target in _RESHAPES else node.target
         if target is aten.new_zeros.default:  # Its values follow from sizes alone.
             target, args, kwargs = aten.zeros.default, args[1:], {}
+        if target is aten.stack.default and len(args[0]) == 1:  # A view in place of a copy.
+            target, args = aten.unsqueeze.default, (args[0][0], *(args[1:] or (0,)))
         if target in (aten.as_strided.default, aten.sym_stride.int):
             raise NotExported("it reads a tensor by its strides")
         if getattr(getattr(target, "_schema", None), "is_mutable", False):
@@ -205,7 +207,9 @@ class _Lowering(Context):
 
 
 def _is_same(node: fx.Node) -> bool:
-    """Check whether a node is a slice of everything, or a conversion to the dtype that is there."""
+    """Check whether a node gives its argument: a whole slice, a single part joined, its own dtype."""
+    if node.target is aten.cat.default:
+        return len(node.args[0]) == 1
     if node.target is aten.to.dtype:
         source = node.args[0].meta.get("val")
         return isinstance(source, Tensor) and source.dtype == node.meta["val"].dtype and not bound(node)["copy"]

@@ -30,32 +30,42 @@ typedef struct {
     float *scratch;                      /* str_triton_recurrent_scratch floats */
 } recurrent;
 
-/* e^v - 1 for |v| <= 20, right to 3 units in the last place: 2^n (e^r - 1) + (2^n - 1) with |r| < 0.35. */
-static inline vec exponential_less_one(vec v) {
-    const vec magic = splat(12582912.0f); /* as in `exponential` */
-    const vec shifted = v * 1.44269504f + magic;
-    const vec n = shifted - magic;
-    const vec r = (v - n * 0.693359375f) - n * -2.12194440e-4f;
-    vec p = splat(1.0f / 5040);
-    p = p * r + 1.0f / 720;
-    p = p * r + 1.0f / 120;
-    p = p * r + 1.0f / 24;
-    p = p * r + 1.0f / 6;
-    p = p * r + 0.5f;
-    p = p * r * r + r;
-    const vec power = (vec)(((bits)shifted - (bits)magic + 127) << 23);
-    return p * power + (power - 1.0f);
-}
-
-/* Right to 5 units in the last place; exactly 1 or -1 from |v| = 10 on. NaN stays, as `clamp` keeps it. */
-static inline vec hyperbolic_tangent(vec v) {
-    const vec e = exponential_less_one(2.0f * clamp(v, splat(-10.0f), splat(10.0f)));
-    return e / (e + 2.0f);
-}
-
-static inline vec sigmoid(vec v) { return 1.0f / (1.0f + exponential(-v)); }
-
 #define UNROLLED(i, n) _Pragma("GCC unroll 8") for (int i = 0; i < n; i++)
+
+/* Activations of n vectors side by side: one alone would wait for each of its results. With 2^k e^r = e^v and |r| < 0.35,
+   q is e^r - 1, and power is 2^k. */
+static inline __attribute__((always_inline)) void split_power(const vec *v, vec *q, vec *power, const int n) {
+    const vec magic = splat(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer in the lowest bits */
+    vec r[8];
+    UNROLLED(i, n) power[i] = v[i] * 1.44269504f + magic;
+    UNROLLED(i, n) r[i] = v[i] - (power[i] - magic) * 0.693359375f;
+    UNROLLED(i, n) r[i] = r[i] - (power[i] - magic) * -2.12194440e-4f;
+    UNROLLED(i, n) q[i] = r[i] * (1.0f / 5040) + 1.0f / 720;
+    UNROLLED(i, n) q[i] = q[i] * r[i] + 1.0f / 120;
+    UNROLLED(i, n) q[i] = q[i] * r[i] + 1.0f / 24;
+    UNROLLED(i, n) q[i] = q[i] * r[i] + 1.0f / 6;
+    UNROLLED(i, n) q[i] = q[i] * r[i] + 0.5f;
+    UNROLLED(i, n) q[i] = q[i] * r[i] * r[i] + r[i];
+    UNROLLED(i, n) power[i] = (vec)(((bits)power[i] - (bits)magic + 127) << 23);
+}
+
+/* Right to 4 units in the last place down to -87. */
+static inline __attribute__((always_inline)) void sigmoids(vec *v, const int n) {
+    vec q[8], power[8];
+    UNROLLED(i, n) v[i] = clamp(-v[i], splat(-87.0f), splat(89.0f));
+    split_power(v, q, power, n);
+    UNROLLED(i, n) v[i] = 1.0f / (1.0f + (q[i] * power[i] + power[i]));
+}
+
+/* (e^2v - 1) / (e^2v + 1), right to 4 units in the last place; exactly 1 or -1 from |v| = 10 on. NaN stays, because
+   `clamp` keeps it. */
+static inline __attribute__((always_inline)) void tangents(vec *v, const int n) {
+    vec q[8], power[8];
+    UNROLLED(i, n) v[i] = 2.0f * clamp(v[i], splat(-10.0f), splat(10.0f));
+    split_power(v, q, power, n);
+    UNROLLED(i, n) q[i] = q[i] * power[i] + (power[i] - 1.0f);
+    UNROLLED(i, n) v[i] = q[i] / (q[i] + 2.0f);
+}
 
 /* y[i][j] = sum over k of x[i][k] w[k][j], for `rows` sequences and `width` vectors, added up in `chains` parts, so that
    enough sums are under way. All three are constants in each copy that the compiler makes. */
@@ -90,38 +100,53 @@ static __attribute__((noinline)) void multiply_some(
     }
 }
 
-/* The next h of one vector of units. q: [gates] of R h; x: [gates], `apart` floats from one to the next. */
-static inline __attribute__((always_inline)) vec advance(
-    const recurrent *r, const int cell, const float *q, const float *x, int64_t apart, const float *bias, vec h, vec *c) {
-#define X(gate) at(x + (gate)*apart, 0)
-#define Q(gate) (at(q, gate) + at(bias, gate))
+/* Replaces h, and c of an LSTM, of a block of units by those after the step. q: [2][gates] of R h; x: [gates][2], `apart`
+   floats from one gate to the next. */
+static inline __attribute__((always_inline)) void advance(
+    const recurrent *r, const int cell, const int gates, const float *q, const float *x, int64_t apart, const float *bias,
+    vec *h, vec *c) {
+#define X(gate) at(x + (gate)*apart, u)
+#define Q(gate) (at(q, u * gates + (gate)) + at(bias, u * gates + (gate)))
+#define EACH_UNIT UNROLLED(u, UNITS)
+    vec s[2 * UNITS], n[UNITS];
     switch (cell) {
-        case GRU: {
-            const vec reset = sigmoid(X(0) + Q(0)), update = sigmoid(X(1) + Q(1));
-            const vec n = hyperbolic_tangent(X(2) + reset * Q(2));
-            return n + update * (h - n);
-        }
-        case LSTM: {
-            const vec input = sigmoid(X(0) + Q(0)), forget = sigmoid(X(1) + Q(1)), g = hyperbolic_tangent(X(2) + Q(2));
-            *c = forget * *c + input * g;
-            return sigmoid(X(3) + Q(3)) * hyperbolic_tangent(*c);
-        }
-        case MGU: {
-            const vec forget = sigmoid(X(0) + Q(0)), n = hyperbolic_tangent(X(1) + forget * Q(1));
-            return h + forget * (n - h);
-        }
-        default: {
-            const vec a = X(0) + at(q, 0), z = sigmoid(a + at(bias, 0)), n = hyperbolic_tangent(a + at(bias, 1));
-            return (r->zeta * (1.0f - z) + r->nu) * n + z * h;
-        }
+        case GRU:
+            EACH_UNIT s[u] = X(0) + Q(0), s[UNITS + u] = X(1) + Q(1);
+            sigmoids(s, 2 * UNITS);
+            EACH_UNIT n[u] = X(2) + s[u] * Q(2);
+            tangents(n, UNITS);
+            EACH_UNIT h[u] = n[u] + s[UNITS + u] * (h[u] - n[u]);
+            break;
+        case LSTM:
+            EACH_UNIT s[u] = X(0) + Q(0), s[UNITS + u] = X(1) + Q(1), n[u] = X(2) + Q(2);
+            sigmoids(s, 2 * UNITS);
+            tangents(n, UNITS);
+            EACH_UNIT c[u] = s[UNITS + u] * c[u] + s[u] * n[u], n[u] = c[u], s[u] = X(3) + Q(3);
+            tangents(n, UNITS);
+            sigmoids(s, UNITS);
+            EACH_UNIT h[u] = s[u] * n[u];
+            break;
+        case MGU:
+            EACH_UNIT s[u] = X(0) + Q(0);
+            sigmoids(s, UNITS);
+            EACH_UNIT n[u] = X(1) + s[u] * Q(1);
+            tangents(n, UNITS);
+            EACH_UNIT h[u] = h[u] + s[u] * (n[u] - h[u]);
+            break;
+        default: /* Its bias is [2][2]: of z, of n. */
+            EACH_UNIT n[u] = X(0) + at(q, u), s[u] = n[u] + at(bias, 2 * u), n[u] += at(bias, 2 * u + 1);
+            sigmoids(s, UNITS);
+            tangents(n, UNITS);
+            EACH_UNIT h[u] = (r->zeta * (1.0f - s[u]) + r->nu) * n[u] + s[u] * h[u];
     }
 #undef X
 #undef Q
+#undef EACH_UNIT
 }
 
-/* Copies the last units' part of each gate, which is less than a vector. */
+/* Copies the last units' part of each gate, which is less than a block. */
 static __attribute__((noinline)) void pad(const float *x, int64_t hidden, int64_t gates, int64_t left, float *y) {
-    for (int64_t gate = 0; gate < gates; gate++) memcpy(y + gate * LANES, x + gate * hidden, sizeof(float) * left);
+    for (int64_t gate = 0; gate < gates; gate++) memcpy(y + gate * UNITS * LANES, x + gate * hidden, sizeof(float) * left);
 }
 
 /* What one thread does: `member` of a team of `team`, which has the sequences from `begin` to `end`. */
@@ -154,7 +179,7 @@ static inline __attribute__((always_inline)) void units(
     float *next, float *cells) {
     const int64_t pitch = state_pitch(r), row = r->v ? rank_pitch(r) : pitch, vectors = UNITS * gates;
     const int64_t biases = cell == FASTGRNN ? 2 : gates, hidden = r->hidden;
-    float q[ROWS * UNITS * 4 * LANES] __attribute__((aligned(64))), last[4 * LANES] = {0};
+    float q[ROWS * UNITS * 4 * LANES] __attribute__((aligned(64))), last[4 * UNITS * LANES] = {0};
     for (int64_t block = SHARE(blocks_of(r), d, 0); block < SHARE(blocks_of(r), d, 1); block++) {
         const float *w = r->w + block * r->inner * vectors * LANES;
         EACH_GROUP(s, rows, d) {
@@ -163,26 +188,25 @@ static inline __attribute__((always_inline)) void units(
                 multiply_some(
                     w + j * LANES, vectors * LANES, r->inner, from + s * row, row, q + j * LANES, vectors * LANES, rows,
                     width);
-            for (int64_t i = 0; i < rows; i++)
-                for (int64_t u = 0; u < UNITS; u++) {
-                    const int64_t unit = (block * UNITS + u) * LANES, place = (s + i) * pitch + unit;
-                    const int64_t step = time * r->batch + s + i, left = hidden - unit;
-                    const float *x = r->x + step * gates * hidden + unit;
-                    if (left <= 0) break;
-                    if (left < LANES) pad(x, hidden, gates, left, last);
-                    vec c = cell == LSTM ? at(cells + place, 0) : splat(0);
-                    const vec state = advance(
-                        r, cell, q + (i * vectors + u * gates) * LANES, left < LANES ? last : x,
-                        left < LANES ? LANES : hidden, r->bias + (block * UNITS + u) * biases * LANES, at(h + place, 0),
-                        &c);
-                    *(vec *)(next + place) = state;
-                    if (cell == LSTM) *(vec *)(cells + place) = c;
-                    float *y = r->y + step * hidden + unit;
-                    if (left < LANES)
-                        memcpy(y, next + place, sizeof(float) * left);
-                    else
-                        *(vec *)y = state;
-                }
+            for (int64_t i = 0; i < rows; i++) {
+                const int64_t unit = block * UNITS * LANES, place = (s + i) * pitch + unit, left = hidden - unit;
+                const int64_t step = time * r->batch + s + i;
+                const int is_part = left < UNITS * LANES;
+                const float *x = r->x + step * gates * hidden + unit;
+                if (is_part) pad(x, hidden, gates, left, last);
+                vec state[UNITS], c[UNITS];
+                UNROLLED(u, UNITS) state[u] = at(h + place, u), c[u] = cell == LSTM ? at(cells + place, u) : splat(0);
+                advance(
+                    r, cell, gates, q + i * vectors * LANES, is_part ? last : x, is_part ? UNITS * LANES : hidden,
+                    r->bias + block * UNITS * biases * LANES, state, c);
+                UNROLLED(u, UNITS) *(vec *)(next + place + u * LANES) = state[u];
+                if (cell == LSTM) UNROLLED(u, UNITS) *(vec *)(cells + place + u * LANES) = c[u];
+                float *y = r->y + step * hidden + unit;
+                if (is_part)
+                    memcpy(y, next + place, sizeof(float) * left);
+                else
+                    UNROLLED(u, UNITS) *(vec *)(y + u * LANES) = state[u];
+            }
         }
     }
 }

@@ -61,7 +61,7 @@ class PackedLoop:
         for name, array in self._arrays.items():
             setattr(self.loop, name, array.ctypes.data)
         self._address = ctypes.addressof(self.loop)
-        self._scratch = torch.empty(0)
+        self._room = 0  # sequences that there is scratch memory for
 
     def run(self, gates_x: Tensor, states: list[Tensor], shared: bool) -> Tensor:
         """Return the node's value; the caller has checked the sizes.
@@ -76,9 +76,9 @@ class PackedLoop:
         if y.numel() == 0:
             return y
         loop.steps, loop.batch = steps, batch
-        floats = self.library.str_triton_recurrent_scratch(self._address)
-        if len(self._scratch) < floats:
-            self._scratch = torch.empty(floats, dtype=torch.float32, device="cpu")
+        if self._room < batch:
+            floats = self.library.str_triton_recurrent_scratch(self._address)
+            self._scratch, self._room = torch.empty(floats, dtype=torch.float32, device="cpu"), batch
             loop.scratch = self._scratch.data_ptr()
         loop.x, loop.h, loop.c = gates_x.data_ptr(), states[0].data_ptr(), states[-1].data_ptr()
         loop.y = y.data_ptr()
