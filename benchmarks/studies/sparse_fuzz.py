@@ -2,10 +2,10 @@
 
     python -m benchmarks.studies.sparse_fuzz [--first 0] [--count 2000] [--minutes 60] [--name sparse_fuzz]
 
-Each seed is a network of sparse_fuzz_networks.py, with random zeros; from a million on a recurrent one. Every layer's execution is drawn at
-random. It is compared for the example, for other batches (none, one, many) and for other sizes, in several memory
-formats, saved and loaded; results must not change with the next call, nor arguments with this one. What was run is
-added to benchmarks/results/NAME.json. Under AddressSanitizer and UBSan, for the part in C:
+Each seed is a network of sparse_fuzz_networks.py, with random zeros; from a million on a recurrent one. The execution
+of every layer is drawn at random. The network is compared for the example, for other batches (none, one, many) and for
+other sizes, in several memory formats, saved and loaded; results must not change with the next call, nor arguments with
+this one. What was run is added to benchmarks/results/NAME.json. Under AddressSanitizer and UBSan, for the part in C:
 
     CC="gcc -fsanitize=address,undefined -fno-sanitize-recover=undefined -g"
     ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1

@@ -113,6 +113,8 @@ class _Lowering(Context):
             where[node] = where[source]
             if source in self.labels:
                 self.labels[node] = self.labels[source]
+        elif target is aten.new_zeros.default and all(isinstance(size, int) for size in node.args[1]):
+            self.known[node] = torch.zeros(node.args[1], dtype=node.meta["val"].dtype, device="cpu")
         elif isinstance(target, HigherOrderOperator) and (inner := _inlined(node)) is not None:
             self._inline(node, *inner, owner)
         elif self._is_known(node):
