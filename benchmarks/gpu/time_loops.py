@@ -55,9 +55,16 @@ def run(session: Session) -> None:
     torch.manual_seed(0)
     torch.backends.cudnn.rnn.fp32_precision = "tf32"  # torch's default, which the low-rank ops follow
     session.report(bandwidth=bandwidth(session), rows=[])
+    failed = []
     for size in session.pick(SIZES, TINY):
-        row = measure(size, session)
+        try:
+            row = measure(size, session)
+        except Exception as error:  # A size that a card refuses must not hide the sizes after it.
+            failed.append(size)
+            row = size._asdict() | {"error": f"{type(error).__name__}: {error}"}
         session.report(rows=[*session.result["rows"], row])
+    if failed:
+        raise SystemExit(f"sizes that failed: {failed}")
 
 
 def measure(size: Size, session: Session) -> dict[str, object]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.gpu import time_loops
 from benchmarks.gpu.__main__ import in_process, main, run_parts
 from benchmarks.gpu.gpu_tests import outcomes
 from benchmarks.gpu.part import PARTS, Part, Session
@@ -65,6 +66,20 @@ def test_time_loops(tmp_path):
     rows = rehearse("time loops", tmp_path)["rows"]
     assert [row["cell"] for row in rows] == ["gru", "lstm"]
     assert all(min(row[f"{name}_ms"] for name in ("layer", "kernels", "cudnn")) > 0 for row in rows)
+
+
+def test_a_size_that_fails_does_not_hide_the_others(tmp_path, monkeypatch):
+    def measure(size: time_loops.Size, session: Session) -> dict:
+        if size.cell == "gru":
+            raise RuntimeError("out of resources")
+        return size._asdict()
+
+    monkeypatch.setattr(time_loops, "measure", measure)
+    with pytest.raises(SystemExit, match="gru"):
+        rehearse("time loops", tmp_path)
+    first, second = json.loads((tmp_path / "result.json").read_text())["rows"]
+    assert "out of resources" in first["error"]
+    assert (second["cell"], "error" in second) == ("lstm", False)
 
 
 @pytest.mark.parametrize("name", ["training step", "training step, compiled"])
