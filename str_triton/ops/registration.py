@@ -40,6 +40,14 @@ def function(cls: type[torch.autograd.Function]) -> type[torch.autograd.Function
     return cls
 
 
+def is_strict_export() -> bool:
+    """Check for `torch.export(strict=True)`, which keeps the forward of a Function without its gradient.
+
+    A public function then calls the forward itself, whose op has a gradient (`differentiable`).
+    """
+    return torch.compiler.is_dynamo_compiling() and torch.compiler.is_exporting()
+
+
 def differentiable(name: str, apply: Callable[..., Any]) -> None:
     """Let `apply`, called with the op's arguments, stand for str_triton::`name` where a gradient is needed.
 

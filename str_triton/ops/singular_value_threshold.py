@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from str_triton.ops import soft_threshold  # noqa: F401  registers the op that thresholds the spectrum
-from str_triton.ops.registration import differentiable, function, op
+from str_triton.ops.registration import differentiable, function, is_strict_export, op
 from str_triton.ops.tensors import check_tensors, compute_dtype
 from str_triton.ops.thresholds import threshold_function
 
@@ -207,5 +207,6 @@ def singular_value_threshold(w: Tensor, raw_threshold: Tensor, *, g: str = "exp"
         )
     batch = math.prod(w.shape[:-2])
     raw = raw_threshold if raw_threshold.numel() == 1 else raw_threshold.reshape(batch, 1).contiguous()
-    out, *_ = _SingularValueThreshold.apply(w.reshape(batch, *w.shape[-2:]), raw, g)
+    call = _SingularValueThreshold.forward if is_strict_export() else _SingularValueThreshold.apply
+    out, *_ = call(w.reshape(batch, *w.shape[-2:]), raw, g)
     return out.reshape(w.shape)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from str_triton.ops.layout import BLOCK, _blocks, _flat, _laid_out, _prepared, _rows
-from str_triton.ops.registration import differentiable, function, op
+from str_triton.ops.registration import differentiable, function, is_strict_export, op
 from str_triton.ops.shards import is_sharded, threshold_shards
 from str_triton.ops.tensors import check_tensors, compute_dtype
 from str_triton.ops.thresholds import threshold_function
@@ -187,7 +187,12 @@ def soft_threshold(
     _check_pair(x, raw_threshold)
 
     def threshold(x: Tensor, raw: Tensor) -> Tensor:
-        return _SoftThreshold.apply(x, raw, g, gradient == "masked", learn_threshold)
+        masked = gradient == "masked"
+        if is_strict_export():
+            raw = raw if learn_threshold else raw.detach()
+            out = _SoftThreshold.forward(x if masked else x.detach(), raw, g, masked, learn_threshold)
+            return out if masked else out + (x - x.detach())  # zeros with the gradient of x
+        return _SoftThreshold.apply(x, raw, g, masked, learn_threshold)
 
     if is_sharded(x) or is_sharded(raw_threshold):
         return threshold_shards(threshold, x, raw_threshold)

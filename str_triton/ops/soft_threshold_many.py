@@ -28,7 +28,7 @@ from str_triton.ops.layout import (
     _threshold_views,
     _view,
 )
-from str_triton.ops.registration import differentiable, function, op
+from str_triton.ops.registration import differentiable, function, is_strict_export, op
 from str_triton.ops.soft_threshold import _backward, _check_options, _check_pair, _forward
 from str_triton.ops.tensors import compute_dtype
 from str_triton.ops.thresholds import threshold_function
@@ -277,5 +277,10 @@ def soft_threshold_many(
     tensors = xs + raws
     if torch.compiler.is_compiling():  # It refuses a Function that gets one tensor twice, as a shared threshold.
         tensors = [tensor.view_as(tensor) for tensor in tensors]
-    _, *outs = _SoftThresholdMany.apply(len(xs), g, gradient == "masked", *tensors)
+    masked = gradient == "masked"
+    if is_strict_export():
+        given = tensors if masked else [x.detach() for x in xs] + tensors[len(xs) :]
+        _, *outs = _SoftThresholdMany.forward(len(xs), g, masked, *given)
+        return outs if masked else [out + (x - x.detach()) for out, x in zip(outs, xs, strict=True)]
+    _, *outs = _SoftThresholdMany.apply(len(xs), g, masked, *tensors)
     return outs

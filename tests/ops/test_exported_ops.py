@@ -1,5 +1,8 @@
 """The registered ops as torch.export keeps them: alone, without the autograd Functions of the public functions."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -36,14 +39,35 @@ MODELS = {
 }
 
 
+def straight(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args, gradient="straight_through")
+
+
+STRICT = {
+    "straight through": (lambda: Weight(lambda w, raw: straight(soft_threshold, w, raw)), (3, 5)),
+    "many straight through": (lambda: Weight(lambda w, raw: straight(soft_threshold_many, [w], [raw])[0]), (3, 5)),
+    **{name: MODELS[name] for name in ("fastgrnn", "soft threshold", "many", "singular values")},
+    "a fixed threshold": (lambda: Weight(lambda w, raw: soft_threshold(w, raw, learn_threshold=False)), (3, 5)),
+}
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("gradients", [True, False])
 @pytest.mark.parametrize("name", MODELS)
 def test_an_exported_program_trains(name: str, gradients: bool):
-    make, shape = MODELS[name]
+    compare_training(*MODELS[name], gradients, strict=False)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", STRICT)
+def test_strict_export_keeps_every_gradient(name: str):
+    compare_training(*STRICT[name], gradients=True, strict=True)
+
+
+def compare_training(make: Callable[[], nn.Module], shape: tuple[int, ...], gradients: bool, strict: bool) -> None:
     model, x = make(), torch.randn(shape)
     with torch.set_grad_enabled(gradients):
-        program = torch.export.export(model, (x,)).module()
+        program = torch.export.export(model, (x,), strict=strict).module()
     results = []
     for module in (model, program):
         y = torch.utils._pytree.tree_leaves(module(x))[0]
