@@ -10,20 +10,9 @@ from torch import Tensor
 
 from str_triton.deploy.sparse.executions import EXECUTIONS
 from str_triton.deploy.sparse.executions.choice import Choice
-from str_triton.deploy.sparse.graph import nodes, pools
+from str_triton.deploy.sparse.graph import nodes, pools, quantized
 from str_triton.deploy.sparse.graph.operators import allowed, operator_name, resolve
 from str_triton.deploy.sparse.graph.pointwise import Pointwise
-from str_triton.deploy.sparse.graph.quantized import (
-    MOST_FACTOR,
-    SMALLEST,
-    TOP,
-    Dequantize,
-    Grid,
-    Quantize,
-    QuantizedConvolution,
-    QuantizedLinear,
-    QuantizedMean,
-)
 from str_triton.deploy.sparse.graph.recurrent import Recurrent
 from str_triton.deploy.sparse.graph.refs import Ref, references
 
@@ -236,41 +225,41 @@ def _check_mean(node: pools.Mean) -> None:
     _require(isinstance(node.keep, bool) and len(node.inputs) == 1, f"{node.name} is no mean")
 
 
-def _is_grid(grid: Grid) -> bool:
-    usual = type(grid.scale) is float and SMALLEST <= grid.scale <= LARGEST
+def _is_grid(grid: quantized.Grid) -> bool:
+    usual = type(grid.scale) is float and quantized.SMALLEST <= grid.scale <= LARGEST
     # A number that float32 does not hold would be another one in the kernels.
     exact = usual and float(torch.tensor(grid.scale, dtype=torch.float32)) == grid.scale
-    return exact and type(grid.zero) is int and 0 <= grid.zero <= TOP
+    return exact and type(grid.zero) is int and 0 <= grid.zero <= quantized.TOP
 
 
-def _check_coder(node: Quantize | Dequantize) -> None:
+def _check_coder(node: quantized.Quantize | quantized.Dequantize) -> None:
     _require(_is_grid(node.grid) and len(node.inputs) == 1, f"{node.name} has no grid")
 
 
-def _check_quantized_mean(node: QuantizedMean) -> None:
+def _check_quantized_mean(node: quantized.QuantizedMean) -> None:
     _check_mean(node)
     _require(_is_grid(node.grid), f"{node.name} has no grid")
 
 
-def _check_quantized_convolution(node: QuantizedConvolution) -> None:
+def _check_quantized_convolution(node: quantized.QuantizedConvolution) -> None:
     _check_convolution(node)
     _check_products(node, 1 + len(node.inputs))
-    _require(node.residual_factor() <= MOST_FACTOR, f"{node.name} has scales beyond reason")
+    _require(node.residual_factor() <= quantized.MOST_FACTOR, f"{node.name} has scales beyond reason")
 
 
-def _check_quantized_linear(node: QuantizedLinear) -> None:
+def _check_quantized_linear(node: quantized.QuantizedLinear) -> None:
     _check_linear(node)
     _check_products(node, 1)
 
 
-def _check_products(node: QuantizedConvolution | QuantizedLinear, grids: int) -> None:
+def _check_products(node: quantized.QuantizedConvolution | quantized.QuantizedLinear, grids: int) -> None:
     """Check the numbers of a quantized layer: no sum may leave int32, and no product float32."""
     fits = _is_tensor(node.scale, 1, torch.float32) and node.scale.shape == node.bias.shape and node.activation == ""
     _require(fits and len(node.grids) == grids and all(map(_is_grid, node.grids)), f"{node.name} has no grids")
     sums = node.weight.numel() > 0 and int(node.weight.min()) >= -127 and node.span() < 2**31
     _require(sums, f"{node.name} has sums beyond 32 bits")
-    usual = bool(((node.scale >= SMALLEST) & (node.scale <= LARGEST)).all())
-    _require(usual and float(node.factors().max()) <= MOST_FACTOR, f"{node.name} has scales beyond reason")
+    usual = bool(((node.scale >= quantized.SMALLEST) & (node.scale <= LARGEST)).all())
+    _require(usual and float(node.factors().max()) <= quantized.MOST_FACTOR, f"{node.name} has scales beyond reason")
 
 
 def _check_held(node: nodes.State | nodes.Constant) -> None:
@@ -297,8 +286,8 @@ _KINDS: dict[str, tuple[type[nodes.Node], Callable[[Any], None]]] = {
     "MaxPool": (pools.MaxPool, _check_pool),
     "AvgPool": (pools.AvgPool, _check_pool),
     "Mean": (pools.Mean, _check_mean),
-    **{kind.__name__: (kind, _check_coder) for kind in (Quantize, Dequantize)},
-    "QuantizedMean": (QuantizedMean, _check_quantized_mean),
-    "QuantizedConvolution": (QuantizedConvolution, _check_quantized_convolution),
-    "QuantizedLinear": (QuantizedLinear, _check_quantized_linear),
+    **{kind.__name__: (kind, _check_coder) for kind in (quantized.Quantize, quantized.Dequantize)},
+    "QuantizedMean": (quantized.QuantizedMean, _check_quantized_mean),
+    "QuantizedConvolution": (quantized.QuantizedConvolution, _check_quantized_convolution),
+    "QuantizedLinear": (quantized.QuantizedLinear, _check_quantized_linear),
 }
