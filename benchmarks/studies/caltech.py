@@ -8,8 +8,9 @@ The first command trains each missing line with the recipe `mobilenetv1-finetune
 appends its result to benchmarks/results/caltech.jsonl. A killed run is resumed from its checkpoint at the next start.
 `--runs 1` ends after one run, so that a shell can give the machine to other work between two runs.
 
-All lines share the number of epochs, the learning rate, the batches and their augmentation. Sparsity counts all
-weights, including those of the first and the last layer. "budget of str-exact" gives another method the layers'
+All lines share the number of epochs, the batches and their augmentation. Each has the learning rate that was best for
+it, or for str-exact or global GMP, to which it is akin, in `--tune`. Sparsity counts all weights, including those of
+the first and the last layer. "budget of str-exact" gives another method the layers'
 sparsities of str-exact with the same target and seed. A target that ends in "flops" is a share of the dense network's
 multiply-adds.
 
@@ -36,8 +37,8 @@ from str_triton import deploy
 from str_triton.cnn.rebuild import rebuild
 
 RUNS, SIZE = Path("runs/caltech"), 128
-EPOCHS, LR = 5, 0.02
-TUNING_EPOCHS, LRS, TUNED = 2, (0.02, 0.05, 0.01), ("str-exact", "gmp, global", "dense")
+EPOCHS = 8
+TUNING_EPOCHS, LRS, TUNED = 2, (0.02, 0.01, 0.05, 0.005), ("str-exact", "gmp, global", "dense")
 ROUNDS = 100
 DENSE = "dense"
 BUDGET = "budget of str-exact"
@@ -80,6 +81,16 @@ def results() -> RunFile:
     return RunFile(RESULTS / "caltech.jsonl", Key._fields)
 
 
+def tuning() -> RunFile:
+    return RunFile(RESULTS / "caltech_tuning.jsonl", ("line", "lr"))
+
+
+def best_rate(line: str) -> float:
+    """Return the learning rate with the highest accuracy on held-out images, of the tuned line nearest to this one."""
+    tuned = next((name for name in ("dense", "str-exact") if line.startswith(name)), "gmp, global")
+    return max((run for run in tuning().read() if run["line"] == tuned), key=lambda run: run["accuracy"])["lr"]
+
+
 def options_of(key: Key) -> list[str]:
     """Return the training program's options for a line. Raise ValueError if it needs a run that is missing."""
     if not key.target:
@@ -104,15 +115,16 @@ def _name(key: Key) -> str:
 def train(key: Key, data: str, pretrained: str, threads: int) -> None:
     """Train one line and append its result. Keep the first seed's network for `--deploy`."""
     shared = ["--data", data, "--pretrained", pretrained, "--seed", str(key.seed), "--threads", str(threads)]
-    shared += ["--epochs", str(EPOCHS), "--lr", str(LR)]
+    rate = best_rate(key.line)
+    shared += ["--epochs", str(EPOCHS), "--lr", str(rate)]
     folder = RUNS / _name(key)
     result = finished(folder, ["mobilenetv1-finetune", *shared, *options_of(key)])
-    results().append({**key._asdict(), **result, "lr": LR, "threads": threads, "machine": machine()})
+    results().append({**key._asdict(), **result, "lr": rate, "threads": threads, "machine": machine()})
 
 
 def tune(data: str, pretrained: str, threads: int, runs: int | None) -> None:
     """Train with each learning rate, without the test images."""
-    file = RunFile(RESULTS / "caltech_tuning.jsonl", ("line", "lr"))
+    file = tuning()
     with without_test_images(data) as held_out, tempfile.TemporaryDirectory() as folder:
         shared = ["mobilenetv1-finetune", "--data", held_out, "--pretrained", pretrained]
         shared += ["--epochs", str(TUNING_EPOCHS), "--threads", str(threads)]
