@@ -1,7 +1,9 @@
 """The examples run as they stand, are short, and end with what they promise. Each runs in a folder of its own."""
 
 import importlib.util
+import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -92,3 +94,36 @@ def test_keyword_spotter() -> None:
     names = run("keyword_spotter.py")
     assert names["correct"] > 0.9
     assert all(Path("spotter", file).read_text() for file in ("spotter.h", "spotter.c"))
+
+
+def notebook_cells(kind: str, notebook: dict[str, Any]) -> list[dict[str, Any]]:
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == kind]
+
+
+@pytest.fixture
+def notebook() -> dict[str, Any]:
+    return json.loads((EXAMPLES / "quickstart.ipynb").read_text())
+
+
+def test_the_notebook_runs(notebook: dict[str, Any]) -> None:
+    """Trains for fewer steps: the budgets are exact after any number of them."""
+    changes = 0
+    for cell in notebook_cells("code", notebook):
+        source, found = re.subn(r"^steps = \d+", "steps = 30", "".join(cell["source"]), flags=re.MULTILINE)
+        cell["source"], changes = source.splitlines(keepends=True), changes + found
+    assert changes == 1
+    names = runpy.run_path(str(ROOT / ".ci" / "run_notebook.py"))["execute"](notebook)
+    assert names["budget"].nonzeros == round(0.1 * names["budget"].params)
+    assert names["summary"].nbytes == Path("digits.packed.safetensors").stat().st_size < names["summary"].dense_nbytes
+    assert names["difference"] < 1e-4
+    assert names["ranks"].compression >= 4
+
+
+def test_the_notebook_has_its_outputs(notebook: dict[str, Any]) -> None:
+    cells = notebook_cells("code", notebook)
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    text = "".join(line for output in outputs for line in output.get("text", []))
+    assert all(cell["outputs"] for cell in cells)
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 1
+    assert not re.search(r"(^|\s)[/~]\w|[A-Z]:\\|\bm?s\b|second", text), "a path of one machine, or a time"
