@@ -1,4 +1,4 @@
-"""Whether a compiled network gives what its model gives."""
+"""The comparison of a compiled network with its model."""
 
 import copy
 import functools
@@ -15,10 +15,11 @@ from str_triton.deploy.sparse.graph.quantized import QuantizedConvolution, Quant
 from str_triton.deploy.sparse.graph.signature import Signature
 from str_triton.deploy.sparse.state import Buffers
 
-ROUNDING = 1e-4  # of the largest value: what float32 may differ by
-DOUBT = 1e-2  # of the largest value: where a model differs from itself in float64 by more, that one is another model
-FLIPS = 5e-2  # of the largest value: what codes that are rounded the other way may make of a network
-SLACK = 10.0  # a network may differ from float64 by so many times what the model itself does
+# The first three are limits of differences, relative to the largest value.
+ROUNDING = 1e-4  # between two results in float32
+DOUBT = 1e-2  # between a model in float32 and in float64: above this, float64 is no reference
+FLIPS = 5e-2  # between quantized networks, some of whose codes are rounded the other way
+SLACK = 10.0  # a network's error against float64 may be this many times the model's
 
 
 def clone(tree: Any) -> Any:
@@ -27,9 +28,9 @@ def clone(tree: Any) -> Any:
 
 
 def difference(model: nn.Module, network: Callable, calls: Sequence[tuple[tuple, dict]]) -> str | None:
-    """Return how a network differs from its model in a row of calls; None if it does not, but for rounding.
+    """Return how a network differs from its model in a sequence of calls; None if it differs only by rounding.
 
-    The model's buffers are as before afterwards. Further calls that the model does not take are left out.
+    The model's buffers are restored at the end. A call after the first that the model refuses ends the comparison.
     """
     buffers = Buffers(model)
     try:
@@ -40,7 +41,7 @@ def difference(model: nn.Module, network: Callable, calls: Sequence[tuple[tuple,
             except Exception as error:
                 if args is not calls[0][0]:
                     return None
-                return f"the model raises {type(error).__name__} after its export"  # which left something in it
+                return f"the model raises {type(error).__name__} after its export"  # The export left something in it.
             try:
                 found = network(*ours[0], **ours[1])
             except Exception as error:
@@ -54,10 +55,10 @@ def difference(model: nn.Module, network: Callable, calls: Sequence[tuple[tuple,
 
 
 def integer_difference(model: nn.Module, network: Callable, calls: Sequence[tuple[tuple, dict]]) -> str | None:
-    """Return how a compiled network on integers differs from its reference in a row of calls; None if it does not.
+    """Return how a compiled network on integers differs from its reference in a sequence of calls; None: it does not.
 
-    The outputs must be equal. Only where layers in float32 stand between may one be rounded to the next code, and the
-    difference is then FLIPS of the largest value at most.
+    The outputs must be equal. If there are layers in float32, one of their values may be rounded to the next code. The
+    difference may then be up to FLIPS times the largest value.
     """
     exact = is_integral(model.graph)
     for args, kwargs in calls:
@@ -73,14 +74,14 @@ def integer_difference(model: nn.Module, network: Callable, calls: Sequence[tupl
 
 
 def is_integral(graph: Graph) -> bool:
-    """Check that a graph's layers all run on integers, and torch computes what lies between in the same way always."""
+    """Check that all layers of a graph run on integers, and all else is computed in the same way everywhere."""
     floats = (AvgPool, Mean)
     is_float = any(isinstance(node, floats) and not isinstance(node, QuantizedMean) for node in graph.nodes)
     return not is_float and all(isinstance(node, QuantizedConvolution | QuantizedLinear) for node in graph.layers())
 
 
 def _exact(model: nn.Module, buffers: Buffers, calls: Sequence[tuple[tuple, dict]], args: tuple, kwargs: dict) -> Any:
-    """Return what the model gives in float64; None where it cannot tell."""
+    """Return what the model gives in float64; None where it cannot be computed."""
     if args is not calls[0][0]:
         return None
     buffers.restore()
@@ -97,7 +98,7 @@ def _double(leaf: Any) -> Any:
 
 
 def agree(found: Any, wanted: Any, exact: Callable[[], Any]) -> bool:
-    """Check that two results are the same but for rounding; `exact` gives the right one where that is in doubt."""
+    """Check that two results are equal but for rounding; `exact` computes the result in float64, for doubtful cases."""
     ours, structure = pytree.tree_flatten(found)
     theirs, other = pytree.tree_flatten(wanted)
     if structure != other or not all(map(_alike, ours, theirs)):
@@ -153,7 +154,7 @@ def resized(args: tuple, kwargs: dict[str, Any], sizes: dict[str, tuple[int, int
 
 
 def takes_more(model: nn.Module, signature: Signature, args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Try whether the model takes arguments that the signature excludes; one dimension at a time has another size.
+    """Check whether the model takes arguments that the signature excludes: each has another size in one dimension.
 
     An argument that is no tensor may always have another value.
     """

@@ -14,7 +14,7 @@ from str_triton.deploy.sparse.model import CompiledModel
 def str_sparse(
     graph: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None
 ) -> Callable[..., Any]:
-    """Compile a graph of Dynamo's for inference on the CPU without gradients; with them, it runs as it is.
+    """Compile a graph of Dynamo for inference on the CPU. With gradients, the graph runs unchanged.
 
     Weights and buffers are taken as they are at the first call, and again after a change in place.
 
@@ -26,7 +26,7 @@ def str_sparse(
 
 
 class _Frozen:
-    """A graph with its weights, compiled at the first call, when their values are there."""
+    """A graph with its weights, compiled at the first call, when the values of the weights are known."""
 
     def __init__(self, graph: fx.GraphModule, example_inputs: Sequence[Any], options: dict[str, Any]) -> None:
         self._graph, self._options = graph, options
@@ -62,7 +62,7 @@ class _Frozen:
 def _compiled(
     graph: fx.GraphModule, static: list[int], args: tuple, others: list[Any], options: dict[str, Any]
 ) -> CompiledModel | None:
-    """Return the compiled graph; None where it is not one for `compile_sparse`: inputs in float64, say."""
+    """Return the compiled graph; None where `compile_sparse` does not take it, for example with inputs in float64."""
     module = _WithWeights(graph, static, {i: args[i].detach() for i in static})
     try:
         return compile_sparse(module, tuple(others), tune=options.get("tune", True))

@@ -1,4 +1,4 @@
-"""Chooses the execution of every layer by timing all that are exact, on this machine, with the real shapes."""
+"""The choice of every layer's execution: all exact executions are timed on this machine with the real shapes."""
 
 import ctypes
 import functools
@@ -23,7 +23,7 @@ from str_triton.deploy.sparse.runtime.structs import LINEAR, LINEAR_BYTES
 from str_triton.deploy.sparse.runtime.trial import Trial
 
 _DENSE = ("dense", "channels_last")
-CUT_LIMIT = 0.02  # seconds for one cut of a layer: there are some twenty
+CUT_LIMIT = 0.02  # seconds for timing one division of a layer's work; there are about twenty
 
 
 def choose(
@@ -31,13 +31,14 @@ def choose(
 ) -> tuple[dict[str, Choice], bool]:
     """Return the choices by layer that are fastest for the whole network, and whether the machine was quiet.
 
-    A layer by the kernels beside one by torch costs a copy between their forms, which is weighed against the time won.
+    Where a layer of the kernels meets a layer of torch, a copy changes the form of the value. The time of the copy is
+    weighed against the time saved.
 
     Args:
         graph: the network.
-        trial, example: its values and its inputs for the shapes that matter.
+        trial, example: its values and its inputs for the example's shapes.
         library: the kernels, if there are any.
-        tune: time the executions; else a model of their costs decides alone.
+        tune: time the executions; False: a model of their costs decides alone.
     """
     threads = torch.get_num_threads()
     if not graph.layers():
@@ -58,7 +59,7 @@ def choose(
     kernels = {name: [c for c in found.values() if EXECUTIONS[c.execution].by_kernels] for name, found in timed.items()}
     by_kernel = {name: found[0] for name, found in kernels.items() if found}
     candidates = [_weigh(graph, trial.shapes, by_torch, by_kernel, _copy_milliseconds)]
-    # Beside channels_last there are no changes of format to pay, which each layer alone has to.
+    # A layer timed alone pays for changes of the memory format. A whole network in channels_last does not.
     others = {name: choice for name, choice in by_torch.items() if choice.execution not in (*_DENSE, "csr")}
     candidates += [{name: found.get(e, found["dense"]) for name, found in timed.items()} | others for e in _DENSE]
     plans = [Plan(graph, trial, choices, library) for choices in candidates]
@@ -100,7 +101,7 @@ def _time(
 
 @dataclass
 class _Stage:
-    """A layer's operation in a plan, alone.
+    """A layer's operation in a plan, which can run alone.
 
     Attributes:
         passes: how often it runs in a call, once for each group of images.
@@ -129,15 +130,15 @@ class _Stage:
         self.library.str_triton_run(stage, 1, self.threads)
 
     def best_cut(self, watch: stopwatch.Stopwatch) -> Choice:
-        """Cut the work in the fastest way, and return it."""
+        """Divide the work in the fastest way, and return that choice."""
         op = self.segment.operations[self.number][0]
         lanes = self.library.str_triton_lanes()
-        if op.kind in (LINEAR, LINEAR_BYTES):  # Its tensors are gone.
+        if op.kind in (LINEAR, LINEAR_BYTES):  # The tensors of the plan's run are freed.
             x = torch.randn(op.images * op.x.image) if op.kind == LINEAR else torch.zeros(op.images * op.x.image).byte()
             self._tensors = x, torch.empty(op.images * op.y.image)
             op.x.data, op.y.data = (tensor.data_ptr() for tensor in self._tensors)
         cuts = _cuts(op.length // lanes * op.images * op.planes, self.threads, lanes)
-        if isinstance(self.segment.tasks[self.number].node, Pointwise):  # Memory decides: any cut will do.
+        if isinstance(self.segment.tasks[self.number].node, Pointwise):  # Limited by memory: any will do.
             cuts = cuts[-1:]
         rounds, kept = 2, cuts
         while len(kept) > 1 and rounds <= 8:
@@ -152,7 +153,7 @@ class _Stage:
 
 
 def _cuts(vectors: int, threads: int, lanes: int) -> list[Choice]:
-    """Return candidates: widths of strips, and the pixels or the channels shared out among the threads."""
+    """Return candidates: widths of strips, and pixels or channels divided among the threads."""
     if vectors == 0:
         return [Choice("sparse", blocks=blocks) for blocks in (threads, 4 * threads)]
     widths = [w for w in (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14) if lanes == 16 or w <= 8]
@@ -187,7 +188,7 @@ def _weigh(
     choices = by_torch | by_kernel
 
     def form(name: str) -> type | None:
-        """Return the kind of layer in whose padded buffers a node reads and writes; None: torch's tensors."""
+        """Return the kind of layer whose padded buffers a node reads and writes; None: it uses torch's tensors."""
         while leaders[name] is not None:
             name = leaders[name]
         node = nodes[name]
@@ -196,7 +197,7 @@ def _weigh(
         return Linear if isinstance(node, Linear) else Convolution
 
     def crossings(name: str) -> float:
-        """Milliseconds of the copies of one value; a pool reads whatever form there is."""
+        """Return the milliseconds of the copies of one value; a pool reads any form."""
         forms = {form(reader) for reader in readers[name] - pools} | ({None} if name in kept else set())
         return copies.get(name, 0.0) * len(forms - {form(name)})
 

@@ -1,4 +1,4 @@
-"""A model of what executions cost, from a few rates of this machine that are measured once in a process."""
+"""A model of the time that executions take, from a few rates of this machine, measured once in a process."""
 
 import ctypes
 import functools
@@ -19,11 +19,11 @@ from str_triton.deploy.sparse.runtime.draft import is_row
 from str_triton.deploy.sparse.runtime.plan import Plan
 from str_triton.deploy.sparse.runtime.structs import CONVOLUTION, CONVOLUTION_BYTES, LINEAR, LINEAR_BYTES
 
-BYTES = 10e9  # that a copy moves in a second
-CALL = 5e-3  # milliseconds of one more call of torch's
-# The kernels' multiplications a second in units of torch's dense ones, as measured on two processors; of bytes, quads.
+BYTES = 10e9  # bytes that a copy moves in a second
+CALL = 5e-3  # milliseconds of one call of a torch operation
+# The kernels' multiplications a second relative to torch's dense ones, measured on two processors. For bytes: quads.
 RATES = {CONVOLUTION: 0.45, LINEAR: 0.04, CONVOLUTION_BYTES: 0.15, LINEAR_BYTES: 0.04}
-# How fast torch multiplies in depthwise layers, and in linear layers for one row, in the same unit.
+# Torch's multiplications a second in depthwise layers, and in linear layers for one row, in the same unit.
 DEPTHWISE, ONE_ROW = 0.1, 0.2
 
 

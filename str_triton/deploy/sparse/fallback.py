@@ -1,4 +1,4 @@
-"""For a model that cannot be exported: each of its layers is compiled by itself, the rest runs as it is."""
+"""The fallback for a model that cannot be exported: each layer is compiled by itself, the rest runs unchanged."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -116,7 +116,7 @@ def _padding(module: nn.Conv2d) -> tuple[int, int] | None:
 
 
 class Replaced(nn.Module):
-    """A compiled layer in the place of a plain one, whose attributes it has: a forward may read `layer.weight`."""
+    """A compiled layer in place of a plain one. It has the plain layer's attributes: a forward may read them."""
 
     def __init__(self, plain: nn.Module, compiled: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A compiled network as a packed file: its tensors, and its graph and choices as JSON; reading one runs nothing."""
+"""A compiled network as a packed file: tensors, and JSON for graph and choices. Reading one executes no code of it."""
 
 import dataclasses
 import math
@@ -25,16 +25,16 @@ from str_triton.deploy.sparse.quiet import quiet
 from str_triton.deploy.sparse.records import Refused, choice_of, decode, encode, node_of, node_record
 
 FORMAT, VERSION, READABLE = "str_triton.sparse", 3, (2, 3)
-MOST_ELEMENTS = 2**28  # of an example
+MOST_ELEMENTS = 2**28  # the limit for a tensor of the example
 
 
 @dataclass
 class Content:
-    """What a file holds.
+    """The content of a file.
 
     Attributes:
         example: the shapes of the tensors that the choices were made for.
-        processor: the one that they were made on.
+        processor: the processor that the choices were made on.
     """
 
     graph: Graph
@@ -87,7 +87,7 @@ def write(path: str | os.PathLike[str], content: Content, metadata: Mapping[str,
 
 
 def read(path: str | os.PathLike[str]) -> Content:
-    """Read what `write` wrote.
+    """Read a file of `write`.
 
     Raises:
         ValueError: the file is damaged, holds no compiled network, or one of another version.
@@ -116,7 +116,7 @@ def read(path: str | os.PathLike[str]) -> Content:
     try:
         content = _content(record, tensors)
         _dry_run(content)
-    except Exception as error:  # Whatever a record or an operation on it may raise: the file is at fault.
+    except Exception as error:  # Whatever a record or an operation on it raises, the cause is the file.
         raise ValueError(f"{path} describes no network: {_one_line(error)}") from error
     return content
 
@@ -140,34 +140,46 @@ def _content(record: dict[str, Any], tensors: dict[str, Tensor]) -> Content:
         known.add(node.name)
     signature = _signature(record["signature"], tensors)
     scalars = (Ref, int, float, bool, str, type(None))
-    _require(isinstance(graph.outputs, list) and all(isinstance(o, scalars) for o in graph.outputs), "outputs are none")
-    _require(len(graph.outputs) == signature.returns.num_leaves, "the outputs are not as many as it returns")
+    _require(
+        isinstance(graph.outputs, list) and all(isinstance(o, scalars) for o in graph.outputs), "an output is no value"
+    )
+    _require(len(graph.outputs) == signature.returns.num_leaves, "the number of outputs is not that of its signature")
     changed = {node.name for node in graph.nodes if isinstance(node, Input | State)}
     changes = isinstance(graph.changes, dict) and graph.changes.keys() <= changed
-    _require(changes and all(isinstance(value, Ref) for value in graph.changes.values()), "it changes what it cannot")
+    _require(
+        changes and all(isinstance(value, Ref) for value in graph.changes.values()),
+        "it changes a value that is no input or state",
+    )
     missing = [name for name in graph.kept() if name not in known]
-    _require(not missing, f"{missing[:1]} is no value")
+    _require(not missing, f"{missing[:1]} is not among its nodes")
     choices = {name: choice_of(entry) for name, entry in record["choices"].items()}
     layers = [node.name for node in graph.layers()]
     _require(choices.keys() == set(layers), f"it names no execution for {set(layers) ^ choices.keys()}")
     example = [tuple(shape) for shape in record["example"]]
-    _require(all(type(n) is int and 0 <= n < 2**31 for shape in example for n in shape), "the example has no shape")
+    _require(
+        all(type(n) is int and 0 <= n < 2**31 for shape in example for n in shape),
+        "a shape of the example has a wrong size",
+    )
     _require(all(math.prod(shape) <= MOST_ELEMENTS for shape in example), "the example is too large")
     left, notes = record["left"], record["notes"]
     texts = [*left, *left.values(), *notes, record["processor"]]
     _require(
-        isinstance(left, dict) and isinstance(notes, list) and all(isinstance(t, str) for t in texts), "a note is none"
+        isinstance(left, dict) and isinstance(notes, list) and all(isinstance(t, str) for t in texts),
+        "a note is no text",
     )
     return Content(graph, signature, choices, left, notes, example, record["processor"])
 
 
 def _dry_run(content: Content) -> None:
-    """Run the network on tensors without values: what does not fit together raises."""
+    """Run the network on tensors without values, which raises where parts do not fit together."""
     leaves = [leaf for leaf in content.signature.leaves if leaf.dtype is not None]
     inputs = content.graph.inputs()
     _require(len(leaves) == len(inputs) == len(content.example), "it has other inputs than its signature")
     values = [leaf.value for leaf in content.signature.leaves if leaf.dtype is None]
-    _require(all(isinstance(value, int | float | str | bool | None) for value in values), "a constant argument is none")
+    _require(
+        all(isinstance(value, int | float | str | bool | None) for value in values),
+        "a constant argument has a wrong type",
+    )
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     with torch.no_grad(), mode, quiet():
         given = [
@@ -182,7 +194,8 @@ def _dry_run(content: Content) -> None:
         _require(same, f"{name} changes its shape")
     refs = [output for output, ref in zip(outputs, content.graph.outputs, strict=True) if isinstance(ref, Ref)]
     _require(
-        all(isinstance(output, Tensor | int | float | bool | torch.SymInt) for output in refs), "an output is none"
+        all(isinstance(output, Tensor | int | float | bool | torch.SymInt) for output in refs),
+        "an output is no tensor or number",
     )
     given_values = iter(given)
     content.signature.check(
@@ -215,16 +228,16 @@ def _signature(record: dict[str, Any], tensors: dict[str, Tensor]) -> Signature:
         sizes = entry["sizes"]
         known = sizes is None or all(type(size) is int or isinstance(size, str) for size in sizes)
         dtype = decode(entry["dtype"], tensors)
-        _require(known and (dtype is None or isinstance(dtype, torch.dtype)), "an argument is none")
+        _require(known and (dtype is None or isinstance(dtype, torch.dtype)), "an argument has a wrong dtype or size")
         leaves.append(Leaf(dtype, None if sizes is None else tuple(sizes), entry["value"]))
     guards, names = record["guards"], record["names"]
-    _require(all(isinstance(text, str) for text in (*guards, *names)), "a guard is none")
+    _require(all(isinstance(text, str) for text in (*guards, *names)), "a guard or a name is no text")
     structure, returns = _structure(record["structure"]), _structure(record["returns"])
     _require(
         structure.num_leaves == len(leaves) and structure.type is tuple, "it has other arguments than its signature"
     )
     pair = structure.children()
-    _require(len(pair) == 2 and pair[0].type is tuple and pair[1].type is dict, "its arguments are none")
+    _require(len(pair) == 2 and pair[0].type is tuple and pair[1].type is dict, "its arguments are no (args, kwargs)")
     return Signature(structure, leaves, list(guards), returns, list(names))
 
 
@@ -234,7 +247,7 @@ def _structure_record(structure: pytree.TreeSpec) -> Any:
 
 
 def _plain(tree: Any) -> Any:
-    """Return a tree of tuples, lists and dicts; raises ValueError where it has others."""
+    """Return a tree of tuples, lists and dicts; raise ValueError for other containers."""
     match tree:
         case _ if type(tree) in (list, tuple):
             return type(tree)(map(_plain, tree))

@@ -26,15 +26,15 @@ from str_triton.deploy.sparse.runtime.plan import Mismatch, Plan
 from str_triton.deploy.sparse.runtime.trial import try_out
 from str_triton.files import percent
 
-PLANS = 8  # shapes whose buffers are kept, the youngest
+PLANS = 8  # input shapes whose buffers are kept; a further one replaces the oldest
 
 
 class CompiledModel(nn.Module):
-    """What compiled networks share: they infer, on the CPU, in float32, and print how each layer is executed.
+    """The base of compiled networks, which are for inference on the CPU in float32. `print` shows their executions.
 
     Attributes:
-        left: the layers that torch executes as they stand, with the reason.
-        notes: what `print` says after the table.
+        left: the layers that torch executes unchanged, with the reason.
+        notes: the lines that `print` shows after the table.
     """
 
     left: dict[str, str]
@@ -55,8 +55,8 @@ class CompiledModel(nn.Module):
     def table(self) -> str:
         """Return a line for each layer.
 
-        It holds the sparsity of its weight, its execution, and the milliseconds that torch's fastest
-        dense execution and this one took alone, for the example's shape.
+        A line has the sparsity of the weight, the execution, and two times in milliseconds for the example's shape,
+        measured on the layer alone: of torch's fastest dense execution, and of the chosen execution.
         """
         rows = [("layer", "sparsity", "executed", "dense ms", "chosen ms")]
         for node, choice in self.layers():
@@ -90,25 +90,25 @@ _NO_CONTEXT = contextlib.nullcontext()
 
 
 def _context() -> contextlib.AbstractContextManager:
-    """Return `plain_torch`, or what is left of it where autocast is off: a graph names its devices."""
+    """Return `plain_torch`, or only no_grad where autocast and the default dtype are as usual."""
     is_usual = torch.get_default_dtype() is torch.float32 and not torch.is_autocast_enabled("cpu")
     return torch.no_grad() if is_usual else plain_torch()
 
 
 class SparseModel(CompiledModel):
-    """A network that runs from a plan, for arguments of any size that the export holds for.
+    """A network that runs from a plan, for arguments of any size that the export allows.
 
-    Buffers are planned for each new shape of the inputs when it first comes; the choices stay those of the example's.
-    Several threads of Python may call one network: they take turns. Its weights are no parameters, and its state dict
-    is empty: `save` keeps it, and so does torch.save.
+    The first call with a new input shape plans the buffers for it; the choices stay those for the example's shape.
+    Several threads of Python may call one network: their calls run one after the other. The weights are not parameters
+    and the state dict is empty, so store the network with `save` or torch.save.
 
     Args:
         graph: the network.
         signature: the arguments that it takes.
         choices: the execution of each layer.
-        left, notes: for people.
+        left, notes: as in CompiledModel.
         example: the shapes of the tensors that the choices were made for.
-        source: a module that takes calls which the signature excludes; None: those raise.
+        source: the module that runs calls which the signature excludes; None: such calls raise.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class SparseModel(CompiledModel):
         super().__init__()
         self.graph, self.signature, self.choices = graph, signature, choices
         self.left, self.notes, self.example = left, list(notes), list(example)
-        self._held_source = (source,)  # no submodule: it stays as it is, whatever happens to parameters
+        self._held_source = (source,)  # not a submodule, so that .to() and the like do not change it
         self.training = False
         self._prepare()
 
@@ -133,7 +133,7 @@ class SparseModel(CompiledModel):
         return self._held_source[0]
 
     def _prepare(self) -> None:
-        """Set up what neither copies nor files hold."""
+        """Create the attributes that copies and files leave out."""
         self._plans: dict[tuple, Plan] = {}
         self._lock = threading.Lock()
         self._tensors = [i for i, leaf in enumerate(self.signature.leaves) if leaf.dtype is not None]
@@ -149,7 +149,7 @@ class SparseModel(CompiledModel):
             outputs = self._as_operation(leaves) if _is_watched() else self.run(leaves)
         except Unfit:
             if self.source is None or torch.compiler.is_compiling():
-                raise  # Dynamo takes this for a graph break, and calls the network without it.
+                raise  # Dynamo breaks the graph here, and calls the network outside of it.
             return self.by_source(*args, **kwargs)
         return pytree.tree_unflatten(outputs, self.signature.returns)
 
@@ -169,7 +169,7 @@ class SparseModel(CompiledModel):
         return outputs
 
     def _by_torch(self, inputs: list[Any]) -> list[Any]:
-        """Return the outputs for inputs that no plan holds."""
+        """Return the outputs for inputs that fit no plan."""
         with _context():
             outputs, changes = self.graph.run(inputs)
             self._commit(changes, inputs)
@@ -184,7 +184,7 @@ class SparseModel(CompiledModel):
                 inputs[places[name]].copy_(value)
 
     def by_source(self, *args: Any, **kwargs: Any) -> Any:
-        """Let the model itself take a call that the network was not exported for; both have the same state."""
+        """Let the model itself run a call that the network was not exported for, with the network's state."""
         with plain_torch(), self._lock:
             owners = {name: self.source.get_submodule(name.rpartition(".")[0]) for name in self.state()}
             for name, value in self.state().items():
@@ -195,12 +195,12 @@ class SparseModel(CompiledModel):
         return result
 
     def reset(self, buffers: dict[str, Tensor]) -> None:
-        """Set the state to that of a model's buffers."""
+        """Set the state from a model's buffers."""
         for node in self._states.values():
             node.value = buffers[node.label].detach().clone()
 
     def retune(self) -> None:
-        """Choose the executions anew for the shapes of the example, on this machine."""
+        """Choose the executions again for the shapes of the example, on this machine."""
         dtypes = [leaf.dtype for leaf in self.signature.leaves if leaf.dtype is not None]
         inputs = [
             torch.zeros(shape, dtype=dtype, device="cpu") for shape, dtype in zip(self.example, dtypes, strict=True)
@@ -227,11 +227,11 @@ class SparseModel(CompiledModel):
         file.write(path, content, metadata or {})
 
     def profile(self, *args: Any, **kwargs: Any) -> list[tuple[str, str, float]]:
-        """Return what takes the time for such a call: (layer, kind, milliseconds) of every step, measured one by one.
+        """Return the time of every step of such a call, measured one by one: (layer, kind, milliseconds).
 
         Kinds are "convolution", "depthwise", "linear", "recurrent", "pool", "pointwise" (sums, norms, activations and
         gates that are part of no other layer), "copy" (into and out of padded buffers, into the phases that strided
-        layers read, of concatenations and splits) and "torch".
+        layers read, and for concatenations and splits) and "torch".
         """
         leaves = self.signature.flatten(args, kwargs)
         inputs = [leaves[i].clone() for i in self._tensors]
@@ -243,7 +243,7 @@ class SparseModel(CompiledModel):
         return ((node, self.choices[node.name]) for node in shown)
 
     def _plan(self, leaves: Sequence[Any]) -> Plan:
-        """Return the plan for such inputs; the lock is held."""
+        """Return the plan for such inputs. The caller holds the lock."""
         if len(self._tensors) < len(leaves):
             self.signature.check_constants(leaves)
         key = tuple(
@@ -264,7 +264,7 @@ class SparseModel(CompiledModel):
         return plan
 
     def _as_operation(self, leaves: Sequence[Any]) -> list[Any]:
-        """Return the outputs by one opaque operation, as tracers and dispatch modes see it."""
+        """Compute the outputs by one opaque operation, which tracers and dispatch modes can record."""
         self.signature.check_constants(leaves)
         if self._gives_numbers:
             raise Unfit("the network returns a size, which an operation of torch.compile cannot")
@@ -286,7 +286,7 @@ class SparseModel(CompiledModel):
 def _is_watched() -> bool:
     """Check whether tensors may have no memory of their own.
 
-    That is so within torch.compile, torch.export, a dispatch mode (fake tensors, make_fx), torch.func and torch.jit.
+    This is possible in torch.compile, torch.export, a dispatch mode (fake tensors, make_fx), torch.func and torch.jit.
     """
     return (
         torch.compiler.is_compiling()
@@ -297,7 +297,7 @@ def _is_watched() -> bool:
 
 
 def refuse_gradients(tensors: Sequence[Any]) -> None:
-    """Raise ValueError within torch.func.grad and jvp, which would take the derivative to be zero."""
+    """Raise ValueError within torch.func.grad and jvp, which would otherwise return a derivative of zero."""
     if any(isinstance(t, Tensor) and torch._C._functorch.is_gradtrackingtensor(t) for t in tensors):
         raise ValueError("a network made by compile_sparse has no derivative: differentiate the model it was made from")
 
@@ -307,7 +307,7 @@ NETWORKS: "weakref.WeakValueDictionary[int, SparseModel]" = weakref.WeakValueDic
 
 
 def _output(value: Any, values: dict[str, Any], held: set[str]) -> Any:
-    """Return an output of a call; of what the network keeps, a copy."""
+    """Return an output of a call; a tensor that the network keeps is copied."""
     if not isinstance(value, Ref):
         return value
     found = values[value.name]

@@ -1,4 +1,4 @@
-"""Compiled networks as one opaque operation, which torch.compile and torch.export go around."""
+"""Compiled networks as one opaque operation, which torch.compile and torch.export do not look into."""
 
 from collections.abc import Callable
 from typing import Any

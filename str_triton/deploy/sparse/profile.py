@@ -20,7 +20,7 @@ PASSES = 30
 
 
 def profile(plan: Plan, inputs: Sequence[Tensor], passes: int = PASSES) -> list[tuple[str, str, float]]:
-    """Layer, kind and milliseconds of every step of a plan: medians over passes through the network, step by step."""
+    """Return layer, kind and milliseconds of every step of a plan: medians over several passes through the network."""
     rows: dict[tuple[int, int], tuple[str, str]] = {}
     seconds: dict[tuple[int, int], list[float]] = {}
     threads = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""Silence for what torch says while this package tries something that may fail."""
+"""A context in which torch does not warn, log or print, for attempts that may fail."""
 
 import contextlib
 import io
@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 
-# They print tracebacks and graphs of what is caught here.
+# These loggers print tracebacks and graphs for errors that this package catches.
 _LOGGERS = ("torch.export._trace", "torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
 
 

@@ -1,4 +1,4 @@
-"""Nodes and their arguments as JSON, and back from a file that nobody vouches for: every field is checked."""
+"""Nodes and their arguments as JSON, and back from a file that is not trusted: every field is checked."""
 
 import dataclasses
 import math
@@ -16,20 +16,20 @@ from str_triton.deploy.sparse.graph.pointwise import Pointwise
 from str_triton.deploy.sparse.graph.recurrent import Recurrent
 from str_triton.deploy.sparse.graph.refs import Ref, references
 
-MOST = 2**20  # of a stride, a padding, a cut; far beyond what makes sense, and far below what could overflow
+MOST = 2**20  # the limit for a stride, a padding, a number of blocks: larger than any in use, too small to overflow
 LARGEST = torch.finfo(torch.float32).max
 _DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool", "complex64")
 _FORMATS = ("contiguous_format", "channels_last", "channels_last_3d", "preserve_format")
 
 
 class Refused(ValueError):
-    """A record that describes no network; the message says what is wrong with it."""
+    """The error for a record that describes no network; the message says what is wrong with it."""
 
 
 def encode(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
-    """Return a value as JSON; what JSON lacks as {"its type": ...}. Tensors go to `tensors` under `key`.
+    """Return a value as JSON; a type that JSON lacks becomes {"type": ...}. Tensors are added to `tensors` under `key`.
 
-    Raises ValueError for what a file cannot hold.
+    Raises ValueError for a value that a file cannot hold.
     """
 
     def parts(items: Any) -> list[Any]:
@@ -66,9 +66,9 @@ def encode(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def decode(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """Return what `encode` took.
+    """Return the value that `encode` turned into this JSON.
 
-    Raises KeyError, TypeError or ValueError for anything else.
+    Raises KeyError, TypeError or ValueError for JSON that `encode` does not make.
     """
     if isinstance(value, list):
         return [decode(item, tensors) for item in value]
@@ -117,13 +117,13 @@ def node_record(node: nodes.Node, tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def node_of(record: dict[str, Any], tensors: dict[str, Tensor], known: set[str]) -> nodes.Node:
-    """Return the node of a record; `known` are the names of those before it.
+    """Return the node of a record; `known` are the names of the nodes before it.
 
-    Raises Refused, KeyError, TypeError or ValueError for a record that is none.
+    Raises Refused, KeyError, TypeError or ValueError for a record that describes no node.
     """
     kind, check = _KINDS[record["kind"]]
     node = kind(**{name: decode(value, tensors) for name, value in record.items() if name != "kind"})
-    _require(isinstance(node.name, str) and node.name not in known, f"{node.name!r} stands there twice")
+    _require(isinstance(node.name, str) and node.name not in known, f"two nodes have the name {node.name!r}")
     if isinstance(node, nodes.Call):
         _require(allowed(node.target), f"{node.name} calls {node.target!r}")
         node.target = resolve(node.target)
@@ -227,7 +227,7 @@ def _check_mean(node: pools.Mean) -> None:
 
 def _is_grid(grid: quantized.Grid) -> bool:
     usual = type(grid.scale) is float and quantized.SMALLEST <= grid.scale <= LARGEST
-    # A number that float32 does not hold would be another one in the kernels.
+    # The kernels would round a number that float32 cannot hold.
     exact = usual and float(torch.tensor(grid.scale, dtype=torch.float32)) == grid.scale
     return exact and type(grid.zero) is int and 0 <= grid.zero <= quantized.TOP
 
@@ -253,7 +253,7 @@ def _check_quantized_linear(node: quantized.QuantizedLinear) -> None:
 
 
 def _check_products(node: quantized.QuantizedConvolution | quantized.QuantizedLinear, grids: int) -> None:
-    """Check the numbers of a quantized layer: no sum may leave int32, and no product float32."""
+    """Check the numbers of a quantized layer: sums must fit into int32, products into float32."""
     fits = _is_tensor(node.scale, 1, torch.float32) and node.scale.shape == node.bias.shape and node.activation == ""
     _require(fits and len(node.grids) == grids and all(map(_is_grid, node.grids)), f"{node.name} has no grids")
     sums = node.weight.numel() > 0 and int(node.weight.min()) >= -127 and node.span() < 2**31

@@ -17,7 +17,7 @@ class Buffers:
         ]
 
     def changed(self) -> set[str]:
-        """Return the names of the buffers that are others now, or hold other values."""
+        """Return the names of the buffers that were replaced or hold other values."""
         return {
             label
             for label, module, name, tensor, value in self._values
@@ -33,9 +33,9 @@ class Buffers:
 
 
 def change_in_place(model: nn.Module, names: set[str]) -> None:
-    """Let a model's calls change these buffers in place where its forward puts other tensors in their place.
+    """Make a model's calls change these buffers in place where its forward would replace them by other tensors.
 
-    torch.export forgets what a submodule does to its buffers in the second way.
+    torch.export loses a replacement that happens in a submodule.
     """
     places = _Places(names)
     model.register_forward_pre_hook(places.remember)

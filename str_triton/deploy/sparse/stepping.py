@@ -13,7 +13,7 @@ from str_triton.deploy.sparse.runtime.build import library
 from str_triton.deploy.sparse.runtime.stepping import Layer, PackedStepper
 from str_triton.nn import LowRankGRU, LowRankLSTM, LowRankRNN, LowRankWeight
 
-MEAN_ROWS = 3  # of the state: sums of the outputs, what these have lost to rounding, and the number of steps
+MEAN_ROWS = 3  # of the state, for a mean: sums of the outputs, their rounding errors, and the number of steps
 TRIED, TOLERANCE = (
     5,
     1e-4,
@@ -40,12 +40,12 @@ def compile_step(module: nn.Module) -> "CompiledStep":
 
 
 class CompiledStep:
-    """One time step in C. Steps are the whole sequence: the outputs differ from those of the module by rounding.
+    """One time step in C. The outputs of all steps differ from the module's on the whole sequence by rounding only.
 
     Attributes:
         inputs: features of a frame. outputs: hidden units of a layer, or classes.
-        rows: the state is [rows, B, hidden], float32. It is zeros at the beginning of a sequence, so that
-            `state[:, i] = 0` begins sequence i of a batch anew.
+        rows: the state is [rows, B, hidden], float32. It is zero at the beginning of a sequence, so
+            `state[:, i] = 0` starts a new sequence in row i of a batch.
     """
 
     def __init__(self, rnn: LowRankRNN, head: tuple[Tensor, Tensor] | None = None, *, mean: bool = False) -> None:
@@ -80,7 +80,7 @@ class CompiledStep:
 
         Args:
             x: [B, inputs], float32 on the CPU.
-            state: what the step before returned; None: the beginning of a sequence.
+            state: the state that the previous step returned; None: the beginning of a sequence.
 
         Raises:
             ValueError: another shape, dtype or device.
@@ -198,7 +198,7 @@ def _layer(rnn: LowRankRNN, index: int) -> Layer:
 
 
 def _factors(matrix: LowRankWeight | nn.Parameter) -> list[Tensor]:
-    """Return the matrices whose product a weight is, the one that is applied first in front."""
+    """Return the factors of a weight, in the order in which they are applied."""
     if isinstance(matrix, LowRankWeight):
         u, m, v = matrix.surviving()
         return [v.t().contiguous(), (u * m).contiguous()]

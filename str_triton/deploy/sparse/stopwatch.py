@@ -1,4 +1,4 @@
-"""Timing in turns, for machines that others use, too."""
+"""Timing of candidates in turns, for machines that also run other programs."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 Calls = Mapping[Any, Callable[[], object]]
-ROUNDS = 3  # in which every candidate is timed once, in turns: a disturbance meets all of them
-MOST_ROUNDS, LIMIT = 16, 1.0  # rounds and seconds, where others use the processor
+ROUNDS = 3  # in each round every candidate is timed once, so that a disturbance affects all of them
+MOST_ROUNDS, LIMIT = 16, 1.0  # rounds and seconds, where other programs use the processor
 ALIKE = 1.1
 EVICTED = 16 * 2**20  # bytes that fill the caches of several cores
-HOPELESS = 2.5  # times the fastest: not timed again
-RESTLESS = 1.6  # a usual call takes so many times as long as the fastest where others use the processor
+HOPELESS = 2.5  # a candidate that takes this many times as long as the fastest is not timed again
+RESTLESS = 1.6  # the machine is busy if the median call takes this many times as long as the fastest
 
 
 @dataclass
@@ -32,13 +32,13 @@ class Stopwatch:
     def race(
         self, calls: Calls, rounds: int | None = None, *, cold: bool = True, limit: float = LIMIT
     ) -> dict[Any, float]:
-        """Return the fewest milliseconds of each call over `rounds` rounds or more; one call before is not counted.
+        """Return the fewest milliseconds of each call over at least `rounds` rounds, after one call to warm up.
 
         Args:
             calls: what to time, by name.
-            rounds: how often, where nothing disturbs; default ROUNDS.
-            limit: seconds after which no more rounds are added to those.
-            cold: empty the caches before each, as the other layers of a network do.
+            rounds: the number of rounds on a quiet machine; default ROUNDS.
+            limit: seconds after which no further rounds are added.
+            cold: empty the caches before each call, as the other layers of a network do.
         """
         rounds = ROUNDS if rounds is None else rounds
         seconds: dict[Any, list[float]] = {name: [] for name in calls}
@@ -64,6 +64,6 @@ class Stopwatch:
 
 
 def _is_confirmed(seconds: list[float]) -> bool:
-    """Check that the fastest call was no accident, and no disturbance hides a faster one: another was about as fast."""
+    """Check that the second fastest call took about as long as the fastest, so that the minimum is reliable."""
     least, *rest = sorted(seconds)
     return not rest or rest[0] < ALIKE * least

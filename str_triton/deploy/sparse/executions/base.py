@@ -1,4 +1,4 @@
-"""What an execution of a layer is."""
+"""The base class of the executions of a layer."""
 
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar

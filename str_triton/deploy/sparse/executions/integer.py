@@ -10,7 +10,7 @@ from str_triton.deploy.sparse.graph.quantized import QuantizedConvolution, Quant
 
 
 class Integer(Execution):
-    """The kernels on bytes; the zeros among the weights are skipped. The plan knows which values are bytes."""
+    """The kernels on bytes, which skip zeros among the weights. The plan knows which values are bytes."""
 
     name = "int8"
     by_kernels = True

@@ -1,4 +1,4 @@
-"""The memory of the images between layers: which share a frame, where each lies, who may reuse whose place."""
+"""The memory of the images between layers: which images share a frame, where each is stored, when memory is reused."""
 
 import math
 from collections.abc import Container
@@ -17,9 +17,9 @@ class Key(NamedTuple):
     """A value in padded form: its name and its phases.
 
     Attributes:
-        turned: the value [..., features] lies as one image of one row: features are channels, and rows are pixels.
-        bordered: minus infinity lies around the pixels, not zeros; only copies write such an image.
-        fill: of codes, the one that lies around the pixels.
+        turned: the value [..., features] is stored as one image of one row: features are channels, rows are pixels.
+        bordered: the border around the pixels is minus infinity, not zeros; only copies write such an image.
+        fill: for codes, the code in the border around the pixels.
     """
 
     value: str
@@ -46,8 +46,8 @@ class Buffers:
     First connect and widen everything, then take and release in the order of use, then allocate.
 
     Attributes:
-        group: how many images of a batch are there at once; None: all.
-        whole: the keys of which all images are there, whatever `group` says.
+        group: how many images of a batch are in memory at once; None: all.
+        whole: the keys whose images are all in memory, whatever `group` is.
         codes: the values whose elements are bytes.
     """
 
@@ -67,7 +67,7 @@ class Buffers:
         return 1 if value in self.codes else FLOAT
 
     def images(self, key: Key) -> int:
-        """Return how many images of a value are there at once."""
+        """Return how many images of a value are in memory at once."""
         return self.shape(key)[0] if key in self.whole else self.at_once(key)
 
     def at_once(self, key: Key) -> int:
@@ -80,7 +80,7 @@ class Buffers:
         return (1, shape[-1], 1, math.prod(shape[:-1])) if key.turned else shape
 
     def root(self, key: Key) -> Key:
-        """Return the key that stands for all those with the same frame."""
+        """Return the key that represents all keys with the same frame."""
         root = key
         while self._groups.setdefault(root, root) != root:
             root = self._groups[root]
@@ -91,7 +91,7 @@ class Buffers:
         return self._frames.setdefault(self.root(key), Frame())
 
     def connect(self, window: Window, x: Key, y: Key, residual: Key | None) -> None:
-        """Give what a window reads and writes the same frame."""
+        """Give the images that a window reads and writes the same frame."""
         for other in filter(None, (x, residual)):
             self._groups[self.root(other)] = self.root(y)
 
@@ -112,9 +112,9 @@ class Buffers:
         elements = self.images(key) * self.shape(key)[1] * self.frame(key).channel(math.prod(key.phases))
         size = self.size(key.value)
         floats = -(-elements * size // (FLOAT * GRAIN)) * GRAIN
-        # The groups of a batch run through the same places in turn, which one that holds all cannot share.
+        # The groups of a batch use one place in turn, so a value that keeps all its images cannot share it.
         free = [] if key in self.whole else self._free.get(self._layout(key), [])
-        # The smallest that is large enough, or else the largest, which grows.
+        # Take the smallest place that is large enough, or else enlarge the largest one.
         fitting = [place for place in free if place.floats >= floats]
         place = min(fitting, key=lambda p: p.floats) if fitting else max(free, key=lambda p: p.floats, default=None)
         if place is None:
@@ -126,16 +126,16 @@ class Buffers:
         self._places[key] = place
 
     def release(self, key: Key) -> None:
-        """Let others have the place of an image that nobody reads any more."""
+        """Free the place of an image that is not read any more."""
         if key not in self.whole:
             self._free.setdefault(self._layout(key), []).append(self._places[key])
 
     def _layout(self, key: Key) -> tuple:
-        """Return what decides where an image's zeros lie: a smaller one would read what a larger one left around it."""
+        """Return what fixes where an image's zeros are. A smaller image would read what a larger one left around it."""
         return self.root(key), key.phases, self.shape(key)[2:], key.bordered, key.fill, self.size(key.value)
 
     def allocate(self) -> None:
-        """Get the memory, all zeros. Around it there is room for what strips read beyond their image."""
+        """Allocate the memory, filled with zeros, with room on both sides for strips that read beyond their image."""
         slack = max((2 * frame.plane for frame in self._frames.values()), default=0) + 1024
         total = slack
         for place in self._all:

@@ -20,7 +20,7 @@ HEADERS = tuple(
 )
 COMPILERS = ("cc", "gcc", "clang")
 _BASE = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-ffp-contract=fast")
-# The first set that the compiler takes and whose library loads. OpenMP first: without it there is one thread.
+# Tried in this order until a set compiles and its library loads. OpenMP first: without it there is one thread.
 FLAGS = (
     (*_BASE, "-march=native", "-mprefer-vector-width=512", "-fopenmp"),
     (*_BASE, "-march=native", "-fopenmp"),
@@ -32,7 +32,7 @@ FLAGS = (
 
 
 class BuildError(RuntimeError):
-    """No compiler, or none that compiles kernels.c."""
+    """The error where there is no compiler, or none that compiles kernels.c."""
 
 
 @functools.cache
@@ -52,7 +52,7 @@ def library() -> ctypes.CDLL | None:
 def cache_folder() -> Path:
     """Return where compiled kernels are kept: $XDG_CACHE_HOME/str_triton, else ~/.cache/str_triton.
 
-    Raises OSError where nobody knows the user's home.
+    Raises OSError where the user's home folder is unknown.
     """
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else _home() / ".cache") / "str_triton"
@@ -68,11 +68,11 @@ def _home() -> Path:
 def build(folder: Path, flag_sets: tuple[tuple[str, ...], ...] = FLAGS) -> Path:
     """Return the path of a library in `folder`, compiled now if there is none for this source, compiler and processor.
 
-    Several processes may build at once: each writes beside, and the last rename wins.
+    Several processes may build at once: each compiles in a folder of its own, and the last rename wins.
 
     Raises:
         BuildError: no compiler is found ($CC, cc, gcc, clang), or it fails with every set of flags.
-        OSError: the folder cannot be written, or others can write it: what they leave there would run here.
+        OSError: the folder cannot be written, or other users can write it: their libraries would run here.
     """
     compiler = _compiler()
     key = hashlib.sha256()
@@ -140,7 +140,7 @@ def _version(compiler: list[str]) -> str:
 
 
 def _processor() -> str:
-    """Return what -march=native depends on: a cache folder may be shared by machines that differ."""
+    """Return what -march=native depends on, since different machines may share a cache folder."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     kept = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}

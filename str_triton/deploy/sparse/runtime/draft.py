@@ -1,4 +1,4 @@
-"""What a plan will do, in order: which form every value takes, and where a copy must change it."""
+"""The tasks of a plan, in order: the form of every value, and the copies that change it."""
 
 import math
 from collections import defaultdict
@@ -22,7 +22,7 @@ NOT_NEGATIVE = ("sigmoid", "hardsigmoid")
 
 @dataclass
 class Task:
-    """One thing to do, in order: the node that it serves, and the images that it reads and writes.
+    """One task of a plan: the node that it computes, and the images that it reads and writes.
 
     Attributes:
         kind: "window", "gate", "mean" or "linear" (by the kernels), "copy" (an image to or from a tensor, to other
@@ -41,12 +41,12 @@ class Task:
     skipped: tuple[int, int] = (0, 0)  # of a copy: the channels before it in what it reads and in what it writes
 
     def images(self) -> set[Key]:
-        """Return the images that it touches."""
+        """Return the images that the task reads or writes."""
         return {*self.reads, self.writes} - {None}
 
 
 class Draft:
-    """Decides which form every value takes, and lists the tasks."""
+    """The form of every value, and the list of the tasks."""
 
     def __init__(self, graph: Graph, trial: Trial, choices: dict[str, Choice], kernels: bool) -> None:
         self.shapes, self.codes, self.choices, self.kernels = trial.shapes, trial.codes, choices, kernels
@@ -117,7 +117,7 @@ class Draft:
         return name in self._written and not isinstance(self.nodes[name], Linear)
 
     def _windows(self, graph: Graph) -> dict[str, Window]:
-        """Return the window of each convolution and pool, found from the end: readers decide on a value's phases."""
+        """Return the window of each convolution and pool, found from the last: readers decide a value's phases."""
         wanted: dict[str, set[tuple[int, int]]] = defaultdict(set)
         windows = {}
         for node in reversed(graph.nodes):
@@ -198,11 +198,11 @@ class Draft:
         return self._key(name, self.windows[name].phases, isinstance(self.nodes[name], Linear))
 
     def _key(self, name: str, phases: tuple[int, int], turned: bool = False) -> Key:
-        """Return a form of a value with what its kernel writes around it."""
+        """Return a form of a value, with the border that its kernel writes."""
         return Key(name, phases, turned, fill=self.zeros.get(name, 0))
 
     def _read(self, node: Layer | MaxPool | AvgPool, window: Window, turned: bool) -> Key:
-        """Return the form in which a window reads its input, with what it expects around it."""
+        """Return the form in which a window reads its input, with the border that it expects."""
         key = self._key(node.inputs[0], window.reads, turned)._replace(bordered=self._reads_border(node))
         if isinstance(node, QuantizedConvolution) and node.padding != (0, 0):
             return key._replace(fill=node.grids[0].zero)
@@ -222,7 +222,7 @@ class Draft:
             self.images.add(key.value)
 
     def _image(self, key: Key) -> Key:
-        """Have a value in this form, by a copy if need be."""
+        """Make a value available in this form, by a copy if necessary, and return the form."""
         self._note(key)
         if key in self._made:
             return key
@@ -239,7 +239,7 @@ class Draft:
         return key
 
     def _tensor(self, *names: str) -> None:
-        """Have values as torch's tensors."""
+        """Make values available as torch's tensors."""
         for name in names:
             if name in self._written and name not in self._made:
                 source = self._own(name)

@@ -1,4 +1,4 @@
-"""Which of torch's operations are no more than copies and products of images, which the kernels take over."""
+"""The operations of torch that only copy or scale images, so that the kernels can execute them."""
 
 import math
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ class Gate(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """Images side by side in their channels."""
+    """A concatenation of images along their channels."""
 
     images: tuple[str, ...]
 
@@ -35,7 +35,7 @@ class Channels(NamedTuple):
 
 
 def image_operation(node: Node, shapes: Shapes) -> Gate | Parts | Channels | None:
-    """Return what a call of torch's does to images [images, channels, height, width]; None if it is something else."""
+    """Return what a call of torch does to images [images, channels, height, width]; None for any other call."""
     if not isinstance(node, Call) or node.variable or node.kwargs or any(name not in shapes for name in node.inputs):
         return None
     own = shapes.get(node.name, ())
@@ -78,7 +78,7 @@ _READERS: dict[Any, Any] = {aten.mul.Tensor: _gate, aten.cat.default: _parts, at
 
 
 def leader(node: Node, shapes: Shapes) -> str | None:
-    """Return the input whose form this node takes, if it follows one."""
+    """Return the input whose form (image or tensor) this node's value takes; None if it follows no input."""
     if isinstance(node, MaxPool | AvgPool):
         return node.inputs[0]
     match image_operation(node, shapes):
@@ -89,7 +89,7 @@ def leader(node: Node, shapes: Shapes) -> str | None:
     return None
 
 
-MOST_PHASES = 1024  # of what a strided window reads: each is a plane of its own
+MOST_PHASES = 1024  # the limit for the phases of a strided window's input: each phase is a plane of its own
 
 
 def has_window(node: Node, shapes: Shapes) -> bool:

@@ -1,4 +1,4 @@
-"""Operations on bytes, for layers on 8-bit integers and what lies between them."""
+"""Operations on bytes, for layers on 8-bit integers and the operations between them."""
 
 import ctypes
 
@@ -89,14 +89,14 @@ class ByteOperations(Operations):
     def byte_copies(
         self, value: str, source: Key | None, target: Key | None, skipped: tuple[int, int] = (0, 0)
     ) -> list[tuple[Operation, int]]:
-        """Return copies of codes; arguments and results as those of `copies`."""
+        """Return copies of codes; arguments and results are those of `copies`."""
         found = self.copies(value, source, target, skipped, size=1)
         for op, _ in found:
             op.kind = COPY_BYTES
         return found
 
     def coders(self, value: str, source: Key | None, target: Key | None, grid: Grid) -> list[tuple[Operation, int]]:
-        """Return operations that make codes of a tensor (source None), or a tensor of codes (target None)."""
+        """Return operations that quantize a tensor (source None), or that dequantize codes to one (target None)."""
         found = self.copies(value, source, target, size=FLOAT)
         for op, _ in found:
             op.kind = QUANTIZE if source is None else DEQUANTIZE
@@ -105,7 +105,7 @@ class ByteOperations(Operations):
         return found
 
     def _products(self, op: Operation, node: QuantizedConvolution | QuantizedLinear) -> Integers:
-        """Set the bias of a layer to that for codes in place of steps, and return its numbers."""
+        """Set a layer's bias so that sums over codes equal sums over steps from zero, and return its numbers."""
         sums = node.weight.flatten(1).sum(1).numpy()  # int64
         bias = node.bias.numpy().astype(np.int64) - node.grids[0].zero * sums
         self._point(op, bias=bias.astype(np.int32))

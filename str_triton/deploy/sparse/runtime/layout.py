@@ -1,7 +1,7 @@
-"""Where pixels lie: images padded in their pitch, split into phases for strided readers, and taps as flat offsets.
+"""Where pixels are stored: images with padded rows, split into phases for strided readers, and taps as flat offsets.
 
-A value of shape [images, channels, height, width] in the phases (sy, sx) is stored as sy * sx planes per channel; pixel
-(y, x) lies in plane (y % sy) * sx + x % sx at row y // sy, column x // sx. Images that a convolution or a sum connects
+A value of shape [images, channels, height, width] in the phases (sy, sx) is stored as sy * sx planes per channel. Pixel
+(y, x) is in plane (y % sy) * sx + x % sx at row y // sy, column x // sx. Images that a convolution or a sum connects
 share a frame: one pitch and one size of planes, so that output and input pixels have the same flat index.
 """
 
@@ -12,15 +12,15 @@ import numpy as np
 
 
 class TooLarge(ValueError):
-    """An image whose places do not fit into 32 bits."""
+    """The error for an image whose offsets do not fit into 32 bits."""
 
 
-GRAIN = 16  # floats in a cache line, kernels.c knows it, too: planes begin at whole lines, lengths are multiples of it
+GRAIN = 16  # floats in a cache line, as in copies.h: planes begin at whole lines, and lengths are multiples of it
 
 
 @dataclass
 class Frame:
-    """What the images of a connected group share.
+    """The layout that the images of a connected group share.
 
     Attributes:
         columns: the widest plane's; gap: zeros between two rows; rows, above, below: rows of pixels and of zeros.
@@ -46,11 +46,11 @@ class Frame:
         return self.origin + _up((self.rows + self.below) * self.pitch + self.gap)
 
     def length(self, rows: int) -> int:
-        """Floats from the first pixel of a plane to the end of its last row, in whole grains."""
+        """Return the floats from the first pixel of a plane to the end of its last row, in whole grains."""
         return _up(rows * self.pitch)
 
     def channel(self, planes: int) -> int:
-        """Floats of a channel: an odd number of lines, because powers of two would share few sets of the caches."""
+        """Return the floats of a channel: an odd number of lines, since powers of two would use few sets of a cache."""
         return (planes * self.plane // GRAIN | 1) * GRAIN
 
 
@@ -59,7 +59,7 @@ def _up(floats: int) -> int:
 
 
 def plane_sizes(size: tuple[int, int], phases: tuple[int, int]) -> list[tuple[int, int]]:
-    """Rows and columns of each plane."""
+    """Return the rows and columns of each plane."""
     return [
         (len(range(p, size[0], phases[0])), len(range(q, size[1], phases[1])))
         for p in range(phases[0])
@@ -69,9 +69,9 @@ def plane_sizes(size: tuple[int, int], phases: tuple[int, int]) -> list[tuple[in
 
 @dataclass(frozen=True)
 class Window:
-    """The geometry of a convolution or pool, and the phases of what it writes.
+    """The geometry of a convolution or pool, and the phases of its output.
 
-    What it reads has the phases stride * phases: then every tap is a plain offset.
+    Its input has stride * phases phases, so that every tap is a plain offset.
     """
 
     kernel: tuple[int, int]
@@ -86,7 +86,7 @@ class Window:
 
     @property
     def tables(self) -> int:
-        """How many sets of offsets there are: one for all planes if each plane reads only its own."""
+        """The number of sets of offsets: one for all planes if each output plane reads only its own input plane."""
         return 1 if self.kernel == (1, 1) == self.stride and self.padding == (0, 0) else math.prod(self.phases)
 
     def shifts(self, axis: int, phase: int) -> list[tuple[int, int]]:
@@ -97,9 +97,9 @@ class Window:
         return [(start % self.reads[axis], start // self.reads[axis]) for start in starts]
 
     def widen(self, frame: Frame, source: tuple[int, int], target: tuple[int, int]) -> bool:
-        """Give `frame` the zeros that this window reads around an image of size `source`; whether it reads any.
+        """Give `frame` the zeros that this window reads around an image of size `source`; return whether it reads any.
 
-        `target` is the size of what is written.
+        `target` is the size of the output.
         """
         margins = []
         for axis in (0, 1):
@@ -118,7 +118,7 @@ class Window:
 
 
 def offsets(window: Window, frame: Frame, plane: int, channels: int) -> np.ndarray:
-    """Return the offsets in floats, [channels, kernel height, kernel width], of what one written plane reads."""
+    """Return the offsets in floats, [channels, kernel height, kernel width], at which one output plane reads."""
     rows, columns = window.shifts(0, plane // window.phases[1]), window.shifts(1, plane % window.phases[1])
     row_phase, row_shift = (np.array(numbers, np.int64)[:, None] for numbers in zip(*rows, strict=True))
     column_phase, column_shift = (np.array(numbers, np.int64) for numbers in zip(*columns, strict=True))

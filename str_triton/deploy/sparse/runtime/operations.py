@@ -67,7 +67,7 @@ class Operations:
         return op
 
     def _sliding(self, window: Window, x: Key, y: Key, residual: Key | None) -> Operation:
-        """Return an operation that slides a window: with its images, not with its weights."""
+        """Return an operation that slides a window, with its images but without its weights."""
         buffers, shape = self.buffers, self.buffers.shape(y)
         op = Operation(x=buffers.view(x), y=buffers.view(y), images=buffers.at_once(y), channels=shape[1])
         op.planes, op.tables = math.prod(y.phases), window.tables
@@ -88,15 +88,15 @@ class Operations:
         return op
 
     def _hide_padding(self, op: Operation, y: Key) -> None:
-        """Let an operation write zeros where the padding of an image lies."""
+        """Make an operation write zeros into the padding of an image."""
         frame = self.buffers.frame(y)
         if frame.gap or frame.above or frame.below:
             self._point(op, mask=self._mask(y, op.length))
 
     def cut(self, op: Operation, choice: Choice) -> None:
-        """Share the work out as `choice` says: blocks of channels with about as many taps each."""
+        """Divide the work as `choice` says, into blocks of channels with about the same number of taps."""
         first = np.ctypeslib.as_array(ctypes.cast(op.first, ctypes.POINTER(ctypes.c_int32)), (op.channels + 1,))
-        # A channel costs its taps and about one more for what is done once.
+        # A channel costs as much as its taps, and about one tap more for the work that is done once per channel.
         cost = first - first[0] + np.arange(op.channels + 1)
         op.blocks = max(1, min(choice.blocks, op.channels))
         wanted = np.linspace(0, cost[-1], op.blocks + 1)
@@ -113,14 +113,15 @@ class Operations:
     def copies(
         self, value: str, source: Key | None, target: Key | None, skipped: tuple[int, int] = (0, 0), size: int = FLOAT
     ) -> list[tuple[Operation, int]]:
-        """Return one copy for each row phase of an image, where None stands for torch's tensor of that value.
+        """Return a copy for each row phase of an image, and the offset of its first pixel in torch's tensor, in bytes.
 
-        Of an image that has more channels than the value, `skipped` says how many come before: in source and target.
+        At least one side must be in one phase: its rows and columns are read or written with strides.
 
-        At least one side must be in one phase: its rows and columns are read or written with strides. `size` is that of
-        the tensor's elements in bytes.
-
-        Returns them with the place of their first pixel in the tensor, in bytes: its address is known when it exists.
+        Args:
+            value: the value whose channels and pixels are copied.
+            source, target: an image; None: torch's tensor, whose address is known only at the call.
+            skipped: the channels before those of the value, in source and in target, for images with more channels.
+            size: the bytes of an element of the tensor.
         """
         if (source or target).turned:
             return [(self._turn(source, target), 0)]
@@ -161,7 +162,7 @@ class Operations:
         return op
 
     def linear(self, node: Layer, images: int, choice: Choice) -> Operation:
-        """Return a layer that multiplies one row of features, or as many as there are images of one pixel."""
+        """Return a layer that multiplies one row of features, or one row for each image of one pixel."""
         outputs, inputs = node.weight.shape[:2]
         op = Operation(kind=LINEAR, images=images, channels=outputs, planes=1, tables=1)
         op.x, op.y = View(None, inputs, 1, 0, 0, 0), View(None, outputs, 1, 0, 0, 0)
@@ -202,13 +203,13 @@ def nonzeros(weight: np.ndarray, groups: int) -> tuple[np.ndarray, np.ndarray, n
     """Find the weights that are not zero, by output channel.
 
     Returns:
-        Where each channel's begin in the two others; their places in what all groups together read, [inputs, kernel];
-        their values.
+        The index in the next two arrays at which each channel begins; the positions of the weights in the input of all
+        groups, [inputs, kernel]; the values of the weights.
     """
     channels, size = weight.shape[0], weight[0].size
     flat = np.flatnonzero(weight.ravel() != 0)
     first = np.searchsorted(flat, np.arange(channels + 1) * size).astype(np.int32)
-    # Of the flat place in the weight, only the part within the channel counts, after that of the groups before.
+    # A position is the flat index within the weight's output channel, plus the size of the groups before.
     channel = np.arange(channels)
     shift = channel * size - channel // (channels // groups) * size
     return first, flat - np.repeat(shift, np.diff(first)), weight.ravel()[flat]

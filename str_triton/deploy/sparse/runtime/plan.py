@@ -1,7 +1,7 @@
-"""What runs for inputs of one shape: buffers, and steps over them.
+"""The plan for inputs of one shape: buffers, and the steps that use them.
 
-Values live in two forms: as torch's tensors, which torch's layers read and write, and as images in padded buffers,
-which kernels.c reads and writes. A copy stands wherever the form changes.
+A value has two forms: a tensor of torch's, which torch's layers read and write, and an image in a padded buffer, which
+kernels.c reads and writes. A copy is inserted wherever the form changes.
 """
 
 import ctypes
@@ -23,15 +23,15 @@ from str_triton.deploy.sparse.runtime.structs import Operation, Stage, View
 from str_triton.deploy.sparse.runtime.threads import thread_count
 from str_triton.deploy.sparse.runtime.trial import Trial
 
-GROUP_BYTES = 2**18  # of the largest value of a group of images: they run one group after the other, in the caches
+GROUP_BYTES = 2**18  # the limit for a group's largest value: groups run one after the other and stay in the caches
 
 
 class Mismatch(Exception):
-    """A tensor is not what the plan was made for: torch must run this call."""
+    """The error for a tensor that the plan was not made for: torch must run this call."""
 
 
 def _fitting(graph: Graph, trial: Trial, choices: dict[str, Choice]) -> dict[str, Choice]:
-    """Return the choices, dense where an execution does not fit: a choice may come from a file, or of other shapes."""
+    """Return the choices, with dense ones where they do not fit: they may come from a file or be for other shapes."""
     unfit = [
         node.name
         for node in graph.layers()
@@ -48,7 +48,7 @@ class Plan:
         graph: the network.
         trial: the shapes of its values.
         choices: the execution of every layer.
-        library: the kernels; None: torch runs what is chosen for them.
+        library: the kernels; None: torch runs the layers that were chosen for them.
     """
 
     def __init__(self, graph: Graph, trial: Trial, choices: dict[str, Choice], library: ctypes.CDLL | None) -> None:
@@ -72,7 +72,7 @@ class Plan:
         for segment, dropped in zip(self.segments, self._last_reads, strict=True):
             if isinstance(segment, Segment):
                 segment.keep_scratch(dropped)
-        # Without a call of torch's, neither autocast nor gradients nor torch's defaults matter.
+        # If no step calls torch, then autocast, gradients and torch's defaults do not matter.
         self.by_kernels = not graph.changes and all(isinstance(part, Segment | Input) for part in self.segments)
 
     def run(self, inputs: Sequence[Any]) -> dict[str, Any]:
@@ -90,17 +90,17 @@ class Plan:
             else:
                 values[segment.name] = next(given) if isinstance(segment, Input) else self.value(segment, values)
             for name in self._last_reads[index]:
-                values.pop(name, None)  # What a segment has for itself alone is not among them.
+                values.pop(name, None)  # A value that only one segment uses is not in `values`.
         return values
 
     def value(self, node: Node, values: dict[str, Any]) -> Any:
-        """Compute a node by torch."""
+        """Compute a node with torch."""
         if isinstance(node, Layer):
             return EXECUTIONS[self.choices[node.name].execution].run(node, values)
         return node.run(values)
 
     def operation(self, name: str) -> tuple["Segment", int]:
-        """Return where the operation of a layer that runs by the kernels stands: its segment and its stage's number."""
+        """Return the segment, and the number of the stage in it, in which the kernels compute a layer."""
         for segment in self.segments:
             if isinstance(segment, Segment):
                 for number, task in enumerate(segment.tasks):
@@ -109,12 +109,12 @@ class Plan:
         raise KeyError(name)
 
     def cut(self, name: str, choice: Choice) -> None:
-        """Cut the work of a layer anew."""
+        """Divide the work of a layer as `choice` says."""
         segment, number = self.operation(name)
         self._operations.cut(segment.operations[number][0], choice)
 
     def _make(self, task: Task) -> tuple[list[Operation], list[int]]:
-        """Return the operations of a task, and for copies the places in the tensor where they begin."""
+        """Return the operations of a task, and the offset in its tensor, in bytes, at which each one begins."""
         choice = self.choices.get(task.node.name, Choice("sparse", tiles=64))
         match task.kind:
             case "window":
@@ -146,10 +146,10 @@ class Plan:
 
 
 def _group(names: set[str], shapes: dict[str, tuple[int, ...]]) -> int | None:
-    """Return how many images run at once, layer after layer; None: all, in one go.
+    """Return how many images run through the layers together; None: all.
 
-    The largest divisor of the batch whose values stay in the caches: layer after layer over a whole batch would read
-    every value from memory.
+    This is the largest divisor of the batch whose values stay in the caches. With a whole batch, each layer would read
+    its input from memory.
     """
     batches = {shapes[name][0] for name in names}
     if len(batches) != 1:
@@ -161,7 +161,7 @@ def _group(names: set[str], shapes: dict[str, tuple[int, ...]]) -> int | None:
 
 
 def _split(tasks: list[Task], shapes: dict[str, tuple[int, ...]], group: int | None) -> list["Segment | Node"]:
-    """Put tasks by the kernels that follow each other into one segment, if as many groups of images run in them."""
+    """Put successive tasks of the kernels into one segment, if they run for the same number of groups of images."""
     segments: list[Segment | Node] = []
     for task in tasks:
         if task.kind == "torch":
@@ -179,7 +179,7 @@ def _split(tasks: list[Task], shapes: dict[str, tuple[int, ...]], group: int | N
 
 
 def _crossing(segments: list["Segment | Node"]) -> set[Key]:
-    """Return the images that are written in one segment and read in another: of these all of a batch must be there."""
+    """Return the images that are written in one segment and read in another: the whole batch must be in memory."""
     first: dict[Key, int] = {}
     crossing = set()
     for index, segment in enumerate(segments):
@@ -202,7 +202,7 @@ class Segment:
         shapes: dict[str, tuple[int, ...]],
         buffers: Buffers,
     ) -> None:
-        """Put the stages of all tasks side by side, and note which pointers wait for a tensor or move by groups."""
+        """Put the stages of all tasks into one array, and note which pointers depend on a tensor or on the group."""
         self.operations = [(Operation * len(operations))(*operations) for operations, _ in made]
         self.stages = (Stage * len(self.tasks))(
             *(Stage(ctypes.addressof(array), len(array)) for array in self.operations)
@@ -232,15 +232,15 @@ class Segment:
         self._strides = {name: buffers.size(name) * math.prod(shape) // self.groups for name, shape in every.items()}
 
     def keep_scratch(self, dropped: Sequence[str]) -> None:
-        """Allocate what this segment writes for itself alone once; `dropped` are the values nobody reads after it."""
+        """Allocate once the values that only this segment uses; `dropped` are those that are not read after it."""
         for name in self._writes.keys() & set(dropped):
             self._scratch[name] = torch.empty(self._writes.pop(name), dtype=self._dtypes[name], device="cpu")
         self._scratch_addresses = {name: value.data_ptr() for name, value in self._scratch.items()}
 
     def bind(self, values: dict[str, Any]) -> list[Tensor]:
-        """Make the tensors that this segment writes and point the operations to the first group of all.
+        """Make the tensors that this segment writes, and point the operations to the first group.
 
-        Returns what must live while they run.
+        Returns the tensors that must stay alive while the operations run.
 
         Raises:
             Mismatch: a tensor is not what the operations were made for.
@@ -266,7 +266,7 @@ class Segment:
             view.data = address + group * stride
 
     def run(self, values: dict[str, Any], library: ctypes.CDLL, threads: int) -> None:
-        """Run the stages on tensors in `values`, and put there what they make."""
+        """Run the stages on tensors in `values`, and add the results to `values`."""
         held = self.bind(values)
         for group in range(self.groups):
             if group:
@@ -276,7 +276,7 @@ class Segment:
 
 
 def _last_reads(segments: list["Segment | Node"], kept: set[str]) -> list[list[str]]:
-    """Return, for each segment, the values that nobody reads after it."""
+    """Return, for each segment, the values that are not read after it."""
     seen: set[str] = set()
     dropped: list[list[str]] = []
     for segment in reversed(segments):

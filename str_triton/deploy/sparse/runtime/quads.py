@@ -6,7 +6,7 @@ import numpy as np
 
 from str_triton.deploy.sparse.runtime.operations import nonzeros
 
-# AVX2 adds the products of two weights and two bytes in 16 bits with a sign: 255 * 128 still fits, in both directions.
+# AVX2 adds the products of two weights and two bytes in signed 16 bits: 255 * 128 and its negative still fit.
 LARGEST_PAIR = 128
 
 
@@ -15,8 +15,8 @@ class Quads(NamedTuple):
 
     Attributes:
         first: [channels + 1]: where each output channel's quads begin.
-        places: [quads, 4]: the places of the weights in what all groups together read, [inputs, kernel].
-        weights: [quads, 4] int8; a quad that is not full has zeros.
+        places: [quads, 4]: the positions of the weights in the input of all groups, [inputs, kernel].
+        weights: [quads, 4] int8; a quad with fewer weights is filled with zeros.
     """
 
     first: np.ndarray
@@ -25,10 +25,10 @@ class Quads(NamedTuple):
 
 
 def quads(weight: np.ndarray, groups: int) -> Quads:
-    """Arrange the weights so that no two neighbours' products with bytes leave 16 bits.
+    """Arrange the weights so that the products of two neighbours with bytes fit into 16 bits.
 
-    In each channel the largest weight is paired with the smallest, the next with the next: those of different signs
-    always fit. A pair that does not fit is two pairs with a zero each.
+    In each channel the largest weight is paired with the smallest, the second largest with the second smallest, and so
+    on: two weights of different signs always fit. A pair that does not fit becomes two pairs with a zero each.
     """
     channels = weight.shape[0]
     first, places, values = nonzeros(weight, groups)
@@ -51,10 +51,10 @@ def quads(weight: np.ndarray, groups: int) -> Quads:
 
 
 def _two_by_two(channels: int, owner: np.ndarray, places: np.ndarray, weights: np.ndarray) -> Quads:
-    """Put the pairs of each channel, [pairs, 2], two by two."""
+    """Join the pairs of each channel, [pairs, 2], into quads."""
     order = np.lexsort(
         (places[:, 0], owner)
-    )  # In the order of the image: neighbours in a cache line follow each other.
+    )  # The order of the image: pixels of one cache line are read one after the other.
     owner, places, weights = owner[order], places[order], weights[order]
     pairs = np.bincount(owner, minlength=channels)
     halves = -(-pairs // 2)

@@ -11,8 +11,8 @@ from str_triton.deploy.sparse.runtime.threads import thread_count
 
 UNITS = 2  # vectors of hidden units in a block, as in recurrent.h
 CELLS = ("gru", "lstm", "fastgrnn", "mgu")  # in the order of recurrent.h
-FEW = 3e5  # multiplications below which a second thread costs more than it gives
-ACTIVATION = 40  # multiplications that take as long as the functions of one gate of one unit
+FEW = 3e5  # multiplications below which a second thread costs more time than it saves
+ACTIVATION = 40  # multiplications that take as long as the activations of one gate of one unit
 
 
 class Loop(ctypes.Structure):
@@ -61,7 +61,7 @@ class PackedLoop:
         for name, array in self._arrays.items():
             setattr(self.loop, name, array.ctypes.data)
         self._address = ctypes.addressof(self.loop)
-        self._room = 0  # sequences that there is scratch memory for
+        self._room = 0  # sequences that fit into the scratch memory
 
     def run(self, gates_x: Tensor, states: list[Tensor], shared: bool) -> Tensor:
         """Return the node's value; the caller has checked the sizes.

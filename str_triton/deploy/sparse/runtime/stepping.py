@@ -43,7 +43,7 @@ class Layer:
     """A recurrent layer and the projection of its input.
 
     Attributes:
-        projection: one matrix [gates * hidden, inputs], or two whose product it is, the one on the right first.
+        projection: one matrix [gates * hidden, inputs], or its two factors, the right one first.
         bias: [gates * hidden].
         node: the recurrent part.
     """
@@ -59,7 +59,7 @@ class PackedStepper:
     def __init__(
         self, layers: list[Layer], head: tuple[Tensor, Tensor] | None, mean: bool, library: ctypes.CDLL
     ) -> None:
-        # Without a release of the interpreter's lock a call is faster, and two threads cannot share the scratch.
+        # PyDLL keeps the interpreter's lock: a call is faster, and two threads cannot use the scratch at once.
         self._library = ctypes.PyDLL(library._name)
         self.lanes = library.str_triton_lanes()
         self._kept: list[object] = []

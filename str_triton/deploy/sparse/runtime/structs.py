@@ -28,7 +28,7 @@ class Integers(ctypes.Structure):
 
 
 class Operation(ctypes.Structure):
-    """One kernel's work."""
+    """The work of one kernel."""
 
     _fields_ = [
         ("kind", ctypes.c_int64),
@@ -46,7 +46,7 @@ class Operation(ctypes.Structure):
 
 
 class Stage(ctypes.Structure):
-    """Operations that wait for nobody."""
+    """Operations that do not depend on each other."""
 
     _fields_ = [("operations", ctypes.c_void_p), ("count", ctypes.c_int64)]
 

@@ -17,5 +17,5 @@ if hasattr(os, "register_at_fork"):
 
 
 def thread_count() -> int:
-    """Return how many threads the kernels use: in a forked child one, whose OpenMP waits for its parent's threads."""
+    """Return how many threads the kernels use: one in a forked child, where OpenMP waits for its parent's."""
     return 1 if _is_forked else torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""One run of a network by torch, which tells the shapes of its values for a plan."""
+"""One run of a network with torch, which finds the shapes of its values for a plan."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,11 +12,11 @@ from str_triton.deploy.sparse.graph.nodes import Call, Constant, Graph, Input, N
 
 @dataclass
 class Trial:
-    """What a network's values are like for inputs of some shapes.
+    """The shapes of a network's values, and its constant values, for inputs of given shapes.
 
     Attributes:
-        shapes: of the float32 tensors whose shape does not depend on the values of tensors.
-        codes: the shapes of the uint8 tensors of that kind: codes of quantized values.
+        shapes: the shapes of the float32 tensors whose shape does not depend on the values of tensors.
+        codes: the shapes of the uint8 tensors of this kind: codes of quantized values.
         fixed: the values that follow from the shapes of the inputs alone: sizes, positions, constants.
     """
 
@@ -30,7 +30,7 @@ class Trial:
 
 
 def try_out(graph: Graph, inputs: Sequence[Tensor]) -> Trial:
-    """Run a network by torch, without a change of its state."""
+    """Run a network with torch, without changing its state."""
     trial = Trial()
     values: dict[str, Any] = {}
     given = iter(inputs)
