@@ -199,7 +199,10 @@ def _check_words(recordings: Recordings, name: str, words: tuple[str, ...]) -> t
     if len(words) == len(recordings.words):
         raise ValueError(f"{name}: all words are named and the class unknown has none left: use 'all'")
     if not all(len(noise) for noise in recordings.background):
-        raise ValueError(f"{name} has no background noise, which the class silence needs: use the words 'all'")
+        raise ValueError(
+            f"{name} has no background noise, which the class silence needs: add recordings of noise "
+            "(_background_noise_/*.wav, a few seconds or more), or do without the class, by --words all"
+        )
     return words
 
 

@@ -44,7 +44,12 @@ def load_hub(
     Raises ValueError with a message of one line, also for errors of the `datasets` library.
     """
     name = f"hub:{place}"
-    splits = read_splits(place, "@")
+    try:
+        splits = read_splits(place, "@")
+    except ValueError as error:
+        if any(Path(place).glob("*/*.wav")):
+            raise ValueError(f"{error}; folders of WAV files are --data speech-commands:{place}") from error
+        raise
     missing = [part for part in PARTS if part not in splits]
     if missing:
         raise ValueError(f"{name} has no split {' and no split '.join(map(repr, missing))}, only {', '.join(splits)}")

@@ -148,7 +148,7 @@ def _read_parts(root: Path, files: list[str], name: str) -> Tensor:
     composed = {unicodedata.normalize("NFC", file): file for file in files}  # macOS decomposes accented letters
     for part, file in LISTS.items():
         if not (root / file).is_file():
-            raise ValueError(f"{name} has no {file}, which names its clips for {part}")
+            raise ValueError(f"{name} has no {file}: write one, with a line word/file.wav for each clip of {part}")
         entries = _read_list(root / file)
         missing = [entry for entry in entries if entry not in composed]
         if missing:

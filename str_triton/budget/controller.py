@@ -22,7 +22,7 @@ from str_triton.budget.processes import nonzeros
 from str_triton.budget.raw_thresholds import raws_for_rows
 from str_triton.budget.select import select
 from str_triton.budget.survivors import Moved
-from str_triton.budget.target import LayersTarget, Target
+from str_triton.budget.target import LayersTarget, Target, require_kind
 from str_triton.nn import ThresholdHolder, thresholded_weights
 from str_triton.nn.shards import shard_dimension
 
@@ -90,6 +90,7 @@ class SparsityController(OffsetController):
         interval: int = 20,
         straight_through_until: float = 0.5,
     ) -> None:
+        require_kind(target, Target)
         super().__init__(schedule=schedule, begin=begin, end=end, distribution=distribution, interval=interval)
         if not 0 <= straight_through_until <= 1:
             raise ValueError(f"straight_through_until must be in [0, 1], got {straight_through_until}")

@@ -114,6 +114,7 @@ class OffsetController:
             ValueError: progress out of range, smaller than at the step before, inside `exact()` or after `densify`.
         """
         self._refuse("step")
+        progress = float(progress)  # also of a tensor or of numpy's numbers
         self._advance(progress)
         self._meet()
         if self.distribution == "learned":

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from str_triton.budget.offset_controller import OffsetController, unwrapped_names
 from str_triton.budget.rank_budget import factored_matrices, other_costs
-from str_triton.budget.target import RankCosts, RankTarget
+from str_triton.budget.target import RankCosts, RankTarget, require_kind
 from str_triton.nn import LowRankWeight, ThresholdHolder
 from str_triton.nn.shards import full, local, rows_here
 
@@ -74,6 +74,7 @@ class RankController(OffsetController):
         distribution: str = "fixed",
         interval: int = 20,
     ) -> None:
+        require_kind(target, RankTarget)
         super().__init__(schedule=schedule, begin=begin, end=end, distribution=distribution, interval=interval)
         self.target = target
         named = {n: m for n, m in factored_matrices(model).items() if m.raw_threshold is not None}

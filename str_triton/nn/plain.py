@@ -32,6 +32,8 @@ def plain_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ValueError: a raw threshold without its g (saved by a version before these were written), options that cannot be
             read, or shapes that do not fit; one line that names the key.
     """
+    if isinstance(state, nn.Module):
+        raise TypeError("plain_state_dict takes a state dict, got a module: pass model.state_dict()")
     plain = dict(state)
     made: dict[tuple, list[tuple[Tensor, Any, list[Tensor]]]] = {}  # by places in memory and g
     for key, tensor in state.items():

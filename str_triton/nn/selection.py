@@ -127,10 +127,12 @@ def _matching(candidates: list[Candidate], which: Filter, argument: str) -> set[
     if callable(which) and not isinstance(which, nn.Module):
         return {c for c in candidates if c.is_known and which(c.module_name, c.module)}
     matching = set()
-    for item in [which] if isinstance(which, str | nn.Module) else which:
+    for item in which if isinstance(which, Iterable) and not isinstance(which, str | nn.Module) else [which]:
         if isinstance(item, nn.Module):
             inside, label = set(item.modules()), type(item).__name__
             new = {candidate for candidate in candidates if candidate.module in inside}
+        elif not isinstance(item, str):
+            raise TypeError(f"{argument} takes names, patterns, modules or a function of (name, module), got {item!r}")
         else:
             label = repr(item)
             new = {candidate for candidate in candidates if candidate.matches(item)}

@@ -66,7 +66,7 @@ def _read(place: str, separator: str, datasets: ModuleType) -> "DatasetDict | di
         return datasets.load_dataset(name, configuration or None)
     except Exception as error:
         if "scripts are no longer supported" not in str(error):
-            raise ValueError(f"hub:{place}: {_first_line(error)}") from error
+            raise ValueError(f"hub:{place} is no folder here, and on the hub: {_first_line(error)}") from error
     try:
         if not configuration:
             known = sorted(datasets.get_dataset_config_names(name, revision=PARQUET))

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import re
 
 import pytest
 import torch
@@ -482,6 +483,20 @@ def test_a_shared_threshold_cannot_keep_a_floor():
 def test_a_plain_model_is_refused():
     with pytest.raises(ValueError, match="sparsify"):
         SparsityController(convolutional_net(), Target(sparsity=0.9))
+
+
+@pytest.mark.parametrize("target", [0.9, RankTarget(compression=2)])
+def test_a_target_of_another_kind_is_refused(target):
+    with pytest.raises(TypeError, match=re.escape(f"Target(sparsity=0.9), got {target!r}")):
+        SparsityController(sparsify(convolutional_net()), target)
+
+
+def test_progress_may_be_a_tensor():
+    model = sparsify(convolutional_net())
+    controller = SparsityController(model, Target(sparsity=0.9))
+    for progress in torch.tensor([0.5, 1.0]):
+        controller.step(progress)
+    assert count(model, IMAGES).sparsity == pytest.approx(0.9, abs=1e-3)
 
 
 def test_steps_out_of_range_and_foreign_states_are_refused():

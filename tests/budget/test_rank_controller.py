@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from str_triton import LowRankLinear, LowRankWeight, RankController, RankTarget, count_ranks, parameter_groups
+from str_triton import LowRankLinear, LowRankWeight, RankController, RankTarget, Target, count_ranks, parameter_groups
 
 SHAPES = [(12, 9, None), (9, 9, None), (30, 10, 7), (8, 1, None), (6, 40, 6)]
 
@@ -570,6 +570,9 @@ def test_models_that_cannot_be_controlled():
         RankController(plain, RankTarget(total_rank=3))
     with pytest.raises(ValueError, match="no recurrent low-rank matrix"):
         RankController(nn.Sequential(LowRankLinear(3, 3)), RankTarget(recurrent_flops=3))
+    for target in (4, Target(sparsity=0.9)):
+        with pytest.raises(TypeError, match=r"RankTarget\(compression=4\), got"):
+            RankController(random_model(), target)
     model = random_model()
     matrices(model)[0].raw_threshold = matrices(model)[1].raw_threshold
     with pytest.raises(ValueError, match="give each its own"):

@@ -86,6 +86,12 @@ def test_arguments_and_results_of_many_kinds(by_kernels, tmp_path):
         compiled(ids.float(), mask=mask, scale=0.5)
 
 
+def test_a_wrong_shape_is_stated_without_symbols(tmp_path):
+    deploy.compile_sparse(nn.Linear(20, 3).eval(), torch.randn(2, 20), tune=False).save(tmp_path / "net")
+    with pytest.raises(ValueError, match=r"the input of shape \[any, 20\], got \[1, 5\]"):
+        deploy.load_sparse(tmp_path / "net")(torch.randn(1, 5))
+
+
 def test_no_depthwise_layer_with_dilation_runs_channels_last(chosen):
     chosen(Choice("channels_last"))
     model = prune(nn.Sequential(nn.Conv2d(16, 16, 3, padding=2, dilation=2, groups=16)), 0.5)

@@ -57,6 +57,12 @@ def test_what_the_user_leaves_dense_is_remembered(options, expected, left):
     assert not excluded(model)
 
 
+@pytest.mark.parametrize("option", [{"exclude": [0]}, {"exclude": 0}, {"include": [None]}])
+def test_what_names_no_weight_is_refused(option):
+    with pytest.raises(TypeError, match=f"{next(iter(option))} takes names, .*, got (0|None)"):
+        sparsify(Model(), **option)
+
+
 def test_modules_exclude_what_is_inside():
     model = Model()
     sparsify(model, exclude=model.body)

@@ -263,6 +263,8 @@ def test_a_matrix_in_factors_becomes_its_compact_form():
 def test_a_plain_state_dict_is_unchanged():
     state = MODELS["encoder"][0]().state_dict()
     assert plain_state_dict(state) == state
+    with pytest.raises(TypeError, match=r"pass model\.state_dict\(\)"):
+        plain_state_dict(nn.Linear(2, 3))
 
 
 @pytest.mark.parametrize(

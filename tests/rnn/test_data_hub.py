@@ -247,10 +247,20 @@ def test_a_hub_that_cannot_be_reached_is_one_message(monkeypatch: pytest.MonkeyP
 
     logger = logging.getLogger("huggingface_hub.utils._http")
     monkeypatch.setattr(datasets, "load_dataset", hub)
-    refuse("no/such", "^hub:no/such: cannot be reached$")
+    refuse("no/such", "^hub:no/such is no folder here, .*: cannot be reached$")
     assert caplog.text == ""
     logger.warning("said again")
     assert "said again" in caplog.text
+
+
+def test_a_folder_of_wav_files_is_led_to_the_right_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: object) -> None:
+        raise RuntimeError("no data")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    (tmp_path / "yes").mkdir()
+    (tmp_path / "yes" / "a.wav").touch()
+    refuse(tmp_path, f"no data; .*--data speech-commands:{tmp_path}$")
 
 
 def test_text_is_the_column_of_all_splits(tmp_path: Path):

@@ -40,6 +40,8 @@ def test_folders_that_are_not_such_a_set(tmp_path: Path, small: Path):
         (small / name).write_text(text)
     (small / "validation_list.txt").write_text("bed/t006.wav\n")
     refuse(small, r"bed/t006.wav is in both validation_list.txt and testing_list.txt of .*small")
+    (small / "validation_list.txt").unlink()
+    refuse(small, r"has no validation_list\.txt: .*word/file\.wav")
 
 
 @pytest.mark.parametrize(

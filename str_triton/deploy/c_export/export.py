@@ -60,6 +60,8 @@ def export_c(
     if (mean is None) != (std is None):
         raise ValueError("mean and std belong together: give both or neither")
     for name, values in (("mean", mean), ("std", std)):
+        if values is not None and not isinstance(values, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(values).__name__}")
         if values is not None and values.shape != (rnn.input_size,):
             raise ValueError(f"{name} must have shape [{rnn.input_size}], got {list(values.shape)}")
     if std is not None and not bool((std > 0).all()):

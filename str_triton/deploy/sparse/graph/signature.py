@@ -114,14 +114,14 @@ class Signature:
             check_tensor(given, leaf.dtype)
             if leaf.sizes is None:
                 continue
-            shape = tuple(given.shape)
+            shape, known = tuple(given.shape), dict(sizes)
             wanted = tuple(
                 size if isinstance(size, int) else sizes.setdefault(size, n)
                 for size, n in zip(leaf.sizes, shape, strict=False)
             )
             if shape != wanted or len(shape) != len(leaf.sizes):
-                where = self._place(number)
-                raise Unfit(f"the network was compiled for {where} of shape [{_sizes(leaf)}], got {list(shape)}")
+                expected = f"{self._place(number)} of shape [{_sizes(leaf.sizes, known)}]"
+                raise Unfit(f"the network was compiled for {expected}, got {list(shape)}")
         for guard, check in zip(self.guards, self._checks, strict=True):
             if not check(sizes):
                 stated = ", ".join(f"{name} = {size}" for name, size in sizes.items() if name in guard)
@@ -144,8 +144,14 @@ def _is_same(given: Any, value: Any) -> bool:
     return type(given) is type(value) and type(given) in _CONSTANTS and repr(given) == repr(value)
 
 
-def _sizes(leaf: Leaf) -> str:
-    return ", ".join(map(str, leaf.sizes))
+def _sizes(sizes: tuple[Size, ...], known: dict[str, int]) -> str:
+    """Describe sizes: a named one by its value in an earlier argument, by "any", or by its name if it is repeated."""
+
+    def described(size: Size) -> str:
+        free = isinstance(size, str) and sizes.count(size) == 1
+        return str(known.get(str(size), "any" if free else size))
+
+    return ", ".join(map(described, sizes))
 
 
 def check_tensor(given: Any, dtype: torch.dtype) -> None:

@@ -28,7 +28,7 @@ MOST_REACH = 2**29  # and for the products: they are summed before the zero poin
 def unfit(node: Layer, shapes: Shapes) -> str | None:
     """Return why a layer cannot run on integers; None if it can."""
     if type(node) not in (Convolution, Linear):
-        return f"there is no {type(node).__name__} on integers"
+        return f"layers of the kind {type(node).__name__.lower()} have no form on integers"
     if node.activation:
         return f"its activation is {node.activation}"
     if node.variable or any(name not in shapes for name in (node.name, *node.inputs)):
