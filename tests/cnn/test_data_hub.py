@@ -160,7 +160,7 @@ def test_what_the_library_says_becomes_one_line(monkeypatch: pytest.MonkeyPatch)
         raise RuntimeError("\n  no such thing\nsee the manual\n")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(ValueError, match=r"^hub:owner/name: no such thing$"):
+    with pytest.raises(ValueError, match=r"^hub:owner/name is no folder here, .*: no such thing$"):
         load("hub:owner/name", None)
 
 
