@@ -1,4 +1,4 @@
-"""What a recurrent cell is to the low-rank ops: a value that names its parts, and its loops on the CPU.
+"""The description of a recurrent cell for the low-rank ops: its names and sizes, and its loops on the CPU.
 
 Its kernel functions, `NAME` and `NAME_backward`, are in kernels/low_rank_cells.py. CONTRIBUTING.md says how to add one.
 """
@@ -57,7 +57,7 @@ class Cell:
 
 @dataclass
 class Backward:
-    """What the CPU's backward of a cell works on. Tensors are sorted by the schedule and in the arithmetic's dtype."""
+    """The arguments of a cell's backward on the CPU. Tensors are sorted by the schedule, in the arithmetic's dtype."""
 
     schedule: Schedule
     size: int  # steps in a chunk of time

@@ -17,7 +17,7 @@ def check(
     lengths: Tensor | None,
     gates: int,
 ) -> None:
-    """Check everything but the values of lengths, which the op itself reads: a graph that is traced has none yet.
+    """Check everything but the values of lengths. The op checks these, since a traced graph has no values yet.
 
     factors: u, m, v. biases: None, or as many elements as `u` has rows over their number. scalars: of one element.
     """

@@ -68,9 +68,9 @@ def backward(
 
 
 def _walk(cell: Cell, run: Backward, outputs: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
-    """Write the gradients in `run`, a chunk of time after the other, and return those of w and the bias.
+    """Write the gradients in `run`, chunk of time by chunk, and return those of w and the bias.
 
-    Of each chunk: R h again, the coefficients, the loop over the steps, and what needs no loop.
+    A chunk computes R h again, then the coefficients, then the loop over the steps, then all that needs no loop.
     """
     schedule, w, v, bias, rank, has_ones = run.schedule, run.w, run.v, run.bias, run.v.shape[1], cell.biases is None
     factor = torch.cat((w, bias[:, None]), 1) if has_ones else w

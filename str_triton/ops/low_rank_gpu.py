@@ -141,7 +141,7 @@ def _options(
 
 
 def _only(tensors: list[Tensor]) -> Tensor | None:
-    """Return the one tensor of a list; None for the empty list of a cell without c."""
+    """Return the only tensor of a list; None for the empty list of a cell without c."""
     return tensors[0] if tensors else None
 
 

@@ -81,11 +81,11 @@ def low_rank_plan(
 def _prefers_dense(
     cell: Cell, hidden: int, rank: int, dtype: torch.dtype, plan: Plan, training: bool, packed: bool, precision: str
 ) -> bool:
-    """Return whether torch's own layer on a GPU is to run, by counts of bytes and operations: nothing is measured yet.
+    """Return whether to run torch's own layer on a GPU, by counts of bytes and operations: nothing is measured yet.
 
-    Loops that stream their factors read all of them in every step; until somebody measures them, cuDNN takes their
-    place. Above a quarter of full rank the two products save less than two thirds of the dense one's operations, which
-    cuDNN spreads over the whole GPU. Its persistent kernels keep small matrices on the chip as the loop does.
+    Loops that stream their factors read all of them in every step; until somebody measures such loops, cuDNN runs
+    instead. Above a quarter of full rank the two products save less than two thirds of the dense product's operations,
+    which cuDNN spreads over the whole GPU. Its persistent kernels keep small matrices on the chip, as the loop does.
     """
     if not cell.has_dense:
         return False
@@ -96,7 +96,7 @@ def _prefers_dense(
 
 
 def _plan_cpu(cell: Cell, hidden_size: int, rank: int, batch_size: int, training: bool) -> str:
-    """Return "dense" where torch's own layer, the product formed once, has the edge over the loop.
+    """Return "dense" where torch's own layer, with the product formed once, is faster than the loop.
 
     Measured in float32 on one thread of an AVX-512 server processor, with hidden sizes 32 to 1024, ranks of 1/16 to all
     of them, and batches of 1 to 64; beside each rule the time of "dense" over that of "loop" on both sides of it.
@@ -135,12 +135,12 @@ def layout(
     if rank > LARGEST_RANK:
         raise ValueError(f"rank {rank} is more than the GPU kernels take ({LARGEST_RANK}): use fewer, or a dense layer")
     itemsize, block_rank, block_hidden = dtype.itemsize, _power_of_two(rank), _power_of_two(hidden)
-    # Sequences per program: few, for a step takes as long whatever their number, and programs are many. NVIDIA's matrix
-    # instructions take 8, AMD's 16.
+    # Few sequences per program: a step takes as long for any number of them, and a GPU runs many programs at once.
+    # NVIDIA's matrix instructions take 8, AMD's 16.
     block_batch = 8 if chip == "nvidia" else 16
     factors = (cell.gates + 1) * block_hidden * block_rank * itemsize
-    # Of more hidden units, and of larger factors, what the compiler keeps in registers would spill; to read the factors
-    # again costs less (by count: benchmarks/results/kernel_resources.json).
+    # With more hidden units or larger factors, registers would spill. Reading the factors again costs less (by count:
+    # benchmarks/results/kernel_resources.json).
     if block_hidden * itemsize <= 1024 and factors <= 0.6 * shared_memory:
         warps = min(16, max(4, block_hidden * itemsize // 64)) * (2 if chip == "rdna" else 1)  # whose have 32 threads
         if resident_bytes(cell, block_hidden, block_rank, block_batch, itemsize, warps) <= shared_memory:

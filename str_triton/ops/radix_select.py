@@ -1,7 +1,7 @@
 """The two passes of a radix selection over many float32 tensors (budget/select.py): kernels/radix_select.py.
 
-Values are ordered by 32-bit keys, of which a histogram takes eight bits, the digit at `shift`, of those elements whose
-higher bits are a prefix. Costs are integers, so their sums are the same bits in whatever order they are added. Nothing
+Values are ordered by 32-bit keys. A histogram counts eight bits of a key, the digit at `shift`, of the elements whose
+higher bits equal a prefix. Costs are integers, so the order in which they are added does not change the sums. Nothing
 waits for a GPU.
 """
 
@@ -29,7 +29,7 @@ def value_of(key: Tensor) -> Tensor:
 
 
 def _histogram(values: list[Tensor], costs: list[int], prefix: Tensor, shift: int) -> Tensor:
-    """Return what the elements cost together whose key is prefix | digit | anything, for each digit: int64 [256].
+    """Return, for each digit, the total cost of the elements whose key is prefix | digit | anything: int64 [256].
 
     An element of a tensor costs a whole number from 0 to 2^56. `shift` is the number of bits below the digit.
     """

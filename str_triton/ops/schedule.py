@@ -1,11 +1,11 @@
 """The low-rank time loops' CPU side: which sequences run when, and pieces of time for the backward.
 
-A batch of unequal lengths is put in order of falling length: then the sequences that still run (or, in reverse, that
-already do) are the first few rows of every buffer, and no step computes anything at the padding.
+A batch of unequal lengths is sorted by falling length. Then the sequences that still run (in reverse: that already run)
+are the first rows of every buffer, and no step computes anything at the padding.
 
 The CPU keeps no gates of a GRU or an LSTM for the backward, which computes them again from gates_x and the states, a
-piece of time at a time: two products and the activations in the caches cost less than to write 4 H numbers a step to
-fresh memory and to read them back. FastGRNN has 2 H numbers a step and one activation for each, and keeps them.
+piece of time at a time: two products and the activations in the caches cost less than writing 4 H numbers a step to
+fresh memory and reading them back. FastGRNN has 2 H numbers a step and one activation for each, and keeps them.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ CHUNK = 1 << 16  # Elements of the [time, batch, hidden] blocks of a piece of th
 
 
 class Schedule:
-    """Which sequences run at which step. Its tensors have their batch in order of falling length: `sort` puts it so."""
+    """The sequences that run at each step. Its tensors have the batch sorted by falling length, as `sort` does it."""
 
     def __init__(self, lengths: Tensor | None, steps: int, batch: int, reverse: bool) -> None:
         self.steps, self.batch, self.reverse = steps, batch, reverse
@@ -48,7 +48,7 @@ class Schedule:
         return new((self.steps, self.batch, width))
 
     def scratch(self, like: Tensor, *widths: int) -> Tensor:
-        """Return [1, batch, ...]: what one step leaves to itself."""
+        """Return [1, batch, ...], memory that every step uses again."""
         return like.new_empty((1, self.batch, *widths))
 
     def rows(self, buffer: Tensor) -> list[Tensor]:
@@ -59,7 +59,7 @@ class Schedule:
         return [rows[:count] for rows, count in zip(slices, self.counts, strict=True)]
 
     def blank(self, chunk: Tensor, begin: int) -> None:
-        """Zeros at the padding of a piece [time, batch, ...] that begins at a step."""
+        """Write zeros at the padding of a piece [time, batch, ...] that begins at a step."""
         if self.counts is not None:
             for rows, count in zip(chunk, self.counts[begin : begin + len(chunk)], strict=True):
                 rows[count:].zero_()
@@ -75,7 +75,7 @@ class Schedule:
         return rows[before] if begun == count else torch.cat((rows[before], first[begun:count]))
 
     def chunks(self, width: int) -> Iterator[tuple[int, int]]:
-        """Pieces of time in the order of the backward, few enough steps each for the caches."""
+        """Yield pieces of time in the order of the backward, each with few enough steps for the caches."""
         size = self.chunk(width)
         begins = range(0, self.steps, size)
         for begin in begins if self.reverse else reversed(begins):

@@ -42,7 +42,7 @@ def _backward(
     grad_w = grad.to(u.dtype)
     minus, plus, outer = _divided_differences(sigma, s)
     with torch.autocast(grad.device.type, enabled=False):
-        # U core V^T is the part inside the row and column space; outer weighs what a rectangular W has outside of it.
+        # U core V^T is the part inside the row and column space; outer scales a rectangular W's part outside of it.
         if u.shape[1] >= vh.shape[2]:
             y = grad_w @ vh.mT
             inner = u.mT @ y

@@ -50,7 +50,7 @@ def _backward(grad: Tensor, out: Tensor, slope: Tensor | None, masked: bool) -> 
 
 
 def _backward_in_pieces(grad: Tensor, out: Tensor, compute: torch.dtype, masked: bool) -> tuple[Tensor, Tensor]:
-    """Return grad 1{out != 0} and sum(grad sign(out)), with little other memory: to touch fresh memory costs a pass."""
+    """Return grad 1{out != 0} and sum(grad sign(out)), with little other memory: touching fresh memory costs a pass."""
     grad_x = torch.empty_like(out) if masked else out.new_empty(0)
     scratch = out.new_empty(0 if masked else min(PIECE, out.numel()))
     total = out.new_zeros((), dtype=compute)

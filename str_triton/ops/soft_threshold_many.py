@@ -103,7 +103,7 @@ def _backward_many_triton(
 
 
 class _Tables:
-    """What a launch reads about a list: where each tensor lies, and which program serves which tensor."""
+    """The tables that a launch reads about a list: each tensor's address, and the tensor of each program."""
 
     def __init__(self, xs: list[Tensor], thresholds: list[int]):
         views = [_rows(x, count) for x, count in zip(xs, thresholds, strict=True)]

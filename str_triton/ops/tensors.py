@@ -1,4 +1,4 @@
-"""What every op asks of its tensors: their dtypes and devices, and the dtype of its arithmetic."""
+"""The checks of every op's tensors, of their dtypes and devices, and the dtype of the arithmetic."""
 
 import torch
 from torch import Tensor

@@ -40,32 +40,34 @@ def compile_sparse(
 ) -> CompiledModel:
     """Make a copy of `model` for inference on the CPU in which every layer has the fastest execution that is exact.
 
-    The model is exported by torch.export. Batch norms are folded into the convolution or linear layer before them,
-    ReLU, ReLU6, biases and residual sums become part of it, and for every convolution and linear layer the executions
-    are timed on this machine with the real shapes: dense by torch (contiguous or channels_last), CSR by torch.sparse,
-    and a sparse microkernel of our own in C, which the system's compiler compiles once per machine (none: torch alone,
-    with one warning). The zeros decide, not the type of the layer. All other operations are torch's own. Outputs differ
-    from the model's by rounding, 1e-4 at most for networks of usual scale; a weight of zero is not multiplied, so that
-    an infinite or NaN pixel spoils only what reads it. The network is compared with the model before it is returned.
+    The model is exported by torch.export. Batch norms are folded into the convolution or linear layer before them.
+    ReLU, ReLU6, biases and residual sums become part of it. For every convolution and linear layer the executions are
+    timed on this machine with the real shapes: dense by torch (contiguous or channels_last), CSR by torch.sparse, and a
+    sparse microkernel in C, which the system's compiler compiles once per machine. Without a compiler torch executes
+    everything, with one warning. The zeros decide, not the type of the layer. All other operations are torch's own.
+
+    Outputs differ from the model's by rounding, 1e-4 at most for networks of usual scale. A weight of zero is not
+    multiplied, so an infinite or NaN pixel affects only the outputs that read it by other weights. The network is
+    compared with the model before it is returned.
 
     A model that torch.export cannot take keeps its forward, and its layers are compiled one by one; `print` says why.
 
-    Threads are `torch.get_num_threads()` of them, here and at every call: compile with the number that you will use.
+    Compilation and every call use `torch.get_num_threads()` threads: compile with the number that you will use.
 
     Args:
-        model: plain, or with layers of `sparsify`, or made by `quantize`; it stays as it is.
-        example_input: the model's argument, or a tuple of its arguments: tensors on the CPU, floating-point ones
-            float32, of the shapes that matter; others work, too, as far as the export leaves them open.
-        example_kwargs: its keyword arguments.
-        tune: False: do not time anything, and let a model of the costs choose, within a second.
+        model: plain, or with layers of `sparsify`, or made by `quantize`. It does not change.
+        example_input: the model's argument, or a tuple of its arguments: tensors on the CPU, floating-point ones in
+            float32, of the shapes that you will use most. Other shapes work as far as the export leaves sizes open.
+        example_kwargs: the model's keyword arguments.
+        tune: False: choose by a model of the costs, within a second, without timing.
 
     Returns:
-        A module with `str(...)` or `.table()`, one line per layer, `.profile(x)` and `.save(path)`; layers that torch
-        must execute as they are (transposed and 1-d convolutions and the like) are in `.left`.
+        A module with `str(...)` or `.table()`, one line per layer, `.profile(x)` and `.save(path)`. Its `.left` lists
+        the layers that torch must execute unchanged (transposed and 1-d convolutions and the like).
 
     Raises:
-        TypeError, ValueError: no module, an example that is not on the CPU or not float32, a model with other
-            parameters, one that cannot be copied, or one that does not take the example.
+        TypeError, ValueError: the model is no module, has parameters that are not float32 on the CPU, cannot be copied,
+            or does not take the example; or the example is not on the CPU or not float32.
 
     Warns:
         UserWarning: a model whose controller has not reached its target.
@@ -119,7 +121,7 @@ def _check(args: tuple, kwargs: dict[str, Any]) -> None:
 
 def _copied(model: nn.Module) -> nn.Module:
     """Return a dense copy of a model, in eval mode."""
-    # Weights that hooks compute anew in every forward are no leaves, which deepcopy refuses.
+    # Weights that a hook computes in every forward are no leaf tensors, and deepcopy refuses them.
     memo = {
         id(value): value.detach().clone()
         for module in model.modules()
@@ -130,7 +132,7 @@ def _copied(model: nn.Module) -> nn.Module:
         copied = densify(copy.deepcopy(model, memo)).eval()
     except Exception as error:
         raise ValueError(f"{type(model).__name__} cannot be copied: {error}") from error
-    # In the table a bare layer needs a name.
+    # A layer alone needs a name in the table.
     return nn.Sequential(copied) if isinstance(copied, nn.Conv2d | nn.Linear) else copied
 
 
@@ -139,7 +141,7 @@ def _compile(model: nn.Module, args: tuple, kwargs: dict[str, Any], tune: bool) 
     buffers = Buffers(dense)
     try:
         dense(*clone(args), **clone(kwargs))
-    except Exception as error:  # Shapes fail in many ways, in a second argument that is missing, too.
+    except Exception as error:  # A wrong shape or a missing argument may raise anything.
         shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         given = f"shape {shapes[0]}" if len(shapes) == 1 else f"shapes {', '.join(map(str, shapes))}"
         raise ValueError(f"{type(model).__name__} does not take an example of {given}: {error}") from error
@@ -155,7 +157,7 @@ def _compile(model: nn.Module, args: tuple, kwargs: dict[str, Any], tune: bool) 
             except (NotExported, Unfit) as error:
                 problems.append(str(error))
                 continue
-            except Exception as error:  # A fault of this package's: the model works all the same, and `print` tells.
+            except Exception as error:  # A bug of this package: the model still runs, and `print` says why.
                 problems.append(f"its exported graph cannot be compiled: {type(error).__name__}: {error}")
                 continue
             forgotten = changed - network.state().keys()
@@ -240,7 +242,7 @@ def _modulewise(model: nn.Module, args: tuple, kwargs: dict[str, Any], tune: boo
         graph, signature = layer_graph(dense.get_submodule(name), name)
         try:
             layers[name] = _tuned(graph, signature, [x], {}, tune, None)
-        except Exception as error:  # An input that only torch knows: the model works all the same.
+        except Exception as error:  # An input that only torch takes: torch executes the layer.
             left[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}"
     network = ModulewiseModel(_copied(model), layers, left, [note])
     problem = difference(dense, network, [(args, kwargs)] * 2)

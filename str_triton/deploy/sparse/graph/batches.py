@@ -1,4 +1,4 @@
-"""Conditions on the number of images that matter to memory formats alone: one graph for one image and for many."""
+"""Conditions on the batch size that only concern memory formats: one graph serves one image and many."""
 
 import dataclasses
 from collections.abc import Callable
@@ -31,9 +31,9 @@ class Exported:
 def with_every_batch(
     found: Exported, args: tuple, kwargs: dict[str, Any], export: Callable[[tuple, dict[str, Any]], Exported]
 ) -> Exported:
-    """Return an export without conditions on the batch under which the graph is the same as under their opposite.
+    """Return an export without the conditions on the batch size that make no difference to the graph.
 
-    torch notes whether a batch is of one image wherever that decides about strides. Our graphs have none.
+    torch adds a condition wherever strides depend on whether a batch has one image. Our graphs have no strides.
     """
     size = next((leaf.sizes[0] for leaf in found.signature.leaves if leaf.sizes), None)
     if not isinstance(size, str):

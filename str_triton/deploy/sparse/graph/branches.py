@@ -1,4 +1,4 @@
-"""Parallel branches: convolutions and norms of one value whose sum is taken are one convolution."""
+"""Parallel branches: convolutions and norms that read one value and are added up become one convolution."""
 
 import math
 from collections import Counter
@@ -11,9 +11,9 @@ from str_triton.deploy.sparse.graph.pointwise import Add, Norm
 
 
 def merge_branches(graph: Graph, users: Counter[str]) -> dict[str, Node]:
-    """Make one convolution of each sum of branches that read the same value, as RepVGG and MobileOne have them.
+    """Make one convolution of each sum of branches that read the same value, as in RepVGG and MobileOne.
 
-    Returns what `fuse` takes out of the graph: by the name of a node, the convolution that it became part of.
+    Returns the nodes for `fuse` to remove: by name, the convolution that each became part of.
     """
     nodes = {node.name: node for node in graph.nodes}
     merged: dict[str, Node] = {}

@@ -1,4 +1,4 @@
-"""What is known while an exported program is lowered, and what its nodes are asked for."""
+"""The state of a lowering, and functions that read the nodes of an exported program."""
 
 from typing import Any
 
@@ -14,10 +14,10 @@ class Context:
 
     Attributes:
         nodes: this package's nodes so far.
-        values: by exported node, a Ref, a constant that is no tensor, or a list of them (of an operation with several).
+        values: by exported node, a Ref, a constant that is no tensor, or a list of these for several results.
         known: tensors that depend on weights alone.
         labels: the modules that weights belong to.
-        left: the layers that torch executes as they stand, with the reason.
+        left: the layers that torch executes unchanged, with the reason.
     """
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class Context:
         return f"{self.prefix}{node.name}"
 
     def label(self, node: fx.Node, weight: fx.Node | None = None) -> str:
-        """Return the name in the model of the module that a node stands in."""
+        """Return the name in the model of the module that a node belongs to."""
         stack = node.meta.get("nn_module_stack") or {}
         path = next((str(value[0]) for value in reversed(stack.values())), "")
         path = path.removeprefix("L['self']").lstrip(".")
@@ -67,7 +67,7 @@ class Context:
 
 
 def is_float(node: Any) -> bool:
-    """Check that an exported node gives a float32 tensor, or that first."""
+    """Check that the value of an exported node, or its first result, is a float32 tensor."""
     value = node.meta.get("val")
     value = value[0] if isinstance(value, list | tuple) else value
     return isinstance(value, Tensor) and value.dtype == torch.float32
@@ -91,14 +91,14 @@ def dimensions(node: Any) -> int | None:
 
 
 def channels(node: fx.Node) -> int:
-    """Return the second size of an exported node's tensor [images, channels, height, width]; 0 if it is no such one."""
+    """Return the channels of an exported node's tensor [images, channels, height, width]; 0 for other values."""
     value = node.meta.get("val")
     found = value.shape[1] if isinstance(value, Tensor) and value.dim() == 4 else 0
     return found if isinstance(found, int) else 0
 
 
 def same_shape(a: Tensor, b: Tensor) -> bool:
-    """Check that two shapes are the same whatever the open sizes are."""
+    """Check that two shapes are the same for all values of the open sizes."""
     return a.dim() == b.dim() and all(map(_same_size, a.shape, b.shape))
 
 

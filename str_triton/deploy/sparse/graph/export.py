@@ -21,16 +21,16 @@ _INPUTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR, Inp
 
 
 class NotExported(Exception):
-    """The model cannot be exported; the message says why, in one line."""
+    """The error where a model cannot be exported; the message says why, in one line."""
 
 
 def exports(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Iterator[Exported]:
-    """Export `model` for arguments like these: with all sizes open, with the first dimension's alone, with none.
+    """Export `model` for arguments like these in turn: with all sizes open, only the first dimension's, or none.
 
-    Yields what torch.export takes; the first one that gives what the model gives is the best.
+    Yields the exports that succeed. The best one is the first that gives the same results as the model.
 
     Raises:
-        NotExported: torch.export takes the model in none of these ways; the message is that of the first.
+        NotExported: torch.export fails in all of these ways; the message is that of the first failure.
     """
     reason: Exception | None = None
     for sizes in (_all, _first, _none):
@@ -84,14 +84,14 @@ def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any], sizes: Any, s
 
 
 def _ordinary_ones() -> contextlib.AbstractContextManager:
-    """Let sizes of 0 and 1 be sizes like others: a branch on them becomes a guard."""
-    if not hasattr(shapes_config, "backed_size_oblivious"):  # It is no public option of torch's.
+    """Make torch treat sizes of 0 and 1 like others, so that a branch on them becomes a guard."""
+    if not hasattr(shapes_config, "backed_size_oblivious"):  # The option is not public in torch.
         return contextlib.nullcontext()
     return shapes_config.patch(backed_size_oblivious=True)
 
 
 def _functional(program: ExportedProgram) -> ExportedProgram:
-    """Return a program without changes in place; a change of a fresh value that nobody else reads needs no retrace."""
+    """Return a program without in-place operations. It is traced again only if an operation changes a shared value."""
     regions = [module for module in program.graph_module.modules() if isinstance(module, fx.GraphModule)]
     for node in [node for module in regions for node in module.graph.nodes]:
         if _is_mutable(node):
@@ -108,7 +108,7 @@ def _is_mutable(node: fx.Node) -> bool:
 
 
 def _functional_form(node: fx.Node) -> Any:
-    """Return the operation that gives what one in place gives on a fresh value; None where the value is not fresh."""
+    """Return the out-of-place form of an in-place operation on a fresh value; None where the value is not fresh."""
     packet = node.target._schema.name.removeprefix("aten::")
     if not (node.target.namespace == "aten" and packet.endswith("_") and node.args):
         return None

@@ -14,7 +14,7 @@ from str_triton.deploy.sparse.graph.refs import rename
 
 
 def fuse(graph: Graph) -> Graph:
-    """Fold norms, fuse sums and activations, turn what could not be fused into calls, and drop what nobody reads."""
+    """Fold norms, fuse sums and activations, turn the rest of them into calls, and drop values that are not read."""
     graph = _absorb(graph, Norm, _fold_norm)
     graph = _absorb(_without(graph, merge_branches(graph, _users(graph))), Norm, _fold_norm)
     graph = _fuse_sums(_beside_images(graph, Norm))
@@ -55,7 +55,7 @@ def _without_unread(graph: Graph) -> Graph:
 
 
 def _without(graph: Graph, merged: dict[str, Node]) -> Graph:
-    """Return the graph after every node named in `merged` became part of the given one, which keeps its place."""
+    """Return the graph without the nodes in `merged`: their readers read the node that each became part of."""
     names = {name: node.name for name, node in merged.items()}
     nodes = []
     for node in graph.nodes:

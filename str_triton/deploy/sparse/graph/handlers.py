@@ -1,4 +1,4 @@
-"""What becomes of single operations: a node of this package, or None where torch executes them."""
+"""Handlers of single operations: each returns a node of this package, or None where torch executes the operation."""
 
 import math
 from collections.abc import Callable
@@ -119,7 +119,7 @@ def _by_number(context: Context, node: fx.Node) -> Node | None:
 
 
 def _norm_by_batch(context: Context, node: fx.Node) -> Node | None:
-    """Lower a norm by the statistics of the batch to the operation of the model's, which takes empty batches, too."""
+    """Lower a norm that uses the batch's statistics to aten.batch_norm, which also takes empty batches."""
     if any(user.args[1] != 0 for user in node.users):
         return None
     x, weight, bias, *options = (context.arguments(value) for value in bound(node).values())

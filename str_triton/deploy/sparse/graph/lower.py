@@ -22,15 +22,15 @@ from str_triton.deploy.sparse.graph.recurrent import LOW_RANK, recurrent_nodes
 from str_triton.deploy.sparse.graph.refs import Ref, references
 
 aten = torch.ops.aten
-# Operations that give their first argument back: the graph changes nothing in place, and needs no gradients.
+# Operations that return their first argument: the graph changes nothing in place, and needs no gradients.
 _IDENTITIES = (aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default, aten.lift_fresh.default)
-# Checks of what the export knows already.
+# Checks of facts that the export has established.
 _CHECKS = (
     aten._assert_tensor_metadata.default,
     aten.sym_constrain_range_for_size.default,
     aten.sym_constrain_range.default,
 )
-# A view by strides that are those of another run need not be possible in this one.
+# Strides may differ from those of the export: then a view is not possible, and a reshape is.
 _RESHAPES = (aten.view.default, aten._unsafe_view.default)
 # Each part of these is a slice.
 _SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
@@ -40,7 +40,7 @@ _PRODUCTS = ("conv", "linear", "addmm", "mm", "matmul", "bmm", "gru", "lstm", "r
 
 @dataclass
 class Lowered:
-    """A graph, and the layers in it that torch executes as they stand, with the reason."""
+    """A graph, and the layers in it that torch executes unchanged, with the reason."""
 
     graph: Graph
     left: dict[str, str]
@@ -50,7 +50,7 @@ def lower(program: ExportedProgram) -> Lowered:
     """Lower a functional program.
 
     Raises:
-        NotExported: it does what a functional graph cannot do.
+        NotExported: it has an operation that a functional graph cannot hold.
     """
     lowering = _Lowering()
     nodes = iter(program.graph.nodes)
@@ -97,10 +97,10 @@ def _finished(program: ExportedProgram, lowering: "_Lowering", result: tuple) ->
 
 
 class _Lowering(Context):
-    """Turns the nodes of an exported program into this package's, one by one."""
+    """The lowering of an exported program's nodes to this package's, one by one."""
 
     def lower(self, node: fx.Node, owner: torch.nn.Module) -> None:
-        """Add what a node of `owner`'s graph becomes."""
+        """Lower a node of `owner`'s graph."""
         target = node.target
         if node.op == "get_attr":
             found = getattr(owner, target)
@@ -142,7 +142,7 @@ class _Lowering(Context):
                 made = self._call(node)
             made.variable = _is_variable(node)
             self.nodes.append(made)
-            # Of norms with three results only the first is ever read.
+            # A norm has three results, of which only the first is read.
             several = target in _NORMS and (isinstance(made, Norm) or made.target is aten.batch_norm.default)
             self.values[node] = [Ref(made.name)] if several else Ref(made.name)
 
@@ -209,7 +209,7 @@ class _Lowering(Context):
 
 
 def _is_same(node: fx.Node) -> bool:
-    """Check whether a node gives its argument: a whole slice, a single part joined, its own dtype."""
+    """Check whether a node returns its argument: a slice of all of it, a concatenation of it alone, its own dtype."""
     if node.target is aten.cat.default:
         return len(node.args[0]) == 1
     if node.target is aten.to.dtype:
@@ -233,7 +233,7 @@ def _is_variable(node: fx.Node) -> bool:
 
 
 def _inlined(node: fx.Node) -> tuple[Any, tuple] | None:
-    """Return the graph and the arguments of a region that only says whether gradients are on, or autocast is off."""
+    """Return the graph and the arguments of a region that only sets the gradient mode or turns autocast off."""
     name = node.target.name()
     if name == "wrap_with_set_grad_enabled":
         return node.args[1], tuple(node.args[2:])
@@ -249,7 +249,7 @@ def _reason(node: fx.Node, name: str) -> str:
 
 
 def _with_dtype(target: Any, node: fx.Node) -> dict[str, Any]:
-    """Return the dtype and the device of a new tensor, which follow torch's defaults where nobody names them."""
+    """Return dtype and device for an operation that makes a tensor, so that it does not follow torch's defaults."""
     schema, value = getattr(target, "_schema", None), node.meta.get("val")
     if schema is None or not isinstance(value, Tensor):
         return {}

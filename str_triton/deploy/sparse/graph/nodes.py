@@ -63,7 +63,7 @@ class State(Node):
     """A buffer that calls change; it keeps its value from call to call.
 
     Attributes:
-        value: the present one.
+        value: the current value.
         label: the buffer's name in the model.
     """
 
@@ -86,11 +86,11 @@ class Constant(Node):
 
 @dataclass
 class Call(Node):
-    """An operation of torch's that has no kind of its own.
+    """An operation of torch for which there is no other kind of node.
 
     Attributes:
         target: an ATen operation or a function of Python's `operator`.
-        label: the module that it stands in.
+        label: the module that it belongs to.
     """
 
     target: Any
@@ -105,7 +105,7 @@ class Call(Node):
 
     @property
     def is_pure(self) -> bool:
-        """Whether nothing is lost without it where nobody reads its value."""
+        """Whether the call can be dropped if its value is not read."""
         schema = getattr(self.target, "_schema", None)
         return schema is None or bool(schema.returns)
 
@@ -155,7 +155,7 @@ class Layer(Node):
     slope: float = field(default=0.01, kw_only=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what executions prepared, which neither copies nor files can hold."""
+        """Leave out the forms of the weight that executions prepared: copies and files cannot hold them."""
         return {name: value for name, value in vars(self).items() if name != "prepared"}
 
     def prepare(self, name: str, make: Any) -> Tensor:
@@ -186,7 +186,7 @@ Pair = tuple[int, int]
 
 
 def output_sizes(sizes: tuple[int, ...], kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Pair:
-    """Return the height and the width of what a window makes of an image of these sizes, rounded down."""
+    """Return the height and the width of a window's output for an image of these sizes, rounded down."""
     spans = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
     height, width = ((n + 2 * p - span) // s + 1 for n, span, s, p in zip(sizes, spans, stride, padding, strict=True))
     return height, width

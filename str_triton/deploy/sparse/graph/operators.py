@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch._ops import HigherOrderOperator, OpOverload
 
-# Every overload of these that is functional. What is missing on purpose: what makes uninitialized or random tensors,
-# what reads memory by strides that the caller names, files, and backward passes.
+# All functional overloads of these are allowed. Left out on purpose: operations that make uninitialized or random
+# tensors, that read memory by strides of the caller's choice, or that use files, and backward passes.
 _ATEN = """
 _adaptive_avg_pool2d _adaptive_avg_pool3d _assert_scalar _cdist_forward _local_scalar_dense _log_softmax _safe_softmax
 _softmax _to_copy _unsafe_view _weight_norm abs acos acosh adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
@@ -63,7 +63,7 @@ def operator_name(target: Any) -> str | None:
 
 
 def resolve(name: str) -> Any:
-    """Return the operation of this name, any that this process knows: names from files go through `allowed` first."""
+    """Return the operation of this name, whichever this process has: check names from files by `allowed` first."""
     if name in SCALARS:
         return SCALARS[name]
     found: Any = torch

@@ -50,7 +50,7 @@ class Pointwise(Convolution):
 class Norm(Node):
     """A batch norm y = x * scale + shift by channel, [float64], or the sum or product of an image and a number.
 
-    `dims` is how many dimensions x has, `target` what torch runs with that number in place of a batch norm.
+    `dims` is the number of x's dimensions, `target` the operation that torch runs with `number`, if there is one.
     """
 
     scale: Tensor

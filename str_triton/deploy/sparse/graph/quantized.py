@@ -18,13 +18,13 @@ from str_triton.deploy.sparse.graph.nodes import Convolution, Linear, Node
 from str_triton.deploy.sparse.graph.pools import Mean
 
 TOP = 255  # the largest code
-SMALLEST = torch.finfo(torch.float32).tiny  # of a scale
-MOST_FACTOR = 1e20  # of what a sum is multiplied by, so that no product is infinite
+SMALLEST = torch.finfo(torch.float32).tiny  # the smallest scale
+MOST_FACTOR = 1e20  # the largest factor of a sum, so that no product is infinite
 EXACT = 2**24  # integers up to here are exact in float32, in sums of any order as long as all partial sums are
 
 
 class Grid(NamedTuple):
-    """How real values become codes: code = round(value / scale) + zero, in 0 to 255."""
+    """The mapping of real values to codes: code = round(value / scale) + zero, in 0 to 255."""
 
     scale: float
     zero: int
@@ -38,7 +38,7 @@ class Grid(NamedTuple):
         return cls(scale, min(max(round(-low / scale), 0), TOP))
 
     def encode(self, x: Tensor) -> Tensor:
-        """Return the codes of float32 values; NaN becomes 0's code."""
+        """Return the codes of float32 values; NaN gets the code of 0."""
         steps = (x / self.scale).nan_to_num(0.0).clamp(-self.zero, TOP - self.zero)
         return (torch.round(steps) + self.zero).to(torch.uint8)
 
@@ -51,7 +51,7 @@ class Grid(NamedTuple):
         return self.steps(codes) * self.scale
 
     def limits(self, clamp: tuple[float, float]) -> tuple[int, int]:
-        """Return the steps between which codes of values within `clamp` lie."""
+        """Return the lowest and the highest step of values within `clamp`."""
         low, high = (min(max(limit / self.scale, -self.zero), TOP - self.zero) for limit in clamp)
         return round(low), round(high)
 
@@ -99,12 +99,12 @@ class QuantizedMean(Mean):
         x = values[self.inputs[0]]
         pixels = x.shape[-1] * x.shape[-2]
         steps = x.to(torch.int64).sum((-2, -1), keepdim=self.keep) - pixels * self.grid.zero
-        # A mean of no pixels is NaN, as that of torch.
+        # A mean of no pixels is NaN, as in torch.
         return steps.float() * self.factor(pixels) if pixels else torch.full_like(steps, math.nan, dtype=torch.float32)
 
 
 class _Products:
-    """What quantized layers share: sums of products of integers, and their scales."""
+    """The common part of quantized layers: sums of products of integers, and their scales."""
 
     weight: Tensor
     bias: Tensor
@@ -121,7 +121,7 @@ class _Products:
         self.is_small = self.reach < EXACT
 
     def span(self) -> int:
-        """Return the largest absolute value that a sum can have on the way."""
+        """Return the largest absolute value that a partial sum can have."""
         largest = int(self.bias.to(torch.int64).abs().max()) if self.bias.numel() else 0
         return 2 * self.reach + largest
 

@@ -29,9 +29,9 @@ class Recurrent(Layer):
     Attributes:
         weight: the recurrent matrix [gates * hidden, hidden], or without `v` its factor w [gates * hidden, rank].
         bias: of the gates, as `ops.low_rank_rnn` takes it.
-        v: the other factor [hidden, rank], the matrix being w v^T; None: `weight` is the whole matrix.
-        scale: the sigmoids of FastGRNN's two numbers, else empty.
-        weight_in, bias_in: with them the first input is x [T, B, features], and gates_x is weight_in x + bias_in.
+        v: the other factor [hidden, rank] of the matrix w v^T; None: `weight` is the whole matrix.
+        scale: the sigmoids of FastGRNN's two scalars, else empty.
+        weight_in, bias_in: if given, the first input is x [T, B, features], and gates_x is weight_in x + bias_in.
         cell: "gru", "lstm", "fastgrnn" or "mgu".
         reverse: run from the last step to the first.
     """
@@ -106,10 +106,10 @@ def _is_tensor(value: Any, dims: int) -> bool:
 
 
 def exportable(model: nn.Module) -> nn.Module | None:
-    """Return a copy of a model in which torch.export meets recurrent layers as one operation for each direction.
+    """Return a copy of a model in which each direction of a recurrent layer is one operation for torch.export.
 
     torch.export would fix the number of steps of nn.GRU and nn.LSTM. The copy computes the same with this package's
-    layers. None: there are no layers to replace.
+    layers. Return None if there are no layers to replace.
     """
     if (alone := _replacement(model)) is not None:
         return alone
@@ -141,10 +141,7 @@ def _replacement(module: nn.Module) -> nn.Module | None:
 
 
 def recurrent_nodes(context: Context, node: fx.Node) -> tuple[list[Node], list[Ref | None]] | None:
-    """Return what the low-rank op becomes: its node with what reads its parts, and the op's results.
-
-    None where torch executes it.
-    """
+    """Return the nodes that replace the low-rank op, and the values of its results; None where torch executes it."""
     given = bound(node)
     cell, x, states = given["cell"], given["gates_x"], given["states"]
     known = (given["w"], 2), (given["v"], 2), (given["bias"], 1)
@@ -176,7 +173,7 @@ def recurrent_nodes(context: Context, node: fx.Node) -> tuple[list[Node], list[R
 
 
 def _absorb_projection(context: Context, made: Recurrent, x: fx.Node) -> None:
-    """Let a layer with a dense recurrent matrix hold the input's linear layer, as torch's own layers do."""
+    """Move the input's linear layer into a layer with a dense recurrent matrix, as in torch's own layers."""
     found = next((node for node in context.nodes if node.name == made.inputs[0]), None)
     if isinstance(found, Linear) and len(x.users) == 1 and found.clamp == FREE and not found.activation:
         context.nodes.remove(found)

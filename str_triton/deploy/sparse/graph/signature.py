@@ -1,4 +1,4 @@
-"""Which arguments a network takes: their structure, their dtypes, and which sizes the export holds for."""
+"""The arguments that a network takes: their structure, their dtypes, and the sizes that the export allows."""
 
 import ast
 import inspect
@@ -51,7 +51,7 @@ class Signature:
         self._checks = [compile_guard(guard) for guard in self.guards]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Keep trees in place of their structures, which torch does not like to pickle."""
+        """Keep trees in place of their structures, which are not made for pickling."""
         trees = {name: pytree.tree_unflatten([0] * spec.num_leaves, spec) for name, spec in self._structures().items()}
         return {name: value for name, value in vars(self).items() if name != "_checks"} | trees
 
@@ -81,7 +81,7 @@ class Signature:
         return leaves
 
     def fits(self, leaves: Sequence[Any]) -> bool:
-        """Check whether the network holds for these arguments."""
+        """Check whether the network takes these arguments."""
         try:
             self.check(leaves)
         except Unfit:
@@ -105,7 +105,7 @@ class Signature:
         return args, {key: kwargs[key] for key in (*order, *(key for key in kwargs if key not in order))}
 
     def check(self, leaves: Sequence[Any]) -> None:
-        """Raise Unfit where the network does not hold for these arguments."""
+        """Raise Unfit where the network does not take these arguments."""
         self.check_constants(leaves)
         sizes: dict[str, int] = {}
         for number, (leaf, given) in enumerate(zip(self.leaves, leaves, strict=True)):
@@ -138,7 +138,7 @@ class Signature:
 
 
 def _is_same(given: Any, value: Any) -> bool:
-    """Check that two constants have one effect: 2, 2.0 and True are equal, and so are 0.0 and -0.0, without that."""
+    """Check that two constants have one effect. `==` does not: 2, 2.0 and True are equal, and so are 0.0 and -0.0."""
     if given is value:
         return True
     return type(given) is type(value) and type(given) in _CONSTANTS and repr(given) == repr(value)

@@ -1,4 +1,4 @@
-"""From a graph in float32 to one whose layers run on 8-bit integers, as far as they are chosen for it."""
+"""The conversion of a graph in float32 to one in which chosen layers run on 8-bit integers."""
 
 from dataclasses import replace
 
@@ -45,9 +45,9 @@ def unfit(node: Layer, shapes: Shapes) -> str | None:
 
 
 def alike(graph: Graph, shapes: Shapes) -> dict[str, str]:
-    """Return for each value the one that stands for all values with the same grid.
+    """Return for each value the one that represents all values with the same grid.
 
-    A max pool, a concatenation and a slice copy codes, so that what they read and give has one grid.
+    A max pool, a concatenation and a slice copy codes, so their inputs and outputs have one grid.
     """
     parents = {node.name: node.name for node in graph.nodes}
 
@@ -92,7 +92,7 @@ def quantized(
 
 
 class Converter:
-    """Rewrites a graph: values become codes where chosen layers read or make them, and float32 where others read them.
+    """The rewriting of a graph: values that chosen layers read or make become codes, and float32 for other readers.
 
     Args:
         graph: a network in float32.

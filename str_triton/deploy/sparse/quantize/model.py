@@ -1,4 +1,4 @@
-"""A quantized network before it is compiled: its graph on integers, run by torch, and what was measured on the way."""
+"""A quantized network before it is compiled: its graph on integers, run by torch, and the measured errors."""
 
 import copy
 from collections.abc import Sequence
@@ -18,14 +18,14 @@ from str_triton.files import percent
 
 @dataclass(frozen=True)
 class LayerError:
-    """What quantization does to one layer.
+    """The effect of quantization on one layer.
 
     Attributes:
         label: the layer's name in the model.
         sparsity: zeros among its weights, in %.
-        alone: the root of the mean squared error of its output relative to that of the output itself, where this layer
-            alone is quantized; None: it cannot be.
-        together: the same in the network as it is.
+        alone: the root mean squared error of its output, relative to the output's root mean square, if only this layer
+            is quantized; None: it cannot be quantized.
+        together: the same error with all chosen layers quantized.
         left: why it stays in float32; "": it runs on integers.
     """
 
@@ -38,12 +38,12 @@ class LayerError:
 
 @dataclass(frozen=True)
 class Report:
-    """What quantization does to a network, on the batches of the calibration.
+    """The effect of quantization on a network, on the batches of the calibration.
 
     Attributes:
         layers: the error by layer, in order.
         error: the relative error of the network's outputs.
-        accuracy: the shares of right classes in float32 and quantized, if labels were given.
+        accuracy: the shares of correct classes in float32 and quantized, if labels were given.
     """
 
     layers: Sequence[LayerError]
@@ -72,7 +72,7 @@ class QuantizedModel(nn.Module):
     `pack` stores it.
 
     Attributes:
-        report: what was measured; `print(quantized)` shows it.
+        report: the measured errors; `print(quantized)` shows them.
     """
 
     def __init__(self, graph: Graph, signature: Signature, report: Report, left: dict[str, str]) -> None:

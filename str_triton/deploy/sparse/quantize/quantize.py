@@ -17,7 +17,7 @@ from str_triton.deploy.sparse.quantize.model import LayerError, QuantizedModel, 
 from str_triton.deploy.sparse.quantize.ranges import METHODS, Range
 from str_triton.deploy.sparse.runtime.trial import try_out
 
-BOUND = 0.1  # the relative error of a layer's output from which on it stays in float32
+BOUND = 0.1  # a layer stays in float32 if the relative error of its output is above this
 
 
 def quantize(
@@ -32,9 +32,9 @@ def quantize(
 
     Batch norms are folded. Weights become int8 with a scale for each output channel, symmetric, so zeros stay zeros.
     Each value between layers becomes a byte with one scale and one zero point, found on the batches. A residual sum is
-    part of the layer before it; a concatenation, a slice and a max pool have one grid for what they read and give.
-    A layer whose own error is above `bound` stays in float32, and so does what has no form on integers; the report says
-    which and why. The first and the last layer are no exceptions: their errors decide.
+    part of the layer before it. The inputs and outputs of a concatenation, a slice or a max pool share one grid.
+    A layer stays in float32 if its own error is above `bound`, or if there is no integer form of it; the report says
+    which layers and why. The first and the last layer are treated like the others.
 
     Args:
         model: a model that `compile_sparse` can export. It does not change.
@@ -72,7 +72,7 @@ def quantize(
 
 
 class _Calibration:
-    """The values of a network on the batches, as far as quantization needs to know them."""
+    """The calibration: the ranges of a network's values on the batches, and the errors of its layers."""
 
     def __init__(self, network: SparseModel, batches: Sequence[tuple], method: str) -> None:
         self.network, self.graph = network, network.graph
@@ -202,7 +202,7 @@ def _floats(graph: Graph, inputs: list[Any]) -> list[Tensor]:
 
 
 def _run(graph: Graph, inputs: list[Any]) -> Iterator[tuple[Node, dict[str, Any]]]:
-    """Yield every node with the values so far, of which those that no later node reads are dropped on the way."""
+    """Yield every node with the values so far; values that no later node reads are dropped."""
     values: dict[str, Any] = {}
     given = iter(inputs)
     last = {name: index for index, node in enumerate(graph.nodes) for name in node.inputs}

@@ -1,4 +1,4 @@
-"""Which range of a value's numbers the 256 codes span: seen over batches, and cut by percentile or by squared error."""
+"""The range that the 256 codes of a value span: observed on batches, then cut by percentile or by squared error."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from str_triton.deploy.sparse.graph.quantized import TOP, Grid
 BINS = 2048
 METHODS = ("mse", "percentile", "minmax")
 TAIL = 5e-5  # the share of the numbers that "percentile" cuts at each end
-CUTS = [1 - i / 50 for i in range(40)]  # shares of the way from zero to either end that "mse" tries
+CUTS = [1 - i / 50 for i in range(40)]  # the fractions of either end of the range that "mse" tries
 
 
 @dataclass
@@ -22,7 +22,7 @@ class Range:
     counts: Tensor | None = None
 
     def widen(self, x: Tensor) -> None:
-        """Make room for the numbers of `x`; those that are not finite do not count."""
+        """Extend the range to the numbers of `x` that are finite."""
         x = x[x.isfinite()]
         if x.numel():
             self.low, self.high = min(self.low, float(x.min())), max(self.high, float(x.max()))

@@ -1,4 +1,4 @@
-/* Vectors of bytes, and the one instruction that int8 arithmetic stands on: sums of four products of bytes. */
+/* Vectors of bytes, and the instruction that int8 arithmetic is built on: sums of four products of bytes. */
 
 #ifndef STR_TRITON_DOT_H
 #define STR_TRITON_DOT_H
@@ -28,7 +28,7 @@ typedef uint16_t shorts __attribute__((vector_size(WIDE), aligned(1), may_alias)
 typedef int32_t ints __attribute__((vector_size(WIDE), aligned(1), may_alias));
 typedef float reals __attribute__((vector_size(WIDE), aligned(1), may_alias));
 
-/* Keeps the compiler from fusing a product with the sum that follows: every result is rounded alike on all processors. */
+/* Keeps the compiler from fusing a product with the sum that follows: all processors round each result in the same way. */
 #if defined(__x86_64__)
 #define ROUNDED(v) __asm__("" : "+x"(v))
 #elif defined(__aarch64__)
@@ -53,7 +53,7 @@ static inline bytes high_bytes(bytes a, bytes b) { return (bytes)WIDE_CALL(unpac
 static inline bytes low_pairs(bytes a, bytes b) { return (bytes)WIDE_CALL(unpacklo_epi16)(AS_INTEGERS(a), AS_INTEGERS(b)); }
 static inline bytes high_pairs(bytes a, bytes b) { return (bytes)WIDE_CALL(unpackhi_epi16)(AS_INTEGERS(a), AS_INTEGERS(b)); }
 
-/* The lowest bytes of integers that are none but bytes. */
+/* The lowest bytes of integers from 0 to 255. */
 static inline bytes pack(ints a, ints b, ints c, ints d) {
     return (bytes)WIDE_CALL(packus_epi16)(
         WIDE_CALL(packs_epi32)(AS_INTEGERS(a), AS_INTEGERS(b)), WIDE_CALL(packs_epi32)(AS_INTEGERS(c), AS_INTEGERS(d)));
@@ -74,8 +74,8 @@ static inline bytes pack(ints a, ints b, ints c, ints d) {
 }
 #endif
 
-/* sum + the products of four bytes without sign and four with one, in every element. Exact in every form; AVX2's adds two
-   products in 16 bits, and they fit because quads.py puts only weights together whose products do. */
+/* In every element: sum + the products of four unsigned bytes with four signed ones. All forms are exact; that of AVX2
+   adds two products in 16 bits, which fit because quads.py pairs only weights whose products do. */
 static inline ints dot4(ints sum, bytes x, ints weights) {
 #if defined(STR_TRITON_EMULATE_VNNI)
     /* The meaning of vpdpbusd, element by element: for tests where no processor has it. */
@@ -102,7 +102,7 @@ static inline ints dot4(ints sum, bytes x, ints weights) {
 #elif defined(__ARM_FEATURE_MATMUL_INT8)
     return (ints)vusdotq_s32((int32x4_t)sum, (uint8x16_t)x, (int8x16_t)weights);
 #elif defined(__ARM_FEATURE_DOTPROD)
-    /* Bytes less 128 have a sign; 128 times the weights make up for it. */
+    /* The instruction takes signed bytes: subtract 128 from them, and add 128 times the weights. */
     const int32x4_t less = vdotq_s32((int32x4_t)sum, (int8x16_t)(x ^ 128), (int8x16_t)weights);
     return (ints)vsubq_s32(less, vdotq_s32(vdupq_n_s32(0), vdupq_n_s8(-128), (int8x16_t)weights));
 #else

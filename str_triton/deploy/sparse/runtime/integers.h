@@ -1,7 +1,7 @@
 /* Layers on 8-bit integers: the same integers as graph/quantized.py, bit for bit.
 
-   Images of bytes lie as those of floats do, with the code of zero in their padding. A convolution takes its weights in
-   quads: four pixels' bytes of any four places are brought together, and dot4 adds their products. */
+   Images of bytes are stored like those of floats, with the code of zero in their padding. A convolution takes its weights
+   in quads: the bytes at any four places are put side by side, and dot4 adds their products. */
 
 #ifndef STR_TRITON_INTEGERS_H
 #define STR_TRITON_INTEGERS_H
@@ -27,7 +27,7 @@ typedef struct {
 
 static inline bytes bytes_at(const uint8_t *x, int64_t index) { return *(const bytes *)(x + index * WIDE); }
 
-/* What fits of a vector. */
+/* As much of a vector as fits. */
 static inline void store(const byte_strip *s, uint8_t *y, int64_t index, bytes value, uint8_t zero) {
     if (s->mask) {
         const bytes real = bytes_at(s->mask, index);

@@ -1,7 +1,7 @@
-/* Sparse convolutions on images padded in their pitch: the operations that plan.py lists.
+/* Sparse convolutions on images with padded rows: the operations that plan.py lists.
 
-   An image lies as planes of rows, each row followed by zeros (its right padding and the next row's left padding), with
-   rows of zeros above and below. A convolution then is, for every output pixel q of the flat plane, a sum over the
+   An image is stored as planes of rows, each row followed by zeros (its right padding and the next row's left padding),
+   with rows of zeros above and below. A convolution then is, for every output pixel q of the flat plane, a sum over the
    weights that are not zero of value * x[q + offset]: a "tap". A strip of pixels stays in registers while the taps of
    an output channel run. Pixels of the padding are computed like others and masked to zero when they are stored. A
    strided convolution reads an image that is split into its phases (for stride 2: even and odd rows and columns), one
@@ -48,7 +48,7 @@ static inline __attribute__((always_inline)) void convolve(const operation *op, 
         }
         EACH(j) sum[j] = clamp(sum[j], low, high);
         if (op->activation) {
-            vec y[WIDEST]; /* Not the sums themselves: what has an address does not live in registers. */
+            vec y[WIDEST]; /* A copy of the sums, because a variable whose address is taken is not kept in registers. */
             EACH(j) y[j] = sum[j];
             activate(op->activation, op->slope, y, width);
             EACH(j) sum[j] = y[j];
@@ -142,7 +142,7 @@ static void linear(const operation *op, int64_t item) {
         const tap *t = op->taps + op->first[i], *end = op->taps + op->first[i + 1];
         float sum[4] = {op->bias[i], 0, 0, 0};
         for (; t + 4 <= end; t += 4) {
-            __asm__ volatile(""); /* Else gcc collects four x in a vector, which takes four times as long. */
+            __asm__ volatile(""); /* Otherwise gcc gathers four x in a vector, which takes four times as long. */
             for (int j = 0; j < 4; j++) sum[j] += t[j].value * x[t[j].offset];
         }
         for (; t < end; t++) sum[0] += t->value * x[t->offset];
@@ -181,7 +181,7 @@ static void run_item(const operation *op, int64_t item) {
 static void run_share(const stage *s, int64_t thread, int64_t threads) {
     for (int64_t i = 0; i < s->count; i++) {
         const operation *op = s->operations + i;
-        const int64_t share = (thread + i) % threads; /* So that a thread's shares are not the larger ones every time. */
+        const int64_t share = (thread + i) % threads; /* Rotated, so that no thread always gets the larger shares. */
         for (int64_t item = op->items * share / threads; item < op->items * (share + 1) / threads; item++)
             run_item(op, item);
     }
@@ -193,8 +193,8 @@ static void run_share(const stage *s, int64_t thread, int64_t threads) {
 #else
 #define PAUSE() __asm__ volatile("" ::: "memory")
 #endif
-/* How often a waiting thread looks before it offers its processor to others: some 20 microseconds. Beside a busy neighbour
-   the thread that it waits for may stand still for longer, and needs the processor. */
+/* How often a waiting thread checks before it yields its processor: about 20 microseconds. On a busy machine the thread
+   that it waits for may be suspended for longer, and needs the processor. */
 #define SPINS 1000
 #define MOST_TEAMS 64
 

@@ -20,16 +20,16 @@ typedef struct {
     int64_t image, channel, plane, row, column; /* strides in elements */
 } view;
 
-/* Of what is stored as bytes: the numbers that integers.h explains. */
+/* The numbers of an operation on bytes; integers.h explains them. */
 typedef struct {
-    const float *factors;  /* [channels]: what sums are multiplied by */
+    const float *factors;  /* [channels]: the factors of the sums */
     float residual, scale; /* the residual's factor; that of QUANTIZE, DEQUANTIZE and MEAN_BYTES */
     int32_t zero_x, zero_y, zero_residual;
 } integers;
 
 typedef struct {
     int64_t kind;
-    int64_t items; /* what the threads share out among themselves */
+    int64_t items; /* the number of parts that the threads divide among themselves */
     view x, y, residual;
     int64_t images, channels, planes;
     int64_t length;               /* floats of a plane that are computed, a multiple of LANES */
@@ -43,8 +43,8 @@ typedef struct {
     const int32_t *mask;        /* [planes][length]: -1 or 0; NULL: every pixel is real */
     float low, high;            /* outputs are clamped to them */
     int64_t activation;         /* what follows the clamp */
-    float slope;                /* LEAKY_RELU: of what is negative */
-    const integers *codes;      /* of the kinds on bytes: taps are quads or byte_taps, bias is int32, mask is bytes */
+    float slope;                /* LEAKY_RELU: the factor of negative values */
+    const integers *codes;      /* only for bytes: taps are quads or byte_taps, bias is int32, mask is bytes */
 } operation;
 
 typedef struct {

@@ -5,8 +5,8 @@
    the packed factors front to back, and one load of a vector serves up to four sequences.
 
    Packed factors: v as [panels][hidden][width][LANES] with `width` vectors of ranks in a panel; w as
-   [blocks][inner][2][gates][LANES] with two vectors of units in a block. What is beyond the last rank or unit is zero
-   there and is never stored. */
+   [blocks][inner][2][gates][LANES] with two vectors of units in a block. The elements beyond the last rank or unit are
+   zero there, and their results are never stored. */
 
 #ifndef STR_TRITON_RECURRENT_H
 #define STR_TRITON_RECURRENT_H
@@ -100,8 +100,8 @@ static __attribute__((noinline)) void multiply_some(
     }
 }
 
-/* Replaces h, and c of an LSTM, of a block of units by those after the step. q: [2][gates] of R h; x: [gates][2], `apart`
-   floats from one gate to the next. */
+/* Advances h, and c of an LSTM, of a block of units by a step. q: [2][gates] of R h; x: [gates][2], `apart` floats from
+   one gate to the next. */
 static inline __attribute__((always_inline)) void advance(
     const recurrent *r, const int cell, const int gates, const float *q, const float *x, int64_t apart, const float *bias,
     vec *h, vec *c) {
@@ -149,7 +149,7 @@ static __attribute__((noinline)) void pad(const float *x, int64_t hidden, int64_
     for (int64_t gate = 0; gate < gates; gate++) memcpy(y + gate * UNITS * LANES, x + gate * hidden, sizeof(float) * left);
 }
 
-/* What one thread does: `member` of a team of `team`, which has the sequences from `begin` to `end`. */
+/* The work of one thread: number `member` of the `team` threads that run the sequences from `begin` to `end`. */
 typedef struct {
     int64_t begin, end, member, team;
 } duty;

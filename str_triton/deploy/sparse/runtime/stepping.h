@@ -1,5 +1,5 @@
-/* One time step of a stack of recurrent layers with what stands around them: projections of the input, and a linear layer
-   on the last layer's output or on the mean of its outputs so far. Runs on the calling thread. */
+/* One time step of a stack of recurrent layers, with projections of their inputs, and a linear layer on the last layer's
+   output or on the mean of its outputs so far. Runs on the calling thread. */
 
 #ifndef STR_TRITON_STEPPING_H
 #define STR_TRITON_STEPPING_H
@@ -41,13 +41,13 @@ static void apply(const matrix *m, const float *x, int64_t pitch, float *y, int6
         }
 }
 
-/* The rows of y without what is beyond their end. */
+/* The rows of y without the elements beyond their end. */
 static void trim(const float *x, int64_t pitch, float *y, int64_t size, int64_t batch) {
     for (int64_t s = 0; s < batch; s++) memcpy(y + s * size, x + s * pitch, sizeof(float) * size);
 }
 
-/* Adds h to the sums of the outputs so far and writes their means. A sum is two floats, of which the second holds what
-   the first has lost; a sequence's number of steps lies in the first place of the third row. */
+/* Adds h to the sums of the outputs so far and writes their means. A sum is two floats: the second one holds the rounding
+   error of the first. The first element of the third row holds a sequence's number of steps. */
 static void add_to_mean(const stepper *s, int64_t batch, const float *h, const float *from, float *to, float *mean) {
     const int64_t size = batch * s->hidden;
     for (int64_t b = 0; b < batch; b++) {

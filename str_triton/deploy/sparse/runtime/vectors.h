@@ -47,7 +47,7 @@ static inline vec choose(bits where, vec a, vec b) { return (vec)((where & (bits
 
 static inline vec at(const float *x, int64_t index) { return *(const vec *)(x + index * LANES); }
 
-/* NaN stays: both comparisons are false for it. */
+/* NaN stays NaN: both comparisons are false for it. */
 static inline vec clamp(vec v, vec low, vec high) {
     v = choose(low > v, low, v);
     return choose(v > high, high, v);
