@@ -64,7 +64,7 @@ class _LowRankRNN(torch.autograd.Function):
         ctx.cell, lengths, ctx.reverse, ctx.precision, gates_x, *others = inputs
         outputs, *_, p, saved = output
         ctx.mark_non_differentiable(p, saved)
-        ctx.set_materialize_grads(False)  # p and saved would get some too.
+        ctx.set_materialize_grads(False)  # otherwise p and saved get gradients, too
         # A GPU's forward saves the gates, so its backward does not need gates_x.
         gates_x = gates_x if gates_x.device.type == "cpu" else None
         ctx.save_for_backward(lengths, gates_x, outputs, p, saved, *others)
