@@ -205,6 +205,11 @@ def test_wrong_arguments(mixed, quantized, batches):
         deploy.quantize(mixed, batches, bound=0)
     with pytest.raises(ValueError, match="batch"):
         deploy.quantize(mixed, [])
+    with pytest.raises(TypeError, match=r"pass \[batch\]"):
+        deploy.quantize(mixed, torch.zeros(1, 3, 8, 8))
+    for made in (quantized, deploy.compile_sparse(nn.Linear(3, 3).eval(), torch.zeros(1, 3), tune=False)):
+        with pytest.raises(TypeError, match=f"got a {type(made).__name__}"):
+            deploy.quantize(made, batches)
     with pytest.raises(ValueError, match="labels"):
         deploy.quantize(mixed, batches, labels=[torch.zeros(4)])
     with pytest.raises(ValueError, match="inference"):

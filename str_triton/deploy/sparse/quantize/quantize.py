@@ -11,7 +11,7 @@ from str_triton.deploy.sparse.compile import compile_sparse
 from str_triton.deploy.sparse.graph.nodes import Graph, Input, Linear, Node
 from str_triton.deploy.sparse.graph.pointwise import Pointwise
 from str_triton.deploy.sparse.graph.quantized import Grid
-from str_triton.deploy.sparse.model import SparseModel, plain_torch
+from str_triton.deploy.sparse.model import CompiledModel, SparseModel, plain_torch
 from str_triton.deploy.sparse.quantize.convert import alike, convert, quantized, unfit
 from str_triton.deploy.sparse.quantize.model import LayerError, QuantizedModel, Report
 from str_triton.deploy.sparse.quantize.ranges import METHODS, Range
@@ -56,6 +56,10 @@ def quantize(
         raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
     if not bound > 0:
         raise ValueError(f"bound must be positive, got {bound}")
+    if isinstance(model, CompiledModel | QuantizedModel):
+        raise TypeError(f"quantize takes the model itself, got a {type(model).__name__}: quantize first, then compile")
+    if isinstance(batches, Tensor):
+        raise TypeError("quantize takes several batches, got one tensor: pass [batch]")
     given = [batch if type(batch) is tuple else (batch,) for batch in batches]
     if not given:
         raise ValueError("quantize needs at least one batch to calibrate on")
