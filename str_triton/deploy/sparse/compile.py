@@ -202,9 +202,7 @@ def _tuned(
 
 def _compile_quantized(model: QuantizedModel, args: tuple, kwargs: dict[str, Any], tune: bool) -> SparseModel:
     """Compile a graph on integers, and compare it with torch's: equal, unless layers in float32 stand between."""
-    leaves = model.signature.flatten(args, kwargs)
-    model.signature.check(leaves)
-    inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    inputs = model.signature.tensors(args, kwargs)
     network = _tuned(model.plain_graph(), model.signature, inputs, dict(model.left), tune, None)
     problem = integer_difference(model, network, _calls(network, args, kwargs))
     if problem is not None:

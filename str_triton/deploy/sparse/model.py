@@ -24,6 +24,7 @@ from str_triton.deploy.sparse.runtime.build import library
 from str_triton.deploy.sparse.runtime.layout import TooLarge
 from str_triton.deploy.sparse.runtime.plan import Mismatch, Plan
 from str_triton.deploy.sparse.runtime.trial import try_out
+from str_triton.deploy.sparse.text_table import text_table
 from str_triton.files import percent
 
 PLANS = 8  # input shapes whose buffers are kept; a further one replaces the oldest
@@ -65,10 +66,7 @@ class CompiledModel(nn.Module):
             times = [f"{ms:.3f}" if ms is not None else "" for ms in (choice.ms_dense, choice.ms)]
             rows.append((node.label, sparsity, choice.execution, *times))
         rows += [(name, "", f"by torch: {reason}", "", "") for name, reason in self.left.items()]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-        )
+        return text_table(rows)
 
 
 @contextlib.contextmanager

@@ -80,6 +80,15 @@ class Signature:
             raise Unfit(f"the network was compiled for arguments {self.structure}, got {structure}")
         return leaves
 
+    def tensors(self, args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
+        """Return the tensors among a call's arguments.
+
+        Raises Unfit where the network does not take the arguments.
+        """
+        leaves = self.flatten(args, kwargs)
+        self.check(leaves)
+        return [given for given, leaf in zip(leaves, self.leaves, strict=True) if leaf.dtype is not None]
+
     def fits(self, leaves: Sequence[Any]) -> bool:
         """Check whether the network takes these arguments."""
         try:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
@@ -13,6 +12,8 @@ from str_triton.deploy.sparse.graph.nodes import Constant, Graph, Layer
 from str_triton.deploy.sparse.graph.pointwise import Pointwise
 from str_triton.deploy.sparse.graph.quantized import QuantizedConvolution, QuantizedLinear
 from str_triton.deploy.sparse.graph.signature import Signature
+from str_triton.deploy.sparse.model import plain_torch
+from str_triton.deploy.sparse.text_table import text_table
 from str_triton.files import percent
 
 
@@ -56,8 +57,7 @@ class Report:
             errors = ["" if error is None else f"{error:.4f}" for error in (layer.alone, layer.together)]
             kind = f"float32: {layer.left}" if layer.left else "int8"
             rows.append((layer.label, percent(layer.sparsity / 100), *errors, kind))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines = [text_table(rows)]
         lines.append(f"relative error of the outputs: {self.error:.4f}")
         if self.accuracy:
             lines.append("accuracy: {:.2%} in float32, {:.2%} quantized".format(*self.accuracy))
@@ -100,10 +100,8 @@ class QuantizedModel(nn.Module):
                 place.register_buffer(name, getattr(node, name))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        leaves = self.signature.flatten(args, kwargs)
-        self.signature.check(leaves)
-        inputs = [leaf for leaf, known in zip(leaves, self.signature.leaves, strict=True) if known.dtype is not None]
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        inputs = self.signature.tensors(args, kwargs)
+        with plain_torch():
             outputs, _ = self.graph.run(inputs)
         return pytree.tree_unflatten(outputs, self.signature.returns)
 

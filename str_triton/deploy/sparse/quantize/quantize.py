@@ -80,7 +80,7 @@ class _Calibration:
 
     def __init__(self, network: SparseModel, batches: Sequence[tuple], method: str) -> None:
         self.network, self.graph = network, network.graph
-        self.batches = [_tensors(network, batch) for batch in batches]
+        self.batches = [network.signature.tensors(batch, {}) for batch in batches]
         self.shapes = try_out(self.graph, self.batches[0]).shapes
         self.roots = alike(self.graph, self.shapes)
         self.unfit = {node.name: unfit(node, self.shapes) for node in self.graph.layers()}
@@ -149,21 +149,19 @@ class _Calibration:
         """Return the relative errors of the layers' outputs in the quantized network, and of its own outputs."""
         sums = _Errors()
         layers = {node.name for node in self.graph.layers()}
+        names = {codes.get(name, name): name for name in layers}
         for inputs in self.batches:
             exact = {node.name: values[node.name] for node, values in _run(self.graph, inputs) if node.name in layers}
-            values_seen: dict[str, Tensor] = {}
-            names = {codes.get(name, name): name for name in layers}
             for node, values in _run(graph, inputs):
                 if (name := names.get(node.name)) is not None:
                     value = values[node.name]
-                    values_seen[name] = self.grids[name].decode(value) if value.dtype == torch.uint8 else value
-            for name, value in values_seen.items():
-                sums.add(name, value, exact[name])
+                    found = self.grids[name].decode(value) if value.dtype == torch.uint8 else value
+                    sums.add(name, found, exact[name])
             for ours, theirs in zip(_floats(graph, inputs), _floats(self.graph, inputs), strict=True):
                 sums.add("", ours, theirs)
-        found = sums.relative()
-        error = found.pop("", 0.0)
-        return found, error
+        errors = sums.relative()
+        error = errors.pop("", 0.0)
+        return errors, error
 
     def _accuracy(self, graph: Graph, labels: list[Tensor]) -> tuple[float, float]:
         right, count = [0, 0], 0
@@ -190,13 +188,6 @@ class _Errors:
 
     def relative(self) -> dict[str, float]:
         return {name: (error / size) ** 0.5 if size else float(error > 0) for name, (error, size) in self._sums.items()}
-
-
-def _tensors(network: SparseModel, batch: tuple) -> list[Any]:
-    """Return the tensors among a batch's arguments, checked."""
-    leaves = network.signature.flatten(batch, {})
-    network.signature.check(leaves)
-    return [leaf for leaf, known in zip(leaves, network.signature.leaves, strict=True) if known.dtype is not None]
 
 
 def _floats(graph: Graph, inputs: list[Any]) -> list[Tensor]:
