@@ -18,9 +18,6 @@ class Dense(Execution):
     def fits(self, node: Layer, shapes: Shapes) -> bool:
         return True
 
-    def run(self, node: Layer, values: dict[str, Any]) -> Tensor:
-        return node.run(values)
-
 
 class ChannelsLast(Execution):
     """Torch's dense convolution with pixels in the order of channels."""

@@ -1,9 +1,5 @@
 """Layers on 8-bit integers by our own kernels in C."""
 
-from typing import Any
-
-from torch import Tensor
-
 from str_triton.deploy.sparse.executions.base import Execution, Shapes
 from str_triton.deploy.sparse.graph.nodes import Layer
 from str_triton.deploy.sparse.graph.quantized import QuantizedConvolution, QuantizedLinear
@@ -17,7 +13,3 @@ class Integer(Execution):
 
     def fits(self, node: Layer, shapes: Shapes) -> bool:
         return isinstance(node, QuantizedConvolution | QuantizedLinear) and not node.variable
-
-    def run(self, node: Layer, values: dict[str, Any]) -> Tensor:
-        """Compute the layer where no plan can hold it: without a library, or for a shape that does not fit."""
-        return node.run(values)

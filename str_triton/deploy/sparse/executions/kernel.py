@@ -1,9 +1,6 @@
 """The sparse microkernel: a layer as a list of its weights that are not zero."""
 
 import math
-from typing import Any
-
-from torch import Tensor
 
 from str_triton.deploy.sparse.executions.base import Execution, Shapes
 from str_triton.deploy.sparse.graph.nodes import Convolution, Layer, Linear
@@ -26,7 +23,3 @@ class Kernel(Execution):
         # A residual that is broadcast, or makes the convolution's own output so, is left to torch.
         own = node.output_shape(found[0])
         return all(shapes.get(name) == own for name in (node.name, *node.inputs[1:]))
-
-    def run(self, node: Layer, values: dict[str, Any]) -> Tensor:
-        """Compute the layer where no plan can hold it: without a library, or for a shape that does not fit."""
-        return node.run(values)
