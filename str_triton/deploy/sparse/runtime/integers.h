@@ -6,6 +6,7 @@
 #ifndef STR_TRITON_INTEGERS_H
 #define STR_TRITON_INTEGERS_H
 
+#include "copies.h"
 #include "dot.h"
 #include "operations.h"
 
@@ -163,26 +164,7 @@ static inline float decode(const operation *op, uint8_t code) {
     return (float)(code - op->codes->zero_x) * op->codes->scale;
 }
 
-static inline uint8_t same(const operation *op, uint8_t code) { return (void)op, code; }
-
-/* As `copy` in copies.h, with one kind of element on each side. */
-#define DEFINE_COPY(name, from, to, change)                                                                    \
-    static void name(const operation *op, int64_t item) {                                                      \
-        const int64_t channel = item % op->channels, image = item / op->channels;                              \
-        const from *row_x = (const from *)op->x.data + image * op->x.image + channel * op->x.channel;          \
-        to *row_y = (to *)op->y.data + image * op->y.image + channel * op->y.channel;                          \
-        for (int64_t i = 0; i < op->rows; i++, row_x += op->x.row, row_y += op->y.row)                         \
-            for (int64_t phase = 0; phase < op->tables; phase++) {                                             \
-                const from *x = row_x + phase * op->x.plane;                                                   \
-                to *y = row_y + phase * op->y.plane;                                                           \
-                const int64_t columns = (op->columns - phase + op->tables - 1) / op->tables;                   \
-                if (op->tables == 1)                                                                           \
-                    for (int64_t j = 0; j < columns; j++) y[j] = change(op, x[j]);                             \
-                else                                                                                           \
-                    for (int64_t j = 0; j < columns; j++) y[j * op->y.column] = change(op, x[j * op->x.column]); \
-            }                                                                                                  \
-    }
-DEFINE_COPY(copy_bytes, uint8_t, uint8_t, same)
+DEFINE_COPY(copy_bytes, uint8_t, uint8_t, UNCHANGED)
 DEFINE_COPY(quantize, float, uint8_t, encode)
 DEFINE_COPY(dequantize, uint8_t, float, decode)
 
