@@ -108,7 +108,7 @@ def test_a_wrong_step_is_not_used(monkeypatch: pytest.MonkeyPatch):
     """Where the compiled step gives other values than torch, torch runs it, and a warning says so."""
     exact = stepping._layer
 
-    def wrong(rnn: LowRankGRU, index: int) -> stepping.Layer:
+    def wrong(rnn: LowRankGRU, index: int) -> stepping.StackedLayer:
         layer = exact(rnn, index)
         return dataclasses.replace(layer, bias=layer.bias + 1e-2)
 

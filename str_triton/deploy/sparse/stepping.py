@@ -10,14 +10,12 @@ from str_triton.deploy.sparse.graph.nodes import FREE
 from str_triton.deploy.sparse.graph.recurrent import Recurrent
 from str_triton.deploy.sparse.model import plain_torch
 from str_triton.deploy.sparse.runtime.build import library
-from str_triton.deploy.sparse.runtime.stepping import Layer, PackedStepper
+from str_triton.deploy.sparse.runtime.stepping import PackedStepper, StackedLayer
 from str_triton.nn import LowRankGRU, LowRankLSTM, LowRankRNN, LowRankWeight
 
 MEAN_ROWS = 3  # of the state, for a mean: sums of the outputs, their rounding errors, and the number of steps
-TRIED, TOLERANCE = (
-    5,
-    1e-4,
-)  # steps that are compared with torch's, and their largest difference, of 1 or the largest value
+TRIED = 5  # steps that are compared with torch's
+TOLERANCE = 1e-4  # the largest difference of a step from torch's, relative to 1 or to the largest value
 
 
 def compile_step(module: nn.Module) -> "CompiledStep":
@@ -179,7 +177,7 @@ def _compact(module: nn.Module) -> LowRankRNN:
 
 
 @torch.no_grad()
-def _layer(rnn: LowRankRNN, index: int) -> Layer:
+def _layer(rnn: LowRankRNN, index: int) -> StackedLayer:
     suffix = f"l{index}"
     own = {
         name: getattr(rnn, f"{name}_{suffix}", None) for name in ("weight_ih", "weight_hh", *rnn.biases, *rnn.scalars)
@@ -194,7 +192,7 @@ def _layer(rnn: LowRankRNN, index: int) -> Layer:
     if rnn.scalars:  # FastGRNN, whose two biases are those of its gates.
         node.bias, bias = torch.cat(biases), weight.new_zeros(rows)
         node.scale = torch.cat([own[name].detach().sigmoid() for name in rnn.scalars])
-    return Layer(projection, bias, node)
+    return StackedLayer(projection, bias, node)
 
 
 def _factors(matrix: LowRankWeight | nn.Parameter) -> list[Tensor]:

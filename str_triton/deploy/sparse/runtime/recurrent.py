@@ -15,7 +15,7 @@ FEW = 3e5  # multiplications below which a second thread costs more time than it
 ACTIVATION = 40  # multiplications that take as long as the activations of one gate of one unit
 
 
-class Loop(ctypes.Structure):
+class LoopStruct(ctypes.Structure):
     """The struct `recurrent` of recurrent.h."""
 
     _fields_ = [
@@ -44,7 +44,7 @@ class PackedLoop:
         w = w.reshape(gates, blocks, UNITS, lanes, inner).transpose(1, 4, 2, 0, 3)
         bias = padded(node.bias.numpy().reshape(biases, self.hidden), 1, blocks * UNITS * lanes)
         bias = bias.reshape(biases, blocks, UNITS, lanes).transpose(1, 2, 0, 3)
-        self.loop = Loop(cell=CELLS.index(node.cell), gates=gates, reverse=node.reverse, inner=inner)
+        self.loop = LoopStruct(cell=CELLS.index(node.cell), gates=gates, reverse=node.reverse, inner=inner)
         self.loop.hidden = self.hidden
         self._arrays = {"w": w, "bias": bias}
         self._products = self.hidden * gates * (inner + ACTIVATION)

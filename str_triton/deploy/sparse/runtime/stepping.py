@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from str_triton.deploy.sparse.graph.recurrent import Recurrent
-from str_triton.deploy.sparse.runtime.recurrent import Loop, PackedLoop, padded
+from str_triton.deploy.sparse.runtime.recurrent import LoopStruct, PackedLoop, padded
 
 
 class Matrix(ctypes.Structure):
@@ -23,7 +23,7 @@ class Matrix(ctypes.Structure):
 class StepLayer(ctypes.Structure):
     """The struct `step_layer` of stepping.h."""
 
-    _fields_ = [("first", Matrix), ("second", Matrix), ("loop", Loop)]
+    _fields_ = [("first", Matrix), ("second", Matrix), ("loop", LoopStruct)]
 
 
 class Stepper(ctypes.Structure):
@@ -39,7 +39,7 @@ class Stepper(ctypes.Structure):
 
 
 @dataclass(frozen=True, eq=False)
-class Layer:
+class StackedLayer:
     """A recurrent layer and the projection of its input.
 
     Attributes:
@@ -57,7 +57,7 @@ class PackedStepper:
     """The weights of a stack in the order in which a step reads them."""
 
     def __init__(
-        self, layers: list[Layer], head: tuple[Tensor, Tensor] | None, mean: bool, library: ctypes.CDLL
+        self, layers: list[StackedLayer], head: tuple[Tensor, Tensor] | None, mean: bool, library: ctypes.CDLL
     ) -> None:
         # PyDLL keeps the interpreter's lock: a call is faster, and two threads cannot use the scratch at once.
         self._library = ctypes.PyDLL(library._name)
@@ -89,7 +89,7 @@ class PackedStepper:
         self._scratch = torch.empty(self._scratch_floats(self.address, batch), dtype=torch.float32, device="cpu")
         self._stepper.scratch, self._stepper.room, self.room = self._scratch.data_ptr(), batch, batch
 
-    def _layer(self, layer: Layer, library: ctypes.CDLL) -> StepLayer:
+    def _layer(self, layer: StackedLayer, library: ctypes.CDLL) -> StepLayer:
         loop = PackedLoop(layer.node, library)
         self._kept.append(loop)
         *first, second = layer.projection
@@ -104,7 +104,8 @@ class PackedStepper:
         panels = -(-outer // (width * self.lanes))
         w = padded(weight.t().numpy(), 1, panels * width * self.lanes)
         w = w.reshape(inner, panels, width * self.lanes).transpose(1, 0, 2)
-        arrays = [np.ascontiguousarray(w, np.float32), padded(bias.numpy(), 0, panels * width * self.lanes)]
-        arrays[1] = np.ascontiguousarray(arrays[1], np.float32)
+        arrays = [
+            np.ascontiguousarray(a, np.float32) for a in (w, padded(bias.numpy(), 0, panels * width * self.lanes))
+        ]
         self._kept += arrays
         return Matrix(*(array.ctypes.data for array in arrays), inner, outer, panels, width)
