@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 import time
 from collections.abc import Callable
 from importlib import metadata
@@ -66,6 +67,11 @@ def version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
+
+
+def in_file_names(processor: str) -> str:
+    """Return a processor's name as a part of a file's name."""
+    return re.sub(r"[^a-z0-9]+", "_", processor.lower()).strip("_")
 
 
 def write(name: str, result: dict[str, Any]) -> None:

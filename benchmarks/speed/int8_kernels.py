@@ -10,8 +10,6 @@ benchmarks/results/int8_kernels_PROCESSOR.json.
 
 import argparse
 import ctypes
-import json
-import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,7 +18,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.studies.int8_fuzz import PATHS, compiled
-from benchmarks.timing import RESULTS, machine
+from benchmarks.timing import in_file_names, machine, write
 from str_triton.deploy.sparse.executions.choice import Choice
 from str_triton.deploy.sparse.graph.nodes import Convolution, Graph, Input, Layer, Node
 from str_triton.deploy.sparse.graph.quantized import Grid, Quantize
@@ -113,9 +111,7 @@ def main() -> None:
             names = ("inputs", "outputs", "side", "kernel", "stride", "groups", "sparsity")
             rows.append({**dict(zip(names, spec, strict=True)), "microseconds": times})
             print(spec, {name: round(us, 1) for name, us in times.items()}, flush=True)
-    found = machine()
-    name = re.sub(r"\W+", "_", found["processor"]).strip("_").lower()
-    (RESULTS / f"int8_kernels_{name}.json").write_text(json.dumps({"machine": found, "layers": rows}, indent=1) + "\n")
+    write(f"int8_kernels_{in_file_names(machine()['processor'])}", {"layers": rows})
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
+from benchmarks.speed.sparse_inference import in_turns, repeated
 from benchmarks.timing import version, write
 from str_triton import LowRankGRU, LowRankLSTM, deploy
 
@@ -37,8 +38,7 @@ HIDDEN, BATCHES, THREADS = (64, 128, 256, 512, 1024), (1, 16, 64), (1, 2)
 SHARES = {"ours_r8": 8, "ours_r16": 16}  # the rank is H divided by it
 LAYERS = {"gru": (LowRankGRU, nn.GRU), "lstm": (LowRankLSTM, nn.LSTM)}
 ONNX_GATES = {"gru": (1, 0, 2), "lstm": (0, 3, 1, 2)}  # the order of gates in ONNX, by their numbers in torch
-SETTLE = 0.02  # seconds until the threads of the one before no longer spin
-SECONDS, QUICK = 0.06, 2  # how long a turn's timed calls take together, about; rounds of a quick run
+TURN, QUICK = 0.06, 2  # how long a turn's timed calls take together, about; rounds of a quick run
 STEP_CALLS = 2000
 
 Call = Callable[[], Any]
@@ -90,28 +90,6 @@ def openvino_call(openvino: Any, model: bytes, x: Tensor, threads: int) -> Call:
     request = core.compile_model(core.read_model(model), "CPU", options).create_infer_request()
     given = x.numpy()
     return lambda: request.infer([given], share_inputs=True)[0]
-
-
-def in_turns(calls: dict[str, Call], rounds: int) -> dict[str, float]:
-    """Return the milliseconds of each call."""
-    counts = {}
-    for name, call in calls.items():
-        call()
-        begin = time.perf_counter()
-        call()
-        counts[name] = max(2, round(SECONDS / (time.perf_counter() - begin)))
-    turns: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            time.sleep(SETTLE)
-            call()
-            seconds = []
-            for _ in range(counts[name]):
-                begin = time.perf_counter()
-                call()
-                seconds.append(time.perf_counter() - begin)
-            turns[name].append(median(seconds))
-    return {name: 1e3 * median(seconds) for name, seconds in turns.items()}
 
 
 def networks(cell: str, hidden: int) -> tuple[nn.Module, dict[str, deploy.SparseModel]]:
@@ -195,7 +173,9 @@ def main() -> None:
                     torch.set_num_threads(threads)
                     for batch in options.batches:
                         x = torch.randn(STEPS, batch, FEATURES)
-                        ms = in_turns(contenders(cell, layer, ours, x, threads, openvino), rounds)
+                        calls = contenders(cell, layer, ours, x, threads, openvino)
+                        seconds = in_turns({name: repeated(call) for name, call in calls.items()}, rounds, TURN)
+                        ms = {name: 1e3 * median(values) for name, values in seconds.items()}
                         rows.append({"cell": cell, "hidden": hidden, "batch": batch, "threads": threads, "ms": ms})
                         times = ", ".join(f"{name} {value:.3f}" for name, value in ms.items())
                         print(f"{cell} {hidden}, batch {batch}, {threads} threads: {times} ms", flush=True)

@@ -18,7 +18,6 @@ import contextlib
 import functools
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -32,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.speed.sparse_inference_peers import Contender, Peer, compiled, eager, onnx_file, onnxruntime_session
-from benchmarks.timing import RESULTS, machine, version
+from benchmarks.timing import RESULTS, in_file_names, machine, version
 from str_triton import count, deploy
 from str_triton.cnn.models import build
 from str_triton.cnn.published import layer_sparsities
@@ -109,9 +108,12 @@ def fastest(variants: dict[str, Callable[[], Tensor]]) -> tuple[str, Callable[[]
     return best, variants[best]
 
 
-def in_turns(contenders: dict[str, Contender], rounds: int) -> dict[str, list[float]]:
-    """Return the median seconds of a call for each contender and round. Every contender has its turn in a round."""
-    calls = {name: max(3, round(SECONDS / contender(WARM))) for name, contender in contenders.items()}
+def in_turns(contenders: dict[str, Contender], rounds: int, turn: float = SECONDS) -> dict[str, list[float]]:
+    """Return the median seconds of a call for each contender and round. Every contender has its turn in a round.
+
+    The timed calls of a turn take `turn` seconds, about.
+    """
+    calls = {name: max(3, round(turn / contender(WARM))) for name, contender in contenders.items()}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, contender in contenders.items():
@@ -223,7 +225,7 @@ def shares(model: nn.Module, ours: nn.Module, example: Tensor, rounds: int = 9) 
 
 def result_file(processor: str) -> Path:
     """Return where the results of a machine with this processor stand."""
-    return RESULTS / f"sparse_inference_{re.sub(r'[^a-z0-9]+', '_', processor.lower()).strip('_')}.json"
+    return RESULTS / f"sparse_inference_{in_file_names(processor)}.json"
 
 
 def merge(name: str, entry: dict[str, Any]) -> None:

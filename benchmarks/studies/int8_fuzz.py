@@ -11,7 +11,6 @@ to benchmarks/results/int8_fuzz.json. Under AddressSanitizer and UBSan: the envi
 
 import argparse
 import ctypes
-import json
 import math
 import random
 import tempfile
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.studies.sparse_fuzz import sanitizers
-from benchmarks.timing import RESULTS, machine
+from benchmarks.timing import write
 from str_triton.deploy.sparse.executions.choice import Choice
 from str_triton.deploy.sparse.graph.nodes import Call, Graph, Input, Node
 from str_triton.deploy.sparse.graph.pools import MaxPool
@@ -189,7 +188,6 @@ def main() -> None:
     parser.add_argument("--paths", nargs="+", choices=PATHS, default=list(PATHS))
     options = parser.parse_args()
     run: dict[str, Any] = {
-        "machine": machine(),
         "sanitizers": sanitizers(),
         "seeds": [options.first, options.count],
         "paths": {},
@@ -200,7 +198,7 @@ def main() -> None:
             wrong = [seed for seed in range(options.first, options.first + options.count) if check(seed, library)]
             run["paths"][path] = {"networks": options.count, "wrong": wrong}
             print(f"{path}: {options.count} networks, {len(wrong)} wrong {wrong[:5]}", flush=True)
-    (RESULTS / "int8_fuzz.json").write_text(json.dumps(run, indent=1) + "\n")
+    write("int8_fuzz", run)
 
 
 if __name__ == "__main__":

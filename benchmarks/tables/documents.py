@@ -15,6 +15,8 @@ from typing import Any
 
 from benchmarks.runs import RunFile
 
+Run = dict[str, Any]  # a line of a result file
+NONE = "not measured"
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
@@ -74,6 +76,13 @@ def spread(values: Iterable[float], scale: float = 1, digits: int = 2) -> str:
     scaled = [value * scale for value in values]
     text = f"{mean(scaled):.{digits}f}"
     return f"{text} ± {stdev(scaled):.{digits}f}" if len(scaled) > 1 else text
+
+
+def behind(runs: list[Run], dense: list[Run]) -> str:
+    """Return the points of accuracy of runs to those of the dense network."""
+    if not dense:
+        return NONE
+    return f"{100 * (mean(run['accuracy'] for run in runs) - mean(run['accuracy'] for run in dense)):+.2f}"
 
 
 def section(heading: str, text: str, table: str) -> str:

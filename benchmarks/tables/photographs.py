@@ -4,11 +4,9 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.runs import RunFile
-from benchmarks.tables.documents import lines, markdown, paragraph, section, seeds, spread, table
+from benchmarks.tables.documents import NONE, Run, behind, lines, markdown, paragraph, section, seeds, spread, table
 from benchmarks.timing import RESULTS
 
-Run = dict[str, Any]
-NONE = "not measured"
 CALTECH = """Google's MobileNetV1 for ImageNet, fine-tuned by the recipe `mobilenetv1-finetune` on a public copy of
 Caltech-101: 3,530 training and 1,763 test photographs of 101 classes at 128x128 pixels. **The data are a part of
 Caltech-101**, at most 40 training and 20 test photographs a class and no background class, so figures from elsewhere
@@ -33,13 +31,6 @@ def grouped(runs: list[Run], *names: str) -> list[tuple[tuple[Any, ...], list[Ru
 def epochs_of(runs: list[Run]) -> str:
     """Return the numbers of epochs of the runs."""
     return " or ".join(map(str, sorted({run["epochs"] for run in runs})))
-
-
-def behind(runs: list[Run], dense: list[Run]) -> str:
-    """Return the points of accuracy to the dense network."""
-    if not dense:
-        return NONE
-    return f"{100 * (mean(run['accuracy'] for run in runs) - mean(run['accuracy'] for run in dense)):+.2f}"
 
 
 @table("cifar")

@@ -1,11 +1,9 @@
 """The sections about studies of ranks on real data: HAR-2, HAR-6 and speech."""
 
 from statistics import mean
-from typing import Any
 
-from benchmarks.tables.documents import NotMeasured, lines, markdown, section, seeds, spread, table
+from benchmarks.tables.documents import NONE, NotMeasured, Run, behind, lines, markdown, section, seeds, spread, table
 
-Run = dict[str, Any]
 # The paper's accuracies at (rank of W, rank of U): Kusupati et al., ICML 2020, table 3.
 PAPER = {
     ("dense", None): "96.10",
@@ -13,7 +11,7 @@ PAPER = {
     ("str-exact", "9,7"): "95.62 (STR)", ("fixed", "9,7"): "93.15",
     ("str-exact", "8,7"): "95.59 (STR)", ("fixed", "8,7"): "94.88",
 }  # fmt: skip
-NONE = "not measured"
+SIZES = ("multiply_adds", "int8_weight_bytes")
 HAR_DATA = """**The data are a reconstruction** of UCI HAR: 7,415 / 2,996 windows, made from the raw recordings by the
 published recipe (published: 7,352 / 2,947). The epoch and the learning rate ("rate": the best of how many) are chosen
 on validation people who are not among the training people."""
@@ -43,6 +41,16 @@ def rates_tried(runs: list[Run]) -> str:
     """Return the chosen learning rate and the number of rates that were tried."""
     count = len({run["job"]["rate"] for run in runs})
     return f"{at_its_rate(runs)[0]['job']['rate']:g} of {count}"
+
+
+def accuracies(method: str, chosen: list[Run], runs: list[Run]) -> list[str]:
+    """Return a method's accuracy, its points to the dense networks among ``runs``, and its validation accuracy."""
+    dense = [run for run in runs if run["job"]["method"] == "dense"]
+    return [
+        spread((run["accuracy"] for run in chosen), 100),
+        "" if method == "dense" else behind(chosen, at_its_rate(dense) if dense else []),
+        spread((run["validation_accuracy"] for run in chosen), 100),
+    ]
 
 
 def main_study(name: str, data: str) -> list[Run]:
@@ -80,9 +88,7 @@ def har_ranks() -> str:
                 name,
                 "full" if method == "dense" else " ".join(learned),
                 f"{mean(run['params'] for run in chosen):,.0f}",
-                spread((run["accuracy"] for run in chosen), 100),
-                "" if method == "dense" else to_dense(chosen, runs),
-                spread((run["validation_accuracy"] for run in chosen), 100),
+                *accuracies(method, chosen, runs),
                 rates_tried(own),
                 seeds(len(chosen)),
                 paper,
@@ -121,9 +127,7 @@ def by_cell(runs: list[Run], cells: tuple[str, ...]) -> str:
                 [
                     f"{cell}, {method}",
                     f"{compression:g}",
-                    spread((run["accuracy"] for run in chosen), 100),
-                    "" if method == "dense" else to_dense(chosen, of_cell),
-                    spread((run["validation_accuracy"] for run in chosen), 100),
+                    *accuracies(method, chosen, of_cell),
                     *(f"{mean(run[key] for run in chosen):,.0f}" for key in ("params", *SIZES)),
                     rates_tried(own),
                     seeds(len(chosen)),
@@ -131,14 +135,3 @@ def by_cell(runs: list[Run], cells: tuple[str, ...]) -> str:
             )
     header = ["compression", "accuracy %", "to dense", "validation %", "parameters", "multiply-adds", "int8 bytes"]
     return markdown([f"cell, method; {runs[0]['job']['epochs']} epochs", *header, "rate", "seeds"], rows)
-
-
-SIZES = ("multiply_adds", "int8_weight_bytes")
-
-
-def to_dense(chosen: list[Run], runs: list[Run]) -> str:
-    """Return the points of accuracy to the dense networks among ``runs``, at their learning rate."""
-    dense = [run for run in runs if run["job"]["method"] == "dense"]
-    if not dense:
-        return NONE
-    return f"{100 * (mean(r['accuracy'] for r in chosen) - mean(r['accuracy'] for r in at_its_rate(dense))):+.2f}"

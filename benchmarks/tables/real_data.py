@@ -1,11 +1,13 @@
 """README's table: a row for each study on real data, with the default method beside the best of the others."""
 
+from collections.abc import Callable
+from operator import itemgetter
 from statistics import mean
 
 from benchmarks.runs import RunFile
-from benchmarks.tables.documents import README, NotMeasured, lines, markdown, seeds, spread, table
+from benchmarks.tables.documents import NONE, README, NotMeasured, Run, lines, markdown, seeds, spread, table
 from benchmarks.tables.photographs import deployed, epochs_of
-from benchmarks.tables.ranks import NONE, Run, at_its_rate, main_study
+from benchmarks.tables.ranks import at_its_rate, main_study
 from benchmarks.timing import RESULTS
 
 OURS = "str-exact"
@@ -30,7 +32,7 @@ def real_data() -> str:
 
 def caltech() -> list[str]:
     """Return the row of MobileNetV1 on Caltech-101."""
-    runs = by_method([run for run in lines("caltech.jsonl") if run["target"] in ("", "0.9")], "line")
+    runs = by_method([run for run in lines("caltech.jsonl") if run["target"] in ("", "0.9")], itemgetter("line"))
     use = deployed(RunFile(RESULTS / "caltech_deploy.jsonl").read())
     own, dense = use.get(("0.9", OURS)), use.get(("", "dense"))
     gain = NONE
@@ -42,7 +44,7 @@ def caltech() -> list[str]:
 def cifar() -> list[str]:
     """Return the row of ResNet20 on CIFAR-10."""
     runs = [run for run in lines("cifar.jsonl") if run["model"] == "resnet20" and run["target"] in (0.0, 0.9)]
-    methods = by_method([run for run in runs if run["target"] or run["line"] == "dense"], "line")
+    methods = by_method([run for run in runs if run["target"] or run["line"] == "dense"], itemgetter("line"))
     gain = f"{100 * mean(r['flops'] for r in methods[OURS]):.0f} % of the FLOPs" if OURS in methods else NONE
     return row(f"CIFAR-10 as JPEG, ResNet20, {epochs_of(runs)} epochs, 90 % zeros", methods, gain)
 
@@ -71,19 +73,17 @@ def har_two() -> list[str]:
     return row("HAR-2 (reconstructed), FastGRNN, the size of ranks 9 and 8", methods, parameters(methods))
 
 
-def by_method(runs: list[Run], field: str) -> Runs:
+def by_method(runs: list[Run], method_of: Callable[[Run], str]) -> Runs:
     """Return the runs by their method."""
     methods: Runs = {}
     for run in runs:
-        methods.setdefault(run[field], []).append(run)
+        methods.setdefault(method_of(run), []).append(run)
     return methods
 
 
 def tuned(runs: list[Run]) -> Runs:
     """Return the runs of studies of ranks by their method, at the method's learning rate."""
-    methods: Runs = {}
-    for run in runs:
-        methods.setdefault(run["job"]["method"], []).append(run)
+    methods = by_method(runs, lambda run: run["job"]["method"])
     return {method: at_its_rate(own) for method, own in methods.items()}
 
 
