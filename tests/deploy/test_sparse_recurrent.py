@@ -17,6 +17,7 @@ from str_triton.deploy.sparse.graph.nodes import Graph, Input
 from str_triton.deploy.sparse.graph.recurrent import LOW_RANK, SIZES, Recurrent
 from str_triton.deploy.sparse.graph.refs import Ref
 from str_triton.deploy.sparse.graph.signature import Leaf, Signature
+from str_triton.ops.low_rank_cell import CELLS
 from tests.deploy.recurrent_networks import HIDDEN, INPUTS, Classifier
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -36,6 +37,11 @@ def layer(cell: str, hidden: int, rank: int | None, *, features: int | None = No
         made.weight_in, made.bias_in = torch.randn(gates * hidden, features), torch.randn(gates * hidden)
     assert made.is_whole()
     return made
+
+
+def test_the_sizes_of_cells_are_those_of_the_ops() -> None:
+    ops = {name: (cell.gates, cell.bias_blocks, len(cell.states), cell.scalars) for name, cell in CELLS.items()}
+    assert ops == SIZES
 
 
 def inputs(node: Recurrent, batch: int, steps: int) -> dict[str, Tensor]:
