@@ -39,7 +39,7 @@ class Config(TrainConfig):
 
     groups: ClassVar[Mapping[str, str]] = {
         "data": "data data_dir image_size skip_corrupt",
-        "network": "model pretrained new_classifier",
+        "network": "model pretrained new_classifier teacher teacher_share",
         "method and target": "method target_sparsity target_flops budget distribution gradient granularity "
         "mask_interval raw_threshold_init",
         "training": "lr_schedule momentum",
@@ -103,6 +103,11 @@ class Config(TrainConfig):
     chosen model, the folder of a run, or a checkpoint of the paper's original code."""
     new_classifier: bool = False
     """Take all weights of --pretrained except the classifier's, for data with other classes."""
+    teacher: str | None = None
+    """Also learn the scores of a trained network (knowledge distillation): the folder of a run, or a file with a
+    network. Its classes and their order are those of the data."""
+    teacher_share: float = 0.9
+    """The share of the loss that --teacher has; the labels have the rest."""
     compile: bool = False
     """Train with torch.compile; evaluation runs without it."""
     channels_last: bool = False
@@ -316,6 +321,7 @@ def _check_ranges(config: Config) -> None:
     check_ranges(config)
     if config.image_size is not None:
         require(config, "image_size", config.image_size >= 1, "at least 1")
+    require(config, "teacher_share", 0.0 <= config.teacher_share <= 1.0, "in 0..1")
     require(config, "momentum", 0.0 <= config.momentum < 1.0, "in 0..1, below 1")
     if config.target_sparsity is not None:
         require(config, "target_sparsity", 0.0 <= config.target_sparsity < 1.0, "in 0..1, below 1")

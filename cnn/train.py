@@ -21,6 +21,7 @@ from str_triton.cnn.models import build
 from str_triton.cnn.pretrained import start_from
 from str_triton.cnn.published import PUBLISHED
 from str_triton.cnn.recipes import RECIPES, RESUME_MAY_CHANGE, Config, recipe_for, resolve
+from str_triton.cnn.teacher import divergence, read_teacher
 from str_triton.cnn.training_schedule import announce_pruning, learning_rate
 from str_triton.files import percent, printable, with_sorted_header
 from str_triton.training.command_line import CommandLine
@@ -52,6 +53,7 @@ class Experiment(Loop):
         corrupt: a line about each image that this process has skipped in the epoch.
         example: an input of the model.
         budget: the model's budget when last counted.
+    teacher: a trained network whose scores are learned too; None without --teacher.
     """
 
     config: Config
@@ -60,6 +62,7 @@ class Experiment(Loop):
     corrupt: list[str]
     example: Tensor
     budget: Budget
+    teacher: nn.Module | None
 
     @classmethod
     def prepare(cls, config: Config, accelerator: Accelerator) -> "Experiment":
@@ -74,6 +77,9 @@ class Experiment(Loop):
             model.to(accelerator.device, memory_format=memory_format(config))
             example = torch.zeros(1, *data.image_shape, device=accelerator.device)
             check_images(config, model, example, accelerator.num_processes)
+            teacher = None if config.teacher is None else read_teacher(config.teacher, data.interface())
+            if teacher is not None:
+                teacher.to(accelerator.device, memory_format=memory_format(config))
             budget = count(model, example)
             controller = prepare(config, model, example)
         if config.method == "str":
@@ -97,6 +103,7 @@ class Experiment(Loop):
             corrupt=corrupt,
             example=example,
             budget=budget,
+            teacher=teacher,
         )
 
     def facts(self) -> dict[str, str]:
@@ -132,6 +139,10 @@ class Experiment(Loop):
         images, labels = batch
         outputs = self.network(images)
         loss = F.cross_entropy(outputs, labels, label_smoothing=self.config.label_smoothing)
+        if self.teacher is not None:
+            with torch.no_grad(), self.accelerator.autocast():
+                taught = self.teacher(images)
+            loss = loss.lerp(divergence(outputs, taught), self.config.teacher_share)
         return StepOutput(loss, outputs, labels)
 
     def learning_rate(self, step: int) -> float:

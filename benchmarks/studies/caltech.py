@@ -8,11 +8,11 @@ The first command trains each missing line with the recipe `mobilenetv1-finetune
 appends its result to benchmarks/results/caltech.jsonl. A killed run is resumed from its checkpoint at the next start.
 `--runs 1` ends after one run, so that a shell can give the machine to other work between two runs.
 
-All lines share the number of epochs, the batches and their augmentation. Each has the learning rate that was best for
-it, or for str-exact or global GMP, to which it is akin, in `--tune`. Sparsity counts all weights, including those of
-the first and the last layer. "budget of str-exact" gives another method the layers'
+All lines share the batches and their augmentation, and the number of epochs where their names give none. Each has the
+learning rate that was best for it, or for str-exact or global GMP, to which it is akin, in `--tune`. Sparsity counts
+all weights, including those of the first and the last layer. "budget of str-exact" gives another method the layers'
 sparsities of str-exact with the same target and seed. A target that ends in "flops" is a share of the dense network's
-multiply-adds.
+multiply-adds. "teacher": the network also learns the scores of the dense network with the same seed (--teacher).
 
 `--tune` compares learning rates on a fifth of the training images, which it holds out. The test images take no part.
 Its lines are in caltech_tuning.jsonl. `--deploy` packs and compiles the networks of the first seed, whose runs are kept
@@ -42,10 +42,16 @@ TUNING_EPOCHS, LRS, TUNED = 2, (0.02, 0.01, 0.05, 0.005), ("str-exact", "gmp, gl
 ROUNDS = 100
 DENSE = "dense"
 BUDGET = "budget of str-exact"
+TEACHER = ", teacher"
 LINES: dict[str, list[str]] = {
     **METHODS,
     "gmp, uniform": ["--method", "gmp", "--distribution", "uniform"],
     f"gmp, {BUDGET}": ["--method", "gmp"],
+    "str-exact, teacher": ["--method", "str-exact"],
+    "gmp, global, teacher": METHODS["gmp, global"],
+    "dense, 16 epochs": [*METHODS["dense"], "--epochs", "16"],
+    "str-exact, 16 epochs": [*METHODS["str-exact"], "--epochs", "16"],
+    "str-exact, teacher, 16 epochs": [*METHODS["str-exact"], "--epochs", "16"],
 }
 LEADERS = ("str-exact", "gmp, global", "str-exact, FLOP-aware")
 THIRD = "0.3333 flops"
@@ -63,6 +69,9 @@ def wanted() -> Iterator[Key]:
     """Yield the runs in their order: the leaders at 90 %, a third of the FLOPs, then the rest. Some occur twice."""
     yield Key(DENSE, "", 0)
     yield from (Key(line, "0.9", 0) for line in LEADERS[:2])
+    yield from (Key(line, "0.9", 0) for line in ("str-exact, teacher", "str-exact, teacher, 16 epochs"))
+    yield Key("dense, 16 epochs", "", 0)
+    yield Key("gmp, global, teacher", "0.9", 0)
     yield Key("str-exact, FLOP-aware", THIRD, 0)
     yield from (Key(line, target, 0) for target in ("0.95", "0.75") for line in LEADERS[:2])
     for line in ("str-exact", f"gmp, {BUDGET}"):
@@ -70,7 +79,7 @@ def wanted() -> Iterator[Key]:
     for seed in (1, 2):
         yield Key(DENSE, "", seed)
         yield from (Key(line, "0.9", seed) for line in LEADERS[:2])
-    yield from (Key(line, "0.9", 0) for line in LINES if line != DENSE)
+    yield from (Key(line, "0.9", 0) for line in LINES if not line.startswith(DENSE))
     for target, seed in product(("0.95", "0.75"), (1, 2)):
         yield from (Key(line, target, seed) for line in LEADERS)
     for seed in (1, 2):
@@ -93,8 +102,14 @@ def best_rate(line: str) -> float:
 
 def options_of(key: Key) -> list[str]:
     """Return the training program's options for a line. Raise ValueError if it needs a run that is missing."""
+    options = list(LINES[key.line])
+    if TEACHER in key.line:
+        teacher = RUNS / _name(Key(DENSE, "", key.seed))
+        if not teacher.exists():
+            raise ValueError(f"{key}: {teacher} is missing: train the dense network of that seed here first")
+        options += ["--teacher", str(teacher)]
     if not key.target:
-        return LINES[key.line]
+        return options
     if key.line.endswith(BUDGET):
         source = Key("str-exact", key.target, key.seed)
         found = [run for run in results().read() if all(run[name] == value for name, value in source._asdict().items())]
@@ -103,9 +118,9 @@ def options_of(key: Key) -> list[str]:
         RUNS.mkdir(parents=True, exist_ok=True)
         budget = RUNS / f"budget-{_name(source)}.json"
         budget.write_text(json.dumps({name: 100 * (1 - share) for name, share in found[0]["density"].items()}))
-        return [*LINES[key.line], "--budget", str(budget)]
+        return [*options, "--budget", str(budget)]
     share, _, flops = key.target.partition(" ")
-    return [*LINES[key.line], "--target-flops" if flops else "--target-sparsity", share]
+    return [*options, "--target-flops" if flops else "--target-sparsity", share]
 
 
 def _name(key: Key) -> str:

@@ -28,6 +28,9 @@ def test_every_line_can_be_run_again() -> None:
 def test_every_line_has_options_that_the_program_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(caltech, "RESULTS", tmp_path)
     monkeypatch.setattr(caltech, "RUNS", tmp_path / "runs")
+    with pytest.raises(ValueError, match="dense-0"):
+        caltech.options_of(caltech.Key("str-exact, teacher", "0.9", 0))
+    (caltech.RUNS / "dense-0").mkdir(parents=True)
     after = [key for key in caltech.wanted() if key.line.endswith(caltech.BUDGET)]
     assert after
     with pytest.raises(ValueError, match="str-exact"):

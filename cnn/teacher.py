@@ -1,0 +1,48 @@
+"""Knowledge distillation: a trained network's scores as a second target, --teacher."""
+
+import os
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from str_triton.cnn.rebuild import rebuild
+from str_triton.training.interface import Interface
+
+TEMPERATURE = 2.0  # divides all scores, so that the teacher's small probabilities count too
+
+
+def read_teacher(path: str | os.PathLike[str], interface: Interface) -> nn.Module:
+    """Return the trained network in a run folder or file, in evaluation mode and without gradients, on the CPU.
+
+    Raises:
+        ValueError: other classes, channels or standardisation than ``interface``, or as `rebuild` does.
+        OSError: the file cannot be read.
+        UserError: the run's configuration or all its checkpoints are damaged.
+    """
+    network, where = rebuild(path), f"--teacher {path}"
+    theirs, ours = network.num_classes, len(interface.outputs)
+    if theirs != ours:
+        raise ValueError(f"{where}: its network has {theirs} classes, the data have {ours}")
+    if interface.images is not None and network.in_channels != interface.images.channels:
+        raise ValueError(f"{where}: its images have {network.in_channels} channels, not {interface.images.channels}")
+    if network.interface is not None:
+        pairs = zip(network.interface.outputs, interface.outputs, strict=True)
+        if different := next(((a, b) for a, b in pairs if a != b), None):
+            raise ValueError(
+                f"{where}: its class {different[0]!r} is {different[1]!r} in the data: the order must match"
+            )
+        if network.interface.standardisation != interface.standardisation:
+            raise ValueError(f"{where}: it standardises images with another mean or deviation than the data")
+    return network.model.requires_grad_(False)
+
+
+def divergence(outputs: Tensor, teacher_outputs: Tensor) -> Tensor:
+    """Return the mean divergence of softened scores [B, classes] from a teacher's, a scalar in float32.
+
+    With the temperature T it is T^2 KL(softmax(teacher / T) || softmax(outputs / T)), whose gradient is as large as
+    that of cross-entropy.
+
+    Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, arXiv 1503.02531, section 2.
+    """
+    ours, theirs = (F.log_softmax(scores.float() / TEMPERATURE, 1) for scores in (outputs, teacher_outputs))
+    return TEMPERATURE**2 * F.kl_div(ours, theirs, reduction="batchmean", log_target=True)

@@ -1,0 +1,80 @@
+"""Knowledge distillation: the loss, what a teacher must be, and runs with one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from str_triton.cnn import train
+from str_triton.cnn.teacher import divergence, read_teacher
+from str_triton.training.interface import Interface
+from str_triton.training.metrics import read_metrics
+from tests.cnn.train_runs import begin, resume
+from tests.runs import Killed, after_calls, assert_same_result, kill
+
+
+def test_the_divergence_is_that_of_softened_probabilities():
+    torch.manual_seed(0)
+    ours, theirs = torch.randn(5, 7, dtype=torch.bfloat16), torch.randn(5, 7, dtype=torch.bfloat16)
+    p, q = (F.softmax(scores.double() / 2, 1) for scores in (theirs, ours))
+    expected = 4 * (p * (p.log() - q.log())).sum(1).mean()
+    result = divergence(ours, theirs)
+    assert result.dtype == torch.float32
+    assert abs(result.item() - expected.item()) < 1e-6
+    assert divergence(theirs, theirs).item() == 0
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher") / "run"
+    assert begin(folder, "--method", "dense") == 0
+    return folder
+
+
+def first_loss(folder: Path) -> float:
+    return next(record["loss"] for record in read_metrics(folder) if "loss" in record)
+
+
+def test_a_teacher_gives_its_share_of_the_loss(teacher: Path, tmp_path: Path):
+    losses = {}
+    for share in ("0", "0.5", "1"):
+        assert begin(tmp_path / share, "--epochs", "1", "--teacher", str(teacher), "--teacher-share", share) == 0
+        losses[share] = first_loss(tmp_path / share)
+    assert begin(tmp_path / "alone", "--epochs", "1") == 0
+    assert losses["0"] == first_loss(tmp_path / "alone")
+    assert len(set(losses.values())) == 3
+
+
+def test_a_run_with_a_teacher_resumes_in_equal_bits(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    options = ["--teacher", str(teacher / "model.safetensors"), "--checkpoint-steps", "1"]
+    assert begin(tmp_path / "whole", *options) == 0
+    with monkeypatch.context() as patch:
+        after_calls(patch, train.Experiment, "forward", 4, kill)
+        with pytest.raises(Killed):
+            begin(tmp_path / "killed", *options)
+    assert resume(tmp_path / "killed") == 0
+    assert_same_result(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_a_teacher_of_other_classes_or_another_standardisation_is_refused(teacher: Path):
+    own = Interface.read(teacher / "interface.json")
+    assert read_teacher(teacher, own).training is False
+    swapped = Interface((own.outputs[1], own.outputs[0], *own.outputs[2:]), own.standardisation, own.images)
+    mean, std = own.standardisation
+    shifted = Interface(own.outputs, (tuple(value + 1 for value in mean), std), own.images)
+    for other, words in ((swapped, "order"), (shifted, "standardises"), (Interface(("a", "b")), "10 classes")):
+        with pytest.raises(ValueError, match=words):
+            read_teacher(teacher, other)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [(["--teacher", "nowhere"], "nowhere"), (["--teacher-share", "1.5"], "--teacher-share 1.5")],
+)
+def test_a_wrong_teacher_is_one_line(options: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert begin(tmp_path / "run", *options) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
