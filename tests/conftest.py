@@ -1,5 +1,6 @@
 """What every test shares: the gpu marker, and random numbers that are the same in every run and in every order."""
 
+import os
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -11,7 +12,19 @@ import torch
 collect_ignore = ["interpreter"]
 
 
+# Files of few tests that take long. Started last, they would keep one process busy while the others have nothing to do.
+LONG = ("test_interpreter.py", "test_train_processes.py", "test_kernel_resources.py", "test_fully_shard.py",
+        "test_examples.py", "test_packaging.py")  # fmt: skip
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Return the processes of `-n auto`: one more than the cores, since many tests wait for processes of their own."""
+    return (os.cpu_count() or 1) + 1
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a GPU: torch.cuda.is_available() is False")
