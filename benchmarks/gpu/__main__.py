@@ -4,23 +4,26 @@
 
 Each part runs in a process of its own, for a limited time. After each the JSON file is written anew, with what the part
 had measured, by default benchmarks/results/gpu_CARD.json. Started again with the same file, the command runs the parts
-that are not done. `--device cpu` rehearses every part with tiny sizes.
+that are not done, whatever has ended it before. `--device cpu` rehearses every part with tiny sizes.
 """
 
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.machine import machine
 from benchmarks.gpu.part import PARTS, Part, Session
+from benchmarks.gpu.watchdog import end_with_parent
 from str_triton.files import write_atomically
 
 ROOT = Path(__file__).parents[2]
@@ -33,15 +36,15 @@ def in_process(part: Part, device: str, folder: Path) -> dict[str, Any]:
     begin, errors = time.monotonic(), folder / "errors.txt"
     with (
         errors.open("wb") as stderr,
-        subprocess.Popen(command, cwd=ROOT, stderr=stderr, start_new_session=True) as process,
+        subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stderr=stderr, start_new_session=True) as process,
     ):
         try:
             status = process.wait(part.seconds + GRACE)
             state = "done" if status == 0 else f"failed, exit status {status}"
         except subprocess.TimeoutExpired:
             state = f"stopped after {part.seconds} s"
-        finally:  # Also after ^C; and a part's own processes belong to its group.
-            if process.poll() is None:
+        finally:  # Also after ^C; and a part's own processes belong to its group, and may have outlived it.
+            with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
     written = folder / "result.json"
     found = {"state": state, "seconds": round(time.monotonic() - begin, 1)}
@@ -54,23 +57,52 @@ def in_process(part: Part, device: str, folder: Path) -> dict[str, Any]:
 def run_parts(
     names: list[str], path: Path, device: str, run: Callable[[Part, str, Path], dict[str, Any]] = in_process
 ) -> dict[str, Any]:
-    """Run the parts that the file does not hold as done, and write the file after each. Return what it holds."""
+    """Run the parts that the file does not hold as done, and write the file after each. Return what it holds.
+
+    Raises ValueError for a file that holds something else, and OSError for one that cannot be written: before the first
+    part, or after the last one. Figures that do not fit on the disk in between are written after the next part.
+    """
     record = {"machine": machine(device), "parts": {}}
     if path.exists():
-        before = json.loads(path.read_text())
+        before = read(path)
         if before["machine"] != record["machine"]:
             raise ValueError(f"{path} holds figures of another machine or other versions: give another --json")
         record = before
+    write(path, record)
+    unwritten: OSError | None = None
     for name in names:
         if record["parts"].get(name, {}).get("state") == "done":
             print(f"{name}: done before")
             continue
         print(f"{name}, at most {PARTS[name].seconds} s", flush=True)
-        with tempfile.TemporaryDirectory() as folder:
-            record["parts"][name] = run(PARTS[name], device, Path(folder))
-        write_atomically(path, json.dumps(record, indent=2) + "\n")
-        print(f"{name}: {record['parts'][name]['state']}, {record['parts'][name]['seconds']} s", flush=True)
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # a killed process may still write
+            found = record["parts"][name] = run(PARTS[name], device, Path(folder))
+        try:
+            write(path, record)
+            unwritten = None
+        except OSError as error:
+            unwritten = error
+            print(f"{error}: trying again after the next part", file=sys.stderr)
+        print(f"{name}: {found['state']}, {found['seconds']} s", flush=True)
+    if unwritten is not None:
+        raise unwritten
     return record
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Return what an earlier run has written. Raise ValueError where a file holds something else, or half of it."""
+    try:
+        record = json.loads(path.read_text())
+        whole = all(isinstance(part, dict) for part in (record["machine"], *record["parts"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{path} holds no figures of this command: remove it, or give another --json")
+    return record
+
+
+def write(path: Path, record: dict[str, Any]) -> None:
+    write_atomically(path, json.dumps(record, indent=2) + "\n")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -83,6 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.child:
+        end_with_parent()
         part = PARTS[options.child]
         part.run(Session(options.device, options.folder, part.seconds))
         return 0
@@ -90,7 +123,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--device cpu measures nothing worth keeping: give its file with --json")
     try:
         card = machine(options.device)["gpu"]
-        path = options.json or ROOT / f"benchmarks/results/gpu_{card.lower().replace(' ', '-')}.json"
+        path = options.json or ROOT / f"benchmarks/results/gpu_{re.sub(r'[^a-z0-9]+', '-', card.lower())}.json"
         record = run_parts(options.only, path, options.device)
     except (ValueError, OSError) as error:
         parser.error(str(error))

@@ -1,14 +1,19 @@
 """`python -m benchmarks.gpu` without a GPU: every part with tiny sizes, and what the command makes of them."""
 
+import errno
 import json
+import signal
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import time_loops
-from benchmarks.gpu.__main__ import in_process, main, run_parts
+from benchmarks.gpu.__main__ import ROOT, in_process, main, run_parts
 from benchmarks.gpu.gpu_tests import outcomes
 from benchmarks.gpu.part import PARTS, Part, Session
 
@@ -121,16 +126,37 @@ def test_a_part_that_fails_names_its_error(tmp_path, monkeypatch):
     assert (found["state"], found["errors"]) == ("failed, exit status 3", ["no such card"])
 
 
+def test_a_killed_command_takes_its_part_along():
+    """SIGKILL leaves it no time for that. A process's output ends when nobody holds it any more."""
+    script = "import subprocess as s; from benchmarks.gpu.watchdog import *; end_with_parent(); s.run(['sleep', '60'])"
+    part = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert part.communicate(timeout=30) == (b"", None)  # closes its input
+    assert part.returncode == -signal.SIGKILL
+
+
+def test_a_part_watches_the_command_that_has_started_it(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(command, "end_with_parent", lambda: calls.append("watches"))
+    monkeypatch.setitem(PARTS, "solve", SimpleNamespace(seconds=1, run=lambda session: calls.append("runs")))
+    assert main(["--child", "solve", "--device", "cpu", "--folder", str(tmp_path)]) == 0
+    assert calls == ["watches", "runs"]
+    interpreter(tmp_path, "[ -p /dev/stdin ]", monkeypatch)
+    assert in_process(Part("solve", "solve", 600), "cpu", tmp_path)["state"] == "done"
+
+
 def test_only_what_is_not_done_runs_again(tmp_path):
-    path, ran = tmp_path / "gpu.json", []
+    path, ran, held = tmp_path / "gpu.json", [], []
 
     def run(part: Part, device: str, folder: Path) -> dict:
         assert folder.is_dir()
+        held.append(json.loads(path.read_text())["parts"].keys())
         ran.append(part.name)
-        assert path.exists() == (len(ran) > 1)  # written after every part
         return {"state": "done" if len(ran) != 2 else "failed, exit status 1", "seconds": 1, "result": {}}
 
     run_parts(["tests", "solve", "exactness"], path, "cpu", run)
+    assert held == [set(), {"tests"}, {"tests", "solve"}]  # written after every part
     run_parts(list(PARTS), path, "cpu", run)
     assert ran[:4] == ["tests", "solve", "exactness", "sanitizer"]
     assert sorted(ran) == sorted([*PARTS, "solve"])
@@ -139,11 +165,35 @@ def test_only_what_is_not_done_runs_again(tmp_path):
     assert {"gpu", "driver", "torch", "triton"} <= record["machine"].keys()
 
 
+def test_a_full_disk_loses_no_figures(tmp_path, monkeypatch):
+    path, write, calls, full = tmp_path / "gpu.json", command.write_atomically, iter(range(9)), {1, 4}
+
+    def write_if_there_is_room(path: Path, text: str) -> None:
+        if next(calls) in full:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(path, text)
+
+    def run(part: Part, device: str, folder: Path) -> dict:
+        return {"state": "done", "seconds": 1, "result": {"part": part.name}}
+
+    monkeypatch.setattr(command, "write_atomically", write_if_there_is_room)
+    whole = run_parts(["tests", "solve"], path, "cpu", run)  # no room after the first part alone
+    assert json.loads(path.read_text()) == whole
+    assert whole["parts"].keys() == {"tests", "solve"}
+    with pytest.raises(OSError, match="No space left"):
+        run_parts(["tests", "solve", "exactness"], path, "cpu", run)
+    assert json.loads(path.read_text()) == whole
+
+
 def test_bad_input_is_one_line(tmp_path, capsys):
     path = tmp_path / "gpu.json"
     path.write_text('{"machine": {"gpu": "another"}, "parts": {}}')
+    cut_off = tmp_path / "cut_off.json"
+    cut_off.write_text(path.read_text()[:20])
     for arguments, named in (
         (["--device", "cpu", "--json", str(path)], str(path)),
+        (["--device", "cpu", "--json", str(cut_off)], str(cut_off)),
+        (["--device", "cpu", "--json", str(tmp_path / "no folder" / "gpu.json")], "no folder"),
         (["--device", "cpu"], "--json"),
         (["--json", str(tmp_path / "x.json"), "--only", "nothing"], "nothing"),
     ):
