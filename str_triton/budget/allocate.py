@@ -239,7 +239,9 @@ def _divide(
         counts[number] += more
         left -= more * cost
         any_tied_is_kept |= more > 0
-    return Allocation(_between(below, cut) if any_tied_is_kept else _between(cut, beyond), counts)
+    # No offset cuts inf.
+    keeps_cut = any_tied_is_kept or cut == math.inf
+    return Allocation(_between(below, cut) if keeps_cut else _between(cut, beyond), counts)
 
 
 def _counts(above: list[int], owners: Tensor, processes: Processes) -> list[int]:

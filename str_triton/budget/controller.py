@@ -253,11 +253,12 @@ class SparsityController(OffsetController):
         try:
             shifts, self._held_back, kept = self._allocated(done)
         except NotANumberError as error:
-            bad = [layer.name for layer in self._layers if bool(layer.weight.local_raw.isnan().any())]
-            what = f"the raw threshold of {bad[0]!r}" if bad else f"weight {self._layers[error.index].name!r}"
+            bad = [layer for layer in self._layers if not bool(layer.weight.local_raw.isfinite().all())]
+            what = f"the raw threshold of {bad[0].name!r}" if bad else f"weight {self._layers[error.index].name!r}"
+            value = "NaN" if not bad or bool(bad[0].weight.local_raw.isnan().any()) else "an infinity"
             raise ValueError(
-                f"{what} holds NaN, so that no share of the weights can be pruned: training has diverged; go back to "
-                "an earlier checkpoint"
+                f"{what} holds {value}, so that no share of the weights can be pruned: training has diverged; go back "
+                "to an earlier checkpoint"
             ) from None
         with torch.no_grad():
             self._move(shifts)

@@ -16,18 +16,22 @@ def select(values: Sequence[Tensor], costs: Sequence[int], keep: Tensor) -> tupl
     """Return where to cut so that the elements above the cut cost at most `keep` together, and as much as possible.
 
     Args:
-        values: float32 tensors of any shapes on one device, without NaN; inf for what is always kept.
+        values: float32 tensors of any shapes on one device, without NaN; inf for what is kept whatever it costs.
         costs: for each tensor what one of its elements costs, a whole number >= 0.
         keep: int64 scalar tensor on the same device, >= 0.
 
     Returns:
         (below, above), float32 scalar tensors. Elements up to `below` are cut, elements from `above` on are kept, and
-        none lies between. Equal elements are cut together. -inf for `below` where nothing need be cut.
+        none lies between. Equal elements are cut together. -inf for `below` where nothing is cut. inf for `above` where
+        no finite element is kept.
     """
     values = [value.contiguous() for value in values]
+    everything = sum(value.numel() * cost for value, cost in zip(values, costs, strict=True))
     key = torch.zeros_like(keep)
     for shift in (24, 16, 8, 0):
         costs_of_digits = torch.ops.str_triton.radix_select_histogram(values, list(costs), key, shift)
+        if shift == 24:  # The histograms leave out inf.
+            keep = (keep - (everything - costs_of_digits.sum())).clamp(min=0)
         costs_above = costs_of_digits.sum() - costs_of_digits.cumsum(0)
         digit = (costs_above > keep).sum()
         keep = keep - costs_above.gather(0, digit.reshape(1)).squeeze(0)

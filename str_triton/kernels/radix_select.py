@@ -17,7 +17,7 @@ def radix_select_histogram_kernel(
     p_owner, p_layout, p_addresses, like, p_prefix, p_partial,
     SHIFT: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Write, for each digit, the cost of the elements that have this digit at SHIFT and the prefix above it."""
+    """Write, for each digit, the cost of the elements below inf with this digit at SHIFT and the prefix above it."""
     p_entry, p_values, span = table_entry(p_owner, p_layout, p_addresses, like, ALIGNED)
     numel, cost, prefix = tl.load(p_entry), tl.load(p_entry + 1), tl.load(p_prefix).to(tl.uint32)
     counts = tl.zeros([BINS], tl.int32)
@@ -27,7 +27,7 @@ def radix_select_histogram_kernel(
         # The order of the keys is that of the values: of negative numbers all bits change, of others the sign.
         bits = tl.where(value == 0, 0, value.to(tl.int32, bitcast=True))
         key = (bits ^ ((bits >> 31) | (-(2**31)))).to(tl.uint32, bitcast=True)
-        mask = i < numel
+        mask = (i < numel) & (value < float("inf"))
         if SHIFT < 24:
             mask &= (key >> (SHIFT + 8)) == prefix
         counts += tl.histogram(((key >> SHIFT) & (BINS - 1)).to(tl.int32), BINS, mask=mask)

@@ -5,6 +5,8 @@ higher bits equal a prefix. Costs are integers, so the order in which they are a
 waits for a GPU.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -31,11 +33,12 @@ def value_of(key: Tensor) -> Tensor:
 def _histogram(values: list[Tensor], costs: list[int], prefix: Tensor, shift: int) -> Tensor:
     """Return, for each digit, the total cost of the elements whose key is prefix | digit | anything: int64 [256].
 
-    An element of a tensor costs a whole number from 0 to 2^56. `shift` is the number of bits below the digit.
+    Elements of inf and NaN do not count. Others cost a whole number from 0 to 2^56. `shift` is the number of bits below
+    the digit.
     """
     total = torch.zeros(BINS, dtype=torch.int64)
     for value, cost in zip(values, costs, strict=True):
-        key = keys(value.flatten())
+        key = keys(value[value < torch.inf])
         key = key[key >> (shift + 8) == prefix]
         total += cost * torch.bincount((key >> shift) & (BINS - 1), minlength=BINS)
     return total
@@ -48,36 +51,29 @@ def _least(values: list[Tensor], cut: Tensor) -> Tensor:
 
 
 def _histogram_triton(values: list[Tensor], costs: list[int], prefix: Tensor, shift: int) -> Tensor:
-    from str_triton.kernels.radix_select import radix_select_histogram_kernel
+    from str_triton.kernels.radix_select import radix_select_histogram_kernel as kernel
 
-    owners, *table, aligned = _tables(values, costs)
-    partial = prefix.new_empty((len(owners), BINS))
-    if len(owners):
-        with torch.cuda.device_of(prefix):
-            radix_select_histogram_kernel[(len(owners),)](
-                owners, *table, values[0], prefix, partial, SHIFT=shift, SPAN=SPAN, BLOCK=BLOCK, ALIGNED=aligned
-            )
-    return partial.sum(0)
+    return _partials(kernel, values, costs, prefix, BINS, SHIFT=shift).sum(0)
 
 
 def _least_triton(values: list[Tensor], cut: Tensor) -> Tensor:
-    from str_triton.kernels.radix_select import radix_select_least_kernel
+    from str_triton.kernels.radix_select import radix_select_least_kernel as kernel
 
-    owners, *table, aligned = _tables(values, [0] * len(values))
-    partial = cut.new_full((max(len(owners), 1),), torch.inf)
-    if len(owners):
-        with torch.cuda.device_of(cut):
-            radix_select_least_kernel[(len(owners),)](
-                owners, *table, values[0], cut, partial, SPAN=SPAN, BLOCK=BLOCK, ALIGNED=aligned
-            )
-    return partial.amin()
+    partials = _partials(kernel, values, [0] * len(values), cut, 1)
+    return partials.amin() if len(partials) else cut.new_full((), torch.inf)
 
 
-def _tables(values: list[Tensor], costs: list[int]) -> tuple[Tensor, Tensor, Tensor, bool]:
+def _partials(kernel: Any, values: list[Tensor], costs: list[int], given: Tensor, width: int, **options: int) -> Tensor:
+    """Launch a kernel over all values, and return the row that each program has written: [programs, width]."""
     programs = [-(-value.numel() // SPAN) for value in values]
     rows = zip([value.numel() for value in values], costs, _starts(programs)[0], [0] * len(values), strict=True)
     addresses, layout, owners, _, aligned = tables(values, rows, sum(programs), 0)
-    return owners, layout, addresses, aligned
+    partials, options = given.new_empty((len(owners), width)), options | {"SPAN": SPAN, "BLOCK": BLOCK}
+    if len(owners):
+        with torch.cuda.device_of(given):
+            arguments = owners, layout, addresses, values[0], given, partials
+            kernel[(len(owners),)](*arguments, **options, ALIGNED=aligned)
+    return partials
 
 
 @op(

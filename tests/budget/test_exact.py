@@ -416,6 +416,25 @@ def test_the_solve_of_gpus_keeps_floors_and_nearly_the_budget(kind):
         assert abs(sum(kept) - (total - round(0.9 * total))) <= 1
 
 
+@pytest.mark.parametrize("sparsity", [0.3, 0.9, 0.9999])
+def test_the_solve_of_gpus_cuts_what_the_hosts_does_where_no_threshold_reaches_most_weights(sparsity):
+    """A sigmoid's thresholds lie below 1: larger weights survive it, however many they are, and all others are cut."""
+    model = network("normal", torch.float32, 1)
+    for layer in (model[0], model[2], model[3]):
+        layer.weight.data[layer.weight.abs() > layer.weight.abs().median()] = 2.0
+    controller = SparsityController(sparsify(model, g="sigmoid"), Target(sparsity=sparsity), floor=0)
+    left = []
+    for shifts in (controller._allocated(1.0)[0], OffsetController._shifts(controller, 1.0)[0]):
+        before = controller._thresholds.save()
+        controller._move(shifts)
+        assert all(raw.isfinite().all() for raw in controller._raws)
+        left.append(survivors(model))
+        controller._thresholds.restore(before)
+    assert left[0] == left[1]
+    reached = sum(left[0]) - sum(int((use.dense == 2).sum()) for use in thresholded_weights(model))
+    assert (reached > 0) == (sparsity < 0.5)
+
+
 def test_an_optimizer_with_weight_decay_moves_no_held_threshold():
     """DistributedDataParallel gives a parameter without a use the gradient zero, and weight decay then moves it."""
     (model, controller, _), (other, undisturbed, _) = trained(30, 3), trained(30, 3)
@@ -444,10 +463,12 @@ def test_the_own_model_is_not_densified_inside_exact():
     [
         (lambda model: model[2].weight.data.view(-1)[:1].fill_(torch.nan), r"weight '2' holds NaN"),
         (lambda model: model[2].raw_threshold.data.fill_(torch.nan), r"raw threshold of '2' holds NaN"),
+        (lambda model: model[2].raw_threshold.data.fill_(torch.inf), r"raw threshold of '2' holds an infinity"),
+        (lambda model: model[2].raw_threshold.data.fill_(-torch.inf), r"raw threshold of '2' holds an infinity"),
     ],
 )
 @pytest.mark.parametrize("by_layer", [False, True])
-def test_the_error_names_what_is_nan(by_layer, spoil, name):
+def test_the_error_names_what_is_not_finite(by_layer, spoil, name):
     model = network("normal", torch.float32, 1)
     sparsify(model)
     target = Target(layers={"0": 0.5, "2": 0.5, "3": 0.5}) if by_layer else Target(sparsity=0.5)

@@ -20,12 +20,15 @@ def test_cuts_as_little_as_the_budget_allows(case):
         values[0] = values[0].round()  # ties
     if case % 7 == 0:
         values[1][: sizes[1] // 2] = torch.inf
+    if case % 4 == 0:
+        values[2][: sizes[2] // 2] = -torch.inf
     total = kept_cost(values, costs, -torch.inf)
-    always = kept_cost([value.isinf().float() for value in values], costs, 0)
-    keep = int(torch.randint(always, total + 3, (), generator=generator))
+    always = kept_cost([value.isposinf().float() for value in values], costs, 0)
+    keep = int(torch.randint(0, total + 3, (), generator=generator))
 
     below, above = select(values, costs, torch.tensor(keep))
 
+    keep = max(keep, always)  # inf is kept in any case
     assert kept_cost(values, costs, below) <= keep
     assert not any(((value > below) & (value < above)).any() for value in values)
     if total <= keep:

@@ -68,6 +68,7 @@ def test_the_cut_of_a_sort(kind, share):
     keep = int(share * cost.sum())
     with launchers():
         below, above = select(values, costs, torch.tensor(keep))
+    keep = max(keep, int(cost[everything == INF].sum()))  # inf is kept in any case
     distinct = everything.unique()  # sorted
     kept = torch.stack([cost[everything > value].sum() for value in distinct])
     assert cost[everything > below].sum() <= keep
