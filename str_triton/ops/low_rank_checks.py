@@ -9,14 +9,9 @@ PRECISIONS = ("ieee", "tf32", "tf32x3")
 
 
 def check(
-    gates_x: Tensor,
-    factors: dict[str, Tensor],
-    biases: dict[str, Tensor | None],
-    states: dict[str, Tensor],
-    scalars: dict[str, Tensor],
-    lengths: Tensor | None,
-    gates: int,
-) -> None:
+    gates_x: Tensor, factors: dict[str, Tensor], biases: dict[str, Tensor | None], states: dict[str, Tensor],
+    scalars: dict[str, Tensor], lengths: Tensor | None, gates: int,
+) -> None:  # fmt: skip
     """Check everything but the values of lengths. The op checks these, since a traced graph has no values yet.
 
     factors: u, m, v. biases: None, or as many elements as `u` has rows over their number. scalars: of one element.

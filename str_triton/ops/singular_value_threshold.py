@@ -43,15 +43,13 @@ def _backward(
     minus, plus, outer = _divided_differences(sigma, s)
     with torch.autocast(grad.device.type, enabled=False):
         # U core V^T is the part inside the row and column space; outer scales a rectangular W's part outside of it.
-        if u.shape[1] >= vh.shape[2]:
-            y = grad_w @ vh.mT
-            inner = u.mT @ y
-            core = (minus * (inner + inner.mT) + plus * (inner - inner.mT)) / 2
+        tall = u.shape[1] >= vh.shape[2]
+        y = grad_w @ vh.mT if tall else u.mT @ grad_w
+        inner = u.mT @ y if tall else y @ vh.mT
+        core = (minus * (inner + inner.mT) + plus * (inner - inner.mT)) / 2
+        if tall:
             grad_w = (u @ (core - inner * outer[:, None, :]) + y * outer[:, None, :]) @ vh
         else:
-            y = u.mT @ grad_w
-            inner = y @ vh.mT
-            core = (minus * (inner + inner.mT) + plus * (inner - inner.mT)) / 2
             grad_w = u @ ((core - inner * outer[:, :, None]) @ vh + y * outer[:, :, None])
         grad_s = inner.diagonal(dim1=1, dim2=2).contiguous()
         slope = threshold_function(g).derivative(raw.to(u.dtype))

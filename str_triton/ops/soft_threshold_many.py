@@ -277,10 +277,9 @@ def soft_threshold_many(
     tensors = xs + raws
     if torch.compiler.is_compiling():  # It refuses a Function that gets one tensor twice, as a shared threshold.
         tensors = [tensor.view_as(tensor) for tensor in tensors]
-    masked = gradient == "masked"
-    if is_strict_export():
-        given = tensors if masked else [x.detach() for x in xs] + tensors[len(xs) :]
-        _, *outs = _SoftThresholdMany.forward(len(xs), g, masked, *given)
-        return outs if masked else [out + (x - x.detach()) for out, x in zip(outs, xs, strict=True)]
-    _, *outs = _SoftThresholdMany.apply(len(xs), g, masked, *tensors)
-    return outs
+    strict, masked = is_strict_export(), gradient == "masked"
+    if strict and not masked:
+        tensors[: len(xs)] = [x.detach() for x in xs]
+    call = _SoftThresholdMany.forward if strict else _SoftThresholdMany.apply
+    _, *outs = call(len(xs), g, masked, *tensors)
+    return [out + (x - x.detach()) for out, x in zip(outs, xs, strict=True)] if strict and not masked else outs
