@@ -4,10 +4,11 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from str_triton.cnn.config import Config
 from str_triton.cnn.methods.budget_file import named_sparsities
 from str_triton.cnn.models import single_value_norms, state_shapes
 from str_triton.cnn.pretrained import check_start
-from str_triton.cnn.recipes import FINETUNING, Config
+from str_triton.cnn.recipes import FINETUNING
 from str_triton.training.checkpoints import Checkpoints
 from str_triton.training.errors import UserError, one_line
 

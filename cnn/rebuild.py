@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from str_triton.cnn.arithmetic import warn_of_arithmetic
+from str_triton.cnn.config import Config
 from str_triton.cnn.models import build, state_shapes
-from str_triton.cnn.recipes import Config
 from str_triton.cnn.weights import fill, read_file
 from str_triton.training.command_line import saved_config
 from str_triton.training.interface import INTERFACE, Interface

@@ -15,12 +15,13 @@ from torch.nn import functional as F
 
 from str_triton import Budget, SparsityController, count, densify, parameter_groups, refresh_batch_norm
 from str_triton.cnn.checks import check_images, check_inputs, has_checkpoint
+from str_triton.cnn.config import RESUME_MAY_CHANGE, Config
 from str_triton.cnn.data import Data, batches, load, steps_per_epoch
 from str_triton.cnn.methods import Masked, prepare
 from str_triton.cnn.models import build
 from str_triton.cnn.pretrained import start_from
 from str_triton.cnn.published import PUBLISHED
-from str_triton.cnn.recipes import RECIPES, RESUME_MAY_CHANGE, Config, recipe_for, resolve
+from str_triton.cnn.recipes import RECIPES, recipe_for, resolve
 from str_triton.cnn.teacher import divergence, read_teacher
 from str_triton.cnn.training_schedule import announce_pruning, learning_rate
 from str_triton.files import percent, printable, with_sorted_header

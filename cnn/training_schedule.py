@@ -1,6 +1,6 @@
 """The learning rate of each step, and a prediction of when --method str begins to prune."""
 
-from str_triton.cnn.recipes import Config
+from str_triton.cnn.config import Config
 from str_triton.training.errors import tell, warn
 from str_triton.training.schedules import decayed_thresholds, warmup_cosine
 

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from benchmarks.timing import RESULTS, machine
 from str_triton import SparsityController, refresh_batch_norm
 from str_triton.cnn import train
-from str_triton.cnn.recipes import Config
+from str_triton.cnn.config import Config
 from str_triton.training.metrics import Record
 from str_triton.training.run import Run
 

@@ -30,9 +30,10 @@ from benchmarks.runs import Run, RunFile
 from benchmarks.studies.exact_budgets import IMAGE, WEIGHT_DECAY, fit, measured, network, sgd
 from benchmarks.timing import RESULTS, machine
 from str_triton import count
+from str_triton.cnn.config import Config
 from str_triton.cnn.data import load
 from str_triton.cnn.methods import Masked, prepare
-from str_triton.cnn.recipes import Config, resolve
+from str_triton.cnn.recipes import resolve
 
 WIDTHS, EPOCHS = (16, 32, 64), 4
 LINES: dict[str, dict] = {

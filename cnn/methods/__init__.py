@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from str_triton import SparsityController, count
+from str_triton.cnn.config import Config
 from str_triton.cnn.methods.budget_file import layer_sparsities
 from str_triton.cnn.methods.distributions import DISTRIBUTIONS, uniform
 from str_triton.cnn.methods.dnw import DNW
@@ -17,7 +18,6 @@ from str_triton.cnn.methods.keep_zeros import KeepZeros
 from str_triton.cnn.methods.masks import Masked
 from str_triton.cnn.methods.rigl import RigL
 from str_triton.cnn.methods.soft import str_as_published, str_exact
-from str_triton.cnn.recipes import Config
 
 __all__ = ["Masked", "prepare"]
 

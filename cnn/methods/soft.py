@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from str_triton import SparsityController, Target, count, sparsify
-from str_triton.cnn.recipes import Config
+from str_triton.cnn.config import Config
 
 
 def str_exact(

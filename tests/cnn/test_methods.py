@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from str_triton import count
+from str_triton.cnn.config import METHODS, Config
 from str_triton.cnn.methods import prepare
 from str_triton.cnn.methods.budget_file import layer_sparsities
 from str_triton.cnn.methods.dnw import DNW
@@ -16,7 +17,7 @@ from str_triton.cnn.methods.gmp import GMP
 from str_triton.cnn.methods.keep_zeros import KeepZeros
 from str_triton.cnn.methods.rigl import RigL
 from str_triton.cnn.models import build
-from str_triton.cnn.recipes import METHODS, Config, digits, resolve
+from str_triton.cnn.recipes import digits, resolve
 from tests.runs import same_bits
 
 IMAGE = torch.zeros(1, 1, 6, 6)

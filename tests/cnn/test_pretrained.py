@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from str_triton import densify, sparsify
 from str_triton.cnn import paper_checkpoint, train
+from str_triton.cnn.config import METHODS
 from str_triton.cnn.models import build
 from str_triton.cnn.pretrained import classifier_keys, start_from
-from str_triton.cnn.recipes import METHODS
 from str_triton.training.config import make_accelerator
 from tests.cnn.train_runs import TINY, begin, resume, run
 from tests.runs import Killed, after_calls, assert_same_result, kill, last_checkpoint

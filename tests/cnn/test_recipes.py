@@ -2,9 +2,10 @@ import dataclasses
 
 import pytest
 
+from str_triton.cnn.config import Config
 from str_triton.cnn.models import build
 from str_triton.cnn.published import DENSE, POINTS, PUBLISHED
-from str_triton.cnn.recipes import RECIPES, Config, recipe_for, resolve
+from str_triton.cnn.recipes import RECIPES, recipe_for, resolve
 from str_triton.cnn.train import COMMAND_LINE
 from str_triton.cnn.training_schedule import announce_pruning, learning_rate, pruning_start
 from str_triton.training.errors import UserError

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 from str_triton.cnn import train
-from str_triton.cnn.recipes import METHODS
+from str_triton.cnn.config import METHODS
 from str_triton.training.metrics import read_metrics
 from tests.cnn.train_runs import begin, resume
 from tests.runs import Killed, after_calls, assert_same_result, kill, last_checkpoint

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import pytest
 
-from str_triton.cnn import recipes as cnn_recipes
+from str_triton.cnn import config as cnn_config
 from str_triton.rnn import recipes as rnn_recipes
 from str_triton.training.command_line import CommandLine
 from str_triton.training.config import RunConfig, make_accelerator
@@ -101,7 +101,7 @@ def test_underscores_negative_numbers_and_none_are_taken():
     assert COMMAND_LINE.read(["--describe", "--no-describe"]) == small()
 
 
-@pytest.mark.parametrize("kind", [cnn_recipes.Config, rnn_recipes.Config])
+@pytest.mark.parametrize("kind", [cnn_config.Config, rnn_recipes.Config])
 def test_every_option_of_the_programs_is_in_a_group_and_has_a_text(kind: type):
     fields = {field.name for field in dataclasses.fields(kind) if "hidden" not in field.metadata}
     titles, texts = group_titles(kind), field_docs(kind)
