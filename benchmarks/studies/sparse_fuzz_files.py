@@ -9,6 +9,7 @@ The counts are added to benchmarks/results/NAME.json; sparse_fuzz.py says how to
 
 import argparse
 import copy
+import itertools
 import json
 import random
 import signal
@@ -25,11 +26,12 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from benchmarks.studies.sparse_fuzz import forced, sanitizers
+from benchmarks.studies.sparse_fuzz_recurrent import MinimalGatedUnit
 from benchmarks.timing import RESULTS, write
-from str_triton import deploy
+from str_triton import LowRankFastGRNN, LowRankGRU, deploy
 
 Record = dict[str, Any]
-SECONDS = 20  # for one file
+SECONDS = 20  # of the processor, for one file
 STRANGE: list[Any] = [
     None, True, False, -1, 0, 1, 2, 7, 2**31, -(2**63), 2**70, 1e308, -0.5, "", "x", "0", "conv2d", "sparse", "csr",
     "ops.aten.relu_.default", "ops.aten.from_file.default", "ops.aten.empty.memory_format", "operator.getitem", [],
@@ -68,19 +70,52 @@ class Tokens(nn.Module):
         return self.block(self.embedding(ids) * scale) @ self.embedding.weight.t()
 
 
+class Steps(nn.Module):
+    """Recurrent layers of every cell: low-rank and dense, forwards and backwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru, self.lstm = LowRankGRU(6, 8, max_rank=3, batch_first=True), nn.LSTM(8, 5, bidirectional=True)
+        self.fast, self.minimal = LowRankFastGRNN(10, 7, max_rank=3), MinimalGatedUnit(7, 6, 2)
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        y, h = self.gru(x, h)
+        y = self.fast(self.lstm(y.transpose(0, 1))[0])[0]
+        return self.minimal(y)[0], h
+
+
+class Codes(nn.Module):
+    """Convolutions, a residual sum, a pool, a mean and a linear layer, for 8-bit integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, padding=1)
+        self.third, self.head = nn.Conv2d(8, 4, 1), nn.Linear(36, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = F.relu(self.first(x))
+        y = F.max_pool2d(F.relu(y + self.second(y)), 2)
+        return self.head(self.third(y).flatten(1)), y.mean((2, 3))
+
+
 def networks(folder: Path) -> list[tuple[Record, dict[str, Tensor], tuple]]:
     """Return the records, tensors and example arguments of networks, their executions forced to the kernels."""
     found = []
     torch.manual_seed(0)
+    image = torch.randn(2, 3, 12, 12)
     for model, example in (
-        (Pixels(), (torch.randn(2, 3, 12, 12),)),
+        (Pixels(), (image,)),
+        (Steps(), (torch.randn(2, 5, 6), torch.randn(1, 2, 8))),
+        (Codes(), (image,)),
         (Tokens(), (torch.randint(11, (2, 5)), torch.ones(()))),
         (nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.BatchNorm1d(8), nn.Linear(8, 3)), (torch.randn(4, 6),)),
     ):
         for module in model.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 module.weight.data *= torch.rand_like(module.weight) < 0.4
-        compiled = deploy.compile_sparse(model.eval(), example, tune=False)
+        model.eval()
+        made = deploy.quantize(model, [image], bound=1e9) if isinstance(model, Codes) else model
+        compiled = deploy.compile_sparse(made, example, tune=False)
         forced(compiled, random.Random(3))
         compiled.save(folder / "net")
         found.append((deploy.inspect(folder / "net").metadata["sparse"], deploy.unpack(folder / "net"), example))
@@ -172,15 +207,15 @@ def run(cases: Iterator[tuple[str, Record, dict[str, Tensor], tuple]]) -> tuple[
     def late(*_: object) -> None:
         raise TimeoutError(f"longer than {SECONDS} seconds")
 
-    signal.signal(signal.SIGALRM, late)
+    signal.signal(signal.SIGPROF, late)
     with tempfile.TemporaryDirectory() as folder:
         for name, record, tensors, example in cases:
-            signal.alarm(SECONDS)
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)
             try:
                 found = outcome(record, tensors, example, Path(folder) / "changed")
             except Exception as error:  # Whatever it is, it is what this looks for.
                 found = f"{type(error).__name__}: {error}"
-            signal.alarm(0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
             outcomes[found if found in ("refused", "refused at the call", "right") else "wrong"] += 1
             if found not in ("refused", "refused at the call", "right"):
                 wrong[name] = found
@@ -189,7 +224,7 @@ def run(cases: Iterator[tuple[str, Record, dict[str, Tensor], tuple]]) -> tuple[
 
 
 def main() -> None:
-    from benchmarks.studies.sparse_fuzz_crafted import crafted
+    from benchmarks.studies import sparse_fuzz_crafted, sparse_fuzz_crafted_layers
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=1000, help="of mutated files")
@@ -203,8 +238,13 @@ def main() -> None:
     mutated = (
         (f"mutated {i}", *mutate(*made[i % len(made)][:2], random.Random(i)), made[i % len(made)][2]) for i in numbers
     )
+    written = itertools.chain(
+        sparse_fuzz_crafted.crafted(*made[0]),
+        sparse_fuzz_crafted_layers.crafted(sparse_fuzz_crafted_layers.RECURRENT, *made[1]),
+        sparse_fuzz_crafted_layers.crafted(sparse_fuzz_crafted_layers.INTEGERS, *made[2]),
+    )
     results = {}
-    for kind, cases in (("mutated", mutated), ("crafted", crafted(*made[0]))):
+    for kind, cases in (("mutated", mutated), ("crafted", written)):
         outcomes, wrong = run(cases)
         results[kind] = {"files": outcomes.total(), "outcomes": dict(outcomes), "wrong": wrong}
         print(kind, dict(outcomes), flush=True)

@@ -131,3 +131,11 @@ def case(seed: int) -> Case:
             module.running_mean.normal_(0, 0.3)
             module.running_var.uniform_(0.3, 2)
     return Case(model.eval(), (draw.randint(1, 3), draw.randint(14, 26), draw.randint(14, 26)))
+
+
+def redraw(model: nn.Module, draw: random.Random) -> None:
+    """Draw the weights of all convolutions and linear layers again, some of them zero, in place."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear | nn.Conv1d):
+            weight = module.weight.data.normal_(0, max(module.weight[0].numel(), 1) ** -0.5)
+            weight *= torch.rand_like(weight) < draw.choice((0.0, 0.05, 0.3, 0.3, 1.0))

@@ -63,10 +63,41 @@ def test_choices_that_do_not_fit_and_strides_beyond_reason(tmp_path: Path, by_ke
     assert deploy.load_sparse(tmp_path / "changed")(x).shape == (2, 8)
 
 
+def _call(name: str, target: str, inputs: list[str], *args: object) -> dict:
+    return {"kind": "Call", "name": name, "inputs": inputs, "variable": False, "label": "", "target": target,
+            "args": {"tuple": list(args)}, "kwargs": {"dict": {}}}  # fmt: skip
+
+
+def test_sizes_that_fill_the_memory_are_refused(tmp_path: Path):
+    size = {"ref": "n"}
+
+    def saved(*sizes: object) -> Path:
+        nodes = [INPUT, _call("n", "ops.aten.sym_size.int", ["x"], {"ref": "x"}, 0)]
+        record = _record([*nodes, _call("z", "ops.aten.zeros.default", ["n"], list(sizes))])
+        deploy.pack(
+            {"a": torch.zeros(100)}, tmp_path / "net", metadata={"sparse": record | {"outputs": [{"ref": "z"}]}}
+        )
+        return tmp_path / "net"
+
+    for sizes in ((2**20, 2**20), (2**27, size, size)):
+        with pytest.raises(ValueError, match=r"describes no network: z, a tensor .* bytes"):
+            deploy.load_sparse(saved(*sizes))
+    network = deploy.load_sparse(saved(size, size, size, size, size))
+    assert network(torch.ones(2, 3)).shape == (2, 2, 2, 2, 2)
+    with pytest.raises(ValueError, match="z, a tensor of"):
+        network(torch.ones(256, 3))  # to the power of five
+
+
+def test_a_padding_that_fills_the_memory_is_left_to_torch(by_kernels):
+    layer = nn.Conv2d(2, 3, 3, padding=2**15, dilation=2**15)
+    x = torch.randn(1, 2, 8, 8)
+    compiled = deploy.compile_sparse(layer, x)
+    torch.testing.assert_close(compiled(x), layer(x).detach())
+    assert {plan.library for plan in compiled._plans.values()} == {None}
+
+
 def test_an_input_is_not_changed_into_another_shape(tmp_path: Path):
-    record = _record([INPUT, {"kind": "Call", "name": "y", "inputs": ["x"], "variable": False, "label": "",
-                              "target": "ops.aten.sum.default", "args": {"tuple": [{"ref": "x"}]},
-                              "kwargs": {"dict": {}}}])  # fmt: skip
+    record = _record([INPUT, _call("y", "ops.aten.sum.default", ["x"], {"ref": "x"})])
     deploy.pack({"a": torch.zeros(100)}, tmp_path / "net", metadata={"sparse": record})
     assert deploy.load_sparse(tmp_path / "net")(torch.ones(2, 3)).shape == (2, 3)
     deploy.pack(

@@ -5,11 +5,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.studies.int8_fuzz import Case, check, compiled
-from str_triton.deploy.sparse.graph.quantized import QuantizedConvolution
+from str_triton.deploy.sparse.executions.choice import Choice
+from str_triton.deploy.sparse.graph.nodes import Convolution, Graph, Input
+from str_triton.deploy.sparse.graph.quantized import Dequantize, Grid, Quantize, QuantizedConvolution, QuantizedMean
+from str_triton.deploy.sparse.graph.refs import Ref
 from str_triton.deploy.sparse.runtime.operations import nonzeros
+from str_triton.deploy.sparse.runtime.plan import Plan
 from str_triton.deploy.sparse.runtime.quads import quads
+from str_triton.deploy.sparse.runtime.trial import try_out
 
 
 def test_random_networks_are_equal(kernels):
@@ -20,6 +26,25 @@ def test_random_networks_are_equal(kernels):
 def test_other_paths_are_equal(kernels, tmp_path: Path, path: str):
     library = compiled(path, tmp_path, "-O1")
     assert {seed: wrong for seed in range(12) if (wrong := check(seed, library))} == {}
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        Quantize("y", ["q"], Grid(0.5, 3)),  # The kernel would read four bytes for each code.
+        Dequantize("y", ["c"], Grid(0.5, 3)),
+        QuantizedMean("y", ["c"], grid=Grid(0.5, 3)),
+    ],
+    ids=["codes of codes", "floats of floats", "a mean of floats"],
+)
+def test_nodes_of_a_file_that_read_the_other_kind(kernels, node):
+    weight = torch.randn(3, 3, 1, 1)
+    layer = Convolution("c", ["x"], weight, torch.zeros(3))
+    graph = Graph([Input("x", []), layer, Quantize("q", ["x"], Grid(0.1, 9)), node], [Ref("y")])
+    x = torch.randn(2, 3, 9, 9)
+    plan = Plan(graph, try_out(graph, [x]), {"c": Choice("sparse")}, kernels)
+    (wanted,), _ = graph.run([x])
+    torch.testing.assert_close(plan.run([x])["y"], wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_the_seeds_have_every_kind():

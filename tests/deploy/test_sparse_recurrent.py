@@ -182,6 +182,7 @@ def test_mutated_files(cell: str, tmp_path: Path):
         changed, others = copy.deepcopy(record), dict(tensors)
         if draw.random() < 0.3:
             others["y|weight"] = torch.randn(draw.choice([(4, 2), (24, 3), (7, 2), (24,), (0, 2)]))
+            others |= {"y|scale": torch.tensor([0.5, 1e38])} if cell == "fastgrnn" and draw.random() < 0.5 else {}
         else:
             place = next(entry for entry in changed["nodes"] if entry["kind"] == "Recurrent")
             place[draw.choice(list(fields))] = draw.choice(wrong)

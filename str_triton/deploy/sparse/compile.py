@@ -104,6 +104,7 @@ def load_sparse(path: str | os.PathLike[str]) -> SparseModel:
     content = file.read(path)
     shown = content.left, content.notes, content.example
     network = SparseModel(content.graph, content.signature, content.choices, *shown)
+    network.is_from_file = True
     if content.processor != file.processor():
         with torch.inference_mode(False):
             network.retune()

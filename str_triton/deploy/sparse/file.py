@@ -13,19 +13,17 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from str_triton.deploy.pack import inspect, pack, unpack
 from str_triton.deploy.sparse.executions.choice import Choice
 from str_triton.deploy.sparse.graph.nodes import Graph, Input, State
 from str_triton.deploy.sparse.graph.refs import Ref
 from str_triton.deploy.sparse.graph.signature import Leaf, Signature
-from str_triton.deploy.sparse.quiet import quiet
 from str_triton.deploy.sparse.records import Refused, choice_of, decode, encode, node_of, node_record
+from str_triton.deploy.sparse.runtime.limits import TooLarge, check_memory
+from str_triton.deploy.sparse.runtime.trial import dry_run
 
 FORMAT, VERSION, READABLE = "str_triton.sparse", 3, (2, 3)
-MOST_ELEMENTS = 2**28  # the limit for a tensor of the example
 
 
 @dataclass
@@ -123,7 +121,7 @@ def read(path: str | os.PathLike[str]) -> Content:
 
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split())[:200]
-    return text if isinstance(error, Refused) else f"{type(error).__name__}: {text}"
+    return text if isinstance(error, Refused | TooLarge) else f"{type(error).__name__}: {text}"
 
 
 def _require(condition: bool, message: str) -> None:
@@ -160,7 +158,8 @@ def _content(record: dict[str, Any], tensors: dict[str, Tensor]) -> Content:
         all(type(n) is int and 0 <= n < 2**31 for shape in example for n in shape),
         "a shape of the example has a wrong size",
     )
-    _require(all(math.prod(shape) <= MOST_ELEMENTS for shape in example), "the example is too large")
+    for shape in example:
+        check_memory(f"an example of {list(shape)}", 4 * math.prod(shape), 0)
     left, notes = record["left"], record["notes"]
     texts = [*left, *left.values(), *notes, record["processor"]]
     _require(
@@ -180,13 +179,7 @@ def _dry_run(content: Content) -> None:
         all(isinstance(value, int | float | str | bool | None) for value in values),
         "a constant argument has a wrong type",
     )
-    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    with torch.no_grad(), mode, quiet():
-        given = [
-            torch.empty(shape, dtype=leaf.dtype, device="cpu")
-            for shape, leaf in zip(content.example, leaves, strict=True)
-        ]
-        outputs, changes = content.graph.run(given)
+    given, outputs, changes = dry_run(content.graph, content.example, [leaf.dtype for leaf in leaves])
     kept = {node.name: node.value for node in content.graph.nodes if isinstance(node, State)}
     kept |= {node.name: value for node, value in zip(inputs, given, strict=True)}
     for name, value in changes.items():

@@ -21,9 +21,9 @@ from str_triton.deploy.sparse.graph.refs import Ref, references
 from str_triton.deploy.sparse.graph.signature import Signature, Unfit
 from str_triton.deploy.sparse.profile import profile
 from str_triton.deploy.sparse.runtime.build import library
-from str_triton.deploy.sparse.runtime.layout import TooLarge
+from str_triton.deploy.sparse.runtime.limits import TooLarge
 from str_triton.deploy.sparse.runtime.plan import Mismatch, Plan
-from str_triton.deploy.sparse.runtime.trial import try_out
+from str_triton.deploy.sparse.runtime.trial import dry_run, try_out
 from str_triton.deploy.sparse.text_table import text_table
 from str_triton.files import percent
 
@@ -124,6 +124,7 @@ class SparseModel(CompiledModel):
         self.left, self.notes, self.example = left, list(notes), list(example)
         self._held_source = (source,)  # not a submodule, so that .to() and the like do not change it
         self.training = False
+        self.is_from_file = False
         self._prepare()
 
     @property
@@ -241,7 +242,10 @@ class SparseModel(CompiledModel):
         return ((node, self.choices[node.name]) for node in shown)
 
     def _plan(self, leaves: Sequence[Any]) -> Plan:
-        """Return the plan for such inputs. The caller holds the lock."""
+        """Return the plan for such inputs. The caller holds the lock.
+
+        Raises ValueError where a network from a file would take memory beyond reason.
+        """
         if len(self._tensors) < len(leaves):
             self.signature.check_constants(leaves)
         key = tuple(
@@ -253,6 +257,8 @@ class SparseModel(CompiledModel):
         if len(self._plans) == PLANS:
             del self._plans[next(iter(self._plans))]
         with _context():
+            if self.is_from_file:  # What it allocates for these sizes may be any power of them.
+                dry_run(self.graph, *zip(*((leaves[i].shape, leaves[i].dtype) for i in self._tensors), strict=True))
             trial = try_out(self.graph, [leaves[i] for i in self._tensors])
             try:
                 plan = Plan(self.graph, trial, self.choices, library())

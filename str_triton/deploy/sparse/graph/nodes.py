@@ -7,7 +7,7 @@ arithmetic on single elements in pointwise.py) or a call of one of torch's opera
 import functools
 import math
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -260,7 +260,19 @@ class Graph:
     def run(self, inputs: Iterable[Any]) -> tuple[list[Any], dict[str, Any]]:
         """Return outputs and changes for inputs in the order of `inputs()`, all by torch; the state stays as it is."""
         values: dict[str, Any] = {}
-        given = iter(inputs)
-        for node in self.nodes:
-            values[node.name] = next(given) if isinstance(node, Input) else node.run(values)
+        for _, found in self.steps(inputs):
+            values = found
         return substitute(self.outputs, values), substitute(self.changes, values)
+
+    def steps(self, inputs: Iterable[Any]) -> Iterator[tuple[Node, dict[str, Any]]]:
+        """Compute the nodes in turn, and yield each with the values so far, without those that are not read again."""
+        values: dict[str, Any] = {}
+        given = iter(inputs)
+        last = {name: index for index, node in enumerate(self.nodes) for name in (node.name, *node.inputs)}
+        last |= dict.fromkeys(self.kept(), len(self.nodes))
+        for index, node in enumerate(self.nodes):
+            values[node.name] = next(given) if isinstance(node, Input) else node.run(values)
+            yield node, values
+            for name in {node.name, *node.inputs}:
+                if last[name] == index:
+                    del values[name]

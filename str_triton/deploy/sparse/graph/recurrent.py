@@ -66,7 +66,8 @@ class Recurrent(Layer):
         vectors.append((self.bias_in, None if self.weight_in is None else rows))
         sizes = all(x is None if size is None else _is_tensor(x, 1) and len(x) == size for x, size in vectors)
         plain = self.clamp == FREE and self.activation == ""
-        return recurrent and projection and sizes and plain and len(self.inputs) == 1 + states
+        whole = recurrent and projection and sizes and plain and len(self.inputs) == 1 + states
+        return whole and (self.scale is None or bool(((self.scale >= 0) & (self.scale <= 1)).all()))
 
     def check_fields(self) -> None:
         """Raise ValueError where the fields do not fit together."""

@@ -1,6 +1,6 @@
 """`quantize`: calibrate a network on a few batches, and run its layers on 8-bit integers where that is good enough."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from str_triton.deploy.sparse.compile import compile_sparse
-from str_triton.deploy.sparse.graph.nodes import Graph, Input, Linear, Node
+from str_triton.deploy.sparse.graph.nodes import Graph, Linear
 from str_triton.deploy.sparse.graph.pointwise import Pointwise
 from str_triton.deploy.sparse.graph.quantized import Grid
 from str_triton.deploy.sparse.model import CompiledModel, SparseModel, plain_torch
@@ -93,7 +93,7 @@ class _Calibration:
         ranges = {root: Range() for root in watched}
         for note in (Range.widen, Range.count):
             for inputs in self.batches:
-                for node, values in _run(self.graph, inputs):
+                for node, values in self.graph.steps(inputs):
                     if self.roots[node.name] in watched:
                         note(ranges[self.roots[node.name]], values[node.name])
         found = {root: seen.grid(method) for root, seen in ranges.items()}
@@ -137,7 +137,7 @@ class _Calibration:
                     found[node.name] = str(error)
         sums = _Errors()
         for inputs in self.batches:
-            for node, values in _run(self.graph, inputs):
+            for node, values in self.graph.steps(inputs):
                 if node.name in made:
                     codes = {name: self.grids[name].encode(values[name]) for name in node.inputs}
                     y = made[node.name].run(codes)
@@ -151,8 +151,8 @@ class _Calibration:
         layers = {node.name for node in self.graph.layers()}
         names = {codes.get(name, name): name for name in layers}
         for inputs in self.batches:
-            exact = {node.name: values[node.name] for node, values in _run(self.graph, inputs) if node.name in layers}
-            for node, values in _run(graph, inputs):
+            exact = {node.name: values[node.name] for node, values in self.graph.steps(inputs) if node.name in layers}
+            for node, values in graph.steps(inputs):
                 if (name := names.get(node.name)) is not None:
                     value = values[node.name]
                     found = self.grids[name].decode(value) if value.dtype == torch.uint8 else value
@@ -194,16 +194,3 @@ def _floats(graph: Graph, inputs: list[Any]) -> list[Tensor]:
     """Return the outputs of a graph that are floating-point tensors."""
     outputs, _ = graph.run(inputs)
     return [value for value in pytree.tree_leaves(outputs) if isinstance(value, Tensor) and value.is_floating_point()]
-
-
-def _run(graph: Graph, inputs: list[Any]) -> Iterator[tuple[Node, dict[str, Any]]]:
-    """Yield every node with the values so far; values that no later node reads are dropped."""
-    values: dict[str, Any] = {}
-    given = iter(inputs)
-    last = {name: index for index, node in enumerate(graph.nodes) for name in node.inputs}
-    for index, node in enumerate(graph.nodes):
-        values[node.name] = next(given) if isinstance(node, Input) else node.run(values)
-        yield node, values
-        for name in node.inputs:
-            if last[name] == index:
-                values.pop(name, None)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from str_triton.deploy.sparse.runtime.layout import GRAIN, Frame, Window, plane_sizes
+from str_triton.deploy.sparse.runtime.limits import check_memory
 from str_triton.deploy.sparse.runtime.structs import View
 
 FLOAT = 4
@@ -135,12 +136,17 @@ class Buffers:
         return self.root(key), key.phases, self.shape(key)[2:], key.bordered, key.fill, self.size(key.value)
 
     def allocate(self) -> None:
-        """Allocate the memory, filled with zeros, with room on both sides for strips that read beyond their image."""
+        """Allocate the memory, filled with zeros, with room on both sides for strips that read beyond their image.
+
+        Raises TooLarge for memory beyond reason: a padding may be far larger than its image.
+        """
         slack = max((2 * frame.plane for frame in self._frames.values()), default=0) + 1024
         total = slack
         for place in self._all:
             place.begin = total
             total += place.floats
+        values = sum(math.prod(self.shapes[key.value]) for key in self._places)
+        check_memory("the padded images", FLOAT * (total + slack), FLOAT * values)
         memory = np.zeros(total + slack + 16, np.float32)
         misaligned = memory.ctypes.data % 64 // FLOAT
         self._memory = memory[(16 - misaligned) % 16 :]

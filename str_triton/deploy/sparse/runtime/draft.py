@@ -9,7 +9,13 @@ from str_triton.deploy.sparse.executions.choice import Choice
 from str_triton.deploy.sparse.graph.nodes import Call, Convolution, Graph, Layer, Linear, Node
 from str_triton.deploy.sparse.graph.pointwise import Pointwise
 from str_triton.deploy.sparse.graph.pools import AvgPool, MaxPool, Mean
-from str_triton.deploy.sparse.graph.quantized import Dequantize, Quantize, QuantizedConvolution, QuantizedLinear
+from str_triton.deploy.sparse.graph.quantized import (
+    Dequantize,
+    Quantize,
+    QuantizedConvolution,
+    QuantizedLinear,
+    QuantizedMean,
+)
 from str_triton.deploy.sparse.runtime.buffers import Buffers, Key
 from str_triton.deploy.sparse.runtime.images import MOST_PHASES, Channels, Gate, Parts, has_window, image_operation
 from str_triton.deploy.sparse.runtime.layout import Window
@@ -74,7 +80,7 @@ class Draft:
         """Check whether kernels compute this node from an image to an image."""
         match node:
             case Quantize():
-                return self.kernels and self._are_images(node.name) and not node.variable
+                return self.kernels and self._are_images(node.name) and self._reads_its_kind(node)
             case QuantizedConvolution():
                 own = node.output_shape(self.codes[node.inputs[0]]) if self._are_images(*node.inputs, node.name) else ()
                 fits = math.prod(node.stride) <= MOST_PHASES and self._by_kernels(node)
@@ -100,6 +106,10 @@ class Draft:
     def _are_images(self, *names: str) -> bool:
         """Check that values are codes of images, and none is empty."""
         return all(len(self.codes.get(name, ())) == 4 and 0 not in self.codes[name] for name in names)
+
+    def _reads_its_kind(self, node: Node) -> bool:
+        """Check that a node reads codes if it is for codes, and else float32. In a file it may read either."""
+        return node.inputs[0] in (self.codes if isinstance(node, Dequantize | QuantizedMean) else self.shapes)
 
     def _kind(self, node: Node) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the values of a node's kind: codes, or float32."""
@@ -151,7 +161,7 @@ class Draft:
             self._note(writes)
             self.tasks.append(Task("quantize", node, [], writes, list(node.inputs), value=node.name))
             self._made.add(writes)
-        elif isinstance(node, Dequantize) and self._is_image(node.inputs[0]):
+        elif isinstance(node, Dequantize) and self._is_image(node.inputs[0]) and self._reads_its_kind(node):
             source = self._image(self._key(node.inputs[0], PLAIN))
             self.tasks.append(Task("dequantize", node, [source], makes=node.name, value=node.name))
         elif node.name in self._written:
@@ -161,7 +171,7 @@ class Draft:
             self._note(writes)
             self.tasks.append(Task("window", node, reads, writes, window=window))
             self._made.add(writes)
-        elif isinstance(node, Mean) and self._is_image(node.inputs[0]):
+        elif isinstance(node, Mean) and self._is_image(node.inputs[0]) and self._reads_its_kind(node):
             self.tasks.append(Task("mean", node, [self._image(self._key(node.inputs[0], PLAIN))], makes=node.name))
         elif isinstance(node, Layer) and self._by_kernels(node) and self._multiplies_rows(node):
             self._tensor(node.inputs[0])

@@ -10,10 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-
-class TooLarge(ValueError):
-    """The error for an image whose offsets do not fit into 32 bits."""
-
+from str_triton.deploy.sparse.runtime.limits import TooLarge
 
 GRAIN = 16  # floats in a cache line, as in copies.h: planes begin at whole lines, and lengths are multiples of it
 
