@@ -1,10 +1,11 @@
 """README's table: a row for each study on real data, with the default method beside the best of the others."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from operator import itemgetter
 from statistics import mean
 
 from benchmarks.runs import RunFile
+from benchmarks.studies.caltech import LINES, TEACHER
 from benchmarks.tables.documents import NONE, README, NotMeasured, Run, lines, markdown, seeds, spread, table
 from benchmarks.tables.photographs import deployed, epochs_of
 from benchmarks.tables.ranks import at_its_rate, main_study
@@ -19,7 +20,7 @@ Runs = dict[str, list[Run]]  # by method
 def real_data() -> str:
     """Return a row for each study that has runs."""
     rows = []
-    for make in (caltech, cifar, speech, har_six, har_two):
+    for make in (caltech, taught, cifar, speech, har_six, har_two):
         try:
             rows.append(make())
         except NotMeasured:
@@ -32,13 +33,28 @@ def real_data() -> str:
 
 def caltech() -> list[str]:
     """Return the row of MobileNetV1 on Caltech-101."""
-    runs = by_method([run for run in lines("caltech.jsonl") if run["target"] in ("", "0.9")], itemgetter("line"))
+    return caltech_row(
+        "Caltech-101 (a part), MobileNetV1 fine-tuned, 90 % zeros",
+        [line for line in LINES if TEACHER not in line and "epochs" not in line],
+    )
+
+
+def taught() -> list[str]:
+    """Return the row of the networks that also learned the scores of the dense one."""
+    lines = [line for line in LINES if line.endswith(TEACHER)]
+    return caltech_row("the same, both sparse networks with the dense one as teacher", ["dense", *lines])
+
+
+def caltech_row(name: str, chosen: Iterable[str]) -> list[str]:
+    """Return the row of the lines `chosen` of the study on Caltech-101."""
+    runs = [run for run in lines("caltech.jsonl") if run["target"] in ("", "0.9") and run["line"] in chosen]
     use = deployed(RunFile(RESULTS / "caltech_deploy.jsonl").read())
-    own, dense = use.get(("0.9", OURS)), use.get(("", "dense"))
+    ours = next((run["line"] for run in runs if run["line"].removesuffix(TEACHER) == OURS), OURS)
+    own, dense = use.get(("0.9", ours)), use.get(("", "dense"))
     gain = NONE
     if own and dense:
         gain = f"{own['bytes'] / 1e6:.1f} of {dense['bytes'] / 1e6:.1f} MB, {own['ms']:.1f} of {own['dense_ms']:.1f} ms"
-    return row("Caltech-101 (a part), MobileNetV1 fine-tuned, 90 % zeros", runs, gain)
+    return row(name, by_method(runs, lambda run: run["line"].removesuffix(TEACHER)), gain)
 
 
 def cifar() -> list[str]:

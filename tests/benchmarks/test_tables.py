@@ -49,6 +49,8 @@ CALTECH = [
     photograph("gmp, global", "0.9", 0, 0.84),
     photograph("str-exact, FLOP-aware", "0.3333 flops", 0, 0.88, flops=0.3333),
     photograph("str-exact", "0.9", 1, 0.87),
+    photograph("str-exact, teacher", "0.9", 0, 0.89),
+    photograph("str-exact, teacher, 16 epochs", "0.9", 0, 0.91, epochs=16),
 ]
 CIFAR = [photograph(*run, model="resnet20") for run in (("str-exact", 0.9, 0, 0.8), ("dense", 0.0, 0, 0.9))]
 SPEECH = [
@@ -123,6 +125,9 @@ def test_caltech_shows_accuracy_megabytes_and_milliseconds(tmp_path: Path) -> No
     assert cells(real_data.real_data(), "Caltech-101 (a part), MobileNetV1 fine-tuned, 90 % zeros")[1:] == [
         *("90.00", "86.00 ± 1.41", "84.00 (gmp, global)", "one seed", "1.9 of 13.0 MB, 4.5 of 9.0 ms"),
     ]  # fmt: skip
+    taught = cells(real_data.real_data(), "the same, both sparse networks with the dense one as teacher")[1:]
+    assert taught == ["90.00", "89.00", "not measured", "one seed", "not measured"]
+    assert "has 5 epochs" in text
 
 
 def test_har_stands_beside_the_papers_figures(tmp_path: Path) -> None:
