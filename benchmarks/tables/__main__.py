@@ -14,6 +14,7 @@ from benchmarks.tables import (  # noqa: F401 (they register their tables)
     photographs,
     ranks,
     real_data,
+    recurrent,
     rnn,
     speed,
 )

@@ -64,26 +64,6 @@ def low_rank_rnn() -> str:
     return markdown(["cell", "hidden size", "rank", "ms", "torch, ms", "times faster"], rows)
 
 
-@table("recurrent-inference")
-def recurrent_inference() -> str:
-    """Return the times of compiled recurrent layers and of dense engines."""
-    names = {
-        "ours_r8": "rank H/8",
-        "ours_r16": "rank H/16",
-        "torch": "torch",
-        "onnxruntime": "onnxruntime",
-        "openvino": "OpenVINO",
-        "torch_int8": "torch, int8",
-    }
-    rows = []
-    for run in results("recurrent_inference.json"):
-        for row in run["rows"]:
-            case = f"{row['cell'].upper()} {row['hidden']}, batch {row['batch']}, {row['threads']} threads"
-            times = [f"{row['ms'][name]:.2f}" if name in row["ms"] else "" for name in names]
-            rows.append([f"{case}, {run['machine']['processor']}", *times])
-    return markdown(["99 steps, milliseconds", *names.values()], rows)
-
-
 @table("current-rank")
 def current_rank() -> str:
     """Return how many times faster a training step is with the columns that the threshold leaves."""

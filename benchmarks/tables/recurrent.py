@@ -1,0 +1,65 @@
+"""Tables about compiled recurrent layers beside other engines."""
+
+from typing import Any
+
+from benchmarks.tables.documents import markdown, paragraph, results, table
+
+DENSE = {"onnxruntime": "onnxruntime", "openvino": "OpenVINO"}
+OURS = {"ours_r8": "rank H/8", "ours_r16": "rank H/16"}
+LARGE = 256  # hidden units from which on twice the speed of the dense engines is the goal
+EQUAL = 0.95  # a ratio of times above this counts as equal
+
+Row = dict[str, Any]
+
+
+@table("recurrent-inference")
+def recurrent_inference() -> str:
+    """Return the times of compiled recurrent layers and of dense engines, and a summary of the ratios."""
+    parts = []
+    for run in results("recurrent_inference.json"):
+        rows = run["rows"]
+        names = [name for name in DENSE if all(name in row["ms"] for row in rows)]
+        cells = []
+        for row in rows:
+            case = f"{row['cell'].upper()} {row['hidden']}, batch {row['batch']}, {row['threads']} threads"
+            ours = [f"{row['ms'][name]:.2f} ({_ratio(row, name, names):.2f}x)" for name in OURS]
+            cells.append([case, *ours, *(f"{row['ms'][name]:.2f}" for name in ("torch", *names))])
+        header = [f"{run['machine']['processor']}, ms", *OURS.values(), "torch", *(DENSE[name] for name in names)]
+        parts.append(f"{paragraph(_summary(run, names))}\n\n{markdown(header, cells)}")
+    return "\n\n".join(parts)
+
+
+def _ratio(row: Row, ours: str, names: list[str]) -> float:
+    """Return the time of the fastest dense engine over ours."""
+    return min(row["ms"][name] for name in names) / row["ms"][ours]
+
+
+def _summary(run: dict[str, Any], names: list[str]) -> str:
+    """Return sentences about the slowest cases, and about a streaming step."""
+    found = {(case["cell"], case["hidden"], case["batch"], case["threads"], ours): _ratio(case, ours, names)
+             for case in run["rows"] for ours in OURS}  # fmt: skip
+    slower = [key for key, ratio in found.items() if ratio < EQUAL]
+    large = {key: ratio for key, ratio in found.items() if key[1] >= LARGE}
+    engines = " and ".join(DENSE[name] for name in names)
+    text = f"Times are ours over the faster of {engines}, which run the dense matrix. "
+    if slower:
+        text += f"Ours is slower in {len(slower)} of {len(found)} cases: {'; '.join(map(_name, slower))}. "
+    else:
+        text += f"Ours is never slower in the {len(found)} cases (least: {_least(found)}). "
+    twice = sum(ratio >= 2 for ratio in large.values())
+    text += (
+        f"From {LARGE} hidden units on it is at least {min(large.values()):.2f} times as fast ({_least(large)}), and at "
+        f"least twice as fast in {twice} of {len(large)} cases. "
+    )
+    steps = ", ".join(f"{name} {us:.1f} us" for name, us in run["step_us"].items())
+    return text + f"One streaming step of a GRU of 64 units, rank 8: {steps}."
+
+
+def _least(found: dict[tuple, float]) -> str:
+    key = min(found, key=found.__getitem__)
+    return f"{_name(key)}: {found[key]:.2f}"
+
+
+def _name(key: tuple) -> str:
+    cell, hidden, batch, threads, ours = key
+    return f"{cell.upper()} {hidden}, {OURS[ours]}, batch {batch}, {threads} threads"
