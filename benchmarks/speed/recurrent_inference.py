@@ -116,7 +116,8 @@ def contenders(
     calls["torch"] = lambda: layer(x)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        small = torch.ao.quantization.quantize_dynamic(layer, {nn.GRU, nn.LSTM}, dtype=torch.qint8)
+        # Only the children of a module are quantized.
+        small = torch.ao.quantization.quantize_dynamic(nn.Sequential(layer), {nn.GRU, nn.LSTM}, dtype=torch.qint8)
     calls["torch_int8"] = lambda: small(x)
     model = onnx_model(cell, layer, x.shape[1])
     calls["onnxruntime"] = onnxruntime_call(model, x, threads)

@@ -41,15 +41,15 @@ def _summary(run: dict[str, Any], names: list[str]) -> str:
     slower = [key for key, ratio in found.items() if ratio < EQUAL]
     large = {key: ratio for key, ratio in found.items() if key[1] >= LARGE}
     engines = " and ".join(DENSE[name] for name in names)
-    text = f"Times are ours over the faster of {engines}, which run the dense matrix. "
+    text = f"In brackets: how many times as fast as the faster of {engines}, which multiply by the dense matrix. "
     if slower:
         text += f"Ours is slower in {len(slower)} of {len(found)} cases: {'; '.join(map(_name, slower))}. "
     else:
         text += f"Ours is never slower in the {len(found)} cases (least: {_least(found)}). "
     twice = sum(ratio >= 2 for ratio in large.values())
     text += (
-        f"From {LARGE} hidden units on it is at least {min(large.values()):.2f} times as fast ({_least(large)}), and at "
-        f"least twice as fast in {twice} of {len(large)} cases. "
+        f"From {LARGE} hidden units on, it is at least {min(large.values()):.2f} times as fast ({_least(large)}), and "
+        f"at least twice as fast in {twice} of {len(large)} cases. "
     )
     steps = ", ".join(f"{name} {us:.1f} us" for name, us in run["step_us"].items())
     return text + f"One streaming step of a GRU of 64 units, rank 8: {steps}."

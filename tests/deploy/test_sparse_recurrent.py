@@ -17,6 +17,7 @@ from str_triton.deploy.sparse.graph.nodes import Graph, Input
 from str_triton.deploy.sparse.graph.recurrent import LOW_RANK, SIZES, Recurrent
 from str_triton.deploy.sparse.graph.refs import Ref
 from str_triton.deploy.sparse.graph.signature import Leaf, Signature
+from str_triton.deploy.sparse.runtime.recurrent import FEATURES
 from str_triton.ops.low_rank_cell import CELLS
 from tests.deploy.recurrent_networks import HIDDEN, INPUTS, Classifier
 
@@ -76,7 +77,8 @@ def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_loops_against_float64(cell: str):
     for hidden, rank, batch, steps in SHAPES:
         for reverse in (False, True):
-            node = layer(cell, hidden, rank, features=3 if rank is None else None, reverse=reverse)
+            # Few features are projected by the loop, many by one product for all steps.
+            node = layer(cell, hidden, rank, features={None: 3, 9: FEATURES + 1}.get(rank), reverse=reverse)
             values = inputs(node, batch, steps)
             wanted = exact(node, values)
             names = ["loop", "dense", *(["torch_layer"] if rank is None and cell in ("gru", "lstm") else [])]
@@ -212,8 +214,9 @@ def test_networks(name: str, tmp_path: Path):
     example = (torch.randn(7, 2, INPUTS), states) if name == "lstm" else (torch.randn(2, 7, INPUTS),)
     compiled = deploy.compile_sparse(model, example, tune=False)
     assert isinstance(compiled, deploy.SparseModel)
-    executions = [choice.execution for node, choice in compiled.layers() if isinstance(node, Recurrent)]
-    assert executions == ["loop"] * {"gru": 1, "lstm": 4, "fastgrnn": 2}[name]
+    recurrent = [(node, choice.execution) for node, choice in compiled.layers() if isinstance(node, Recurrent)]
+    assert [execution for _, execution in recurrent] == ["loop"] * {"gru": 1, "lstm": 4, "fastgrnn": 2}[name]
+    assert all(node.weight_in is not None for node, _ in recurrent)
     compiled.save(tmp_path / "net")
     loaded = deploy.load_sparse(tmp_path / "net")
     for steps, batch in ((7, 2), (1, 2), (3, 1), (9, 5)):

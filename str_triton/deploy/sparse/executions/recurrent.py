@@ -29,7 +29,8 @@ class Loop(Execution):
         if not all(map(_is_plain, inputs)):
             return node.run(values)
         loop: Any = node.prepare("loop", lambda _: PackedLoop(node, library()))
-        return loop.run(node.gates_x(x).contiguous(), [state.contiguous() for state in states], self.shared)
+        x = x if loop.projects(x.shape[1]) else node.gates_x(x)
+        return loop.run(x.contiguous(), [state.contiguous() for state in states], self.shared)
 
 
 class SharedLoop(Loop):

@@ -164,8 +164,9 @@ def recurrent_nodes(context: Context, node: fx.Node) -> tuple[list[Node], list[R
     made.v = None if is_dense else v
     if not made.is_whole():
         return None
-    if is_dense:
-        _absorb_projection(context, made, x)
+    # Zeros in place of a bias, and an empty scale, take their dtype from x, not its values.
+    if all(user is node or user in context.known or user.target is aten.new_empty.default for user in x.users):
+        _absorb_projection(context, made)
     parts: list[Node] = [made, Call(f"{name}.0", [name], aten.slice.Tensor, (Ref(name), 0, 0, -count))]
     parts += [
         Call(f"{name}.{index + 1}", [name], aten.select.int, (Ref(name), 0, index - count)) for index in range(count)
@@ -173,10 +174,15 @@ def recurrent_nodes(context: Context, node: fx.Node) -> tuple[list[Node], list[R
     return parts, [*(Ref(part.name) for part in parts[1:]), None, None]
 
 
-def _absorb_projection(context: Context, made: Recurrent, x: fx.Node) -> None:
-    """Move the input's linear layer into a layer with a dense recurrent matrix, as in torch's own layers."""
+def _absorb_projection(context: Context, made: Recurrent) -> None:
+    """Move the input's linear layer into the recurrent one, as in torch's own layers.
+
+    A linear layer with many zeros stays a layer of its own, which has sparse executions.
+    """
     found = next((node for node in context.nodes if node.name == made.inputs[0]), None)
-    if isinstance(found, Linear) and len(x.users) == 1 and found.clamp == FREE and not found.activation:
+    if not isinstance(found, Linear) or found.clamp != FREE or found.activation:
+        return
+    if 2 * int(found.weight.count_nonzero()) > found.weight.numel():
         context.nodes.remove(found)
         made.inputs[0] = found.inputs[0]
         made.weight_in, made.bias_in = found.weight, found.bias

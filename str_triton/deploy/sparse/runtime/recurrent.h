@@ -6,7 +6,10 @@
 
    Packed factors: v as [panels][hidden][width][LANES] with `width` vectors of ranks in a panel; w as
    [blocks][inner][2][gates][LANES] with two vectors of units in a block. The elements beyond the last rank or unit are
-   zero there, and their results are never stored. */
+   zero there, and their results are never stored.
+
+   The input's part of the gates is given, or computed block by block where it is used, so that it stays in the caches: a
+   batch's gates of all steps would be written to memory and read back. */
 
 #ifndef STR_TRITON_RECURRENT_H
 #define STR_TRITON_RECURRENT_H
@@ -21,11 +24,13 @@ typedef struct {
     int64_t cell, gates, reverse;
     int64_t steps, batch, hidden, inner; /* inner: the rank, or `hidden` without v */
     int64_t panels, width;               /* of v */
-    const float *x;                      /* [steps][batch][gates * hidden]: the input's part of the gates */
+    int64_t features;                    /* of the input, if there is a w_in */
+    const float *x;                      /* [steps][batch][gates * hidden]: the input's part of the gates; or the input */
     const float *h, *c;                  /* [batch][hidden]: the first states; c of an LSTM alone */
     float *y;                            /* [steps + states][batch][hidden]: outputs, the last h, the last c */
     const float *v, *w;                  /* packed; v may be NULL */
     const float *bias;                   /* [blocks][2][gates, of FASTGRNN 2][LANES] */
+    const float *w_in, *bias_in;         /* of the input's part of the gates, packed like w and the bias; or NULL */
     float zeta, nu;                      /* FASTGRNN: sigmoids of its two numbers */
     float *scratch;                      /* str_triton_recurrent_scratch floats */
 } recurrent;
@@ -100,12 +105,12 @@ static __attribute__((noinline)) void multiply_some(
     }
 }
 
-/* Advances h, and c of an LSTM, of a block of units by a step. q: [2][gates] of R h; x: [gates][2], `apart` floats from
-   one gate to the next. */
+/* Advances h, and c of an LSTM, of a block of units by a step. q: [2][gates] of R h; x: the input's part, `apart` floats
+   from one gate to the next and `across` from one vector of units to the next. */
 static inline __attribute__((always_inline)) void advance(
-    const recurrent *r, const int cell, const int gates, const float *q, const float *x, int64_t apart, const float *bias,
-    vec *h, vec *c) {
-#define X(gate) at(x + (gate)*apart, u)
+    const recurrent *r, const int cell, const int gates, const float *q, const float *x, int64_t apart, int64_t across,
+    const float *bias, vec *h, vec *c) {
+#define X(gate) at(x + (gate)*apart + u * across, 0)
 #define Q(gate) (at(q, u * gates + (gate)) + at(bias, u * gates + (gate)))
 #define EACH_UNIT UNROLLED(u, UNITS)
     vec s[2 * UNITS], n[UNITS];
@@ -174,34 +179,52 @@ static void to_ranks(const recurrent *r, duty d, const float *h, float *p) {
                 p + s * rank_pitch(r) + panel * pitch, rank_pitch(r), rows, r->width);
 }
 
+/* y[rows][vectors] = x[rows] w for a block of units, where w is [count][vectors][LANES]. */
+static inline __attribute__((always_inline)) void multiply_block(
+    const float *w, int64_t vectors, int64_t count, const float *x, int64_t row, float *y, int64_t rows, int64_t width) {
+    for (int64_t j = 0; j < vectors; j += width)
+        multiply_some(w + j * LANES, vectors * LANES, count, x, row, y + j * LANES, vectors * LANES, rows, width);
+}
+
 static inline __attribute__((always_inline)) void units(
     const recurrent *r, const int cell, const int gates, duty d, int64_t time, const float *from, const float *h,
     float *next, float *cells) {
     const int64_t pitch = state_pitch(r), row = r->v ? rank_pitch(r) : pitch, vectors = UNITS * gates;
     const int64_t biases = cell == FASTGRNN ? 2 : gates, hidden = r->hidden;
     float q[ROWS * UNITS * 4 * LANES] __attribute__((aligned(64))), last[4 * UNITS * LANES] = {0};
+    float in[ROWS * UNITS * 4 * LANES] __attribute__((aligned(64)));
     for (int64_t block = SHARE(blocks_of(r), d, 0); block < SHARE(blocks_of(r), d, 1); block++) {
         const float *w = r->w + block * r->inner * vectors * LANES;
+        const int64_t unit = block * UNITS * LANES, left = hidden - unit;
+        const int is_part = left < UNITS * LANES;
         EACH_GROUP(s, rows, d) {
-            const int64_t width = rows == 1 ? vectors : gates == 3 ? 3 : 2;
-            for (int64_t j = 0; j < vectors; j += width)
-                multiply_some(
-                    w + j * LANES, vectors * LANES, r->inner, from + s * row, row, q + j * LANES, vectors * LANES, rows,
-                    width);
+            const int64_t width = rows == 1 ? vectors : gates == 3 ? 3 : 2, first = time * r->batch + s;
+            multiply_block(w, vectors, r->inner, from + s * row, row, q, rows, width);
+            if (r->w_in) {
+                multiply_block(
+                    r->w_in + block * r->features * vectors * LANES, vectors, r->features, r->x + first * r->features,
+                    r->features, in, rows, width);
+                for (int64_t i = 0; i < rows; i++)
+                    UNROLLED(j, vectors) *(vec *)(in + (i * vectors + j) * LANES) += at(r->bias_in, block * vectors + j);
+            }
             for (int64_t i = 0; i < rows; i++) {
-                const int64_t unit = block * UNITS * LANES, place = (s + i) * pitch + unit, left = hidden - unit;
-                const int64_t step = time * r->batch + s + i;
-                const int is_part = left < UNITS * LANES;
-                const float *x = r->x + step * gates * hidden + unit;
-                if (is_part) pad(x, hidden, gates, left, last);
+                const int64_t place = (s + i) * pitch + unit;
+                const float *x = r->x + (first + i) * gates * hidden + unit;
+                int64_t apart = hidden, across = LANES;
+                if (r->w_in) {
+                    x = in + i * vectors * LANES, apart = LANES, across = gates * LANES;
+                } else if (is_part) {
+                    pad(x, hidden, gates, left, last);
+                    x = last, apart = UNITS * LANES;
+                }
                 vec state[UNITS], c[UNITS];
                 UNROLLED(u, UNITS) state[u] = at(h + place, u), c[u] = cell == LSTM ? at(cells + place, u) : splat(0);
                 advance(
-                    r, cell, gates, q + i * vectors * LANES, is_part ? last : x, is_part ? UNITS * LANES : hidden,
-                    r->bias + block * UNITS * biases * LANES, state, c);
+                    r, cell, gates, q + i * vectors * LANES, x, apart, across, r->bias + block * UNITS * biases * LANES,
+                    state, c);
                 UNROLLED(u, UNITS) *(vec *)(next + place + u * LANES) = state[u];
                 if (cell == LSTM) UNROLLED(u, UNITS) *(vec *)(cells + place + u * LANES) = c[u];
-                float *y = r->y + step * hidden + unit;
+                float *y = r->y + (first + i) * hidden + unit;
                 if (is_part)
                     memcpy(y, next + place, sizeof(float) * left);
                 else
