@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from benchmarks.tables.documents import SPARSE_EXECUTION, markdown, results, spread, table
+from benchmarks.tables.documents import SPARSE_EXECUTION, markdown, results, section, spread, table
 
 
 def sparse_runs() -> list[tuple[str, str, dict[str, Any]]]:
@@ -45,6 +45,26 @@ def sparse_time() -> str:
         for name, processor, run in sparse_runs()
     ]
     return markdown(["network; share of time, %", "processor", *kinds], rows)
+
+
+NEIGHBOR = """One busy process of one thread beside the calls (`python -m benchmarks.speed.busy_neighbor`): the 95th
+percentile beside it is to stay below 2.5 times its median."""
+
+
+@table("busy-neighbor")
+def busy_neighbor() -> str:
+    """Return medians and 95th percentiles alone and beside a busy neighbour, by network and machine."""
+    rows = []
+    for run in results("busy_neighbor_*.json"):
+        for name, figures in run["networks"].items():
+            alone, beside = figures["alone"], figures["beside"]
+            times = [f"{part[key]:.1f}" for part in (alone, beside) for key in ("median_ms", "p95_ms")]
+            machine = f"{run['machine']['processor']}, {figures['threads']} threads"
+            rows.append(
+                [f"{name.replace('-', ', ')} %, {machine}", *times, f"{beside['p95_ms'] / beside['median_ms']:.2f}"]
+            )
+    header = ["network, sparsity", "alone, ms", "95 %", "beside, ms", "95 %", "95 % / median"]
+    return section("### Beside a busy neighbour", NEIGHBOR, markdown(header, rows))
 
 
 @table("packed-sizes")

@@ -13,9 +13,11 @@ from torch import Tensor
 from str_triton.deploy.sparse.executions.choice import Choice
 from str_triton.deploy.sparse.graph.nodes import ACTIVATIONS, Convolution, Graph, Input, Linear
 from str_triton.deploy.sparse.graph.pools import MaxPool, Mean
+from str_triton.deploy.sparse.graph.recurrent import Recurrent
 from str_triton.deploy.sparse.graph.refs import Ref
 from str_triton.deploy.sparse.runtime import build
 from str_triton.deploy.sparse.runtime.plan import Plan
+from str_triton.deploy.sparse.runtime.recurrent import PackedLoop
 from str_triton.deploy.sparse.runtime.trial import try_out
 
 CUTS = [
@@ -265,6 +267,26 @@ def test_threads_give_the_same_bits(kernels):
         torch.set_num_threads(before)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+def test_threads_that_sleep_at_every_stage(kernels, tmp_path: Path):
+    """A thread that waits neither spins nor yields: it sleeps, and is woken for every stage and every step."""
+    flags = ("-O1", "-std=gnu11", "-fPIC", "-shared", "-fopenmp", "-DSPINS=0", "-DYIELDS=0")
+    library = build.load(build.build(tmp_path, (flags, flags[:4])))
+    nodes, x = chain((3, 1, 1), (1, 1, 0), (3, 2, 1)), torch.randn(2, 6, 29, 34)
+    loop = Recurrent("y", ["x", "h"], torch.randn(99, 9), torch.randn(99), v=torch.randn(33, 9) / 33)
+    packed = [PackedLoop(loop, lib) for lib in (kernels, library)]
+    sequence, h = torch.randn(80, 1, 99), [torch.zeros(1, 33)]
+    before = torch.get_num_threads()
+    try:
+        wanted, state = run(kernels, nodes, x, CUTS[3]), packed[0].run(sequence, h, False)
+        for threads in (2, 3):
+            torch.set_num_threads(threads)
+            for _ in range(20):
+                torch.testing.assert_close(run(library, nodes, x, CUTS[3]), wanted, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(packed[1].run(sequence, h, True), state, rtol=1e-4, atol=1e-5)
+    finally:
+        torch.set_num_threads(before)
 
 
 WIDE = ("-DSTR_TRITON_SIXTEEN_LANES", "-mno-avx512f", "-march=native")  # Vectors of 16 floats, each in two registers.

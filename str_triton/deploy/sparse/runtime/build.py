@@ -14,10 +14,7 @@ import warnings
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("kernels.c")
-HEADERS = tuple(
-    Path(__file__).with_name(name)
-    for name in ("vectors.h", "operations.h", "copies.h", "dot.h", "integers.h", "recurrent.h", "stepping.h")
-)
+HEADERS = tuple(sorted(SOURCE.parent.glob("*.h")))
 COMPILERS = ("cc", "gcc", "clang")
 _BASE = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-ffp-contract=fast")
 # Tried in this order until a set compiles and its library loads. OpenMP first: without it there is one thread.

@@ -16,10 +16,6 @@
 #include "stepping.h"
 #include <math.h>
 #include <string.h>
-#ifdef _OPENMP
-#include <omp.h>
-#include <sched.h>
-#endif
 
 typedef struct {
     const float *x, *residual;
@@ -187,38 +183,15 @@ static void run_share(const stage *s, int64_t thread, int64_t threads) {
     }
 }
 
-#ifdef _OPENMP
-#if defined(__x86_64__) || defined(__i386__)
-#define PAUSE() __builtin_ia32_pause()
-#else
-#define PAUSE() __asm__ volatile("" ::: "memory")
-#endif
-/* How often a waiting thread checks before it yields its processor: about 20 microseconds. On a busy machine the thread
-   that it waits for may be suspended for longer, and needs the processor. */
-#define SPINS 1000
-#define MOST_TEAMS 64
-
-/* `arrived` counts over all stages: the stage numbered i is done when threads * (i + 1) have arrived. */
-static void wait_for_all(int64_t *arrived, int64_t wanted) {
-    __atomic_add_fetch(arrived, 1, __ATOMIC_ACQ_REL);
-    for (int64_t spins = 0; __atomic_load_n(arrived, __ATOMIC_ACQUIRE) < wanted; spins++) {
-        if (spins < SPINS)
-            PAUSE();
-        else
-            sched_yield();
-    }
-}
-#endif
-
 /* Runs the stages in turn; each waits for the one before. */
 void str_triton_run(const stage *stages, int64_t count, int64_t threads) {
 #ifdef _OPENMP
     if (threads > 1) {
-        int64_t arrived = 0;
+        barrier b = {0};
 #pragma omp parallel num_threads((int)threads)
         for (int64_t i = 0; i < count; i++) {
             run_share(stages + i, omp_get_thread_num(), omp_get_num_threads());
-            if (i + 1 < count) wait_for_all(&arrived, (i + 1) * omp_get_num_threads());
+            wait_for_all(&b, omp_get_num_threads()); /* After the last stage, too: OpenMP would spin for milliseconds. */
         }
         return;
     }
@@ -227,12 +200,14 @@ void str_triton_run(const stage *stages, int64_t count, int64_t threads) {
     for (int64_t i = 0; i < count; i++) run_share(stages + i, 0, 1);
 }
 
+enum { MOST_TEAMS = 64 };
+
 /* Runs a recurrent layer: its sequences are shared out among the threads, and, where `shared` says so and there are fewer
    sequences than threads, the hidden units of each. */
 void str_triton_recurrent(const recurrent *r, int64_t threads, int64_t shared) {
 #ifdef _OPENMP
     if (threads > 1 && (shared || r->batch > 1)) {
-        int64_t arrived[MOST_TEAMS] = {0};
+        barrier barriers[MOST_TEAMS] = {0};
         const int64_t most = threads < MOST_TEAMS ? threads : MOST_TEAMS;
 #pragma omp parallel num_threads((int)(shared || most < r->batch ? most : r->batch))
         {
@@ -240,7 +215,7 @@ void str_triton_recurrent(const recurrent *r, int64_t threads, int64_t shared) {
             const int64_t teams = count < r->batch ? count : r->batch, number = thread % teams;
             const duty d = {
                 r->batch * number / teams, r->batch * (number + 1) / teams, thread / teams, shared ? count / teams : 1};
-            if (d.member < d.team) run_sequences(r, d, arrived + number);
+            if (d.member < d.team) run_sequences(r, d, barriers + number);
         }
         return;
     }

@@ -15,6 +15,7 @@
 #define STR_TRITON_RECURRENT_H
 
 #include "vectors.h"
+#include "waiting.h"
 #include <string.h>
 
 enum { GRU, LSTM, FASTGRNN, MGU };
@@ -252,17 +253,11 @@ static void copy_state(const recurrent *r, duty d, const float *from, int64_t pi
         memcpy(to + s * row + begin, from + s * pitch + begin, sizeof(float) * count);
 }
 
-#ifdef _OPENMP
-static void wait_for_all(int64_t *arrived, int64_t wanted);
-#define WAIT() if (d.team > 1) wait_for_all(arrived, ++waits * d.team)
-#else
-#define WAIT() (void)waits, (void)arrived
-#endif
+#define WAIT() if (d.team > 1) wait_for_all(b, d.team)
 
-static void run_sequences(const recurrent *r, duty d, int64_t *arrived) {
+static void run_sequences(const recurrent *r, duty d, barrier *b) {
     const int64_t pitch = state_pitch(r), size = r->batch * pitch, finals = r->steps * r->batch * r->hidden;
     float *states[2] = {r->scratch, r->scratch + size}, *cells = r->scratch + 2 * size, *p = r->scratch + 3 * size;
-    int64_t waits = 0;
     copy_state(r, d, r->h, r->hidden, states[0], pitch);
     if (r->cell == LSTM) copy_state(r, d, r->c, r->hidden, cells, pitch);
     WAIT();
