@@ -1,6 +1,6 @@
 """Tables about networks on 8-bit integers."""
 
-from benchmarks.tables.documents import SPARSE_EXECUTION, markdown, results, table
+from benchmarks.tables.documents import NONE, SPARSE_EXECUTION, markdown, results, section, table
 
 
 @table("int8-kernels", SPARSE_EXECUTION)
@@ -28,6 +28,27 @@ def int8_kernels() -> str:
         for processor, layer, window, times in rows
     ]
     return markdown(["channels, side", "window", "sparsity, %", "processor", "float32, us", *names], cells)
+
+
+@table("int8-inference", SPARSE_EXECUTION)
+def int8_inference() -> str:
+    """Return the milliseconds of a call in float32 and on integers, of ours and of other engines."""
+    rows = [row for run in results("int8_inference_*.json") for row in run["rows"]]
+    cells = []
+    for row in rows:
+        times, ratios = row["milliseconds"], row["times_as_fast"]
+        peers = [f"{times[peer]:.1f} ({ratios[peer]:.2f}x)" if peer in times else NONE for peer in PEERS]
+        network = row["network"].replace("-", ", ") + " %"
+        cells.append([network, row["machine"]["processor"], str(row["batch"]), f"{times['int8']:.1f}", *peers])
+    header = ["network, sparsity", "processor", "batch", "int8, ms", *(f"{peer}, ms" for peer in PEERS)]
+    return section("### Whole networks", WHOLE, markdown(header, cells))
+
+
+PEERS = ("float32", "onnxruntime int8", "OpenVINO int8")
+WHOLE = """`benchmarks/speed/int8_inference.py` times whole networks with random weights at published sparsities, images
+of 224x224, two threads: milliseconds of a call of the compiled network on integers, of that in float32, and of other
+engines on the QDQ file of the same quantized network. All take turns. In brackets stands their time divided by that of
+the network on integers."""
 
 
 @table("int8-accuracy", SPARSE_EXECUTION)

@@ -1,5 +1,7 @@
 """The ONNX export of modules: onnxruntime's outputs are torch's, factors stay factors, loops are not unrolled."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -8,7 +10,7 @@ from str_triton import LowRankFastGRNN, LowRankGRU, LowRankLSTM, deploy, sparsif
 from tests.deploy.recurrent_networks import HIDDEN, INPUTS
 
 onnx = pytest.importorskip("onnx")
-pytest.importorskip("onnxruntime")
+onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 
@@ -67,3 +69,42 @@ def test_a_network_that_cannot_be_exported_is_named(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("str_triton.deploy.onnx_export.export.TOLERANCE", -1.0)
     with pytest.raises(ValueError, match="Linear: as ONNX its outputs differ"):
         deploy.export_onnx(nn.Linear(3, 4), torch.randn(1, 3))
+
+
+class Branches(nn.Module):
+    """Layers whose integers are the same everywhere, and a residual sum, which engines round once more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.deep = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.point, self.head = nn.Conv2d(16, 4, 1), nn.Linear(4 * 5 * 6, 7)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = torch.relu(self.stem(x))
+        y = nn.functional.relu6(self.deep(x))
+        z = torch.relu(self.point(torch.cat([nn.functional.max_pool2d(y, 2), nn.functional.max_pool2d(x, 2)], 1)))
+        return self.head(z.flatten(1)), self.deep(y) + x
+
+
+def test_a_quantized_network_is_qdq_and_onnxruntime_computes_our_integers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 20, 24)
+    quantized = deploy.quantize(Branches().eval(), [x])
+    file = deploy.export_onnx(quantized, x)
+    model = onnx.load_from_string(file.content)
+    weights = [tensor for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.INT8]
+    assert {tuple(tensor.dims) for tensor in weights} >= {(8, 3, 3, 3), (8, 1, 3, 3), (4, 16, 1, 1), (7, 120)}
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.x64quantprecision", "1")  # no saturation on AVX2
+    options.optimized_model_filepath = str(tmp_path / "fused.onnx")
+    session = onnxruntime.InferenceSession(file.content, options, providers=["CPUExecutionProvider"])
+    fused = {node.op_type for node in onnx.load(tmp_path / "fused.onnx").graph.node}
+    assert fused >= {"QLinearConv", "QLinearAdd", "QGemm"}
+    assert not fused & {"Conv", "Gemm", "MatMul"}
+    for batch in (1, 3):
+        x = torch.randn(batch, 3, 20, 24)
+        found = map(torch.from_numpy, session.run(None, {session.get_inputs()[0].name: x.numpy()}))
+        scores, summed = quantized(x)
+        assert torch.equal(next(found), scores)
+        grid = quantized.graph.layers()[-1].grids[1]
+        torch.testing.assert_close(next(found), summed, rtol=0, atol=2.01 * grid.scale)

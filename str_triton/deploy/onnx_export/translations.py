@@ -17,6 +17,7 @@ def onnx_translations() -> dict[Callable, Callable]:
     Raises:
         ImportError: onnxscript is not installed.
     """
+    import onnx
     from onnxscript import opset18 as op
 
     from str_triton.deploy.onnx_export.loops import LOOPS
@@ -45,7 +46,22 @@ def onnx_translations() -> dict[Callable, Callable]:
     def soft_threshold(weight: Value, threshold: Value) -> Value:
         return op.Mul(op.Sign(weight), op.Relu(op.Sub(op.Abs(weight), threshold)))
 
+    def scalar(value: int) -> Value:
+        return op.Constant(value=onnx.helper.make_tensor("zero", onnx.TensorProto.UINT8, [], [value]))
+
+    def quantize_linear(x: Value, scale: float, zero: int) -> Value:
+        return op.QuantizeLinear(x, op.Constant(value_float=scale), scalar(zero))
+
+    def dequantize_linear(codes: Value, scale: float, zero: int) -> Value:
+        return op.DequantizeLinear(codes, op.Constant(value_float=scale), scalar(zero))
+
+    def dequantize_channels(codes: Value, scale: Value) -> Value:
+        return op.DequantizeLinear(codes, scale, axis=0)
+
     return {
+        torch.ops.str_triton.quantize_linear.default: quantize_linear,
+        torch.ops.str_triton.dequantize_linear.default: dequantize_linear,
+        torch.ops.str_triton.dequantize_channels.default: dequantize_channels,
         torch.ops.str_triton.low_rank_rnn.default: low_rank_rnn,
         torch.ops.str_triton.soft_threshold.default: soft_threshold,
     }

@@ -150,8 +150,8 @@ class QuantizedConvolution(_Products, Convolution):
     grids: tuple[Grid, ...] = field(kw_only=True)
 
     def factors(self) -> Tensor:
-        """Return what the sums are multiplied by for steps of the output, [out]."""
-        return (self.scale.double() * self.grids[0].scale / self.grids[1].scale).float()
+        """Return what the sums are multiplied by for steps of the output, [out], rounded as onnxruntime rounds it."""
+        return self.scale * self.grids[0].scale / self.grids[1].scale
 
     def residual_factor(self) -> float:
         """Return what the residual's steps are multiplied by for steps of the output; 0 without a residual."""

@@ -10,7 +10,7 @@ from torch import nn
 
 from str_triton.deploy.sparse.graph.nodes import Constant, Graph, Layer
 from str_triton.deploy.sparse.graph.pointwise import Pointwise
-from str_triton.deploy.sparse.graph.quantized import QuantizedConvolution, QuantizedLinear
+from str_triton.deploy.sparse.graph.quantized import Grid, QuantizedConvolution, QuantizedLinear
 from str_triton.deploy.sparse.graph.signature import Signature
 from str_triton.deploy.sparse.model import plain_torch
 from str_triton.deploy.sparse.text_table import text_table
@@ -73,11 +73,14 @@ class QuantizedModel(nn.Module):
 
     Attributes:
         report: the measured errors; `print(quantized)` shows them.
+        sums: for exports, the grids of convolutions' outputs before their residuals are added, by the nodes' names.
     """
 
-    def __init__(self, graph: Graph, signature: Signature, report: Report, left: dict[str, str]) -> None:
+    def __init__(
+        self, graph: Graph, signature: Signature, report: Report, left: dict[str, str], sums: dict[str, Grid]
+    ) -> None:
         super().__init__()
-        self.graph, self.signature, self.report, self.left = graph, signature, report, left
+        self.graph, self.signature, self.report, self.left, self.sums = graph, signature, report, left, sums
         self.weights = nn.Module()
         self.training = False
         for node in graph.nodes:

@@ -1,6 +1,7 @@
 """`quantize`: calibrate a network on a few batches, and run its layers on 8-bit integers where that is good enough."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from str_triton.deploy.sparse.compile import compile_sparse
-from str_triton.deploy.sparse.graph.nodes import Graph, Linear
+from str_triton.deploy.sparse.graph.nodes import FREE, Graph, Linear
 from str_triton.deploy.sparse.graph.pointwise import Pointwise
 from str_triton.deploy.sparse.graph.quantized import Grid
 from str_triton.deploy.sparse.model import CompiledModel, SparseModel, plain_torch
@@ -84,19 +85,25 @@ class _Calibration:
         self.shapes = try_out(self.graph, self.batches[0]).shapes
         self.roots = alike(self.graph, self.shapes)
         self.unfit = {node.name: unfit(node, self.shapes) for node in self.graph.layers()}
+        self.sums: dict[str, Grid] = {}
         self.grids = self._grids(method)
 
     def _grids(self, method: str) -> dict[str, Grid]:
-        """Return the grid of every value that may become codes."""
+        """Return the grid of every value that may become codes, and find those of the summands in `sums`."""
         read = [node for node in self.graph.layers() if self.unfit[node.name] is None]
         watched = {self.roots[name] for node in read for name in (node.name, *node.inputs)}
         ranges = {root: Range() for root in watched}
+        bare = {node.name: replace(node, inputs=node.inputs[:1], clamp=FREE) for node in read if len(node.inputs) > 1}
+        summands = {name: Range() for name in bare}
         for note in (Range.widen, Range.count):
             for inputs in self.batches:
                 for node, values in self.graph.steps(inputs):
                     if self.roots[node.name] in watched:
                         note(ranges[self.roots[node.name]], values[node.name])
+                    if node.name in bare:
+                        note(summands[node.name], bare[node.name].run(values))
         found = {root: seen.grid(method) for root, seen in ranges.items()}
+        self.sums = {name: seen.grid(method) for name, seen in summands.items()}
         return {name: found[root] for name, root in self.roots.items() if root in found}
 
     def result(self, bound: float, labels: list[Tensor] | None) -> QuantizedModel:
@@ -123,7 +130,9 @@ class _Calibration:
             if not isinstance(node, Pointwise)
         ]
         accuracy = None if labels is None else self._accuracy(graph, labels)
-        return QuantizedModel(graph, self.network.signature, Report(layers, error, accuracy), self.network.left)
+        report = Report(layers, error, accuracy)
+        sums = {codes[name]: grid for name, grid in self.sums.items() if name in chosen}
+        return QuantizedModel(graph, self.network.signature, report, self.network.left, sums)
 
     def _errors_alone(self) -> dict[str, float | str]:
         """Return the relative error of each layer's output where this layer alone is quantized, or why it cannot be."""
