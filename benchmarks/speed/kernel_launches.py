@@ -87,10 +87,13 @@ def every_size() -> list[Size]:
 
 def low_rank_launches(sizes: Iterable[Size]) -> Iterator[Launch]:
     for size in sizes:
-        yield from _low_rank_launches(*size)
+        yield from low_rank_pair(*size)
 
 
-def _low_rank_launches(cell: str, hidden: int, rank: int, dtype: str, precision: str) -> list[Launch]:
+def low_rank_pair(
+    cell: str, hidden: int, rank: int, dtype: str, precision: str, lengths: Tensor | None = None, reverse: bool = False
+) -> list[Launch]:
+    """Return the forward and the backward launch of two steps of two sequences."""
     of, steps, batch = CELLS[cell], 2, 2
 
     def zeros(*shape: int) -> Tensor:
@@ -101,8 +104,8 @@ def _low_rank_launches(cell: str, hidden: int, rank: int, dtype: str, precision:
     saved = zeros(*saved_shape(of, steps, batch, hidden))
     scale = torch.zeros(of.scalars, dtype=torch.promote_types(DTYPES[dtype], torch.float32))
     weights = zeros(of.gates * hidden, rank), zeros(hidden, rank), zeros(of.bias_blocks * hidden), scale, states
-    forward = (cell, gates_x, *weights, None, False, True, precision)
-    backward = (cell, outputs, states, None, outputs, p, saved, *weights, None, False, precision)
+    forward = (cell, gates_x, *weights, lengths, reverse, True, precision)
+    backward = (cell, outputs, states, None, outputs, p, saved, *weights, lengths, reverse, precision)
     variant = f"{cell}, {hidden} x {rank}, {dtype}" + (f", {precision}" if dtype == "float32" else "")
     return [(variant, partial(low_rank_gpu.forward, *forward)), (variant, partial(low_rank_gpu.backward, *backward))]
 

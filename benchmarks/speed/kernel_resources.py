@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import product
 from multiprocessing import get_context
@@ -29,8 +29,9 @@ from unittest import mock
 
 import torch
 import triton
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
-from triton.compiler import CompiledKernel
+from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.jit import JITFunction
 
 from benchmarks.runs import Run, RunFile
@@ -80,11 +81,11 @@ class Resources:
 class _Driver:
     """As much of a GPU driver as it takes to compile for a GPU that is not there."""
 
-    def __init__(self, target: str):
-        self.target = target
+    def __init__(self, target: str, device: str):
+        self.target, self.device = target, device
 
     def get_current_device(self) -> str:
-        return self.target  # Only a key of the kernels' caches.
+        return self.device  # Only a key of the kernels' caches.
 
     def get_current_stream(self, device: str) -> int:
         return 0
@@ -93,17 +94,32 @@ class _Driver:
         return TARGETS[self.target]
 
 
+def _translate(source: ASTSource, target: GPUTarget, options: dict[str, Any]) -> str:
+    """Return a kernel in Triton's first intermediate code. Takes the place of `triton.compiler.compile`."""
+    backend, context = make_backend(target), ir.context()
+    parsed = backend.parse_options(options | source.parse_options())
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    functions, modules = backend.get_codegen_implementation(parsed), backend.get_module_map()
+    return str(source.make_ir(target, parsed, functions, modules, context))
+
+
 @contextmanager
-def compiling_for(target: str) -> Iterator[list[CompiledKernel]]:
-    """Make launches inside the context only compile, and add what they compiled to the list."""
+def compiling_for(target: str, translate_only: bool = False) -> Iterator[list[CompiledKernel]]:
+    """Make launches inside the context only compile, and add what they compiled to the list.
+
+    translate_only: stop after Triton's own frontend, whose errors the interpreter does not show, and add its code. This
+    takes a fifth of a second, a compilation many.
+    """
     compiled: list[CompiledKernel] = []
     launch = JITFunction.run
 
     def compile_only(kernel: JITFunction, *args: Any, **options: Any) -> None:
         compiled.append(launch(kernel, *args, **options | {"warmup": True}))
 
-    no_gpu = SimpleNamespace(active=_Driver(target))
+    no_gpu = SimpleNamespace(active=_Driver(target, f"{target}, translated" if translate_only else target))
     with (
+        mock.patch("triton.compiler.compile", _translate) if translate_only else nullcontext(),
         mock.patch("triton.runtime.jit.driver", no_gpu),
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(low_rank_gpu, "shared_memory_limit", return_value=SHARED_MEMORY[target]),
@@ -213,13 +229,24 @@ def measure(run: Run) -> Run:
 
 
 def measure_all(wanted: list[Run], progress: RunFile) -> list[Resources]:
-    """Measure what the file does not hold, in two processes, and return the resources of every code once."""
+    """Measure what the file does not hold, in two processes, and return the resources of every code once.
+
+    SystemExit: some launches do not compile; all others are in the file by then.
+    """
+    failed = []
     if missing := list(progress.missing(wanted)):
         with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-            for future in as_completed([pool.submit(measure, run) for run in missing]):
+            runs = {pool.submit(measure, run): run for run in missing}
+            for future in as_completed(runs):
+                if error := future.exception():
+                    failed.append(f"launch {runs[future]['launch']} for {runs[future]['target']}: {error}")
+                    print(failed[-1], flush=True)
+                    continue
                 run = future.result()
                 progress.append(run)
                 print(f"{run['seconds']:7.1f} s  {run['target']:8} {run['variant']}", flush=True)
+    if failed:
+        raise SystemExit("\n".join([f"{len(failed)} launches do not compile:", *failed]))
     found = {(run["code"], run["target"], run["launch"]): run["kernels"] for run in progress.read()}
     once: dict[tuple[str, str], dict[str, Any]] = {}
     for run in wanted:

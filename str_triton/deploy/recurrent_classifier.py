@@ -85,7 +85,7 @@ def _parts(module: nn.Module, name: str) -> tuple[LowRankRNN | nn.RNNBase, nn.Li
     ((path, layer),) = layers.items()
     if not isinstance(layer, LowRankRNN | nn.GRU | nn.LSTM):
         raise ValueError(
-            f"{name}: {path} is an nn.{type(layer).__name__}; only GRU, LSTM and FastGRNN layers are known"
+            f"{name}: {path} is an nn.{type(layer).__name__}; nn.GRU, nn.LSTM and this package's layers are known"
         )
     if getattr(layer, "proj_size", 0):
         raise ValueError(f"{name}: {path} has projections, which have no C: proj_size must be 0, got {layer.proj_size}")

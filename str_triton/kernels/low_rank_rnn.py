@@ -190,7 +190,7 @@ def low_rank_rnn_backward_kernel(
     zero = tl.zeros([SPLIT, BLOCK_R, BLOCK_B], COMPUTE)
     grad_p = tl.zeros([BLOCK_R, BLOCK_B], COMPUTE)
     sums = ()
-    for _ in tl.static_range(SCALARS):
+    for _i in tl.static_range(SCALARS):
         sums += (tl.zeros([BLOCK_H, BLOCK_B], COMPUTE),)
 
     if RESIDENT:

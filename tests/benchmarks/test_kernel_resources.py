@@ -1,5 +1,6 @@
 """`python -m benchmarks.speed.kernel_resources` goes on where it was killed. What it counts: tests/ops."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,6 +22,21 @@ def run(target: str, launch: int, *hashes: str, code: str = "x") -> dict:
     ]
     named = dict(zip(KEY, (code, False, target, launch), strict=True))
     return named | {"variant": "v", "seconds": 1.0, "kernels": kernels}
+
+
+def test_launches_that_do_not_compile_do_not_lose_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(wanted: dict) -> dict:
+        if wanted["launch"] == 1:
+            raise TypeError("loop carried variable")
+        return run(wanted["target"], wanted["launch"], "a")
+
+    monkeypatch.setattr(kernel_resources, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
+    monkeypatch.setattr(kernel_resources, "measure", measure)
+    progress = RunFile(tmp_path / "a.json.partial.jsonl", KEY)
+    wanted = [{"code": "x", "all": False, "target": "sm_90", "launch": launch} for launch in range(4)]
+    with pytest.raises(SystemExit, match="launch 1 for sm_90: loop carried variable"):
+        measure_all(wanted, progress)
+    assert [held["launch"] for held in progress.read()] == [0, 2, 3]
 
 
 def test_what_the_file_holds_is_not_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 
-from str_triton import low_rank_fastgrnn, low_rank_gru, low_rank_lstm, low_rank_mgu
 from str_triton.budget.count import count
+from str_triton.ops.low_rank_cell import CELLS
+from tests.ops.low_rank_cases import example, op
 
 GATES = {nn.RNN: 1, nn.GRU: 3, nn.LSTM: 4}
 OPTIONS = [
@@ -101,31 +102,23 @@ def test_recurrent_layers_in_inference_mode_and_on_the_meta_device():
     assert count(nn.GRU(5, 7, device="meta"), torch.zeros(4, 3, 5, device="meta")).flops == expected(nn.GRU, 12)
 
 
-LOOPS = {low_rank_gru: 3, low_rank_lstm: 4, low_rank_fastgrnn: 1, low_rank_mgu: 2}
-
-
 @pytest.mark.parametrize("lengths", [None, torch.tensor([4, 1, 2])])
-@pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
-def test_loops_over_time_of_this_library(loop, lengths):
+@pytest.mark.parametrize("cell", CELLS)
+def test_loops_over_time_of_this_library(cell, lengths):
+    case, gates = example(cell, 4, 3, 7, 2, dtype=torch.float32), CELLS[cell].gates
+
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.u, self.v = nn.Parameter(torch.randn(7 * LOOPS[loop], 2)), nn.Parameter(torch.randn(7, 2))
-            self.m = nn.Parameter(torch.ones(2))
+            self.u, self.m, self.v = (nn.Parameter(case.tensors[name]) for name in "umv")
 
         def forward(self, gates_x: Tensor) -> Tensor:
-            h0 = torch.zeros(3, 7)
-            rest = {
-                low_rank_gru: (None, h0),
-                low_rank_mgu: (None, h0),
-                low_rank_lstm: (None, h0, h0),
-                low_rank_fastgrnn: (None, None, torch.zeros(()), torch.zeros(()), h0),
-            }
-            return loop(gates_x, self.u, self.m, self.v, *rest[loop], lengths)[0]
+            rest = list(case.tensors.values())[4:]
+            return op(cell)(gates_x, self.u, self.m, self.v, *rest, lengths)[0]
 
     steps = 12 if lengths is None else 7
-    rows = count(Model(), torch.randn(4, 3, 7 * LOOPS[loop])).rows
-    assert [row.dense_flops for row in rows] == [steps * 14 * LOOPS[loop], steps * 14]
+    rows = count(Model(), case.tensors["gates_x"]).rows
+    assert [row.dense_flops for row in rows] == [steps * 14 * gates, steps * 14]
 
 
 def test_bilinear():

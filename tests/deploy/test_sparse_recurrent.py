@@ -42,7 +42,7 @@ def layer(cell: str, hidden: int, rank: int | None, *, features: int | None = No
 
 def test_the_sizes_of_cells_are_those_of_the_ops() -> None:
     ops = {name: (cell.gates, cell.bias_blocks, len(cell.states), cell.scalars) for name, cell in CELLS.items()}
-    assert ops == SIZES
+    assert {name: ops[name] for name in SIZES} == SIZES  # of other cells torch executes the op
 
 
 def inputs(node: Recurrent, batch: int, steps: int) -> dict[str, Tensor]:

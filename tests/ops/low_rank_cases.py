@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from inspect import signature
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ LENGTHS = {
     "falling": lambda steps, batch: torch.linspace(steps, 1, batch).long(),
     "any order": lambda steps, batch: torch.randint(1, steps + 1, (batch,)),
 }
+OPTIONS = ("lengths", "reverse", "precision")
 # Of a result's largest element.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-5, torch.float16: 2**-8}
 
@@ -60,12 +62,12 @@ def example(
         "m": torch.randn(rank),
         "v": torch.randn(hidden, rank) / hidden**0.5,
     }
-    if cell == "fastgrnn":
-        tensors |= {name: torch.randn(hidden) if bias else None for name in ("bias_gate", "bias_update")}
-        tensors |= {"zeta": torch.tensor([1.0]), "nu": torch.tensor([-1.0])}
-    else:
-        tensors |= {"bias": torch.randn(gates * hidden) if bias else None}
     states = [f"{name}0" for name in CELLS[cell].states]
+    own = [name for name in list(signature(op(cell)).parameters)[4:] if name not in (*states, *OPTIONS)]
+    biases = [name for name in own if name.startswith("bias")]
+    width = CELLS[cell].bias_blocks * hidden // len(biases)
+    tensors |= {name: torch.randn(width) if bias else None for name in biases}
+    tensors |= {name: torch.randn(1) for name in own if name not in biases}
     tensors |= {name: torch.randn(batch, hidden) for name in states}
     grads = [torch.randn(steps, batch, hidden), *(torch.randn(batch, hidden) for _ in states)]
     return Case(cell, tensors, LENGTHS[lengths](steps, batch), reverse, grads).to(dtype)

@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is for Linux")
 
+import torch
 from triton.runtime.jit import JITFunction
 
 import str_triton.kernels
@@ -16,6 +17,7 @@ from benchmarks.speed.kernel_launches import (
     DTYPES,
     REPRESENTATIVE,
     low_rank_launches,
+    low_rank_pair,
     radix_select_launches,
     singular_value_threshold_launches,
     soft_threshold_launches,
@@ -27,6 +29,7 @@ from benchmarks.speed.kernel_resources import (
     Resources,
     access_bits,
     builds,
+    compiling_for,
     resources,
 )
 from str_triton.ops.low_rank_cell import CELLS
@@ -81,6 +84,21 @@ def test_every_kernel_is_compiled(built):
                 kernels.add(name)
     assert len(kernels) >= 10
     assert {build.name for build in built} | LOOPS == kernels
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(("hidden", "rank"), [(100, 10), (1000, 64)], ids=["resident", "streamed"])
+def test_every_variant_of_time_loops_is_translated(cell, hidden, rank):
+    """By Triton's frontend alone, which refuses code that the interpreter runs; what follows is compiled below."""
+    for lengths, reverse in ((None, False), (torch.tensor([1, 2]), True)):
+        with compiling_for("sm_90", translate_only=True) as codes:
+            for _, launch in low_rank_pair(cell, hidden, rank, "bfloat16", "tf32", lengths, reverse):
+                launch()
+        assert all(name in code for name, code in zip(sorted(LOOPS, reverse=True), codes, strict=True))
+
+
+def test_every_cell_is_compiled():
+    assert {size[0] for size in REPRESENTATIVE} == ACTIVATIONS.keys() == CELLS.keys()
 
 
 def test_shared_memory_and_spills(built):

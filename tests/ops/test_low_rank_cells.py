@@ -61,20 +61,29 @@ def test_nothing_at_all(cell, lengths, size):
     assert not any(got[f"grad of {name}"].any() for name in ("u", "m", "v"))
 
 
-@pytest.mark.parametrize(
-    ("cell", "buffer", "block"),
-    [
-        *(("gru", 0, block) for block in ("r", "z", "recurrent n")), ("gru", 1, "n"),
-        *(("lstm", 0, block) for block in "ifgo"), ("lstm", 1, "c"),
-        ("fastgrnn", 0, "z and c"), ("fastgrnn", 1, "z"),
-        ("mgu", 0, "f"), ("mgu", 0, "recurrent n"), ("mgu", 1, "n"), ("mgu", 2, "h"),
-    ],
-)  # fmt: skip
+# What each cell's `_coefficients` writes: the blocks of its first arguments.
+COEFFICIENTS = {
+    "gru": (("r", "z", "recurrent n"), ("n",)),
+    "lstm": ("ifgo", "c"),
+    "fastgrnn": (("z and c",), "z"),
+    "mgu": (("f", "recurrent n"), "n", "h"),
+}
+EVERY_BLOCK = [
+    (cell, buffer, block)
+    for cell, buffers in COEFFICIENTS.items()
+    for buffer, blocks in enumerate(buffers)
+    for block in blocks
+]
+
+
+def test_every_cell_has_coefficients():
+    assert COEFFICIENTS.keys() == CELLS.keys()
+
+
+@pytest.mark.parametrize(("cell", "buffer", "block"), EVERY_BLOCK)
 def test_a_wrong_derivative_would_show(cell, buffer, block, monkeypatch):
     """One gate's coefficient is off by a thousandth: the comparison with the literal equations fails."""
-    module = importlib.import_module(f"str_triton.ops.cells.{cell}")
-    blocks = {("gru", 0): ("r", "z", "recurrent n"), ("lstm", 0): "ifgo", ("mgu", 0): ("f", "recurrent n")}
-    blocks = blocks.get((cell, buffer), (block,))
+    module, blocks = importlib.import_module(f"str_triton.ops.cells.{cell}"), COEFFICIENTS[cell][buffer]
     correct = module._coefficients
 
     def wrong(*buffers):

@@ -39,8 +39,7 @@ def onnx_translations() -> dict[Callable, Callable]:
             raise ValueError("sequences of different lengths (packed sequences) have no ONNX form")
         if cell not in LOOPS:
             raise ValueError(f"the cell {cell} has no ONNX form; {', '.join(LOOPS)} have one")
-        indices: list[Value] = [[0], [1]] if cell == "fastgrnn" else []
-        scalars = [op.Gather(scale, index) for index in indices]
+        scalars = [op.Gather(scale, [index]) for index in range(scale.shape[0])]
         return LOOPS[cell](gates_x, w, v, bias, *scalars, *states, direction=[int(reverse)])
 
     def soft_threshold(weight: Value, threshold: Value) -> Value:

@@ -185,12 +185,12 @@ def _layer(rnn: LowRankRNN, index: int) -> StackedLayer:
     projection, recurrent = (_factors(own[name]) for name in ("weight_ih", "weight_hh"))
     *thin, weight = recurrent
     rows = rnn.gates * rnn.hidden_size
-    biases = [weight.new_zeros(rows) if own[name] is None else own[name].detach() for name in rnn.biases]
-    node = Recurrent("y", ["x", "h", "c"][: 1 + rnn.states], weight, biases[1], FREE, suffix, cell=rnn.cell)
+    biases = {name: weight.new_zeros(rows) if own[name] is None else own[name].detach() for name in rnn.biases}
+    bias = biases.pop("bias_ih", weight.new_zeros(rows))  # of the projection; a cell without it adds all of its own
+    recurrent_bias = torch.cat(list(biases.values()))
+    node = Recurrent("y", ["x", "h", "c"][: 1 + rnn.states], weight, recurrent_bias, FREE, suffix, cell=rnn.cell)
     node.v = thin[0].t().contiguous() if thin else None
-    bias = biases[0]
-    if rnn.scalars:  # FastGRNN, whose two biases are those of its gates.
-        node.bias, bias = torch.cat(biases), weight.new_zeros(rows)
+    if rnn.scalars:
         node.scale = torch.cat([own[name].detach().sigmoid() for name in rnn.scalars])
     return StackedLayer(projection, bias, node)
 

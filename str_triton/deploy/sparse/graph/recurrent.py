@@ -15,7 +15,8 @@ from str_triton.nn import LowRankGRU, LowRankLSTM, LowRankRNN
 
 aten = torch.ops.aten
 LOW_RANK = torch.ops.str_triton.low_rank_rnn.default
-# Blocks of `hidden` rows in the recurrent matrix and of `hidden` elements in the bias, states, and elements of `scale`.
+# The cells of runtime/recurrent.h, in its order. Blocks of `hidden` rows in the recurrent matrix and of
+# `hidden` elements in the bias, states, and elements of `scale`.
 SIZES = {"gru": (3, 3, 1, 0), "lstm": (4, 4, 2, 0), "fastgrnn": (1, 2, 1, 2), "mgu": (2, 2, 1, 0)}
 
 
@@ -30,9 +31,9 @@ class Recurrent(Layer):
         weight: the recurrent matrix [gates * hidden, hidden], or without `v` its factor w [gates * hidden, rank].
         bias: of the gates, as `ops.low_rank_rnn` takes it.
         v: the other factor [hidden, rank] of the matrix w v^T; None: `weight` is the whole matrix.
-        scale: the sigmoids of FastGRNN's two scalars, else empty.
+        scale: the sigmoids of the cell's scalars; None if it has none.
         weight_in, bias_in: if given, the first input is x [T, B, features], and gates_x is weight_in x + bias_in.
-        cell: "gru", "lstm", "fastgrnn" or "mgu".
+        cell: a key of SIZES.
         reverse: run from the last step to the first.
     """
 

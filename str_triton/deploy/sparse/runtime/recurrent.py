@@ -10,7 +10,6 @@ from str_triton.deploy.sparse.graph.recurrent import SIZES, Recurrent
 from str_triton.deploy.sparse.runtime.threads import thread_count
 
 UNITS = 2  # vectors of hidden units in a block, as in recurrent.h
-CELLS = ("gru", "lstm", "fastgrnn", "mgu")  # in the order of recurrent.h
 # The loop itself projects inputs of so few features, for so many sequences or with so few weights. Else the weights,
 # read in every step, cost more than the gates of all steps in memory.
 FEATURES, SEQUENCES, SMALL = 128, 4, 2**14
@@ -43,7 +42,7 @@ class PackedLoop:
         gates, biases, _, _ = SIZES[node.cell]
         inner = node.weight.shape[1]
         self._arrays = {"w": _blocks(node.weight, gates, lanes), "bias": _blocks(node.bias[:, None], biases, lanes)}
-        self.loop = LoopStruct(cell=CELLS.index(node.cell), gates=gates, reverse=node.reverse, inner=inner)
+        self.loop = LoopStruct(cell=list(SIZES).index(node.cell), gates=gates, reverse=node.reverse, inner=inner)
         self.loop.hidden = self.hidden
         self._products = self.hidden * gates * (inner + ACTIVATION)
         if node.v is not None:
