@@ -86,6 +86,21 @@ def test_arguments_and_results_of_many_kinds(by_kernels, tmp_path):
         compiled(ids.float(), mask=mask, scale=0.5)
 
 
+def test_a_size_for_which_only_the_exported_graph_fails(by_kernels, monkeypatch):
+    """The model takes the call, as for an attention with no sequences; without it the error of the graph is raised."""
+    model, x = nn.Linear(6, 3).eval(), torch.randn(0, 6)
+    compiled = deploy.compile_sparse(model, torch.randn(2, 6))
+    monkeypatch.setattr("str_triton.deploy.sparse.model.try_out", _fails)
+    with pytest.raises(RuntimeError, match="a reshape"):
+        compiled(x)
+    compiled._held_source = (model,)
+    assert compiled(x).shape == (0, 3)
+
+
+def _fails(*_: object) -> None:
+    raise RuntimeError("a reshape of no elements")
+
+
 def test_a_wrong_shape_is_stated_without_symbols(tmp_path):
     deploy.compile_sparse(nn.Linear(20, 3).eval(), torch.randn(2, 20), tune=False).save(tmp_path / "net")
     with pytest.raises(ValueError, match=r"the input of shape \[any, 20\], got \[1, 5\]"):

@@ -257,9 +257,16 @@ class SparseModel(CompiledModel):
         if len(self._plans) == PLANS:
             del self._plans[next(iter(self._plans))]
         with _context():
-            if self.is_from_file:  # What it allocates for these sizes may be any power of them.
-                dry_run(self.graph, *zip(*((leaves[i].shape, leaves[i].dtype) for i in self._tensors), strict=True))
-            trial = try_out(self.graph, [leaves[i] for i in self._tensors])
+            inputs = [leaves[i] for i in self._tensors]
+            # A file's network may allocate any power of these sizes. Torch refuses some empty tensors without values.
+            if self.is_from_file and all(tensor.numel() for tensor in inputs):
+                dry_run(self.graph, [tensor.shape for tensor in inputs], [tensor.dtype for tensor in inputs])
+            try:
+                trial = try_out(self.graph, inputs)
+            except Exception as error:  # For one, a reshape to [-1, n] of no elements.
+                if self.source is None:
+                    raise
+                raise Unfit(f"the exported graph does not run for these sizes: {error}") from error
             try:
                 plan = Plan(self.graph, trial, self.choices, library())
             except TooLarge:
