@@ -4,6 +4,7 @@ import threading
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from str_triton import deploy
 from str_triton.deploy.sparse import backend
+from str_triton.deploy.sparse.agree import takes_more
 from str_triton.deploy.sparse.executions.choice import Choice
 from tests.deploy.sparse_networks import Excite, Two, prune, same
 
@@ -90,6 +92,9 @@ def test_a_size_for_which_only_the_exported_graph_fails(by_kernels, monkeypatch)
     """The model takes the call, as for an attention with no sequences; without it the error of the graph is raised."""
     model, x = nn.Linear(6, 3).eval(), torch.randn(0, 6)
     compiled = deploy.compile_sparse(model, torch.randn(2, 6))
+    example = (torch.randn(2, 6),), {}
+    assert not takes_more(model, compiled.graph, compiled.signature, *example)
+    assert takes_more(model, SimpleNamespace(run=_fails), compiled.signature, *example)
     monkeypatch.setattr("str_triton.deploy.sparse.model.try_out", _fails)
     with pytest.raises(RuntimeError, match="a reshape"):
         compiled(x)

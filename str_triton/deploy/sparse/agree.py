@@ -153,10 +153,11 @@ def resized(args: tuple, kwargs: dict[str, Any], sizes: dict[str, tuple[int, int
     return pytree.tree_unflatten([other(given, leaf) for given, leaf in zip(flat, leaves, strict=True)], structure)
 
 
-def takes_more(model: nn.Module, signature: Signature, args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Check whether the model takes arguments that the signature excludes: each has another size in one dimension.
+def takes_more(model: nn.Module, graph: Graph, signature: Signature, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Check whether the model takes arguments that the signature excludes, or for which the graph fails.
 
-    An argument that is no tensor may always have another value.
+    Each has another size in one dimension; only a size of zero may make the graph fail. An argument that is no tensor
+    may always have another value.
     """
     flat, structure = pytree.tree_flatten((args, kwargs))
     if not all(isinstance(leaf, Tensor) for leaf in flat):
@@ -168,14 +169,15 @@ def takes_more(model: nn.Module, signature: Signature, args: tuple, kwargs: dict
             for size in {0, 1, 2, old + 1} - {old} if old else ():
                 leaves = clone(flat)
                 leaves[number] = given.index_select(dim, torch.arange(size, device="cpu") % old)
-                if not signature.fits(leaves) and _takes(model, *pytree.tree_unflatten(leaves, structure)):
+                fits = signature.fits(leaves) and (size > 0 or _takes(graph.run, (leaves,), {}))
+                if not fits and _takes(model, *pytree.tree_unflatten(leaves, structure)):
                     buffers.restore()
                     return True
                 buffers.restore()
     return False
 
 
-def _takes(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> bool:
+def _takes(model: Callable, args: tuple, kwargs: dict[str, Any]) -> bool:
     try:
         model(*args, **kwargs)
     except Exception:

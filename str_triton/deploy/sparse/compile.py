@@ -189,8 +189,9 @@ def _lowered(exported: Exported, model: nn.Module, args: tuple, kwargs: dict[str
     with quiet():
         lowered = lower(exported.program)
     inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    source = None if exported.is_open and not takes_more(model, exported.signature, args, kwargs) else model
-    return _tuned(fuse(lowered.graph), exported.signature, inputs, lowered.left, tune, source)
+    graph = fuse(lowered.graph)
+    source = None if exported.is_open and not takes_more(model, graph, exported.signature, args, kwargs) else model
+    return _tuned(graph, exported.signature, inputs, lowered.left, tune, source)
 
 
 def _tuned(
