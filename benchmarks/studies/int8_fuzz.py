@@ -2,8 +2,9 @@
 
     python -m benchmarks.studies.int8_fuzz [--first 0] [--count 500] [--paths native vnni-emulated ...]
 
-Each seed is a graph of convolutions of every option (strides, dilation, groups, depthwise, residuals), max pools,
-concatenations, slices, a mean and a linear layer on codes with random zero points. Every layer's work is cut at random.
+Each seed is a graph of convolutions of every option (strides, dilation, groups, depthwise, residuals, tables), max
+pools, concatenations, slices, zeros around images, gates by channel, means and a linear layer on codes with random zero
+points. Every layer's work is cut at random.
 A path is the same source for another instruction: "vnni-emulated" replaces the one instruction by a C function of its
 meaning, "portable" has no instruction at all, "plain" is compiled for the oldest processor of its kind. Results go
 to benchmarks/results/int8_fuzz.json. Under AddressSanitizer and UBSan: the environment of sparse_fuzz.py.
@@ -30,11 +31,13 @@ from str_triton.deploy.sparse.graph.quantized import (
     Grid,
     Quantize,
     QuantizedConvolution,
+    QuantizedGate,
     QuantizedLinear,
     QuantizedMean,
 )
 from str_triton.deploy.sparse.graph.refs import Ref
 from str_triton.deploy.sparse.runtime import build, plan
+from str_triton.deploy.sparse.runtime.images import PAD
 from str_triton.deploy.sparse.runtime.trial import try_out
 
 BASE = ("-std=gnu11", "-fPIC", "-shared", "-ffp-contract=fast", "-fopenmp")
@@ -60,9 +63,12 @@ class Case:
         self.nodes: list[Node] = [Input("x", [])]
         self._put(Quantize("q", ["x"], self._grid()), self.nodes[-1:], shape)
         for number in range(self.draw.randint(1, 5)):
-            self.draw.choice([self._convolve, self._convolve, self._convolve, self._pool, self._move])(f"n{number}")
+            makers = [*[self._convolve] * 4, self._pool, self._move, self._pad, self._gate]
+            self.draw.choice(makers)(f"n{number}")
         self._finish()
-        self.graph = Graph(self.nodes, [Ref(node.name) for node in self.nodes[1:]])
+        # Zeros around images are made only where a call reads them, and not by convolutions.
+        outputs = [node for node in self.nodes[1:] if not isinstance(node, Call) or node.target is not PAD]
+        self.graph = Graph(self.nodes, [Ref(node.name) for node in outputs])
 
     def _sizes(self) -> tuple[int, int]:
         return self.draw.randint(1, 40), self.draw.choice([1, 2, 7, 16, 33, 64, 65])
@@ -111,6 +117,9 @@ class Case:
         if alike and draw.random() < 0.5:
             node.inputs.append(draw.choice(alike))
             node.grids = (*grids, self.grids[node.inputs[1]])
+        if draw.random() < 0.3:
+            node.before = self._grid()
+            node.table = torch.randint(256, (256,), generator=self.generator, dtype=torch.uint8)
         self._put(node, [source], own)
 
     def _pool(self, name: str) -> None:
@@ -142,6 +151,22 @@ class Case:
             count = channels - begin
         self.values[name], self.grids[name] = (images, count, *sizes), self.grids[source]
         self.nodes.append(node)
+
+    def _pad(self, name: str) -> None:
+        source = self.draw.choice(list(self.values))
+        *rest, rows, columns = self.values[source]
+        zeros = [self.draw.choice([0, 0, 1, 2]) for _ in range(4)]
+        args = (Ref(source), zeros, self.grids[source].zero)
+        self.nodes.append(Call(name, [source], PAD, args))
+        self.values[name] = *rest, rows + zeros[2] + zeros[3], columns + zeros[0] + zeros[1]
+        self.grids[name] = self.grids[source]
+
+    def _gate(self, name: str) -> None:
+        source = self.draw.choice(list(self.values))
+        grids = (self.grids[source], self._grid())
+        self.nodes.append(QuantizedMean(f"{name}.mean", [source], True, grid=grids[0]))
+        self.nodes.append(QuantizedGate(name, [source, f"{name}.mean"], grids))
+        self.values[name], self.grids[name] = self.values[source], grids[1]
 
     def _finish(self) -> None:
         last = list(self.values)[-1]

@@ -7,19 +7,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from str_triton import deploy
-from str_triton.deploy.sparse.graph.nodes import Call
+from str_triton.deploy.sparse.executions.choice import Choice
+from str_triton.deploy.sparse.graph.nodes import Call, Graph
 from str_triton.deploy.sparse.graph.quantized import (
     Dequantize,
     Grid,
     Quantize,
     QuantizedConvolution,
+    QuantizedGate,
     QuantizedLinear,
     QuantizedMean,
 )
+from str_triton.deploy.sparse.quantize import faster
+from str_triton.deploy.sparse.quantize.faster import select
 from str_triton.deploy.sparse.quantize.ranges import METHODS, Range
+from str_triton.deploy.sparse.stopwatch import Stopwatch
 from tests.deploy.sparse_networks import prune
 
 pytestmark = [
@@ -136,14 +142,14 @@ def test_one_outlier(method: str):
 
 
 def test_what_stays_in_float32(batches):
-    """A layer with another activation, and those above the bound; the compiled network is the model then."""
+    """A linear layer with an activation, and layers above the bound; the compiled network is the model then."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GELU(), nn.Conv2d(8, 8, 3)).eval()
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GELU(), nn.Flatten(), nn.Linear(8 * 17 * 21, 5), nn.GELU()).eval()
     left = deploy.quantize(model, batches, bound=1e-6)
     first, second = left.report.layers
-    assert "gelu" in first.left
-    assert "above" in second.left
-    assert second.alone > 1e-6
+    assert "above" in first.left
+    assert first.alone > 1e-6
+    assert "gelu" in second.left
     compiled = deploy.compile_sparse(left, batches[0])
     torch.testing.assert_close(compiled(batches[0]), model(batches[0]).detach(), rtol=1e-4, atol=1e-4)
 
@@ -173,6 +179,77 @@ def test_compiled_is_equal_saved_loaded_copied_packed(tmp_path: Path, quantized,
     assert torch.equal(other(batches[0]), quantized(batches[0]))
 
 
+class Modern(nn.Module):
+    """TensorFlow's padding, activations that need a table, squeeze and excitation, an average pool, a sum by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.down, self.up = nn.Conv2d(3, 8, 3, 2), nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
+        self.deep, self.last = nn.Conv2d(8, 8, 3, 2, groups=8), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.hardswish(self.stem(F.pad(x, (0, 1, 0, 1))))
+        y = y * torch.sigmoid(self.up(F.silu(self.down(y.mean((2, 3), keepdim=True)))))
+        y = F.avg_pool2d(F.leaky_relu(self.deep(F.pad(y, (0, 1, 0, 1))), 0.1), 2)
+        return self.last(y + torch.relu(y)).mean((2, 3))
+
+
+def test_tables_gates_average_pools_and_padding_are_on_integers(tmp_path: Path, chosen):
+    torch.manual_seed(0)
+    model, x = prune(Modern(), 0.7), torch.randn(4, 3, 32, 40)
+    quantized = deploy.quantize(model, [x])
+    assert not any(layer.left for layer in quantized.report.layers)
+    assert quantized.report.error < 0.05
+    graph = quantized.graph
+    assert sum(isinstance(node, Quantize) for node in graph.nodes) == 2  # the image, and what the excitation reads
+    assert sum(isinstance(node, Dequantize) for node in graph.nodes) == 1  # the excitation's factors
+    assert any(isinstance(node, QuantizedGate) for node in graph.nodes)
+    assert all(isinstance(node, QuantizedConvolution) for node in graph.layers())
+    (first, *_) = graph.layers()
+    codes = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(first.table, first.grids[1].encode(F.hardswish(first.before.decode(codes))))
+    chosen(Choice("int8", 3, 2, 2))
+    compiled = deploy.compile_sparse(quantized, x)
+    assert torch.equal(compiled(x), quantized(x))
+    assert not any(kind == "torch" for _, kind, _ in compiled.profile(x))
+    compiled.save(tmp_path / "net")
+    assert torch.equal(deploy.load_sparse(tmp_path / "net")(x[:1]), quantized(x[:1]))
+    chosen(Choice("sparse", 3, 2, 2))
+    floats = deploy.compile_sparse(model, x)
+    assert not any(kind == "torch" for _, kind, _ in floats.profile(x))
+    torch.testing.assert_close(floats(x), model(x).detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("copy_ms", "best"), [(0.1, "abc"), (0.01, "ac"), (0.6, "")])
+def test_the_fastest_mixture_counts_the_edges(copy_ms: float, best: str):
+    times = {"a": (1.0, 0.5), "b": (1.0, 1.05), "c": (1.0, 0.5)}
+
+    def edges(integers: set[str]) -> Graph:
+        """A chain: a copy wherever one layer is on integers and the next is not."""
+        chain = ["", *(name if name in integers else "" for name in times), ""]
+        return Graph(
+            [Quantize("", ["x"], Grid(1.0, 0)) for one, two in itertools.pairwise(chain) if bool(one) != bool(two)], []
+        )
+
+    assert select(set(times), times, edges, {"x": (1,)}, lambda shape: copy_ms) == set(best)
+
+
+def test_layers_that_are_not_faster_stay_in_float32(mixed, batches, monkeypatch: pytest.MonkeyPatch):
+    """Of the networks that are timed, the fastest one is returned; here one of them says that it is."""
+    kept: list[frozenset[str]] = []
+
+    def choose_one(chosen: set[str], *_: object) -> frozenset[str]:
+        kept.append(frozenset(sorted(chosen)[:-1]))
+        return kept[0]
+
+    monkeypatch.setattr(faster, "select", choose_one)
+    monkeypatch.setattr(Stopwatch, "race", lambda self, calls, *_, **__: {key: float(key not in kept) for key in calls})
+    quantized = deploy.quantize(mixed, batches, example=batches[0][:1])
+    (left,) = [layer.left for layer in quantized.report.layers if layer.left]
+    assert "1.000 ms in float32" in left
+    assert sum(isinstance(node, QuantizedConvolution | QuantizedLinear) for node in quantized.graph.layers()) == 4
+
+
 def test_hostile_numbers(tmp_path: Path, quantized, batches):
     """Sums beyond 32 bits, scales and zeros that are none, tensors of other dtypes: refused in one line."""
     deploy.compile_sparse(quantized, batches[0], tune=False).save(tmp_path / "net")
@@ -190,6 +267,8 @@ def test_hostile_numbers(tmp_path: Path, quantized, batches):
         every = {"tuple": [{"tuple": grid}, *layers[1]["grids"]["tuple"][1:]]}
         cases.append(({"grids": every}, {}))
     cases += [({"grids": {"tuple": layers[1]["grids"]["tuple"][:1]}}, {}), ({"activation": "gelu"}, {})]
+    table = {"tensor": key["scale"]}
+    cases += [({"table": table, "before": {"tuple": [1.0, 0]}}, {}), ({"before": {"tuple": [1.0, 0]}}, {})]
     for fields, values in cases:
         changed = copy.deepcopy(record)
         next(node for node in changed["nodes"] if node["name"] == layers[1]["name"]).update(fields)

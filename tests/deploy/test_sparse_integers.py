@@ -12,6 +12,7 @@ from str_triton.deploy.sparse.executions.choice import Choice
 from str_triton.deploy.sparse.graph.nodes import Convolution, Graph, Input
 from str_triton.deploy.sparse.graph.quantized import Dequantize, Grid, Quantize, QuantizedConvolution, QuantizedMean
 from str_triton.deploy.sparse.graph.refs import Ref
+from str_triton.deploy.sparse.runtime.images import PAD
 from str_triton.deploy.sparse.runtime.operations import nonzeros
 from str_triton.deploy.sparse.runtime.plan import Plan
 from str_triton.deploy.sparse.runtime.quads import quads
@@ -53,7 +54,14 @@ def test_the_seeds_have_every_kind():
     assert any(layer.is_depthwise for layer in layers)
     assert any(len(layer.inputs) > 1 for layer in layers)
     assert any(layer.stride != (1, 1) and layer.padding != (0, 0) and layer.grids[0].zero for layer in layers)
-    assert {type(node).__name__ for case in cases for node in case.nodes} >= {"MaxPool", "Call", "QuantizedMean"}
+    assert {type(node).__name__ for case in cases for node in case.nodes} >= {
+        "MaxPool",
+        "Call",
+        "QuantizedMean",
+        "QuantizedGate",
+    }
+    assert any(layer.table is not None for layer in layers)
+    assert any(PAD in {getattr(node, "target", None) for node in case.nodes} for case in cases)
 
 
 @pytest.mark.parametrize("signs", [(-1, 1), (1, 1), (-1, -1)])

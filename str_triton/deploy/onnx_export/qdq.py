@@ -5,6 +5,7 @@ int8 weight and int32 bias a constant -> DequantizeLinear. What stands between i
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,13 @@ from str_triton.deploy.sparse.graph.quantized import (
     Grid,
     Quantize,
     QuantizedConvolution,
+    QuantizedGate,
     QuantizedLinear,
     QuantizedMean,
 )
 from str_triton.deploy.sparse.graph.refs import substitute
 from str_triton.deploy.sparse.quantize.model import QuantizedModel
+from str_triton.deploy.sparse.runtime.images import PAD
 
 torch.library.define("str_triton::quantize_linear", "(Tensor x, float scale, int zero) -> Tensor")
 torch.library.define("str_triton::dequantize_linear", "(Tensor codes, float scale, int zero) -> Tensor")
@@ -114,6 +117,10 @@ class QdqNetwork(nn.Module):
                 return node.finish(y, values)
             case QuantizedMean():
                 return values[node.inputs[0]].mean((-2, -1), keepdim=node.keep)
+            case QuantizedGate():
+                return _rounded(values[node.inputs[0]] * values[node.inputs[1]], node.grids[1])
+            case Call(target=target) if target is PAD and node.name in self.grids:
+                node = replace(node, args=(*node.args[:2], 0.0))  # not the code of zero
         value = node.run(values)
         return _rounded(value, self.grids[node.name]) if node.name in self.grids else value
 
@@ -121,13 +128,16 @@ class QdqNetwork(nn.Module):
         weight, bias = self._decoded(node, "weight"), self._decoded(node, "bias")
         geometry = (node.stride, node.padding, node.dilation, node.groups)
         y = F.conv2d(values[node.inputs[0]], weight, bias, *geometry)
-        grid = node.grids[1]
+        grid = node.rounded
         if len(node.inputs) > 1:
             y = _rounded(y, self.sums.get(node.name, grid)) + values[node.inputs[1]]
         if grid.limits(node.clamp) != (-grid.zero, TOP - grid.zero):
             # The quantization does not clamp by itself. Engines fuse no clamp between a layer and its quantization.
             y = _rounded(y, grid).clamp(*node.clamp)
-        return _rounded(y, grid)
+        y = _rounded(y, grid)
+        if node.table is not None:
+            y = _rounded(node.activate(y), node.grids[1])
+        return y
 
 
 def _grids(nodes: Sequence[Node]) -> dict[str, Grid]:
@@ -137,7 +147,7 @@ def _grids(nodes: Sequence[Node]) -> dict[str, Grid]:
         match node:
             case Quantize():
                 grids[node.name] = node.grid
-            case QuantizedConvolution():
+            case QuantizedConvolution() | QuantizedGate():
                 grids[node.name] = node.grids[1]
             case MaxPool() | Call() if node.inputs and node.inputs[0] in grids:
                 grids[node.name] = grids[node.inputs[0]]

@@ -4,7 +4,6 @@ import ctypes
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +15,7 @@ from str_triton.deploy.sparse.executions.choice import Choice
 from str_triton.deploy.sparse.graph.nodes import Convolution, Graph, Layer, Linear
 from str_triton.deploy.sparse.graph.pointwise import Pointwise
 from str_triton.deploy.sparse.graph.pools import AvgPool, MaxPool, Mean
-from str_triton.deploy.sparse.runtime.draft import is_row
-from str_triton.deploy.sparse.runtime.images import leader
+from str_triton.deploy.sparse.runtime.images import is_row, leader
 from str_triton.deploy.sparse.runtime.plan import Plan, Segment
 from str_triton.deploy.sparse.runtime.structs import LINEAR, LINEAR_BYTES
 from str_triton.deploy.sparse.runtime.trial import Trial
@@ -58,7 +56,7 @@ def choose(
     }
     kernels = {name: [c for c in found.values() if EXECUTIONS[c.execution].by_kernels] for name, found in timed.items()}
     by_kernel = {name: found[0] for name, found in kernels.items() if found}
-    candidates = [_weigh(graph, trial.shapes, by_torch, by_kernel, _copy_milliseconds)]
+    candidates = [_weigh(graph, trial.shapes, by_torch, by_kernel, copy_time)]
     # A layer timed alone pays for changes of the memory format. A whole network in channels_last does not.
     others = {name: choice for name, choice in by_torch.items() if choice.execution not in (*_DENSE, "csr")}
     candidates += [{name: found.get(e, found["dense"]) for name, found in timed.items()} | others for e in _DENSE]
@@ -75,12 +73,7 @@ def _time(
     shapes, every, ours = trial.shapes, trial.every(), kernel_name(node)
     if any(name not in every for name in (*node.inputs, node.name)):  # Torch alone, untimed.
         return {"dense": Choice("dense", ms=0.0)}
-    values: dict[str, Any] = {
-        name: torch.randn(shapes[name], dtype=torch.float32, device="cpu")
-        if name in shapes
-        else torch.randint(256, every[name], dtype=torch.uint8, device="cpu")
-        for name in node.inputs
-    }
+    values = _random_inputs(node, trial)
     calls: dict[str, Callable[[], object]] = {}
     for name, execution in EXECUTIONS.items():
         if not execution.by_kernels and execution.fits(node, shapes):
@@ -97,6 +90,26 @@ def _time(
         name: replace(cut if name == ours else Choice(name), execution=name, ms=ms * passes[name], ms_dense=dense)
         for name, ms in times.items()
     }
+
+
+def _random_inputs(node: Layer, trial: Trial) -> dict[str, Tensor]:
+    return {
+        name: torch.randn(trial.shapes[name], dtype=torch.float32, device="cpu")
+        if name in trial.shapes
+        else torch.randint(256, trial.codes[name], dtype=torch.uint8, device="cpu")
+        for name in node.inputs
+    }
+
+
+def layer_call(
+    node: Layer, trial: Trial, plan: Plan, choice: Choice, library: ctypes.CDLL
+) -> tuple[Callable[[], object], int]:
+    """Return a call of one layer alone, as a plan executes it, and how often it runs in a call of the network."""
+    kernel = _Stage.find(plan, node.name, library)
+    if kernel is not None:
+        kernel.hold_tensors()
+        return kernel.run, kernel.passes
+    return functools.partial(EXECUTIONS[choice.execution].run, node, _random_inputs(node, trial)), 1
 
 
 @dataclass
@@ -129,14 +142,19 @@ class _Stage:
         stage = ctypes.addressof(self.segment.stages[self.number])
         self.library.str_triton_run(stage, 1, self.threads)
 
+    def hold_tensors(self) -> None:
+        """Make tensors for an operation that reads and writes them: those of the plan's run are freed."""
+        op = self.segment.operations[self.number][0]
+        if op.kind in (LINEAR, LINEAR_BYTES):
+            x = torch.randn(op.images * op.x.image) if op.kind == LINEAR else torch.zeros(op.images * op.x.image).byte()
+            self._tensors = x, torch.empty(op.images * op.y.image)
+            op.x.data, op.y.data = (tensor.data_ptr() for tensor in self._tensors)
+
     def best_cut(self, watch: stopwatch.Stopwatch) -> Choice:
         """Divide the work in the fastest way, and return that choice."""
         op = self.segment.operations[self.number][0]
         lanes = self.library.str_triton_lanes()
-        if op.kind in (LINEAR, LINEAR_BYTES):  # The tensors of the plan's run are freed.
-            x = torch.randn(op.images * op.x.image) if op.kind == LINEAR else torch.zeros(op.images * op.x.image).byte()
-            self._tensors = x, torch.empty(op.images * op.y.image)
-            op.x.data, op.y.data = (tensor.data_ptr() for tensor in self._tensors)
+        self.hold_tensors()
         cuts = _cuts(op.length // lanes * op.images * op.planes, self.threads, lanes)
         if isinstance(self.segment.tasks[self.number].node, Pointwise):  # Limited by memory: any will do.
             cuts = cuts[-1:]
@@ -218,7 +236,8 @@ def _weigh(
 
 
 @functools.lru_cache(maxsize=1024)
-def _copy_milliseconds(shape: tuple[int, ...]) -> float:
+def copy_time(shape: tuple[int, ...]) -> float:
+    """Measure the milliseconds of a copy of a float32 tensor."""
     x = torch.ones(shape, dtype=torch.float32, device="cpu")
     y = torch.empty_like(x)
     return stopwatch.Stopwatch(torch.empty(0)).race({0: lambda: y.copy_(x)}, cold=False)[0]

@@ -14,8 +14,9 @@ from str_triton.deploy.sparse.executions import EXECUTIONS, kernel_name
 from str_triton.deploy.sparse.executions.choice import Choice
 from str_triton.deploy.sparse.graph.nodes import Convolution, Graph, Layer
 from str_triton.deploy.sparse.graph.pointwise import Pointwise
+from str_triton.deploy.sparse.graph.quantized import QuantizedConvolution, QuantizedLinear
 from str_triton.deploy.sparse.graph.recurrent import Recurrent
-from str_triton.deploy.sparse.runtime.draft import is_row
+from str_triton.deploy.sparse.runtime.images import is_row
 from str_triton.deploy.sparse.runtime.plan import Plan
 from str_triton.deploy.sparse.runtime.structs import CONVOLUTION, CONVOLUTION_BYTES, LINEAR, LINEAR_BYTES
 
@@ -25,6 +26,9 @@ CALL = 5e-3  # milliseconds of one call of a torch operation
 RATES = {CONVOLUTION: 0.45, LINEAR: 0.04, CONVOLUTION_BYTES: 0.15, LINEAR_BYTES: 0.04}
 # Torch's multiplications a second in depthwise layers, and in linear layers for one row, in the same unit.
 DEPTHWISE, ONE_ROW = 0.1, 0.2
+
+# How many times as long torch takes for a layer on integers, whose codes it converts to floating point and back.
+REFERENCE = 8
 
 
 @functools.cache
@@ -66,6 +70,8 @@ def estimate(
         elif is_row(node, shapes):
             slow = ONE_ROW
         dense = CALL + node.weight.numel() * pixels / (rate * slow)
+        if isinstance(node, QuantizedConvolution | QuantizedLinear):
+            dense *= REFERENCE
         if isinstance(node, Pointwise):
             dense = CALL + copy_milliseconds(shape)
         by_torch[node.name] = Choice("dense", ms=dense, ms_dense=dense)

@@ -243,8 +243,17 @@ def _check_quantized_mean(node: quantized.QuantizedMean) -> None:
 
 def _check_quantized_convolution(node: quantized.QuantizedConvolution) -> None:
     _check_convolution(node)
+    before, table = node.before, node.table
+    fits = before is None if table is None else before is not None and _is_grid(before)
+    fits = fits and (table is None or (_is_tensor(table, 1, torch.uint8) and len(table) == quantized.TOP + 1))
+    _require(fits, f"{node.name} has no table of 256 codes")
     _check_products(node, 1 + len(node.inputs))
     _require(node.residual_factor() <= quantized.MOST_FACTOR, f"{node.name} has scales beyond reason")
+
+
+def _check_gate(node: quantized.QuantizedGate) -> None:
+    fits = len(node.inputs) == len(node.grids) == 2 and all(map(_is_grid, node.grids))
+    _require(fits and node.ratio() <= quantized.MOST_FACTOR, f"{node.name} has no grids")
 
 
 def _check_quantized_linear(node: quantized.QuantizedLinear) -> None:
@@ -254,7 +263,8 @@ def _check_quantized_linear(node: quantized.QuantizedLinear) -> None:
 
 def _check_products(node: quantized.QuantizedConvolution | quantized.QuantizedLinear, grids: int) -> None:
     """Check the numbers of a quantized layer: sums must fit into int32, products into float32."""
-    fits = _is_tensor(node.scale, 1, torch.float32) and node.scale.shape == node.bias.shape and node.activation == ""
+    fits = _is_tensor(node.scale, 1, torch.float32) and node.scale.shape == node.bias.shape
+    fits = fits and (node.activation == "" or getattr(node, "table", None) is not None)
     _require(fits and len(node.grids) == grids and all(map(_is_grid, node.grids)), f"{node.name} has no grids")
     sums = node.weight.numel() > 0 and int(node.weight.min()) >= -127 and node.span() < 2**31
     _require(sums, f"{node.name} has sums beyond 32 bits")
@@ -288,6 +298,7 @@ _KINDS: dict[str, tuple[type[nodes.Node], Callable[[Any], None]]] = {
     "Mean": (pools.Mean, _check_mean),
     **{kind.__name__: (kind, _check_coder) for kind in (quantized.Quantize, quantized.Dequantize)},
     "QuantizedMean": (quantized.QuantizedMean, _check_quantized_mean),
+    "QuantizedGate": (quantized.QuantizedGate, _check_gate),
     "QuantizedConvolution": (quantized.QuantizedConvolution, _check_quantized_convolution),
     "QuantizedLinear": (quantized.QuantizedLinear, _check_quantized_linear),
 }

@@ -7,6 +7,7 @@ the clamp. Rounding to integers is to the nearest, ties to even.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -14,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from str_triton.deploy.sparse.graph.nodes import Convolution, Linear, Node
-from str_triton.deploy.sparse.graph.pools import Mean
+from str_triton.deploy.sparse.graph.nodes import Call, Convolution, Linear, Node
+from str_triton.deploy.sparse.graph.pools import MaxPool, Mean
 
 TOP = 255  # the largest code
 SMALLEST = torch.finfo(torch.float32).tiny  # the smallest scale
@@ -103,6 +104,30 @@ class QuantizedMean(Mean):
         return steps.float() * self.factor(pixels) if pixels else torch.full_like(steps, math.nan, dtype=torch.float32)
 
 
+@dataclass
+class QuantizedGate(Node):
+    """The product of an image of codes and a float32 factor for each of its channels, [images, channels, 1, 1].
+
+    Attributes:
+        grids: those of the image and of the product.
+    """
+
+    grids: tuple[Grid, ...]
+
+    def __post_init__(self) -> None:
+        self.grids = tuple(Grid(*grid) for grid in self.grids)
+
+    def ratio(self) -> float:
+        """Return what a factor is multiplied by, for steps of the product."""
+        return float(torch.tensor(self.grids[0].scale / self.grids[1].scale, dtype=torch.float32))
+
+    def run(self, values: dict[str, Any]) -> Tensor:
+        image, factors = (values[name] for name in self.inputs)
+        zero = self.grids[1].zero
+        steps = (self.grids[0].steps(image) * (factors * self.ratio())).nan_to_num(0.0).clamp(-zero, TOP - zero)
+        return (torch.round(steps) + zero).to(torch.uint8)
+
+
 class _Products:
     """The common part of quantized layers: sums of products of integers, and their scales."""
 
@@ -144,20 +169,34 @@ class QuantizedConvolution(_Products, Convolution):
     Attributes:
         scale: [out] float32, the weight's scales.
         grids: the input's, the output's, and if a sum is fused the residual's.
+        table: an activation after the clamp: [256] uint8, the output's code for each code before it; None: none.
+        before: the grid of the codes before the activation.
     """
 
     scale: Tensor = field(kw_only=True)
     grids: tuple[Grid, ...] = field(kw_only=True)
+    table: Tensor | None = field(default=None, kw_only=True)
+    before: Grid | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.before is not None:
+            self.before = Grid(*self.before)
+
+    @property
+    def rounded(self) -> Grid:
+        """The grid to which the sums are rounded."""
+        return self.grids[1] if self.before is None else self.before
 
     def factors(self) -> Tensor:
-        """Return what the sums are multiplied by for steps of the output, [out], rounded as onnxruntime rounds it."""
-        return self.scale * self.grids[0].scale / self.grids[1].scale
+        """Return what the sums are multiplied by for steps of that grid, [out], rounded as onnxruntime rounds it."""
+        return self.scale * self.grids[0].scale / self.rounded.scale
 
     def residual_factor(self) -> float:
-        """Return what the residual's steps are multiplied by for steps of the output; 0 without a residual."""
+        """Return what the residual's steps are multiplied by for steps of that grid; 0 without a residual."""
         if len(self.grids) < 3:
             return 0.0
-        return float(torch.tensor(self.grids[2].scale / self.grids[1].scale, dtype=torch.float32))
+        return float(torch.tensor(self.grids[2].scale / self.rounded.scale, dtype=torch.float32))
 
     def run(self, values: dict[str, Any]) -> Tensor:
         x, weight = self.steps(values[self.inputs[0]])
@@ -165,8 +204,9 @@ class QuantizedConvolution(_Products, Convolution):
         y = self.scaled(products, self.factors(), 3)
         if len(self.inputs) > 1:
             y = y + self.grids[2].steps(values[self.inputs[1]]) * self.residual_factor()
-        y = torch.round(y.clamp(*self.grids[1].limits(self.clamp)))
-        return (y + self.grids[1].zero).to(torch.uint8)
+        y = torch.round(y.clamp(*self.rounded.limits(self.clamp)))
+        codes = (y + self.rounded.zero).to(torch.uint8)
+        return codes if self.table is None else self.table[codes.long()]
 
 
 @dataclass
@@ -183,3 +223,17 @@ class QuantizedLinear(_Products, Linear):
     def run(self, values: dict[str, Any]) -> Tensor:
         x, weight = self.steps(values[self.inputs[0]])
         return self.scaled(F.linear(x, weight), self.factors(), 1).clamp(*self.clamp)
+
+
+def zero_codes(nodes: Iterable[Node]) -> dict[str, int]:
+    """Return the code of zero by the names of the values that are codes."""
+    zeros: dict[str, int] = {}
+    for node in nodes:
+        match node:
+            case Quantize():
+                zeros[node.name] = node.grid.zero
+            case QuantizedConvolution() | QuantizedGate():
+                zeros[node.name] = node.grids[1].zero
+            case MaxPool() | Call() if node.inputs and node.inputs[0] in zeros:
+                zeros[node.name] = zeros[node.inputs[0]]
+    return zeros

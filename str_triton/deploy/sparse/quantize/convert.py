@@ -1,11 +1,14 @@
 """The conversion of a graph in float32 to one in which chosen layers run on 8-bit integers."""
 
+import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 
-from str_triton.deploy.sparse.graph.nodes import Call, Convolution, Graph, Layer, Linear, Node
-from str_triton.deploy.sparse.graph.pools import MaxPool, Mean
+from str_triton.deploy.sparse.graph.nodes import FREE, Call, Convolution, Graph, Layer, Linear, Node
+from str_triton.deploy.sparse.graph.pointwise import Pointwise
+from str_triton.deploy.sparse.graph.pools import AvgPool, MaxPool, Mean
 from str_triton.deploy.sparse.graph.quantized import (
     MOST_FACTOR,
     SMALLEST,
@@ -14,11 +17,21 @@ from str_triton.deploy.sparse.graph.quantized import (
     Grid,
     Quantize,
     QuantizedConvolution,
+    QuantizedGate,
     QuantizedLinear,
     QuantizedMean,
 )
-from str_triton.deploy.sparse.graph.refs import rename
-from str_triton.deploy.sparse.runtime.images import Channels, Parts, Shapes, image_operation
+from str_triton.deploy.sparse.graph.refs import Ref, rename
+from str_triton.deploy.sparse.runtime.images import (
+    PAD,
+    Channels,
+    Gate,
+    Parts,
+    Shapes,
+    has_window,
+    image_operation,
+    padded_image,
+)
 
 LARGEST = 127  # the largest absolute int8 weight: symmetric
 MOST_BIAS = 2**29  # what the int32 sums leave for the bias
@@ -27,9 +40,9 @@ MOST_REACH = 2**29  # and for the products: they are summed before the zero poin
 
 def unfit(node: Layer, shapes: Shapes) -> str | None:
     """Return why a layer cannot run on integers; None if it can."""
-    if type(node) not in (Convolution, Linear):
+    if type(node) not in (Convolution, Pointwise, Linear):
         return f"layers of the kind {type(node).__name__.lower()} have no form on integers"
-    if node.activation:
+    if node.activation and isinstance(node, Linear):
         return f"its activation is {node.activation}"
     if node.variable or any(name not in shapes for name in (node.name, *node.inputs)):
         return "its shape depends on values"
@@ -47,7 +60,8 @@ def unfit(node: Layer, shapes: Shapes) -> str | None:
 def alike(graph: Graph, shapes: Shapes) -> dict[str, str]:
     """Return for each value the one that represents all values with the same grid.
 
-    A max pool, a concatenation and a slice copy codes, so their inputs and outputs have one grid.
+    A pool, a concatenation, a slice and zeros around an image make no new range, so their inputs and outputs have one
+    grid.
     """
     parents = {node.name: node.name for node in graph.nodes}
 
@@ -57,16 +71,20 @@ def alike(graph: Graph, shapes: Shapes) -> dict[str, str]:
         return name
 
     for node in graph.nodes:
+        joined: list[str] = []
         if isinstance(node, MaxPool) or isinstance(image_operation(node, shapes), Parts | Channels):
-            for name in node.inputs:
-                parents[root(name)] = root(node.name)
+            joined = node.inputs
+        elif (isinstance(node, AvgPool) and has_window(node, shapes)) or padded_image(node, shapes):
+            joined = node.inputs[:1]
+        for name in joined:
+            parents[root(name)] = root(node.name)
     return {name: root(name) for name in parents}
 
 
 def quantized(
-    node: Layer, grids: dict[str, Grid], name: str, inputs: list[str]
+    node: Layer, grids: dict[str, Grid], name: str, inputs: list[str], before: Grid | None = None
 ) -> QuantizedConvolution | QuantizedLinear:
-    """Return a layer on integers, for inputs and an output of these grids.
+    """Return a layer on integers, for inputs and an output of these grids; `before`: that of its activation's input.
 
     Raises ValueError where its numbers do not fit into int32.
     """
@@ -85,10 +103,24 @@ def quantized(
         return QuantizedLinear(**fixed, **weights, grids=tuple(ours))
     geometry = {key: getattr(node, key) for key in ("stride", "padding", "dilation", "groups")}
     every = (ours[0], grids[node.name], *ours[1:])
-    made = QuantizedConvolution(**fixed, **weights, **geometry, grids=every)
+    table: dict[str, Any] = {}
+    if node.activation and before is not None:
+        every_code = torch.arange(TOP + 1, dtype=torch.uint8, device="cpu")
+        table = {"table": grids[node.name].encode(node.activate(before.decode(every_code))), "before": before}
+        table |= {"activation": node.activation, "slope": node.slope}
+    made = QuantizedConvolution(**fixed, **weights, **geometry, **table, grids=every)
     if not (float(made.factors().max()) <= MOST_FACTOR and made.residual_factor() <= MOST_FACTOR):
         raise ValueError("its scales are beyond reason")
     return made
+
+
+def averaged(node: AvgPool, channels: int, grid: Grid, name: str, inputs: list[str]) -> QuantizedConvolution:
+    """Return an average pool on codes, as a depthwise convolution whose weights are all 1."""
+    weight = torch.ones((channels, 1, *node.kernel), dtype=torch.int8, device="cpu")
+    bias = torch.zeros(channels, dtype=torch.int32, device="cpu")
+    scale = torch.full((channels,), 1 / math.prod(node.kernel), dtype=torch.float32, device="cpu")
+    geometry = (node.stride, node.padding, node.dilation, channels)
+    return QuantizedConvolution(name, inputs, weight, bias, FREE, node.name, *geometry, scale=scale, grids=(grid, grid))
 
 
 class Converter:
@@ -98,13 +130,20 @@ class Converter:
         graph: a network in float32.
         chosen: the names of the layers that run on integers.
         grids: the grid of each value that may become codes.
+        befores: the grids of what activations in layers are applied to, by the layers' names.
         shapes: the shapes of its values for the example.
     """
 
-    def __init__(self, graph: Graph, chosen: set[str], grids: dict[str, Grid], shapes: Shapes) -> None:
-        self.chosen, self.grids, self.shapes = chosen, grids, shapes
+    def __init__(
+        self, graph: Graph, chosen: set[str], grids: dict[str, Grid], befores: dict[str, Grid], shapes: Shapes
+    ) -> None:
+        self.chosen, self.grids, self.befores, self.shapes = chosen, grids, befores, shapes
         self.codes: dict[str, str] = {}  # the nodes that hold a value's codes, by the value's name
         self._names = {node.name for node in graph.nodes}
+        self._readers: dict[str, set[str]] = {node.name: set() for node in graph.nodes}
+        for node in graph.nodes:
+            for name in node.inputs:
+                self._readers[name].add(node.name)
         self._floats: set[str] = set()
         self._nodes: list[Node] = []
         for node in graph.nodes:
@@ -113,19 +152,35 @@ class Converter:
             self._float(name)
         self.graph = Graph(self._nodes, graph.outputs, graph.changes)
 
+    def make(self, node: Layer, name: str, inputs: list[str]) -> Layer:
+        """Return a chosen layer on integers."""
+        return quantized(node, self.grids, name, inputs, self.befores.get(node.name))
+
     def _add(self, node: Node) -> None:
         first = node.inputs[0] if node.inputs else ""
         if node.name in self.chosen:
             inputs = [self._code(name) for name in node.inputs]
             name = node.name if isinstance(node, Linear) else self._new(node.name)
-            self._nodes.append(quantized(node, self.grids, name, inputs))
+            self._nodes.append(self.make(node, name, inputs))
             if isinstance(node, Linear):
                 self._floats.add(node.name)
         elif isinstance(node, MaxPool) and first in self.codes:
             self._nodes.append(replace(node, name=self._new(node.name), inputs=[self.codes[first]]))
+        elif isinstance(node, AvgPool) and first in self.codes and has_window(node, self.shapes):
+            channels, inputs = self.shapes[first][1], [self.codes[first]]
+            self._nodes.append(averaged(node, channels, self.grids[first], self._new(node.name), inputs))
         elif isinstance(node, Mean) and first in self.codes:
             self._nodes.append(QuantizedMean(node.name, [self.codes[first]], node.keep, grid=self.grids[first]))
             self._floats.add(node.name)
+        elif isinstance(node, Call) and padded_image(node, self.shapes) and self._is_code(node):
+            # The value around an image of codes is the code of zero.
+            args = (Ref(self._code(first)), node.args[1], self.grids[first].zero)
+            inputs = [self.codes[first], *node.inputs[1:]]
+            self._nodes.append(Call(self._new(node.name), inputs, PAD, args, label=node.label))
+        elif (gate := self._gate(node)) is not None:
+            self._float(gate.factors)
+            inputs, grids = [self.codes[gate.image], gate.factors], (self.grids[gate.image], self.grids[node.name])
+            self._nodes.append(QuantizedGate(self._new(node.name), inputs, grids))
         elif self._moves_codes(node):
             names = {name: self._code(name) for name in node.inputs}
             args = rename(node.args, names)
@@ -138,6 +193,17 @@ class Converter:
                 self._float(name)
             self._nodes.append(node)
             self._floats.add(node.name)
+
+    def _is_code(self, node: Call) -> bool:
+        """Check whether a call puts zeros around codes, or only layers on integers read the result."""
+        readers = self._readers[node.name]
+        return node.inputs[0] in self.codes or (bool(readers) and readers <= self.chosen)
+
+    def _gate(self, node: Node) -> Gate | None:
+        """Return the parts of a product of an image of codes and factors by channel that may become codes."""
+        found = image_operation(node, self.shapes)
+        usual = isinstance(found, Gate) and found.image in self.codes and node.name in self.grids
+        return found if usual else None
 
     def _moves_codes(self, node: Node) -> bool:
         is_copy = isinstance(image_operation(node, self.shapes), Parts | Channels)
@@ -163,7 +229,16 @@ class Converter:
             self._floats.add(name)
 
 
-def convert(graph: Graph, chosen: set[str], grids: dict[str, Grid], shapes: Shapes) -> tuple[Graph, dict[str, str]]:
+def convert(
+    graph: Graph, chosen: set[str], grids: dict[str, Grid], befores: dict[str, Grid], shapes: Shapes
+) -> tuple[Graph, dict[str, str]]:
     """Return the graph on integers, and the names of the nodes that hold codes by the names of their values."""
-    converter = Converter(graph, chosen, grids, shapes)
+    converter = Converter(graph, chosen, grids, befores, shapes)
     return converter.graph, converter.codes
+
+
+class Edges(Converter):
+    """The same rewriting with layers that are not quantized, for those who only count the nodes between them."""
+
+    def make(self, node: Layer, name: str, inputs: list[str]) -> Layer:
+        return replace(node, name=name, inputs=inputs)

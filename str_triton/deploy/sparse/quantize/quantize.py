@@ -13,9 +13,11 @@ from str_triton.deploy.sparse.graph.nodes import FREE, Graph, Linear
 from str_triton.deploy.sparse.graph.pointwise import Pointwise
 from str_triton.deploy.sparse.graph.quantized import Grid
 from str_triton.deploy.sparse.model import CompiledModel, SparseModel, plain_torch
-from str_triton.deploy.sparse.quantize.convert import alike, convert, quantized, unfit
+from str_triton.deploy.sparse.quantize.convert import Edges, alike, convert, quantized, unfit
+from str_triton.deploy.sparse.quantize.faster import faster
 from str_triton.deploy.sparse.quantize.model import LayerError, QuantizedModel, Report
 from str_triton.deploy.sparse.quantize.ranges import METHODS, Range
+from str_triton.deploy.sparse.runtime.build import library
 from str_triton.deploy.sparse.runtime.trial import try_out
 
 BOUND = 0.1  # a layer stays in float32 if the relative error of its output is above this
@@ -28,6 +30,7 @@ def quantize(
     labels: Iterable[Tensor] | None = None,
     method: str = "percentile",
     bound: float = BOUND,
+    example: Any = None,
 ) -> QuantizedModel:
     """Make a copy of `model` whose convolutions and linear layers run on 8-bit integers, without training.
 
@@ -45,6 +48,8 @@ def quantize(
         method: how the range of a value is found: "percentile" (all but 0.005 % of its numbers at either end), "mse"
             (the least squared error) or "minmax".
         bound: the largest relative error of a layer's output, as the root of the mean squares.
+        example: an input like those of inference: layers that are not faster on integers, on this machine and with
+            `torch.get_num_threads()` threads, then stay in float32, and so does a network that is faster so.
 
     Returns:
         A module for `compile_sparse`. `print` shows the error by layer.
@@ -73,7 +78,8 @@ def quantize(
     if network.graph.changes:
         raise ValueError(f"{type(model).__name__} cannot be quantized: a call changes {min(network.graph.changes)}")
     with plain_torch():
-        return _Calibration(network, given, method).result(bound, classes)
+        wanted = None if example is None else (example if type(example) is tuple else (example,))
+        return _Calibration(network, given, method).result(bound, classes, wanted)
 
 
 class _Calibration:
@@ -86,28 +92,35 @@ class _Calibration:
         self.roots = alike(self.graph, self.shapes)
         self.unfit = {node.name: unfit(node, self.shapes) for node in self.graph.layers()}
         self.sums: dict[str, Grid] = {}
+        self.befores: dict[str, Grid] = {}
         self.grids = self._grids(method)
 
     def _grids(self, method: str) -> dict[str, Grid]:
-        """Return the grid of every value that may become codes, and find those of the summands in `sums`."""
+        """Return the grid of every value that may become codes, and find those inside of layers.
+
+        `sums` has those of convolutions before a residual is added, `befores` those before an activation.
+        """
         read = [node for node in self.graph.layers() if self.unfit[node.name] is None]
         watched = {self.roots[name] for node in read for name in (node.name, *node.inputs)}
         ranges = {root: Range() for root in watched}
         bare = {node.name: replace(node, inputs=node.inputs[:1], clamp=FREE) for node in read if len(node.inputs) > 1}
-        summands = {name: Range() for name in bare}
+        bare = {name: replace(node, activation="") for name, node in bare.items()}
+        linear = {node.name: replace(node, activation="") for node in read if node.activation}
+        inside = [(bare, {name: Range() for name in bare}), (linear, {name: Range() for name in linear})]
         for note in (Range.widen, Range.count):
             for inputs in self.batches:
                 for node, values in self.graph.steps(inputs):
                     if self.roots[node.name] in watched:
                         note(ranges[self.roots[node.name]], values[node.name])
-                    if node.name in bare:
-                        note(summands[node.name], bare[node.name].run(values))
+                    for parts, seen in inside:
+                        if node.name in parts:
+                            note(seen[node.name], parts[node.name].run(values))
         found = {root: seen.grid(method) for root, seen in ranges.items()}
-        self.sums = {name: seen.grid(method) for name, seen in summands.items()}
+        self.sums, self.befores = ({name: seen[name].grid(method) for name in parts} for parts, seen in inside)
         return {name: found[root] for name, root in self.roots.items() if root in found}
 
-    def result(self, bound: float, labels: list[Tensor] | None) -> QuantizedModel:
-        """Quantize the layers whose errors are within the bound, and measure the result."""
+    def result(self, bound: float, labels: list[Tensor] | None, example: tuple | None) -> QuantizedModel:
+        """Quantize the layers whose errors are within the bound and which are faster so, and measure the result."""
         alone = self._errors_alone()
         left = dict(self.unfit)
         for name, error in alone.items():
@@ -116,7 +129,12 @@ class _Calibration:
             elif not error <= bound:
                 left[name] = f"its error {error:.3f} is above {bound:g}"
         chosen = {name for name, reason in left.items() if reason is None}
-        graph, codes = convert(self.graph, chosen, self.grids, self.shapes)
+        if example is not None and (kernels := library()) is not None:
+            inputs = self.network.signature.tensors(example, {})
+            slower = faster(self.graph, chosen, self._converted, self._edges, inputs, kernels)
+            left |= slower
+            chosen -= slower.keys()
+        graph, codes = self._converted(chosen)
         together, error = self._errors_together(graph, codes)
         layers = [
             LayerError(
@@ -134,6 +152,12 @@ class _Calibration:
         sums = {codes[name]: grid for name, grid in self.sums.items() if name in chosen}
         return QuantizedModel(graph, self.network.signature, report, self.network.left, sums)
 
+    def _converted(self, chosen: set[str]) -> tuple[Graph, dict[str, str]]:
+        return convert(self.graph, chosen, self.grids, self.befores, self.shapes)
+
+    def _edges(self, chosen: set[str]) -> Graph:
+        return Edges(self.graph, chosen, self.grids, self.befores, self.shapes).graph
+
     def _errors_alone(self) -> dict[str, float | str]:
         """Return the relative error of each layer's output where this layer alone is quantized, or why it cannot be."""
         made: dict[str, Any] = {}
@@ -141,7 +165,7 @@ class _Calibration:
         for node in self.graph.layers():
             if self.unfit[node.name] is None:
                 try:
-                    made[node.name] = quantized(node, self.grids, node.name, node.inputs)
+                    made[node.name] = quantized(node, self.grids, node.name, node.inputs, self.befores.get(node.name))
                 except ValueError as error:
                     found[node.name] = str(error)
         sums = _Errors()

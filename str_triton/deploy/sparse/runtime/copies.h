@@ -10,26 +10,30 @@
 
 /* Rows of one channel, between an image in one phase and the planes of `tables` column phases: on the one side pixels of
    a phase follow each other, on the other they are `column` apart, and the next phase is a pixel further. `change` is
-   applied to each pixel. */
+   applied to each pixel. Its numbers are copied first: a store of a byte might change what lies behind a pointer. */
 #define DEFINE_COPY(name, from, to, change)                                                                    \
     static void name(const operation *op, int64_t item) {                                                      \
         const int64_t channel = item % op->channels, image = item / op->channels;                              \
         const from *row_x = (const from *)op->x.data + image * op->x.image + channel * op->x.channel;          \
         to *row_y = (to *)op->y.data + image * op->y.image + channel * op->y.channel;                          \
+        const float low = op->low, high = op->high;                                                            \
+        const integers codes = op->codes ? *op->codes : (integers){0};                                         \
+        (void)low, (void)high, (void)codes;                                                                    \
         for (int64_t i = 0; i < op->rows; i++, row_x += op->x.row, row_y += op->y.row)                         \
             for (int64_t phase = 0; phase < op->tables; phase++) {                                             \
                 const from *x = row_x + phase * op->x.plane;                                                   \
                 to *y = row_y + phase * op->y.plane;                                                           \
                 const int64_t columns = (op->columns - phase + op->tables - 1) / op->tables;                   \
+                const int64_t step_x = op->x.column, step_y = op->y.column;                                    \
                 if (op->tables == 1)                                                                           \
-                    for (int64_t j = 0; j < columns; j++) y[j] = change(op, x[j]);                             \
-                else if (op->x.column == 2)                                                                    \
-                    for (int64_t j = 0; j < columns; j++) y[j] = change(op, x[2 * j]);                         \
+                    for (int64_t j = 0; j < columns; j++) y[j] = change(low, high, codes, x[j]);               \
+                else if (step_x == 2)                                                                          \
+                    for (int64_t j = 0; j < columns; j++) y[j] = change(low, high, codes, x[2 * j]);           \
                 else                                                                                           \
-                    for (int64_t j = 0; j < columns; j++) y[j * op->y.column] = change(op, x[j * op->x.column]); \
+                    for (int64_t j = 0; j < columns; j++) y[j * step_y] = change(low, high, codes, x[j * step_x]); \
             }                                                                                                  \
     }
-#define UNCHANGED(op, x) (x)
+#define UNCHANGED(low, high, codes, x) (x)
 DEFINE_COPY(copy, float, float, UNCHANGED)
 
 /* GRAIN pixels of GRAIN channels at most, between a tensor [columns, channels], in which the channel's stride is 1, and an

@@ -2,53 +2,37 @@
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass, field
 
 from str_triton.deploy.sparse.executions import EXECUTIONS
 from str_triton.deploy.sparse.executions.choice import Choice
-from str_triton.deploy.sparse.graph.nodes import Call, Convolution, Graph, Layer, Linear, Node
-from str_triton.deploy.sparse.graph.pointwise import Pointwise
+from str_triton.deploy.sparse.graph.nodes import Call, Convolution, Graph, Layer, Linear, Node, Pair
 from str_triton.deploy.sparse.graph.pools import AvgPool, MaxPool, Mean
 from str_triton.deploy.sparse.graph.quantized import (
     Dequantize,
     Quantize,
     QuantizedConvolution,
+    QuantizedGate,
     QuantizedLinear,
     QuantizedMean,
+    zero_codes,
 )
-from str_triton.deploy.sparse.runtime.buffers import Buffers, Key
-from str_triton.deploy.sparse.runtime.images import MOST_PHASES, Channels, Gate, Parts, has_window, image_operation
-from str_triton.deploy.sparse.runtime.layout import Window
+from str_triton.deploy.sparse.graph.refs import Ref
+from str_triton.deploy.sparse.runtime.buffers import Key
+from str_triton.deploy.sparse.runtime.images import (
+    MOST_PHASES,
+    Channels,
+    Gate,
+    Parts,
+    has_window,
+    image_operation,
+    is_row,
+    padded_image,
+)
+from str_triton.deploy.sparse.runtime.layout import PIXEL, PLAIN, Window
+from str_triton.deploy.sparse.runtime.tasks import Task
 from str_triton.deploy.sparse.runtime.trial import Trial
 
-PLAIN = (1, 1)
-PIXEL = Window(PLAIN, PLAIN, (0, 0), PLAIN, PLAIN)  # an output pixel reads the pixel in its place
 NOT_NEGATIVE = ("sigmoid", "hardsigmoid")
-
-
-@dataclass
-class Task:
-    """One task of a plan: the node that it computes, and the images that it reads and writes.
-
-    Attributes:
-        kind: "window", "gate", "mean" or "linear" (by the kernels), "copy" (an image to or from a tensor, to other
-            phases, or some channels of it), "quantize" and "dequantize" (a tensor to codes and back), "torch".
-        tensors: names of the values whose tensors it reads; makes: the one that it makes, "" if none.
-    """
-
-    kind: str
-    node: Node
-    reads: list[Key] = field(default_factory=list)
-    writes: Key | None = None
-    tensors: list[str] = field(default_factory=list)
-    makes: str = ""
-    window: Window | None = None
-    value: str = ""  # of a copy: the value of this shape is copied
-    skipped: tuple[int, int] = (0, 0)  # of a copy: the channels before it in what it reads and in what it writes
-
-    def images(self) -> set[Key]:
-        """Return the images that the task reads or writes."""
-        return {*self.reads, self.writes} - {None}
 
 
 class Draft:
@@ -56,13 +40,14 @@ class Draft:
 
     def __init__(self, graph: Graph, trial: Trial, choices: dict[str, Choice], kernels: bool) -> None:
         self.shapes, self.codes, self.choices, self.kernels = trial.shapes, trial.codes, choices, kernels
-        self.zeros = _zeros(graph)
+        self.zeros = zero_codes(graph.nodes)
         self.nodes = {node.name: node for node in graph.nodes}
         self.images: set[str] = set()  # Values that lie in padded buffers as images of a batch.
         self._written: set[str] = set()  # Values that a kernel makes in padded buffers.
         for node in graph.nodes:
             if self._makes_image(node):
                 self._written.add(node.name)
+        self.pads = self._pads(graph, trial)
         self.windows = self._windows(graph)
         self.tasks: list[Task] = []
         self._made: set[Key | str] = set()
@@ -89,6 +74,10 @@ class Draft:
                 )
             case QuantizedLinear():
                 return False
+            case QuantizedGate():
+                image, factors = node.inputs
+                fits = self._are_images(image, node.name) and self.codes[image] == self.codes[node.name]
+                return fits and self._is_image(image) and self.shapes.get(factors) == (*self.codes[image][:2], 1, 1)
             case Convolution():
                 fits = math.prod(node.stride) <= MOST_PHASES and self._by_kernels(node)
                 return fits and not is_row(node, self.shapes)
@@ -126,6 +115,33 @@ class Draft:
         """Check whether a kernel makes this value, and not in turned form."""
         return name in self._written and not isinstance(self.nodes[name], Linear)
 
+    def _pads(self, graph: Graph, trial: Trial) -> dict[str, tuple[str, Pair]]:
+        """Return the calls that put zeros around an image only for convolutions: image, rows above and columns left.
+
+        These convolutions read the zeros around the image itself.
+        """
+        readers: dict[str, list[Node]] = defaultdict(list)
+        for node in graph.nodes:
+            for name in node.inputs:
+                readers[name].append(node)
+        kept, found = set(graph.kept()), {}
+        for node in graph.nodes:
+            zero = self.zeros.get(node.inputs[0], 0) if node.inputs else 0
+            image = padded_image(node, self._kind(node), zero)
+            if image is None or node.name in kept or 0 in self._kind(node).get(image, (0,)):
+                continue
+            zeros = [trial.fixed.get(size.name) if isinstance(size, Ref) else size for size in node.args[1]]
+            usual = all(isinstance(size, int) and size >= 0 for size in zeros)
+            if usual and all(self._reads_zeros(reader, node.name) for reader in readers[node.name]):
+                left, _, above, _ = [*zeros, 0, 0, 0, 0][:4]
+                found[node.name] = image, (above, left)
+        return found
+
+    def _reads_zeros(self, node: Node, name: str) -> bool:
+        """Check whether a node is a convolution by the kernels that reads a value through its window alone."""
+        is_window = isinstance(node, Convolution) and node.name in self._written
+        return is_window and node.inputs[0] == name and name not in node.inputs[1:]
+
     def _windows(self, graph: Graph) -> dict[str, Window]:
         """Return the window of each convolution and pool, found from the last: readers decide a value's phases."""
         wanted: dict[str, set[tuple[int, int]]] = defaultdict(set)
@@ -139,20 +155,24 @@ class Draft:
             if isinstance(node, Quantize):
                 phases = next(iter(wanted[node.name])) if len(wanted[node.name]) == 1 else PLAIN
                 windows[node.name] = Window(PLAIN, PLAIN, (0, 0), PLAIN, phases)
-            elif isinstance(node, Call):
+            elif isinstance(node, Call | QuantizedGate):
                 for name in node.inputs:
                     wanted[name].add(PLAIN)
             elif not isinstance(node, Linear):
                 free = isinstance(node, Convolution) and node.is_pointwise and len(node.inputs) == 1
                 phases = next(iter(wanted[node.name])) if free and len(wanted[node.name]) == 1 else PLAIN
-                window = Window(node.kernel, node.stride, node.padding, node.dilation, phases)
+                image, (above, left) = self.pads.get(node.inputs[0], (node.inputs[0], (0, 0)))
+                padding = node.padding[0] + above, node.padding[1] + left
+                window = Window(node.kernel, node.stride, padding, node.dilation, phases)
                 windows[node.name] = window
-                wanted[node.inputs[0]].add(window.reads)
+                wanted[image].add(window.reads)
                 for residual in node.inputs[1:]:
                     wanted[residual].add(phases)
         return windows
 
     def _add(self, node: Node) -> None:
+        if node.name in self.pads:
+            return
         if node.name in self._written and isinstance(node, Call):
             self._add_call(node)
         elif node.name in self._written and isinstance(node, Quantize):
@@ -161,6 +181,8 @@ class Draft:
             self._note(writes)
             self.tasks.append(Task("quantize", node, [], writes, list(node.inputs), value=node.name))
             self._made.add(writes)
+        elif node.name in self._written and isinstance(node, QuantizedGate):
+            self._add_gate(node, *node.inputs)
         elif isinstance(node, Dequantize) and self._is_image(node.inputs[0]) and self._reads_its_kind(node):
             source = self._image(self._key(node.inputs[0], PLAIN))
             self.tasks.append(Task("dequantize", node, [source], makes=node.name, value=node.name))
@@ -181,14 +203,21 @@ class Draft:
                 self._tensor(name)
             self.tasks.append(Task("torch", node, tensors=list(node.inputs), makes=node.name))
 
+    def _add_gate(self, node: Node, image: str, factors: str) -> None:
+        writes = self._own(node.name)
+        self._note(writes)
+        self._tensor(factors)
+        source = self._image(self._key(image, PLAIN))
+        self.tasks.append(Task("gate", node, [source], writes, [factors], window=PIXEL))
+        self._made.add(writes)
+
     def _add_call(self, node: Call) -> None:
         """Add the tasks that stand for one of torch's operations on images."""
         writes = self._own(node.name)
         self._note(writes)
         match image_operation(node, self._kind(node)):
             case Gate(image, factors):
-                self._tensor(factors)
-                self.tasks.append(Task("gate", node, [self._image(Key(image, PLAIN))], writes, [factors], window=PIXEL))
+                self._add_gate(node, image, factors)
             case Channels(image, begin):
                 source = [self._image(self._key(image, PLAIN))]
                 self.tasks.append(Task("copy", node, source, writes, value=node.name, skipped=(begin, 0)))
@@ -213,8 +242,10 @@ class Draft:
 
     def _read(self, node: Layer | MaxPool | AvgPool, window: Window, turned: bool) -> Key:
         """Return the form in which a window reads its input, with the border that it expects."""
-        key = self._key(node.inputs[0], window.reads, turned)._replace(bordered=self._reads_border(node))
-        if isinstance(node, QuantizedConvolution) and node.padding != (0, 0):
+        is_padded = node.inputs[0] in self.pads
+        image = self.pads[node.inputs[0]][0] if is_padded else node.inputs[0]
+        key = self._key(image, window.reads, turned)._replace(bordered=self._reads_border(node))
+        if isinstance(node, QuantizedConvolution) and (node.padding != (0, 0) or is_padded):
             return key._replace(fill=node.grids[0].zero)
         if isinstance(node, MaxPool) and node.name in self.codes and (node.padding != (0, 0) or node.ceil):
             return key._replace(fill=0)
@@ -255,45 +286,3 @@ class Draft:
                 source = self._own(name)
                 self.tasks.append(Task("copy", self.nodes[name], [source], makes=name, value=name))
                 self._made.add(name)
-
-
-def _zeros(graph: Graph) -> dict[str, int]:
-    """Return the code of zero by the names of the values that are codes."""
-    zeros: dict[str, int] = {}
-    for node in graph.nodes:
-        match node:
-            case Quantize():
-                zeros[node.name] = node.grid.zero
-            case QuantizedConvolution():
-                zeros[node.name] = node.grids[1].zero
-            case MaxPool() | Call() if node.inputs and node.inputs[0] in zeros:
-                zeros[node.name] = zeros[node.inputs[0]]
-    return zeros
-
-
-def is_row(node: Layer, shapes: dict[str, tuple[int, ...]]) -> bool:
-    """Check whether a layer multiplies single rows: vectors of features, or images of one pixel."""
-    if isinstance(node, Linear):
-        return math.prod(shapes[node.name][:-1]) == 1
-    is_product = isinstance(node, Convolution) and not isinstance(node, Pointwise) and node.is_pointwise
-    return is_product and node.groups == 1 == len(node.inputs) and shapes.get(node.name, ())[2:] == PLAIN
-
-
-def place(tasks: list[Task], buffers: Buffers) -> None:
-    """Connect images that need one frame, and give each a place for as long as it is read."""
-    windows = [task for task in tasks if task.window]
-    for task in windows:
-        buffers.connect(task.window, task.reads[0], task.writes, task.reads[1] if len(task.reads) > 1 else None)
-    for task in tasks:
-        for key in task.images():
-            buffers.fit(key)
-    for task in windows:
-        buffers.widen(task.window, task.reads[0], task.writes)
-    last = {key: index for index, task in enumerate(tasks) for key in task.images()}
-    for index, task in enumerate(tasks):
-        if task.writes:
-            buffers.take(task.writes)
-        for key in task.images():
-            if last[key] == index:
-                buffers.release(key)
-    buffers.allocate()

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from str_triton.deploy.sparse.graph.nodes import Call, Node
+from str_triton.deploy.sparse.graph.nodes import Call, Convolution, Layer, Linear, Node
+from str_triton.deploy.sparse.graph.pointwise import Pointwise
 from str_triton.deploy.sparse.graph.pools import AvgPool, MaxPool
 from str_triton.deploy.sparse.graph.refs import Ref
 
@@ -77,10 +78,30 @@ def _are_sizes(values: tuple[Any, ...]) -> bool:
 _READERS: dict[Any, Any] = {aten.mul.Tensor: _gate, aten.cat.default: _parts, aten.slice.Tensor: _channels}
 
 
+PAD = aten.constant_pad_nd.default
+
+
+def padded_image(node: Node, shapes: Shapes, wanted: float = 0) -> str | None:
+    """Return the image around whose pixels a call puts a number, zero or the code of zero; None for any other call."""
+    if not isinstance(node, Call) or node.variable or node.kwargs or node.target not in (PAD, aten.pad.default):
+        return None
+    match node.args:
+        case (Ref(name), list() as numbers, *rest):
+            if node.target is not PAD and rest:
+                mode, *rest = rest
+                numbers = numbers if mode == "constant" else []
+            value = rest[0] if rest and rest[0] is not None else 0
+            is_image = len(shapes.get(name, ())) == len(shapes.get(node.name, ())) == 4 and len(numbers) in (2, 4)
+            return name if is_image and value == wanted else None
+    return None
+
+
 def leader(node: Node, shapes: Shapes) -> str | None:
     """Return the input whose form (image or tensor) this node's value takes; None if it follows no input."""
     if isinstance(node, MaxPool | AvgPool):
         return node.inputs[0]
+    if (padded := padded_image(node, shapes)) is not None:
+        return padded
     match image_operation(node, shapes):
         case Gate(image, _) | Channels(image, _):
             return image
@@ -99,3 +120,11 @@ def has_window(node: Node, shapes: Shapes) -> bool:
         fits = known and 0 not in shapes[node.name] and node.is_uniform(shapes[node.inputs[0]], shapes[node.name])
         return fits and math.prod(node.stride) <= 16
     return isinstance(node, MaxPool) and math.prod(node.stride) <= MOST_PHASES
+
+
+def is_row(node: Layer, shapes: Shapes) -> bool:
+    """Check whether a layer multiplies single rows: vectors of features, or images of one pixel."""
+    if isinstance(node, Linear):
+        return math.prod(shapes[node.name][:-1]) == 1
+    is_product = isinstance(node, Convolution) and not isinstance(node, Pointwise) and node.is_pointwise
+    return is_product and node.groups == 1 == len(node.inputs) and shapes.get(node.name, ())[2:] == (1, 1)

@@ -65,6 +65,14 @@ static inline ints scaled(const operation *op, ints sum, ints residual, reals fa
     return nearest(limited(v, (reals){0} + op->low, (reals){0} + op->high)) + codes->zero_y;
 }
 
+static inline bytes looked_up(const uint8_t *table, bytes codes) {
+    uint8_t found[WIDE];
+    memcpy(found, &codes, WIDE);
+    for (int i = 0; i < WIDE; i++) found[i] = table[found[i]];
+    memcpy(&codes, found, WIDE);
+    return codes;
+}
+
 static inline __attribute__((always_inline)) void convolve_bytes(const operation *op, byte_strip s, const int width) {
     const integers *codes = op->codes;
     const bytes nothing = {0};
@@ -90,12 +98,13 @@ static inline __attribute__((always_inline)) void convolve_bytes(const operation
             bytes r = nothing;
             if (s.residual) r = bytes_at(s.residual + i * op->residual.channel, j);
             const bytes low = low_bytes(r, nothing), high = high_bytes(r, nothing);
-            const bytes y = pack(
+            bytes y = pack(
                 scaled(op, sum[4 * j], (ints)low_pairs(low, nothing), factor),
                 scaled(op, sum[4 * j + 1], (ints)high_pairs(low, nothing), factor),
                 scaled(op, sum[4 * j + 2], (ints)low_pairs(high, nothing), factor),
                 scaled(op, sum[4 * j + 3], (ints)high_pairs(high, nothing), factor));
-            store(&s, s.y + i * op->y.channel, j, y, (uint8_t)codes->zero_y);
+            if (codes->table) y = looked_up(codes->table, y);
+            store(&s, s.y + i * op->y.channel, j, y, (uint8_t)codes->fill);
         }
     }
 }
@@ -109,7 +118,7 @@ static inline void max_pool_bytes(const operation *op, byte_strip s, int64_t wid
                 const bytes v = bytes_at(s.x + t->offset, j);
                 most = (v & (bytes)(v > most)) | (most & ~(bytes)(v > most));
             }
-            store(&s, s.y + i * op->y.channel, j, most, (uint8_t)op->codes->zero_y);
+            store(&s, s.y + i * op->y.channel, j, most, (uint8_t)op->codes->fill);
         }
 }
 
@@ -152,16 +161,17 @@ static void byte_strips(const operation *op, int64_t item) {
     }
 }
 
-static inline uint8_t encode(const operation *op, float v) {
-    v /= op->codes->scale;
+static inline uint8_t encode(float low, float high, integers codes, float v) {
+    v /= codes.scale;
     v = v != v ? 0 : v;
-    v = op->low > v ? op->low : v;
-    v = v > op->high ? op->high : v;
-    return (uint8_t)((int32_t)(v + 12582912.0f - 12582912.0f) + op->codes->zero_y);
+    v = low > v ? low : v;
+    v = v > high ? high : v;
+    return (uint8_t)((int32_t)(v + 12582912.0f - 12582912.0f) + codes.zero_y);
 }
 
-static inline float decode(const operation *op, uint8_t code) {
-    return (float)(code - op->codes->zero_x) * op->codes->scale;
+static inline float decode(float low, float high, integers codes, uint8_t code) {
+    (void)low, (void)high;
+    return (float)(code - codes.zero_x) * codes.scale;
 }
 
 DEFINE_COPY(copy_bytes, uint8_t, uint8_t, UNCHANGED)
@@ -177,6 +187,25 @@ static void mean_bytes(const operation *op, int64_t item) {
         for (int64_t j = 0; j < op->columns; j++) sum += x[j];
     sum -= op->rows * op->columns * op->codes->zero_x;
     op->y.data[image * op->y.image + channel] = (float)sum * op->codes->scale;
+}
+
+/* One channel of one image times a number that lies in `residual`. */
+static void gate_bytes(const operation *op, int64_t item) {
+    const int64_t channel = item % op->channels, image = item / op->channels;
+    const uint8_t *x = (const uint8_t *)op->x.data + image * op->x.image + channel * op->x.channel;
+    uint8_t *y = (uint8_t *)op->y.data + image * op->y.image + channel * op->y.channel;
+    const uint8_t *mask = (const uint8_t *)op->mask;
+    const integers codes = *op->codes;
+    const float factor = op->residual.data[image * op->residual.image + channel * op->residual.channel] * codes.scale;
+    const float low = op->low, high = op->high;
+    for (int64_t i = 0, length = op->length; i < length; i++) {
+        float v = (float)(x[i] - codes.zero_x) * factor;
+        v = v != v ? 0 : v;
+        v = low > v ? low : v;
+        v = v > high ? high : v;
+        const int32_t code = (int32_t)(v + 12582912.0f - 12582912.0f) + codes.zero_y;
+        y[i] = (uint8_t)(!mask || mask[i] ? code : codes.fill);
+    }
 }
 
 /* One block of outputs for one row. */

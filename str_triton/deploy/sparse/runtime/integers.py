@@ -7,7 +7,14 @@ from torch import Tensor
 
 from str_triton.deploy.sparse.executions.choice import Choice
 from str_triton.deploy.sparse.graph.pools import MaxPool
-from str_triton.deploy.sparse.graph.quantized import TOP, Grid, QuantizedConvolution, QuantizedLinear, QuantizedMean
+from str_triton.deploy.sparse.graph.quantized import (
+    TOP,
+    Grid,
+    QuantizedConvolution,
+    QuantizedGate,
+    QuantizedLinear,
+    QuantizedMean,
+)
 from str_triton.deploy.sparse.runtime.buffers import FLOAT, Key
 from str_triton.deploy.sparse.runtime.layout import Window, offsets
 from str_triton.deploy.sparse.runtime.operations import Operations, nonzeros
@@ -17,6 +24,7 @@ from str_triton.deploy.sparse.runtime.structs import (
     CONVOLUTION_BYTES,
     COPY_BYTES,
     DEQUANTIZE,
+    GATE_BYTES,
     LINEAR_BYTES,
     MAX_POOL_BYTES,
     MEAN_BYTES,
@@ -44,26 +52,43 @@ class ByteOperations(Operations):
             op.kind = MAX_POOL_BYTES
             first, places, _ = nonzeros(np.ones((op.channels, *node.kernel), np.float32), op.channels)
             taps = np.zeros((op.tables, len(places)), TAP)
-            codes = Integers(zero_y=y.fill)
+            codes = Integers()
         else:
             op.kind = CONVOLUTION_BYTES
             first, places, weights = node.prepare("quads", lambda weight: quads(weight.numpy(), node.groups))
             taps = np.zeros((op.tables, len(places)), QUAD)
             taps["weights"] = weights
             codes = self._products(op, node)
-            op.low, op.high = node.grids[1].limits(node.clamp)
-            codes.zero_y, codes.residual = node.grids[1].zero, node.residual_factor()
+            op.low, op.high = node.rounded.limits(node.clamp)
+            codes.zero_y, codes.residual = node.rounded.zero, node.residual_factor()
             codes.zero_residual = node.grids[2].zero if residual is not None else 0
+            if node.table is not None:
+                codes.table = self._keep(_array(node.table))
         for table, found in zip(taps, tables, strict=True):
             table["offset"] = found.ravel()[places]
         starts = np.concatenate([first + plane * len(places) for plane in range(op.tables)]).astype(np.int32)
         self._point(op, taps=taps, first=starts)
+        codes.fill = y.fill
         self._keep_codes(op, codes)
+        self._hide_byte_padding(op, y)
+        self.cut(op, choice)
+        return op
+
+    def _hide_byte_padding(self, op: Operation, y: Key) -> None:
+        """Make an operation write the code of zero into the padding of an image."""
         frame = self.buffers.frame(y)
         if frame.gap or frame.above or frame.below:
             mask = self._mask(y, op.length).astype(np.uint8).ravel()  # -1 becomes 255.
             self._point(op, mask=np.concatenate([mask, np.zeros(SLACK, np.uint8)]))
-        self.cut(op, choice)
+
+    def byte_gate(self, node: QuantizedGate, x: Key, y: Key) -> Operation:
+        """Return the product of an image of codes with a tensor of factors [images, channels, 1, 1]."""
+        op = self.gate(x, y)
+        op.kind, op.mask = GATE_BYTES, None
+        zero_x, zero_y = (grid.zero for grid in node.grids)
+        op.low, op.high = -zero_y, TOP - zero_y
+        self._keep_codes(op, Integers(scale=node.ratio(), zero_x=zero_x, zero_y=zero_y, fill=y.fill))
+        self._hide_byte_padding(op, y)
         return op
 
     def byte_linear(self, node: QuantizedLinear, rows: int, choice: Choice) -> Operation:

@@ -166,6 +166,7 @@ static void run_item(const operation *op, int64_t item) {
         case CONVOLUTION_BYTES:
         case MAX_POOL_BYTES: byte_strips(op, item); break;
         case COPY_BYTES: copy_bytes(op, item); break;
+        case GATE_BYTES: gate_bytes(op, item); break;
         case MEAN_BYTES: mean_bytes(op, item); break;
         case LINEAR_BYTES: linear_bytes(op, item); break;
         case QUANTIZE: quantize(op, item); break;

@@ -114,6 +114,10 @@ class Window:
         return any((above, below, left, right))
 
 
+PLAIN = (1, 1)
+PIXEL = Window(PLAIN, PLAIN, (0, 0), PLAIN, PLAIN)  # an output pixel reads the pixel in its place
+
+
 def offsets(window: Window, frame: Frame, plane: int, channels: int) -> np.ndarray:
     """Return the offsets in floats, [channels, kernel height, kernel width], at which one output plane reads."""
     rows, columns = window.shifts(0, plane // window.phases[1]), window.shifts(1, plane % window.phases[1])

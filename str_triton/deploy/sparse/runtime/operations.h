@@ -8,6 +8,7 @@
 enum {
     CONVOLUTION, MAX_POOL, COPY, MEAN, LINEAR, TURN, GATE,
     CONVOLUTION_BYTES, MAX_POOL_BYTES, COPY_BYTES, MEAN_BYTES, LINEAR_BYTES, QUANTIZE, DEQUANTIZE,
+    GATE_BYTES,
 };
 
 typedef struct {
@@ -23,8 +24,10 @@ typedef struct {
 /* The numbers of an operation on bytes; integers.h explains them. */
 typedef struct {
     const float *factors;  /* [channels]: the factors of the sums */
-    float residual, scale; /* the residual's factor; that of QUANTIZE, DEQUANTIZE and MEAN_BYTES */
+    const uint8_t *table;  /* [256]: the output for each byte before it; NULL: the byte itself */
+    float residual, scale; /* the residual's factor; that of QUANTIZE, DEQUANTIZE, MEAN_BYTES and GATE_BYTES */
     int32_t zero_x, zero_y, zero_residual;
+    int32_t fill; /* the byte in the padding */
 } integers;
 
 typedef struct {

@@ -15,11 +15,12 @@ from torch import Tensor
 from str_triton.deploy.sparse.executions import EXECUTIONS
 from str_triton.deploy.sparse.executions.choice import Choice
 from str_triton.deploy.sparse.graph.nodes import Convolution, Graph, Input, Layer, Linear, Node, State
-from str_triton.deploy.sparse.graph.quantized import QuantizedLinear, QuantizedMean
+from str_triton.deploy.sparse.graph.quantized import QuantizedGate, QuantizedLinear, QuantizedMean
 from str_triton.deploy.sparse.runtime.buffers import FLOAT, Buffers, Key
-from str_triton.deploy.sparse.runtime.draft import Draft, Task, place
+from str_triton.deploy.sparse.runtime.draft import Draft
 from str_triton.deploy.sparse.runtime.integers import ByteOperations
 from str_triton.deploy.sparse.runtime.structs import Operation, Stage, View
+from str_triton.deploy.sparse.runtime.tasks import Task, place
 from str_triton.deploy.sparse.runtime.threads import thread_count
 from str_triton.deploy.sparse.runtime.trial import Trial
 
@@ -133,6 +134,8 @@ class Plan:
                     self.buffers.group or self.shapes[task.node.name][0] if isinstance(task.node, Convolution) else 1
                 )
                 return [self._operations.linear(task.node, images, choice)], [0]
+            case "gate" if isinstance(task.node, QuantizedGate):
+                return [self._operations.byte_gate(task.node, task.reads[0], task.writes)], [0]
             case "gate":
                 return [self._operations.gate(task.reads[0], task.writes)], [0]
         source = task.reads[0] if task.reads else None

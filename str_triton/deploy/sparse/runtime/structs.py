@@ -5,7 +5,7 @@ import ctypes
 import numpy as np
 
 CONVOLUTION, MAX_POOL, COPY, MEAN, LINEAR, TURN, GATE = range(7)
-CONVOLUTION_BYTES, MAX_POOL_BYTES, COPY_BYTES, MEAN_BYTES, LINEAR_BYTES, QUANTIZE, DEQUANTIZE = range(7, 14)
+CONVOLUTION_BYTES, MAX_POOL_BYTES, COPY_BYTES, MEAN_BYTES, LINEAR_BYTES, QUANTIZE, DEQUANTIZE, GATE_BYTES = range(7, 15)
 
 
 class View(ctypes.Structure):
@@ -21,9 +21,9 @@ class Integers(ctypes.Structure):
     """The numbers of an operation on bytes."""
 
     _fields_ = [
-        ("factors", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("factors", "table")),
         *((name, ctypes.c_float) for name in ("residual", "scale")),
-        *((name, ctypes.c_int32) for name in ("zero_x", "zero_y", "zero_residual")),
+        *((name, ctypes.c_int32) for name in ("zero_x", "zero_y", "zero_residual", "fill")),
     ]
 
 
