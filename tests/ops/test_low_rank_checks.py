@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from str_triton.ops.low_rank_cell import CELLS
+from str_triton.ops.low_rank_checks import rnn_precision
 from tests.ops.low_rank_cases import example, op
 
 EVERY_CELL = pytest.mark.parametrize("cell", CELLS)
@@ -65,3 +66,9 @@ def test_an_unknown_precision(cell):
     case = example(cell)
     with pytest.raises(ValueError, match=r"precision must be one of 'ieee', 'tf32', 'tf32x3' or None, got 'high'"):
         op(cell)(*case.tensors.values(), precision="high")
+
+
+@pytest.mark.parametrize(("torchs", "ours"), [("tf32", "tf32"), ("ieee", "ieee"), ("none", "ieee")])
+def test_the_precision_is_that_of_torchs_layers(torchs, ours, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", torchs)
+    assert rnn_precision() == ours
