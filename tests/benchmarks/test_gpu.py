@@ -128,11 +128,13 @@ def test_a_part_that_fails_names_its_error(tmp_path, monkeypatch):
 
 def test_a_killed_command_takes_its_part_along():
     """SIGKILL leaves it no time for that. A process's output ends when nobody holds it any more."""
-    script = "import subprocess as s; from benchmarks.gpu.watchdog import *; end_with_parent(); s.run(['sleep', '60'])"
+    script = "import subprocess as s; from benchmarks.gpu.watchdog import *; end_with_parent(); s.run(['sh', '-c', "
+    script += "'echo runs; sleep 60'])"
     part = subprocess.Popen(
         [sys.executable, "-c", script], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
     )
-    assert part.communicate(timeout=30) == (b"", None)  # closes its input
+    assert part.stdout.readline() == b"runs\n"
+    assert part.communicate(timeout=20) == (b"", None)  # closes its input
     assert part.returncode == -signal.SIGKILL
 
 
