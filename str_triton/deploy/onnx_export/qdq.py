@@ -169,7 +169,8 @@ def separate_constants(proto: Any) -> None:
         for node in graph.node
         if node.op_type == "DequantizeLinear" and len(node.input) == 2
     }
-    nodes, added = [], []
+    nodes: list[Any] = []
+    added: list[Any] = []
     for node in graph.node:
         for place, name in enumerate(node.input):
             if name in decoders:

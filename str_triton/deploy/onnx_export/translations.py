@@ -18,9 +18,11 @@ def onnx_translations() -> dict[Callable, Callable]:
         ImportError: onnxscript is not installed.
     """
     import onnx
-    from onnxscript import opset18 as op
+    from onnxscript import opset18
 
     from str_triton.deploy.onnx_export.loops import LOOPS
+
+    op: Any = opset18  # values of a graph have ONNX's types, which Python's do not express
 
     def low_rank_rnn(
         cell: str,

@@ -179,7 +179,8 @@ def _dry_run(content: Content) -> None:
         all(isinstance(value, int | float | str | bool | None) for value in values),
         "a constant argument has a wrong type",
     )
-    given, outputs, changes = dry_run(content.graph, content.example, [leaf.dtype for leaf in leaves])
+    dtypes = [leaf.dtype for leaf in leaves if leaf.dtype is not None]
+    given, outputs, changes = dry_run(content.graph, content.example, dtypes)
     kept = {node.name: node.value for node in content.graph.nodes if isinstance(node, State)}
     kept |= {node.name: value for node, value in zip(inputs, given, strict=True)}
     for name, value in changes.items():

@@ -126,5 +126,6 @@ def is_row(node: Layer, shapes: Shapes) -> bool:
     """Check whether a layer multiplies single rows: vectors of features, or images of one pixel."""
     if isinstance(node, Linear):
         return math.prod(shapes[node.name][:-1]) == 1
-    is_product = isinstance(node, Convolution) and not isinstance(node, Pointwise) and node.is_pointwise
-    return is_product and node.groups == 1 == len(node.inputs) and shapes.get(node.name, ())[2:] == (1, 1)
+    if not isinstance(node, Convolution) or isinstance(node, Pointwise) or not node.is_pointwise:
+        return False
+    return node.groups == 1 == len(node.inputs) and shapes.get(node.name, ())[2:] == (1, 1)

@@ -52,7 +52,7 @@ class PackedLoop:
             self._arrays["v"] = v.reshape(self.hidden, panels, width * lanes).transpose(1, 0, 2)
             self.loop.panels, self.loop.width = panels, width
             self._products += self.hidden * inner
-        if node.weight_in is not None:
+        if node.weight_in is not None and node.bias_in is not None:
             self.loop.features = node.weight_in.shape[1]
             self._arrays |= {
                 "w_in": _blocks(node.weight_in, gates, lanes),

@@ -29,19 +29,19 @@ class Task:
 
     def images(self) -> set[Key]:
         """Return the images that the task reads or writes."""
-        return {*self.reads, self.writes} - {None}
+        return {key for key in (*self.reads, self.writes) if key is not None}
 
 
 def place(tasks: list[Task], buffers: Buffers) -> None:
     """Connect images that need one frame, and give each a place for as long as it is read."""
-    windows = [task for task in tasks if task.window]
-    for task in windows:
-        buffers.connect(task.window, task.reads[0], task.writes, task.reads[1] if len(task.reads) > 1 else None)
+    windows = [(task.window, task.reads, task.writes) for task in tasks if task.window and task.writes]
+    for window, reads, writes in windows:
+        buffers.connect(window, reads[0], writes, reads[1] if len(reads) > 1 else None)
     for task in tasks:
         for key in task.images():
             buffers.fit(key)
-    for task in windows:
-        buffers.widen(task.window, task.reads[0], task.writes)
+    for window, reads, writes in windows:
+        buffers.widen(window, reads[0], writes)
     last = {key: index for index, task in enumerate(tasks) for key in task.images()}
     for index, task in enumerate(tasks):
         if task.writes:
