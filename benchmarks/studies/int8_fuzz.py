@@ -103,6 +103,10 @@ class Case:
             "dilation": tuple(draw.choice([1, 1, 2]) for _ in range(2)),
             "groups": groups,
         }
+        if draw.random() < 0.3:  # the shape of its input, which a residual sum needs
+            outputs, kernel = channels, tuple(draw.choice([1, 3]) for _ in range(2))
+            padding = tuple(k // 2 * d for k, d in zip(kernel, geometry["dilation"], strict=True))
+            geometry |= {"stride": (1, 1), "padding": padding}
         if any(
             n + 2 * p < (k - 1) * d + 1
             for n, p, k, d in zip(sizes, geometry["padding"], kernel, geometry["dilation"], strict=True)
