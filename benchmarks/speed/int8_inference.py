@@ -14,20 +14,26 @@ writes none.
 """
 
 import argparse
-import contextlib
-import importlib
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from benchmarks.speed.sparse_inference import NETWORKS, QUICK, STEPS, changed, in_turns, random_network, ratio, repeated
+from benchmarks.speed.sparse_inference import (
+    NETWORKS,
+    QUICK,
+    STEPS,
+    in_turns,
+    is_current,
+    random_network,
+    ratio,
+    repeated,
+)
+from benchmarks.speed.sparse_inference_peers import import_openvino, onnxruntime_call, openvino_call
 from benchmarks.timing import RESULTS, in_file_names, machine, version
 from str_triton import count, deploy
 from str_triton.cnn.models import build
@@ -36,7 +42,7 @@ ALL = ("mobilenetv1-89.01", "resnet50-90.23", "resnet50-95.03")
 BATCHES = (1, 8)
 IMAGES = 8  # of the calibration: random weights have no accuracy to lose
 OURS, FLOATS = "int8", "float32"
-Call = Callable[[], Tensor]
+Call = Callable[[], Any]
 
 
 def images(count: int, seed: int) -> Tensor:
@@ -50,7 +56,7 @@ def prepare(name: str, work: Path) -> tuple[nn.Module, deploy.QuantizedModel]:
     if not weights.exists():
         torch.save(random_network(*NETWORKS[name], images(1, 1)).state_dict(), weights)
     model.load_state_dict(torch.load(weights, weights_only=True))
-    if not quantized.exists() or quantized.stat().st_mtime < changed():
+    if not is_current(quantized):
         torch.save(deploy.quantize(model, [images(IMAGES, 2)]), quantized)
         onnx.unlink(missing_ok=True)
     found = torch.load(quantized, weights_only=False)
@@ -61,27 +67,9 @@ def prepare(name: str, work: Path) -> tuple[nn.Module, deploy.QuantizedModel]:
 
 def compiled(network: nn.Module, path: Path, x: Tensor) -> nn.Module:
     """Compile with compile_sparse, or load the file if it is newer than the code."""
-    if not path.exists() or path.stat().st_mtime < changed():
+    if not is_current(path):
         deploy.compile_sparse(network, x).save(path)
     return deploy.load_sparse(path)
-
-
-def onnxruntime_call(path: Path, x: Tensor, threads: int) -> Call:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    feed = {"images": x.numpy()}
-    return lambda: torch.from_numpy(session.run(None, feed)[0])
-
-
-def openvino_call(openvino: Any, path: Path, x: Tensor, threads: int) -> Call:
-    core = openvino.Core()
-    network = core.read_model(path)
-    network.reshape(list(x.shape))
-    options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
-    request = core.compile_model(network, "CPU", options).create_infer_request()
-    given = x.numpy()
-    return lambda: torch.from_numpy(request.infer([given], share_inputs=True)[0])
 
 
 def measure(name: str, batch: int, options: argparse.Namespace, openvino: Any) -> dict[str, Any] | None:
@@ -101,7 +89,7 @@ def measure(name: str, batch: int, options: argparse.Namespace, openvino: Any) -
     calls["onnxruntime int8"] = onnxruntime_call(onnx, x, options.threads)
     if openvino is not None:
         calls["OpenVINO int8"] = openvino_call(openvino, onnx, x, options.threads)
-    outputs, wanted = {kind: call() for kind, call in calls.items()}, model(x)
+    outputs, wanted = {kind: torch.as_tensor(call()) for kind, call in calls.items()}, model(x)
     seconds = in_turns({kind: repeated(call) for kind, call in calls.items()}, options.rounds)
     budget = count(model, x[:1])
     return {
@@ -131,11 +119,7 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     options.rounds = QUICK if options.quick else options.rounds
     torch.set_num_threads(options.threads)
-    if options.openvino:
-        sys.path.append(options.openvino)
-    openvino = None
-    with contextlib.suppress(ImportError):
-        openvino = importlib.import_module("openvino")
+    openvino = import_openvino(options.openvino)
     rows = []
     for name in ALL if "all" in options.networks else options.networks:
         for batch in options.batches:

@@ -13,9 +13,6 @@ It takes less than 10 minutes and needs a quiet machine. Results go to benchmark
 """
 
 import argparse
-import contextlib
-import importlib
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -24,12 +21,12 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from benchmarks.speed.sparse_inference import in_turns, repeated
+from benchmarks.speed.sparse_inference_peers import import_openvino, onnxruntime_call, openvino_call
 from benchmarks.timing import version, write
 from str_triton import LowRankGRU, LowRankLSTM, deploy
 
@@ -76,22 +73,6 @@ def onnx_model(cell: str, layer: nn.Module, batch: int) -> bytes:
     return model.SerializeToString()
 
 
-def onnxruntime_call(model: bytes, x: Tensor, threads: int) -> Call:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    feed = {"x": x.numpy()}
-    return lambda: session.run(None, feed)[0]
-
-
-def openvino_call(openvino: Any, model: bytes, x: Tensor, threads: int) -> Call:
-    core = openvino.Core()
-    options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-    request = core.compile_model(core.read_model(model), "CPU", options).create_infer_request()
-    given = x.numpy()
-    return lambda: request.infer([given], share_inputs=True)[0]
-
-
 def networks(cell: str, hidden: int) -> tuple[nn.Module, dict[str, deploy.SparseModel]]:
     """Return torch's layer, and our compact ones by their names, compiled without a choice by timing."""
     torch.manual_seed(0)
@@ -122,7 +103,7 @@ def contenders(
     model = onnx_model(cell, layer, x.shape[1])
     calls["onnxruntime"] = onnxruntime_call(model, x, threads)
     if openvino is not None:
-        calls["openvino"] = openvino_call(openvino, model, x, threads)
+        calls["openvino"] = openvino_call(openvino, model, x, threads, INFERENCE_PRECISION_HINT="f32")
     wanted = layer(x)[0].numpy()
     for name in {"onnxruntime", "openvino"} & calls.keys():
         np.testing.assert_allclose(calls[name](), wanted, rtol=0, atol=1e-4)
@@ -160,11 +141,7 @@ def main() -> None:
     parser.add_argument("--openvino", help="folder of its own in which OpenVINO is installed")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
-    openvino = None
-    if options.openvino:
-        sys.path.append(options.openvino)
-    with contextlib.suppress(ImportError):
-        openvino = importlib.import_module("openvino")
+    openvino = import_openvino(options.openvino)
     rows, rounds = [], QUICK if options.quick else options.rounds
     with torch.inference_mode():
         for cell in options.cells:

@@ -81,15 +81,16 @@ def prepare(name: str, work: Path, example: Tensor) -> nn.Module:
     return model
 
 
-def changed() -> float:
-    """Return when the code of sparse execution was last changed, as a file's time."""
-    return max(file.stat().st_mtime for file in (Path(deploy.__file__).parent / "sparse").rglob("*.*"))
+def is_current(path: Path) -> bool:
+    """Check that a file is there and newer than the code of sparse execution."""
+    changed = max(file.stat().st_mtime for file in (Path(deploy.__file__).parent / "sparse").rglob("*.*"))
+    return path.exists() and path.stat().st_mtime >= changed
 
 
 def compile_ours(name: str, work: Path, model: nn.Module, example: Tensor) -> nn.Module:
     """Compile the network with compile_sparse, or load its file if that is newer than the code."""
     path = work / f"{name}.sparse"
-    if not path.exists() or path.stat().st_mtime < changed():
+    if not is_current(path):
         begin = time.perf_counter()
         network = deploy.compile_sparse(model, example)
         (work / f"{name}.seconds").write_text(f"{time.perf_counter() - begin:.1f}")

@@ -1,10 +1,12 @@
 """What `deploy.compile_sparse` is compared with: PyTorch, onnxruntime, and others in processes of their own."""
 
 import copy
+import importlib
 import json
 import os
 import signal
 import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -138,13 +140,43 @@ def onnx_file(model: nn.Module, example: Tensor, path: Path) -> None:
         )
 
 
-def onnxruntime_session(path: Path, threads: int) -> onnxruntime.InferenceSession:
+def onnxruntime_session(model: Path | bytes, threads: int) -> onnxruntime.InferenceSession:
     """Return an onnxruntime session with all graph optimizations."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def onnxruntime_call(model: Path | bytes, x: Tensor, threads: int) -> Callable[[], np.ndarray]:
+    """Return a call of onnxruntime that computes the first output of a model with one input."""
+    session = onnxruntime_session(model, threads)
+    feed = {session.get_inputs()[0].name: x.numpy()}
+    return lambda: session.run(None, feed)[0]
+
+
+def import_openvino(folder: str | None) -> Any:
+    """Import OpenVINO, from a folder of its own if one is given; None: it is not installed."""
+    if folder:
+        sys.path.append(folder)
+    try:
+        return importlib.import_module("openvino")
+    except ImportError:
+        return None
+
+
+def openvino_call(
+    openvino: Any, model: Path | bytes, x: Tensor, threads: int, **options: str
+) -> Callable[[], np.ndarray]:
+    """Return a call of OpenVINO that computes the first output of a model with one input, for the size of x."""
+    core = openvino.Core()
+    network = core.read_model(model)
+    network.reshape(list(x.shape))
+    options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", **options}
+    request = core.compile_model(network, "CPU", options).create_infer_request()
+    given = x.numpy()
+    return lambda: request.infer([given], share_inputs=True)[0]
 
 
 class Peer:
