@@ -47,11 +47,11 @@ LINES: dict[str, list[str]] = {
     **METHODS,
     "gmp, uniform": ["--method", "gmp", "--distribution", "uniform"],
     f"gmp, {BUDGET}": ["--method", "gmp"],
-    "str-exact, teacher": ["--method", "str-exact"],
-    "gmp, global, teacher": METHODS["gmp, global"],
-    "dense, 16 epochs": [*METHODS["dense"], "--epochs", "16"],
-    "str-exact, 16 epochs": [*METHODS["str-exact"], "--epochs", "16"],
-    "str-exact, teacher, 16 epochs": [*METHODS["str-exact"], "--epochs", "16"],
+    **{f"{line}{TEACHER}": METHODS[line] for line in ("str-exact", "gmp, global")},
+    **{
+        f"{line}, 16 epochs": [*METHODS[line.removesuffix(TEACHER)], "--epochs", "16"]
+        for line in ("dense", "str-exact", f"str-exact{TEACHER}")
+    },
 }
 LEADERS = ("str-exact", "gmp, global", "str-exact, FLOP-aware")
 THIRD = "0.3333 flops"

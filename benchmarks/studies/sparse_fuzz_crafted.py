@@ -33,9 +33,14 @@ def _call(target: str, *args: Any, **kwargs: Any) -> Callable[[Record], None]:
 X = object()  # the value that a crafted call reads
 
 
+def _find(record: Record, kind: str, number: int = 0) -> Record:
+    """Return the record of a node by its number among those of its kind."""
+    return [node for node in record["nodes"] if node["kind"] == kind][number]
+
+
 def _node(kind: str, number: int = 0, **fields: Any) -> Callable[[Record], None]:
     def change(record: Record) -> None:
-        [node for node in record["nodes"] if node["kind"] == kind][number].update(fields)
+        _find(record, kind, number).update(fields)
 
     return change
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.studies.sparse_fuzz_crafted import HUGE, Record, _cut, _field, _node, _pair
+from benchmarks.studies.sparse_fuzz_crafted import HUGE, Record, _cut, _field, _find, _node, _pair
 
 NAN, INFINITE = {"float": "nan"}, {"float": "inf"}
 GRU, LSTM, BACK, FAST, MINIMAL = range(5)  # the numbers of the recurrent layers in the network `Steps`
@@ -15,23 +15,23 @@ SQUARE = torch.ones(20, 20)  # of the LSTM's gates and of the features that it r
 Change = Callable[[Record, dict[str, Tensor]], None]
 
 
-def _layer(number: int, **fields: Any) -> Change:
-    return lambda record, tensors: _node("Recurrent", number, **fields)(record)
-
-
 def _all(change: Callable[[Record], None]) -> Change:
     return lambda record, tensors: change(record)
 
 
-def _of(kind: str, **fields: Any) -> Change:
-    return lambda record, tensors: _node(kind, **fields)(record)
+def _of(kind: str, number: int = 0, **fields: Any) -> Change:
+    return _all(_node(kind, number, **fields))
+
+
+def _layer(number: int, **fields: Any) -> Change:
+    return _of("Recurrent", number, **fields)
 
 
 def _tensor(kind: str, number: int, field: str, change: Callable[[Tensor], Tensor]) -> Change:
     """Return a change of one tensor of a node."""
 
     def made(record: Record, tensors: dict[str, Tensor]) -> None:
-        node = [node for node in record["nodes"] if node["kind"] == kind][number]
+        node = _find(record, kind, number)
         key = node[field]["tensor"]
         tensors[key] = change(tensors[key]).contiguous()
 
@@ -42,7 +42,7 @@ def _reads(kind: str, number: int, *names: Any) -> Change:
     """Return a change of a node's inputs; a number stands for the input of this number that the node has now."""
 
     def made(record: Record, tensors: dict[str, Tensor]) -> None:
-        node = [node for node in record["nodes"] if node["kind"] == kind][number]
+        node = _find(record, kind, number)
         node["inputs"] = [node["inputs"][name] if isinstance(name, int) else name for name in names]
 
     return made
@@ -58,11 +58,6 @@ def _projected(weight: Tensor | None, bias: Tensor | None) -> Change:
         _node("Recurrent", LSTM, **fields)(record)
 
     return made
-
-
-def _grid(scale: Any, zero: Any) -> dict[str, Any]:
-    """Return the record of a grid."""
-    return _pair(scale, zero)
 
 
 RECURRENT: dict[str, Change] = {
@@ -100,7 +95,9 @@ RECURRENT: dict[str, Change] = {
     "h without c": _reads("Recurrent", LSTM, 0, 1),
     "the state of another layer": _reads("Recurrent", LSTM, 0, 1, "h"),
     "a sequence of another layer": _reads("Recurrent", BACK, "x", 1, 2),
-    "a layer reads itself": lambda record, tensors: _reads("Recurrent", LSTM, _name(record), 1, 2)(record, tensors),
+    "a layer reads itself": lambda record, tensors: _reads(
+        "Recurrent", LSTM, _find(record, "Recurrent", LSTM)["name"], 1, 2
+    )(record, tensors),
     "no execution of loops": _all(_cut(execution="csr")),
     "the kernels for loops": _all(_cut(execution="sparse")),
     "integers for loops": _all(_cut(execution="int8")),
@@ -149,7 +146,7 @@ RECURRENT: dict[str, Change] = {
 
 INTEGERS: dict[str, Change] = {
     **{
-        f"a grid of {scale} and {zero}": _of(kind, grid=_grid(scale, zero))
+        f"a grid of {scale} and {zero}": _of(kind, grid=_pair(scale, zero))
         for kind, scale, zero in (
             ("Quantize", 0.0, 5), ("Quantize", -1.0, 5), ("Quantize", NAN, 5), ("Quantize", INFINITE, 5),
             ("Quantize", 1e-45, 5), ("Quantize", 1e300, 5), ("Quantize", 0.1, 5), ("Quantize", 1, 5),
@@ -163,12 +160,12 @@ INTEGERS: dict[str, Change] = {
     "a grid of three": _of("Quantize", grid={"tuple": [0.5, 1, 2]}),
     "a grid that is none": _of("Quantize", grid=None),
     "no grids": _of("QuantizedConvolution", grids={"tuple": []}),
-    "one grid": _of("QuantizedConvolution", grids={"tuple": [_grid(0.5, 1)]}),
-    "four grids": _of("QuantizedConvolution", grids={"tuple": [_grid(0.5, 1)] * 4}),
-    "a residual's grid alone": _of("QuantizedConvolution", grids={"tuple": [_grid(0.5, 1)] * 3}),
-    "grids of other scales": _of("QuantizedConvolution", grids={"tuple": [_grid(2.0**60, 0), _grid(2.0**-60, 255)]}),
-    "grids of usual scales": _of("QuantizedConvolution", grids={"tuple": [_grid(2.0, 7), _grid(0.5, 250)]}),
-    "two grids of a linear layer": _of("QuantizedLinear", grids={"tuple": [_grid(0.5, 1)] * 2}),
+    "one grid": _of("QuantizedConvolution", grids={"tuple": [_pair(0.5, 1)]}),
+    "four grids": _of("QuantizedConvolution", grids={"tuple": [_pair(0.5, 1)] * 4}),
+    "a residual's grid alone": _of("QuantizedConvolution", grids={"tuple": [_pair(0.5, 1)] * 3}),
+    "grids of other scales": _of("QuantizedConvolution", grids={"tuple": [_pair(2.0**60, 0), _pair(2.0**-60, 255)]}),
+    "grids of usual scales": _of("QuantizedConvolution", grids={"tuple": [_pair(2.0, 7), _pair(0.5, 250)]}),
+    "two grids of a linear layer": _of("QuantizedLinear", grids={"tuple": [_pair(0.5, 1)] * 2}),
     "limits of NaN": _of("QuantizedConvolution", clamp=_pair(NAN, 1.0)),
     "limits that are swapped": _of("QuantizedConvolution", clamp=_pair(1.0, -1.0)),
     "limits of 1e38": _of("QuantizedConvolution", clamp=_pair(-1e38, 1e38)),
@@ -179,10 +176,10 @@ INTEGERS: dict[str, Change] = {
     "a layer reads floats": _reads("QuantizedConvolution", 0, "x"),
     "a linear layer reads floats": _reads("QuantizedLinear", 0, "x"),
     "a linear layer reads an image": lambda record, tensors: _reads(
-        "QuantizedLinear", 0, _first(record, "QuantizedConvolution")["name"]
+        "QuantizedLinear", 0, _find(record, "QuantizedConvolution")["name"]
     )(record, tensors),
-    "codes of codes": lambda record, tensors: _add_reader(record, "Quantize", grid=_grid(0.5, 3)),
-    "floats of floats": lambda record, tensors: _first(record, "Quantize").update(kind="Dequantize"),
+    "codes of codes": lambda record, tensors: _add_reader(record, "Quantize", grid=_pair(0.5, 3)),
+    "floats of floats": lambda record, tensors: _find(record, "Quantize").update(kind="Dequantize"),
     "a float mean of codes": lambda record, tensors: _float_mean(record),
     "a mean of floats": _reads("QuantizedMean", 0, "x"),
     "a pool of codes with a border": _of("MaxPool", padding=_pair(1, 1)),
@@ -232,23 +229,15 @@ INTEGERS: dict[str, Change] = {
 }  # fmt: skip
 
 
-def _name(record: Record) -> str:
-    return [node for node in record["nodes"] if node["kind"] == "Recurrent"][LSTM]["name"]
-
-
-def _first(record: Record, kind: str) -> Record:
-    return next(node for node in record["nodes"] if node["kind"] == kind)
-
-
 def _add_reader(record: Record, kind: str, **fields: Any) -> None:
     """Add a node that reads the first layer on integers, and return its value."""
-    name = _first(record, "QuantizedConvolution")["name"]
+    name = _find(record, "QuantizedConvolution")["name"]
     record["nodes"].append({"kind": kind, "name": "crafted", "inputs": [name], "variable": False, **fields})
     record["outputs"][0] = {"ref": "crafted"}
 
 
 def _float_mean(record: Record) -> None:
-    node = _first(record, "QuantizedMean")
+    node = _find(record, "QuantizedMean")
     node["kind"] = "Mean"
     del node["grid"]
 

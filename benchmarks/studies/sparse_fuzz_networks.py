@@ -126,7 +126,7 @@ def case(seed: int) -> Case:
         model = ImageNetwork(draw) if draw.random() < 0.75 else TokenNetwork(draw)
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear | nn.Conv1d):
-            module.weight.data *= torch.rand_like(module.weight) < draw.choice((0.0, 0.05, 0.3, 0.3, 1.0))
+            _thin(module.weight.data, draw)
         if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d) and module.running_mean is not None:
             module.running_mean.normal_(0, 0.3)
             module.running_var.uniform_(0.3, 2)
@@ -137,5 +137,9 @@ def redraw(model: nn.Module, draw: random.Random) -> None:
     """Draw the weights of all convolutions and linear layers again, some of them zero, in place."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear | nn.Conv1d):
-            weight = module.weight.data.normal_(0, max(module.weight[0].numel(), 1) ** -0.5)
-            weight *= torch.rand_like(weight) < draw.choice((0.0, 0.05, 0.3, 0.3, 1.0))
+            _thin(module.weight.data.normal_(0, max(module.weight[0].numel(), 1) ** -0.5), draw)
+
+
+def _thin(weight: Tensor, draw: random.Random) -> None:
+    """Make a random share of a weight zero, in place."""
+    weight *= torch.rand_like(weight) < draw.choice((0.0, 0.05, 0.3, 0.3, 1.0))

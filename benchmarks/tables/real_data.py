@@ -1,17 +1,17 @@
 """README's table: a row for each study on real data, with the default method beside the best of the others."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from operator import itemgetter
 from statistics import mean
 
 from benchmarks.runs import RunFile
-from benchmarks.studies.caltech import LINES, TEACHER
 from benchmarks.tables.documents import NONE, README, NotMeasured, Run, lines, markdown, seeds, spread, table
 from benchmarks.tables.photographs import deployed, epochs_of
 from benchmarks.tables.ranks import at_its_rate, main_study
 from benchmarks.timing import RESULTS
 
 OURS = "str-exact"
+TEACHER = ", teacher"  # the end of a line of the study on Caltech-101
 THIRD = 3.0  # compression of the studies of ranks
 Runs = dict[str, list[Run]]  # by method
 
@@ -33,21 +33,23 @@ def real_data() -> str:
 
 def caltech() -> list[str]:
     """Return the row of MobileNetV1 on Caltech-101."""
-    return caltech_row(
-        "Caltech-101 (a part), MobileNetV1 fine-tuned, 90 % zeros",
-        [line for line in LINES if TEACHER not in line and "epochs" not in line],
-    )
+    runs = [run for run in caltech_runs() if TEACHER not in run["line"]]
+    return caltech_row("Caltech-101 (a part), MobileNetV1 fine-tuned, 90 % zeros", runs)
 
 
 def taught() -> list[str]:
     """Return the row of the networks that also learned the scores of the dense one."""
-    lines = [line for line in LINES if line.endswith(TEACHER)]
-    return caltech_row("the same, both sparse networks with the dense one as teacher", ["dense", *lines])
+    runs = [run for run in caltech_runs() if run["line"] == "dense" or run["line"].endswith(TEACHER)]
+    return caltech_row("the same, both sparse networks with the dense one as teacher", runs)
 
 
-def caltech_row(name: str, chosen: Iterable[str]) -> list[str]:
-    """Return the row of the lines `chosen` of the study on Caltech-101."""
-    runs = [run for run in lines("caltech.jsonl") if run["target"] in ("", "0.9") and run["line"] in chosen]
+def caltech_runs() -> list[Run]:
+    """Return the runs on Caltech-101 with the usual number of epochs."""
+    return [run for run in lines("caltech.jsonl") if run["target"] in ("", "0.9") and "epochs" not in run["line"]]
+
+
+def caltech_row(name: str, runs: list[Run]) -> list[str]:
+    """Return the row of some runs on Caltech-101."""
     use = deployed(RunFile(RESULTS / "caltech_deploy.jsonl").read())
     ours = next((run["line"] for run in runs if run["line"].removesuffix(TEACHER) == OURS), OURS)
     own, dense = use.get(("0.9", ours)), use.get(("", "dense"))
