@@ -9,6 +9,7 @@ from str_triton.cnn.methods.budget_file import named_sparsities
 from str_triton.cnn.models import single_value_norms, state_shapes
 from str_triton.cnn.pretrained import check_start
 from str_triton.cnn.recipes import FINETUNING
+from str_triton.cnn.weights import read_weights
 from str_triton.training.checkpoints import Checkpoints
 from str_triton.training.errors import UserError, one_line
 
@@ -26,6 +27,8 @@ def check_inputs(config: Config) -> None:
         raise UserError(f"{config.recipe} starts from a trained dense network: name it with --pretrained FILE")
     if config.pretrained is not None and not has_checkpoint(config):
         check_start(config.pretrained, needs_zeros=config.method == "keep-zeros")
+    if config.teacher is not None:
+        read_weights(config.teacher)
     if config.budget is not None:
         named_sparsities(config.budget)
 
