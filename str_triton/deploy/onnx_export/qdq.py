@@ -4,7 +4,6 @@ Every value that is codes in the quantized network becomes float32 -> QuantizeLi
 int8 weight and int32 bias a constant -> DequantizeLinear. What stands between is plain float32.
 """
 
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +14,6 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from str_triton.deploy.sparse.graph.nodes import Call, Input, Node
-from str_triton.deploy.sparse.graph.pools import MaxPool
 from str_triton.deploy.sparse.graph.quantized import (
     TOP,
     Dequantize,
@@ -25,6 +23,7 @@ from str_triton.deploy.sparse.graph.quantized import (
     QuantizedGate,
     QuantizedLinear,
     QuantizedMean,
+    grids_of_codes,
 )
 from str_triton.deploy.sparse.graph.refs import substitute
 from str_triton.deploy.sparse.quantize.model import QuantizedModel
@@ -76,7 +75,7 @@ class QdqNetwork(nn.Module):
     def __init__(self, model: QuantizedModel) -> None:
         super().__init__()
         self.graph, self.signature, self.sums = model.graph, model.signature, model.sums
-        self.grids = _grids(model.graph.nodes)
+        self.grids = grids_of_codes(model.graph.nodes)
         self._places: dict[str, int] = {}
         for node in model.graph.nodes:
             if isinstance(node, QuantizedConvolution | QuantizedLinear):
@@ -94,14 +93,11 @@ class QdqNetwork(nn.Module):
         return torch.ops.str_triton.dequantize_channels(getattr(self, key), getattr(self, f"{key}_scale"))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        given = self._tensors(self.signature.flatten(args, kwargs))
+        given = iter(self.signature.only_tensors(self.signature.flatten(args, kwargs)))
         values: dict[str, Any] = {}
         for node in self.graph.nodes:
             values[node.name] = next(given) if isinstance(node, Input) else self._value(node, values)
         return pytree.tree_unflatten(substitute(self.graph.outputs, values), self.signature.returns)
-
-    def _tensors(self, leaves: Sequence[Any]) -> Iterator[Any]:
-        return (given for given, leaf in zip(leaves, self.signature.leaves, strict=True) if leaf.dtype is not None)
 
     def _value(self, node: Node, values: dict[str, Any]) -> Any:
         """Compute a node. Codes are replaced by the float32 values that they stand for."""
@@ -138,20 +134,6 @@ class QdqNetwork(nn.Module):
         if node.table is not None:
             y = _rounded(node.activate(y), node.grids[1])
         return y
-
-
-def _grids(nodes: Sequence[Node]) -> dict[str, Grid]:
-    """Return the grid of each value that is codes."""
-    grids: dict[str, Grid] = {}
-    for node in nodes:
-        match node:
-            case Quantize():
-                grids[node.name] = node.grid
-            case QuantizedConvolution() | QuantizedGate():
-                grids[node.name] = node.grids[1]
-            case MaxPool() | Call() if node.inputs and node.inputs[0] in grids:
-                grids[node.name] = grids[node.inputs[0]]
-    return grids
 
 
 def separate_constants(proto: Any) -> None:

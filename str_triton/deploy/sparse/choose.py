@@ -195,10 +195,7 @@ def _weigh(
     """Start from the kernels wherever they can run, and change one layer at a time for as long as that saves time."""
     # Turned values cost about twice as much.
     copies = {name: copy_milliseconds(shape) * (1 if len(shape) == 4 else 2) for name, shape in shapes.items()}
-    readers: dict[str, set[str]] = {node.name: set() for node in graph.nodes}
-    for node in graph.nodes:
-        for name in node.inputs:
-            readers[name].add(node.name)
+    readers = {name: {node.name for node in nodes} for name, nodes in graph.readers().items()}
     nodes = {node.name: node for node in graph.nodes}
     kept = set(graph.kept())
     pools = {node.name for node in graph.nodes if isinstance(node, MaxPool | AvgPool | Mean)}

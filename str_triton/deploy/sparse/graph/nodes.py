@@ -257,6 +257,14 @@ class Graph:
         """Return the names of the values that are read after the last node."""
         return references([self.outputs, self.changes])
 
+    def readers(self) -> dict[str, list[Node]]:
+        """Return the nodes that read each value, by its name."""
+        found: dict[str, list[Node]] = {node.name: [] for node in self.nodes}
+        for node in self.nodes:
+            for name in set(node.inputs):
+                found[name].append(node)
+        return found
+
     def run(self, inputs: Iterable[Any]) -> tuple[list[Any], dict[str, Any]]:
         """Return outputs and changes for inputs in the order of `inputs()`, all by torch; the state stays as it is."""
         values: dict[str, Any] = {}

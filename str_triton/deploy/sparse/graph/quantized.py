@@ -225,15 +225,15 @@ class QuantizedLinear(_Products, Linear):
         return self.scaled(F.linear(x, weight), self.factors(), 1).clamp(*self.clamp)
 
 
-def zero_codes(nodes: Iterable[Node]) -> dict[str, int]:
-    """Return the code of zero by the names of the values that are codes."""
-    zeros: dict[str, int] = {}
+def grids_of_codes(nodes: Iterable[Node]) -> dict[str, Grid]:
+    """Return the grids by the names of the values that are codes."""
+    grids: dict[str, Grid] = {}
     for node in nodes:
         match node:
             case Quantize():
-                zeros[node.name] = node.grid.zero
+                grids[node.name] = node.grid
             case QuantizedConvolution() | QuantizedGate():
-                zeros[node.name] = node.grids[1].zero
-            case MaxPool() | Call() if node.inputs and node.inputs[0] in zeros:
-                zeros[node.name] = zeros[node.inputs[0]]
-    return zeros
+                grids[node.name] = node.grids[1]
+            case MaxPool() | Call() if node.inputs and node.inputs[0] in grids:
+                grids[node.name] = grids[node.inputs[0]]
+    return grids

@@ -87,6 +87,10 @@ class Signature:
         """
         leaves = self.flatten(args, kwargs)
         self.check(leaves)
+        return self.only_tensors(leaves)
+
+    def only_tensors(self, leaves: Sequence[Any]) -> list[Tensor]:
+        """Return the leaves that the network reads, without its constant arguments."""
         return [given for given, leaf in zip(leaves, self.leaves, strict=True) if leaf.dtype is not None]
 
     def fits(self, leaves: Sequence[Any]) -> bool:

@@ -140,10 +140,7 @@ class Converter:
         self.chosen, self.grids, self.befores, self.shapes = chosen, grids, befores, shapes
         self.codes: dict[str, str] = {}  # the nodes that hold a value's codes, by the value's name
         self._names = {node.name for node in graph.nodes}
-        self._readers: dict[str, set[str]] = {node.name: set() for node in graph.nodes}
-        for node in graph.nodes:
-            for name in node.inputs:
-                self._readers[name].add(node.name)
+        self._readers = graph.readers()
         self._floats: set[str] = set()
         self._nodes: list[Node] = []
         for node in graph.nodes:
@@ -197,7 +194,7 @@ class Converter:
     def _is_code(self, node: Call) -> bool:
         """Check whether a call puts zeros around codes, or only layers on integers read the result."""
         readers = self._readers[node.name]
-        return node.inputs[0] in self.codes or (bool(readers) and readers <= self.chosen)
+        return node.inputs[0] in self.codes or (bool(readers) and {reader.name for reader in readers} <= self.chosen)
 
     def _gate(self, node: Node) -> Gate | None:
         """Return the parts of a product of an image of codes and factors by channel that may become codes."""

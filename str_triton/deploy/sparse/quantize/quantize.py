@@ -103,8 +103,8 @@ class _Calibration:
         read = [node for node in self.graph.layers() if self.unfit[node.name] is None]
         watched = {self.roots[name] for node in read for name in (node.name, *node.inputs)}
         ranges = {root: Range() for root in watched}
-        bare = {node.name: replace(node, inputs=node.inputs[:1], clamp=FREE) for node in read if len(node.inputs) > 1}
-        bare = {name: replace(node, activation="") for name, node in bare.items()}
+        summed = [node for node in read if len(node.inputs) > 1]
+        bare = {node.name: replace(node, inputs=node.inputs[:1], clamp=FREE, activation="") for node in summed}
         linear = {node.name: replace(node, activation="") for node in read if node.activation}
         inside = [(bare, {name: Range() for name in bare}), (linear, {name: Range() for name in linear})]
         for note in (Range.widen, Range.count):

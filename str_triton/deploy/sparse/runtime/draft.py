@@ -14,7 +14,7 @@ from str_triton.deploy.sparse.graph.quantized import (
     QuantizedGate,
     QuantizedLinear,
     QuantizedMean,
-    zero_codes,
+    grids_of_codes,
 )
 from str_triton.deploy.sparse.graph.refs import Ref
 from str_triton.deploy.sparse.runtime.buffers import Key
@@ -40,7 +40,7 @@ class Draft:
 
     def __init__(self, graph: Graph, trial: Trial, choices: dict[str, Choice], kernels: bool) -> None:
         self.shapes, self.codes, self.choices, self.kernels = trial.shapes, trial.codes, choices, kernels
-        self.zeros = zero_codes(graph.nodes)
+        self.zeros = {name: grid.zero for name, grid in grids_of_codes(graph.nodes).items()}
         self.nodes = {node.name: node for node in graph.nodes}
         self.images: set[str] = set()  # Values that lie in padded buffers as images of a batch.
         self._written: set[str] = set()  # Values that a kernel makes in padded buffers.
@@ -120,11 +120,7 @@ class Draft:
 
         These convolutions read the zeros around the image itself.
         """
-        readers: dict[str, list[Node]] = defaultdict(list)
-        for node in graph.nodes:
-            for name in node.inputs:
-                readers[name].append(node)
-        kept, found = set(graph.kept()), {}
+        readers, kept, found = graph.readers(), set(graph.kept()), {}
         for node in graph.nodes:
             zero = self.zeros.get(node.inputs[0], 0) if node.inputs else 0
             image = padded_image(node, self._kind(node), zero)

@@ -161,12 +161,16 @@ static void byte_strips(const operation *op, int64_t item) {
     }
 }
 
-static inline uint8_t encode(float low, float high, integers codes, float v) {
-    v /= codes.scale;
+/* The code of a number of steps. */
+static inline uint8_t rounded(float low, float high, integers codes, float v) {
     v = v != v ? 0 : v;
     v = low > v ? low : v;
     v = v > high ? high : v;
     return (uint8_t)((int32_t)(v + 12582912.0f - 12582912.0f) + codes.zero_y);
+}
+
+static inline uint8_t encode(float low, float high, integers codes, float v) {
+    return rounded(low, high, codes, v / codes.scale);
 }
 
 static inline float decode(float low, float high, integers codes, uint8_t code) {
@@ -199,12 +203,8 @@ static void gate_bytes(const operation *op, int64_t item) {
     const float factor = op->residual.data[image * op->residual.image + channel * op->residual.channel] * codes.scale;
     const float low = op->low, high = op->high;
     for (int64_t i = 0, length = op->length; i < length; i++) {
-        float v = (float)(x[i] - codes.zero_x) * factor;
-        v = v != v ? 0 : v;
-        v = low > v ? low : v;
-        v = v > high ? high : v;
-        const int32_t code = (int32_t)(v + 12582912.0f - 12582912.0f) + codes.zero_y;
-        y[i] = (uint8_t)(!mask || mask[i] ? code : codes.fill);
+        const uint8_t code = rounded(low, high, codes, (float)(x[i] - codes.zero_x) * factor);
+        y[i] = !mask || mask[i] ? code : (uint8_t)codes.fill;
     }
 }
 
