@@ -53,5 +53,8 @@ def file_size_limit() -> Callable[[int], AbstractContextManager[None]]:
 
 
 @pytest.fixture(autouse=True)
-def seed() -> None:
+def seed() -> Iterator[None]:
     torch.manual_seed(0)
+    yield
+    assert torch.get_default_dtype() == torch.float32, "the test leaves another default dtype"
+    assert not torch.overrides.has_torch_function((torch.empty(0),)), "the test leaves a default device or a mode"
