@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from str_triton import RankBudget, deploy
-from str_triton.files import write_atomically
 from str_triton.programs import command
-from str_triton.rnn import listen
+from str_triton.rnn import listen, onnx_export
 from str_triton.rnn.data import audio
 from str_triton.rnn.finished_run import FinishedRun, open_run
 from str_triton.rnn.listen import is_speech
@@ -20,7 +19,6 @@ from str_triton.training.options import OptionParser
 
 WEIGHTS = ("float32", "int8")
 STEPS = 99  # the frames of one second of speech
-TOLERANCE = 1e-4  # the maximum difference between onnxruntime's and torch's scores
 VALUES = ("float32", "float16", "bfloat16")
 
 
@@ -117,26 +115,16 @@ def keyword_spotter(run: FinishedRun) -> deploy.KeywordSpotter | None:
 
 def export_onnx(options: argparse.Namespace) -> None:
     """Write an ONNX model, after checking onnxruntime's scores against torch's."""
-    try:
-        import onnx
-        import onnxruntime  # noqa: F401 (checks that it is installed)
-    except ModuleNotFoundError as missing:
-        raise UserError(f"ONNX needs {missing.name}: pip install 'str-triton[onnx]'") from missing
-    from str_triton.rnn.onnx_export import largest_deviation, streaming, unrolled
-
     steps = None if options.streaming else STEPS if options.steps is None else options.steps
     if steps is not None and steps < 1:
         raise UserError(f"--steps {steps}: at least 1")
     run = open_run(options.run)
-    model = streaming(run) if steps is None else unrolled(run, steps)
-    onnx.checker.check_model(model, full_check=True)
-    content = model.SerializeToString()
-    deviation = largest_deviation(run, content, steps)
-    if not deviation <= TOLERANCE:
-        raise RuntimeError(f"onnxruntime's scores differ from torch's by {deviation:.2g}")
-    write_atomically(options.out, content)
+    with as_user_error(ImportError):
+        file = onnx_export.one_step(run) if steps is None else onnx_export.sequences(run, steps)
+    file.save(options.out)
     form = "one step" if steps is None else f"sequences of {steps} steps"
-    print(f"{options.out}: {form}, {len(content):,} bytes; onnxruntime differs from torch by {deviation:.1e} at most")
+    size, difference = len(file.content), file.difference
+    print(f"{options.out}: {form}, {size:,} bytes; onnxruntime differs from torch by {difference:.1e} at most")
 
 
 def export_pack(options: argparse.Namespace) -> None:

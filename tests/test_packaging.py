@@ -2,10 +2,16 @@
 
 import importlib.util
 import re
+import shutil
+import subprocess
 import sys
+import tarfile
 import tomllib
+import zipfile
 from importlib import metadata
 from pathlib import Path
+
+import pytest
 
 import str_triton
 
@@ -52,8 +58,48 @@ def test_the_projects_addresses_are_added():
     assert {"Paper", "Issues", "Changelog", "Documentation"} < urls.keys()
 
 
-def test_the_source_distribution_names_files_that_exist():
-    for line in (ROOT / "MANIFEST.in").read_text().splitlines():
-        command, *places = line.split()
-        if command in ("include", "graft"):
-            assert all((ROOT / place).exists() for place in places), line
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the sdist and the wheel of the files that git tracks; return their folder."""
+    pytest.importorskip("setuptools", minversion="77")
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a checkout: git says which files belong to a release")
+    source, out = (tmp_path_factory.mktemp(name) for name in ("source", "out"))
+    for name in tracked_files():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, source / name)
+    code = f"import setuptools.build_meta as b; b.build_sdist({str(out)!r}); b.build_wheel({str(out)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True)
+    return out
+
+
+def tracked_files() -> set[str]:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return {name for name in listed.split("\0") if name and (ROOT / name).exists()}
+
+
+def test_the_source_distribution_holds_all_files_that_its_tests_read(built: Path):
+    (path,) = built.glob("*.tar.gz")
+    with tarfile.open(path) as file:
+        held = {name.partition("/")[2] for name in file.getnames()}
+    left_out = {name for name in tracked_files() - held if not name.startswith(".github/")}
+    assert left_out == {".gitignore", ".pre-commit-config.yaml"}
+
+
+def test_the_wheel_imports_alone_under_one_name(built: Path, tmp_path: Path):
+    (path,) = built.glob("*.whl")
+    zipfile.ZipFile(path).extractall(tmp_path)
+    (metadata_folder,) = tmp_path.glob("*.dist-info")
+    assert {top.name for top in tmp_path.iterdir()} == {"str_triton", metadata_folder.name}
+    held = {file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*")}
+    places = {"cnn/": "str_triton/cnn/", "rnn/": "str_triton/rnn/", "str_triton/": "str_triton/"}
+    code = {
+        name.replace(old, new, 1) for name in tracked_files() for old, new in places.items() if name.startswith(old)
+    }
+    assert code <= held
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import str_triton.cnn, str_triton.rnn; print(str_triton.__file__)"
+    )
+    command = [sys.executable, "-I", "-c", program, str(tmp_path)]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.stdout == f"{tmp_path / 'str_triton' / '__init__.py'}\n", result.stderr

@@ -1,34 +1,40 @@
 """Mutation testing: change the code at one place at a time, and see whether a test fails.
 
-    python -m benchmarks.studies.mutation str_triton/budget/select.py tests/budget/test_select.py [--limit N]
+    make coverage
+    python -m benchmarks.studies.mutation str_triton/ops str_triton/budget --tests tests/ops tests/budget \
+        tests/interpreter [--sample 400] [--seed 0]
 
-The first argument is the file to change, the others are its tests. The changes are made in a temporary copy of the
-tracked files. A line per change is appended to benchmarks/results/mutation.jsonl; changes that it already holds are
-skipped. A change that all tests pass "survived": either a test is missing, or the change does not matter. Each test run
-is a fork of this process, which has imported torch already.
+The changes are made in a temporary copy of the tracked files. For each change, the tests run that reach its line
+according to `.coverage`, which `make coverage` writes. A line per change is appended to
+benchmarks/results/mutation.jsonl; changes that it already holds are skipped, so a sample continues where it ended. A
+change that all its tests pass "survived": either a test is missing, or the change does not matter. Each test run is a
+fork of this process, which has imported torch already.
 """
 
 import argparse
 import ast
 import copy
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from coverage import CoverageData
 
 from benchmarks.runs import RunFile
 from benchmarks.timing import RESULTS
 
 ROOT = Path(__file__).parents[2]
 RUNS = RunFile(RESULTS / "mutation.jsonl", ("file", "line", "column", "change"))
+INTERPRETER = "tests/interpreter/"  # needs TRITON_INTERPRET=1, which the other tests must not have
 OPERATORS: dict[type[ast.AST], type[ast.AST]] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
     ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
@@ -107,50 +113,101 @@ def mutants(source: str) -> Iterator[Mutant]:
             yield Mutant(node.lineno, node.col_offset, first_difference(plain, text), text)
 
 
-def outcome(root: Path, file: str, source: str, tests: list[str], seconds: int) -> str:
-    """Run the tests in `root` on a changed file, in a fork. Return "killed", "survived" or "timeout"."""
-    (root / file).write_text(source)
-    child = os.fork()
-    if not child:
-        signal.alarm(seconds)
-        os.chdir(root)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os.dup2(1, 2)
-        sys.path.insert(0, str(root))
-        os._exit(int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *tests])))
-    status = os.waitpid(child, 0)[1]
-    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM:
-        return "timeout"
-    return "survived" if status == 0 else "killed"
+def statement_lines(source: str, line: int) -> range:
+    """Return the lines from the beginning of the innermost statement at a line to this line."""
+    statements = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.stmt))
+    return range(max(node.lineno for node in statements if node.lineno <= line <= node.end_lineno), line + 1)
+
+
+def reaching_tests(contexts: dict[int, list[str]], lines: Sequence[int], places: Sequence[str], stem: str) -> list[str]:
+    """Return the tests in `places` that reach one of the lines, as pytest names them, the tests of file `stem` first.
+
+    A line that runs during the import belongs to all tests that reach the file. contexts: by line, the names of test
+    functions as coverage writes them; "" outside tests.
+    """
+
+    def of(chosen: Iterable[int]) -> set[str]:
+        names = {name.rpartition(".") for line in chosen for name in contexts.get(line, ()) if "." in name}
+        return {f"{module.replace('.', '/')}.py::{test}" for module, _, test in names}
+
+    found = of(lines)
+    if not found and any("" in contexts.get(line, ()) for line in lines):
+        found = of(contexts)
+    own = f"/test_{stem}.py"
+    return sorted((name for name in found if name.startswith(tuple(places))), key=lambda name: (own not in name, name))
+
+
+def outcome(root: Path, tests: list[str], seconds: int) -> str:
+    """Run tests of the copy in `root`, each kind in a fork. Return "killed", "survived" or "timeout"."""
+    interpreted = [name for name in tests if name.startswith(INTERPRETER)]
+    for own in ([name for name in tests if name not in interpreted], interpreted):
+        if not own:
+            continue
+        child = os.fork()
+        if not child:
+            signal.alarm(seconds)
+            os.chdir(root)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            os.dup2(1, 2)
+            sys.path.insert(0, str(root))
+            if own is interpreted:
+                os.environ["TRITON_INTERPRET"] = "1"
+            os._exit(int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *own])))
+        status = os.waitpid(child, 0)[1]
+        if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM:
+            return "timeout"
+        if status:
+            return "killed"
+    return "survived"
+
+
+def python_files(places: Sequence[str]) -> list[str]:
+    """Return the Python files that are named, and those in the folders that are named, relative to the root."""
+    found = [p for place in places for p in ([ROOT / place] if place.endswith(".py") else (ROOT / place).rglob("*.py"))]
+    return sorted(path.relative_to(ROOT).as_posix() for path in found)
+
+
+def copy_tracked_files(root: Path) -> None:
+    """Copy the files that git tracks."""
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, tracked.split("\0")):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, root / name)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file")
-    parser.add_argument("tests", nargs="+")
-    parser.add_argument("--limit", type=int, help="at most so many changes, spread over the file")
+    parser.add_argument("places", nargs="+", metavar="FILE", help="files or folders to change")
+    parser.add_argument("--tests", nargs="+", required=True, help="test files or folders")
+    parser.add_argument("--sample", type=int, help="so many changes, drawn at random")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample (default: %(default)s)")
     parser.add_argument("--seconds", type=int, default=120, help="time limit of a run of the tests")
     options = parser.parse_args()
+    data = CoverageData(ROOT / ".coverage")
+    data.read()
     torch.set_num_threads(1)
-    source = (ROOT / options.file).read_text()
-    found = list(mutants(source))
-    chosen = found[:: max(1, -(-len(found) // options.limit))] if options.limit else found
+    files = {file: (ROOT / file).read_text() for file in python_files(options.places)}
+    found = [(file, mutant) for file, source in files.items() for mutant in mutants(source)]
+    random.Random(options.seed).shuffle(found)
+    chosen = found[: options.sample]
+    print(f"{len(chosen)} of {len(found)} changes in {len(files)} files")
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        for name in filter(None, tracked.split("\0")):
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, root / name)
-        if outcome(root, options.file, source, options.tests, options.seconds) != "survived":
-            parser.error("the tests do not pass on the unchanged file, or they took too long")
-        for mutant in chosen:
-            run = {"file": options.file, **mutant._asdict()}
+        copy_tracked_files(root)
+        for file, mutant in chosen:
+            run = {"file": file, **mutant._asdict()}
             text = run.pop("source")
             for missing in RUNS.missing([run]):
-                result = outcome(root, options.file, text, options.tests, options.seconds)
-                RUNS.append({**missing, "outcome": result})
-                print(f"{result:9s} {options.file}:{mutant.line}: {mutant.change}", flush=True)
-    mine = [run for run in RUNS.read() if run["file"] == options.file]
+                lines = statement_lines(files[file], mutant.line)
+                contexts = data.contexts_by_lineno(str(ROOT / file))
+                tests = reaching_tests(contexts, lines, options.tests, Path(file).stem)
+                (root / file).write_text(text)
+                result = outcome(root, tests, options.seconds) if tests else "survived"
+                (root / file).write_text(files[file])
+                RUNS.append({**missing, "tests": len(tests), "outcome": result})
+                print(f"{result:9s} {file}:{mutant.line}: {mutant.change}", flush=True)
+    keys = {(file, mutant.line, mutant.column, mutant.change) for file, mutant in chosen}
+    mine = [run for run in RUNS.read() if tuple(run[field] for field in RUNS.key) in keys]
     survived = sum(run["outcome"] == "survived" for run in mine)
     print(f"{survived} of {len(mine)} changes survived")
 

@@ -1,4 +1,4 @@
-from benchmarks.studies.mutation import mutants
+from benchmarks.studies.mutation import mutants, reaching_tests, statement_lines
 
 SOURCE = '''
 @decorator(1)
@@ -30,3 +30,23 @@ def test_each_mutant_has_one_change_and_texts_and_annotations_have_none():
     assert sorted(mutant.change for mutant in found) == sorted(CHANGES)
     assert len({mutant.source for mutant in found}) == len(CHANGES)
     assert {mutant.line for mutant in found} == {3, 5, 7, 8}
+
+
+def test_the_tests_that_reach_a_line_run_those_of_the_file_first():
+    contexts = {
+        1: [""],
+        4: ["", "tests.a.test_z.test_one", "tests.b.test_f.test_two"],
+        5: ["tests.a.test_z.test_one", "tests.c.test_c.test_three"],
+        7: ["tests.c.test_c.test_three"],
+    }
+    both = ["tests/b/test_f.py::test_two", "tests/a/test_z.py::test_one"]
+    assert reaching_tests(contexts, [4], ["tests/a", "tests/b"], "f") == both
+    assert reaching_tests(contexts, [5], ["tests/a", "tests/b"], "f") == both[1:]
+    assert reaching_tests(contexts, [1], ["tests/a", "tests/b"], "f") == both
+    assert reaching_tests(contexts, [7], ["tests/a", "tests/b"], "f") == []
+    assert reaching_tests(contexts, [6], ["tests/a", "tests/b"], "f") == []
+
+
+def test_a_line_belongs_to_its_innermost_statement():
+    source = "def f(\n    a,\n):\n    if (a\n        and b):\n        c(\n            d)\n"
+    assert [list(statement_lines(source, line)) for line in (2, 5, 7)] == [[1, 2], [4, 5], [6, 7]]

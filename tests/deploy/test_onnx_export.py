@@ -109,3 +109,9 @@ def test_a_quantized_network_is_qdq_and_onnxruntime_computes_our_integers(tmp_pa
         if known:
             grid = quantized.graph.layers()[-1].grids[1]
             torch.testing.assert_close(next(found), summed, rtol=0, atol=2.01 * grid.scale)
+
+
+@pytest.mark.parametrize("dynamic", [[(0,), (1,)], [0, (1,)]])
+def test_dynamic_axes_must_fit_the_inputs(dynamic: list) -> None:
+    with pytest.raises(ValueError, match=r"\(1,\).*each of the 1 inputs"):
+        deploy.export_onnx(nn.Linear(3, 4), torch.randn(2, 3), dynamic=dynamic)

@@ -54,11 +54,14 @@ def test_a_language_model_has_no_c(
 
 
 def test_onnx(whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("onnxruntime")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
     assert main(["onnx", str(whole_run), str(tmp_path / "x.onnx"), "--steps", "5"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"sequences of 5 steps, [\d,]+ bytes; onnxruntime differs from torch by \d\.\de-\d+ at most", out)
     assert [path.name for path in tmp_path.iterdir()] == ["x.onnx"]
+    (frames,) = onnxruntime.InferenceSession(tmp_path / "x.onnx").get_inputs()
+    assert (frames.name, frames.shape[1:]) == ("frames", [5, 12])
 
 
 def test_onnx_without_its_libraries(
@@ -73,7 +76,8 @@ def test_onnx_without_its_libraries(
 
     monkeypatch.setattr(builtins, "__import__", missing)
     line = refused(capsys, "onnx", whole_run, tmp_path / "x.onnx")
-    assert line == "error: ONNX needs onnx: pip install 'str-triton[onnx]'\n"
+    assert "onnx" in line
+    assert "pip install 'str-triton[onnx]'" in line
 
 
 def test_pack(whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,9 +108,7 @@ def test_bad_input_is_one_line(whole_run: Path, tmp_path: Path, capsys: pytest.C
     assert "not allowed with" in refused(capsys, "onnx", whole_run, out, "--streaming", "--steps", "3")
     assert "x.md: the model card gets this name" in refused(capsys, "pack", whole_run, tmp_path / "x.md")
     assert "missing: TARGET" in refused(capsys)
-    assert "No such file or directory" in refused(
-        capsys, "onnx", whole_run, tmp_path / "none" / "x.onnx", "--steps", "2"
-    )
+    assert "No such file or directory" in refused(capsys, "pack", whole_run, tmp_path / "none" / "x.safetensors")
     assert list(tmp_path.iterdir()) == []
 
 

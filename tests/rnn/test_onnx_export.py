@@ -1,82 +1,109 @@
-"""The ONNX export: valid models, two products for factors, and the network's scores in onnxruntime."""
+"""The ONNX export of runs: the network's scores in onnxruntime, two products for factors, names, and metadata."""
 
-import dataclasses
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from str_triton import deploy
 from str_triton.rnn.finished_run import FinishedRun
-from str_triton.rnn.models import Architecture
-from str_triton.rnn.onnx_export import largest_deviation, streaming, unrolled
+from str_triton.rnn.models import Architecture, LanguageModel
+from str_triton.rnn.onnx_export import one_step, sequences
 from tests.rnn.made_runs import CASES, HIDDEN, INPUTS, OUTPUTS
 
 onnx = pytest.importorskip("onnx")
-pytest.importorskip("onnxruntime")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
 
-TEXT = {
-    f"{cell} text": FinishedRun(
-        Path("made"),
-        {"data": "text"},
-        Architecture("lm", cell, OUTPUTS, OUTPUTS, HIDDEN, layers=2).build(ranks={"weight_hh_l1": 3}).eval(),
-        tuple("abcd"),
-        None,
-        None,
-    )
-    for cell in ("gru", "lstm", "fastgrnn")
-}
-RUNS = {**CASES, **TEXT}
+LM = Architecture("lm", "lstm", OUTPUTS, OUTPUTS, HIDDEN, layers=2).build(ranks={"weight_hh_l1": 3}).eval()
+RUNS = {**CASES, "lstm text": FinishedRun(Path("made"), {"data": "text"}, LM, tuple("abcd"), None, None)}
+BATCH = 3
 
 
-@pytest.mark.parametrize("steps", [1, 7, None])
+def example(run: FinishedRun, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return inputs of the network, and of the file, which standardises them."""
+    torch.manual_seed(1)
+    if isinstance(run.model, LanguageModel):
+        x = torch.randint(OUTPUTS, (BATCH, steps))
+        return x, x
+    x = torch.randn(BATCH, steps, INPUTS)
+    return x, x if run.mean is None else x * run.std + run.mean
+
+
+def session(file: deploy.OnnxFile):
+    return onnxruntime.InferenceSession(file.content, providers=["CPUExecutionProvider"])
+
+
+def shapes(values: list) -> dict[str, list]:
+    """Return the names and shapes of inputs or outputs; the batch has a name of its own in each file."""
+    return {value.name: ["batch" if isinstance(size, str) else size for size in value.shape] for value in values}
+
+
 @pytest.mark.parametrize("name", RUNS)
-def test_onnxruntime_gives_torchs_scores(name: str, steps: int | None) -> None:
+def test_the_module_that_is_exported_is_the_network(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deploy, "export_onnx", lambda module, example, **options: (module, example, options))
     run = RUNS[name]
-    if steps is None and run.model.rnn.bidirectional:
-        with pytest.raises(ValueError, match="made: a bidirectional network"):
-            streaming(run)
+    lm = isinstance(run.model, LanguageModel)
+    x, fed = example(run, 7)
+    with torch.no_grad():
+        wanted = run.model(x)[0] if lm else run.model(x)
+    module, shown, options = sequences(run, 7)
+    assert (shown.shape[1:], shown.dtype) == (fed.shape[1:], fed.dtype)
+    torch.testing.assert_close(module(fed), wanted, rtol=1e-6, atol=1e-6)
+    if run.model.rnn.bidirectional:
         return
-    model = streaming(run) if steps is None else unrolled(run, steps)
-    onnx.checker.check_model(model, full_check=True)
-    assert largest_deviation(run, model.SerializeToString(), steps) <= 1e-5
+    module, (shown, *state), options = one_step(run)
+    assert len(options["inputs"]) == len(options["outputs"]) == len(options["dynamic"]) == 1 + len(state)
+    assert (shown.shape[1:], shown.dtype) == (fed.shape[2:], fed.dtype)
+    state = [torch.zeros_like(part) for part in state]
+    for time in range(7):
+        scores, *state = module(fed[: len(shown), time], *state)
+        if lm:
+            torch.testing.assert_close(scores, wanted[: len(shown), time], rtol=1e-5, atol=1e-5)
+    if not lm:
+        torch.testing.assert_close(scores, wanted[: len(shown)], rtol=1e-5, atol=1e-5)
 
 
-def test_a_matrix_in_factors_is_two_products_at_each_step() -> None:
-    model = unrolled(CASES["fastgrnn low-rank"], 7).graph
-    shapes = {constant.name: list(constant.dims) for constant in model.initializer}
-    assert shapes["weight_hh_l1.v"] == [HIDDEN, 3]
-    assert shapes["weight_hh_l1.u"] == [3, HIDDEN]
-    products = [node.input[1] for node in model.node if node.op_type == "MatMul"]
-    # The input's products process all steps at once.
-    assert {factor: products.count(factor) for factor in products} == {
-        **{f"weight_{kind}_l{i}.{factor}": n for kind, n in (("ih", 1), ("hh", 7)) for i in (0, 1) for factor in "uv"},
-        "scores.weight": 1,
+def test_onnxruntime_gives_the_scores_of_sequences() -> None:
+    run, steps = RUNS["lstm text"], 7
+    (x, fed), network = example(run, steps), session(sequences(run, steps))
+    with torch.no_grad():
+        wanted, _ = run.model(x)
+    (scores,) = network.run(None, {"characters": fed.numpy()})
+    torch.testing.assert_close(torch.from_numpy(scores), wanted, rtol=1e-5, atol=1e-5)
+    assert shapes(network.get_inputs()) == {"characters": ["batch", steps]}
+    assert shapes(network.get_outputs()) == {"scores": ["batch", steps, OUTPUTS]}
+    facts = network.get_modelmeta().custom_metadata_map
+    assert facts == {"network": run.name, "outputs": json.dumps(run.outputs)}
+
+
+def test_onnxruntime_gives_the_scores_step_by_step_with_two_products_for_a_matrix_in_factors() -> None:
+    run = RUNS["lstm low-rank, mean"]
+    file = one_step(run)
+    network = session(file)
+    hidden = [2, "batch", HIDDEN]
+    state = {"h": hidden, "c": hidden, "total": ["batch", HIDDEN], "steps": [1]}
+    assert shapes(network.get_inputs()) == {"frame": ["batch", INPUTS], **state}
+    following = {f"next_{name}": shape for name, shape in state.items()}
+    assert shapes(network.get_outputs()) == {"scores": ["batch", OUTPUTS], **following}
+    types = {"total": np.float64, "steps": np.int64}
+    fed_state = {
+        name: np.zeros([BATCH if size == "batch" else size for size in shape], types.get(name, np.float32))
+        for name, shape in state.items()
     }
+    (x, fed), torch_state = example(run, 20), None
+    for time in range(20):
+        scores, *new = network.run(None, {"frame": fed[:, time].numpy(), **fed_state})
+        fed_state = dict(zip(state, new, strict=True))
+        wanted, torch_state = run.model.step(x[:, time], torch_state)
+        torch.testing.assert_close(torch.from_numpy(scores), wanted, rtol=1e-5, atol=1e-5)
+    constants = [tuple(constant.dims) for constant in onnx.load_from_string(file.content).graph.initializer]
+    assert constants.count((4 * HIDDEN, 3)) + constants.count((3, 4 * HIDDEN)) == 4
+    assert not {(4 * HIDDEN, HIDDEN), (HIDDEN, 4 * HIDDEN)} & set(constants)
 
 
-def test_its_inputs_and_outputs_have_names_and_shapes() -> None:
-    def shapes(values: list) -> dict[str, list]:
-        return {
-            value.name: [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim]
-            for value in values
-        }
-
-    graph = unrolled(CASES["lstm low-rank, mean"], 7).graph
-    assert shapes(graph.input) == {"frames": ["batch", 7, INPUTS]}
-    assert shapes(graph.output) == {"scores": ["batch", OUTPUTS]}
-    graph = streaming(CASES["lstm low-rank, mean"]).graph
-    state = {"h": [2, "batch", HIDDEN], "c": [2, "batch", HIDDEN], "total": ["batch", HIDDEN], "steps": [1]}
-    assert shapes(graph.input) == {"frame": ["batch", INPUTS], **state}
-    assert shapes(graph.output) == {
-        "scores": ["batch", OUTPUTS],
-        **{f"next_{name}": shape for name, shape in state.items()},
-    }
-
-
-@pytest.mark.parametrize("steps", [7, None])
-def test_a_network_that_is_not_the_same_is_seen(steps: int | None) -> None:
-    run = CASES["gru low-rank"]
-    content = (streaming(run) if steps is None else unrolled(run, steps)).SerializeToString()
-    assert largest_deviation(dataclasses.replace(run, mean=run.mean + 0.01), content, steps) > 1e-4
-    other = dataclasses.replace(run, std=torch.ones(INPUTS))
-    assert largest_deviation(other, content, steps) > 1e-4
+def test_a_bidirectional_network_has_no_single_step() -> None:
+    with pytest.raises(ValueError, match="made: a bidirectional network"):
+        one_step(CASES["gru low-rank, bidirectional"])

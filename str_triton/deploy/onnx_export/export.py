@@ -21,7 +21,8 @@ from str_triton.files import write_atomically
 # The largest differences to PyTorch, relative to the largest output where that is above 1.
 TOLERANCE = 1e-4
 FLIPS = 5e-2  # of a quantized network, some of whose codes are rounded the other way
-OTHER_SIZES = (1, 3)  # added to, or in place of, the example's sizes of the dynamic axes in the check
+OTHER_SIZES = (1, 3)  # of the batch in the check; other dynamic axes are longer than the example's by as much
+Axes = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def export_onnx(
     *,
     inputs: Sequence[str] = (),
     outputs: Sequence[str] = (),
-    dynamic: Sequence[int] = (0,),
+    dynamic: Sequence[int] | Sequence[Sequence[int]] = (0,),
     metadata: Mapping[str, str] | None = None,
 ) -> OnnxFile:
     """Export a module in evaluation mode to ONNX, and compare onnxruntime's outputs with the module's.
@@ -59,23 +60,26 @@ def export_onnx(
     Args:
         module: the module. example: its inputs, on its device.
         inputs, outputs: names of the inputs and outputs.
-        dynamic: the axes of every input whose sizes may differ from the example's. Axis 0 is the batch; for recurrent
-            layers of this library (0, 1) allows any number of steps too.
+        dynamic: the axes of every input whose sizes may differ from the example's, or a sequence of axes for each
+            input. The first axis is the batch. For recurrent layers of this library (0, 1) also allows any number of
+            steps.
         metadata: texts for the file.
 
     Raises:
-        ValueError: PyTorch cannot export the module, or the outputs differ; the message names the module.
+        ValueError: PyTorch cannot export the module, or the outputs differ; the message names the module. Or `dynamic`
+            does not fit the inputs.
         ImportError: onnx, onnxruntime or onnxscript is missing.
     """
     name = type(module).__name__
     module = copy.deepcopy(module).eval()
     example = example if isinstance(example, tuple) else (example,)
+    axes = _axes_of_each(dynamic, example)
     try:
         import onnx
         import onnxruntime
 
         traced = QdqNetwork(module) if isinstance(module, QuantizedModel) else module
-        proto = _exported(traced, example, name, inputs, outputs, dynamic)  # imports onnxscript
+        proto = _exported(traced, example, name, inputs, outputs, axes)  # imports onnxscript
     except ImportError as error:
         message = f"exporting to ONNX needs the package {error.name}: pip install 'str-triton[onnx]'"
         raise ImportError(message, name=error.name) from error
@@ -86,12 +90,23 @@ def export_onnx(
     options.intra_op_num_threads = 1
     options.add_session_config_entry("session.x64quantprecision", "1")  # Else sums of int8 products saturate on AVX2.
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    difference = max(_difference(module, session, _resized(example, dynamic, size)) for size in OTHER_SIZES)
+    difference = max(_difference(module, session, _resized(example, axes, size)) for size in OTHER_SIZES)
     # Two roundings of one network in float32 differ by about the sum of their errors.
     most = FLIPS + 2 * module.report.error if isinstance(module, QuantizedModel) else TOLERANCE
     if not difference <= most:
         raise ValueError(f"{name}: as ONNX its outputs differ by {difference:.2g}, more than {most}")
     return OnnxFile(content, difference)
+
+
+def _axes_of_each(dynamic: Sequence[int] | Sequence[Sequence[int]], example: tuple[Tensor, ...]) -> list[Axes]:
+    """Return the dynamic axes of each input."""
+    common = [axis for axis in dynamic if isinstance(axis, int)]
+    each = [tuple(axes) for axes in dynamic if not isinstance(axes, int)]
+    if not each:
+        return [tuple(axis for axis in common if axis < x.dim()) for x in example]
+    if common or len(each) != len(example):
+        raise ValueError(f"dynamic={dynamic}: give axes, or a sequence of axes for each of the {len(example)} inputs")
+    return each
 
 
 def _exported(
@@ -100,20 +115,20 @@ def _exported(
     name: str,
     inputs: Sequence[str],
     outputs: Sequence[str],
-    dynamic: Sequence[int],
+    dynamic: list[Axes],
 ) -> Any:
     translations = onnx_translations()
     # torch.export may treat a size of 1 as fixed.
-    example = tuple(torch.cat([x, x]) if 0 in dynamic and len(x) == 1 else x for x in example)
-    shapes: tuple = tuple({axis: torch.export.Dim.DYNAMIC for axis in dynamic if axis < x.dim()} for x in example)
-    kinds = [parameter.kind for parameter in inspect.signature(module.forward).parameters.values()]
-    if inspect.Parameter.VAR_POSITIONAL in kinds:  # torch.export takes the shapes of *args as one.
-        named = kinds.index(inspect.Parameter.VAR_POSITIONAL)
-        shapes = (*shapes[:named], shapes[named:])
+    example = tuple(
+        torch.cat([x, x], axes[0]) if axes and x.shape[axes[0]] == 1 else x
+        for x, axes in zip(example, dynamic, strict=True)
+    )
+    shapes = [dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for axes in dynamic]
     try:
         with _quiet(), torch.no_grad():
             # torch.onnx.export alone tries slower ways of exporting one after the other, for minutes.
-            exported = torch.export.export(module, example, dynamic_shapes=shapes)
+            by_name = inspect.signature(module.forward).bind(*shapes).arguments  # *args has a tuple
+            exported = torch.export.export(module, example, dynamic_shapes=by_name)
             program = torch.onnx.export(
                 exported,
                 dynamo=True,
@@ -149,20 +164,19 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def _resized(example: tuple[Tensor, ...], dynamic: Sequence[int], size: int) -> tuple[Tensor, ...]:
+def _resized(example: tuple[Tensor, ...], dynamic: list[Axes], size: int) -> tuple[Tensor, ...]:
     """Return random inputs like the example, with the batch `size`, and the other dynamic axes longer by `size`."""
     generator = torch.Generator().manual_seed(0)
 
-    def drawn(x: Tensor) -> Tensor:
-        sizes = [
-            length if axis not in dynamic else size if axis == 0 else length + size
-            for axis, length in enumerate(x.shape)
-        ]
+    def drawn(x: Tensor, axes: Axes) -> Tensor:
+        sizes = list(x.shape)
+        for axis in axes:
+            sizes[axis] = size if axis == axes[0] else sizes[axis] + size
         if x.is_floating_point():
             return torch.randn(sizes, generator=generator, dtype=x.dtype).to(x.device)
         return torch.randint(int(x.max()) + 1, sizes, generator=generator).to(x)
 
-    return tuple(map(drawn, example))
+    return tuple(map(drawn, example, dynamic))
 
 
 @torch.inference_mode()

@@ -101,7 +101,7 @@ class LowRankRNN(LowRankMatrices):
                 "the end of the sequence"
             )
         check_input(self, x, self._dtype, packed=True)
-        states = self._initial_states(state, x, len(x), unbatched=False, packed=True)
+        states = self._initial_states(state, x, x.shape[0], unbatched=False, packed=True)
         finals = []
         for layer in range(self.num_layers):
             (suffix,) = self._suffixes(layer)
