@@ -1,4 +1,4 @@
-"""What a release is made of: metadata, links that work on PyPI, and the files that the source distribution names."""
+"""What a release is made of: metadata, links that work on PyPI, and the files of the two distributions."""
 
 import importlib.util
 import re
@@ -86,20 +86,13 @@ def test_the_source_distribution_holds_all_files_that_its_tests_read(built: Path
     assert left_out == {".gitignore", ".pre-commit-config.yaml"}
 
 
-def test_the_wheel_imports_alone_under_one_name(built: Path, tmp_path: Path):
+def test_the_wheel_holds_the_code_under_one_name(built: Path):
+    """That it imports in an empty environment is checked at each release, by .ci/check_wheel.py."""
     (path,) = built.glob("*.whl")
-    zipfile.ZipFile(path).extractall(tmp_path)
-    (metadata_folder,) = tmp_path.glob("*.dist-info")
-    assert {top.name for top in tmp_path.iterdir()} == {"str_triton", metadata_folder.name}
-    held = {file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*")}
+    held = set(zipfile.ZipFile(path).namelist())
+    assert {name.split("/")[0] for name in held if ".dist-info/" not in name} == {"str_triton"}
     places = {"cnn/": "str_triton/cnn/", "rnn/": "str_triton/rnn/", "str_triton/": "str_triton/"}
     code = {
         name.replace(old, new, 1) for name in tracked_files() for old, new in places.items() if name.startswith(old)
     }
     assert code <= held
-    program = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import str_triton.cnn, str_triton.rnn; print(str_triton.__file__)"
-    )
-    command = [sys.executable, "-I", "-c", program, str(tmp_path)]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert result.stdout == f"{tmp_path / 'str_triton' / '__init__.py'}\n", result.stderr

@@ -1,18 +1,19 @@
 """Mutation testing: change the code at one place at a time, and see whether a test fails.
 
-    make coverage
+    make coverage COVERAGE_CONTEXT=test_function
     python -m benchmarks.studies.mutation str_triton/ops str_triton/budget --tests tests/ops tests/budget \
         tests/interpreter [--sample 400] [--seed 0]
 
 The changes are made in a temporary copy of the tracked files. For each change, the tests run that reach its line
-according to `.coverage`, which `make coverage` writes. A line per change is appended to
+according to `.coverage`. A line per change is appended to
 benchmarks/results/mutation.jsonl; changes that it already holds are skipped, so a sample continues where it ended. A
 change that all its tests pass "survived": either a test is missing, or the change does not matter. Each test run is a
-fork of this process, which has imported torch already.
+fork of this process, which has imported torch already. At the end, the tests that failed run without a change.
 """
 
 import argparse
 import ast
+import contextlib
 import copy
 import os
 import random
@@ -21,6 +22,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -137,14 +139,23 @@ def reaching_tests(contexts: dict[int, list[str]], lines: Sequence[int], places:
     return sorted((name for name in found if name.startswith(tuple(places))), key=lambda name: (own not in name, name))
 
 
-def outcome(root: Path, tests: list[str], seconds: int) -> str:
-    """Run tests of the copy in `root`, each kind in a fork. Return "killed", "survived" or "timeout"."""
+class Outcome(NamedTuple):
+    """What the tests say of a changed file: "killed", "survived" or "timeout", and the first test that failed."""
+
+    outcome: str
+    by: str | None = None
+
+
+def outcome(root: Path, tests: list[str], seconds: int) -> Outcome:
+    """Run tests of the copy in `root`, those of the interpreter in a process of their own, until one fails."""
     interpreted = [name for name in tests if name.startswith(INTERPRETER)]
     for own in ([name for name in tests if name not in interpreted], interpreted):
         if not own:
             continue
+        reading, writing = os.pipe()
         child = os.fork()
         if not child:
+            os.setpgid(0, 0)
             signal.alarm(seconds)
             os.chdir(root)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -152,13 +163,34 @@ def outcome(root: Path, tests: list[str], seconds: int) -> str:
             sys.path.insert(0, str(root))
             if own is interpreted:
                 os.environ["TRITON_INTERPRET"] = "1"
-            os._exit(int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *own])))
+            options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
+            os._exit(int(pytest.main([*options, *own], plugins=[FirstFailure(writing)])))
         status = os.waitpid(child, 0)[1]
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)  # processes that a test has left
+        os.close(writing)
+        with open(reading) as pipe:
+            failed = pipe.readline().strip()
         if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM:
-            return "timeout"
+            return Outcome("timeout")
         if status:
-            return "killed"
-    return "survived"
+            return Outcome("killed", failed or None)
+    return Outcome("survived")
+
+
+class FirstFailure:
+    """A pytest plugin that writes the names of failing tests, and of files that cannot be imported, to a pipe."""
+
+    def __init__(self, pipe: int) -> None:
+        self.pipe = pipe
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            os.write(self.pipe, f"{report.nodeid}\n".encode())
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            os.write(self.pipe, f"{report.nodeid}\n".encode())
 
 
 def python_files(places: Sequence[str]) -> list[str]:
@@ -202,14 +234,18 @@ def main() -> None:
                 contexts = data.contexts_by_lineno(str(ROOT / file))
                 tests = reaching_tests(contexts, lines, options.tests, Path(file).stem)
                 (root / file).write_text(text)
-                result = outcome(root, tests, options.seconds) if tests else "survived"
+                result = outcome(root, tests, options.seconds) if tests else Outcome("survived")
                 (root / file).write_text(files[file])
-                RUNS.append({**missing, "tests": len(tests), "outcome": result})
-                print(f"{result:9s} {file}:{mutant.line}: {mutant.change}", flush=True)
-    keys = {(file, mutant.line, mutant.column, mutant.change) for file, mutant in chosen}
-    mine = [run for run in RUNS.read() if tuple(run[field] for field in RUNS.key) in keys]
-    survived = sum(run["outcome"] == "survived" for run in mine)
-    print(f"{survived} of {len(mine)} changes survived")
+                RUNS.append({**missing, "tests": len(tests), **result._asdict()})
+                print(f"{result.outcome:9s} {file}:{mutant.line}: {mutant.change}", flush=True)
+        keys = {(file, mutant.line, mutant.column, mutant.change) for file, mutant in chosen}
+        mine = [run for run in RUNS.read() if tuple(run[field] for field in RUNS.key) in keys]
+        failing = sorted({run["by"] for run in mine if run["by"]})
+        unchanged = outcome(root, failing, 3600) if failing else Outcome("survived")
+    counts = Counter(run["outcome"] for run in mine)
+    print(f"of {len(mine)} changes, {counts['survived']} survived and {counts['timeout']} took too long")
+    if unchanged.outcome != "survived":
+        parser.exit(1, f"{unchanged.by} fails without a change: what it has killed says nothing\n")
 
 
 if __name__ == "__main__":
