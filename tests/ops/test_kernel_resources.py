@@ -32,8 +32,9 @@ from benchmarks.speed.kernel_resources import (
     compiling_for,
     resources,
 )
+from str_triton.ops import soft_threshold_many
 from str_triton.ops.low_rank_cell import CELLS
-from str_triton.ops.low_rank_plan import layout, resident_bytes
+from str_triton.ops.low_rank_plan import Plan, layout, resident_bytes
 
 # The largest resident time loop may spill on NVIDIA (bytes), every loop a little on AMD (registers). The streamed loop
 # of an MGU of 1000 x 64, compiled here for gfx942 alone, spills 55 registers forward and 179 backward on gfx1100.
@@ -58,6 +59,13 @@ class Build:
     @cached_property
     def resources(self) -> Resources:
         return resources(self.target, self.variant, self.kernel)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The plan of a time loop."""
+        cell, size, dtype, *_ = self.variant.split(", ")
+        limit, chip = SHARED_MEMORY[self.target], CHIPS.get(self.target, "nvidia")
+        return layout(CELLS[cell], *map(int, size.split(" x ")), DTYPES[dtype], limit, self.backward, chip)
 
     def __repr__(self) -> str:
         return f"{self.name} for {self.target} ({self.variant})"
@@ -113,10 +121,8 @@ def test_shared_memory_and_spills_of_time_loops(loops):
     """The plan must know the memory before the kernel is compiled."""
     kinds = set()
     for build in loops:
-        found, chip = build.resources, CHIPS.get(build.target, "nvidia")
-        cell, size, dtype, *_ = build.variant.split(", ")
-        hidden, rank = map(int, size.split(" x "))
-        plan = layout(CELLS[cell], hidden, rank, DTYPES[dtype], SHARED_MEMORY[build.target], build.backward, chip)
+        found, plan, chip = build.resources, build.plan, CHIPS.get(build.target, "nvidia")
+        cell, _, dtype, *_ = build.variant.split(", ")
         kinds.add(plan.kind)
         assert 0 < found.registers <= 512
         assert found.shared <= SHARED_MEMORY[build.target], build
@@ -132,7 +138,7 @@ def test_instructions_of_time_loops(loops):
     """Each activation once, in one instruction, and every product on the matrix units of its precision."""
     for build in loops:
         found, code, chip = build.resources, build.kernel.asm, CHIPS.get(build.target, "nvidia")
-        cell, size, dtype, *precision = build.variant.split(", ")
+        cell, _, dtype, *precision = build.variant.split(", ")
         assert not build.backward or found.exponentials <= (8 if cell == "lstm" else 0), build
         kinds = {"bfloat16": "bf16.bf16", "float32": "tf32.tf32"} if chip == "nvidia" else {"bfloat16": "bf16"}
         if precision == ["ieee"] or (chip == "rdna" and dtype == "float32"):
@@ -148,10 +154,55 @@ def test_instructions_of_time_loops(loops):
             assert "div." not in code["ptx"], build
             if not build.backward:
                 # Those of a tile, shared out among threads.
-                hidden, rank = map(int, size.split(" x "))
-                plan = layout(CELLS[cell], hidden, rank, DTYPES[dtype], SHARED_MEMORY[build.target], False)
-                tile = plan.block_hidden * plan.block_batch // (32 * plan.warps)
+                tile = build.plan.block_hidden * build.plan.block_batch // (32 * build.plan.warps)
                 assert found.exponentials == ACTIVATIONS[cell] * tile, build
+
+
+def test_what_a_step_of_a_resident_loop_loads(loops):
+    """The gates or gradients of a step alone, no factor and no bias; with `ahead` those of the next step, and first."""
+    for build in (build for build in loops if build.plan.kind == "resident"):
+        cell = CELLS[build.variant.split(", ")[0]]
+        (step,) = re.findall(r"\n    %[^\n]* = scf\.for %step .*?\n    \}", build.kernel.asm["ttir"], re.DOTALL)
+        loaded = re.findall(r"(%\w+) = tt\.load", step)
+        # Backward: the gradient of the output and what is saved; the state before and h0, whose sum is handed on; of a
+        # cell with c also the gradient of the last h, which is loaded where it is added.
+        alone = 1 + cell.saved if build.backward else cell.gates
+        assert len(loaded) == alone + (2 + (len(cell.states) > 1) if build.backward else 0), build
+        handed_on = re.findall(r"%\w+", re.search(r"scf\.yield (.*?) :", step)[1])
+        ahead = not build.backward or build.plan.ahead
+        assert len({*loaded} & {*handed_on}) == (alone if ahead else 0), build
+        before = step[: step.index("tt.dot", step.index("tt.load"))]
+        assert len(re.findall("tt.load", before)) >= alone, build
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype", "approximate"),
+    [("sm_90", "float32", True), ("sm_90", "float64", False), ("gfx942", "float32", False)],
+)
+def test_approximate_instructions_are_nvidias_and_not_for_float64(target, dtype, approximate):
+    _, launch = low_rank_pair("fastgrnn", 20, 3, dtype, "tf32x3")[0]
+    with compiling_for(target, translate_only=True) as codes:
+        launch()
+    for found in ("ex2.approx", "rcp.approx", "inputPrecision = tf32x3"):
+        assert (found in codes[0]) == approximate
+
+
+def test_launches_of_a_list():
+    """Where the addresses of gradients alone are new, one launch writes them; a frozen threshold is not reduced."""
+    for tables in (soft_threshold_many._written, soft_threshold_many._layout_tables):
+        tables.cache_clear()
+    thresholds, flat, slope = [1, 1], torch.zeros(256), torch.zeros(2)
+    steps = [[torch.zeros(2, 64) for _ in thresholds] for _ in range(3)]  # all alive: no address returns
+    table, backward, reduce = (f"soft_threshold_many_{name}_kernel" for name in ("table", "backward", "reduce"))
+    expected = [
+        (slope, [table, table, backward, reduce]),
+        (slope, [table, backward, reduce]),
+        (None, [table, backward]),
+    ]
+    for grads, (given, names) in zip(steps, expected, strict=True):
+        with compiling_for("sm_90", translate_only=True) as codes:
+            soft_threshold_many._backward_many_triton(grads, flat, given, thresholds, True)
+        assert [re.search(r"tt\.func public @(\w+)", code)[1] for code in codes] == names
 
 
 def test_no_atomics_on_global_memory(built):

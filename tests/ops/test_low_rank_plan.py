@@ -8,6 +8,7 @@ import torch
 
 from str_triton import Plan, low_rank_plan, shared_memory_limit
 from str_triton.ops.low_rank_cell import CELLS
+from str_triton.ops.low_rank_gpu import chip
 from str_triton.ops.low_rank_plan import layout, padded, resident_bytes
 
 RTX3090, A100, H100, MI300 = (1024 * kib for kib in (99, 163, 227, 64))
@@ -54,6 +55,26 @@ def test_shared_memory_limit(monkeypatch):
     for properties, limit in ((nvidia, 227 * 1024), (SimpleNamespace(shared_memory_per_block=65536), 65536)):
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, known=properties: known)
         assert shared_memory_limit(torch.device("cuda")) == limit
+
+
+@pytest.mark.parametrize(
+    ("hip", "warp_size", "expected"), [(None, 32, "nvidia"), ("7.0", 64, "cdna"), ("7.0", 32, "rdna")]
+)
+def test_chip(hip, warp_size, expected, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(warp_size=warp_size))
+    assert chip(torch.device("cuda")) == expected
+
+
+def test_a_large_backward_loads_nothing_ahead():
+    """It would spill, and so would any backward on AMD's chips for games."""
+    for hidden, name, backward, ahead in (
+        (256, "nvidia", True, True),
+        (512, "nvidia", True, False),
+        (512, "nvidia", False, True),
+        (256, "rdna", True, False),
+    ):
+        assert layout(CELLS["gru"], hidden, 16, torch.bfloat16, H100, backward, name).ahead == ahead
 
 
 def kind(hidden: int, rank: int, dtype: torch.dtype, shared_memory: int, cell: str = "gru", **options: object) -> str:
