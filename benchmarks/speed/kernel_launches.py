@@ -77,12 +77,12 @@ REPRESENTATIVE: list[Size] = [
 
 
 def every_size() -> list[Size]:
-    """Return the sizes of the table: powers of two and others, and float32 in each precision."""
+    """Return the sizes of the table: the representative ones, and each cell in more; a GRU in each precision."""
     kinds = ((100, "float32"), (256, "float32"), (100, "bfloat16"), (512, "bfloat16"), (1024, "bfloat16"))
     sizes = [(cell, hidden, hidden // 16, dtype, "tf32") for cell, (hidden, dtype) in product(CELLS, kinds)]
     others = [(200, 20, "bfloat16", "tf32"), (256, 16, "float64", "ieee")]
     others += [(256, 16, "float32", precision) for precision in ("ieee", "tf32x3")]
-    return [*sizes, *(("gru", *other) for other in others)]
+    return list(dict.fromkeys([*REPRESENTATIVE, *sizes, *(("gru", *other) for other in others)]))
 
 
 def low_rank_launches(sizes: Iterable[Size]) -> Iterator[Launch]:

@@ -10,6 +10,7 @@ pytest.importorskip("triton", reason="triton is for Linux")
 
 from benchmarks.runs import RunFile
 from benchmarks.speed import kernel_resources
+from benchmarks.speed.kernel_launches import launches
 from benchmarks.speed.kernel_resources import Resources, measure_all
 
 KEY = ("code", "all", "target", "launch")
@@ -22,6 +23,12 @@ def run(target: str, launch: int, *hashes: str, code: str = "x") -> dict:
     ]
     named = dict(zip(KEY, (code, False, target, launch), strict=True))
     return named | {"variant": "v", "seconds": 1.0, "kernels": kernels}
+
+
+def test_every_variant_includes_the_few() -> None:
+    few, every = ([name for name, _ in launches(all_variants)] for all_variants in (False, True))
+    assert len(every) > len(few)
+    assert {*few} <= {*every}
 
 
 def test_launches_that_do_not_compile_do_not_lose_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
