@@ -4,8 +4,8 @@
         [--threads 1 2] [--rounds 5] [--openvino FOLDER] [--quick]
 
 Ours are compact layers of rank H/8 and H/16; the others have the dense matrix. All take turns in one process, on 99
-steps of 32 features; a figure is the median over the rounds of the median call of a turn. torch's dynamic quantization
-("torch_int8") and onnxruntime belong to it, OpenVINO where it can be imported: FOLDER is where `pip install --target
+steps of 32 features; a figure is the median over the rounds of the median call of a turn. "_int8" is the same layer made
+by `deploy.quantize`. torch's dynamic quantization ("torch_int8") and onnxruntime belong to it, OpenVINO where it can be imported: FOLDER is where `pip install --target
 FOLDER --no-deps openvino` put it. The last part times one streaming step (`deploy.compile_step`) of 64 units.
 
 It takes less than 10 minutes and needs a quiet machine. Results go to benchmarks/results/recurrent_inference.json;
@@ -82,6 +82,7 @@ def networks(cell: str, hidden: int) -> tuple[nn.Module, dict[str, deploy.Sparse
     for name, share in SHARES.items():
         layer = low_rank(FEATURES, hidden, ranks={"weight_hh_l0": hidden // share}).eval()
         ours[name] = deploy.compile_sparse(layer, x, tune=False)
+        ours[f"{name}_int8"] = deploy.compile_sparse(deploy.quantize(layer, [x]), x, tune=False)
     return dense(FEATURES, hidden).eval(), ours
 
 

@@ -19,12 +19,15 @@ def recurrent_inference() -> str:
     for run in results("recurrent_inference.json"):
         rows = run["rows"]
         names = [name for name in DENSE if all(name in row["ms"] for row in rows)]
+        others = {"torch": "torch", **{name: DENSE[name] for name in names}}
+        if all("ours_r8_int8" in row["ms"] for row in rows):
+            others |= {"ours_r8_int8": "rank H/8, int8", "torch_int8": "torch, int8"}
         cells = []
         for row in rows:
             case = f"{row['cell'].upper()} {row['hidden']}, batch {row['batch']}, {row['threads']} threads"
             ours = [f"{row['ms'][name]:.2f} ({_ratio(row, name, names):.2f}x)" for name in OURS]
-            cells.append([case, *ours, *(f"{row['ms'][name]:.2f}" for name in ("torch", *names))])
-        header = [f"{run['machine']['processor']}, ms", *OURS.values(), "torch", *(DENSE[name] for name in names)]
+            cells.append([case, *ours, *(f"{row['ms'][name]:.2f}" for name in others)])
+        header = [f"{run['machine']['processor']}, ms", *OURS.values(), *others.values()]
         parts.append(f"{paragraph(_summary(run, names))}\n\n{markdown(header, cells)}")
     return "\n\n".join(parts)
 

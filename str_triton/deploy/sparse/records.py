@@ -13,6 +13,7 @@ from str_triton.deploy.sparse.executions.choice import Choice
 from str_triton.deploy.sparse.graph import nodes, pools, quantized
 from str_triton.deploy.sparse.graph.operators import allowed, operator_name, resolve
 from str_triton.deploy.sparse.graph.pointwise import Pointwise
+from str_triton.deploy.sparse.graph.quantized_recurrent import QuantizedRecurrent
 from str_triton.deploy.sparse.graph.recurrent import Recurrent
 from str_triton.deploy.sparse.graph.refs import Ref, references
 
@@ -292,6 +293,7 @@ _KINDS: dict[str, tuple[type[nodes.Node], Callable[[Any], None]]] = {
     "Convolution": (nodes.Convolution, _check_convolution),
     "Linear": (nodes.Linear, _check_linear),
     "Recurrent": (Recurrent, Recurrent.check_fields),
+    "QuantizedRecurrent": (QuantizedRecurrent, Recurrent.check_fields),
     "Pointwise": (Pointwise, _check_pointwise),
     "MaxPool": (pools.MaxPool, _check_pool),
     "AvgPool": (pools.AvgPool, _check_pool),

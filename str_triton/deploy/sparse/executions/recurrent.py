@@ -40,7 +40,8 @@ class SharedLoop(Loop):
     shared = True
 
     def fits(self, node: Layer, shapes: Shapes) -> bool:
-        return super().fits(node, shapes) and node.weight.numel() >= LARGE
+        is_float = node.weight.dtype == torch.float32  # Each sequence's numbers become codes in one thread.
+        return super().fits(node, shapes) and is_float and node.weight.numel() >= LARGE
 
 
 class TorchLayer(Execution):
@@ -49,7 +50,7 @@ class TorchLayer(Execution):
     name = "torch_layer"
 
     def fits(self, node: Layer, shapes: Shapes) -> bool:
-        is_dense = isinstance(node, Recurrent) and node.v is None and node.weight_in is not None
+        is_dense = type(node) is Recurrent and node.v is None and node.weight_in is not None
         known = is_dense and all(name in shapes for name in (*node.inputs, node.name))
         return known and node.cell in ("gru", "lstm") and 0 not in shapes[node.inputs[0]]
 

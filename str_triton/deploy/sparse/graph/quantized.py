@@ -19,6 +19,7 @@ from str_triton.deploy.sparse.graph.nodes import Call, Convolution, Linear, Node
 from str_triton.deploy.sparse.graph.pools import MaxPool, Mean
 
 TOP = 255  # the largest code
+LARGEST = 127  # the largest absolute int8 weight: symmetric
 SMALLEST = torch.finfo(torch.float32).tiny  # the smallest scale
 MOST_FACTOR = 1e20  # the largest factor of a sum, so that no product is infinite
 EXACT = 2**24  # integers up to here are exact in float32, in sums of any order as long as all partial sums are

@@ -54,14 +54,18 @@ class Recurrent(Layer):
 
     def is_whole(self) -> bool:
         """Check that the fields, which a file may have given, fit together."""
-        if not isinstance(self.cell, str) or self.cell not in SIZES or not _is_tensor(self.weight, 2):
+        if not isinstance(self.cell, str) or self.cell not in SIZES:
+            return False
+        dtype = self.dtypes[0]
+        if not _is_tensor(self.weight, 2, dtype):
             return False
         gates, biases, states, scalars = SIZES[self.cell]
         rows, inner = self.weight.shape
         if rows % gates or rows == 0 or inner == 0 or not isinstance(self.reverse, bool):
             return False
         hidden = rows // gates
-        recurrent = inner == hidden if self.v is None else _is_tensor(self.v, 2) and self.v.shape == (hidden, inner)
+        has_v = _is_tensor(self.v, 2, dtype) and self.v.shape == (hidden, inner)
+        recurrent = inner == hidden if self.v is None else has_v
         vectors = [(self.bias, biases * hidden), (self.scale, scalars or None)]
         projection = self.weight_in is None or (_is_tensor(self.weight_in, 2) and len(self.weight_in) == rows)
         vectors.append((self.bias_in, None if self.weight_in is None else rows))
@@ -103,8 +107,8 @@ class Recurrent(Layer):
         return torch.cat([outputs, *(final.unsqueeze(0) for final in finals[: self.states])])
 
 
-def _is_tensor(value: Any, dims: int) -> bool:
-    return isinstance(value, Tensor) and value.dtype == torch.float32 and value.dim() == dims
+def _is_tensor(value: Any, dims: int, dtype: torch.dtype = torch.float32) -> bool:
+    return isinstance(value, Tensor) and value.dtype == dtype and value.dim() == dims
 
 
 def exportable(model: nn.Module) -> nn.Module | None:

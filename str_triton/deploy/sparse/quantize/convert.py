@@ -10,6 +10,7 @@ from str_triton.deploy.sparse.graph.nodes import FREE, Call, Convolution, Graph,
 from str_triton.deploy.sparse.graph.pointwise import Pointwise
 from str_triton.deploy.sparse.graph.pools import AvgPool, MaxPool, Mean
 from str_triton.deploy.sparse.graph.quantized import (
+    LARGEST,
     MOST_FACTOR,
     SMALLEST,
     TOP,
@@ -21,6 +22,8 @@ from str_triton.deploy.sparse.graph.quantized import (
     QuantizedLinear,
     QuantizedMean,
 )
+from str_triton.deploy.sparse.graph.quantized_recurrent import QuantizedRecurrent, quantized_recurrent
+from str_triton.deploy.sparse.graph.recurrent import Recurrent
 from str_triton.deploy.sparse.graph.refs import Ref, rename
 from str_triton.deploy.sparse.runtime.images import (
     PAD,
@@ -33,13 +36,15 @@ from str_triton.deploy.sparse.runtime.images import (
     padded_image,
 )
 
-LARGEST = 127  # the largest absolute int8 weight: symmetric
 MOST_BIAS = 2**29  # what the int32 sums leave for the bias
 MOST_REACH = 2**29  # and for the products: they are summed before the zero points are taken off, and after
 
 
 def unfit(node: Layer, shapes: Shapes) -> str | None:
     """Return why a layer cannot run on integers; None if it can."""
+    if isinstance(node, Recurrent):
+        tensors = [node.weight] if node.v is None else [node.weight, node.v]
+        return None if all(bool(tensor.isfinite().all()) for tensor in tensors) else "its weights are not finite"
     if type(node) not in (Convolution, Pointwise, Linear):
         return f"layers of the kind {type(node).__name__.lower()} have no form on integers"
     if node.activation and isinstance(node, Linear):
@@ -83,11 +88,13 @@ def alike(graph: Graph, shapes: Shapes) -> dict[str, str]:
 
 def quantized(
     node: Layer, grids: dict[str, Grid], name: str, inputs: list[str], before: Grid | None = None
-) -> QuantizedConvolution | QuantizedLinear:
+) -> QuantizedConvolution | QuantizedLinear | QuantizedRecurrent:
     """Return a layer on integers, for inputs and an output of these grids; `before`: that of its activation's input.
 
     Raises ValueError where its numbers do not fit into int32.
     """
+    if isinstance(node, Recurrent):
+        return quantized_recurrent(node)
     flat = node.weight.flatten(1).double()
     scale = (flat.abs().amax(1) / LARGEST).float()
     scale = torch.where(scale < SMALLEST, torch.ones_like(scale), scale)
@@ -155,7 +162,12 @@ class Converter:
 
     def _add(self, node: Node) -> None:
         first = node.inputs[0] if node.inputs else ""
-        if node.name in self.chosen:
+        if node.name in self.chosen and isinstance(node, Recurrent):
+            for name in node.inputs:
+                self._float(name)
+            self._nodes.append(self.make(node, node.name, node.inputs))
+            self._floats.add(node.name)
+        elif node.name in self.chosen:
             inputs = [self._code(name) for name in node.inputs]
             name = node.name if isinstance(node, Linear) else self._new(node.name)
             self._nodes.append(self.make(node, name, inputs))

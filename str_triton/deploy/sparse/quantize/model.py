@@ -11,6 +11,7 @@ from torch import nn
 from str_triton.deploy.sparse.graph.nodes import Constant, Graph, Layer
 from str_triton.deploy.sparse.graph.pointwise import Pointwise
 from str_triton.deploy.sparse.graph.quantized import Grid, QuantizedConvolution, QuantizedLinear
+from str_triton.deploy.sparse.graph.recurrent import Recurrent
 from str_triton.deploy.sparse.graph.signature import Signature
 from str_triton.deploy.sparse.model import plain_torch
 from str_triton.deploy.sparse.text_table import text_table
@@ -85,9 +86,14 @@ class QuantizedModel(nn.Module):
         self.training = False
         for node in graph.nodes:
             if isinstance(node, Layer) and not (isinstance(node, Pointwise) and not node.scales):
-                self._hold(node.label or node.name, node)
+                self._hold(self._label(node), node)
             elif isinstance(node, Constant):
                 self._hold(node.name, node)
+
+    def _label(self, node: Layer) -> str:
+        """Return the name of a layer in the state dict. The layers of one recurrent module may have one label."""
+        is_taken = isinstance(node, Recurrent) and node.label in dict(self.weights.named_modules())
+        return f"{node.label}.{node.name}" if is_taken else node.label or node.name
 
     def _hold(self, label: str, node: Any) -> None:
         """Register a node's tensors under the name of its layer."""
@@ -96,10 +102,13 @@ class QuantizedModel(nn.Module):
             if part not in place._modules:
                 place.add_module(part, nn.Module())
             place = place.get_submodule(part)
-        names = ("weight", "bias", "scale") if isinstance(node, QuantizedConvolution | QuantizedLinear) else ()
-        names = names or (("value",) if isinstance(node, Constant) else ("weight", "bias"))
+        names = ("value",) if isinstance(node, Constant) else ("weight", "bias")
+        if isinstance(node, QuantizedConvolution | QuantizedLinear):
+            names += ("scale",)
+        elif isinstance(node, Recurrent):
+            names += ("v", "steps", "weight_in", "bias_in", "scale")
         for name in names:
-            if name not in place._buffers:
+            if name not in place._buffers and getattr(node, name, None) is not None:
                 place.register_buffer(name, getattr(node, name))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

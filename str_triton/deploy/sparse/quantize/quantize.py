@@ -9,9 +9,10 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from str_triton.deploy.sparse.compile import compile_sparse
-from str_triton.deploy.sparse.graph.nodes import FREE, Graph, Linear
+from str_triton.deploy.sparse.graph.nodes import FREE, Graph, Layer, Linear
 from str_triton.deploy.sparse.graph.pointwise import Pointwise
 from str_triton.deploy.sparse.graph.quantized import Grid
+from str_triton.deploy.sparse.graph.recurrent import Recurrent
 from str_triton.deploy.sparse.model import CompiledModel, SparseModel, plain_torch
 from str_triton.deploy.sparse.quantize.convert import Edges, alike, convert, quantized, unfit
 from str_triton.deploy.sparse.quantize.faster import faster
@@ -32,11 +33,12 @@ def quantize(
     bound: float = BOUND,
     example: Any = None,
 ) -> QuantizedModel:
-    """Make a copy of `model` whose convolutions and linear layers run on 8-bit integers, without training.
+    """Make a copy of `model` whose convolutions, linear and recurrent layers have 8-bit integers, without training.
 
     Batch norms are folded. Weights become int8 with a scale for each output channel, symmetric, so zeros stay zeros.
     Each value between layers becomes a byte with one scale and one zero point, found on the batches. A residual sum is
     part of the layer before it. The inputs and outputs of a concatenation, a slice or a max pool share one grid.
+    A recurrent layer keeps inputs and states in float32; its recurrent matrix, or both factors of it, become int8.
     A layer stays in float32 if its own error is above `bound`, or if there is no integer form of it; the report says
     which layers and why. The first and the last layer are treated like the others.
 
@@ -100,7 +102,8 @@ class _Calibration:
 
         `sums` has those of convolutions before a residual is added, `befores` those before an activation.
         """
-        read = [node for node in self.graph.layers() if self.unfit[node.name] is None]
+        fit = [node for node in self.graph.layers() if self.unfit[node.name] is None]
+        read = [node for node in fit if not isinstance(node, Recurrent)]  # Recurrent layers read and make float32.
         watched = {self.roots[name] for node in read for name in (node.name, *node.inputs)}
         ranges = {root: Range() for root in watched}
         summed = [node for node in read if len(node.inputs) > 1]
@@ -172,11 +175,16 @@ class _Calibration:
         for inputs in self.batches:
             for node, values in self.graph.steps(inputs):
                 if node.name in made:
-                    codes = {name: self.grids[name].encode(values[name]) for name in node.inputs}
-                    y = made[node.name].run(codes)
-                    y = y if isinstance(node, Linear) else self.grids[node.name].decode(y)
+                    y = self._run_codes(node, made[node.name], values)
                     sums.add(node.name, y, values[node.name])
         return found | sums.relative()
+
+    def _run_codes(self, node: Layer, made: Layer, values: dict[str, Any]) -> Tensor:
+        """Return the float32 output of a quantized layer for the exact inputs of the layer."""
+        if isinstance(node, Recurrent):
+            return made.run(values)
+        y = made.run({name: self.grids[name].encode(values[name]) for name in node.inputs})
+        return y if isinstance(node, Linear) else self.grids[node.name].decode(y)
 
     def _errors_together(self, graph: Graph, codes: Mapping[str, str]) -> tuple[dict[str, float], float]:
         """Return the relative errors of the layers' outputs in the quantized network, and of its own outputs."""

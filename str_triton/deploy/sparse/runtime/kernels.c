@@ -226,6 +226,6 @@ void str_triton_recurrent(const recurrent *r, int64_t threads, int64_t shared) {
 }
 
 /* Floats of scratch memory that a layer needs. */
-int64_t str_triton_recurrent_scratch(const recurrent *r) { return r->batch * (3 * state_pitch(r) + rank_pitch(r)); }
+int64_t str_triton_recurrent_scratch(const recurrent *r) { return r->batch * sequence_floats(r); }
 
 int64_t str_triton_lanes(void) { return LANES; }

@@ -6,7 +6,7 @@
 
    Packed factors: v as [panels][hidden][width][LANES] with `width` vectors of ranks in a panel; w as
    [blocks][inner][2][gates][LANES] with two vectors of units in a block. The elements beyond the last rank or unit are
-   zero there, and their results are never stored.
+   zero there, and their results are never stored. Int8 factors are in pairs of inputs, as codes.h says.
 
    The input's part of the gates is given, or computed block by block where it is used, so that it stays in the caches: a
    batch's gates of all steps would be written to memory and read back. */
@@ -14,6 +14,7 @@
 #ifndef STR_TRITON_RECURRENT_H
 #define STR_TRITON_RECURRENT_H
 
+#include "codes.h"
 #include "vectors.h"
 #include "waiting.h"
 #include <string.h>
@@ -29,14 +30,13 @@ typedef struct {
     const float *x;                      /* [steps][batch][gates * hidden]: the input's part of the gates; or the input */
     const float *h, *c;                  /* [batch][hidden]: the first states; c of an LSTM alone */
     float *y;                            /* [steps + states][batch][hidden]: outputs, the last h, the last c */
-    const float *v, *w;                  /* packed; v may be NULL */
+    const void *v, *w;                   /* packed; v may be NULL */
+    const float *scales;                 /* of int8 rows of w, packed like its bias with all gates; NULL: w, v are float32 */
     const float *bias;                   /* [blocks][2][gates, of FASTGRNN 2][LANES] */
     const float *w_in, *bias_in;         /* of the input's part of the gates, packed like w and the bias; or NULL */
     float zeta, nu;                      /* FASTGRNN: sigmoids of its two numbers */
     float *scratch;                      /* str_triton_recurrent_scratch floats */
 } recurrent;
-
-#define UNROLLED(i, n) _Pragma("GCC unroll 8") for (int i = 0; i < n; i++)
 
 /* Activations of n vectors side by side: one alone would wait for each of its results. With 2^k e^r = e^v and |r| < 0.35,
    q is e^r - 1, and power is 2^k. */
@@ -162,49 +162,80 @@ typedef struct {
 
 static int64_t blocks_of(const recurrent *r) { return (r->hidden + UNITS * LANES - 1) / (UNITS * LANES); }
 
-/* Floats of a sequence's state, and of its p. */
+/* Floats of a sequence's state, of its p, and of the codes of both. */
 static int64_t state_pitch(const recurrent *r) { return blocks_of(r) * UNITS * LANES; }
 static int64_t rank_pitch(const recurrent *r) { return r->panels * r->width * LANES; }
+static int64_t code_floats(const recurrent *r) {
+    return r->scales ? state_pitch(r) / 2 + rank_pitch(r) / 2 + 2 : 0;
+}
+
+/* Floats of scratch memory that a sequence needs: two states and c, p, the codes of h and of p, and their scales. */
+static int64_t sequence_floats(const recurrent *r) { return 3 * state_pitch(r) + rank_pitch(r) + code_floats(r); }
 
 #define SHARE(count, d, part) ((count) * ((d).member + (part)) / (d).team)
 #define EACH_GROUP(s, rows, d) \
     for (int64_t s = (d).begin, rows; s < (d).end && (rows = (d).end - s < ROWS ? (d).end - s : ROWS, 1); s += rows)
 
-/* p = v^T h for a member's share of the panels. */
-static void to_ranks(const recurrent *r, duty d, const float *h, float *p) {
-    const int64_t pitch = r->width * LANES;
-    for (int64_t panel = SHARE(r->panels, d, 0); panel < SHARE(r->panels, d, 1); panel++)
-        EACH_GROUP(s, rows, d)
-            multiply_some(
-                r->v + panel * r->hidden * pitch, pitch, r->hidden, h + s * state_pitch(r), state_pitch(r),
-                p + s * rank_pitch(r) + panel * pitch, rank_pitch(r), rows, r->width);
+/* What a recurrent product reads: numbers, or their codes with a scale for each sequence; `row` from one sequence to the
+   next. */
+typedef struct {
+    const float *x;
+    int16_t *codes;
+    float *scales;
+    int64_t row, count;
+} source;
+
+static void encode_all(const source *from, duty d) {
+    for (int64_t s = d.begin; from->codes && s < d.end; s++)
+        from->scales[s] = to_codes(from->x + s * from->row, from->count, from->codes + s * from->row);
 }
 
-/* y[rows][vectors] = x[rows] w for a block of units, where w is [count][vectors][LANES]. */
-static inline __attribute__((always_inline)) void multiply_block(
-    const float *w, int64_t vectors, int64_t count, const float *x, int64_t row, float *y, int64_t rows, int64_t width) {
-    for (int64_t j = 0; j < vectors; j += width)
-        multiply_some(w + j * LANES, vectors * LANES, count, x, row, y + j * LANES, vectors * LANES, rows, width);
+/* y[rows][width] = x w for `rows` sequences from `s` on; `w` begins at a panel or block of `vectors` vectors, of which the
+   product takes `width` from the one numbered j on. */
+static inline __attribute__((always_inline)) void product(
+    const source *from, int64_t s, const void *w, int64_t part, int64_t vectors, int64_t j, const float *steps, float *y,
+    int64_t out, int64_t rows, int64_t width) {
+    const int64_t pitch = vectors * LANES, pairs = (from->count + 1) / 2;
+    if (from->codes)
+        multiply_some_codes(
+            (const int8_t *)w + (part * pairs * pitch + j * LANES) * 2, 2 * pitch, pairs, from->codes + s * from->row,
+            from->row, from->scales + s, steps, y, out, rows, width);
+    else
+        multiply_some(
+            (const float *)w + part * from->count * pitch + j * LANES, pitch, from->count, from->x + s * from->row,
+            from->row, y, out, rows, width);
+}
+
+/* p = v^T h for a member's share of the panels. */
+static void to_ranks(const recurrent *r, duty d, const source *h, float *p) {
+    for (int64_t panel = SHARE(r->panels, d, 0); panel < SHARE(r->panels, d, 1); panel++)
+        EACH_GROUP(s, rows, d)
+            product(
+                h, s, r->v, panel, r->width, 0, 0, p + s * rank_pitch(r) + panel * r->width * LANES, rank_pitch(r), rows,
+                r->width);
 }
 
 static inline __attribute__((always_inline)) void units(
-    const recurrent *r, const int cell, const int gates, duty d, int64_t time, const float *from, const float *h,
+    const recurrent *r, const int cell, const int gates, duty d, int64_t time, const source *from, const float *h,
     float *next, float *cells) {
-    const int64_t pitch = state_pitch(r), row = r->v ? rank_pitch(r) : pitch, vectors = UNITS * gates;
+    const int64_t pitch = state_pitch(r), vectors = UNITS * gates;
     const int64_t biases = cell == FASTGRNN ? 2 : gates, hidden = r->hidden;
     float q[ROWS * UNITS * 4 * LANES] __attribute__((aligned(64))), last[4 * UNITS * LANES] = {0};
     float in[ROWS * UNITS * 4 * LANES] __attribute__((aligned(64)));
     for (int64_t block = SHARE(blocks_of(r), d, 0); block < SHARE(blocks_of(r), d, 1); block++) {
-        const float *w = r->w + block * r->inner * vectors * LANES;
         const int64_t unit = block * UNITS * LANES, left = hidden - unit;
         const int is_part = left < UNITS * LANES;
         EACH_GROUP(s, rows, d) {
             const int64_t width = rows == 1 ? vectors : gates == 3 ? 3 : 2, first = time * r->batch + s;
-            multiply_block(w, vectors, r->inner, from + s * row, row, q, rows, width);
+            for (int64_t j = 0; j < vectors; j += width)
+                product(
+                    from, s, r->w, block, vectors, j, r->scales ? r->scales + (block * vectors + j) * LANES : 0,
+                    q + j * LANES, vectors * LANES, rows, width);
             if (r->w_in) {
-                multiply_block(
-                    r->w_in + block * r->features * vectors * LANES, vectors, r->features, r->x + first * r->features,
-                    r->features, in, rows, width);
+                const source inputs = {r->x + first * r->features, 0, 0, r->features, r->features};
+                for (int64_t j = 0; j < vectors; j += width)
+                    product(
+                        &inputs, 0, r->w_in, block, vectors, j, 0, in + j * LANES, vectors * LANES, rows, width);
                 for (int64_t i = 0; i < rows; i++)
                     UNROLLED(j, vectors) *(vec *)(in + (i * vectors + j) * LANES) += at(r->bias_in, block * vectors + j);
             }
@@ -236,7 +267,7 @@ static inline __attribute__((always_inline)) void units(
 }
 
 static __attribute__((noinline)) void step_units(
-    const recurrent *r, duty d, int64_t time, const float *from, const float *h, float *next, float *cells) {
+    const recurrent *r, duty d, int64_t time, const source *from, const float *h, float *next, float *cells) {
     switch (r->cell) {
         case GRU: units(r, GRU, 3, d, time, from, h, next, cells); break;
         case LSTM: units(r, LSTM, 4, d, time, from, h, next, cells); break;
@@ -258,16 +289,22 @@ static void copy_state(const recurrent *r, duty d, const float *from, int64_t pi
 static void run_sequences(const recurrent *r, duty d, barrier *b) {
     const int64_t pitch = state_pitch(r), size = r->batch * pitch, finals = r->steps * r->batch * r->hidden;
     float *states[2] = {r->scratch, r->scratch + size}, *cells = r->scratch + 2 * size, *p = r->scratch + 3 * size;
+    float *codes = p + r->batch * rank_pitch(r), *codes_p = codes + size / 2;
+    float *scales = codes_p + r->batch * rank_pitch(r) / 2;
+    const source ranks = {p, r->scales ? (int16_t *)codes_p : 0, scales + r->batch, rank_pitch(r), r->inner};
     copy_state(r, d, r->h, r->hidden, states[0], pitch);
     if (r->cell == LSTM) copy_state(r, d, r->c, r->hidden, cells, pitch);
     WAIT();
     for (int64_t i = 0; i < r->steps; i++) {
         const float *h = states[i % 2];
+        const source whole = {h, r->scales ? (int16_t *)codes : 0, scales, pitch, r->hidden};
+        encode_all(&whole, d);
         if (r->v) {
-            to_ranks(r, d, h, p);
+            to_ranks(r, d, &whole, p);
             WAIT();
+            encode_all(&ranks, d);
         }
-        step_units(r, d, r->reverse ? r->steps - 1 - i : i, r->v ? p : h, h, states[(i + 1) % 2], cells);
+        step_units(r, d, r->reverse ? r->steps - 1 - i : i, r->v ? &ranks : &whole, h, states[(i + 1) % 2], cells);
         WAIT();
     }
     copy_state(r, d, states[r->steps % 2], pitch, r->y + finals, r->hidden);

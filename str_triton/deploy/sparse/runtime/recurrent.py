@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from str_triton.deploy.sparse.graph.quantized_recurrent import QuantizedRecurrent
 from str_triton.deploy.sparse.graph.recurrent import SIZES, Recurrent
 from str_triton.deploy.sparse.runtime.threads import thread_count
 
@@ -23,7 +24,7 @@ class LoopStruct(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("cell", "gates", "reverse", "steps", "batch", "hidden", "inner")),
         *((name, ctypes.c_int64) for name in ("panels", "width", "features")),
-        *((name, ctypes.c_void_p) for name in ("x", "h", "c", "y", "v", "w", "bias", "w_in", "bias_in")),
+        *((name, ctypes.c_void_p) for name in ("x", "h", "c", "y", "v", "w", "scales", "bias", "w_in", "bias_in")),
         ("zeta", ctypes.c_float),
         ("nu", ctypes.c_float),
         ("scratch", ctypes.c_void_p),
@@ -42,6 +43,8 @@ class PackedLoop:
         gates, biases, _, _ = SIZES[node.cell]
         inner = node.weight.shape[1]
         self._arrays = {"w": _blocks(node.weight, gates, lanes), "bias": _blocks(node.bias[:, None], biases, lanes)}
+        if isinstance(node, QuantizedRecurrent):
+            self._arrays["scales"] = _blocks(node.steps[:, None], gates, lanes)
         self.loop = LoopStruct(cell=list(SIZES).index(node.cell), gates=gates, reverse=node.reverse, inner=inner)
         self.loop.hidden = self.hidden
         self._products = self.hidden * gates * (inner + ACTIVATION)
@@ -60,7 +63,9 @@ class PackedLoop:
             }
         if node.scale is not None:
             self.loop.zeta, self.loop.nu = node.scale.tolist()
-        self._arrays = {name: np.ascontiguousarray(array, np.float32) for name, array in self._arrays.items()}
+        if isinstance(node, QuantizedRecurrent):
+            self._arrays |= {name: _pairs(self._arrays[name]) for name in ("w", "v") if name in self._arrays}
+        self._arrays = {name: np.ascontiguousarray(array) for name, array in self._arrays.items()}
         for name, array in self._arrays.items():
             setattr(self.loop, name, array.ctypes.data)
         self._projection = self.loop.w_in
@@ -106,6 +111,12 @@ def _blocks(weight: Tensor, parts: int, lanes: int) -> np.ndarray:
     blocks = -(-array.shape[1] // (UNITS * lanes))
     array = padded(array, 1, blocks * UNITS * lanes)
     return array.reshape(parts, blocks, UNITS, lanes, inner).transpose(1, 4, 2, 0, 3)
+
+
+def _pairs(array: np.ndarray) -> np.ndarray:
+    """Return packed weights [parts, inner, ...] with two successive inputs side by side: [parts, inner / 2, ..., 2]."""
+    array = padded(array, 1, -(-array.shape[1] // 2) * 2)
+    return np.stack([array[:, ::2], array[:, 1::2]], -1)
 
 
 def padded(array: np.ndarray, axis: int, size: int) -> np.ndarray:

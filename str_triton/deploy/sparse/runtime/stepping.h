@@ -71,8 +71,7 @@ static int64_t scratch_of(const stepper *s) {
     int64_t most = floats_of(&s->head);
     for (int64_t i = 0; i < s->count; i++) {
         const step_layer *l = s->layers + i;
-        const int64_t loop = 3 * state_pitch(&l->loop) + rank_pitch(&l->loop);
-        const int64_t gates = l->loop.gates * s->hidden;
+        const int64_t loop = sequence_floats(&l->loop), gates = l->loop.gates * s->hidden;
         const int64_t floats = floats_of(&l->first) + floats_of(&l->second) + gates + (1 + s->states) * s->hidden + loop;
         most = floats > most ? floats : most;
     }

@@ -1,0 +1,127 @@
+"""Recurrent layers with int8 weights: the loop against a plain reference, quantized networks, exports, bad weights."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from str_triton import LowRankGRU, deploy
+from str_triton.deploy.sparse.executions import EXECUTIONS
+from str_triton.deploy.sparse.graph.quantized_recurrent import QuantizedRecurrent, quantized_recurrent
+from str_triton.deploy.sparse.graph.recurrent import SIZES, Recurrent
+from tests.deploy.recurrent_networks import HIDDEN, INPUTS, Classifier
+from tests.deploy.test_sparse_recurrent import exact, inputs, layer
+
+pytestmark = pytest.mark.usefixtures("kernels")
+
+# hidden, rank (None: a dense matrix), batch: odd numbers of pairs, every number of sequences that share a load
+SHAPES = [(1, 1, 1), (5, 3, 5), (16, None, 3), (33, 9, 6), (70, 40, 2), (129, None, 1)]
+
+
+def codes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the 16-bit codes of the rows of x, and their scales."""
+    reach = min((2**31 - 1) // (127 * x.shape[1]), 2**15 - 1)
+    top = x.abs().amax(1, keepdim=True)
+    return torch.round(x * (reach / top)).clamp(-reach, reach).long(), top / reach
+
+
+def product(node: QuantizedRecurrent, h: Tensor) -> Tensor:
+    """Return R h by sums of integers, with one rounding for each operation that follows."""
+    x, scale = codes(h)
+    if node.v is not None:
+        x, scale = codes((x @ node.v.long()).float() * scale)
+    return (x @ node.weight.long().t()).float() * scale * node.steps
+
+
+def one_step(node: QuantizedRecurrent, x: Tensor, states: list[Tensor]) -> Tensor:
+    """Return the value of a node for one step of one sequence: the loop in float32 gets R h with the bias or with x."""
+    gates, _, _, scalars = SIZES[node.cell]
+    q = product(node, states[0])
+    plain = Recurrent("y", node.inputs, torch.zeros(gates * node.hidden, 1), node.bias, cell=node.cell)
+    plain.v, plain.scale = torch.zeros(node.hidden, 1), node.scale
+    if scalars:
+        x = x + q
+    else:
+        plain.bias = q[0] + node.bias
+    values = dict(zip(node.inputs, [x.view(1, 1, -1), *states], strict=True))
+    return EXECUTIONS["loop"].run(plain, values)
+
+
+def sequence(node: QuantizedRecurrent, values: dict[str, Tensor]) -> Tensor:
+    """Return the value of a node for the only sequence of a batch, step by step."""
+    x, *states = (values[name] for name in node.inputs)
+    outputs = torch.empty(len(x), 1, node.hidden)
+    for time in reversed(range(len(x))) if node.reverse else range(len(x)):
+        outputs[time], *states = one_step(node, x[time], states)
+    return torch.stack([*outputs, *states])
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("cell", SIZES)
+def test_the_loop_equals_a_plain_reference(cell: str, reverse: bool):
+    for hidden, rank, batch in SHAPES:
+        node = quantized_recurrent(layer(cell, hidden, rank, reverse=reverse))
+        values = inputs(node, batch, 3)
+        found = EXECUTIONS["loop"].run(node, values)
+        for i in range(batch):
+            alone = {name: value.narrow(value.dim() - 2, i, 1) for name, value in values.items()}
+            assert torch.equal(found[:, i : i + 1], sequence(node, alone)), (hidden, rank, i)
+        torch.testing.assert_close(found.double(), exact(node.decoded(), values), rtol=0, atol=3e-4)
+        assert not EXECUTIONS["loop_shared"].fits(node, {})
+
+
+def test_one_sequence_does_not_spoil_another():
+    node = quantized_recurrent(layer("gru", 20, 6))
+    values = inputs(node, 6, 3)
+    clean = EXECUTIONS["loop"].run(node, values)
+    values["h"][2, 3], values["h"][4, 0] = float("nan"), float("inf")
+    found = EXECUTIONS["loop"].run(node, values)
+    assert found[:, [2, 4]].isnan().all()
+    assert torch.equal(found[:, [0, 1, 3, 5]], clean[:, [0, 1, 3, 5]])
+    values = inputs(node, 2, 3)
+    values["h"][:] = 0
+    assert EXECUTIONS["loop"].run(node, values).isfinite().all()
+
+
+MODELS = {
+    "gru": lambda: Classifier(LowRankGRU(INPUTS, HIDDEN, 2, batch_first=True, ranks={"weight_hh_l0": 3})),
+    "lstm": lambda: nn.LSTM(INPUTS, HIDDEN, 2, bidirectional=True),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_quantized_networks(name: str, tmp_path: Path):
+    model = MODELS[name]().eval()
+    x = torch.randn(4, 7, INPUTS)
+    quantized = deploy.quantize(model, [x, torch.randn(4, 7, INPUTS)])
+    layers = [error for error in quantized.report.layers if error.label != "head"]
+    assert len(layers) == {"gru": 2, "lstm": 4}[name]
+    assert all(error.left == "" and 0 < error.alone < 0.02 for error in layers)
+    stored = {key: value for key, value in quantized.state_dict().items() if key.endswith(".steps")}
+    assert len(stored) == len(layers)
+    assert all(quantized.state_dict()[key.replace("steps", "weight")].dtype == torch.int8 for key in stored)
+    compiled = deploy.compile_sparse(quantized, x, tune=False)
+    executions = [choice.execution for node, choice in compiled.layers() if isinstance(node, QuantizedRecurrent)]
+    assert executions == ["loop"] * len(layers)
+    found, wanted = (run(x) if name == "gru" else run(x)[0] for run in (compiled, quantized))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4 if name == "lstm" else 5e-2)
+    compiled.save(tmp_path / "net")
+    loaded = deploy.load_sparse(tmp_path / "net")(x)
+    assert torch.equal(loaded if name == "gru" else loaded[0], found)
+
+
+def test_bad_weights_are_refused():
+    node = quantized_recurrent(layer("mgu", 6, 2))
+    wrong = {
+        "weight": [node.weight.float(), torch.full_like(node.weight, -128), node.weight[:-1]],
+        "v": [node.v.float(), torch.full_like(node.v, -128), node.v[:, :1]],
+        "steps": [None, node.steps.double(), node.steps[:-1], node.steps[:, None]],
+    }
+    assert node.is_whole()
+    for name, values in wrong.items():
+        for value in values:
+            changed = quantized_recurrent(layer("mgu", 6, 2))
+            setattr(changed, name, value)
+            with pytest.raises(ValueError, match="recurrent layer"):
+                changed.check_fields()
