@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from str_triton import deploy
 from str_triton.deploy.sparse.executions.choice import Choice
-from str_triton.deploy.sparse.graph.nodes import Call, Graph
+from str_triton.deploy.sparse.graph.nodes import Call, Convolution, Graph
 from str_triton.deploy.sparse.graph.quantized import (
     Dequantize,
     Grid,
@@ -24,6 +24,7 @@ from str_triton.deploy.sparse.graph.quantized import (
 )
 from str_triton.deploy.sparse.quantize import faster
 from str_triton.deploy.sparse.quantize.faster import select
+from str_triton.deploy.sparse.quantize.quantize import _Calibration
 from str_triton.deploy.sparse.quantize.ranges import METHODS, Range
 from str_triton.deploy.sparse.stopwatch import Stopwatch
 from tests.deploy.sparse_networks import prune
@@ -124,6 +125,37 @@ def test_values_stay_codes_between_layers(quantized):
     assert all(name.endswith(".u8") for name in cat.inputs)
     stem, _, two, deep, _ = graph.layers()
     assert stem.grids[1] == two.grids[1] == two.grids[2] == deep.grids[0]  # what is concatenated has one grid
+
+
+class Gated(nn.Module):
+    """Activations that need a table of codes, one of them after a residual sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.hardswish(self.one(x))
+        return F.silu(self.two(y) + y)
+
+
+def test_values_inside_of_layers_cost_no_second_run(monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(0)
+    model, x, ran = prune(Gated(), 0.5), torch.randn(2, 3, 9, 9), []
+    calibration = _Calibration(deploy.compile_sparse(model, x, tune=False), [(x,)], "minmax")
+    run = Convolution.run
+    monkeypatch.setattr(Convolution, "run", lambda node, values: (ran.append(node.name), run(node, values))[1])
+    calibration._grids("minmax")
+    assert len(ran) == 4  # Each layer once for the ends of the ranges, and once for the counts.
+    with torch.no_grad():
+        first = model.one(x)
+        y = F.hardswish(first)
+        inside = [first, model.two(y), model.two(y) + y]
+    one, two = (node.name for node in calibration.graph.layers())
+    found = [calibration.befores[one], calibration.sums[two], calibration.befores[two]]
+    for grid, value in zip(found, inside, strict=True):
+        assert grid.scale == pytest.approx(Grid.over(float(value.min()), float(value.max())).scale, rel=1e-5)
+    assert calibration.sums.keys() == {two}
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,7 +1,7 @@
 """`quantize`: calibrate a network on a few batches, and run its layers on 8-bit integers where that is good enough."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from str_triton.deploy.sparse.compile import compile_sparse
-from str_triton.deploy.sparse.graph.nodes import FREE, Graph, Layer, Linear
+from str_triton.deploy.sparse.graph.nodes import FREE, Graph, Layer, Linear, Node
 from str_triton.deploy.sparse.graph.pointwise import Pointwise
 from str_triton.deploy.sparse.graph.quantized import Grid
 from str_triton.deploy.sparse.graph.recurrent import Recurrent
@@ -105,21 +105,18 @@ class _Calibration:
         fit = [node for node in self.graph.layers() if self.unfit[node.name] is None]
         read = [node for node in fit if not isinstance(node, Recurrent)]  # Recurrent layers read and make float32.
         watched = {self.roots[name] for node in read for name in (node.name, *node.inputs)}
-        ranges = {root: Range() for root in watched}
-        summed = [node for node in read if len(node.inputs) > 1]
-        bare = {node.name: replace(node, inputs=node.inputs[:1], clamp=FREE, activation="") for node in summed}
-        linear = {node.name: replace(node, activation="") for node in read if node.activation}
-        inside = [(bare, {name: Range() for name in bare}), (linear, {name: Range() for name in linear})]
+        parts = {node.name: _parts(node) for node in read}
+        graph = replace(self.graph, nodes=[part for node in self.graph.nodes for part in parts.get(node.name, [node])])
+        keys = {node.name: self.roots.get(node.name, node.name) for node in graph.nodes}
+        ranges = {key: Range() for key in keys.values() if key in watched or key not in self.roots}
         for note in (Range.widen, Range.count):
             for inputs in self.batches:
-                for node, values in self.graph.steps(inputs):
-                    if self.roots[node.name] in watched:
-                        note(ranges[self.roots[node.name]], values[node.name])
-                    for parts, seen in inside:
-                        if node.name in parts:
-                            note(seen[node.name], parts[node.name].run(values))
-        found = {root: seen.grid(method) for root, seen in ranges.items()}
-        self.sums, self.befores = ({name: seen[name].grid(method) for name in parts} for parts, seen in inside)
+                for node, values in graph.steps(inputs):
+                    if keys[node.name] in ranges:
+                        note(ranges[keys[node.name]], values[node.name])
+        found = {key: seen.grid(method) for key, seen in ranges.items()}
+        self.sums = {node.name: found[f"{node.name}.sum"] for node in read if len(node.inputs) > 1}
+        self.befores = {node.name: found[f"{node.name}.before"] for node in read if node.activation}
         return {name: found[root] for name, root in self.roots.items() if root in found}
 
     def result(self, bound: float, labels: list[Tensor] | None, example: tuple | None) -> QuantizedModel:
@@ -214,6 +211,33 @@ class _Calibration:
                     raise ValueError(f"labels need outputs [batch, classes], got shape {tuple(scores.shape)}")
                 right[place] += int((scores.argmax(1) == classes).sum())
         return right[0] / max(count, 1), right[1] / max(count, 1)
+
+
+@dataclass
+class _Rest(Node):
+    """The residual, the clamp and the activation of a layer, for the value of the layer without them."""
+
+    layer: Layer
+
+    def run(self, values: dict[str, Any]) -> Tensor:
+        return self.layer.finish(values[self.inputs[0]], values)
+
+
+def _parts(node: Layer) -> list[Node]:
+    """Return the nodes that compute a layer so that the values inside of it have names.
+
+    "<name>.sum" is the value before a residual is added, "<name>.before" the one before an activation.
+    """
+    parts: list[Node] = [node]
+    if len(node.inputs) > 1:
+        bare = replace(node, name=f"{node.name}.sum", inputs=node.inputs[:1], clamp=FREE, activation="")
+        parts = [bare, _Rest(node.name, [bare.name, *node.inputs[1:]], replace(node, activation=""))]
+    if node.activation:
+        before = f"{node.name}.before"
+        last = replace(parts[-1], name=before) if len(parts) > 1 else replace(node, name=before, activation="")
+        alone = replace(node, inputs=node.inputs[:1], clamp=FREE)
+        parts = [*parts[:-1], last, _Rest(node.name, [before], alone)]
+    return parts
 
 
 class _Errors:
