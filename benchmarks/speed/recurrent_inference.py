@@ -4,9 +4,10 @@
         [--threads 1 2] [--rounds 5] [--openvino FOLDER] [--quick]
 
 Ours are compact layers of rank H/8 and H/16; the others have the dense matrix. All take turns in one process, on 99
-steps of 32 features; a figure is the median over the rounds of the median call of a turn. "_int8" is the same layer made
-by `deploy.quantize`. torch's dynamic quantization ("torch_int8") and onnxruntime belong to it, OpenVINO where it can be imported: FOLDER is where `pip install --target
-FOLDER --no-deps openvino` put it. The last part times one streaming step (`deploy.compile_step`) of 64 units.
+steps of 32 features; a figure is the median over the rounds of the median call of a turn. "_int8" is the same layer
+made by `deploy.quantize`. torch's dynamic quantization ("torch_int8") and onnxruntime belong to it, OpenVINO where it
+can be imported: FOLDER is where `pip install --target FOLDER --no-deps openvino` put it. The last part times one
+streaming step (`deploy.compile_step`) of 64 units.
 
 It takes less than 10 minutes and needs a quiet machine. Results go to benchmarks/results/recurrent_inference.json;
 --quick takes few rounds and writes none.

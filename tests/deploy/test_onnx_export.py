@@ -59,6 +59,18 @@ def test_thresholds_and_dense_layers_are_exported() -> None:
     assert "LSTM" in [node.op_type for node in onnx.load_from_string(file.content).graph.node]
 
 
+def test_int8_recurrent_weights_are_exported_with_their_values() -> None:
+    """The loops compute in float32 with the numbers that the int8 weights stand for, as the reference does."""
+    module = Stack(LowRankGRU(INPUTS, HIDDEN, bidirectional=True, max_rank=3), nn.LSTM(2 * HIDDEN, HIDDEN))
+    x = torch.randn(7, 2, INPUTS)
+    quantized = deploy.quantize(module.eval(), [x])
+    assert [layer.left for layer in quantized.report.layers if "int8" in str(layer)] == []
+    file = deploy.export_onnx(quantized, x, dynamic=(0, 1))
+    assert file.difference < 1e-5
+    with torch.no_grad():
+        assert (quantized(x) - module(x)).abs().max() > 1e-4
+
+
 def test_a_network_that_cannot_be_exported_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     class Undecided(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

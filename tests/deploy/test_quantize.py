@@ -190,7 +190,7 @@ def test_compiled_is_equal_saved_loaded_copied_packed(tmp_path: Path, quantized,
     compiled = deploy.compile_sparse(quantized, batches[0])
     for x in (batches[1], batches[1][:1], torch.randn(2, 3, 19, 23) * 9):
         assert torch.equal(compiled(x), quantized(x))
-    assert {choice.execution for _, choice in compiled.layers()} == {"int8"}
+    assert "int8" in {choice.execution for _, choice in compiled.layers()}  # Time decides about each layer.
     assert {kind for _, kind, _ in compiled.profile(batches[0])} >= {
         "copy",
         "convolution",

@@ -81,7 +81,12 @@ def test_loops_against_float64(cell: str):
             node = layer(cell, hidden, rank, features={None: 3, 9: FEATURES + 1}.get(rank), reverse=reverse)
             values = inputs(node, batch, steps)
             wanted = exact(node, values)
-            names = ["loop", "dense", *(["torch_layer"] if rank is None and cell in ("gru", "lstm") else [])]
+            shapes = {name: tuple(value.shape) for name, value in (values | {"y": wanted}).items()}
+            names = {name for name, execution in EXECUTIONS.items() if execution.fits(node, shapes)}
+            of_torch = {"torch_layer"} if rank in (None, 9) and cell in ("gru", "lstm") else set()
+            # The largest matrix has many times the weights of its factors.
+            is_tried = rank and (cell, hidden) != ("lstm", 129)
+            assert names == {"loop", "dense"} | of_torch | ({"loop_dense"} if is_tried else set())
             for name in names:
                 found = EXECUTIONS[name].run(node, values)
                 torch.testing.assert_close(found.double(), wanted, rtol=0, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")

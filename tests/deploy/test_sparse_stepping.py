@@ -59,6 +59,40 @@ def test_steps_are_the_sequence(name: str, by: str):
         torch.testing.assert_close(found.double(), whole(model, x), rtol=0, atol=2e-6)
 
 
+def rounded(rows: Tensor) -> Tensor:
+    scale = rows.abs().amax(1, keepdim=True) / 127
+    return (rows / scale).round() * scale
+
+
+@torch.no_grad()
+def with_int8(model: nn.Module) -> nn.Module:
+    """Return a copy whose recurrent matrices hold the numbers that int8 weights stand for."""
+    model = copy.deepcopy(model)
+    for layer in range(model.num_layers):
+        own = getattr(model, f"weight_hh_l{layer}")
+        if isinstance(own, nn.Parameter):
+            own.copy_(rounded(own))
+        else:
+            scale = own.v.abs().amax(0) / 127
+            own.v.copy_(rounded(own.v.t()).t())
+            own.u.copy_(rounded(own.u * scale) / scale)
+    return model
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["gru, large", "lstm", "nn.GRU"])
+def test_int8_weights(name: str, by: str):
+    model = MODELS[name]().eval()
+    compiled = deploy.compile_step(model, int8=True)
+    x, state = torch.randn(STEPS, 5, compiled.inputs), None
+    for frame in x:
+        found, state = compiled.step(frame, state)
+    wanted = whole(with_int8(model), x)
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=2e-6 if by == "torch" else 5e-5)
+    assert (wanted - whole(model, x)).abs().max() > 1e-4
+    assert torch.equal(copy.deepcopy(compiled).step(x[0])[0], compiled.step(x[0])[0])
+
+
 def test_a_sequence_begins_anew_beside_others(by: str):
     model = MODELS["classifier, mean"]().eval()
     compiled = deploy.compile_step(model)
@@ -102,6 +136,14 @@ def test_wrong_arguments():
         deploy.compile_step(nn.Linear(3, 4))
     with pytest.raises(TypeError, match="str"):
         deploy.compile_step("model")
+    made = deploy.quantize(nn.Linear(INPUTS, 3).eval(), [torch.randn(2, INPUTS)])
+    with pytest.raises(TypeError, match=r"QuantizedModel.*int8=True"):
+        deploy.compile_step(made)
+    model = nn.GRU(INPUTS, HIDDEN)
+    with torch.no_grad():
+        model.weight_hh_l0[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        deploy.compile_step(model, int8=True)
 
 
 def test_a_wrong_step_is_not_used(monkeypatch: pytest.MonkeyPatch):

@@ -1,40 +1,49 @@
 """`compile_step`: a recurrent layer or classifier that runs frame by frame, one call of C for each."""
 
 import warnings
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from str_triton.deploy.recurrent_classifier import RecurrentClassifier
 from str_triton.deploy.sparse.graph.nodes import FREE
+from str_triton.deploy.sparse.graph.quantized_recurrent import quantized_recurrent
 from str_triton.deploy.sparse.graph.recurrent import Recurrent
-from str_triton.deploy.sparse.model import plain_torch
+from str_triton.deploy.sparse.model import CompiledModel, plain_torch
+from str_triton.deploy.sparse.quantize.model import QuantizedModel
 from str_triton.deploy.sparse.runtime.build import library
 from str_triton.deploy.sparse.runtime.stepping import PackedStepper, StackedLayer
 from str_triton.nn import LowRankGRU, LowRankLSTM, LowRankRNN, LowRankWeight
 
 MEAN_ROWS = 3  # of the state, for a mean: sums of the outputs, their rounding errors, and the number of steps
 TRIED = 5  # steps that are compared with torch's
-TOLERANCE = 1e-4  # the largest difference of a step from torch's, relative to 1 or to the largest value
+# The largest difference of a step from torch's, relative to 1 or to the largest value. Beside int8 weights the states
+# are 16-bit codes in C, which torch's steps in float32 do without.
+TOLERANCE, TOLERANCE_INT8 = 1e-4, 1e-3
 
 
-def compile_step(module: nn.Module) -> "CompiledStep":
+def compile_step(module: nn.Module, *, int8: bool = False) -> "CompiledStep":
     """Compile one time step of a recurrent layer or classifier for streams of frames on the CPU.
 
     Args:
         module: a `LowRankGRU`, `LowRankLSTM` or `LowRankFastGRNN`, an nn.GRU or nn.LSTM, or a classifier: a module with
             one of these and one nn.Linear, which scores the last states or the mean of the outputs. It stays as it is.
+        int8: hold the recurrent matrices as int8, rounded as `quantize` rounds them; states and the rest stay float32.
 
     Raises:
-        TypeError: module is no module.
-        ValueError: the layer is bidirectional, or the module computes something else.
+        TypeError: module is no module, or made by `quantize` or `compile_sparse`.
+        ValueError: the layer is bidirectional, the module computes something else, or int8 cannot hold its weights.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"compile_step takes a module, got {type(module).__name__}")
+    if isinstance(module, CompiledModel | QuantizedModel):
+        name = type(module).__name__
+        raise TypeError(f"compile_step takes the model itself, got a {name}: int8=True gives it int8 weights")
     if isinstance(module, LowRankRNN | nn.GRU | nn.LSTM):
-        return CompiledStep(_compact(module))
+        return CompiledStep(_compact(module), int8=int8)
     found = RecurrentClassifier.of(module)
-    return CompiledStep(found.rnn, (found.weight, found.bias), mean=found.pooling == "mean")
+    return CompiledStep(found.rnn, (found.weight, found.bias), mean=found.pooling == "mean", int8=int8)
 
 
 class CompiledStep:
@@ -46,13 +55,17 @@ class CompiledStep:
             `state[:, i] = 0` starts a new sequence in row i of a batch.
     """
 
-    def __init__(self, rnn: LowRankRNN, head: tuple[Tensor, Tensor] | None = None, *, mean: bool = False) -> None:
+    def __init__(
+        self, rnn: LowRankRNN, head: tuple[Tensor, Tensor] | None = None, *, mean: bool = False, int8: bool = False
+    ) -> None:
         if rnn.bidirectional:
             raise ValueError(
                 f"{type(rnn).__name__} is bidirectional: its second direction begins at the end of the sequence, so it "
                 "cannot run step by step"
             )
-        self._rnn, self._head, self._mean = rnn, head, mean
+        self._rnn, self._head, self._mean, self._int8 = rnn, head, mean, int8
+        if int8:
+            _round(rnn)
         self._hidden, self._states = rnn.hidden_size, rnn.states
         self.inputs, self.outputs = rnn.input_size, rnn.hidden_size if head is None else len(head[0])
         self.rows = rnn.num_layers * self._states + MEAN_ROWS * mean
@@ -64,6 +77,8 @@ class CompiledStep:
         if kernels is None:
             return
         layers = [_layer(self._rnn, index) for index in range(self._rnn.num_layers)]
+        if self._int8:
+            layers = [replace(layer, node=quantized_recurrent(layer.node)) for layer in layers]
         self._packed = PackedStepper(layers, self._head, self._mean, kernels)
         if not self._agrees():
             warnings.warn("the compiled step gives other values than torch, which runs it instead", stacklevel=4)
@@ -134,7 +149,7 @@ class CompiledStep:
 
     def _agrees(self) -> bool:
         """Compare a few steps with torch's."""
-        generator = torch.Generator().manual_seed(0)
+        generator, tolerance = torch.Generator().manual_seed(0), TOLERANCE_INT8 if self._int8 else TOLERANCE
         states = [self.begin(2), self.begin(2)]
         outputs = [torch.empty((2, self.outputs), dtype=torch.float32, device="cpu") for _ in states]
         for _ in range(TRIED):
@@ -145,7 +160,7 @@ class CompiledStep:
                             zip(states, outputs, strict=True))  # fmt: skip
             for a, b in zip(ours, theirs, strict=True):
                 scale = max(1.0, float(b.nan_to_num(0.0, 0.0, 0.0).abs().max())) if b.numel() else 1.0
-                if not torch.allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE * scale, equal_nan=True):
+                if not torch.allclose(a, b, rtol=tolerance, atol=tolerance * scale, equal_nan=True):
                     return False
         return True
 
@@ -174,6 +189,20 @@ def _compact(module: nn.Module) -> LowRankRNN:
         kind = LowRankGRU if isinstance(module, nn.GRU) else LowRankLSTM
         made = kind.from_dense(module, factorize="none")
     return made.to("cpu", torch.float32).eval()
+
+
+@torch.no_grad()
+def _round(rnn: LowRankRNN) -> None:
+    """Replace the recurrent matrices of a compact layer by the numbers that their int8 weights stand for."""
+    if not all(bool(parameter.isfinite().all()) for parameter in rnn.parameters()):
+        raise ValueError(f"{type(rnn).__name__} has weights that are NaN or infinite, which int8 cannot hold")
+    for index in range(rnn.num_layers):
+        rounded, own = quantized_recurrent(_layer(rnn, index).node).decoded(), getattr(rnn, f"weight_hh_l{index}")
+        if isinstance(own, LowRankWeight):
+            own.u.copy_(rounded.weight)
+            own.v.copy_(rounded.v)
+        else:
+            own.copy_(rounded.weight)
 
 
 @torch.no_grad()

@@ -5,12 +5,22 @@ from str_triton.deploy.sparse.executions.csr import Csr
 from str_triton.deploy.sparse.executions.dense import ChannelsLast, Dense
 from str_triton.deploy.sparse.executions.integer import Integer
 from str_triton.deploy.sparse.executions.kernel import Kernel
-from str_triton.deploy.sparse.executions.recurrent import Loop, SharedLoop, TorchLayer
+from str_triton.deploy.sparse.executions.recurrent import DenseLoop, Loop, SharedLoop, TorchLayer
 from str_triton.deploy.sparse.graph.nodes import Layer
 
 EXECUTIONS: dict[str, Execution] = {
     execution.name: execution
-    for execution in (Dense(), ChannelsLast(), Csr(), Kernel(), Integer(), Loop(), SharedLoop(), TorchLayer())
+    for execution in (
+        Dense(),
+        ChannelsLast(),
+        Csr(),
+        Kernel(),
+        Integer(),
+        Loop(),
+        SharedLoop(),
+        DenseLoop(),
+        TorchLayer(),
+    )
 }
 
 
