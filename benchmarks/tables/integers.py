@@ -48,7 +48,10 @@ PEERS = ("float32", "onnxruntime int8", "OpenVINO int8")
 WHOLE = """`benchmarks/speed/int8_inference.py` times whole networks with random weights at published sparsities, images
 of 224x224, two threads: milliseconds of a call of the compiled network on integers, of that in float32, and of other
 engines on the QDQ file of the same quantized network. All take turns. In brackets stands their time divided by that of
-the network on integers."""
+the network on integers. The AMD EPYC has AVX2 without VNNI. There the other engines add pairs of products in 16 bits
+with saturation, which ours does not: with onnxruntime's option for exact sums, `session.x64quantprecision`, its outputs
+of MobileNetV1 equal ours. It is timed without that option. Engines also round ResNet50's residual sums in their own
+way."""
 
 
 @table("int8-accuracy", SPARSE_EXECUTION)
