@@ -4,7 +4,7 @@
 
 Each part runs in a process of its own, for a limited time. After each the JSON file is written anew, with what the part
 had measured, by default benchmarks/results/gpu_CARD.json. Started again with the same file, the command runs the parts
-that are not done, whatever has ended it before. `--device cpu` rehearses every part with tiny sizes.
+that are not done, whatever has ended it before. `--device cpu` rehearses every part with tiny sizes and time to spare.
 """
 
 import argparse
@@ -33,16 +33,16 @@ GRACE = 10  # Seconds for a process to start and to import torch.
 def in_process(part: Part, device: str, folder: Path) -> dict[str, Any]:
     """Run a part in a process of its own, and return its state, seconds and result."""
     command = [sys.executable, "-m", "benchmarks.gpu", "--device", device, "--child", part.name, "--folder", folder]
-    begin, errors = time.monotonic(), folder / "errors.txt"
+    begin, errors, limit = time.monotonic(), folder / "errors.txt", part.limit(device)
     with (
         errors.open("wb") as stderr,
         subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stderr=stderr, start_new_session=True) as process,
     ):
         try:
-            status = process.wait(part.seconds + GRACE)
+            status = process.wait(limit + GRACE)
             state = "done" if status == 0 else f"failed, exit status {status}"
         except subprocess.TimeoutExpired:
-            state = f"stopped after {part.seconds} s"
+            state = f"stopped after {limit} s"
         finally:  # Also after ^C; and a part's own processes belong to its group, and may have outlived it.
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -74,7 +74,7 @@ def run_parts(
         if record["parts"].get(name, {}).get("state") == "done":
             print(f"{name}: done before")
             continue
-        print(f"{name}, at most {PARTS[name].seconds} s", flush=True)
+        print(f"{name}, at most {PARTS[name].limit(device)} s", flush=True)
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # a killed process may still write
             found = record["parts"][name] = run(PARTS[name], device, Path(folder))
         try:
@@ -117,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.child:
         end_with_parent()
         part = PARTS[options.child]
-        part.run(Session(options.device, options.folder, part.seconds))
+        part.run(Session(options.device, options.folder, part.limit(options.device)))
         return 0
     if options.device == "cpu" and options.json is None:
         parser.error("--device cpu measures nothing worth keeping: give its file with --json")

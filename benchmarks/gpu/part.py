@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from str_triton.files import write_atomically
 
 T = TypeVar("T")
+REHEARSAL_SECONDS = 600  # A rehearsal measures nothing, and its processor may be slow or busy.
 
 
 @dataclass
@@ -46,12 +47,16 @@ class Session:
 
 @dataclass(frozen=True)
 class Part:
-    """A named part: `run(session)` of the module benchmarks.gpu.MODULE, stopped after `seconds`."""
+    """A named part: `run(session)` of the module benchmarks.gpu.MODULE, on a GPU stopped after `seconds`."""
 
     name: str
     module: str
     seconds: int
     options: dict[str, Any] = field(default_factory=dict)
+
+    def limit(self, device: str) -> int:
+        """Return after how many seconds the part is stopped."""
+        return self.seconds if device == "cuda" else REHEARSAL_SECONDS
 
     def run(self, session: Session) -> None:
         """Import the part's module, and run it in this process."""

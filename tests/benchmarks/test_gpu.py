@@ -5,7 +5,6 @@ import json
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,7 +30,7 @@ def test_the_parts_take_less_than_eight_minutes():
 
 
 def test_tests_in_a_process_of_their_own(tmp_path):
-    found = in_process(replace(PARTS["tests"], seconds=600), "cpu", tmp_path)
+    found = in_process(PARTS["tests"], "cpu", tmp_path)
     result = found["result"]
     assert found["state"] == "done"
     assert result["counts"] == {"passed": 1, "failed": 1}
@@ -116,8 +115,26 @@ def test_what_a_stopped_part_had_reported_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr("benchmarks.gpu.__main__.GRACE", 0)
     interpreter(tmp_path, "sleep 600", monkeypatch)
     (tmp_path / "result.json").write_text('{"a": 1}')
-    found = in_process(Part("solve", "solve", 0), "cpu", tmp_path)
+    found = in_process(Part("solve", "solve", 0), "cuda", tmp_path)
     assert (found["state"], found["result"]) == ("stopped after 0 s", {"a": 1})
+
+
+def test_a_rehearsal_may_take_longer_than_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.gpu.__main__.GRACE", 0)
+    interpreter(tmp_path, "exit 0", monkeypatch)
+    assert in_process(Part("solve", "solve", 0), "cpu", tmp_path)["state"] == "done"
+    monkeypatch.setitem(PARTS, "solve", Part("solve", "solve", 0))
+    monkeypatch.setattr(Part, "run", lambda part, session: session.report(seconds=session.seconds_left()))
+    monkeypatch.setattr(command, "end_with_parent", lambda: None)
+    main(["--child", "solve", "--device", "cpu", "--folder", str(tmp_path)])
+    assert json.loads((tmp_path / "result.json").read_text())["seconds"] > 60
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_exit_status(status, tmp_path, monkeypatch):
+    interpreter(tmp_path, f"exit {status}", monkeypatch)
+    arguments = ["--device", "cpu", "--json", str(tmp_path / "gpu.json"), "--only", "solve", "exactness"]
+    assert [main(arguments) for _ in range(2)] == [int(status > 0)] * 2
 
 
 def test_a_part_that_fails_names_its_error(tmp_path, monkeypatch):
@@ -141,7 +158,7 @@ def test_a_killed_command_takes_its_part_along():
 def test_a_part_watches_the_command_that_has_started_it(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(command, "end_with_parent", lambda: calls.append("watches"))
-    monkeypatch.setitem(PARTS, "solve", SimpleNamespace(seconds=1, run=lambda session: calls.append("runs")))
+    monkeypatch.setitem(PARTS, "solve", SimpleNamespace(limit=lambda _: 1, run=lambda session: calls.append("runs")))
     assert main(["--child", "solve", "--device", "cpu", "--folder", str(tmp_path)]) == 0
     assert calls == ["watches", "runs"]
     interpreter(tmp_path, "[ -p /dev/stdin ]", monkeypatch)
