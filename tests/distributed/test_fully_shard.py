@@ -3,6 +3,7 @@
 import copy
 import tempfile
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from str_triton import (
     soft_threshold,
     sparsify,
 )
+from str_triton.budget import allocate
 from str_triton.nn import thresholded_weights
 from str_triton.nn.shards import full, local, reshard, rows_here
 from tests.distributed.checks import Check, outcomes
@@ -64,10 +66,10 @@ def network(coarse: bool = False, **options) -> nn.Module:
     return model
 
 
-def shard(model: nn.Module, **options) -> nn.Module:
+def shard(model: nn.Module, partly: bool = False, **options) -> nn.Module:
     fully_shard(model.attention, **options)
     fully_shard(model.first, **options)
-    return fully_shard(model, **options)
+    return model if partly else fully_shard(model, **options)
 
 
 def require_equal(sharded: nn.Module, single: nn.Module) -> None:
@@ -90,15 +92,19 @@ def drift(sharded: nn.Module, single: nn.Module, seed: int) -> None:
 
 
 def pair(
-    control: Callable[[nn.Module], SparsityController], controller_first: bool = False, mesh=None, **options
+    control: Callable[[nn.Module], SparsityController],
+    controller_first: bool = False,
+    mesh: DeviceMesh | None = None,
+    partly: bool = False,
+    **options,
 ) -> tuple[tuple[nn.Module, SparsityController], ...]:
-    """Return a sharded and a whole model, alike, with their controllers."""
+    """Return a sharded and a whole model, alike, with their controllers. With `partly` some weights are not sharded."""
     model, single = network(**options), network(**options)
     if controller_first:
         controller = control(model)
-        shard(model, mesh=mesh)
+        shard(model, partly, mesh=mesh)
     else:
-        shard(model, mesh=mesh)
+        shard(model, partly, mesh=mesh)
         controller = control(model)
     return (model, controller), (single, control(single))
 
@@ -213,6 +219,21 @@ def check_checkpoint(rank: int, size: int) -> None:
             require_equal(other, last)
 
 
+def check_sampled() -> None:
+    """The cut is guessed from a sample, of which each process draws a part. The result does not depend on it."""
+    with mock.patch.object(allocate, "SAMPLE", 300):
+        check_schedule(flops, g="sigmoid", gradient="masked", partly=True)
+
+
+def check_not_a_number(rank: int, size: int) -> None:
+    """All processes report NaN in the rows of one: a process that raised alone would leave the others waiting."""
+    (model, controller), _ = pair(sparsity)
+    if rank == size - 1:
+        local(model.first.get_parameter("weight"))[-1, -1] = torch.nan
+    with pytest.raises(ValueError, match="first"):
+        controller.finish()
+
+
 def check_ranks(distribution: str, controller_first: bool) -> None:
     def low_rank() -> nn.Module:
         torch.manual_seed(1)
@@ -325,7 +346,8 @@ def checks() -> dict[str, Check]:
         "sparsity, controller first": lambda *_: check_schedule(sparsity, controller_first=True),
         "equal weights": lambda *_: check_schedule(sparsity, coarse=True),
         "weight": lambda *_: check_schedule(sparsity, granularity="weight", controller_first=True),
-        "flops": lambda *_: check_schedule(flops, g="sigmoid", gradient="masked"),
+        "flops, sampled, some weights whole": lambda *_: check_sampled(),
+        "not a number": check_not_a_number,
         "learned": lambda *_: check_schedule(learned, granularity="filter"),
         "by layer": lambda *_: check_schedule(by_layer, coarse=True),
         "replicas of shards": lambda rank, size: check_schedule(sparsity, mesh=two_dimensional(size)),
