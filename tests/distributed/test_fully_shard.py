@@ -349,7 +349,7 @@ def checks() -> dict[str, Check]:
         "flops, sampled, some weights whole": lambda *_: check_sampled(),
         "not a number": check_not_a_number,
         "learned": lambda *_: check_schedule(learned, granularity="filter"),
-        "by layer": lambda *_: check_schedule(by_layer, coarse=True),
+        "by layer": lambda *_: check_schedule(by_layer, coarse=True, partly=True),
         "replicas of shards": lambda rank, size: check_schedule(sparsity, mesh=two_dimensional(size)),
         "training": check_training,
         "checkpoint": check_checkpoint,
