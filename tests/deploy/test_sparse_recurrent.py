@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 
-from str_triton import LowRankFastGRNN, LowRankGRU, deploy
+from str_triton import LowRankFastGRNN, LowRankGRU, LowRankLSTM, deploy
 from str_triton.deploy.sparse.executions import EXECUTIONS
 from str_triton.deploy.sparse.executions.choice import Choice
 from str_triton.deploy.sparse.graph.nodes import Graph, Input
@@ -119,6 +120,38 @@ def test_empty_batches_sequences_without_steps_and_views():
         EXECUTIONS["loop"].run(node, wide | {"x": wide["x"][..., :-1]})
     with pytest.raises(ValueError, match=r"\[4, 12\].*\[3, 12\]"):
         EXECUTIONS["loop"].run(node, wide | {"c": wide["c"][:3]})
+
+
+class Packed(nn.Module):
+    """A layer of torch's and one of this package on packed sequences, as a user packs them or gets them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.GRU(INPUTS, HIDDEN), LowRankLSTM(HIDDEN, HIDDEN, max_rank=3)
+        self.head = nn.Linear(HIDDEN, 3)
+
+    def forward(self, x: Tensor | PackedSequence, lengths: Tensor | None = None) -> Tensor:
+        if lengths is not None:
+            x = pack_padded_sequence(x, lengths, enforce_sorted=False)
+        _, (h, _) = self.second(self.first(x)[0])
+        return self.head(h[-1])
+
+
+def test_packed_sequences_are_left_to_torch(quick):
+    model, lengths = Packed().eval(), torch.tensor([2, 7, 4])
+    x = torch.randn(7, 3, INPUTS)
+    packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
+    for example, reason in (((packed,), "packed sequences"), ((x, lengths), "torch.export")):
+        compiled = deploy.compile_sparse(model, example, tune=False)
+        assert compiled.left == {"first": "GRU", "second": "LowRankLSTM"}
+        assert all(text in str(compiled) for text in ("first", "LowRankLSTM", reason))
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(*example), model(*example))
+            other = (example[0], lengths.flip(0)) if len(example) == 2 else (pack_sequence([x[:2, 0], x[:1, 1]]),)
+            torch.testing.assert_close(compiled(*other), model(*other))
+    alone = deploy.compile_sparse(nn.GRU(INPUTS, HIDDEN).eval(), x, tune=False)
+    with pytest.raises(TypeError, match="PackedSequence"):
+        alone(packed)
 
 
 def only(cell: str, x: Tensor) -> Tensor:

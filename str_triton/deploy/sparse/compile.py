@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from str_triton.deploy.plain_state import unwrapped
 from str_triton.deploy.sparse import file
@@ -152,6 +153,8 @@ def _compile(model: nn.Module, args: tuple, kwargs: dict[str, Any], tune: bool) 
         change_in_place(dense, changed)
     problems = []
     try:
+        if any(isinstance(given, PackedSequence) for given in (*args, *kwargs.values())):
+            raise NotExported("it takes no packed sequences")
         for exported in _exports(dense, args, kwargs):
             try:
                 network = _lowered(exported, dense, args, kwargs, tune)

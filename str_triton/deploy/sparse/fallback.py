@@ -13,6 +13,7 @@ from str_triton.deploy.sparse.graph.nodes import FREE, Convolution, Graph, Input
 from str_triton.deploy.sparse.graph.refs import Ref
 from str_triton.deploy.sparse.graph.signature import Leaf, Signature
 from str_triton.deploy.sparse.model import CompiledModel, SparseModel, plain_torch
+from str_triton.nn import LowRankRNN
 
 
 class ModulewiseModel(CompiledModel):
@@ -58,8 +59,8 @@ def supported(module: nn.Module) -> str | None:
 
 
 def left_to_torch(model: nn.Module) -> dict[str, str]:
-    """Return the convolution and linear layers that are not `supported`, with the reason."""
-    kinds = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.RNNBase)
+    """Return the convolution, linear and recurrent layers that are not `supported`, with the reason."""
+    kinds = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.RNNBase, LowRankRNN)
     reasons = {name: supported(module) for name, module in model.named_modules() if isinstance(module, kinds)}
     return {name: reason for name, reason in reasons.items() if reason}
 
