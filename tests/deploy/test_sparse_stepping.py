@@ -120,8 +120,8 @@ def test_views_copies_and_empty_batches():
 def test_wrong_arguments():
     compiled = deploy.compile_step(MODELS["classifier"]())
     x, state, output = torch.randn(2, INPUTS), compiled.begin(2), torch.empty(2, OUTPUTS)
-    for bad in (x[:, 1:], x.double(), torch.randn(2, 3, INPUTS), x.to("meta")):
-        with pytest.raises(ValueError, match=rf"x must be float32 \[2, {INPUTS}\] on the CPU"):
+    for bad in (x[:, 1:], x.double(), torch.randn(2, 3, INPUTS), x.to("meta"), x[0, 0]):
+        with pytest.raises(ValueError, match=rf"x must be float32 \[[02], {INPUTS}\] on the CPU"):
             compiled.step(bad, state)
     for bad in (state[:, :1], state[..., 1:], state.double(), state[:0]):
         with pytest.raises(ValueError, match="state must be float32"):

@@ -5,22 +5,11 @@ from str_triton.deploy.sparse.executions.csr import Csr
 from str_triton.deploy.sparse.executions.dense import ChannelsLast, Dense
 from str_triton.deploy.sparse.executions.integer import Integer
 from str_triton.deploy.sparse.executions.kernel import Kernel
-from str_triton.deploy.sparse.executions.recurrent import DenseLoop, Loop, SharedLoop, TorchLayer
+from str_triton.deploy.sparse.executions.recurrent import RECURRENT
 from str_triton.deploy.sparse.graph.nodes import Layer
 
 EXECUTIONS: dict[str, Execution] = {
-    execution.name: execution
-    for execution in (
-        Dense(),
-        ChannelsLast(),
-        Csr(),
-        Kernel(),
-        Integer(),
-        Loop(),
-        SharedLoop(),
-        DenseLoop(),
-        TorchLayer(),
-    )
+    execution.name: execution for execution in (Dense(), ChannelsLast(), Csr(), Kernel(), Integer(), *RECURRENT)
 }
 
 

@@ -86,6 +86,9 @@ class TorchLayer(Execution):
         return torch.cat([outputs.flip(0) if node.reverse else outputs, *finals])
 
 
+RECURRENT = (Loop(), SharedLoop(), DenseLoop(), TorchLayer())
+
+
 def _has_dense(node: Recurrent) -> bool:
     """Check whether a dense recurrent matrix in float32 may be faster than what the node has."""
     held = node.weight.numel() + (0 if node.v is None else node.v.numel())

@@ -226,16 +226,17 @@ static inline __attribute__((always_inline)) void units(
         const int64_t unit = block * UNITS * LANES, left = hidden - unit;
         const int is_part = left < UNITS * LANES;
         EACH_GROUP(s, rows, d) {
-            const int64_t width = rows == 1 ? vectors : gates == 3 ? 3 : 2, first = time * r->batch + s;
-            for (int64_t j = 0; j < vectors; j += width)
+            const int64_t most = rows == 1 ? vectors : gates >= 3 ? 3 : 2, first = time * r->batch + s;
+            for (int64_t j = 0; j < vectors; j += most)
                 product(
                     from, s, r->w, block, vectors, j, r->scales ? r->scales + (block * vectors + j) * LANES : 0,
-                    q + j * LANES, vectors * LANES, rows, width);
+                    q + j * LANES, vectors * LANES, rows, vectors - j < most ? vectors - j : most);
             if (r->w_in) {
                 const source inputs = {r->x + first * r->features, 0, 0, r->features, r->features};
-                for (int64_t j = 0; j < vectors; j += width)
+                for (int64_t j = 0; j < vectors; j += most)
                     product(
-                        &inputs, 0, r->w_in, block, vectors, j, 0, in + j * LANES, vectors * LANES, rows, width);
+                        &inputs, 0, r->w_in, block, vectors, j, 0, in + j * LANES, vectors * LANES, rows,
+                        vectors - j < most ? vectors - j : most);
                 for (int64_t i = 0; i < rows; i++)
                     UNROLLED(j, vectors) *(vec *)(in + (i * vectors + j) * LANES) += at(r->bias_in, block * vectors + j);
             }
