@@ -13,7 +13,7 @@ from str_triton.deploy.sparse.runtime.threads import thread_count
 UNITS = 2  # vectors of hidden units in a block, as in recurrent.h
 # The loop itself projects inputs of so few features, for so many sequences or with so few weights. Else the weights,
 # read in every step, cost more than the gates of all steps in memory.
-FEATURES, SEQUENCES, SMALL = 128, 4, 2**14
+FEATURES, SEQUENCES, SMALL = 128, 4, 2**13
 FEW = 3e5  # multiplications below which a second thread costs more time than it saves
 ACTIVATION = 40  # multiplications that take as long as the activations of one gate of one unit
 
