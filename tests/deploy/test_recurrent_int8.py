@@ -13,7 +13,7 @@ from str_triton.deploy.sparse.graph.recurrent import SIZES, Recurrent
 from tests.deploy.recurrent_networks import HIDDEN, INPUTS, Classifier
 from tests.deploy.test_sparse_recurrent import exact, inputs, layer
 
-pytestmark = pytest.mark.usefixtures("kernels")
+pytestmark = [pytest.mark.usefixtures("kernels"), pytest.mark.filterwarnings("ignore:pack:UserWarning")]
 
 # hidden, rank (None: a dense matrix), batch: odd numbers of pairs, every number of sequences that share a load
 SHAPES = [(1, 1, 1), (5, 3, 5), (16, None, 3), (33, 9, 6), (70, 40, 2), (129, None, 1)]
@@ -112,6 +112,16 @@ def test_quantized_networks(name: str, tmp_path: Path):
     compiled.save(tmp_path / "net")
     loaded = deploy.load_sparse(tmp_path / "net")(x)
     assert torch.equal(loaded if name == "gru" else loaded[0], found)
+    record, tensors = deploy.inspect(tmp_path / "net").metadata["sparse"], deploy.unpack(tmp_path / "net")
+    node = next(node for node in record["nodes"] if node["kind"] == "QuantizedRecurrent")
+    keys = {field: node[field]["tensor"] for field in ("weight", "steps")}
+    weight, steps = (tensors[key] for key in keys.values())
+    changes = [("weight", torch.full_like(weight, -128)), ("weight", weight.float()), ("steps", steps[1:])]
+    for field, value in changes:
+        changed = {**tensors, keys[field]: value.contiguous()}
+        deploy.pack(changed, tmp_path / "bad", metadata={"sparse": record}, plain_zeros=True)
+        with pytest.raises(ValueError, match=r"^[^\n]*$"):
+            deploy.load_sparse(tmp_path / "bad")
 
 
 def test_bad_weights_are_refused():
