@@ -162,12 +162,7 @@ class Converter:
 
     def _add(self, node: Node) -> None:
         first = node.inputs[0] if node.inputs else ""
-        if node.name in self.chosen and isinstance(node, Recurrent):
-            for name in node.inputs:
-                self._float(name)
-            self._nodes.append(self.make(node, node.name, node.inputs))
-            self._floats.add(node.name)
-        elif node.name in self.chosen:
+        if node.name in self.chosen and not isinstance(node, Recurrent):
             inputs = [self._code(name) for name in node.inputs]
             name = node.name if isinstance(node, Linear) else self._new(node.name)
             self._nodes.append(self.make(node, name, inputs))
@@ -200,7 +195,8 @@ class Converter:
         else:
             for name in node.inputs:
                 self._float(name)
-            self._nodes.append(node)
+            is_chosen = isinstance(node, Recurrent) and node.name in self.chosen  # Its values stay float32.
+            self._nodes.append(self.make(node, node.name, node.inputs) if is_chosen else node)
             self._floats.add(node.name)
 
     def _is_code(self, node: Call) -> bool:
