@@ -51,12 +51,17 @@ def listed_modules(project: str) -> set[str]:
 
 
 def errors(settings: str) -> list[Error]:
-    """Run mypy with the settings, the text of a pyproject.toml."""
-    with tempfile.TemporaryDirectory() as folder:
-        config = Path(folder, "pyproject.toml")
-        config.write_text(settings)
-        command = [sys.executable, "-m", "mypy", "--config-file", config, "--no-pretty", "str_triton", USER]
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    """Run mypy with the settings, the text of a pyproject.toml, on the package as it is installed."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "pyproject.toml").write_text(settings)
+        (folder / ".ci").symlink_to(ROOT / ".ci")
+        (folder / "str_triton").mkdir()
+        for path in (*(ROOT / "str_triton").iterdir(), ROOT / "cnn", ROOT / "rnn"):
+            (folder / "str_triton" / path.name).symlink_to(path)
+        options = ["--config-file", "pyproject.toml", "--cache-dir", ROOT / ".mypy_cache", "--no-pretty"]
+        command = [sys.executable, "-m", "mypy", *options, "str_triton", USER]
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if result.returncode not in (0, 1):
         sys.exit(result.stdout + result.stderr)
     matches = ((ERROR.match(line), line) for line in result.stdout.splitlines())

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from str_triton.training.config import TrainConfig
 
@@ -20,7 +20,7 @@ METHODS = {
 }
 TARGETS = ("target_sparsity", "target_flops", "budget")
 # Options that only some methods take, with the default for each method.
-TAKEN_BY = {
+TAKEN_BY: dict[str, dict[str, Any]] = {
     "gradient": {"str-exact": "switched", "str": "masked"},
     "granularity": {"str-exact": "layer", "str": "layer"},
     "raw_threshold_init": {"str": -5.0},

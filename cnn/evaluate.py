@@ -85,8 +85,8 @@ def program(args: Sequence[str] | None) -> None:
     device = check(options)
     with as_user_error(ValueError, OSError):
         network = rebuild(options.path, options.model)
-        # Corrupt training images do not matter here. `left_out` holds the corrupt test images.
-        name, data = read_data(options, network, [].append if options.skip_corrupt else None)
+        ignored: list[str] = []  # Corrupt training images do not matter here. `left_out` holds the corrupt test images.
+        name, data = read_data(options, network, ignored.append if options.skip_corrupt else None)
     corrupt = list(data.left_out)
     on_corrupt = corrupt.append if options.skip_corrupt else None
     model = network.model.to(device)
@@ -126,14 +126,15 @@ def check(options: Options) -> torch.device:
 
 def read_data(options: Options, network: Network, on_corrupt: OnCorrupt) -> tuple[str, Data]:
     """Read the data set of the options or of the network's run. Raise `UserError` if it does not fit the network."""
+    config = network.config
     if options.data is not None:
-        same = network.config is not None and options.data == network.config.data
-        name, data_dir = options.data, options.data_dir or (network.config.data_dir if same else None)
-    elif network.config is not None:
-        name, data_dir = network.config.data, options.data_dir or network.config.data_dir
+        own = config is not None and options.data == config.data
+        name, data_dir = options.data, options.data_dir or (config.data_dir if config and own else None)
+    elif config is not None:
+        name, data_dir = config.data, options.data_dir or config.data_dir
     else:
         raise UserError(f"{options.path} does not belong to a run, so its data set is unknown: name one with --data")
-    data = load(name, data_dir, on_corrupt, options.image_size or (network.config and network.config.image_size))
+    data = load(name, data_dir, on_corrupt, options.image_size or (config.image_size if config else None))
     for what, of_data, of_model in (
         ("classes", data.num_classes, network.num_classes),
         ("colour channels", data.image_shape[0], network.in_channels),

@@ -71,7 +71,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def program(args: Sequence[str] | None) -> None:
     """Read the network that ``args`` name, and run their command."""
-    kinds = {"pack": Pack, "onnx": Onnx, "sparse": Sparse}
+    kinds: dict[str, type] = {"pack": Pack, "onnx": Onnx, "sparse": Sparse}
     options = read_command(kinds, args, prog=command("export-cnn"), description=PURPOSE)
     check(options)
     with as_user_error(ValueError, OSError):
@@ -104,9 +104,9 @@ def image_shape(options: Options, network: Network) -> tuple[int, int, int]:
     if network.config is None:
         raise UserError(f"{options.path} does not belong to a run, so its image size is unknown: give --image-size")
     try:
-        # An image that cannot be decoded does not matter here.
         config = network.config
-        return load(config.data, config.data_dir, on_corrupt=[].append, image_size=config.image_size).image_shape
+        ignored: list[str] = []  # An image that cannot be decoded does not matter here.
+        return load(config.data, config.data_dir, on_corrupt=ignored.append, image_size=config.image_size).image_shape
     except (ValueError, OSError) as error:
         raise UserError(f"{one_line(error)}; with --image-size the run's data are not read") from error
 

@@ -78,7 +78,7 @@ def _convolution(
         yield SamePadding(size, stride)
         padding = 0
     yield nn.Conv2d(inputs, outputs, size, stride, padding=padding, groups=groups, bias=False)
-    yield nn.BatchNorm2d(outputs, **({"eps": TF_EPSILON} if tf else {}))
+    yield nn.BatchNorm2d(outputs, eps=TF_EPSILON if tf else 1e-5)
     yield nn.ReLU6(inplace=True) if tf else nn.ReLU(inplace=True)
 
 

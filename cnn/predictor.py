@@ -29,6 +29,8 @@ class Predictor:
     """
 
     def __init__(self, scores: Scores, interface: Interface, device: torch.device | str = "cpu") -> None:
+        assert interface.images is not None
+        assert interface.standardisation is not None
         self.scores, self.names, self.device = scores, interface.outputs, torch.device(device)
         self.images: ImageInput = interface.images
         self.normalise = Normalisation(*interface.standardisation)

@@ -1,8 +1,9 @@
 """The recipes, named defaults of a run's configuration, and the check of options against each other."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Any
 
 from str_triton.arguments import suggestion
 from str_triton.cnn.config import DEFAULT_SPARSITY, METHODS, TAKEN_BY, TARGETS, Config
@@ -63,12 +64,12 @@ def mobilenetv1_finetune() -> Config:
     )
 
 
-def _imagenet(name: str, description: str, **own: object) -> tuple[str, Callable[[], Config]]:
+def _imagenet(name: str, description: str, **own: Any) -> tuple[str, Callable[[], Config]]:
     """Return a recipe's name and the recipe: the paper's training with the options ``own`` on top."""
 
     def recipe() -> Config:
         paper = {"epochs": 100, "lr": 0.256, "momentum": 0.875, "warmup_epochs": 5.0, "label_smoothing": 0.1}
-        return Config(recipe=name, data="hub:ILSVRC/imagenet-1k", batch_size=256, **paper | own)
+        return Config(recipe=name, data="hub:ILSVRC/imagenet-1k", batch_size=256, **{**paper, **own})
 
     recipe.__doc__ = description
     return name, recipe
@@ -182,11 +183,11 @@ def _resolve_target(config: Config, recipe: Config) -> Config:
             others = ", ".join(name for name, distributions in METHODS.items() if distributions)
             value = asked.popitem()[1]
             raise UserError(f"{options[-1]} {value}: --method {config.method} takes no target; {others} do")
-        return replace(config, **dict.fromkeys(given))
+        return _without(config, given)
     if len(asked) > 1:
         raise UserError(f"{' and '.join(options)} are given: choose one")
     if asked:
-        config = replace(config, **dict.fromkeys(given.keys() - asked.keys()))
+        config = _without(config, given.keys() - asked.keys())
     if not given:
         config = replace(config, target_sparsity=DEFAULT_SPARSITY)
     if config.target_flops is not None and config.method != "str-exact":
@@ -196,6 +197,11 @@ def _resolve_target(config: Config, recipe: Config) -> Config:
     if config.budget is not None and config.granularity == "global":
         raise UserError("--granularity global: with --budget each layer needs its own threshold; use layer or filter")
     return config
+
+
+def _without(config: Config, names: Iterable[str]) -> Config:
+    nothing: dict[str, Any] = dict.fromkeys(names)
+    return replace(config, **nothing)
 
 
 def _resolve_options(config: Config, recipe: Config) -> Config:

@@ -80,7 +80,7 @@ class ResNet(nn.Module):
         super().__init__()
         if small_images:
             self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
-            self.maxpool = nn.Identity()
+            self.maxpool: nn.Module = nn.Identity()
         else:
             self.conv1 = nn.Conv2d(in_channels, width, 7, stride=2, padding=3, bias=False)
             self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)

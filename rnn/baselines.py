@@ -5,11 +5,11 @@ from dataclasses import replace
 from torch import nn
 
 from str_triton import RankController, RankTarget, count_ranks
-from str_triton.rnn.models import Architecture, copy_weights
+from str_triton.rnn.models import Architecture, LanguageModel, SequenceClassifier, copy_weights
 from str_triton.rnn.recipes import read_ranks
 
 
-def equal_ranks(model: nn.Module, target: RankTarget) -> dict[str, int]:
+def equal_ranks(model: SequenceClassifier | LanguageModel, target: RankTarget) -> dict[str, int]:
     """Return a rank for each matrix of ``model.rnn``: one common rank, or the full rank where that is smaller.
 
     The common rank is the largest that meets ``target``. ``model`` holds all matrices at full rank. For small inputs,
@@ -28,7 +28,7 @@ def equal_ranks(model: nn.Module, target: RankTarget) -> dict[str, int]:
     return {name: min(common, factor.max_rank) for name, factor in factors.items()}
 
 
-def given_ranks(model: nn.Module, text: str) -> dict[str, int]:
+def given_ranks(model: SequenceClassifier | LanguageModel, text: str) -> dict[str, int]:
     """Return the rank of each matrix of ``model.rnn`` from --ranks, "INPUT,RECURRENT".
 
     ``model`` holds all matrices at full rank. Raises ``ValueError`` for a rank above a matrix's full rank.

@@ -52,7 +52,9 @@ def interface_of(data: Data | Text) -> Interface:
     if isinstance(data, Text):
         return Interface(tuple(data.vocabulary))
     numbers = data.standardisation
-    return Interface(data.class_names, numbers and (tuple(numbers.mean.tolist()), tuple(numbers.std.tolist())))
+    if numbers is None:
+        return Interface(data.class_names)
+    return Interface(data.class_names, (tuple(numbers.mean.tolist()), tuple(numbers.std.tolist())))
 
 
 def open_run(folder: str | Path) -> FinishedRun:

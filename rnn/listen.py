@@ -117,7 +117,7 @@ class Listener:
         self._recent.append(probabilities)
         average = torch.stack(tuple(self._recent)).sum(0) / SMOOTHING
         probability, number = average.max(0)
-        word = self.run.outputs[int(number)]
+        word: str | None = self.run.outputs[int(number)]
         if probability < THRESHOLD or word in IGNORED or not any(self._loud):
             word = None
         if word != self._word:

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from str_triton import LowRankFastGRNN, LowRankGRU, LowRankLSTM, LowRankWeight
+from str_triton import LowRankFastGRNN, LowRankGRU, LowRankLSTM, LowRankRNN, LowRankWeight
 
-CELLS = {"gru": LowRankGRU, "lstm": LowRankLSTM, "fastgrnn": LowRankFastGRNN}
+CELLS: dict[str, Callable[..., LowRankRNN]] = {"gru": LowRankGRU, "lstm": LowRankLSTM, "fastgrnn": LowRankFastGRNN}
 State = Tensor | tuple[Tensor, Tensor]
 
 
@@ -78,7 +78,7 @@ class SequenceClassifier(nn.Module):
     Maps sequences [B, T, input_size] to scores [B, num_classes]. Padded sequences need lengths, int64 [B] on the CPU.
     """
 
-    def __init__(self, rnn: nn.Module, num_classes: int, dropout: float = 0.0, pooling: str = "last") -> None:
+    def __init__(self, rnn: LowRankRNN, num_classes: int, dropout: float = 0.0, pooling: str = "last") -> None:
         super().__init__()
         self.rnn = rnn
         self.pooling = pooling
@@ -119,7 +119,7 @@ class LanguageModel(nn.Module):
     [B, T, characters], and the state after them.
     """
 
-    def __init__(self, rnn: nn.Module, characters: int, dropout: float = 0.0) -> None:
+    def __init__(self, rnn: LowRankRNN, characters: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.embedding = nn.Embedding(characters, rnn.input_size)
         self.rnn = rnn

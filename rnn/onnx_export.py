@@ -1,6 +1,7 @@
 """Export of a finished run to ONNX: for sequences of a fixed length, or for one step with the state as an input."""
 
 import json
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,9 @@ from str_triton.rnn.models import LanguageModel, StreamState
 class _Network(nn.Module):
     """The network of a run, whose inputs are not standardised."""
 
+    mean: Tensor | None
+    std: Tensor | None
+
     def __init__(self, run: FinishedRun) -> None:
         super().__init__()
         self.model = run.model
@@ -20,7 +24,7 @@ class _Network(nn.Module):
         self.register_buffer("std", run.std)
 
     def standardised(self, x: Tensor) -> Tensor:
-        return x if self.mean is None else (x - self.mean) / self.std
+        return x if self.mean is None or self.std is None else (x - self.mean) / self.std
 
 
 class _Sequences(_Network):
@@ -33,14 +37,14 @@ class _Step(_Network):
     def forward(self, x: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         """Return the scores and the next state; `one_step` names the state's parts."""
         number = self.model.rnn.states
-        rnn = state[0] if number == 1 else state[:number]
+        rnn: Any = state[0] if number == 1 else state[:number]
         if isinstance(self.model, LanguageModel):
-            scores, following = self.model.step(x, rnn)
-            return scores, *_parts(following)
-        total, steps = state[number:] or (None, 0)
-        scores, following = self.model.step(self.standardised(x), StreamState(rnn, total, steps))
-        pooled = () if total is None else (following.total, following.steps)
-        return scores, *_parts(following.rnn), *pooled
+            scores, rnn = self.model.step(x, rnn)
+            return scores, *_parts(rnn)
+        pooling: Any = state[number:] or (None, 0)  # in a graph the number of steps is a tensor
+        scores, following = self.model.step(self.standardised(x), StreamState(rnn, *pooling))
+        pooling = () if following.total is None else (following.total, following.steps)
+        return scores, *_parts(following.rnn), *pooling
 
 
 def _parts(state: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -78,7 +82,7 @@ def one_step(run: FinishedRun) -> deploy.OnnxFile:
         )
     names = ["h", "c"][: rnn.states]
     example = [_example(run, 2)] + [torch.zeros(rnn.num_layers, 2, rnn.hidden_size) for _ in names]
-    batch = [(0,)] + [(1,) for _ in names]
+    batch: list[tuple[int, ...]] = [(0,), *((1,) for _ in names)]
     if not lm and run.model.pooling == "mean":
         names += ["total", "steps"]
         example += [torch.zeros(2, rnn.hidden_size, dtype=torch.float64), torch.full((1,), 5)]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from str_triton.training.config import TrainConfig, check_ranges, require
 from str_triton.training.errors import UserError
@@ -176,7 +176,7 @@ def har2_fastgrnn() -> Config:
     return _paper_config(recipe="har2-fastgrnn", data="har:DIR", classes=2, hidden_size=80)
 
 
-def _paper_config(**own: object) -> Config:
+def _paper_config(**own: Any) -> Config:
     return Config(
         cell="fastgrnn",
         method="str",

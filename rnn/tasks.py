@@ -84,6 +84,7 @@ class Classify(Task):
     """Classification of labelled sequences; the metric is accuracy."""
 
     figure, sign = "accuracy", 1
+    data: Data
 
     def __init__(self, config: Config, data: Data, accelerator: Accelerator) -> None:
         super().__init__(config, with_validation(data) if config.choose == "last" else data, accelerator)
@@ -145,6 +146,7 @@ class Language(Task):
     """
 
     figure, sign = "bits_per_character", -1
+    data: Text
 
     def __init__(self, config: Config, data: Text, accelerator: Accelerator) -> None:
         if config.choose == "last":
@@ -228,7 +230,9 @@ class Language(Task):
 
 def make_task(config: Config, data: Data | Text, accelerator: Accelerator) -> Task:
     """Return the task for the data; raise ``ValueError`` where the configuration does not fit the data."""
-    return (Language if isinstance(data, Text) else Classify)(config, data, accelerator)
+    if isinstance(data, Text):
+        return Language(config, data, accelerator)
+    return Classify(config, data, accelerator)
 
 
 def _parts(data: Data | Text, merged: bool) -> str:

@@ -36,6 +36,17 @@ def test_the_reference_has_every_public_name_once() -> None:
     assert sorted(re.findall(r"^::: (\S+)$", pages, re.MULTILINE)) == sorted(names)
 
 
+def test_the_reference_shows_the_asterisks_of_patterns() -> None:
+    """Outside of backticks, Markdown takes two asterisks of a docstring for emphasis, which only words should have."""
+    public = [getattr(module, name) for module in (str_triton, deploy) for name in module.__all__]
+    members = [member for value in public if isinstance(value, type) for member in vars(value).values()]
+    for value in public + members:
+        if not getattr(value, "__module__", "").startswith("str_triton"):
+            continue  # numbers, and classes of torch
+        text = re.sub(r"`[^`]+`", "", getattr(value, "__doc__", None) or "")
+        assert re.findall(r"\*(?![\s*])(?![\w ]+\*)[^*]*(?<!\s)\*", text) == [], value
+
+
 def test_the_site_has_every_page_once() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
     pages = [page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")]

@@ -5,10 +5,10 @@
         tests/interpreter [--sample 400] [--seed 0]
 
 The changes are made in a temporary copy of the tracked files. For each change, the tests run that reach its line
-according to `.coverage`. A line per change is appended to
-benchmarks/results/mutation.jsonl; changes that it already holds are skipped, so a sample continues where it ended. A
-change that all its tests pass "survived": either a test is missing, or the change does not matter. Each test run is a
-fork of this process, which has imported torch already. At the end, the tests that failed run without a change.
+according to `.coverage`. A line per change is appended to benchmarks/results/mutation.jsonl; changes that it already
+holds are skipped, so a sample continues where it ended. A change that all its tests pass "survived": either a test is
+missing, or the change does not matter. Each test run is a fork of this process, which has imported torch already. At
+the end, the tests that failed run without a change.
 """
 
 import argparse
@@ -94,25 +94,25 @@ def first_difference(old: str, new: str) -> str:
     return next(f"{a.strip()} -> {b.strip()}" for a, b in pairs if a != b)
 
 
-def mutants(source: str) -> Iterator[Mutant]:
-    """Yield the source with one change at a time."""
+def places(source: str) -> list[int]:
+    """Return the numbers, in the order of `targets`, of the nodes that can be changed."""
+    return [number for number, node in enumerate(targets(ast.parse(source))) if replacement(node) is not None]
+
+
+def mutant(source: str, number: int) -> Mutant | None:
+    """Return the source with a change of one node; None if the node's code remains the same."""
     tree = ast.parse(source)
     plain = ast.unparse(tree)
-    for number, node in enumerate(targets(tree)):
-        new = replacement(node)
-        if new is None:
-            continue
-        changed = copy.deepcopy(tree)
-        old = list(targets(changed))[number]
-        for parent in ast.walk(changed):
-            for field, value in ast.iter_fields(parent):
-                if value is old:
-                    setattr(parent, field, new)
-                elif isinstance(value, list) and any(item is old for item in value):
-                    setattr(parent, field, [new if item is old else item for item in value])
-        text = ast.unparse(ast.fix_missing_locations(changed))
-        if text != plain:
-            yield Mutant(node.lineno, node.col_offset, first_difference(plain, text), text)
+    old = list(targets(tree))[number]
+    new = replacement(old)
+    for parent in ast.walk(tree):
+        for field, value in ast.iter_fields(parent):
+            if value is old:
+                setattr(parent, field, new)
+            elif isinstance(value, list) and any(item is old for item in value):
+                setattr(parent, field, [new if item is old else item for item in value])
+    text = ast.unparse(ast.fix_missing_locations(tree))
+    return None if text == plain else Mutant(old.lineno, old.col_offset, first_difference(plain, text), text)
 
 
 def statement_lines(source: str, line: int) -> range:
@@ -219,26 +219,27 @@ def main() -> None:
     data.read()
     torch.set_num_threads(1)
     files = {file: (ROOT / file).read_text() for file in python_files(options.places)}
-    found = [(file, mutant) for file, source in files.items() for mutant in mutants(source)]
+    found = [(file, number) for file, source in files.items() for number in places(source)]
     random.Random(options.seed).shuffle(found)
-    chosen = found[: options.sample]
-    print(f"{len(chosen)} of {len(found)} changes in {len(files)} files")
+    changed = ((file, mutant(files[file], number)) for file, number in found[: options.sample])
+    chosen = [(file, change) for file, change in changed if change is not None]
+    print(f"{len(chosen)} of {len(found)} changes in {len(files)} files", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         copy_tracked_files(root)
-        for file, mutant in chosen:
-            run = {"file": file, **mutant._asdict()}
+        for file, change in chosen:
+            run = {"file": file, **change._asdict()}
             text = run.pop("source")
             for missing in RUNS.missing([run]):
-                lines = statement_lines(files[file], mutant.line)
+                lines = statement_lines(files[file], change.line)
                 contexts = data.contexts_by_lineno(str(ROOT / file))
                 tests = reaching_tests(contexts, lines, options.tests, Path(file).stem)
                 (root / file).write_text(text)
                 result = outcome(root, tests, options.seconds) if tests else Outcome("survived")
                 (root / file).write_text(files[file])
                 RUNS.append({**missing, "tests": len(tests), **result._asdict()})
-                print(f"{result.outcome:9s} {file}:{mutant.line}: {mutant.change}", flush=True)
-        keys = {(file, mutant.line, mutant.column, mutant.change) for file, mutant in chosen}
+                print(f"{result.outcome:9s} {file}:{change.line}: {change.change}", flush=True)
+        keys = {(file, change.line, change.column, change.change) for file, change in chosen}
         mine = [run for run in RUNS.read() if tuple(run[field] for field in RUNS.key) in keys]
         failing = sorted({run["by"] for run in mine if run["by"]})
         unchanged = outcome(root, failing, 3600) if failing else Outcome("survived")

@@ -112,9 +112,11 @@ class _Batches:
         part = members.tensor_split(self.world_size)[self.rank]
         corrupt: list[str] = []
         on_corrupt = corrupt.append if self.skip_corrupt else None
-        options = {"seed": self.seed, "epoch": self.epoch, "augment": self.augment, "on_corrupt": on_corrupt}
         try:
-            return _Item(*self.dataset.batch(part, **options), corrupt)
+            images, labels = self.dataset.batch(
+                part, seed=self.seed, epoch=self.epoch, augment=self.augment, on_corrupt=on_corrupt
+            )
+            return _Item(images, labels, corrupt)
         except (OSError, ValueError) as error:
             # DataLoader would replace the message of an error raised in a worker by the worker's traceback.
             return error

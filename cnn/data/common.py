@@ -19,8 +19,11 @@ class Images(Protocol):
 
     in_memory: bool
     """True if `batch` only copies from memory, so that worker processes would make it slower."""
-    normalisation: Normalisation
-    """Maps a batch's pixels, on any device, to float32 [B, C, H, W] of about zero mean and unit variance."""
+
+    @property
+    def normalisation(self) -> Normalisation:
+        """Return the map from a batch's pixels, on any device, to float32 [B, C, H, W] of mean 0 and variance 1."""
+        ...
 
     def __len__(self) -> int: ...
 

@@ -71,12 +71,13 @@ def load_idx(name: str, data_dir: str | None) -> Data:
     if train_images.shape[1:] != test_images.shape[1:]:
         sizes = " and ".join(f"{height}x{width}" for _, _, height, width in (train_images.shape, test_images.shape))
         raise ValueError(f"{directory}: training and test images differ in size ({sizes}): take both from one data set")
+    _, channels, height, width = train_images.shape
     normalisation, augmentation = Normalisation.of(train_images), Augmentation(padding=2, flip=published.flip)
     return Data(
         train=ArrayImages(train_images, train_labels, normalisation, augmentation),
         test=ArrayImages(test_images, test_labels, normalisation, augmentation),
         class_names=published.class_names,
-        image_shape=tuple(train_images.shape[1:]),
+        image_shape=(channels, height, width),
         name=name,
     )
 
@@ -152,7 +153,7 @@ def read_idx(path: Path, dimensions: int) -> Tensor:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def _array(file: BinaryIO, path: Path, dimensions: int) -> Tensor:
+def _array(file: gzip.GzipFile | BinaryIO, path: Path, dimensions: int) -> Tensor:
     header = file.read(4 + 4 * dimensions)
     if header[:4] != bytes((0, 0, 8, dimensions)) and len(header) >= 4:
         raise ValueError(

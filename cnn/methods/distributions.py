@@ -17,7 +17,8 @@ def erdos_renyi_kernel(shapes: Sequence[torch.Size], total: int) -> list[int]:
     A layer whose density would exceed 1 becomes dense, and the rest is distributed over the others. That repeats until
     no density exceeds 1.
     """
-    sizes, dense = [shape.numel() for shape in shapes], set()
+    sizes = [shape.numel() for shape in shapes]
+    dense: set[int] = set()
     while True:
         left = total - sum(sizes[i] for i in dense)
         scale = left / max(sum(sum(shape) for i, shape in enumerate(shapes) if i not in dense), 1)

@@ -60,16 +60,16 @@ class GMP(Masked):
             numbers = [_between(done, s.numel(), keep) for s, keep in zip(scores, self.keep, strict=True)]
             masks = [largest(s, number) for s, number in zip(scores, numbers, strict=True)]
         else:
-            masks = self._choose_globally(scores, done)
+            masks = self._choose_globally(scores, done, self.total)
         for mask, value in zip(self.masks, masks, strict=True):
             mask.copy_(value)
         self.pruned = done
 
-    def _choose_globally(self, scores: Sequence[Tensor], done: float) -> list[Tensor]:
+    def _choose_globally(self, scores: Sequence[Tensor], done: float, total: int) -> list[Tensor]:
         """Return masks of the largest elements of all layers, among them the `keep` largest of each layer."""
         sizes = [s.numel() for s in scores]
         held = [s.masked_fill(largest(s, keep), torch.inf) for s, keep in zip(scores, self.keep, strict=True)]
-        chosen = largest(torch.cat([s.flatten() for s in held]), _between(done, sum(sizes), self.total))
+        chosen = largest(torch.cat([s.flatten() for s in held]), _between(done, sum(sizes), total))
         return [part.view(s.shape) for part, s in zip(chosen.split(sizes), scores, strict=True)]
 
 

@@ -51,6 +51,7 @@ class RigL(Masked):
     def _move(self, weight: nn.Parameter, mask: Tensor, keep: int, optimizer: Optimizer) -> None:
         dropped = int(self.fraction * keep)
         kept = largest(weight.abs().where(mask, -1.0), keep - dropped)
+        assert weight.grad is not None
         grown = largest(weight.grad.abs().masked_fill(kept, -1.0), dropped)
         new = grown & ~mask
         mask.copy_(kept | grown)

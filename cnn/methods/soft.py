@@ -1,6 +1,7 @@
 """STR, soft thresholds for the weights (Kusupati et al., 2020): with an exact target, and as published."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -21,7 +22,8 @@ def str_exact(
         target = Target(flops=round(config.target_flops * count(model, example).dense_flops))
     else:
         target = Target(sparsity=config.target_sparsity)
-    gradient, options = config.gradient, {}
+    gradient: str | None = config.gradient
+    options: dict[str, Any] = {}
     if gradient == "switched":  # the controller's default
         gradient = "straight_through"
     else:

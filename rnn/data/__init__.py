@@ -3,6 +3,8 @@
 `load` imports a data set's module only when it is asked for, so a data set needs no other data set's libraries.
 """
 
+from typing import Any
+
 import torch
 
 from str_triton.rnn.data.common import Data, Examples, Merged, Text, with_validation
@@ -52,7 +54,7 @@ def load(
         raise ValueError(f"unknown data {spec!r}; known are {KNOWN}")
     is_text = kind == "text" or (kind == "hub" and ":" in place)
     _check(spec, kind, is_text, task, words, classes, noise)
-    audio = {"seed": seed, "noise": noise, "device": device, "cache_dir": cache_dir}
+    audio: dict[str, Any] = {"seed": seed, "noise": noise, "device": device, "cache_dir": cache_dir}
     match kind:
         case "japanese-vowels":
             from str_triton.rnn.data.japanese_vowels import load_japanese_vowels

@@ -52,8 +52,8 @@ def mel_filters() -> Tensor:
     Each band is a triangle. The corners are evenly spaced on the mel scale 2595 log10(1 + f / 700) (O'Shaughnessy,
     1987). A band begins at the centre of the band below and ends at the centre of the band above.
     """
-    mel_range = 2595 * np.log10(1 + np.array([LOWEST, HIGHEST]) / 700)
-    corners = 700 * (10 ** (np.linspace(*mel_range, BANDS + 2) / 2595) - 1)
+    low, high = 2595 * np.log10(1 + np.array([LOWEST, HIGHEST]) / 700)
+    corners = 700 * (10 ** (np.linspace(low, high, BANDS + 2) / 2595) - 1)
     frequencies = np.arange(WINDOW // 2 + 1)[:, None] * (RATE / WINDOW)
     rising = (frequencies - corners[:-2]) / (corners[1:-1] - corners[:-2])
     falling = (corners[2:] - frequencies) / (corners[2:] - corners[1:-1])

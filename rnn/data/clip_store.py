@@ -106,7 +106,8 @@ def _write(
     samples: Path, about: Path, items: Sequence[Item], read: Callable[[Item], tuple[np.ndarray, int]], name: str
 ) -> dict:
     """Write the clips of all items to `samples` and a note (hash, remarks) to `about`, each file atomically."""
-    digest, found = hashlib.sha256(), Counter()
+    digest = hashlib.sha256()
+    found: Counter[str] = Counter()
     with replacing(samples) as file:
         for item in with_progress(items, f"reading {name}"):
             recorded, rate = read(item)
@@ -126,7 +127,7 @@ def to_one_second(samples: np.ndarray, rate: int, found: Counter) -> np.ndarray:
     return np.pad(clip, (0, RATE - len(clip)))
 
 
-def split_background(recordings: Sequence[np.ndarray]) -> tuple[Tensor, ...]:
+def split_background(recordings: Sequence[np.ndarray]) -> tuple[Tensor, Tensor, Tensor]:
     """Divide recordings, int16 [frames] at 16 kHz, between training, validation and testing.
 
     Each part gets a piece of every recording, concatenated to int16 [frames]. A part shorter than a second is repeated
@@ -137,4 +138,5 @@ def split_background(recordings: Sequence[np.ndarray]) -> tuple[Tensor, ...]:
         pieces = [samples[int(low * len(samples)) : int(high * len(samples))] for samples in recordings]
         joined = np.concatenate([np.zeros(0, np.int16), *pieces])
         parts.append(torch.from_numpy(np.resize(joined, RATE) if 0 < len(joined) < RATE else joined))
-    return tuple(parts)
+    training, validation, test = parts
+    return training, validation, test

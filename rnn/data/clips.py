@@ -178,8 +178,16 @@ def speech_data(
     sample = torch.cat([chunk.cpu() for chunk in features(clips["train"], LogMel(device), device, every)])
     standardise = Standardisation.of(sample, None)
     examples = {part: Speech(clips[part], labels[part], recordings.background[0], standardise, noise) for part in PARTS}
-    options = {"notes": {"sha256": digest}, "standardisation": standardise, **examples}
-    return Data(name=name, class_names=class_names, input_size=BANDS, **options)
+    return Data(
+        name=name,
+        class_names=class_names,
+        input_size=BANDS,
+        train=examples["train"],
+        validation=examples["validation"],
+        test=examples["test"],
+        notes={"sha256": digest},
+        standardisation=standardise,
+    )
 
 
 def _check_words(recordings: Recordings, name: str, words: tuple[str, ...]) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """The types of all data sets: labelled sequences (`Data`), or one long text for a language model (`Text`)."""
 
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,8 +13,10 @@ from str_triton.rnn.data.vectors import Standardisation
 class Examples(Protocol):
     """A map-style set of labelled sequences that is read in batches."""
 
-    labels: Tensor
-    """int64 [N] on the CPU."""
+    @property
+    def labels(self) -> Tensor:
+        """Return the labels, int64 [N] on the CPU."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -85,7 +87,7 @@ class Merged:
         self, indices: Tensor, *, augment: bool, generator: torch.Generator, device: torch.device | str
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         in_first = indices < len(self.first)
-        options = {"augment": augment, "generator": generator, "device": device}
+        options: dict[str, Any] = {"augment": augment, "generator": generator, "device": device}
         if in_first.all():
             return self.first.batch(indices, **options)
         if not in_first.any():
@@ -96,14 +98,14 @@ class Merged:
         ]
         steps = max(x.shape[1] for x, _, _ in parts)
         x = torch.cat([F.pad(x, (0, 0, 0, steps - x.shape[1])) for x, _, _ in parts])
-        lengths = torch.cat(
+        known = torch.cat(
             [torch.full((len(x),), x.shape[1]) if lengths is None else lengths for x, lengths, _ in parts]
         )
         labels = torch.cat([labels for _, _, labels in parts])
         # The position of each example of the batch in the concatenation of the two parts.
         places = torch.empty_like(indices)
         places[torch.cat([torch.nonzero(in_first)[:, 0], torch.nonzero(~in_first)[:, 0]])] = torch.arange(len(indices))
-        lengths = None if bool((lengths == steps).all()) else lengths[places]
+        lengths = None if bool((known == steps).all()) else known[places]
         places = places.to(x.device)
         return x[places], lengths, labels[places]
 

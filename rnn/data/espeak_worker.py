@@ -35,9 +35,9 @@ def find_library() -> tuple[str, str] | None:
         for name in LIBRARY_NAMES:
             if (folder / name).is_file():
                 return str(folder / name), str(folder)
-    name = ctypes.util.find_library("espeak-ng")
-    if name:
-        return name, ""
+    found = ctypes.util.find_library("espeak-ng")
+    if found:
+        return found, ""
     program = shutil.which("espeak-ng")
     if program:
         folder = Path(program).resolve().parent

@@ -97,7 +97,8 @@ def _find_root(path: Path) -> Path | zipfile.Path:
         places = [outer, outer / FOLDER]
         inner = outer / f"{FOLDER}.zip"
         if inner.is_file():
-            places += [place := _open_zip(io.BytesIO(_read_content(inner)), inner), place / FOLDER]
+            nested = _open_zip(io.BytesIO(_read_content(inner)), inner)
+            places += [nested, nested / FOLDER]
     else:
         raise ValueError(f"har:{path}: no such folder or zip file")
     for place in places:

@@ -55,7 +55,8 @@ def load_hub(
         raise ValueError(f"{name} has no split {' and no split '.join(map(repr, missing))}, only {', '.join(splits)}")
     said = {part: _labels(splits[part], f"{name} {part}") for part in PARTS}
     sounds = {part: _audio_column(splits[part], f"{name} {part}") for part in PARTS}
-    items, silent = [], []
+    items: list[tuple[str, int]] = []
+    silent: list[tuple[str, int]] = []
     for part in PARTS:
         for row, word in enumerate(said[part]):
             (silent if word in SILENT else items).append((part, row))

@@ -60,13 +60,15 @@ def load_japanese_vowels(*, noise: float = 0.0, device: torch.device | str = "cp
         name="japanese-vowels",
         class_names=tuple(f"speaker {number}" for number in range(1, SPEAKERS + 1)),
         input_size=features.shape[2],
+        train=examples["train"],
+        validation=examples["validation"],
+        test=examples["test"],
         notes={
             "source": "Kudo, Toyama and Shimbo, doi:10.24432/C5NS47, CC BY 4.0",
             "validation": "every fifth training utterance of each speaker",
             "sha256": hashlib.sha256(content).hexdigest(),
         },
         standardisation=standardise,
-        **examples,
     )
 
 

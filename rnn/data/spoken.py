@@ -94,8 +94,7 @@ def load_spoken(
     noise: standard deviation of the noise that training adds to the standardised features.
     """
     folder = make_spoken(words, seed=seed, cache_dir=cache_dir, clips_per_word=clips_per_word)
-    options = {"noise": noise, "device": device, "cache_dir": cache_dir}
-    data = load_speech_commands(str(folder), words=("all",), seed=seed, **options)
+    data = load_speech_commands(str(folder), words=("all",), seed=seed, noise=noise, device=device, cache_dir=cache_dir)
     made = f"speech synthesised by eSpeak NG, seed {seed}; no speaker of one part is in another"
     return replace(data, name=f"spoken:{','.join(data.class_names)}", notes={**data.notes, "made": made})
 

@@ -245,7 +245,15 @@ def _snippets(name: str, class_names: tuple[str, ...], training: str, parts: Par
     """Make the data set of `parts` with the vocabulary of the `training` text."""
     vocabulary = Vocabulary.of(training)
     examples = {part: Snippets.of(texts, vocabulary) for part, texts in parts.items()}
-    return Data(name=name, class_names=class_names, input_size=len(vocabulary.symbols), notes=notes, **examples)
+    return Data(
+        name=name,
+        class_names=class_names,
+        input_size=len(vocabulary.symbols),
+        train=examples["train"],
+        validation=examples["validation"],
+        test=examples["test"],
+        notes=notes,
+    )
 
 
 def _read(file: str) -> str:

@@ -70,13 +70,13 @@ def sparsify(
         g, gradient: the options of `soft_threshold`. The default g is "exp" (the paper's is "sigmoid"): a
             SparsityController multiplies all thresholds by one factor, and those of a sigmoid cannot grow beyond 1.
         initial_threshold: in units of the weights, default 1e-4; or raw_threshold_init, the raw value itself.
-        include, exclude: which weights, by name patterns of the module or the parameter ("backbone.*", "gru.weight_ih*"
-            as in fnmatch), by modules (a layer, or all those inside), or by a function of (module name, module).
-            Default: all. `exclude` also takes the names of parameters that are of no known kind ("pos_embed"): budgets
-            then do not report them as forgotten.
-        parameters: names or name patterns of further parameters to threshold ("*.experts.*"), and of weights that code
-            reads from their layer ("blocks.*.qkv.weight"): these get a parametrization, which shows every reader the
-            thresholded weight.
+        include, exclude: which weights, by name patterns of the module or the parameter (`"backbone.*"`,
+            `"gru.weight_ih*"`, as in fnmatch), by modules (a layer, or all those inside), or by a function of (module
+            name, module). Default: all. `exclude` also takes the names of parameters that are of no known kind
+            ("pos_embed"): budgets then do not report them as forgotten.
+        parameters: names or name patterns of further parameters to threshold (`"*.experts.*"`), and of weights that
+            code reads from their layer (`"blocks.*.qkv.weight"`): these get a parametrization, which shows every reader
+            the thresholded weight.
         keep_zeros: fine-tune an already pruned model: weights that are zero now stay zero, whatever the optimizer and
             its momentum do, and all others train without a threshold. The model begins as the same function. This sets
             the options above itself: g "identity", the "masked" gradient, and one fixed threshold per weight, infinite

@@ -1,4 +1,4 @@
-from benchmarks.studies.mutation import mutants, reaching_tests, statement_lines
+from benchmarks.studies.mutation import mutant, places, reaching_tests, statement_lines
 
 SOURCE = '''
 @decorator(1)
@@ -26,10 +26,10 @@ CHANGES = [
 
 
 def test_each_mutant_has_one_change_and_texts_and_annotations_have_none():
-    found = list(mutants(SOURCE))
-    assert sorted(mutant.change for mutant in found) == sorted(CHANGES)
-    assert len({mutant.source for mutant in found}) == len(CHANGES)
-    assert {mutant.line for mutant in found} == {3, 5, 7, 8}
+    found = [mutant(SOURCE, number) for number in places(SOURCE)]
+    assert sorted(each.change for each in found) == sorted(CHANGES)
+    assert len({each.source for each in found}) == len(CHANGES)
+    assert {each.line for each in found} == {3, 5, 7, 8}
 
 
 def test_the_tests_that_reach_a_line_run_those_of_the_file_first():

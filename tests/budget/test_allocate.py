@@ -86,6 +86,13 @@ def test_a_memory_format_changes_nothing():
     assert found[0] == found[1]
 
 
+def test_a_budget_for_everything_keeps_all_but_zeros():
+    weight = torch.tensor([0.0, 0.5, -2.0, 0.0])
+    found = allocate([Source(weight, torch.log, torch.zeros(1)), Source(weight[:1], torch.log, torch.zeros(1))], 100)
+    assert found.kept == [2, 0]
+    assert -torch.inf < found.offset < math.log(0.5)
+
+
 def test_a_weight_that_is_nan_is_named():
     weights = [torch.randn(40, 40) for _ in range(3)]
     weights[1][7, 9] = torch.nan

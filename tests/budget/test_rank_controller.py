@@ -432,6 +432,8 @@ def test_settled_ranks_stay_while_the_rest_trains():
     for matrix, survivors in zip(matrices(model), settled, strict=True):
         assert torch.equal(matrix.m != 0, survivors)
     assert not torch.allclose(matrices(model)[0].weight(), cut)
+    controller.finish()
+    assert controller._control.reached
 
 
 def test_settling_does_not_change_the_function():

@@ -9,7 +9,7 @@ import torch
 from str_triton import Plan, low_rank_plan, shared_memory_limit
 from str_triton.ops.low_rank_cell import CELLS
 from str_triton.ops.low_rank_gpu import chip
-from str_triton.ops.low_rank_plan import layout, padded, resident_bytes
+from str_triton.ops.low_rank_plan import LARGEST_RANK, layout, padded, resident_bytes
 
 RTX3090, A100, H100, MI300 = (1024 * kib for kib in (99, 163, 227, 64))
 
@@ -123,6 +123,12 @@ def test_a_cell_that_torch_has_not_runs_the_kernels():
 
 def test_hidden_sizes_are_padded_to_multiples_of_16():
     assert [padded(size) for size in (1, 16, 100, 112)] == [16, 16, 112, 112]
+
+
+def test_the_largest_rank_has_a_layout():
+    assert layout(CELLS["gru"], 512, LARGEST_RANK, torch.bfloat16, H100, True).block_rank == LARGEST_RANK
+    with pytest.raises(ValueError, match=rf"{LARGEST_RANK + 1}.*{LARGEST_RANK}"):
+        layout(CELLS["gru"], 512, LARGEST_RANK + 1, torch.bfloat16, H100, True)
 
 
 @pytest.mark.parametrize("chip", ["nvidia", "cdna", "rdna"])
