@@ -81,11 +81,11 @@ def require_equal(sharded: nn.Module, single: nn.Module) -> None:
 
 
 def drift(sharded: nn.Module, single: nn.Module, seed: int) -> None:
-    """Change the weights of both models alike, as training does."""
+    """Change the weights of both models alike, as training does, by whole numbers of 1/32: coarse ones stay coarse."""
     torch.manual_seed(seed)
     for name, parameter in single.named_parameters():
         if "raw_threshold" not in name:
-            change = 0.05 * torch.randn(parameter.shape)
+            change = (1.6 * torch.randn(parameter.shape)).round() / 32
             parameter.detach().add_(change)
             own = sharded.get_parameter(name)
             local(own).add_(change[rows_here(own)])
