@@ -1,6 +1,7 @@
 """Sparsified and low-rank models under `fully_shard`: every result is the one of a single process, bit for bit."""
 
 import copy
+import math
 import tempfile
 from collections.abc import Callable
 from unittest import mock
@@ -29,6 +30,8 @@ from str_triton import (
     sparsify,
 )
 from str_triton.budget import allocate
+from str_triton.budget.processes import Processes
+from str_triton.budget.survivors import keep_exactly
 from str_triton.nn import thresholded_weights
 from str_triton.nn.shards import full, local, reshard, rows_here
 from tests.distributed.checks import Check, outcomes
@@ -225,6 +228,17 @@ def check_sampled() -> None:
         check_schedule(flops, g="sigmoid", gradient="masked", partly=True)
 
 
+def check_ties(rank: int, size: int) -> None:
+    """Of equal weights the last are cut and the first are kept, whichever process holds them."""
+    for excess in (5, -5):
+        model, single = shard(network(coarse=True)), network(coarse=True)
+        for one in (model, single):
+            for weight in thresholded_weights(one):
+                local(weight.raw).fill_(math.log(0.2))
+                keep_exactly(weight, weight.local_raw, excess, Processes.of([weight.dense]))
+        require_equal(model, single)
+
+
 def check_not_a_number(rank: int, size: int) -> None:
     """All processes report NaN in the rows of one: a process that raised alone would leave the others waiting."""
     (model, controller), _ = pair(sparsity)
@@ -347,6 +361,7 @@ def checks() -> dict[str, Check]:
         "equal weights": lambda *_: check_schedule(sparsity, coarse=True),
         "weight": lambda *_: check_schedule(sparsity, granularity="weight", controller_first=True),
         "flops, sampled, some weights whole": lambda *_: check_sampled(),
+        "ties": check_ties,
         "not a number": check_not_a_number,
         "learned": lambda *_: check_schedule(learned, granularity="filter"),
         "by layer": lambda *_: check_schedule(by_layer, coarse=True, partly=True),
