@@ -28,7 +28,9 @@ def test_the_divergence_is_that_of_softened_probabilities():
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("teacher") / "run"
-    assert begin(folder, "--method", "dense") == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "report", lambda folder: "")
+        assert begin(folder, "--method", "dense") == 0
     return folder
 
 
@@ -36,7 +38,7 @@ def first_loss(folder: Path) -> float:
     return next(record["loss"] for record in read_metrics(folder) if "loss" in record)
 
 
-def test_a_teacher_gives_its_share_of_the_loss(teacher: Path, tmp_path: Path):
+def test_a_teacher_gives_its_share_of_the_loss(teacher: Path, tmp_path: Path, quick: None):
     losses = {}
     for share in ("0", "0.5", "1"):
         assert begin(tmp_path / share, "--epochs", "1", "--teacher", str(teacher), "--teacher-share", share) == 0
@@ -46,7 +48,9 @@ def test_a_teacher_gives_its_share_of_the_loss(teacher: Path, tmp_path: Path):
     assert len(set(losses.values())) == 3
 
 
-def test_a_run_with_a_teacher_resumes_in_equal_bits(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_with_a_teacher_resumes_in_equal_bits(
+    teacher: Path, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+):
     options = ["--teacher", str(teacher / "model.safetensors"), "--checkpoint-steps", "1"]
     assert begin(tmp_path / "whole", *options) == 0
     with monkeypatch.context() as patch:

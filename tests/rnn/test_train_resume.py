@@ -22,7 +22,9 @@ def whole_text_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list
     """Return an undisturbed run of a language model, and its options."""
     folder = tmp_path_factory.mktemp("text")
     options = [*text_options(folder), "--cell", "lstm", "--dropout", "0.2", "--choose", "validation"]
-    assert begin(folder / "run", *options) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "report", lambda folder: "")
+        assert begin(folder / "run", *options) == 0
     return folder / "run", options
 
 
@@ -30,7 +32,9 @@ def whole_text_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list
 def whole_svd_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return an undisturbed run of svd-finetune: three epochs of four steps, cut after the first."""
     folder = tmp_path_factory.mktemp("svd") / "run"
-    assert begin(folder, *SVD, *RANK) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "report", lambda folder: "")
+        assert begin(folder, *SVD, *RANK) == 0
     return folder
 
 
