@@ -19,6 +19,16 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("str_triton.cnn.train.report", lambda folder: "")
 
 
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return options for a network of two layers, which trains in a tenth of the time of the digits' network."""
+    from str_triton.cnn import models  # see `whole_run`
+    from tests.cnn.train_runs import two_layers
+
+    monkeypatch.setitem(models.MODELS, "two-layers", two_layers)
+    return ["--model", "two-layers"]
+
+
 @pytest.fixture(scope="session")
 def imagenet_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write a made-up ImageNet of 20 classes with 240 training and 60 validation images: a folder per class."""

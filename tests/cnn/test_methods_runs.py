@@ -61,9 +61,9 @@ def test_a_budget_of_ones_own(kind: str, tmp_path: Path, quick: None):
 
 @pytest.mark.parametrize("method", ["gmp", "dnw", "rigl"])
 def test_an_interrupted_run_ends_in_the_same_bits(
-    method: str, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+    method: str, tmp_path: Path, quick: None, small: list[str], monkeypatch: pytest.MonkeyPatch
 ):
-    options = ["--method", method, *INTERVAL.get(method, ())]
+    options = [*small, "--method", method, *INTERVAL.get(method, ())]
     assert begin(tmp_path / "whole", *options) == 0
     with monkeypatch.context() as patch:
         after_calls(patch, train, "learning_rate", 5, lambda: os.kill(os.getpid(), signal.SIGTERM))

@@ -25,33 +25,31 @@ def test_the_divergence_is_that_of_softened_probabilities():
     assert divergence(theirs, theirs).item() == 0
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("teacher") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "report", lambda folder: "")
-        assert begin(folder, "--method", "dense") == 0
-    return folder
+@pytest.fixture
+def teacher(tmp_path: Path, quick: None, small: list[str]) -> Path:
+    """Return the folder of a tiny dense run."""
+    assert begin(tmp_path / "teacher", *small, "--method", "dense") == 0
+    return tmp_path / "teacher"
 
 
 def first_loss(folder: Path) -> float:
     return next(record["loss"] for record in read_metrics(folder) if "loss" in record)
 
 
-def test_a_teacher_gives_its_share_of_the_loss(teacher: Path, tmp_path: Path, quick: None):
-    losses = {}
+def test_a_teacher_gives_its_share_of_the_loss(teacher: Path, tmp_path: Path, small: list[str]):
+    losses, options = {}, [*small, "--epochs", "1"]
     for share in ("0", "0.5", "1"):
-        assert begin(tmp_path / share, "--epochs", "1", "--teacher", str(teacher), "--teacher-share", share) == 0
+        assert begin(tmp_path / share, *options, "--teacher", str(teacher), "--teacher-share", share) == 0
         losses[share] = first_loss(tmp_path / share)
-    assert begin(tmp_path / "alone", "--epochs", "1") == 0
+    assert begin(tmp_path / "alone", *options) == 0
     assert losses["0"] == first_loss(tmp_path / "alone")
     assert len(set(losses.values())) == 3
 
 
 def test_a_run_with_a_teacher_resumes_in_equal_bits(
-    teacher: Path, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+    teacher: Path, tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch
 ):
-    options = ["--teacher", str(teacher / "model.safetensors"), "--checkpoint-steps", "1"]
+    options = [*small, "--teacher", str(teacher / "model.safetensors"), "--checkpoint-steps", "1"]
     assert begin(tmp_path / "whole", *options) == 0
     with monkeypatch.context() as patch:
         after_calls(patch, train.Experiment, "forward", 4, kill)

@@ -122,10 +122,12 @@ def test_thresholds_that_will_not_arrive_are_warned_of(tmp_path: Path, quick: No
 @pytest.mark.parametrize(
     ("option", "values"), [("--granularity", ("global", "filter")), ("--distribution", ("flop-aware", "learned"))]
 )
-def test_other_thresholds_meet_the_target_too(tmp_path: Path, quick: None, option: str, values: tuple[str, str]):
+def test_other_thresholds_meet_the_target_too(
+    tmp_path: Path, quick: None, small: list[str], option: str, values: tuple[str, str]
+):
     for value in values:
         folder = tmp_path / value
-        assert begin(folder, option, value) == 0
+        assert begin(folder, *small, option, value) == 0
         assert abs(json.loads((folder / "summary.json").read_text())["sparsity"] - 0.9) <= 1e-4
 
 

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from torch import nn
 
-from str_triton.cnn import models, train
+from str_triton.cnn import train
 from str_triton.cnn.config import METHODS
 from str_triton.training.metrics import read_metrics
 from tests.cnn.train_runs import begin, resume
@@ -46,9 +45,11 @@ def test_a_compiled_run_is_the_same_run(
 
 
 @pytest.mark.parametrize("method", ["gmp", "dnw", "rigl"])
-def test_masks_move_without_another_compilation(method: str, tmp_path: Path, quick: None, graphs: list):
+def test_masks_move_without_another_compilation(
+    method: str, tmp_path: Path, quick: None, small: list[str], graphs: list
+):
     interval = [] if method == "dnw" else ["--mask-interval", "2"]
-    assert begin(tmp_path / "run", "--compile", "--method", method, *interval) == 0
+    assert begin(tmp_path / "run", *small, "--compile", "--method", method, *interval) == 0
     assert len(graphs) == 1
     assert abs(json.loads((tmp_path / "run" / "summary.json").read_text())["sparsity"] - 0.9) <= 1e-4
 
@@ -80,24 +81,18 @@ def test_channels_last_is_a_matter_of_memory(method: str, tmp_path: Path, quick:
 
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "keep-zeros"])  # It needs a pruned file.
 def test_bf16_trains_in_half_precision_and_keeps_float32(
-    method: str, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+    method: str, tmp_path: Path, quick: None, small: list[str], monkeypatch: pytest.MonkeyPatch
 ):
     """With a network of two layers: oneDNN's convolutions in bfloat16 are slow on processors without that type."""
     dtypes = set()
     forward = train.Experiment.forward
-
-    def build(num_classes: int, in_channels: int) -> nn.Module:
-        convolution, linear = nn.Conv2d(in_channels, 10, 3, bias=False), nn.Linear(360, num_classes)
-        return nn.Sequential(convolution, nn.BatchNorm2d(10), nn.Flatten(), linear)
 
     def watched(self: train.Experiment, batch: tuple) -> object:
         self.model[1].register_forward_pre_hook(lambda module, inputs: dtypes.add(inputs[0].dtype))
         return forward(self, batch)
 
     monkeypatch.setattr(train.Experiment, "forward", watched)
-    monkeypatch.setitem(models.MODELS, "two-layers", build)
-    options = ["--model", "two-layers", "--method", method, "--amp", "bf16", "--epochs", "1"]
-    assert begin(tmp_path / "run", *options) == 0
+    assert begin(tmp_path / "run", *small, "--method", method, "--amp", "bf16", "--epochs", "1") == 0
     assert dtypes == {torch.bfloat16}
     weights = safetensors.torch.load_file(tmp_path / "run" / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32, torch.int64}
