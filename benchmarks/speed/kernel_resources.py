@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import product
 from multiprocessing import get_context
@@ -113,13 +113,15 @@ def compiling_for(target: str, translate_only: bool = False) -> Iterator[list[Co
     """
     compiled: list[CompiledKernel] = []
     launch = JITFunction.run
+    compiler = _translate if translate_only else triton.compiler.compile
 
     def compile_only(kernel: JITFunction, *args: Any, **options: Any) -> None:
+        kernel.compile = compiler  # A kernel keeps the one of the last target that was new to it.
         compiled.append(launch(kernel, *args, **options | {"warmup": True}))
 
     no_gpu = SimpleNamespace(active=_Driver(target, f"{target}, translated" if translate_only else target))
     with (
-        mock.patch("triton.compiler.compile", _translate) if translate_only else nullcontext(),
+        mock.patch("triton.compiler.compile", compiler),
         mock.patch("triton.runtime.jit.driver", no_gpu),
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(low_rank_gpu, "shared_memory_limit", return_value=SHARED_MEMORY[target]),

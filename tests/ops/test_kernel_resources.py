@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("triton", reason="triton is for Linux")
 
 import torch
+import triton
 from triton.runtime.jit import JITFunction
 
 import str_triton.kernels
@@ -84,12 +85,14 @@ def loops(request: pytest.FixtureRequest) -> list[Build]:
     return [Build(request.param, *build) for build in builds(request.param, low_rank_launches(sizes))]
 
 
+def every_kernel() -> dict[str, JITFunction]:
+    modules = pkgutil.iter_modules(str_triton.kernels.__path__, "str_triton.kernels.")
+    values = [item for module in modules for item in vars(importlib.import_module(module.name)).items()]
+    return {name: value for name, value in values if isinstance(value, JITFunction) and name.endswith("_kernel")}
+
+
 def test_every_kernel_is_compiled(built):
-    kernels = set()
-    for module in pkgutil.iter_modules(str_triton.kernels.__path__, "str_triton.kernels."):
-        for name, value in vars(importlib.import_module(module.name)).items():
-            if isinstance(value, JITFunction) and name.endswith("_kernel"):
-                kernels.add(name)
+    kernels = set(every_kernel())
     assert len(kernels) >= 10
     assert {build.name for build in built} | LOOPS == kernels
 
@@ -185,6 +188,19 @@ def test_approximate_instructions_are_nvidias_and_not_for_float64(target, dtype,
         launch()
     for found in ("ex2.approx", "rcp.approx", "inputPrecision = tf32x3"):
         assert (found in codes[0]) == approximate
+
+
+def test_a_translation_does_not_take_the_compiler_of_another_target():
+    """A kernel keeps the compiler of the target that was new to it last, for all targets."""
+    found = []
+    for dtype in ("float32", "float64"):
+        _, launch = low_rank_pair("mgu", 20, 3, dtype, "tf32x3")[0]
+        with compiling_for("sm_90", translate_only=True) as codes:
+            launch()
+        found += codes
+        for kernel in every_kernel().values():
+            kernel.compile = triton.compiler.compile
+    assert all(isinstance(code, str) for code in found)
 
 
 def test_launches_of_a_list():
