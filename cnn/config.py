@@ -68,7 +68,7 @@ class Config(TrainConfig):
     """The sparsity of every layer, in place of a target: the folder of a finished run, its budget.json or budget.csv, a
     JSON object or a CSV file of layers and sparsities in %, or the recipe of a published point."""
     gradient: Literal["masked", "straight_through", "switched"] | None = None
-    """How pruned weights are trained: by weight decay only (masked, the default of str), also by the gradient of their
+    """Training of pruned weights: by weight decay only (masked, the default of str), also by the gradient of their
     sparse values (straight_through), or by that gradient in the first half of training (switched, only for str-exact
     and its default)."""
     granularity: Literal["layer", "filter", "weight", "global"] | None = None

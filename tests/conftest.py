@@ -1,4 +1,4 @@
-"""What every test shares: the gpu marker, and random numbers that are the same in every run and in every order."""
+"""Fixtures of every test: the gpu marker, and random numbers that are the same in every run and in every order."""
 
 import os
 import resource

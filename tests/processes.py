@@ -19,7 +19,7 @@ PATIENCE = 300  # seconds; a job takes one or two, but a machine may be busy
 
 @dataclass
 class Job:
-    """How the processes of a job ended, and what each printed."""
+    """The exit codes of a job's processes, and what each printed."""
 
     codes: list[int]
     out: list[str]

@@ -1,4 +1,4 @@
-"""What the tests of both training programs share: running one, disturbing it, and comparing what it left."""
+"""Helpers of the tests of both training programs: run one, disturb it, and compare what it left."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a release is made of: metadata, links that work on PyPI, and the files of the two distributions."""
+"""The parts of a release: metadata, links that work on PyPI, and the files of the two distributions."""
 
 import importlib.util
 import re
@@ -87,7 +87,7 @@ def test_the_source_distribution_holds_all_files_that_its_tests_read(built: Path
 
 
 def test_the_wheel_holds_the_code_under_one_name(built: Path):
-    """That it imports in an empty environment is checked at each release, by .ci/check_wheel.py."""
+    """The wheel has one top-level name; .ci/check_wheel.py imports it in an empty environment at each release."""
     (path,) = built.glob("*.whl")
     held = set(zipfile.ZipFile(path).namelist())
     assert {name.split("/")[0] for name in held if ".dist-info/" not in name} == {"str_triton"}

@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu [--json PATH] [--only PART ...] [--device cpu]
 
-Each part runs in a process of its own, for a limited time. After each the JSON file is written anew, with what the part
+Each part runs in a process of its own, for a limited time. After each, the JSON file is written with what the part
 had measured, by default benchmarks/results/gpu_CARD.json. Started again with the same file, the command runs the parts
 that are not done, whatever has ended it before. `--device cpu` rehearses every part with tiny sizes and time to spare.
 """

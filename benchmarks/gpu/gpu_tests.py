@@ -44,7 +44,7 @@ def pytest(session: Session) -> tuple[list[str], Path]:
 
 
 def outcomes(text: str) -> dict[str, Any]:
-    """Return from pytest's -v output, be it cut off, the number of tests by outcome and the names of failures."""
+    """Return the number of tests by outcome and the names of failures from pytest's -v output, even a cut one."""
     found = OUTCOME.findall(text)
     counts = Counter(outcome.lower() for _, outcome in found)
     return {"counts": dict(counts), "failed": [name for name, outcome in found if outcome in ("FAILED", "ERROR")]}

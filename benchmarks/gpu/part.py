@@ -1,4 +1,4 @@
-"""What a part of the GPU benchmark is, and what it is given."""
+"""A part of the GPU benchmark, and its inputs."""
 
 import importlib
 import json
@@ -15,7 +15,7 @@ REHEARSAL_SECONDS = 600  # A rehearsal measures nothing, and its processor may b
 
 @dataclass
 class Session:
-    """What a part works with.
+    """The inputs of a part.
 
     Attributes:
         device: "cuda"; or "cpu" for a rehearsal: the same code with tiny sizes, for tests where no GPU is at hand.

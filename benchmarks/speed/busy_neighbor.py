@@ -1,4 +1,4 @@
-"""How long calls of a compiled network take beside a busy neighbour of equal priority, and alone.
+"""The time of a compiled network's calls beside a busy neighbour of equal priority, and alone.
 
     python -m benchmarks.speed.busy_neighbor [NETWORK...] [--threads 2] [--rounds 6] [--seconds 3] [--quick]
 

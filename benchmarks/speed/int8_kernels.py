@@ -1,4 +1,4 @@
-"""How fast the kernels on bytes are beside those on float32: single layers with random zeros, one thread.
+"""The speed of the kernels on bytes beside those on float32: single layers with random zeros, one thread.
 
     python -m benchmarks.speed.int8_kernels [--rounds 40] [--paths native "16-bit products" ...]
 

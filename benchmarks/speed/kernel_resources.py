@@ -1,4 +1,4 @@
-"""What every Triton kernel takes of a GPU, found out without one: registers, spills, shared memory, widest access.
+"""Resources of a GPU that the Triton kernels take, found without one: registers, spills, shared memory, widest access.
 
     python -m benchmarks.speed.kernel_resources [--all] [--json PATH]
 
@@ -58,7 +58,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 
 @dataclass(frozen=True)
 class Resources:
-    """What one kernel takes in one variant. Spills: bytes of local memory per thread (NVIDIA) or registers (AMD)."""
+    """Resources of one kernel in one variant. Spills: bytes of local memory per thread (NVIDIA) or registers (AMD)."""
 
     kernel: str
     variant: str

@@ -1,4 +1,4 @@
-"""What a solve costs where `fully_shard` has spread the weights over processes: seconds, messages, and bytes.
+"""The cost of a solve where `fully_shard` has spread the weights over processes: seconds, messages, and bytes.
 
     python -m benchmarks.speed.sharded_solve [--processes 2] [--layers 54] [--rounds 5]
 

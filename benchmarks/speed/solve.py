@@ -1,4 +1,4 @@
-"""What a controller's solves cost on the CPU: time for each weight, and memory beside the weights.
+"""The cost of a controller's solves on the CPU: time for each weight, and memory beside the weights.
 
     python -m benchmarks.speed.solve [--millions 10 25 100] [--rounds 5] [--threads 2]
 

@@ -1,4 +1,4 @@
-"""How fast `deploy.compile_sparse` makes published budgets on the CPU, beside PyTorch, onnxruntime and deepsparse.
+"""The speed of published budgets by `deploy.compile_sparse` on the CPU, beside PyTorch, onnxruntime and deepsparse.
 
     python -m benchmarks.speed.sparse_inference NETWORK... [--quick] [--rounds 11] [--threads 2] [--until STEP]
         [--deepsparse PYTHON] [--mnn PYTHON] [--before CHECKOUT]

@@ -1,4 +1,4 @@
-"""What `deploy.compile_sparse` is compared with: PyTorch, onnxruntime, and others in processes of their own."""
+"""The peers of `deploy.compile_sparse`: PyTorch, onnxruntime, and others in processes of their own."""
 
 import copy
 import importlib

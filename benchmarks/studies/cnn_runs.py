@@ -1,4 +1,4 @@
-"""What the studies of cnn/train.py on real images share: lines of methods, resumable runs, and held-out images."""
+"""The base of the studies of cnn/train.py on real images: lines of methods, resumable runs, and held-out images."""
 
 import json
 import shutil

@@ -140,7 +140,7 @@ def reaching_tests(contexts: dict[int, list[str]], lines: Sequence[int], places:
 
 
 class Outcome(NamedTuple):
-    """What the tests say of a changed file: "killed", "survived" or "timeout", and the first test that failed."""
+    """Return the verdict on a changed file, "killed", "survived" or "timeout", and the first test that failed."""
 
     outcome: str
     by: str | None = None

@@ -1,4 +1,4 @@
-"""What the studies of ranks on real data share: runs of rnn/train.py, one line of JSON each, resumable at any kill."""
+"""The base of the studies of ranks on real data: runs of rnn/train.py, one line of JSON each, resumable at any kill."""
 
 import argparse
 import fcntl

@@ -48,7 +48,7 @@ TOLERANCE = 1e-4  # of the largest value, at least of 1
 
 @dataclass
 class Tally:
-    """What was run.
+    """Counts of what was run.
 
     Attributes:
         largest: the largest difference, of the largest value or of 1.

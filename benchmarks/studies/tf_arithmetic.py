@@ -1,4 +1,4 @@
-"""What ReLU6, "SAME" padding and the epsilon are worth to TensorFlow's weights of MobileNetV1.
+"""The accuracy that TensorFlow's weights of MobileNetV1 gain by ReLU6, "SAME" padding and the epsilon.
 
     python -m benchmarks.studies.tf_arithmetic --data hub:DIR --pretrained FILE
 

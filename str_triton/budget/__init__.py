@@ -1,4 +1,4 @@
-"""What a model costs, budgets as files, and the controller that meets a target."""
+"""Costs of a model, budgets as files, and the controller that meets a target."""
 
 from str_triton.budget.budget import Budget, LayerBudget
 from str_triton.budget.controller import SparsityController

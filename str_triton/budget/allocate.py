@@ -1,4 +1,4 @@
-"""How many of each weight's elements to keep so that all together cost a budget, counted exactly, ties included.
+"""The number of each weight's elements to keep so that all together cost a budget: exact counts, ties included.
 
 An element whose pruning offset lies above a common cut is kept. Of the elements that lie on the cut itself, equal to
 rounding, the first ones are kept, in the order of the weights and in each weight in the order of its elements, while

@@ -1,4 +1,4 @@
-"""What a model costs, layer by layer: the numbers, a table for people, and CSV and JSON files for programs."""
+"""The cost of a model, layer by layer: the numbers, a table for people, and CSV and JSON files for programs."""
 
 import math
 import os
@@ -55,7 +55,7 @@ class LayerBudget:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a model costs: `rows`, one per weight in the model's order, and their totals.
+    """The cost of a model: `rows`, one per weight in the model's order, and their totals.
 
     `str(budget)` is a table. The files hold every number exactly, so that what is read equals what was written.
     """

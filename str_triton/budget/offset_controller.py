@@ -1,4 +1,4 @@
-"""What all controllers share: one offset common to all raw thresholds moves a model's cost along a schedule.
+"""The base class of all controllers: one offset common to all raw thresholds moves a model's cost along a schedule.
 
 The thresholds relative to each other are the *distribution*; the offset is the *amount*. Each kind of controller
 defines in `_cut` what the offset must be, and how far it may move a threshold.

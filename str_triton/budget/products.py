@@ -72,7 +72,7 @@ class Products(TorchDispatchMode):
     def following(
         self, model: nn.Module, weights: Sequence[Matrix], counted: Mapping[str, tuple[int, int]]
     ) -> Iterator[None]:
-        """Learn, before each module's forward, where its sharded weights lie: `fully_shard` gathers them there anew.
+        """Learn, before each module's forward, where its sharded weights lie: `fully_shard` gathers them there again.
 
         `counted` are the elements and nonzeros by name: a gathered weight may be rounded to another dtype.
         """

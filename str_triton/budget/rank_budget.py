@@ -1,4 +1,4 @@
-"""What a model with matrices in factors costs once it is compact: ranks, parameters, and work per time step."""
+"""The cost of a compact model with matrices in factors: ranks, parameters, and work per time step."""
 
 import os
 from collections.abc import Iterator
@@ -67,7 +67,7 @@ class MatrixBudget:
 
 @dataclass(frozen=True)
 class RankBudget:
-    """What a model costs once it is compact: `rows`, one per factored matrix in the model's order, and the rest.
+    """The cost of a compact model: `rows`, one per factored matrix in the model's order, and the rest.
 
     `str(budget)` is a table. The files hold every number exactly, so that what is read equals what was written.
 
@@ -98,7 +98,7 @@ class RankBudget:
 
     @property
     def compression(self) -> float:
-        """How many times fewer parameters the compact model has than the dense one; 1 for a model without any."""
+        """Parameters of the dense model over those of the compact one; 1 for a model without parameters."""
         return self.dense_params / self.params if self.params else 1.0
 
     @property

@@ -34,8 +34,8 @@ class RankController(OffsetController):
 
     The solve runs every `interval` steps until progress reaches `end`. In between the survivors drift a little:
     evaluate, and write checkpoints, inside `with controller.exact()`, or after `solve()`. Before every fifth solve the
-    survivors are factored anew (`LowRankWeight.refactor`), so that their sizes are singular values, which is what a cut
-    should go by. At `end` the ranks are settled: the thresholds go back to where they began, m takes up the difference,
+    survivors are factored again (`LowRankWeight.refactor`), so that their sizes are singular values, by which a cut
+    should go. At `end` the ranks are settled: the thresholds go back to where they began, m takes up the difference,
     and what is cut stays cut, while the optimizer goes on with the rest (docs/learned-rank.md has the measurements).
 
     After a solve the model is the largest one, of those that one common offset gives, which does not cost more than
@@ -128,7 +128,7 @@ class RankController(OffsetController):
     def step(self, progress: float) -> None:
         """Call after `optimizer.step()`, with the share of training that is done, 0 to 1; from `end` the target is met.
 
-        Solving does not wait for a GPU; factoring anew does.
+        Solving does not wait for a GPU; factoring again does.
         """
         self._meet()
         if self._survivors is not None:

@@ -51,7 +51,7 @@ def _described(target: "Target | RankTarget", base: str) -> str:
 
 @dataclass(frozen=True)
 class Costs:
-    """What the weights of a model cost when none is zero.
+    """The cost of a model's weights when none is zero.
 
     Attributes:
         thresholded: cost of the thresholded weights in the target's unit.
@@ -65,7 +65,7 @@ class Costs:
 
 
 class Target(metaclass=_Kinds):
-    """What the model costs at the end; give exactly one of five keywords.
+    """The model's cost at the end; give exactly one of five keywords.
 
     Args:
         sparsity: share of the counted weights that are zero, from 0 to below 1.
@@ -187,7 +187,7 @@ class LayersTarget(Target):
 
 @dataclass(frozen=True)
 class RankCosts:
-    """What a model with factored matrices costs; all but `full` hold for dense and compact models alike.
+    """The cost of a model with factored matrices; all but `full` hold for dense and compact models alike.
 
     Attributes:
         full: cost of the controlled matrices with all components.
@@ -207,7 +207,7 @@ class RankCosts:
 
 
 class RankTarget(metaclass=_Kinds):
-    """What a model with matrices in factors costs at the end, at most; give exactly one of four keywords.
+    """The highest cost at the end of a model with matrices in factors; give exactly one of four keywords.
 
     Args:
         total_rank: sum of the ranks of all `LowRankWeight`s, at least 1.
@@ -304,7 +304,7 @@ class RecurrentFlopsTarget(RankTarget):
 
 @dataclass(frozen=True, repr=False)
 class CompressionTarget(RankTarget):
-    """How many times fewer parameters than the dense model has."""
+    """Parameters of the dense model over those of this one."""
 
     keyword: ClassVar[str] = "compression"
     compression: float

@@ -1,4 +1,4 @@
-"""Batch norm's running statistics, computed anew for the weights as they are now."""
+"""Batch norm's running statistics, recomputed for the present weights."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -12,7 +12,7 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 @torch.no_grad()
 def refresh_batch_norm(model: nn.Module, batches: Iterable[Any]) -> None:
-    """Compute the running means and variances of all batch norms anew, in place, as averages over `batches`.
+    """Recompute the running means and variances of all batch norms in place, as averages over `batches`.
 
     In training the running statistics lag some ten steps behind the weights. While thresholds move, or the learning
     rate is high, an evaluation then measures the lag more than the network. Training itself does not read the running

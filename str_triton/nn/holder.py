@@ -1,4 +1,4 @@
-"""What every module with a raw threshold shares."""
+"""The base class of every module with a raw threshold."""
 
 from collections.abc import Callable
 from typing import Any, Self

@@ -48,7 +48,7 @@ class InitialThreshold(TypedDict, total=False):
 
 
 class STRLayer(ThresholdHolder):
-    """What all thresholded layers share: a base class in front of the torch layer.
+    """The base class of all thresholded layers, which stands in front of the torch layer.
 
     Takes the torch layer's arguments and, by keyword, those of `new_raw_threshold` and `soft_threshold`. The default
     g is "exp" (the paper's is "sigmoid"): a SparsityController multiplies all thresholds by one factor, and those of
@@ -153,7 +153,7 @@ class STRLayer(ThresholdHolder):
         return dense
 
     def reset_parameters(self) -> None:
-        """Draw the weight and bias anew, as the torch layer does, and set the threshold to its first value."""
+        """Draw new weights and biases, as the torch layer does, and set the threshold to its first value."""
         super().reset_parameters()  # type: ignore[misc]  # the class behind this one is the torch layer
         self.reset_threshold()
 

@@ -91,7 +91,7 @@ class LowRankWeight(ThresholdHolder):
 
     @torch.no_grad()
     def reset_parameters(self, weight: Tensor | None = None) -> None:
-        """Begin anew: the first threshold, and the components of a matrix; None: one drawn as in nn.Linear."""
+        """Start over: the first threshold, and the components of a matrix; None: one drawn as in nn.Linear."""
         self.reset_threshold()
         if weight is None:
             bound = self.columns**-0.5
@@ -205,7 +205,7 @@ class LowRankWeight(ThresholdHolder):
 
     @property
     def rank(self) -> int:
-        """How many components the threshold leaves."""
+        """Number of components that the threshold leaves."""
         return int(self.spectrum().detach().count_nonzero())
 
     def compact_cost(self, rank: int) -> int:

@@ -1,4 +1,4 @@
-"""What a low-rank layer is to budgets and deployment, and the linear one."""
+"""The interface of low-rank layers for budgets and deployment, and the linear layer."""
 
 from collections.abc import Mapping
 from typing import Protocol, Self, Unpack, runtime_checkable
@@ -19,7 +19,7 @@ class LinearOptions(FactorOptions, total=False):
 
 @runtime_checkable
 class LowRankLayer(Protocol):
-    """What budgets and deployment know of a layer that holds matrices in factors."""
+    """The interface for budgets and deployment of a layer that holds matrices in factors."""
 
     def factors(self) -> dict[str, LowRankWeight]:
         """Return the factored matrices by their name in the layer; one that is dense is not among them."""

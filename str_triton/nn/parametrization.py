@@ -133,7 +133,7 @@ class _ThresholdedRNN(ThresholdedModule, nn.RNNBase):
     def __setattr__(self, name: str, value: Any) -> None:
         super(nn.RNNBase, self).__setattr__(
             name, value
-        )  # RNNBase would write `value` into the list, which the property makes anew.
+        )  # RNNBase would write `value` into the list, which the property creates again.
 
     @property  # type: ignore[override]  # torch's list of Parameters; its kernels take any tensors
     def _flat_weights(self) -> list[Tensor]:

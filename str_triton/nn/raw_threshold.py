@@ -1,4 +1,4 @@
-"""Where a raw threshold starts: its shape, its dtype and its first value."""
+"""The start of a raw threshold: its shape, its dtype and its first value."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Which weights of a model `sparsify` takes, and which it leaves dense by the user's word."""
+"""The choice of the weights that `sparsify` takes, and of those that the user leaves dense."""
 
 import warnings
 from collections import defaultdict

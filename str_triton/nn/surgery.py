@@ -97,7 +97,7 @@ def sparsify(
     """
     reshard(model)
     if any(thresholded_weights(model)):
-        raise ValueError("the model is sparsified already: densify(model) first to begin anew")
+        raise ValueError("the model is sparsified already: densify(model) first to start over")
     if keep_zeros:
         if (granularity, g, gradient, initial_threshold, raw_threshold_init) != _DEFAULTS:
             raise ValueError("keep_zeros=True sets granularity, g, gradient and the thresholds itself: leave them out")

@@ -1,4 +1,4 @@
-"""Where the elements of the soft-threshold ops' tensors lie: one tensor, and a list in one flat buffer."""
+"""The memory layout of the soft-threshold ops' tensors: one tensor, and a list in one flat buffer."""
 
 from collections.abc import Sequence
 from itertools import accumulate

@@ -1,4 +1,4 @@
-"""How to run a low-rank recurrent layer: pure arithmetic on its sizes. What the kernels take is held to this by
+"""The way to run a low-rank recurrent layer: pure arithmetic on its sizes. What the kernels take is held to this by
 tests/ops/test_kernel_resources.py."""
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ FFMA_LIMIT = 24 * 1024
 
 @dataclass(frozen=True)
 class Plan:
-    """How to run a layer. kind: "loop" or "dense" on the CPU; "resident", "streamed" or "dense" on a GPU.
+    """A way to run a layer. kind: "loop" or "dense" on the CPU; "resident", "streamed" or "dense" on a GPU.
 
     "dense" means: form the recurrent matrix once and let torch's own layer run. The rest concerns GPUs alone: a
     program's tile of sequences, hidden units and rank, its warps, and whether it loads what a step needs a step ahead.

@@ -500,7 +500,7 @@ def thresholded(model: nn.Module, granularity: str = "layer") -> nn.Module:
 
 
 def half(n: int) -> int:
-    """What `thresholded` leaves of n elements: the median itself, the lower of two, is cut."""
+    """Return how many of n elements `thresholded` leaves: the median itself, the lower of two, is cut."""
     return n - (n + 1) // 2
 
 

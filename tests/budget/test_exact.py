@@ -307,7 +307,7 @@ def test_weights_that_are_not_covered_are_named():
 
 @pytest.mark.parametrize(("size", "warns"), [(10, False), (11, True)])
 def test_the_warning_begins_above_one_percent(size, warns):
-    """Of 990 covered weights and `size` others: 10 are 1 % of all."""
+    """Count 990 covered weights and `size` others: 10 are 1 % of all."""
     model = nn.Sequential(nn.Linear(33, 30), Mixture())
     model[1].experts, model[1].head = nn.Parameter(torch.randn(size, 1)), nn.Identity()
     sparsify(model)

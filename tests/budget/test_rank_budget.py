@@ -1,4 +1,4 @@
-"""What a model with matrices in factors costs: counted against real compact layers, and read back from files."""
+"""The cost of a model with matrices in factors: counted against real compact layers, and read back from files."""
 
 import json
 

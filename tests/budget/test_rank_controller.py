@@ -37,7 +37,7 @@ def random_model(seed=0, g="exp", shapes=SHAPES):
 
 
 def solve(controller, progress=1.0):
-    """What a step does without new factors and settled ranks, which have tests of their own."""
+    """A controller whose steps leave out new factors and settled ranks, which have tests of their own."""
     controller.progress = progress
     controller.solve()
 

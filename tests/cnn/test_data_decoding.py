@@ -1,4 +1,4 @@
-"""How an image becomes pixels: orientation, size, colours, and where random crops lie."""
+"""From an image to pixels: orientation, size, colours, and where random crops lie."""
 
 from collections.abc import Callable
 from io import BytesIO
@@ -211,7 +211,7 @@ def test_a_large_photograph_is_no_bomb(monkeypatch: pytest.MonkeyPatch):
 
 
 def crop_by_torchvision(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """What its RandomResizedCrop does, with numpy's random numbers: left, top, width, height."""
+    """Return a crop by torchvision's rule with numpy's random numbers: left, top, width, height."""
     for _ in range(10):
         area = rng.uniform(0.08, 1.0) * width * height
         aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))

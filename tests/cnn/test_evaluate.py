@@ -28,7 +28,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def evaluated(folder: Path, *args: str) -> dict:
-    """What the program writes of ``args``."""
+    """Return what the program writes for ``args``."""
     assert main([*args, "--device", "cpu", "--json", str(folder / "result.json")]) == 0
     return json.loads((folder / "result.json").read_text())
 
@@ -99,7 +99,7 @@ def test_the_files_of_a_run_know_model_and_data_too(whole_run: Path, tmp_path: P
 
 
 def test_a_checkpoint_of_the_original_code_on_a_folder_of_images(tmp_path: Path, pictures: Path):
-    """Of two classes: there is no top-5."""
+    """Data of two classes have no top-5."""
     model = sparsify(build("mobilenetv1", num_classes=2), g="sigmoid", gradient="masked", raw_threshold_init=-3.0)
     paper_checkpoint.save(model, tmp_path / "best.pth")
     result = evaluated(tmp_path, str(tmp_path / "best.pth"), "--data", f"imagefolder:{pictures}", "--batch-size", "1")
@@ -133,7 +133,7 @@ def test_images_are_seen_as_they_are(tmp_path: Path, pictures: Path):
 def test_corrupt_images_end_it_or_are_counted(
     whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture, pictures: Path
 ):
-    """Of four images for testing one is cut short."""
+    """One of four test images is cut short."""
     for part in ("train", "val"):
         shutil.copytree(pictures, tmp_path / part)
         for name in ("0", "2", "4"):

@@ -233,7 +233,7 @@ def test_rigl_steps_on_after_its_last_update():
 
 
 def test_rigl_update_by_hand():
-    """Of five connections one is dropped (0.1, the smallest) and the steepest of the zeros grows (-7)."""
+    """One of five connections is dropped (0.1, the smallest) and the steepest of the zeros grows (-7)."""
     weight, controller, optimizer = rigl()
     optimizer.state[weight]["momentum_buffer"] = torch.ones(10)
     weight.grad = torch.tensor([1.0, 9, 9, 9, 9, 2, 0, -7, 3, 0])

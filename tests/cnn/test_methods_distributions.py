@@ -1,4 +1,4 @@
-"""Which weights stay: the shares of the layers, and the largest of each, to the weight."""
+"""The weights that stay: the shares of the layers, and the largest of each, to the weight."""
 
 import pytest
 import torch

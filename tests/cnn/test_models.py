@@ -112,7 +112,7 @@ WITH_LAYERS = {(p.model, p.sparsity) for p in POINTS if p.model == "resnet50"} |
 
 
 def pruned(name: str, sparsity: float) -> Budget:
-    """What the network costs with the published share of zeros in every layer."""
+    """Return the network's cost with the published share of zeros in every layer."""
     model = on_meta(name).to_empty(device="cpu")
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):

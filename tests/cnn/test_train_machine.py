@@ -18,7 +18,7 @@ from tests.runs import Killed, after_calls, assert_same_result, kill, last_check
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
-    """What torch.compile has captured; it runs as it is, since to make it fast would take longer than all tests."""
+    """The graphs that torch.compile captures; they run as they are, because compiling takes longer than all tests."""
     captured = []
 
     def backend(graph: torch.fx.GraphModule, inputs: object) -> Callable:

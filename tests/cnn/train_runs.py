@@ -1,4 +1,4 @@
-"""What the tests of the training program share: a tiny run, and how to look at what it left."""
+"""Helpers of the tests of the training program: a tiny run, and readers of what it left."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What the tests of packed files share: comparison to the bit, and a file with everything in it."""
+"""Helpers of the tests of packed files: comparison to the bit, and a file with everything in it."""
 
 import hashlib
 import json

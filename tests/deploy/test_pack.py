@@ -254,7 +254,7 @@ def test_low_rank_layers_are_stored_compact(tmp_path: Path):
 
 
 def test_a_compact_matrix_is_stored_as_it_is(tmp_path: Path):
-    """Its components may stand in any order, and be no smaller than the dense matrix."""
+    """Components may stand in any order, and be no smaller than the dense matrix."""
     model = LowRankLinear(6, 5, max_rank=5, thresholded=False)
     model.weight.u.data *= torch.arange(1, 6)
     packed(model, tmp_path / "x")

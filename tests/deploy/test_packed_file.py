@@ -55,7 +55,7 @@ def test_it_is_a_safetensors_file(tmp_path: Path, whole: bytes):
 
 
 def test_any_changed_byte_is_found(tmp_path: Path):
-    """Of a file with every kind of part, byte by byte: its length, header, padding and data."""
+    """A file with every kind of part, byte by byte: its length, header, padding and data."""
     model = {
         "gaps": holed(10, 30),
         "dense": torch.randn(3),

@@ -267,7 +267,7 @@ def test_the_fastest_mixture_counts_the_edges(copy_ms: float, best: str):
 
 
 def test_layers_that_are_not_faster_stay_in_float32(mixed, batches, monkeypatch: pytest.MonkeyPatch):
-    """Of the networks that are timed, the fastest one is returned; here one of them says that it is."""
+    """The fastest of the timed networks is returned; here one of them says that it is the fastest."""
     kept: list[frozenset[str]] = []
 
     def choose_one(chosen: set[str], *_: object) -> frozenset[str]:

@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.usefixtures("kernels", "quick"), pytest.mark.filterwar
 
 
 class Branches(nn.Module):
-    """Its forward depends on the size of the image and of the batch."""
+    """A model whose forward depends on the size of the image and of the batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -194,7 +194,7 @@ def test_without_tuning(kernels):
 
 
 class Times(nn.Module):
-    """Its result has another dtype or value for numbers that are equal."""
+    """A model whose result has another dtype or value for numbers that are equal."""
 
     def __init__(self) -> None:
         super().__init__()

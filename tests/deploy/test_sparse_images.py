@@ -1,4 +1,4 @@
-"""What stands between convolutions: parallel branches, arithmetic on images, gates, concatenations, splits, pools."""
+"""Operations between convolutions: parallel branches, arithmetic on images, gates, concatenations, splits, pools."""
 
 from collections.abc import Callable
 

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.usefixtures("kernels", "quick"), pytest.mark.filterwar
 
 
 class Odd(nn.Module):
-    """What lies between layers in the wild: in-place sums, gates, views, broadcast sums, a shared layer."""
+    """Operations between other people's layers: in-place sums, gates, views, broadcast sums, a shared layer."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -147,7 +147,7 @@ def test_wrong_arguments():
 
 
 def test_a_wrong_step_is_not_used(monkeypatch: pytest.MonkeyPatch):
-    """Where the compiled step gives other values than torch, torch runs it, and a warning says so."""
+    """If the compiled step gives other values than torch, torch runs it, and a warning says so."""
     exact = stepping._layer
 
     def wrong(rnn: LowRankGRU, index: int) -> stepping.StackedLayer:

@@ -1,4 +1,4 @@
-"""Where the state dict stands in a checkpoint."""
+"""The place of the state dict in a checkpoint."""
 
 import argparse
 from pathlib import Path

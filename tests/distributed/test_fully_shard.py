@@ -229,7 +229,7 @@ def check_sampled() -> None:
 
 
 def check_ties(rank: int, size: int) -> None:
-    """Of equal weights the last are cut and the first are kept, whichever process holds them."""
+    """Among equal weights the last are cut and the first are kept, whichever process holds them."""
     for excess in (5, -5):
         model, single = shard(network(coarse=True)), network(coarse=True)
         for one in (model, single):

@@ -86,7 +86,7 @@ def test_no_sequence(cell):
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize(("lengths", "reverse"), [("all", True), ("falling", False), ("falling", True)])
 def test_lengths_and_direction(lengths, reverse, cell, kind):
-    """Of three sequences: one of all steps, one of two, and one that ends after the first step."""
+    """Three sequences: one of all steps, one of two, and one that ends after the first step."""
     check(example(cell, 3, 3, 20, 3, lengths=lengths, reverse=reverse, dtype=torch.float32))
 
 

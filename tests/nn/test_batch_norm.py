@@ -1,4 +1,4 @@
-"""Batch norm's statistics computed anew: against the definition, and what must not change."""
+"""Batch norm's recomputed statistics: against the definition, and what must not change."""
 
 import copy
 

@@ -40,7 +40,7 @@ def pruned(model: nn.Module, share: float = 0.7) -> nn.Module:
 
 
 def zeros(model: nn.Module) -> dict[str, Tensor]:
-    """Where the weights of a plain model are zero."""
+    """Return, for each weight of a plain model, where it is zero."""
     return {name: value == 0 for name, value in model.named_parameters() if value.dim() > 1}
 
 
@@ -141,7 +141,7 @@ def test_what_it_excludes(tmp_path):
 
 
 def test_the_way_on_from_the_present_zeros():
-    """What the refusal of a controller names: zeros stay, and more follow."""
+    """The way that a controller's refusal names: zeros stay, and more follow."""
     torch.manual_seed(0)
     model = pruned(Everything())
     before = zeros(model)

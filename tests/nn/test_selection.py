@@ -1,4 +1,4 @@
-"""What `sparsify` leaves dense, and what the model remembers of it."""
+"""The weights that `sparsify` leaves dense, and the model's record of them."""
 
 import copy
 import warnings

@@ -204,7 +204,7 @@ def test_a_translation_does_not_take_the_compiler_of_another_target():
 
 
 def test_launches_of_a_list():
-    """Where the addresses of gradients alone are new, one launch writes them; a frozen threshold is not reduced."""
+    """If only the addresses of gradients are new, one launch writes them; a frozen threshold is not reduced."""
     for tables in (soft_threshold_many._written, soft_threshold_many._layout_tables):
         tables.cache_clear()
     thresholds, flat, slope = [1, 1], torch.zeros(256), torch.zeros(2)

@@ -1,4 +1,4 @@
-"""What holds for every low-rank recurrent op on the CPU: the literal equations, lengths, direction, dtypes, traces."""
+"""Properties of every low-rank recurrent op on the CPU: the literal equations, lengths, direction, dtypes, traces."""
 
 import importlib
 from dataclasses import replace

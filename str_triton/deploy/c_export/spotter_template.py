@@ -43,7 +43,7 @@ typedef struct {
 typedef struct {
     int16_t samples[$window]; /* the beginning of the next window of sound */
     uint32_t count; /* samples in it */
-    uint32_t frames; /* frames so far; ${name}_spotter_init begins anew, which 32 bits need after 497 days */
+    uint32_t frames; /* frames so far; ${name}_spotter_init starts over, which 32 bits need after 497 days */
     uint32_t quiet; /* quiet frames since the last loud one */
     float work[2][$window];
     float features[$bands]; /* the last frame's log-mel energies, not standardised */

@@ -96,7 +96,7 @@ def compile_sparse(
 def load_sparse(path: str | os.PathLike[str]) -> SparseModel:
     """Load a network that `save` wrote, with its choices; without a compiler for the kernels, torch runs all layers.
 
-    On a processor other than the one that it was saved on, the executions are chosen anew.
+    On a processor other than the one that it was saved on, the executions are chosen again.
 
     Raises:
         ValueError: the file is damaged, holds no compiled network, or one of another version.

@@ -1,4 +1,4 @@
-"""Where the time of a plan goes, step by step."""
+"""The time of a plan, step by step."""
 
 import ctypes
 import functools

@@ -1,4 +1,4 @@
-"""Which execution a layer has."""
+"""The execution chosen for a layer."""
 
 from dataclasses import dataclass
 

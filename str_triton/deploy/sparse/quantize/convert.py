@@ -243,7 +243,7 @@ def convert(
 
 
 class Edges(Converter):
-    """The same rewriting with layers that are not quantized, for those who only count the nodes between them."""
+    """The rewriting without quantizing layers, for callers that only count the nodes between layers."""
 
     def make(self, node: Layer, name: str, inputs: list[str]) -> Layer:
         return replace(node, name=name, inputs=inputs)

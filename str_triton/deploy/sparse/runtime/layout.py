@@ -1,4 +1,4 @@
-"""Where pixels are stored: images with padded rows, split into phases for strided readers, and taps as flat offsets.
+"""Memory layout of pixels: images with padded rows, split into phases for strided readers, and taps as flat offsets.
 
 A value of shape [images, channels, height, width] in the phases (sy, sx) is stored as sy * sx planes per channel. Pixel
 (y, x) is in plane (y % sy) * sx + x % sx at row y // sy, column x // sx. Images that a convolution or a sum connects

@@ -1,4 +1,4 @@
-"""How many threads the kernels use."""
+"""The number of threads that the kernels use."""
 
 import os
 
