@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 from str_triton.training.config import TrainConfig
 
 DEFAULT_SPARSITY = 0.9
+DEFAULT_TEACHER_SHARE = 0.9
 
 # The methods, and the distributions of zeros over the layers that each one takes; the first is the default.
 METHODS = {
@@ -101,8 +102,8 @@ class Config(TrainConfig):
     teacher: str | None = None
     """Also learn the scores of a trained network (knowledge distillation): the folder of a run, or a file with a
     network. Its classes and their order are those of the data."""
-    teacher_share: float = 0.9
-    """The share of the loss that --teacher has; the labels have the rest."""
+    teacher_share: float | None = None
+    """The share of the loss that --teacher has, 0.9 if it is not given; the labels have the rest."""
     compile: bool = False
     """Train with torch.compile; evaluation runs without it."""
     channels_last: bool = False

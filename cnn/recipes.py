@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from str_triton.arguments import suggestion
-from str_triton.cnn.config import DEFAULT_SPARSITY, METHODS, TAKEN_BY, TARGETS, Config
+from str_triton.cnn.config import DEFAULT_SPARSITY, DEFAULT_TEACHER_SHARE, METHODS, TAKEN_BY, TARGETS, Config
 from str_triton.cnn.published import BASELINES, DENSE, DENSE_WEIGHT_DECAY, POINTS, Dense, Point
 from str_triton.training.config import check_ranges, require
 from str_triton.training.errors import UserError
@@ -167,6 +167,10 @@ def resolve(config: Config) -> Config:
         )
     if config.new_classifier and config.pretrained is None and config.recipe not in FINETUNING:
         raise UserError("--new-classifier needs a trained network: name one with --pretrained FILE")
+    if config.teacher is not None and config.teacher_share is None:
+        config = replace(config, teacher_share=DEFAULT_TEACHER_SHARE)
+    if config.teacher is None and config.teacher_share is not None:
+        raise UserError(f"--teacher-share {config.teacher_share} needs a trained network: name one with --teacher RUN")
     if config.method == "keep-zeros" and config.pretrained is None:
         raise UserError("--method keep-zeros needs a pruned network: name one with --pretrained FILE")
     _check_ranges(config)
@@ -223,7 +227,8 @@ def _check_ranges(config: Config) -> None:
     check_ranges(config)
     if config.image_size is not None:
         require(config, "image_size", config.image_size >= 1, "at least 1")
-    require(config, "teacher_share", 0.0 <= config.teacher_share <= 1.0, "in 0..1")
+    if config.teacher_share is not None:
+        require(config, "teacher_share", 0.0 <= config.teacher_share <= 1.0, "in 0..1")
     require(config, "momentum", 0.0 <= config.momentum < 1.0, "in 0..1, below 1")
     if config.target_sparsity is not None:
         require(config, "target_sparsity", 0.0 <= config.target_sparsity < 1.0, "in 0..1, below 1")

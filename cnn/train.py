@@ -141,6 +141,7 @@ class Experiment(Loop):
         outputs = self.network(images)
         loss = F.cross_entropy(outputs, labels, label_smoothing=self.config.label_smoothing)
         if self.teacher is not None:
+            assert self.config.teacher_share is not None  # resolved with the teacher
             with torch.no_grad(), self.accelerator.autocast():
                 taught = self.teacher(images)
             loss = loss.lerp(divergence(outputs, taught), self.config.teacher_share)

@@ -101,13 +101,10 @@ def best_rate(line: str) -> float:
 
 
 def options_of(key: Key) -> list[str]:
-    """Return the training program's options for a line. Raise ValueError if it needs a run that is missing."""
+    """Return the training program's options for a line. Raise ValueError if it needs a budget that is missing."""
     options = list(LINES[key.line])
     if TEACHER in key.line:
-        teacher = RUNS / _name(Key(DENSE, "", key.seed))
-        if not teacher.exists():
-            raise ValueError(f"{key}: {teacher} is missing: train the dense network of that seed here first")
-        options += ["--teacher", str(teacher)]
+        options += ["--teacher", str(RUNS / _name(Key(DENSE, "", key.seed)))]
     if not key.target:
         return options
     if key.line.endswith(BUDGET):
@@ -128,13 +125,18 @@ def _name(key: Key) -> str:
 
 
 def train(key: Key, data: str, pretrained: str, threads: int) -> None:
-    """Train one line and append its result. Keep the first seed's network for `--deploy`."""
+    """Train one line and append its result; before it the teacher, if its run is not here. Keep the networks."""
     shared = ["--data", data, "--pretrained", pretrained, "--seed", str(key.seed), "--threads", str(threads)]
-    rate = best_rate(key.line)
-    shared += ["--epochs", str(EPOCHS), "--lr", str(rate)]
-    folder = RUNS / _name(key)
-    result = finished(folder, ["mobilenetv1-finetune", *shared, *options_of(key)])
-    results().append({**key._asdict(), **result, "lr": rate, "threads": threads, "machine": machine()})
+    shared += ["--epochs", str(EPOCHS)]
+
+    def trained(line: Key) -> dict[str, Any]:
+        options = [*shared, "--lr", str(best_rate(line.line)), *options_of(line)]
+        return finished(RUNS / _name(line), ["mobilenetv1-finetune", *options])
+
+    if TEACHER in key.line:
+        trained(Key(DENSE, "", key.seed))
+    result = {**key._asdict(), **trained(key), "lr": best_rate(key.line), "threads": threads}
+    results().append({**result, "machine": machine()})
 
 
 def tune(data: str, pretrained: str, threads: int, runs: int | None) -> None:

@@ -28,9 +28,6 @@ def test_every_line_can_be_run_again() -> None:
 def test_every_line_has_options_that_the_program_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(caltech, "RESULTS", tmp_path)
     monkeypatch.setattr(caltech, "RUNS", tmp_path / "runs")
-    with pytest.raises(ValueError, match="dense-0"):
-        caltech.options_of(caltech.Key("str-exact, teacher", "0.9", 0))
-    (caltech.RUNS / "dense-0").mkdir(parents=True)
     after = [key for key in caltech.wanted() if key.line.endswith(caltech.BUDGET)]
     assert after
     with pytest.raises(ValueError, match="str-exact"):
@@ -48,6 +45,26 @@ def test_every_line_has_options_that_the_program_takes(tmp_path: Path, monkeypat
         elif key.target:
             assert (config.target_flops if flops else config.target_sparsity) == float(share)
     assert len({caltech._name(key) for key in caltech.wanted()}) == len(set(caltech.wanted()))
+
+
+def test_a_missing_teacher_is_trained_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(caltech, "RESULTS", tmp_path)
+    monkeypatch.setattr(caltech, "RUNS", tmp_path / "runs")
+    caltech.tuning().append({"line": "dense", "lr": 0.5, "accuracy": 0.1})
+    caltech.tuning().append({"line": "gmp, global", "lr": 0.25, "accuracy": 0.1})
+    runs: list[tuple[Path, list[str]]] = []
+
+    def finished(folder: Path, options: list[str]) -> dict[str, float]:
+        runs.append((folder, options))
+        return {"accuracy": 0.1}
+
+    monkeypatch.setattr(caltech, "finished", finished)
+    caltech.train(caltech.Key("gmp, global, teacher", "0.9", 3), "hub:x", "file", 1)
+    assert [folder.name for folder, _ in runs] == ["dense-3", "gmp-global-teacher-0.9-3"]
+    rates = [options[options.index("--lr") + 1] for _, options in runs]
+    assert rates == ["0.5", "0.25"]
+    assert runs[1][1][runs[1][1].index("--teacher") + 1] == str(runs[0][0])
+    assert [run["line"] for run in caltech.results().read()] == ["gmp, global, teacher"]
 
 
 def test_a_network_is_packed_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:

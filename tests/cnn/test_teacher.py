@@ -72,7 +72,11 @@ def test_a_teacher_of_other_classes_or_another_standardisation_is_refused(teache
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [(["--teacher", "nowhere"], "nowhere"), (["--teacher-share", "1.5"], "--teacher-share 1.5")],
+    [
+        (["--teacher", "nowhere"], "nowhere"),
+        (["--teacher", "nowhere", "--teacher-share", "1.5"], "--teacher-share 1.5"),
+        (["--teacher-share", "0.5"], "name one with --teacher RUN"),
+    ],
 )
 def test_a_wrong_teacher_is_one_line(options: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture):
     assert begin(tmp_path / "run", *options) == 2
