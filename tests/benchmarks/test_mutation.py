@@ -1,4 +1,4 @@
-from benchmarks.studies.mutation import mutant, places, reaching_tests, statement_lines
+from benchmarks.studies.mutation import last_runs, mutant, places, reaching_tests, statement_lines, unnoticed
 
 SOURCE = '''
 @decorator(1)
@@ -6,7 +6,7 @@ def f(a: int = 2) -> int:
     """A text."""
     if a < 3 and not a:
         raise ValueError(f"{a + 1}")
-    log(a)
+    log(a, strict=True)
     return a * -1.5 if True else a
 '''
 CHANGES = [
@@ -16,7 +16,7 @@ CHANGES = [
     "if a < 3 and (not a): -> if a <= 3 and (not a):",
     "if a < 3 and (not a): -> if a < 4 and (not a):",
     "if a < 3 and (not a): -> if a < 3 and a:",
-    "log(a) -> pass",
+    "log(a, strict=True) -> pass",
     "return a * -1.5 if True else a -> return a * -1.5 if not True else a",
     "return a * -1.5 if True else a -> return a * -1.5 if False else a",
     "return a * -1.5 if True else a -> return a / -1.5 if True else a",
@@ -50,3 +50,16 @@ def test_the_tests_that_reach_a_line_run_those_of_the_file_first():
 def test_a_line_belongs_to_its_innermost_statement():
     source = "def f(\n    a,\n):\n    if (a\n        and b):\n        c(\n            d)\n"
     assert [list(statement_lines(source, line)) for line in (2, 5, 7)] == [[1, 2], [4, 5], [6, 7]]
+
+
+def test_the_last_run_of_a_change_counts():
+    change = {"file": "a.py", "line": 3, "column": 1, "change": "a -> b"}
+    runs = [
+        {**change, "outcome": "survived"},
+        {**change, "outcome": "survived", "column": 2},
+        {**change, "outcome": "timeout", "column": 3},
+        {**change, "outcome": "killed", "line": 5},
+    ]
+    assert [run["outcome"] for run in last_runs(runs).values()] == ["killed", "survived", "timeout"]
+    assert list(unnoticed(runs).values()) == runs[1:3]
+    assert list(unnoticed([*runs, {**runs[1], "reason": "speed"}]).values()) == runs[2:3]

@@ -271,6 +271,20 @@ def test_equal_components_inside_exact_go_together_and_m_stays():
     assert sum(ranks(model)) == 11
 
 
+def test_from_which_distance_offsets_differ():
+    """8 units of rounding, of float32 at 1."""
+    model = nn.Sequential(LowRankLinear(3, 3, g="identity", raw_threshold_init=0.0))
+    controller = RankController(model, RankTarget(total_rank=2))
+    controller.progress = 1.0
+    for units, rank in ((8, 1), (9, 2)):
+        with torch.no_grad():
+            matrices(model)[0].m.copy_(torch.tensor([1.0, 0.5 + units * 2**-23, 0.5]))
+            for factor in (matrices(model)[0].u, matrices(model)[0].v):
+                factor.copy_(torch.eye(3))
+        with controller.exact():
+            assert ranks(model) == [rank]
+
+
 def test_components_of_size_zero_do_not_confuse_the_solve():
     model = random_model()
     with torch.no_grad():
@@ -422,11 +436,13 @@ def test_settled_ranks_stay_while_the_rest_trains():
     train(model, controller, optimizer, 0, 14)
     cut = matrices(model)[0].weight().detach()
     controller.step(0.5)
+    assert controller._control.reached
     settled = [matrix.spectrum() != 0 for matrix in matrices(model)]
     assert torch.equal(raw_thresholds(model), torch.full((3,), -10.0))
     budget = count_ranks(model)
     assert 2 <= budget.compression < 2.3
     train(model, controller, optimizer, 15, 30)
+    assert controller._control.reached
     with controller.exact():
         assert count_ranks(model).params == budget.params
     for matrix, survivors in zip(matrices(model), settled, strict=True):

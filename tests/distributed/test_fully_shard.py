@@ -277,6 +277,24 @@ def check_ranks(distribution: str, controller_first: bool) -> None:
     assert torch.equal(model[0].compact().weight.u, single[0].compact().weight.u)
 
 
+def check_ranks_after_a_forward() -> None:
+    """A forward leaves the parameters gathered. The first components are equal, so that solve() changes m."""
+    dense = nn.Linear(6, 6)
+    nn.init.eye_(dense.weight)
+    single = LowRankLinear.from_dense(dense)
+    model = fully_shard(copy.deepcopy(single))
+    pairs = [(one, RankController(one, RankTarget(total_rank=4), schedule="constant")) for one in (model, single)]
+    calls = [("solve", []), ("step", [0.2]), ("step", [0.5]), ("step", [0.6]), ("finish", [])]
+    for seed, (name, arguments) in enumerate(calls):
+        for one, controller in pairs:
+            with torch.no_grad():
+                one(torch.ones(1, 6))
+            getattr(controller, name)(*arguments)
+        require_equal(model, single)
+        assert count_ranks(model).total_rank == 4
+        drift(model, single, seed)
+
+
 def check_op(rank: int, size: int) -> None:
     """Values and gradients of a DTensor, however it is spread."""
     mesh = init_device_mesh("cpu", (size,))
@@ -370,6 +388,7 @@ def checks() -> dict[str, Check]:
         "checkpoint": check_checkpoint,
         "ranks": lambda *_: check_ranks("fixed", controller_first=True),
         "learned ranks": lambda *_: check_ranks("learned", controller_first=False),
+        "ranks after a forward": lambda *_: check_ranks_after_a_forward(),
         "op": check_op,
         "refusals": check_refusals,
         "densify": check_densify,

@@ -1,5 +1,6 @@
 """The arguments of the low-rank recurrent ops that are wrong."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -21,7 +22,6 @@ def wrong(cell, name, tensor):
 @pytest.mark.parametrize(
     ("name", "tensor", "error", "message"),
     [
-        ("gates_x", torch.zeros(5, 4).double(), ValueError, r"gates_x must have shape \[T, B, .*H\], got \(5, 4\)"),
         ("u", torch.zeros(3), ValueError, r"u must be a matrix \[\d+, r\], got shape \(3,\)"),
         ("u", torch.zeros(7, 3), ValueError, r"u must have shape \(\d+, 3\) to fit gates_x .*, got \(7, 3\)"),
         ("m", torch.zeros(4), ValueError, r"m must have shape \(3,\) to fit .* and u of shape .*, got \(4,\)"),
@@ -36,6 +36,15 @@ def wrong(cell, name, tensor):
 def test_a_wrong_tensor(cell, name, tensor, error, message):
     with pytest.raises(error, match=message):
         wrong(cell, name, tensor).call(op(cell))
+
+
+@EVERY_CELL
+def test_the_width_of_gates_x(cell):
+    gates = CELLS[cell].gates
+    columns = {1: "H", 2: "2 H", 3: "3 H", 4: "4 H"}[gates]
+    for wrong_size in ((5, 4), (5, 4, 6 * gates + 1) if gates > 1 else (24,)):
+        with pytest.raises(ValueError, match=rf"\[T, B, {columns}\], got {re.escape(str(wrong_size))}"):
+            wrong(cell, "gates_x", torch.zeros(wrong_size).double()).call(op(cell))
 
 
 @EVERY_CELL

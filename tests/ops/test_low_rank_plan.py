@@ -105,6 +105,7 @@ def test_cudnn_serves_small_layers_unless_they_are_packed():
     small = 160, 8, torch.bfloat16, H100
     assert kind(*small, training=False) == "dense"
     assert kind(*small, training=True) == "resident"
+    assert [kind(size, 8, torch.bfloat16, H100, training=False) for size in (192, 193)] == ["dense", "resident"]
     assert kind(*small, training=False, packed=True) == "resident"
     assert kind(128, 8, torch.bfloat16, H100, packed=True) == "resident"
 
@@ -119,6 +120,19 @@ def test_a_cell_that_torch_has_not_runs_the_kernels():
     for cell in ("fastgrnn", "mgu"):
         assert kind(64, 64, torch.float32, H100, cell) == "resident"
         assert kind(2048, 16, torch.float32, H100, cell) == "streamed"
+
+
+def test_resident_factors_take_at_most_six_tenths_of_the_shared_memory():
+    """3 factors of 256 x 64 in bfloat16, 96 KiB."""
+    kinds = [layout(CELLS["mgu"], 256, 64, torch.bfloat16, 160 * 1024 - i, False).kind for i in (0, 1)]
+    assert kinds == ["resident", "streamed"]
+
+
+@pytest.mark.parametrize(("rank", "dtype", "rows"), [(16, 2, 128), (64, 2, 64), (64, 4, 32), (512, 2, 16)])
+def test_a_streamed_tile_of_a_factor_has_8_kib(rank, dtype, rows):
+    """If it has at least 16 rows, and at most 256 bytes of a column."""
+    plan = layout(CELLS["gru"], 1024, rank, {2: torch.bfloat16, 4: torch.float32}[dtype], H100, True)
+    assert (plan.kind, plan.block_hidden, plan.warps) == ("streamed", rows, rows // 16)
 
 
 def test_hidden_sizes_are_padded_to_multiples_of_16():

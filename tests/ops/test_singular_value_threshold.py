@@ -1,10 +1,12 @@
 """singular_value_threshold: against the formula, and where the formula's own autograd fails: equal and zero values."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
 
-from str_triton.ops.singular_value_threshold import singular_value_threshold
+from str_triton.ops.singular_value_threshold import _dot_precision, _tile, singular_value_threshold
 from tests import oracle
 
 FUNCTIONS = {
@@ -270,6 +272,24 @@ def test_torch_func(raw_shape):
 def test_errors(w, raw, options, error, message):
     with pytest.raises(error, match=message):
         singular_value_threshold(w, raw, **options)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "dtype", "tile"),
+    [(1, 16, torch.float32, (16, 16, 16)), (17, 33, torch.float32, (32, 64, 16)), (9, 33, torch.float64, (16, 32, 16))],
+)
+def test_a_tile_holds_the_matrix_up_to_a_limit(m, n, dtype, tile):
+    assert _tile(m, n, dtype) == tile
+
+
+@pytest.mark.parametrize("hip", [None, "7.0"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("torchs", ["tf32", "ieee"])
+def test_products_are_in_tf32_where_torchs_are(torchs, dtype, hip, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision=torchs))
+    monkeypatch.setattr(torch.version, "hip", hip)
+    expected = "tf32" if (torchs, dtype, hip) == ("tf32", torch.float32, None) else "ieee"
+    assert _dot_precision(dtype) == expected
 
 
 @pytest.mark.gpu
