@@ -77,6 +77,14 @@ def test_the_same_as_a_sort(case, sample, monkeypatch):
             assert int((offsets > offset).sum()) - kept <= int((ordered == ordered[kept]).sum())
 
 
+@pytest.mark.parametrize("bracket", [(-9.0, -8.0), (-9.0, -1.0), (-0.1, 0.1), (0.5, math.inf), (8.0, 9.0)], ids=str)
+def test_a_wrong_guess_of_the_cut_changes_nothing(bracket, monkeypatch):
+    sources = [Source(torch.randn(30, 20).mul(factor).round() / 4, torch.log, torch.zeros(1)) for factor in (3, 4)]
+    found = [allocate(sources, budget) for budget in (1, 500, 900)]
+    monkeypatch.setattr(module, "_bracket", lambda *_: bracket)
+    assert [allocate(sources, budget) for budget in (1, 500, 900)] == found
+
+
 def test_a_memory_format_changes_nothing():
     weight = torch.randn(8, 6, 3, 3).round()
     found = [
