@@ -2,19 +2,24 @@
 
     make coverage COVERAGE_CONTEXT=test_function
     python -m benchmarks.studies.mutation str_triton/ops str_triton/budget --tests tests/ops tests/budget \
-        tests/interpreter [--sample 400] [--seed 0]
+        tests/interpreter [--sample 400] [--seed 0] [--again] [--also TESTS]
 
 The changes are made in a temporary copy of the tracked files. For each change, the tests run that reach its line
 according to `.coverage`. A line per change is appended to benchmarks/results/mutation.jsonl; changes that it already
 holds are skipped, so a sample continues where it ended. A change that all its tests pass "survived": either a test is
 missing, or the change does not matter. Each test run is a fork of this process, which has imported torch already. At
 the end, the tests that failed run without a change.
+
+A change is looked at twice: `--again` runs the changes that no test noticed once more, after the tests were extended,
+and appends a second line for each. The last line of a change counts. Its outcome is "gone" if the code is no longer
+there. For a change that does not matter, append its line with a `reason`: `--again` leaves it out from then on.
 """
 
 import argparse
 import ast
 import contextlib
 import copy
+import datetime
 import os
 import random
 import shutil
@@ -31,11 +36,11 @@ import pytest
 import torch
 from coverage import CoverageData
 
-from benchmarks.runs import RunFile
+from benchmarks.runs import Run, RunFile
 from benchmarks.timing import RESULTS
 
 ROOT = Path(__file__).parents[2]
-RUNS = RunFile(RESULTS / "mutation.jsonl", ("file", "line", "column", "change"))
+RUNS = RunFile(RESULTS / "mutation.jsonl", ("file", "column", "change"))  # Lines move.
 INTERPRETER = "tests/interpreter/"  # needs TRITON_INTERPRET=1, which the other tests must not have
 OPERATORS: dict[type[ast.AST], type[ast.AST]] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
@@ -78,9 +83,11 @@ def replacement(node: ast.AST) -> ast.AST | None:
 
 
 def targets(node: ast.AST) -> Iterator[ast.AST]:
-    """Yield the nodes below a node. Annotations, decorators and the texts of errors are left out."""
+    """Yield the nodes below a node. Annotations, decorators, the texts of errors and zip's `strict` are left out."""
     for field, value in ast.iter_fields(node):
         if field in ("annotation", "returns", "decorator_list") or isinstance(node, ast.Raise):
+            continue
+        if isinstance(node, ast.keyword) and node.arg == "strict":
             continue
         for child in value if isinstance(value, list) else [value]:
             if isinstance(child, ast.AST):
@@ -193,10 +200,42 @@ class FirstFailure:
             os.write(self.pipe, f"{report.nodeid}\n".encode())
 
 
+def identity(run: Run) -> tuple:
+    """Return what identifies a change in the results."""
+    return tuple(run[field] for field in RUNS.key)
+
+
+def last_runs(runs: Iterable[Run]) -> dict[tuple, Run]:
+    """Return the last run of each change."""
+    return {identity(run): run for run in runs}
+
+
+def unnoticed(runs: Iterable[Run]) -> dict[tuple, Run]:
+    """Return the last run of each change that no test has noticed and that nobody has given a reason for."""
+    last = last_runs(runs).items()
+    return {key: run for key, run in last if run["outcome"] in ("survived", "timeout") and "reason" not in run}
+
+
+def changes_again(files: dict[str, str]) -> list[tuple[str, Mutant]]:
+    """Return the changes of these files to look at again, and record those whose code is gone."""
+    pending = {key: run for key, run in unnoticed(RUNS.read()).items() if run["file"] in files}
+    possible = {}
+    for file in {run["file"] for run in pending.values()}:
+        changes = filter(None, (mutant(files[file], number) for number in places(files[file])))
+        possible |= {identity({"file": file, **change._asdict()}): (file, change) for change in changes}
+    for run in (run for key, run in pending.items() if key not in possible):
+        RUNS.append({**run, "outcome": "gone", "date": today()})
+    return [possible[key] for key in pending if key in possible]
+
+
 def python_files(places: Sequence[str]) -> list[str]:
     """Return the Python files that are named, and those in the folders that are named, relative to the root."""
     found = [p for place in places for p in ([ROOT / place] if place.endswith(".py") else (ROOT / place).rglob("*.py"))]
     return sorted(path.relative_to(ROOT).as_posix() for path in found)
+
+
+def today() -> str:
+    return datetime.date.today().isoformat()
 
 
 def copy_tracked_files(root: Path) -> None:
@@ -211,8 +250,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("places", nargs="+", metavar="FILE", help="files or folders to change")
     parser.add_argument("--tests", nargs="+", required=True, help="test files or folders")
+    parser.add_argument("--also", nargs="+", default=[], help="tests for every change, such as those in processes")
     parser.add_argument("--sample", type=int, help="so many changes, drawn at random")
     parser.add_argument("--seed", type=int, default=0, help="of the sample (default: %(default)s)")
+    parser.add_argument("--again", action="store_true", help="instead, the changes that no test has noticed so far")
     parser.add_argument("--seconds", type=int, default=120, help="time limit of a run of the tests")
     options = parser.parse_args()
     data = CoverageData(ROOT / ".coverage")
@@ -221,8 +262,11 @@ def main() -> None:
     files = {file: (ROOT / file).read_text() for file in python_files(options.places)}
     found = [(file, number) for file, source in files.items() for number in places(source)]
     random.Random(options.seed).shuffle(found)
-    changed = ((file, mutant(files[file], number)) for file, number in found[: options.sample])
-    chosen = [(file, change) for file, change in changed if change is not None]
+    if options.again:
+        chosen = changes_again(files)
+    else:
+        changed = ((file, mutant(files[file], number)) for file, number in found[: options.sample])
+        chosen = [(file, change) for file, change in changed if change is not None]
     print(f"{len(chosen)} of {len(found)} changes in {len(files)} files", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -230,21 +274,22 @@ def main() -> None:
         for file, change in chosen:
             run = {"file": file, **change._asdict()}
             text = run.pop("source")
-            for missing in RUNS.missing([run]):
+            for missing in [run] if options.again else RUNS.missing([run]):
                 lines = statement_lines(files[file], change.line)
                 contexts = data.contexts_by_lineno(str(ROOT / file))
-                tests = reaching_tests(contexts, lines, options.tests, Path(file).stem)
+                tests = reaching_tests(contexts, lines, options.tests, Path(file).stem) + options.also
                 (root / file).write_text(text)
                 result = outcome(root, tests, options.seconds) if tests else Outcome("survived")
                 (root / file).write_text(files[file])
-                RUNS.append({**missing, "tests": len(tests), **result._asdict()})
+                RUNS.append({**missing, "tests": len(tests), **result._asdict(), "date": today()})
                 print(f"{result.outcome:9s} {file}:{change.line}: {change.change}", flush=True)
-        keys = {(file, change.line, change.column, change.change) for file, change in chosen}
-        mine = [run for run in RUNS.read() if tuple(run[field] for field in RUNS.key) in keys]
+        keys = {identity({"file": file, **change._asdict()}) for file, change in chosen}
+        mine = [run for key, run in last_runs(RUNS.read()).items() if key in keys]
         failing = sorted({run["by"] for run in mine if run["by"]})
         unchanged = outcome(root, failing, 3600) if failing else Outcome("survived")
-    counts = Counter(run["outcome"] for run in mine)
-    print(f"of {len(mine)} changes, {counts['survived']} survived and {counts['timeout']} took too long")
+    for name, runs in ("these", mine), ("all", list(last_runs(RUNS.read()).values())):
+        counts = Counter(run["outcome"] for run in runs)
+        print(f"of {name} {len(runs)} changes, {counts['survived']} survived and {counts['timeout']} took too long")
     if unchanged.outcome != "survived":
         parser.exit(1, f"{unchanged.by} fails without a change: what it has killed says nothing\n")
 
