@@ -8,6 +8,9 @@ from contextlib import AbstractContextManager, contextmanager
 import pytest
 import torch
 
+# No result may depend on this machine's speed. Programs that tests start inherit it.
+os.environ["STR_TRITON_MEASURE"] = "0"
+
 # Tests of kernels in Triton's interpreter need a process of their own: tests/test_interpreter.py starts it.
 collect_ignore = ["interpreter"]
 

@@ -31,6 +31,7 @@ TRAINING_EXTRAS = {re.split(r"[<>=]", extra)[0] for extra in METADATA["optional-
 # Room -> the rooms it may import besides itself and the ground floor, and the libraries besides the standard one.
 ROOMS = {
     "str_triton.files": (set(), set()),
+    "str_triton.machine": (set(), set()),
     "str_triton.programs": (set(), set()),
     "str_triton.arguments": (set(), set()),
     "str_triton": ({"str_triton.ops", "str_triton.nn", "str_triton.budget", "str_triton.deploy"}, set()),
@@ -63,7 +64,7 @@ LATE = {
     "str_triton.rnn": (set(), {"onnx", "onnxruntime"}),
 }
 # The ground floor: every room may import it, but the device code, which imports triton and nothing else.
-GROUND = {"str_triton.files", "str_triton.programs", "str_triton.arguments"}
+GROUND = {"str_triton.files", "str_triton.machine", "str_triton.programs", "str_triton.arguments"}
 # The one file that starts programs, by the names in the table of str_triton/programs.py and not by an import.
 FRONT = Path("str_triton/__main__.py")
 # What these rooms take from those in PUBLIC are their public names.

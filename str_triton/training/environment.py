@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from str_triton.machine import processor
+
 PACKAGES = ("str-triton", "torch", "triton", "numpy", "accelerate", "datasets")
 
 
@@ -34,7 +36,7 @@ def describe_environment(device: torch.device, num_processes: int = 1) -> dict[s
 
 def device_name(device: torch.device) -> str:
     """Return the name of the GPU or of the processor."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
 
 
 def _version(name: str) -> str | None:
@@ -42,14 +44,6 @@ def _version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _processor() -> str:
-    """Return the processor's name on Linux, the architecture elsewhere."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def _commit() -> str | None:

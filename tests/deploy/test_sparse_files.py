@@ -11,7 +11,7 @@ from torch import nn
 
 from str_triton import deploy
 from str_triton.cnn.models import build as build_network
-from str_triton.deploy.sparse.file import processor
+from str_triton.machine import processor
 from tests.deploy.sparse_networks import prune
 
 pytestmark = [pytest.mark.usefixtures("kernels", "quick"), pytest.mark.filterwarnings("ignore:Sparse CSR")]

@@ -27,6 +27,7 @@ from str_triton.deploy.sparse.quiet import quiet
 from str_triton.deploy.sparse.runtime.build import library
 from str_triton.deploy.sparse.runtime.trial import try_out
 from str_triton.deploy.sparse.state import Buffers, change_in_place
+from str_triton.machine import processor
 from str_triton.nn import densify, warn_if_unfinished
 
 BUSY = "the machine was busy while the executions were timed: compile again on a quiet one"
@@ -106,7 +107,7 @@ def load_sparse(path: str | os.PathLike[str]) -> SparseModel:
     shown = content.left, content.notes, content.example
     network = SparseModel(content.graph, content.signature, content.choices, *shown)
     network.is_from_file = True
-    if content.processor != file.processor():
+    if content.processor != processor():
         with torch.inference_mode(False):
             network.retune()
     return network

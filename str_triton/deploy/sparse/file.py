@@ -3,11 +3,9 @@
 import dataclasses
 import math
 import os
-import platform
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +20,7 @@ from str_triton.deploy.sparse.graph.signature import Leaf, Signature
 from str_triton.deploy.sparse.records import Refused, choice_of, decode, encode, node_of, node_record
 from str_triton.deploy.sparse.runtime.limits import TooLarge, check_memory
 from str_triton.deploy.sparse.runtime.trial import dry_run
+from str_triton.machine import processor
 
 FORMAT, VERSION, READABLE = "str_triton.sparse", 3, (2, 3)
 
@@ -41,15 +40,7 @@ class Content:
     left: dict[str, str]
     notes: list[str]
     example: list[tuple[int, ...]]
-    processor: str = field(default_factory=lambda: processor())
-
-
-def processor() -> str:
-    """Return the name of this machine's processor."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return name or platform.processor() or platform.machine()
+    processor: str = field(default_factory=processor)
 
 
 def write(path: str | os.PathLike[str], content: Content, metadata: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 from str_triton.nn.low_rank import LowRankWeight
 from str_triton.nn.recurrent.arguments import Packing, check_input, prepare_states
 from str_triton.nn.recurrent.dense_kernel import dense_layer
+from str_triton.nn.recurrent.execution import runs_dense
 from str_triton.nn.recurrent.matrices import LowRankMatrices
 from str_triton.ops.low_rank_gpu import shared_memory_limit
 from str_triton.ops.low_rank_plan import low_rank_plan
@@ -135,18 +136,14 @@ class LowRankRNN(LowRankMatrices):
         finals = []
         for layer in range(self.num_layers):
             own = tuple(state[layer * directions : (layer + 1) * directions] for state in states)
-            run = (
-                self._dense_layer
-                if self._runs_dense(layer, x, own[0].shape[1], packing is not None)
-                else self._low_rank_layer
-            )
+            run = self._dense_layer if self._runs_dense(layer, x, own[0].shape[1], packing) else self._low_rank_layer
             x, final = run(layer, x, own, packing)
             finals.append(final)
             if self.dropout and self.training and layer + 1 < self.num_layers:
                 x = F.dropout(x, self.dropout)
         return x, tuple(torch.cat(parts) for parts in zip(*finals, strict=True))
 
-    def _runs_dense(self, layer: int, x: Tensor, batch: int, packed: bool) -> bool:
+    def _runs_dense(self, layer: int, x: Tensor, batch: int, packing: Packing | None) -> bool:
         """Return whether torch's own kernel, with dense matrices formed once, runs this layer faster than the op."""
         # In a compiled graph, torch's kernel runs its forward pass twice for a backward pass. The CPU's op has no limit
         # on the rank, so it can always run instead.
@@ -156,17 +153,15 @@ class LowRankRNN(LowRankMatrices):
         if not all(isinstance(matrix, LowRankWeight) for matrix in matrices):
             return True
         with torch.no_grad():
-            ranks = [matrix.max_rank if x.is_cuda else matrix.surviving()[1].numel() for matrix in matrices]
-        device = x.device.type
+            rank = max(matrix.max_rank if x.is_cuda else matrix.surviving()[1].numel() for matrix in matrices)
+        device, training, batch = x.device.type, torch.is_grad_enabled(), max(batch, 1)
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        if device == "cpu" and dtype == torch.float32:
+            steps = len(x) if packing is None else len(packing.batch_sizes)
+            return runs_dense(self.cell, self.hidden_size, rank, batch, steps, training=training)
+        limit, packed = shared_memory_limit(x.device), packing is not None
         plan = low_rank_plan(
-            self.cell,
-            self.hidden_size,
-            max(ranks),
-            max(batch, 1),
-            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype,
-            shared_memory=shared_memory_limit(x.device),
-            training=torch.is_grad_enabled(),
-            packed=packed,
+            self.cell, self.hidden_size, rank, batch, dtype, shared_memory=limit, training=training, packed=packed
         )
         return plan.kind == "dense"
 

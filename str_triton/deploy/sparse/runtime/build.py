@@ -4,14 +4,14 @@ import ctypes
 import functools
 import hashlib
 import os
-import platform
 import shlex
 import shutil
-import stat
 import subprocess
 import tempfile
 import warnings
 from pathlib import Path
+
+from str_triton.machine import cache_folder, own_folder, processor_features, require_own
 
 SOURCE = Path(__file__).with_name("kernels.c")
 HEADERS = tuple(sorted(SOURCE.parent.glob("*.h")))
@@ -46,22 +46,6 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
-def cache_folder() -> Path:
-    """Return where compiled kernels are kept: $XDG_CACHE_HOME/str_triton, else ~/.cache/str_triton.
-
-    Raises OSError where the user's home folder is unknown.
-    """
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else _home() / ".cache") / "str_triton"
-
-
-def _home() -> Path:
-    try:
-        return Path.home()
-    except RuntimeError as error:  # No $HOME, and the user is unknown.
-        raise OSError(str(error)) from error
-
-
 def build(folder: Path, flag_sets: tuple[tuple[str, ...], ...] = FLAGS) -> Path:
     """Return the path of a library in `folder`, compiled now if there is none for this source, compiler and processor.
 
@@ -77,28 +61,20 @@ def build(folder: Path, flag_sets: tuple[tuple[str, ...], ...] = FLAGS) -> Path:
         *(path.read_bytes() for path in (SOURCE, *HEADERS)),
         _version(compiler),
         repr((compiler, flag_sets)),
-        _processor(),
+        processor_features(),
     ):
         key.update(part if isinstance(part, bytes) else part.encode())
     stem = f"kernels-{key.hexdigest()[:20]}"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _require_own(folder)
+    own_folder(folder)
     for path in folder.glob(f"{stem}-*.so"):
         if path.stem == _name(stem, path):  # A damaged library is not loaded: it could end the process.
-            _require_own(path)
+            require_own(path)
             return path
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         made = _compile(compiler, flag_sets, Path(scratch))
         path = folder / f"{_name(stem, made)}.so"
         os.replace(made, path)
     return path
-
-
-def _require_own(path: Path) -> None:
-    """Raise OSError for a file or a folder that belongs to another user, or that others may change."""
-    status = path.stat()
-    if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
-        raise PermissionError(f"{path} belongs to another user, or others can write it")
 
 
 def _name(stem: str, library: Path) -> str:
@@ -134,14 +110,6 @@ def _version(compiler: list[str]) -> str:
         return subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
     except (OSError, subprocess.SubprocessError) as error:
         raise BuildError(f"the C compiler {shlex.join(compiler)!r} does not run: {error}") from error
-
-
-def _processor() -> str:
-    """Return what -march=native depends on, since different machines may share a cache folder."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    kept = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
-    return "\n".join([platform.machine(), platform.processor(), *sorted(kept)])
 
 
 def _compile(compiler: list[str], flag_sets: tuple[tuple[str, ...], ...], folder: Path) -> Path:

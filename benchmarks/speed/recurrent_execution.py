@@ -1,0 +1,71 @@
+"""The two executions of a low-rank recurrent layer on the CPU, and the cost of the choice between them.
+
+    python -m benchmarks.speed.recurrent_execution [--rounds 5] [--threads 1] [--name NAME]
+
+"loop" is the low-rank op, "dense" is torch's own layer with the product of the factors formed once. Both take turns; a
+row holds the fastest of each, because a busy machine only ever adds time. The "regret" of a choice is its time over the
+time of the faster one: of the rules in `low_rank_plan`, and of the measurement that layers use. A training step is
+forward and backward; inference is without gradients. The input has 32 features and 24 steps.
+"""
+
+import argparse
+import itertools
+import time
+from unittest import mock
+
+import torch
+
+from benchmarks.timing import write
+from str_triton import LowRankGRU, LowRankLSTM, low_rank_plan
+from str_triton.nn.recurrent.execution import runs_dense
+
+INPUT_SIZE, STEPS = 32, 24
+LAYERS = {"gru": LowRankGRU, "lstm": LowRankLSTM}
+HIDDEN, SHARES, BATCHES = (32, 64, 128, 256, 512), (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1), (1, 4, 16, 64)
+
+
+def fastest(layer: torch.nn.Module, batch: int, training: bool, rounds: int) -> dict[str, float]:
+    """Return the milliseconds of each execution."""
+    x, grad = torch.randn(STEPS, batch, INPUT_SIZE), torch.randn(STEPS, batch, layer.hidden_size)
+
+    def run() -> None:
+        with torch.set_grad_enabled(training):
+            output = layer(x)[0]
+            if training:
+                output.backward(grad)
+
+    found = dict.fromkeys(("loop", "dense"), float("inf"))
+    for number, kind in itertools.product(range(rounds + 1), found):
+        with mock.patch.object(layer, "_runs_dense", return_value=kind == "dense"):
+            begin = time.perf_counter()
+            run()
+            if number:  # The first round meets cold caches.
+                found[kind] = min(found[kind], 1e3 * (time.perf_counter() - begin))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--name", default="recurrent_execution", help="of the result file")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    rows = []
+    for cell, hidden, share, batch, training in itertools.product(LAYERS, HIDDEN, SHARES, BATCHES, (True, False)):
+        rank = max(1, int(share * hidden))
+        layer = LAYERS[cell](INPUT_SIZE, hidden, max_rank=rank, factorize="recurrent").train(training)
+        times = fastest(layer, batch, training, options.rounds)
+        plan = low_rank_plan(cell, hidden, rank, batch, torch.float32, training=training).kind
+        dense = runs_dense(cell, hidden, rank, batch, STEPS, training=training)
+        choices = {"rules": plan, "measured": "dense" if dense else "loop"}
+        regret = {f"{name}_regret": times[kind] / min(times.values()) for name, kind in choices.items()}
+        sizes = {"cell": cell, "hidden_size": hidden, "rank": rank, "batch_size": batch, "training": training}
+        rows.append({**sizes, **times, **choices, **regret})
+        print(*sizes.values(), *(f"{name} {value:.2f}" for name, value in (times | regret).items()), flush=True)
+    write(options.name, {"threads": options.threads, "rounds": options.rounds, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

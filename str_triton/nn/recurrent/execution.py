@@ -1,0 +1,180 @@
+"""The execution of a recurrent layer on the CPU: the low-rank op, or torch's own layer with the matrix formed once.
+
+The faster one depends on the processor. Both are timed on this machine when a layer of a new size first runs, and the
+times are kept in the user's cache folder: every later process decides in the same way.
+"""
+
+import functools
+import hashlib
+import math
+import os
+import re
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from str_triton.machine import cache_folder, own_folder, processor_features
+from str_triton.nn.recurrent.dense_kernel import dense_layer
+from str_triton.ops.low_rank_cell import CELLS
+from str_triton.ops.low_rank_plan import low_rank_plan
+from str_triton.ops.low_rank_rnn import run
+
+RANKS = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)  # of the hidden size
+LARGEST_BATCH, LARGEST_HIDDEN = 64, 2048  # A measurement above them would take too long.
+STEPS, FEATURES = 16, 32  # of the input that is timed
+ROUNDS, SECONDS = 5, 0.2  # the largest number of rounds, and the time after which no further round begins
+
+
+class Sizes(NamedTuple):
+    """The sizes that are timed: for other ranks and batches the next larger ones count."""
+
+    cell: str
+    hidden: int
+    rank: int
+    batch: int
+    training: bool
+    threads: int
+
+    @classmethod
+    def near(cls, cell: str, hidden: int, rank: int, batch: int, training: bool) -> "Sizes":
+        timed = next((near for share in RANKS if (near := max(1, int(share * hidden))) >= rank), hidden)
+        batch = min(LARGEST_BATCH, 1 << (batch - 1).bit_length())
+        return cls(cell, hidden, timed, batch, training, torch.get_num_threads())
+
+
+class Times(NamedTuple):
+    """Seconds of a time step of the op and of torch's layer, and of forming the matrix, with gradients in training."""
+
+    loop: float
+    dense: float
+    forming: float
+
+    def prefer_dense(self, steps: int) -> bool:
+        return self.forming + steps * self.dense < steps * self.loop
+
+
+def runs_dense(cell: str, hidden: int, rank: int, batch: int, steps: int, *, training: bool) -> bool:
+    """Return whether torch's own layer is faster for float32 on the CPU, by times of this machine.
+
+    Rules take the place of times (`low_rank_plan`) where all machines or processes must decide alike: under
+    `torch.use_deterministic_algorithms`, in a process group, and if the environment variable STR_TRITON_MEASURE is 0.
+    They do so too without a cache folder of the user's own, and for layers of more than 2,048 hidden units.
+    """
+    times = None
+    if _may_measure() and hidden <= LARGEST_HIDDEN:
+        times = _times(Sizes.near(cell, hidden, rank, batch, training))
+    if times is None:
+        return low_rank_plan(cell, hidden, rank, batch, torch.float32, training=training).kind == "dense"
+    return times.prefer_dense(steps)
+
+
+def _may_measure() -> bool:
+    alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    return alone and not torch.are_deterministic_algorithms_enabled() and os.environ.get("STR_TRITON_MEASURE") != "0"
+
+
+@functools.cache
+def _times(sizes: Sizes) -> Times | None:
+    """Return the stored times, after measuring them if there are none; None where no file can keep them."""
+    try:
+        folder = own_folder(own_folder(cache_folder()) / f"recurrent-{_machine()}")
+        path = folder / "-".join(map(str, (*sizes[:4], "training" if sizes.training else "inference", sizes.threads)))
+        if (stored := _read(path)) is not None:
+            return stored
+        _keep(path, measured(sizes))
+        return _read(path)
+    except OSError:
+        return None
+
+
+@functools.cache
+def _machine() -> str:
+    """Return a short name of what the times depend on besides the sizes."""
+    return hashlib.sha256(f"{processor_features()}\n{torch.__version__}".encode()).hexdigest()[:20]
+
+
+def _read(path: Path) -> Times | None:
+    """Return the times in a file; None if there is no such file, or if its content is something else."""
+    try:
+        content = path.read_text("ascii")
+    except (FileNotFoundError, UnicodeDecodeError):
+        return None
+    if not re.fullmatch(r"(\d\.\d{3}e[+-]\d\d ?){3}", content):
+        return None
+    return Times(*map(float, content.split()))
+
+
+def _keep(path: Path, times: Times) -> None:
+    """Write the file if there is none with times: of several processes that measure at once, the first one decides."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as draft:
+        draft.write(" ".join(f"{value:.3e}" for value in times))
+    try:
+        if path.exists() and _read(path) is None:
+            os.replace(draft.name, path)
+        else:
+            os.link(draft.name, path)
+    except FileExistsError:
+        pass
+    finally:
+        Path(draft.name).unlink(missing_ok=True)
+
+
+def measured(sizes: Sizes) -> Times:
+    """Time the executions in a thread of its own: autocast, grad mode, modes and default devices belong to a thread."""
+    found: list[Times] = []
+    thread = threading.Thread(target=lambda: found.append(_measure(sizes)), daemon=True)
+    thread.start()
+    thread.join()
+    if not found:
+        raise OSError("the measurement failed")  # for instance without enough memory
+    return found[0]
+
+
+def _measure(sizes: Sizes) -> Times:
+    cell, hidden = CELLS[sizes.cell], sizes.hidden
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        values = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+        return values.mul_(hidden**-0.5).requires_grad_(sizes.training)
+
+    u, m, v = draw(cell.gates * hidden, sizes.rank), draw(sizes.rank), draw(hidden, sizes.rank)
+    w_x, w_h = draw(cell.gates * hidden, FEATURES), draw(cell.gates * hidden, hidden)
+    b_x, b_h = draw(cell.gates * hidden), draw(cell.gates * hidden)
+    x = draw(STEPS, sizes.batch, FEATURES).detach()
+    state, grad_output = (draw(*shape).detach() for shape in ((sizes.batch, hidden), (STEPS, sizes.batch, hidden)))
+    grad_weight = w_h.detach()
+
+    def loop() -> Tensor:
+        gates_x, states = F.linear(x, w_x, b_x), dict.fromkeys(cell.states, state)
+        return run(cell, gates_x, u, m, v, {"bias": b_h}, {}, states, None, False, None)[0]
+
+    def dense() -> Tensor:
+        states = [state[None]] * len(cell.states)
+        return dense_layer(cell.name, x, states, (w_x, w_h, b_x, b_h), bias=True, bidirectional=False)[0]
+
+    turns: tuple[tuple[Callable[[], Tensor], tuple[Tensor, ...], Tensor], ...] = (
+        (loop, (w_x, b_x, u, m, v, b_h), grad_output),
+        (dense, (w_x, b_x, w_h, b_h), grad_output),
+        (lambda: (u * m) @ v.t(), (u, m, v), grad_weight),
+    )
+    best, begin = [math.inf] * len(turns), time.perf_counter()
+    with torch.set_grad_enabled(sizes.training):
+        for number in range(ROUNDS + 1):
+            if number > 1 and time.perf_counter() - begin > SECONDS:
+                break
+            for index, (forward, inputs, grad) in enumerate(turns):
+                before = time.perf_counter()
+                output = forward()
+                if sizes.training:
+                    torch.autograd.grad(output, inputs, grad)
+                if number:  # The first round meets cold caches.
+                    best[index] = min(best[index], time.perf_counter() - before)
+    return Times(best[0] / STEPS, best[1] / STEPS, best[2])
