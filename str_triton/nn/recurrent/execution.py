@@ -29,7 +29,7 @@ from str_triton.ops.low_rank_rnn import run
 RANKS = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)  # of the hidden size
 LARGEST_BATCH, LARGEST_HIDDEN = 64, 2048  # A measurement above them would take too long.
 STEPS, FEATURES = 16, 32  # of the input that is timed
-ROUNDS, SECONDS = 5, 0.2  # the largest number of rounds, and the time after which no further round begins
+ROUNDS, SECONDS = 50, 0.3  # the largest number of rounds, and the time after which no further round begins
 
 
 class Sizes(NamedTuple):
@@ -129,7 +129,12 @@ def _keep(path: Path, times: Times) -> None:
 def measured(sizes: Sizes) -> Times:
     """Time the executions in a thread of its own: autocast, grad mode, modes and default devices belong to a thread."""
     found: list[Times] = []
-    thread = threading.Thread(target=lambda: found.append(_measure(sizes)), daemon=True)
+
+    def measure() -> None:
+        torch.set_num_threads(sizes.threads)  # OpenMP's number belongs to a thread, too.
+        found.append(_measure(sizes))
+
+    thread = threading.Thread(target=measure, daemon=True)
     thread.start()
     thread.join()
     if not found:

@@ -1,6 +1,7 @@
 """The choice between the op and torch's layer on the CPU: arithmetic, files, and the state that it leaves alone."""
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,15 @@ def test_a_measurement_leaves_the_callers_state_alone(cell: str, training: bool)
         times = execution.measured(Sizes(cell, 8, 2, 3, training, 1))
     assert all(0 < value < 1 for value in times)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_measurement_uses_the_callers_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenMP's number belongs to a thread: without setting it, the new thread would use all cores."""
+    found: list[tuple[str, int]] = []
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: found.append((threading.current_thread().name, count)))
+    monkeypatch.setattr(execution, "_measure", lambda sizes: found.append((threading.current_thread().name, 3)) or LOOP)
+    execution.measured(Sizes("gru", 8, 2, 3, True, 3))
+    assert found[0] == found[1] != (threading.current_thread().name, 3)
 
 
 @pytest.mark.parametrize("cell", [LowRankGRU, LowRankLSTM])
