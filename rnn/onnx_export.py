@@ -78,7 +78,8 @@ def one_step(run: FinishedRun) -> deploy.OnnxFile:
     rnn, lm = run.model.rnn, isinstance(run.model, LanguageModel)
     if rnn.bidirectional:
         raise ValueError(
-            f"{run.folder}: a bidirectional network cannot run step by step: its second direction begins at the end"
+            f"{run.folder}: a bidirectional network cannot run step by step: its second direction begins at the end; "
+            "leave out --streaming, or train with --no-bidirectional"
         )
     names = ["h", "c"][: rnn.states]
     example = [_example(run, 2)] + [torch.zeros(rnn.num_layers, 2, rnn.hidden_size) for _ in names]

@@ -9,7 +9,7 @@ made by `deploy.quantize`. torch's dynamic quantization ("torch_int8") and onnxr
 can be imported: FOLDER is where `pip install --target FOLDER --no-deps openvino` put it. The last part times one
 streaming step (`deploy.compile_step`) of 64 units.
 
-It takes less than 10 minutes and needs a quiet machine. Results go to benchmarks/results/recurrent_inference.json;
+It takes 12 to 27 minutes and needs a quiet machine. Results go to benchmarks/results/recurrent_inference.json;
 --quick takes few rounds and writes none.
 """
 

@@ -88,7 +88,7 @@ def offset() -> str:
         ]
     weights = 2 * len(MAGNITUDES)
     zeros = 100 * (weights - survivors) / weights
-    parts.append(text(20, 252, f"one threshold for both layers: {survivors} of {weights} survive, {zeros:.0f} % zeros"))
+    parts.append(text(20, 252, f"one threshold: {survivors} of {weights} survive, {zeros:.0f} % zeros"))
     return svg("One threshold meets a target over two layers", 264, parts)
 
 

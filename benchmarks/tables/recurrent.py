@@ -46,7 +46,8 @@ def _summary(run: dict[str, Any], names: list[str]) -> str:
     engines = " and ".join(DENSE[name] for name in names)
     text = f"In brackets: how many times as fast as the faster of {engines}, which multiply by the dense matrix. "
     if slower:
-        text += f"Ours is slower in {len(slower)} of {len(found)} cases: {'; '.join(map(_name, slower))}. "
+        share = f"by more than {100 * (1 - EQUAL):.0f} %"
+        text += f"Ours is slower {share} in {len(slower)} of {len(found)} cases: {'; '.join(map(_name, slower))}. "
     else:
         text += f"Ours is never slower in the {len(found)} cases (least: {_least(found)}). "
     twice = sum(ratio >= 2 for ratio in large.values())
