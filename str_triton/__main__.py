@@ -113,7 +113,7 @@ def handle_file(args: Sequence[str]) -> str:
     """Run pack, unpack or inspect, and return the text to print. Raise ValueError for invalid arguments."""
     if not args or args[0] not in FILE_COMMANDS:
         fault = unknown("command", args[0], [*STARTED, "export", *FILE_COMMANDS]) if args else "name a command"
-        raise ValueError(f"{fault}; see {command('')} --help")
+        raise ValueError(f"{fault} ({command('')} --help)")
     parser = FileParser(prog=command(args[0]))
     parser.add_argument("file", type=Path, metavar="FILE")
     if args[0] != "inspect":

@@ -91,8 +91,8 @@ class Harm:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "name a command; see python -m str_triton --help"),
-        (["shrink", "a.pt"], "there is no command shrink; see python -m"),
+        ([], "name a command (python -m str_triton --help)"),
+        (["shrink", "a.pt"], "there is no command shrink (python -m str_triton --help)"),
         (["pack"], "missing: FILE (python -m str_triton pack --help)"),
         (["pack", "a.pt", "--values", "int8"], "--values int8: there is no such value; choose float32"),
         (["pack", "a.pt", "--factors"], "there is no option --factors; "),
