@@ -435,6 +435,21 @@ def test_the_solve_of_gpus_cuts_what_the_hosts_does_where_no_threshold_reaches_m
     assert (reached > 0) == (sparsity < 0.5)
 
 
+@pytest.mark.parametrize("done", [0.5, 1.0])
+def test_the_solve_of_gpus_meets_each_layers_share(done):
+    model = sparsify(network("normal", torch.float32, 1))
+    names = [use.name for use in thresholded_weights(model)]
+    shares = {name: 0.2 + 0.7 * i / len(names) for i, name in enumerate(names)}
+    controller = SparsityController(model, Target(layers=shares))
+    shifts, held_back = OffsetController._shifts(controller, done)
+    controller._move(shifts)
+    zeros = [use.dense.numel() - left for use, left in zip(thresholded_weights(model), survivors(model), strict=True)]
+    sizes = [use.dense.numel() for use in thresholded_weights(model)]
+    shares = shares.values()
+    assert zeros == [round(done * round(share * size)) for share, size in zip(shares, sizes, strict=True)]
+    assert not any(held_back)
+
+
 def test_an_optimizer_with_weight_decay_moves_no_held_threshold():
     """DistributedDataParallel gives a parameter without a use the gradient zero, and weight decay then moves it."""
     (model, controller, _), (other, undisturbed, _) = trained(30, 3), trained(30, 3)
