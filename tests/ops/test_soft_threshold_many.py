@@ -100,6 +100,20 @@ def test_a_result_that_is_not_used_has_gradient_zero():
     assert not other_raw.grad.any()
 
 
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("learned", [0, 1])
+def test_one_tensor_of_all_is_learned(learned, gradient):
+    """Its gradient is that of all tensors learned, whether it is one of the weights or one of the thresholds."""
+    xs, raws, grads = (list(kind) for kind in zip(*(example((4, 3)) for _ in range(2)), strict=True))
+    expected = differentiate(soft_threshold_many, xs, raws, grads, gradient=gradient)[2:]
+    for place, want in ((learned, expected[learned]), (2 + learned, expected[2 + learned])):
+        tensors = [tensor.detach() for tensor in (*xs, *raws)]
+        tensors[place].requires_grad_()
+        outs = soft_threshold_many(tensors[:2], tensors[2:], gradient=gradient)
+        (got,) = torch.autograd.grad(outs, tensors[place], grads)
+        assert torch.equal(got, want)
+
+
 def test_results_do_not_share_memory():
     xs, raws, _ = zip(*(example((3, 7)) for _ in range(2)), strict=True)
     first, second = soft_threshold_many(xs, raws)
