@@ -101,6 +101,11 @@ def test_a_budget_for_everything_keeps_all_but_zeros():
     assert -torch.inf < found.offset < math.log(0.5)
 
 
+def test_a_small_budget_empties_a_source_without_a_floor():
+    sources = [Source(torch.full((2,), value), torch.log, torch.zeros(1)) for value in (1.0, 2.0)]
+    assert [allocate(sources, budget).kept for budget in (0, 1, 2, 3)] == [[0, 0], [0, 1], [0, 2], [1, 2]]
+
+
 def test_a_weight_that_is_nan_is_named():
     weights = [torch.randn(40, 40) for _ in range(3)]
     weights[1][7, 9] = torch.nan
