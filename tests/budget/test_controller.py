@@ -109,6 +109,16 @@ def test_the_interval_decides_when_to_solve(monkeypatch):
     assert solved == [0.1, 0.1, 0.5, 0.9]  # at the first step for now and for the next solve
 
 
+@pytest.mark.parametrize(("progress", "solves"), [(0.25, 2), (0.26, 1)])
+def test_the_pace_of_training_is_known_from_a_first_step_within_an_interval(progress, solves, monkeypatch):
+    """One solve for now, and one for the next solve. A controller that comes later does not know the pace."""
+    controller = SparsityController(sparsify(nn.Linear(9, 9)), Target(sparsity=0.8), interval=4, end=1.0)
+    solved, shifts = [], controller._shifts
+    monkeypatch.setattr(controller, "_shifts", lambda done: solved.append(done) or shifts(done))
+    controller.step(progress)
+    assert len(solved) == solves
+
+
 def test_between_solves_the_thresholds_follow_the_schedule():
     """Nothing else moves the weights here: at every step the count is near the schedule's value."""
     model = sparsify(convolutional_net())
