@@ -148,9 +148,10 @@ def _compiled(model: Any, example: tuple) -> tuple[CompiledModel, Again | None]:
     def again(sizes: tuple[int, int, int], draw: random.Random) -> tuple[Case, deploy.SparseModel]:
         dense = noted[-1][1]
         redraw(dense, draw)
-        for name, buffer in model.named_buffers():
-            dense.get_buffer(name).copy_(buffer)
-        return Case(dense, sizes), lowered(*noted[-1])
+        with compilation.plain_torch():  # as compile_sparse does: some models refuse a call that records gradients
+            for name, buffer in model.named_buffers():
+                dense.get_buffer(name).copy_(buffer)
+            return Case(dense, sizes), lowered(*noted[-1])
 
     return compiled, again
 

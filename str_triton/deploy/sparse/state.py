@@ -1,5 +1,6 @@
 """The buffers of a model, which its calls may change."""
 
+import copy
 from typing import Any
 
 import torch
@@ -24,6 +25,14 @@ class Buffers:
             if module._buffers[name] is not tensor
             or (tensor is not None and not torch.equal(tensor.nan_to_num(), value.nan_to_num()))
         }
+
+    def copied(self, model: nn.Module) -> nn.Module:
+        """Return a copy of the model with the buffers as they were; the model does not change."""
+        copied = copy.deepcopy(model)
+        for label, _, name, _, value in self._values:
+            owner = copied.get_submodule(label.removesuffix(name).rstrip("."))
+            owner._buffers[name] = None if value is None else value.clone()
+        return copied
 
     def restore(self) -> None:
         for _, module, name, tensor, value in self._values:
