@@ -194,6 +194,23 @@ def test_damaged_value_names_file_row_and_column(tmp_path, kind, column, value):
         read(path, kind)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda row: [row], "row 2: expected the columns name, "),
+        (lambda row: row | {"name": 3}, "row 2, column 'name'.* 3"),
+    ],
+)
+def test_damaged_row_of_json(tmp_path, change, message):
+    row = LayerBudget("conv", 10, 5, 100, 50, 0.5)
+    path = write(tmp_path / "budget", "json", Budget([row, row]))
+    content = json.loads(path.read_text())
+    content["rows"][1] = change(content["rows"][1])
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        read(path, "json")
+
+
 @pytest.mark.parametrize("kind", ["csv", "json"])
 def test_file_cut_at_any_byte_is_refused_or_read_whole_lines_only(tmp_path, budget, kind):
     path = write(tmp_path / "budget", kind, budget)

@@ -432,6 +432,11 @@ def test_targets_out_of_range(make, message):
         make()
 
 
+def test_an_unknown_kind_of_target():
+    with pytest.raises(TypeError, match="no kind 'density'; it has sparsity, "):
+        Target(density=0.5)
+
+
 @pytest.mark.parametrize(
     "value", [{"sparsity": "0.9"}, {"nonzeros": "5"}, {"layers": {"0": "0.5"}}, {"flops_share": True}, {"flops": [3]}]
 )

@@ -611,6 +611,15 @@ def test_bad_options(options, message):
         RankController(random_model(), RankTarget(total_rank=10), **options)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_matrix_without_a_rank_is_named(bad):
+    model = random_model()
+    controller = RankController(model, RankTarget(total_rank=10))
+    matrices(model)[1].m.data[2] = bad
+    with pytest.raises(ValueError, match=r"'1\.weight' holds NaN or infinity"), controller.exact():
+        pass
+
+
 def test_steps_out_of_range_and_foreign_states_are_refused():
     controller, other = make_run()[1], RankController(random_model(), RankTarget(total_rank=10))
     for progress in (-0.1, 1.5):

@@ -13,7 +13,7 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from str_triton import (
     LowRankLinear,
@@ -335,6 +335,15 @@ def check_refusals(rank: int, size: int) -> None:
     for act in (lambda: SparsityController(model, Target(sparsity=0.5)), lambda: count(model, INPUT[..., :4])):
         with pytest.raises(ValueError, match="tensor-parallel"):
             act()
+    mesh, other = (init_device_mesh("cpu", (size,), mesh_dim_names=(name,)) for name in "ab")
+    x, raw = torch.randn(4, 4), distribute_tensor(torch.zeros(4, 1), other, [Shard(0)])
+    for arguments, message in (
+        ((x, raw), "raw_threshold is a DTensor and x is not"),
+        ((DTensor.from_local(x, mesh, [Partial()]), raw), "Partial"),
+        ((distribute_tensor(x, mesh, [Shard(0)]), raw), "shard them alike"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            soft_threshold(*arguments)
 
 
 def check_densify(rank: int, size: int) -> None:
