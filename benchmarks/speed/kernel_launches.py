@@ -19,10 +19,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def launches(all_variants: bool = True) -> list[Launch]:
     """Return the launches of all kernels, or of the variants that differ most: a name, and a call of the launcher."""
     return [
+        *op_launches(all_variants),
+        *low_rank_launches(every_size() if all_variants else REPRESENTATIVE),
+    ]
+
+
+def op_launches(all_variants: bool) -> list[Launch]:
+    """Return the launches of all kernels but the recurrent loops."""
+    return [
         *soft_threshold_launches(all_variants),
         *singular_value_threshold_launches(),
         *radix_select_launches(all_variants),
-        *low_rank_launches(every_size() if all_variants else REPRESENTATIVE),
     ]
 
 

@@ -19,9 +19,7 @@ from benchmarks.speed.kernel_launches import (
     REPRESENTATIVE,
     low_rank_launches,
     low_rank_pair,
-    radix_select_launches,
-    singular_value_threshold_launches,
-    soft_threshold_launches,
+    op_launches,
 )
 from benchmarks.speed.kernel_resources import (
     CHIPS,
@@ -75,8 +73,7 @@ class Build:
 # The recurrent kernels for every target, the others for one of each kind.
 @pytest.fixture(scope="module", params=["sm_86", "sm_90", "gfx942"])
 def built(request: pytest.FixtureRequest) -> list[Build]:
-    others = [*soft_threshold_launches(False), *singular_value_threshold_launches(), *radix_select_launches(False)]
-    return [Build(request.param, *build) for build in builds(request.param, others)]
+    return [Build(request.param, *build) for build in builds(request.param, op_launches(all_variants=False))]
 
 
 @pytest.fixture(scope="module", params=TARGETS)
