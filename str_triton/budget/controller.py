@@ -30,7 +30,7 @@ FLOP_EXPONENT = 0.2  # More costs accuracy (docs/exact-budgets.md).
 
 
 class SparsityController(OffsetController):
-    """Drives the thresholds of a sparsified model to an exact budget.
+    """A controller that moves the thresholds of a sparsified model to an exact budget.
 
         controller = SparsityController(model, Target(sparsity=0.9))
         for i in range(steps):

@@ -24,7 +24,7 @@ REFACTOR = 5  # solves between one re-factoring and the next: a decomposition co
 
 
 class RankController(OffsetController):
-    """Drives the thresholds of a model's `LowRankWeight`s to an exact budget.
+    """A controller that moves the thresholds of a model's `LowRankWeight`s to an exact budget.
 
         controller = RankController(model, RankTarget(compression=4))
         for i in range(steps):

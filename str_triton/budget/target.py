@@ -243,7 +243,7 @@ class RankTarget(metaclass=_Kinds):
         return matrix.compact_cost(rank)
 
     def fixed(self, costs: RankCosts) -> int:
-        """Return what of the target's unit is not the controlled matrices'."""
+        """Return the cost, in the target's unit, of everything but the controlled matrices."""
         raise NotImplementedError
 
     def keep(self, costs: RankCosts) -> int:

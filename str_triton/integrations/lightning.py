@@ -11,7 +11,7 @@ from str_triton.integrations.control import controller_for
 
 
 class BudgetCallback(Callback):
-    """Drives a module to an exact budget by `lightning.Trainer`; the arguments are those of the controllers.
+    """A callback by which `lightning.Trainer` meets an exact budget; the arguments are those of the controllers.
 
         Trainer(max_epochs=10, callbacks=[BudgetCallback(Target(sparsity=0.9))]).fit(module, data)
 

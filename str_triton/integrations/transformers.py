@@ -16,7 +16,7 @@ KEY = "str_triton"  # of the controller's state in trainer_state.json
 
 
 class BudgetCallback(TrainerCallback):
-    """Drives a model to an exact budget by `transformers.Trainer`; the arguments are those of the controllers.
+    """A callback by which `transformers.Trainer` meets an exact budget; the arguments are those of the controllers.
 
         sparsify(model)
         Trainer(model, arguments, train_dataset=data, callbacks=[BudgetCallback(Target(sparsity=0.9))]).train()

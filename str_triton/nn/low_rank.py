@@ -30,7 +30,7 @@ class FactorOptions(TypedDict, total=False):
 
 
 class LowRankWeight(ThresholdHolder):
-    """A matrix [rows, columns] as the sum of max_rank components, of which a learned threshold leaves the larger ones.
+    """A matrix [rows, columns] as the sum of max_rank components; a learned threshold removes the small ones.
 
         W = sum_k s_k u_k v_k^T      s_k = S(m_k n_k) / n_k,  n_k = ||u_k|| ||v_k||,  S(x) = sign(x) relu(|x| - g(raw))
 
@@ -91,7 +91,7 @@ class LowRankWeight(ThresholdHolder):
 
     @torch.no_grad()
     def reset_parameters(self, weight: Tensor | None = None) -> None:
-        """Start over: the first threshold, and the components of a matrix; None: one drawn as in nn.Linear."""
+        """Set the first threshold and the components of a matrix; None: of a matrix drawn as in nn.Linear."""
         self.reset_threshold()
         if weight is None:
             bound = self.columns**-0.5
@@ -209,11 +209,11 @@ class LowRankWeight(ThresholdHolder):
         return int(self.spectrum().detach().count_nonzero())
 
     def compact_cost(self, rank: int) -> int:
-        """Weights of the compact form at this rank, and its multiply-adds per vector; at most the dense ones."""
+        """Return the weights, or multiply-adds per vector, of the compact form at this rank; at most the dense ones."""
         return min(rank * (self.rows + self.columns), self.rows * self.columns)
 
     def pruning_offsets(self) -> Tensor:
-        """Return each component's offset g^-1(size) - raw_threshold: added to raw_threshold, it and more cut it.
+        """Return for each component g^-1(size) - raw_threshold, the least rise of raw_threshold that cuts it.
 
         Detached, [max_rank]; -inf for a size of 0, inf for one that no threshold of g reaches.
         """
@@ -265,7 +265,7 @@ class LowRankWeight(ThresholdHolder):
 
     @torch.no_grad()
     def compact(self) -> "LowRankWeight | None":
-        """Only the components that the threshold leaves, largest first, with the spectrum in u.
+        """Return only the components that the threshold leaves, largest first, with the spectrum in u.
 
         None where the factors would be no smaller than the dense matrix: rank (rows + columns) >= rows columns. A
         matrix whose components are all cut keeps one of zeros.
