@@ -127,6 +127,9 @@ def test_caltech_shows_accuracy_megabytes_and_milliseconds(tmp_path: Path) -> No
     ]  # fmt: skip
     taught = cells(real_data.real_data(), "the same, both sparse networks with the dense one as teacher")[1:]
     assert taught == ["90.00", "89.00", "not measured", "one seed", "not measured"]
+    write(tmp_path, "caltech", [*CALTECH, photograph("dense, 16 epochs", "", 0, 0.92, epochs=16)])
+    longer = cells(real_data.real_data(), "the same with 16 epochs each; the teacher has 8")[1:]
+    assert longer == ["92.00", "91.00", "not measured", "one seed", "not measured"]
     assert "has 5 epochs" in text
 
 
