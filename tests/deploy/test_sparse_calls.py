@@ -1,5 +1,6 @@
 """Arguments, results, torch.compile around and before a compiled network, threads."""
 
+import dataclasses
 import threading
 import tomllib
 from collections.abc import Callable
@@ -100,6 +101,48 @@ def test_a_size_for_which_only_the_exported_graph_fails(by_kernels, monkeypatch)
         compiled(x)
     compiled._held_source = (model,)
     assert compiled(x).shape == (0, 3)
+
+
+class Pair(nn.Module):
+    """A layer of two arguments side by side, which must have the same batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.layer(torch.cat((x, y), 1))
+
+
+def test_a_model_may_take_another_batch_of_all_its_arguments_together() -> None:
+    """A signature with a fixed batch excludes that, although the model takes no single argument of another batch."""
+    model, example = Pair().eval(), (torch.randn(3, 6), torch.randn(3, 6))
+    compiled = deploy.compile_sparse(model, example, tune=False)
+    leaves = [dataclasses.replace(leaf, sizes=(3, 6)) for leaf in compiled.signature.leaves]
+    closed = dataclasses.replace(compiled.signature, leaves=leaves, guards=[])
+    assert takes_more(model, compiled.graph, closed, example, {})
+    assert not takes_more(model, compiled.graph, compiled.signature, example, {})
+
+
+def test_a_guard_is_stated_with_the_dimensions_that_it_is_about(tmp_path: Path) -> None:
+    deploy.compile_sparse(Branches().eval(), torch.randn(1, 2, 9, 9), tune=False).save(tmp_path / "net")
+    with pytest.raises(ValueError, match=r"(\w+) = 3; \1 is dimension 2 of the input"):
+        deploy.load_sparse(tmp_path / "net")(torch.randn(1, 2, 3, 9))
+
+
+def test_a_quantized_recurrent_network_takes_one_sequence_after_batches() -> None:
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gru, self.head = nn.GRU(8, 16, batch_first=True), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.gru(x)[0][:, -1])
+
+    x = torch.randn(4, 5, 8)
+    quantized = deploy.quantize(Last().eval(), [x[:2], x[2:]])
+    compiled = deploy.compile_sparse(quantized, x[:1], tune=False)
+    torch.testing.assert_close(torch.cat([compiled(x[:1]), compiled(x[1:])]), quantized(x), rtol=1e-4, atol=1e-5)
 
 
 def _fails(*_: object) -> None:

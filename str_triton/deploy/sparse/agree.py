@@ -156,24 +156,28 @@ def resized(args: tuple, kwargs: dict[str, Any], sizes: dict[str, tuple[int, int
 def takes_more(model: nn.Module, graph: Graph, signature: Signature, args: tuple, kwargs: dict[str, Any]) -> bool:
     """Check whether the model takes arguments that the signature excludes, or for which the graph fails.
 
-    Each has another size in one dimension; only a size of zero may make the graph fail. An argument that is no tensor
-    may always have another value.
+    Each has another size in one dimension, or in the first one of all tensors; only a size of zero may make the graph
+    fail. An argument that is no tensor may always have another value.
     """
     flat, structure = pytree.tree_flatten((args, kwargs))
     if not all(isinstance(leaf, Tensor) for leaf in flat):
         return True
+    places = [[(number, dim)] for number, given in enumerate(flat) for dim in range(given.dim())]
+    if len(flat) > 1 and all(given.dim() for given in flat):
+        places.append([(number, 0) for number in range(len(flat))])
     buffers = Buffers(model)
-    for number, given in enumerate(flat):
-        for dim in range(given.dim()):
-            old = given.shape[dim]
-            for size in {0, 1, 2, old + 1} - {old} if old else ():
-                leaves = clone(flat)
-                leaves[number] = given.index_select(dim, torch.arange(size, device="cpu") % old)
-                fits = signature.fits(leaves) and (size > 0 or _takes(graph.run, (leaves,), {}))
-                if not fits and _takes(model, *pytree.tree_unflatten(leaves, structure)):
-                    buffers.restore()
-                    return True
+    for place in places:
+        olds = {flat[number].shape[dim] for number, dim in place}
+        old = olds.pop()
+        for size in {0, 1, 2, old + 1} - {old} if old and not olds else ():
+            leaves = clone(flat)
+            for number, dim in place:
+                leaves[number] = flat[number].index_select(dim, torch.arange(size, device="cpu") % old)
+            fits = signature.fits(leaves) and (size > 0 or _takes(graph.run, (leaves,), {}))
+            if not fits and _takes(model, *pytree.tree_unflatten(leaves, structure)):
                 buffers.restore()
+                return True
+            buffers.restore()
     return False
 
 

@@ -3,6 +3,7 @@
 import ast
 import inspect
 import operator
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -137,8 +138,16 @@ class Signature:
                 raise Unfit(f"the network was compiled for {expected}, got {list(shape)}")
         for guard, check in zip(self.guards, self._checks, strict=True):
             if not check(sizes):
-                stated = ", ".join(f"{name} = {size}" for name, size in sizes.items() if name in guard)
-                raise Unfit(f"the network was compiled for sizes with {guard}, got {stated}")
+                names = re.findall(r"[A-Za-z_]\w*", guard)
+                stated = ", ".join(f"{name} = {size}" for name, size in sizes.items() if name in names)
+                meant = ", ".join(f"{name} is {self._dimension(name)}" for name in sizes if name in names)
+                raise Unfit(f"the network was compiled for sizes with {guard}, got {stated}; {meant}")
+
+    def _dimension(self, name: str) -> str:
+        """Return the first place of a size: the tensor and its dimension."""
+        places = ((number, leaf.sizes) for number, leaf in enumerate(self.leaves) if name in (leaf.sizes or ()))
+        number, sizes = next(places)
+        return f"dimension {sizes.index(name)} of {self._place(number)}"
 
     def check_constants(self, leaves: Sequence[Any]) -> None:
         """Raise Unfit where an argument that is no tensor has another value or type than the example's."""
