@@ -67,3 +67,18 @@ def _least(found: dict[tuple, float]) -> str:
 def _name(key: tuple) -> str:
     cell, hidden, batch, threads, ours = key
     return f"{cell.upper()} {hidden}, {OURS[ours]}, batch {batch}, {threads} threads"
+
+
+@table("recurrent-execution")
+def recurrent_execution() -> str:
+    """Return how often, and how far, each way to choose an execution misses the faster one."""
+    cells = []
+    for run in results("recurrent_execution*.json"):
+        for cell in dict.fromkeys(row["cell"] for row in run["rows"]):
+            rows = [row for row in run["rows"] if row["cell"] == cell]
+            for way in ("rules", "measured"):
+                regrets = [row[f"{way}_regret"] for row in rows]
+                missed = sum(regret > 1 / EQUAL for regret in regrets)
+                sizes = f"{missed} of {len(rows)}"
+                cells.append([run["machine"]["processor"], cell.upper(), way, sizes, f"{max(regrets):.2f}x"])
+    return markdown(["processor", "layer", "choice by", "sizes more than 5 % slower", "slowest"], cells)
