@@ -81,7 +81,7 @@ def study(run: Path, images: int, methods: list[str]) -> dict[str, Any]:
         left[method] = {layer.label: layer.left for layer in quantized.report.layers if layer.left}
     return {
         "network": network.name,
-        "data": network.config.data,
+        "data": network.config.data.rpartition("/")[2],  # the folder's name alone: paths are those of one machine
         "sparsity": budget.sparsity,
         "images": images,
         "accuracy": {name: accuracy(found, data) for name, found in networks.items()},
