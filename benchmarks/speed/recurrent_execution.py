@@ -10,12 +10,12 @@ forward and backward; inference is without gradients. The input has 32 features 
 
 import argparse
 import itertools
-import time
+from functools import partial
 from unittest import mock
 
 import torch
 
-from benchmarks.timing import write
+from benchmarks.timing import alternating, write
 from str_triton import LowRankGRU, LowRankLSTM, low_rank_plan
 from str_triton.nn.recurrent.execution import runs_dense
 
@@ -28,20 +28,14 @@ def fastest(layer: torch.nn.Module, batch: int, training: bool, rounds: int) -> 
     """Return the milliseconds of each execution."""
     x, grad = torch.randn(STEPS, batch, INPUT_SIZE), torch.randn(STEPS, batch, layer.hidden_size)
 
-    def run() -> None:
-        with torch.set_grad_enabled(training):
+    def run(dense: bool) -> None:
+        with mock.patch.object(layer, "_runs_dense", return_value=dense), torch.set_grad_enabled(training):
             output = layer(x)[0]
             if training:
                 output.backward(grad)
 
-    found = dict.fromkeys(("loop", "dense"), float("inf"))
-    for number, kind in itertools.product(range(rounds + 1), found):
-        with mock.patch.object(layer, "_runs_dense", return_value=kind == "dense"):
-            begin = time.perf_counter()
-            run()
-            if number:  # The first round meets cold caches.
-                found[kind] = min(found[kind], 1e3 * (time.perf_counter() - begin))
-    return found
+    turns = {"loop": partial(run, dense=False), "dense": partial(run, dense=True)}
+    return {kind: 1e3 * min(seconds) for kind, seconds in alternating(turns, rounds, warmup=1).items()}
 
 
 def main() -> None:

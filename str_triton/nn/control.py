@@ -36,7 +36,7 @@ class Control:
 
     @property
     def is_held(self) -> bool:
-        """Whether a controller that still exists holds the thresholds."""
+        """Check whether a controller that still exists holds the thresholds."""
         return self.owner is not None and self.owner() is not None
 
 

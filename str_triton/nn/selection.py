@@ -52,7 +52,7 @@ class Candidate:
 
     @property
     def is_frozen(self) -> bool:
-        """Whether the weight does not train."""
+        """Check whether the weight does not train."""
         return self.parameter is not None and not self.parameter.requires_grad
 
     def matches(self, pattern: str) -> bool:

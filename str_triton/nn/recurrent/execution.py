@@ -9,7 +9,6 @@ import hashlib
 import math
 import os
 import re
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from str_triton.files import beside, write_atomically
 from str_triton.machine import cache_folder, own_folder, processor_features
 from str_triton.nn.recurrent.dense_kernel import dense_layer
 from str_triton.ops.low_rank_cell import CELLS
@@ -44,6 +44,7 @@ class Sizes(NamedTuple):
 
     @classmethod
     def near(cls, cell: str, hidden: int, rank: int, batch: int, training: bool) -> "Sizes":
+        """Return the timed sizes that a layer and batch of these sizes share with others, for torch's threads."""
         timed = next((near for share in RANKS if (near := max(1, int(share * hidden))) >= rank), hidden)
         batch = min(LARGEST_BATCH, 1 << (batch - 1).bit_length())
         return cls(cell, hidden, timed, batch, training, torch.get_num_threads())
@@ -57,6 +58,7 @@ class Times(NamedTuple):
     forming: float
 
     def prefer_dense(self, steps: int) -> bool:
+        """Check whether torch's layer takes less time for a sequence of so many steps."""
         return self.forming + steps * self.dense < steps * self.loop
 
 
@@ -113,17 +115,17 @@ def _read(path: Path) -> Times | None:
 
 def _keep(path: Path, times: Times) -> None:
     """Write the file if there is none with times: of several processes that measure at once, the first one decides."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as draft:
-        draft.write(" ".join(f"{value:.3e}" for value in times))
+    draft = beside(path)
+    write_atomically(draft, " ".join(f"{value:.3e}" for value in times))
     try:
         if path.exists() and _read(path) is None:
-            os.replace(draft.name, path)
+            os.replace(draft, path)
         else:
-            os.link(draft.name, path)
+            os.link(draft, path)
     except FileExistsError:
         pass
     finally:
-        Path(draft.name).unlink(missing_ok=True)
+        draft.unlink(missing_ok=True)
 
 
 def measured(sizes: Sizes) -> Times:

@@ -26,7 +26,7 @@ class Exported:
 
     @property
     def is_open(self) -> bool:
-        """Whether the conditions on its sizes exclude no usual ones."""
+        """Check whether the conditions on its sizes exclude no usual ones."""
         return self.signature.holds_for_usual_sizes()
 
 

@@ -45,7 +45,7 @@ class Node:
 
     @property
     def is_number(self) -> bool:
-        """Whether the value is a size or another number, not a tensor."""
+        """Check whether the value is a size or another number, not a tensor."""
         return False
 
     def run(self, values: dict[str, Any]) -> Any:
@@ -105,7 +105,7 @@ class Call(Node):
 
     @property
     def is_pure(self) -> bool:
-        """Whether the call can be dropped if its value is not read."""
+        """Check whether the call can be dropped if its value is not read."""
         schema = getattr(self.target, "_schema", None)
         return schema is None or bool(schema.returns)
 
@@ -122,7 +122,7 @@ class Call(Node):
 
     @property
     def is_of_shapes(self) -> bool:
-        """Whether the value depends on the argument's shape alone."""
+        """Check whether the value depends on the argument's shape alone."""
         return self.target in (torch.ops.aten.sym_size.int, torch.ops.aten.sym_numel.default)
 
     def __getstate__(self) -> dict[str, Any]:
