@@ -9,8 +9,13 @@ the runs' folders are below runs/cifar and are deleted only after their lines ar
 run, so that a shell can give the machine to other work between two runs.
 
 All lines of a network share the number of epochs, the learning rate, the batches and their augmentation. Sparsity
-counts all weights, including those of the first and the last layer. `--tune` trains the dense network on four fifths of
-the training images and tests it on the last fifth; the test images take no part. Its lines are in cifar_tuning.jsonl.
+counts all weights, including those of the first and the last layer. "from dense": the run starts from the trained dense
+network of the same seed, with half the learning rate, so that it has seen twice as many epochs; compare it with "dense,
+from dense". "teacher": the network also learns that dense network's scores (--teacher). Its run is kept below
+runs/cifar.
+
+`--tune` trains the dense network on four fifths of the training images and tests it on the last fifth; the test images
+take no part. Its lines are in cifar_tuning.jsonl.
 
 `str`, the paper's method, has no target. Its lines name lambda, the weight decay of the weights and thresholds, and the
 table gives the sparsity that each one reached.
@@ -32,12 +37,20 @@ TUNING = RunFile(RESULTS / "cifar_tuning.jsonl", ("model", "lr"))
 FOLDERS = Path("runs/cifar")
 EPOCHS, LR = 5, 0.2
 LRS, TUNING_EPOCHS = (0.1, 0.2, 0.4, 0.05), 2
+DENSE, FROM_DENSE, TEACHER = "dense", ", from dense", ", teacher"
 LINES: dict[str, list[str]] = {
     **METHODS,
+    f"{DENSE}{FROM_DENSE}": METHODS[DENSE],
+    **{
+        f"{line}{start}": METHODS[line]
+        for line in ("str-exact", "gmp, global")
+        for start in (TEACHER, FROM_DENSE, f"{FROM_DENSE}{TEACHER}")
+    },
     **{f"str, lambda {value:g}": ["--method", "str", "--weight-decay", str(value)] for value in (1e-3, 2e-3, 4e-3)},
 }
-WITHOUT_TARGET = tuple(line for line in LINES if line == "dense" or line.startswith("str, "))
-LEADERS = tuple(LINES)[:5]
+WITHOUT_TARGET = tuple(line for line in LINES if line.startswith((DENSE, "str, ")))
+LEADERS = tuple(METHODS)[:5]
+TAUGHT = tuple(f"{line}{FROM_DENSE}{TEACHER}" for line in ("str-exact", "gmp, global"))
 
 
 def wanted(model: str) -> Iterator[Run]:
@@ -51,6 +64,8 @@ def wanted(model: str) -> Iterator[Run]:
             own = 0.0 if line in WITHOUT_TARGET else target
             yield {"model": model, "line": line, "target": own, "seed": seed}
 
+    yield from at(0.9, LEADERS[:3], (0,))
+    yield from at(0.9, (*TAUGHT, f"{DENSE}{FROM_DENSE}", f"str-exact{TEACHER}"), (0,))
     yield from at(0.9, LEADERS, (0,))
     yield from at(0.9, tuple(LINES), (0,))
     yield from at(0.9, LEADERS, (1, 2))
@@ -61,15 +76,39 @@ def wanted(model: str) -> Iterator[Run]:
 
 
 def train_line(key: Run, data: str, threads: int) -> None:
-    """Train one line and append its result."""
-    model, line = key["model"], key["line"]
-    options = ["cifar10", "--data", data, "--model", model, "--seed", str(key["seed"]), "--threads", str(threads)]
-    options += ["--epochs", str(EPOCHS), "--warmup-epochs", "1", "--lr", str(LR), *LINES[line]]
+    """Train one line and append its result; before it the dense network that it needs, if its run is not here."""
+    line, dense = key["line"], {**key, "line": DENSE, "target": 0.0}
+    shared = ["cifar10", "--data", data, "--threads", str(threads)]
+    if FROM_DENSE in line or TEACHER in line:
+        finished(_folder(dense), [*shared, *options_of(dense)])
+    folder = _folder(key)
+    result = finished(folder, [*shared, *options_of(key)])
+    RUNS.append({**key, **result, "lr": _rate(line), "threads": threads, "machine": machine()})
+    if line != DENSE:
+        shutil.rmtree(folder)
+
+
+def options_of(key: Run) -> list[str]:
+    """Return the training program's options for a line, except for the recipe, the data and the threads."""
+    line, dense = key["line"], str(_folder({**key, "line": DENSE, "target": 0.0}))
+    options = ["--model", key["model"], "--seed", str(key["seed"]), "--epochs", str(EPOCHS)]
+    options += ["--warmup-epochs", "1", "--lr", str(_rate(line)), *LINES[line]]
+    if FROM_DENSE in line:
+        options += ["--pretrained", dense]
+    if TEACHER in line:
+        options += ["--teacher", dense]
     if key["target"]:
         options += ["--target-sparsity", str(key["target"])]
-    folder = FOLDERS / f"{model}-{line.replace(', ', '-').replace(' ', '-')}-{key['target']:g}-{key['seed']}"
-    RUNS.append({**key, **finished(folder, options), "lr": LR, "threads": threads, "machine": machine()})
-    shutil.rmtree(folder)
+    return options
+
+
+def _rate(line: str) -> float:
+    return LR / 2 if FROM_DENSE in line else LR
+
+
+def _folder(key: Run) -> Path:
+    name = key["line"].replace(", ", "-").replace(" ", "-")
+    return FOLDERS / f"{key['model']}-{name}-{key['target']:g}-{key['seed']}"
 
 
 def tune(models: list[str], data: str, threads: int) -> None:

@@ -18,8 +18,10 @@ fast that is as the dense network of the same study in plain PyTorch. MB and ms 
 MB and ms."""
 CIFAR = """The recipe `cifar10` on a public copy of CIFAR-10 whose images were stored as JPEG of quality 75. **That
 loses detail**: the published ResNet20 has 91.8 % on the original images and about 82 % on these, so compare only the
-rows of this table. Each run has {epochs} epochs; the usual recipes have 200. The minutes are those of one thread on a
-machine that did other work. `python -m benchmarks.studies.cifar` runs what is missing."""
+rows of this table. Each run has {epochs} epochs; the usual recipes have 200. "from dense": the run starts from the
+trained dense network of that seed, with half the learning rate. "teacher": it also learns that network's scores. "to
+dense" is the difference to the dense network of the same number of epochs in all. The minutes are those of one thread
+on a machine that did other work. `python -m benchmarks.studies.cifar` runs what is missing."""
 
 
 def grouped(runs: list[Run], *names: str) -> list[tuple[tuple[Any, ...], list[Run]]]:
@@ -40,14 +42,15 @@ def cifar() -> str:
     """Return the section about CIFAR-10: accuracy and FLOPs at each sparsity, the dense network of each model first."""
     runs, rows = lines("cifar.jsonl"), []
     for (model, target, line), chosen in grouped(runs, "model", "target", "line"):
-        dense = [run for run in runs if (run["model"], run["line"]) == (model, "dense")]
+        peer = "dense, from dense" if "from dense" in line else "dense"
+        dense = [run for run in runs if (run["model"], run["line"]) == (model, peer)]
         rows.append(
             [
                 f"{model}, {line}",
-                f"{100 * target:g}" if target else ("0" if line == "dense" else "none"),
+                f"{100 * target:g}" if target else ("0" if line.startswith("dense") else "none"),
                 f"{100 * mean(run['sparsity'] for run in chosen):.2f}",
                 spread((run["accuracy"] for run in chosen), 100),
-                "" if line == "dense" else behind(chosen, dense),
+                "" if line.startswith("dense") else behind(chosen, dense),
                 spread((run["flops"] for run in chosen), 100),
                 seeds(len(chosen)),
                 f"{mean(run['seconds'] for run in chosen) / 60:.0f}",
@@ -66,7 +69,8 @@ def cifar_tuning() -> str:
     rows = [[run["model"], f"{run['lr']:g}", f"{100 * run['accuracy']:.2f}"] for run in runs]
     return tuning(
         """The learning rate was chosen for the dense network by two epochs on four fifths of the training images, with
-        the last fifth as validation data, one seed. All methods take it.""",
+        the last fifth as validation data, one seed. All methods take it, and
+        half of it from the dense network on.""",
         ["network", "learning rate", "validation accuracy %"],
         rows,
     )

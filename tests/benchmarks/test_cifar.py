@@ -77,3 +77,14 @@ def test_tuning_does_not_see_the_test_images(photographs: str, small: None, monk
         cifar.tune(["resnet20"], photographs, threads=1)
     (line,) = cifar.TUNING.read()
     assert (line["model"], line["lr"], line["sparsity"]) == ("resnet20", 0.2, 0.0)
+
+
+def test_a_network_starts_from_the_dense_one_and_learns_from_it(photographs: str, small: None) -> None:
+    key = {"model": "resnet20", "line": "str-exact, from dense, teacher", "target": 0.9, "seed": 0}
+    cifar.train_line(key, photographs, threads=1)
+    (kept,) = cifar.FOLDERS.iterdir()
+    assert kept.name == "resnet20-dense-0-0"
+    options = cifar.options_of(key)
+    assert options[options.index("--pretrained") + 1] == options[options.index("--teacher") + 1] == str(kept)
+    (line,) = cifar.RUNS.read()
+    assert (line["line"], line["lr"]) == (key["line"], cifar.LR / 2)
