@@ -21,6 +21,7 @@ from torch import Tensor
 
 from str_triton.files import beside, write_atomically
 from str_triton.machine import cache_folder, own_folder, processor_features
+from str_triton.nn.low_rank import LowRankWeight
 from str_triton.nn.recurrent.dense_kernel import dense_layer
 from str_triton.ops.low_rank_cell import CELLS
 from str_triton.ops.low_rank_plan import low_rank_plan
@@ -28,7 +29,7 @@ from str_triton.ops.low_rank_rnn import run
 
 RANKS = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)  # of the hidden size
 LARGEST_BATCH, LARGEST_HIDDEN = 64, 2048  # A measurement above them would take too long.
-STEPS, FEATURES = 16, 32  # of the input that is timed
+SHORT, LONG, FEATURES = 2, 24, 32  # steps and features of the inputs that are timed
 ROUNDS, SECONDS = 50, 0.3  # the largest number of rounds, and the time after which no further round begins
 
 
@@ -51,15 +52,20 @@ class Sizes(NamedTuple):
 
 
 class Times(NamedTuple):
-    """Seconds of a time step of the op and of torch's layer, and of forming the matrix, with gradients in training."""
+    """Seconds of a short and a long sequence (`SHORT`, `LONG`) by the op and by torch's layer; in training both ways.
 
-    loop: float
-    dense: float
-    forming: float
+    Each includes what is prepared once for a sequence: the factors that the threshold leaves, or their product.
+    """
+
+    short_loop: float
+    short_dense: float
+    long_loop: float
+    long_dense: float
 
     def prefer_dense(self, steps: int) -> bool:
-        """Check whether torch's layer takes less time for a sequence of so many steps."""
-        return self.forming + steps * self.dense < steps * self.loop
+        """Check whether torch's layer takes less time for so many steps, if time grows by the same for each step."""
+        short, long = self.short_dense - self.short_loop, self.long_dense - self.long_loop
+        return short + (long - short) * (steps - SHORT) / (LONG - SHORT) < 0
 
 
 def runs_dense(cell: str, hidden: int, rank: int, batch: int, steps: int, *, training: bool) -> bool:
@@ -108,7 +114,7 @@ def _read(path: Path) -> Times | None:
         content = path.read_text("ascii")
     except (FileNotFoundError, UnicodeDecodeError):
         return None
-    if not re.fullmatch(r"(\d\.\d{3}e[+-]\d\d ?){3}", content):
+    if not re.fullmatch(r"(\d\.\d{3}e[+-]\d\d ?){4}", content):
         return None
     return Times(*map(float, content.split()))
 
@@ -152,36 +158,46 @@ def _measure(sizes: Sizes) -> Times:
         values = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
         return values.mul_(hidden**-0.5).requires_grad_(sizes.training)
 
-    u, m, v = draw(cell.gates * hidden, sizes.rank), draw(sizes.rank), draw(hidden, sizes.rank)
-    w_x, w_h = draw(cell.gates * hidden, FEATURES), draw(cell.gates * hidden, hidden)
-    b_x, b_h = draw(cell.gates * hidden), draw(cell.gates * hidden)
-    x = draw(STEPS, sizes.batch, FEATURES).detach()
-    state, grad_output = (draw(*shape).detach() for shape in ((sizes.batch, hidden), (STEPS, sizes.batch, hidden)))
-    grad_weight = w_h.detach()
+    matrix = _matrix(cell.gates * hidden, hidden, sizes.rank, draw)
+    w_x, b_x, b_h = draw(cell.gates * hidden, FEATURES), draw(cell.gates * hidden), draw(cell.gates * hidden)
+    state = draw(sizes.batch, hidden).detach()
 
-    def loop() -> Tensor:
+    def loop(x: Tensor) -> Tensor:
         gates_x, states = F.linear(x, w_x, b_x), dict.fromkeys(cell.states, state)
-        return run(cell, gates_x, u, m, v, {"bias": b_h}, {}, states, None, False, None)[0]
+        return run(cell, gates_x, *matrix.surviving(), {"bias": b_h}, {}, states, None, False, None)[0]
 
-    def dense() -> Tensor:
-        states = [state[None]] * len(cell.states)
-        return dense_layer(cell.name, x, states, (w_x, w_h, b_x, b_h), bias=True, bidirectional=False)[0]
+    def dense(x: Tensor) -> Tensor:
+        states, weights = [state[None]] * len(cell.states), (w_x, matrix.weight(), b_x, b_h)
+        return dense_layer(cell.name, x, states, weights, bias=True, bidirectional=False)[0]
 
-    turns: tuple[tuple[Callable[[], Tensor], tuple[Tensor, ...], Tensor], ...] = (
-        (loop, (w_x, b_x, u, m, v, b_h), grad_output),
-        (dense, (w_x, b_x, w_h, b_h), grad_output),
-        (lambda: (u * m) @ v.t(), (u, m, v), grad_weight),
-    )
+    def seconds(forward: Callable[[Tensor], Tensor], x: Tensor, grad_output: Tensor) -> float:
+        before = time.perf_counter()
+        output = forward(x)
+        if sizes.training:
+            torch.autograd.grad(output, (w_x, b_x, b_h, *matrix.parameters()), grad_output)
+        return time.perf_counter() - before
+
+    turns = []
+    for steps in (SHORT, LONG):
+        x, grad_output = draw(steps, sizes.batch, FEATURES).detach(), draw(steps, sizes.batch, hidden).detach()
+        turns += [(loop, x, grad_output), (dense, x, grad_output)]
     best, begin = [math.inf] * len(turns), time.perf_counter()
     with torch.set_grad_enabled(sizes.training):
         for number in range(ROUNDS + 1):
             if number > 1 and time.perf_counter() - begin > SECONDS:
                 break
-            for index, (forward, inputs, grad) in enumerate(turns):
-                before = time.perf_counter()
-                output = forward()
-                if sizes.training:
-                    torch.autograd.grad(output, inputs, grad)
-                if number:  # The first round meets cold caches.
-                    best[index] = min(best[index], time.perf_counter() - before)
-    return Times(best[0] / STEPS, best[1] / STEPS, best[2])
+            times = [seconds(*turn) for turn in turns]
+            if number:  # The first round meets cold caches.
+                best = list(map(min, best, times))
+    return Times(*best)
+
+
+def _matrix(rows: int, columns: int, rank: int, draw: Callable[..., Tensor]) -> LowRankWeight:
+    """Return a matrix whose components all survive, with values of `draw`, so that the caller's generator is kept."""
+    matrix = LowRankWeight(rows, columns, rank, raw_threshold_init=-50.0, device="meta", dtype=torch.float32)
+    matrix.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in matrix.parameters():
+            parameter.copy_(draw(*parameter.shape))
+        matrix.reset_threshold()
+    return matrix

@@ -11,7 +11,7 @@ from str_triton import LowRankGRU, LowRankLSTM
 from str_triton.nn.recurrent import execution
 from str_triton.nn.recurrent.execution import Sizes, Times, runs_dense
 
-LOOP, DENSE = Times(1.0, 2.0, 0.0), Times(2.0, 1.0, 0.0)
+LOOP, DENSE = Times(1.0, 2.0, 1.0, 2.0), Times(2.0, 1.0, 2.0, 1.0)
 
 
 @pytest.fixture
@@ -40,8 +40,10 @@ def use(monkeypatch: pytest.MonkeyPatch, *results: Times) -> list[Sizes]:
     return asked
 
 
-def test_forming_the_matrix_counts_for_short_sequences() -> None:
-    times = Times(loop=3.0, dense=1.0, forming=10.0)
+def test_preparing_the_matrix_counts_for_short_sequences() -> None:
+    """Two seconds and 3 a step, against 12 seconds and 1 a step: equal at 5 steps."""
+    short, long = execution.SHORT, execution.LONG
+    times = Times(2.0 + 3.0 * short, 12.0 + short, 2.0 + 3.0 * long, 12.0 + long)
     assert [times.prefer_dense(steps) for steps in (1, 5, 6, 100)] == [False, False, True, True]
 
 
@@ -64,7 +66,9 @@ def test_times_are_kept_for_later_processes(cache: Path, monkeypatch: pytest.Mon
     assert len(files(cache)) == 2
 
 
-@pytest.mark.parametrize("content", [b"", b"1 2 3", b"\xff\xfe", b"1.000e-03 1.000e-03 -1.00e-03", b"x" * 1000])
+@pytest.mark.parametrize(
+    "content", [b"", b"1 2 3", b"\xff\xfe", b"1.000e-03 1.000e-03 1.000e-03 -1.00e-03", b"x" * 1000]
+)
 def test_a_damaged_file_is_measured_again(content: bytes, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, LOOP, DENSE)
     assert not runs_dense("gru", 32, 4, 2, 9, training=True)
