@@ -83,6 +83,8 @@ def _main(args: list[str]) -> int:
         return import_module(PROGRAMS[name].module).main(rest)
     try:
         text = handle_file(args)
+    except BrokenPipeError:  # nobody reads the output
+        raise
     except OSError as error:
         text = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
     except ValueError as error:

@@ -31,6 +31,9 @@ class Parser(argparse.ArgumentParser):
         """Return a message of argparse in plain words, with the command that prints help."""
         return f"{in_plain_words(message)} ({self.prog.removesuffix(' [RECIPE]')} --help)"
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        (file or sys.stderr).write(message)  # argparse would swallow the error if nobody reads the help
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         args = sys.argv[1:] if args is None else list(args)
         if self._subparsers is None:
@@ -86,10 +89,24 @@ def unknown(kind: str, name: str, known: Sequence[str]) -> str:
 
 def suggestion(name: str, known: Sequence[str]) -> str:
     """Return the end of a message about a wrong name: the nearest ones, or all if none is near and they are few."""
-    near = get_close_matches(name, known, n=3, cutoff=0.6)
-    if near:
+    if near := nearest(name, known):
         return f"; did you mean {' or '.join(near)}?"
     return f"; choose {' or '.join(known)}" if len(known) < 8 else ""
+
+
+def unknown_data(spec: str, forms: Sequence[str]) -> str:
+    """Return the message for data that do not exist. ``forms`` are the known ones, such as har:PATH."""
+    near = nearest(re.split(r"[:\[]", spec)[0], [re.split(r"[:\[]", form)[0] for form in forms])
+    chosen = [form for form in forms if re.split(r"[:\[]", form)[0] in near]
+    return f"unknown data {spec!r}; " + (
+        f"did you mean {' or '.join(chosen)}?" if chosen else f"known are {', '.join(forms)}"
+    )
+
+
+def nearest(name: str, known: Sequence[str]) -> list[str]:
+    """Return at most three known names: those that are spelled much like ``name``, or else those that contain it."""
+    near = get_close_matches(name, known, n=3, cutoff=0.6)
+    return near or [other for other in known if len(name) > 2 and name in other][:3]
 
 
 def in_plain_words(message: str) -> str:

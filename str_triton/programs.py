@@ -9,20 +9,30 @@ import os
 import select
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+from str_triton.arguments import nearest
+
 
 class Program(NamedTuple):
-    """A program: the module whose ``main()`` runs it, and one line about it."""
+    """A program: the module whose ``main()`` runs it, one line about it, and the module of its recipes, if any."""
 
     module: str
     purpose: str
+    recipes: str = ""
 
 
 PROGRAMS = {
-    "train-cnn": Program("str_triton.cnn.train", "train a convolutional network to an exact sparsity or FLOP budget"),
-    "train-rnn": Program("str_triton.rnn.train", "train a recurrent network with a learned rank"),
+    "train-cnn": Program(
+        "str_triton.cnn.train",
+        "train a convolutional network to an exact sparsity or FLOP budget",
+        "str_triton.cnn.recipes",
+    ),
+    "train-rnn": Program(
+        "str_triton.rnn.train", "train a recurrent network with a learned rank", "str_triton.rnn.recipes"
+    ),
     "evaluate": Program(
         "str_triton.cnn.evaluate", "measure accuracy, budget and throughput of a convolutional network"
     ),
@@ -91,6 +101,22 @@ def trained_by(folder: str | Path) -> str | None:
     return "train-rnn" if "cell" in config else "train-cnn" if "model" in config else None
 
 
+def recipes_elsewhere(name: str, program: str) -> str | None:
+    """Return one line about a recipe ``name`` that ``program`` lacks and another program has, or None."""
+    for other in PROGRAMS:
+        near = nearest(name, recipes_of(other)) if other != program else []
+        if name in near:
+            return f"{name} is a recipe of another program: {command(other)} {name}"
+        if near:
+            return f"there is no recipe {name}; {command(other)} has {' and '.join(near)}"
+    return None
+
+
+def recipes_of(name: str) -> list[str]:
+    """Return the names of a program's recipes."""
+    return list(import_module(PROGRAMS[name].recipes).RECIPES) if PROGRAMS[name].recipes else []
+
+
 def require_extra(extra: str, what: str) -> None:
     """End the process with one line unless the packages of an extra can be imported. ``what`` needs them."""
     missing = [name for name in EXTRAS[extra] if importlib.util.find_spec(name) is None]
@@ -116,8 +142,12 @@ def leave(message: str) -> NoReturn:
 def run_until_output_closes(program: Callable[[], int]) -> int:
     """Return the exit code of ``program``. If the reader of its output has gone (``| head``), end without a message."""
     try:
-        code = program()
-        sys.stdout.flush()
+        try:
+            code = program()
+        except SystemExit as leaving:  # the parser has printed its help, or a fault its message
+            code = leaving.code if isinstance(leaving.code, int) else 0
+        if sys.stdout is not None:  # as in a process that was started without standard output
+            sys.stdout.flush()
         return code
     except BrokenPipeError:
         if not output_is_closed():

@@ -65,8 +65,11 @@ LATE = {
 }
 # The ground floor: every room may import it, but the device code, which imports triton and nothing else.
 GROUND = {"str_triton.files", "str_triton.machine", "str_triton.programs", "str_triton.arguments"}
-# The one file that starts programs, by the names in the table of str_triton/programs.py and not by an import.
-FRONT = Path("str_triton/__main__.py")
+# The files that import the programs or their recipes by the names in the table of str_triton/programs.py.
+BY_TABLE = {
+    Path("str_triton/__main__.py"): "PROGRAMS[name].module",
+    Path("str_triton/programs.py"): "PROGRAMS[name].recipes",
+}
 # What these rooms take from those in PUBLIC are their public names.
 USERS = {"str_triton.cnn", "str_triton.rnn", "str_triton.integrations"}
 PUBLIC = {"str_triton": str_triton.__all__, "str_triton.deploy": deploy.__all__}
@@ -114,8 +117,8 @@ def imports(source: str, path: Path) -> Iterator[Import]:
                     submodule = f"{base}.{alias.name}"
                     is_own = base.split(".")[0] == "str_triton" and is_module(submodule)
                     yield Import(node.lineno, submodule if is_own else base, None if is_own else alias.name, late)
-            case ast.Call(func=ast.Name(id="import_module"), args=[name]) if path == FRONT:
-                assert ast.unparse(name) == "PROGRAMS[name].module"  # no import: a name in the table of programs
+            case ast.Call(func=ast.Name(id="import_module"), args=[name]) if path in BY_TABLE:
+                assert ast.unparse(name) == BY_TABLE[path]
             case ast.Call(
                 func=ast.Name(id="__import__" | "import_module") | ast.Attribute(attr="import_module"), args=[first, *_]
             ):

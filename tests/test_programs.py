@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from str_triton import __main__, programs
-from str_triton.programs import command, output_is_closed, trained_by
+from str_triton.programs import command, output_is_closed, recipes_elsewhere, trained_by
 
 ROOT = Path(__file__).parents[1]
 
@@ -95,6 +96,47 @@ sys.exit(run_program(program))
         process.stdin.close()
         assert process.stderr.read() == b""
         assert process.wait(60) == 141
+
+
+@pytest.mark.parametrize("words", [["--help"], ["pack", "--help"], ["train-cnn", "--help"]], ids=" ".join)
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_help_that_nobody_reads_ends_quietly(words: list[str], unbuffered: str):
+    """The reader has closed its end before the program writes."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = subprocess.run(
+        [sys.executable, "-m", "str_triton", *words],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        timeout=60,
+    )
+    os.close(writer)
+    assert (process.returncode, process.stderr) == (141, b"")
+
+
+def test_help_without_standard_output_ends_quietly():
+    process = subprocess.run(
+        ["sh", "-c", '"$0" -m str_triton --help >&-', sys.executable], cwd=ROOT, stderr=subprocess.PIPE, timeout=60
+    )
+    assert (process.returncode, process.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize(
+    ("name", "program", "line"),
+    [
+        ("cifar10", "train-rnn", "python cnn/train.py cifar10"),
+        ("har6-gru", "train-cnn", "python rnn/train.py har6-gru"),
+        ("har7-gru", "train-cnn", "python rnn/train.py has har6-gru"),
+        ("cifar10", "train-cnn", ""),
+        ("nothing-like-it", "train-cnn", ""),
+    ],
+)
+def test_recipes_of_another_program(monkeypatch: pytest.MonkeyPatch, name: str, program: str, line: str):
+    start(monkeypatch, "-m", "pytest", script="/s/pytest.py")
+    assert line in (recipes_elsewhere(name, program) or "")
+    assert bool(line) == (recipes_elsewhere(name, program) is not None)
 
 
 def test_output_that_is_no_pipe_is_open(monkeypatch: pytest.MonkeyPatch):

@@ -1,12 +1,13 @@
 """Reading of a data set by its name."""
 
+from str_triton.arguments import unknown_data
 from str_triton.cnn.data.common import Data, OnCorrupt
 from str_triton.cnn.data.digits import load_digits
 from str_triton.cnn.data.folder import load_folder
 from str_triton.cnn.data.hub import load_hub
 from str_triton.cnn.data.idx import SETS, load_idx
 
-KNOWN = "digits, mnist, fashion-mnist, kmnist, emnist[:SPLIT], imagefolder:DIR, hub:NAME"
+KNOWN = ("digits", "mnist", "fashion-mnist", "kmnist", "emnist[:SPLIT]", "imagefolder:DIR", "hub:NAME")
 
 
 def load(spec: str, data_dir: str | None = None, on_corrupt: OnCorrupt = None, image_size: int | None = None) -> Data:
@@ -37,4 +38,4 @@ def load(spec: str, data_dir: str | None = None, on_corrupt: OnCorrupt = None, i
         return load_folder(place, on_corrupt, image_size)
     if kind == "hub" and place:
         return load_hub(place, on_corrupt, image_size)
-    raise ValueError(f"unknown data set {spec!r}; known are {KNOWN}")
+    raise ValueError(unknown_data(spec, KNOWN))

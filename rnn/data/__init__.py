@@ -7,13 +7,20 @@ from typing import Any
 
 import torch
 
+from str_triton.arguments import unknown_data
 from str_triton.rnn.data.common import Data, Examples, Merged, Text, with_validation
 
 __all__ = ["Data", "Examples", "Merged", "Text", "load", "with_validation"]
 
 KNOWN = (
-    "japanese-vowels, speech-commands:DIR, hub:NAME, hub:NAME:COLUMN (text), spoken:WORD,WORD,..., har:PATH, "
-    "text, text:FILE"
+    "japanese-vowels",
+    "speech-commands:DIR",
+    "hub:NAME",
+    "hub:NAME:COLUMN (text)",
+    "spoken:WORD,WORD,...",
+    "har:PATH",
+    "text",
+    "text:FILE",
 )
 WITHOUT_ARGUMENT = ("japanese-vowels", "text")
 WITH_ARGUMENT = ("speech-commands", "hub", "spoken", "har", "text")
@@ -51,7 +58,7 @@ def load(
     """
     kind, _, place = spec.partition(":")
     if spec not in WITHOUT_ARGUMENT and not (kind in WITH_ARGUMENT and place):
-        raise ValueError(f"unknown data {spec!r}; known are {KNOWN}")
+        raise ValueError(unknown_data(spec, KNOWN))
     is_text = kind == "text" or (kind == "hub" and ":" in place)
     _check(spec, kind, is_text, task, words, classes, noise)
     audio: dict[str, Any] = {"seed": seed, "noise": noise, "device": device, "cache_dir": cache_dir}

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Generic
 
-from str_triton.arguments import unknown
-from str_triton.programs import command, trained_by
+from str_triton.arguments import nearest, unknown
+from str_triton.programs import command, recipes_elsewhere, trained_by
 from str_triton.training.config import RESUME_MAY_CHANGE, ConfigT, from_plain
 from str_triton.training.errors import UserError, one_line
 from str_triton.training.options import options_parser
@@ -93,8 +93,13 @@ class CommandLine(Generic[ConfigT]):
         if not args or args[0].startswith("-"):
             return None, list(args)
         if args[0] not in self.recipes:
-            raise UserError(f"{unknown('recipe', args[0], list(self.recipes))} ({self.command} --help)")
+            raise UserError(self._unknown_recipe(args[0]))
         return args[0], list(args[1:])
+
+    def _unknown_recipe(self, name: str) -> str:
+        """Return one line about a recipe that this program does not have."""
+        elsewhere = None if nearest(name, list(self.recipes)) else recipes_elsewhere(name, self.program)
+        return f"{elsewhere or unknown('recipe', name, list(self.recipes))} ({self.command} --help)"
 
     def _parse(self, default: ConfigT, options: Sequence[str]) -> ConfigT:
         """Return ``default`` with the options that ``options`` give."""

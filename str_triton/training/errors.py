@@ -53,8 +53,6 @@ def _exit_code(program: Callable[[], None]) -> int:
     try:
         program()
         return 0
-    except SystemExit as leaving:  # the command-line parser has printed its own message
-        return leaving.code if isinstance(leaving.code, int) else 0
     except UserError as error:
         tell(f"error: {error}")
         return BAD_INPUT

@@ -174,7 +174,7 @@ def test_the_process_ends_with_the_exit_code():
         ),
         (["color.pth", "--data", "digits", "--model", "resnet-digits"], "digits has 1 colour channels, the network in"),
         (["run", "--data", "imagefolder:empty"], "empty"),
-        (["run", "--data", "cifar"], "unknown data set 'cifar'"),
+        (["run", "--data", "cifar"], "'cifar'"),
         (["run", "--data-dir", "there"], "--data-dir there"),
         (["run", "--batch-size", "0"], "--batch-size 0"),
         (["run", "--workers", "-1"], "--workers -1"),

@@ -168,7 +168,9 @@ def test_a_language_model_is_measured_in_bits_per_character(tmp_path: Path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["vowels"], "there is no recipe vowels; choose japanese-vowels-gru"),
+        (["vowels"], "there is no recipe vowels; did you mean japanese-vowels-gru?"),
+        (["cifar10"], "python cnn/train.py cifar10"),
+        (["resnet50"], "python cnn/train.py has resnet50-"),
         (["--target-rank", "1000"], "216"),
         (["--method", "fixed", "--target-rank", "1000"], "216"),
         (["--target-rank", "3"], "4"),
@@ -187,7 +189,7 @@ def test_a_language_model_is_measured_in_bits_per_character(tmp_path: Path):
         (["--dropout", "1"], "--dropout 1"),
         (["--noise", "-1"], "--noise -1"),
         (["--hidden-size", "0"], "--hidden-size 0"),
-        (["--data", "japanese"], "unknown data 'japanese'"),
+        (["--data", "japanese"], "did you mean japanese-vowels?"),
         (["--data", "har:nowhere"], "nowhere"),
         (["har2-fastgrnn"], "har:DIR: no such folder"),
         (["google12-fastgrnn"], "speech-commands:DIR: no such folder"),
