@@ -2,13 +2,14 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from str_triton.deploy.sparse.graph.nodes import Graph
+from str_triton.deploy.sparse.graph.nodes import Graph, State
 from str_triton.deploy.sparse.graph.pools import AvgPool, Mean
 from str_triton.deploy.sparse.graph.quantized import QuantizedConvolution, QuantizedLinear, QuantizedMean
 from str_triton.deploy.sparse.graph.signature import Signature
@@ -179,6 +180,52 @@ def takes_more(model: nn.Module, graph: Graph, signature: Signature, args: tuple
                 return True
             buffers.restore()
     return False
+
+
+def with_sizes_of_zero(
+    model: nn.Module, graph: Graph, signature: Signature, args: tuple, kwargs: dict[str, Any]
+) -> Signature:
+    """Return a signature that takes empty tensors where, and only where, the graph gives what the model gives.
+
+    torch.export does not tell: it refuses empty tensors for which an operation has an assertion, and takes those for
+    which the model has a branch of its own. Each open size is set to zero, with the example's other sizes and larger
+    ones.
+    """
+    given = pytree.tree_leaves((args, kwargs))
+    tensors = ((leaf.sizes, value.shape) for leaf, value in zip(signature.leaves, given, strict=True) if leaf.sizes)
+    olds = {size: n for sizes, shape in tensors for size, n in zip(sizes, shape, strict=True) if isinstance(size, str)}
+    states = {node.name: node.label for node in graph.nodes if isinstance(node, State) and node.name in graph.changes}
+    places = [node.name for node in graph.inputs()]
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        inputs = signature.only_tensors(signature.flatten(args, kwargs))
+        outputs, changes = graph.run(inputs)
+        for name in changes.keys() - states.keys():
+            inputs[places.index(name)].copy_(changes[name])
+        return pytree.tree_unflatten(outputs, signature.returns), [changes[name] for name in states]
+
+    for name, old in olds.items():
+        wider = signature.with_zero(name)
+        larger = ({other: (n, n + 1)} for other, n in olds.items() if other != name)
+        calls = [resized(args, kwargs, {name: (old, 0)} | sizes, signature.leaves) for sizes in ({}, *larger)]
+        fitting = [call for call in calls if wider.fits(pytree.tree_leaves(call))]
+        watched = _Watched(model, list(states.values()))
+        if fitting and all(difference(watched, run, [call]) is None for call in fitting):
+            signature = wider
+        elif wider.guards == signature.guards:  # Otherwise a condition excludes zero already.
+            signature = replace(signature, guards=[*signature.guards, f"{name} != 0"])
+    return signature
+
+
+class _Watched(nn.Module):
+    """A model that also returns the buffers that its calls change."""
+
+    def __init__(self, model: nn.Module, names: list[str]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs), [self.model.get_buffer(name) for name in self.names]
 
 
 def _takes(model: Callable, args: tuple, kwargs: dict[str, Any]) -> bool:

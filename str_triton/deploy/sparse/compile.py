@@ -12,7 +12,14 @@ from torch.nn.utils.rnn import PackedSequence
 
 from str_triton.deploy.plain_state import unwrapped
 from str_triton.deploy.sparse import file
-from str_triton.deploy.sparse.agree import clone, difference, integer_difference, resized, takes_more
+from str_triton.deploy.sparse.agree import (
+    clone,
+    difference,
+    integer_difference,
+    resized,
+    takes_more,
+    with_sizes_of_zero,
+)
 from str_triton.deploy.sparse.choose import choose
 from str_triton.deploy.sparse.fallback import ModulewiseModel, layer_graph, layer_inputs, left_to_torch
 from str_triton.deploy.sparse.graph.export import Exported, NotExported, exports
@@ -194,8 +201,9 @@ def _lowered(exported: Exported, model: nn.Module, args: tuple, kwargs: dict[str
         lowered = lower(exported.program)
     inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     graph = fuse(lowered.graph)
-    source = None if exported.is_open and not takes_more(model, graph, exported.signature, args, kwargs) else model
-    return _tuned(graph, exported.signature, inputs, lowered.left, tune, source)
+    signature = with_sizes_of_zero(model, graph, exported.signature, args, kwargs)
+    is_open = signature.holds_for_usual_sizes() and not takes_more(model, graph, signature, args, kwargs)
+    return _tuned(graph, signature, inputs, lowered.left, tune, None if is_open else model)
 
 
 def _tuned(

@@ -24,18 +24,14 @@ class Exported:
     program: ExportedProgram
     signature: Signature
 
-    @property
-    def is_open(self) -> bool:
-        """Check whether the conditions on its sizes exclude no usual ones."""
-        return self.signature.holds_for_usual_sizes()
-
 
 def with_every_batch(
     found: Exported, args: tuple, kwargs: dict[str, Any], export: Callable[[tuple, dict[str, Any]], Exported]
 ) -> Exported:
     """Return an export without the conditions on the batch size that make no difference to the graph.
 
-    torch adds a condition wherever strides depend on whether a batch has one image. Our graphs have no strides.
+    torch adds a condition wherever strides depend on whether a batch has one image. Our graphs have no strides. Two
+    exports make no difference if for a batch of 1 they are the same operations; the one from many images is for both.
     """
     size = next((leaf.sizes[0] for leaf in found.signature.leaves if leaf.sizes), None)
     if not isinstance(size, str):
@@ -52,7 +48,7 @@ def with_every_batch(
         twin = export(*other)
     except Exception:  # torch.export fails in as many ways as models do.
         return found
-    if twin.signature.leaves != found.signature.leaves or not _same(found.program, twin.program):
+    if twin.signature.leaves != found.signature.leaves or not _same(found.program, twin.program, size):
         return found
     few, many = (found, twin) if old == 1 else (twin, found)
     every = {count: pytree.tree_leaves(_resized(found.signature, args, kwargs, size, count)) for count in (1, *MANY)}
@@ -63,7 +59,7 @@ def with_every_batch(
         for guard in dict.fromkeys(few.signature.guards + many.signature.guards)
         if all(dataclasses.replace(found.signature, guards=[guard]).fits(leaves) for leaves in every.values())
     ]
-    return Exported(found.program, dataclasses.replace(found.signature, guards=guards))
+    return Exported(many.program, dataclasses.replace(many.signature, guards=guards))
 
 
 def _resized(signature: Signature, args: tuple, kwargs: dict[str, Any], size: str, count: int) -> Any:
@@ -77,23 +73,29 @@ def _resized(signature: Signature, args: tuple, kwargs: dict[str, Any], size: st
     return pytree.tree_unflatten(flat, structure)
 
 
-def _same(one: ExportedProgram, other: ExportedProgram) -> bool:
-    """Check that two programs are the same operations on the same constants."""
-    if _operations(one) != _operations(other) or one.constants.keys() != other.constants.keys():
+def _same(one: ExportedProgram, other: ExportedProgram, batch: str) -> bool:
+    """Check that for a batch of 1 two programs are the same operations on the same constants."""
+    if _operations(one, batch) != _operations(other, batch) or one.constants.keys() != other.constants.keys():
         return False
     pairs = ((value, other.constants[name]) for name, value in one.constants.items())
     return all(isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b) for a, b in pairs)
 
 
-def _operations(program: ExportedProgram) -> list[tuple[Any, ...]]:
-    """Return a program's operations with numbers for names, without assertions and slices that take everything.
+def _operations(program: ExportedProgram, batch: str) -> list[tuple[Any, ...]]:
+    """Return a program's operations for a batch of 1, without assertions and slices that take everything.
 
-    torch.export numbers its names as it happens, and leaves out such a slice of a dimension of size 1 alone.
+    Numbers stand for names, which torch.export numbers as it happens, and sizes for the operations that compute them:
+    where torch.export knows a size, it leaves these out, and slices of a dimension of size 1, too.
     """
     places: dict[Node, Any] = {}
     found: list[tuple[Any, ...]] = []
     for node in program.graph.nodes:
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            continue
+        if isinstance(size := node.meta.get("val"), torch.SymInt):
+            expression = size.node.expr
+            expression = expression.subs({symbol: 1 for symbol in expression.free_symbols if str(symbol) == batch})
+            places[node] = int(expression) if expression.is_Integer else str(expression)
             continue
         if node.target is torch.ops.aten.slice.Tensor and node.args[2:] in ((), (0, sys.maxsize), (None, None)):
             places[node] = places[node.args[0]]

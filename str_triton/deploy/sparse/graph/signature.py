@@ -5,7 +5,7 @@ import inspect
 import operator
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 _CONSTANTS = (bool, int, float, complex, str, bytes, torch.device)  # their text says what they are
+_USUAL = (1, 2, 3, 7, 64, 225)
 Size = int | str  # a string names a size that is the same wherever it stands
 
 
@@ -102,10 +103,22 @@ class Signature:
             return False
         return True
 
+    def named(self) -> dict[str, None]:
+        """Return the names of the open sizes in order."""
+        return {size: None for leaf in self.leaves for size in leaf.sizes or () if isinstance(size, str)}
+
     def holds_for_usual_sizes(self) -> bool:
         """Check that the guards exclude no more than empty tensors do."""
-        named = {size for leaf in self.leaves for size in leaf.sizes or () if isinstance(size, str)}
-        return all(check(dict.fromkeys(named, n)) for check in self._checks for n in (1, 2, 3, 7, 64, 225))
+        return all(check(dict.fromkeys(self.named(), n)) for check in self._checks for n in _USUAL)
+
+    def with_zero(self, name: str) -> "Signature":
+        """Return a signature in which a size of zero meets the guards that exclude it whatever the other sizes are."""
+        rest = self.named().keys() - {name}
+        guards = [
+            guard if any(check(dict.fromkeys(rest, n) | {name: 0}) for n in _USUAL) else f"{name} == 0 or ({guard})"
+            for guard, check in zip(self.guards, self._checks, strict=True)
+        ]
+        return replace(self, guards=guards)
 
     def _ordered(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Put arguments that were given by name where the example had them."""
@@ -257,7 +270,9 @@ def _evaluate(node: ast.expr, sizes: dict[str, int] | None) -> Any:
         case ast.UnaryOp(op=ast.Not(), operand=operand):
             return not _evaluate(operand, sizes)
         case ast.BoolOp(op=op, values=values):
-            found = [_evaluate(value, sizes) for value in values]
+            found = (_evaluate(value, sizes) for value in values)
+            if sizes is None:
+                return len(list(found))
             return all(found) if isinstance(op, ast.And) else any(found)
         case ast.Compare(left=left, ops=ops, comparators=others) if all(type(op) in _COMPARE for op in ops):
             found = [_evaluate(left, sizes), *(_evaluate(other, sizes) for other in others)]
