@@ -20,7 +20,7 @@ class RunConfig:
     """The options of every run. Programs add their own; every field is an option of their command line."""
 
     groups: ClassVar[Mapping[str, str]] = {
-        "run": "seed run_dir resume describe checkpoint_steps",
+        "run": "seed run_dir resume describe checkpoint_steps log_with",
         "machine": "device amp threads workers",
     }
 
@@ -35,6 +35,8 @@ class RunConfig:
     """Print the whole configuration and the published results of the recipe, without training."""
     checkpoint_steps: int = 500
     """Steps between checkpoints within an epoch; every epoch also ends with one."""
+    log_with: Literal["tensorboard", "wandb", "mlflow"] = "tensorboard"
+    """Tracker for the metrics. TensorBoard events are always written; wandb and mlflow get the same numbers."""
     workers: int = 0
     """Processes that read examples; with 0 the training process reads them. The results are the same."""
     threads: int = 0
@@ -72,7 +74,9 @@ class TrainConfig(RunConfig):
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
-RESUME_MAY_CHANGE = frozenset({"run_dir", "resume", "describe", "checkpoint_steps", "workers", "device", "accumulate"})
+RESUME_MAY_CHANGE = frozenset(
+    {"run_dir", "resume", "describe", "checkpoint_steps", "log_with", "workers", "device", "accumulate"}
+)
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:

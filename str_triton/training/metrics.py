@@ -122,11 +122,12 @@ def _line(record: Record) -> str:
 
 
 def _event(record: Record) -> Event:
-    values = [Summary.Value(tag=name, simple_value=value) for name, value in _scalars(record)]
+    values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars(record)]
     return Event(step=record["step"], summary=Summary(value=values))
 
 
-def _scalars(record: Record) -> Iterator[tuple[str, float]]:
+def scalars(record: Record) -> Iterator[tuple[str, float]]:
+    """Yield the finite numbers of a record by their names: kind/name, and name/layer for those of a nested dict."""
     for name, value in record.items():
         if isinstance(value, dict):
             for layer, values in value.items():

@@ -24,6 +24,7 @@ from str_triton.training.metrics import Metrics, Record
 from str_triton.training.progress import ProgressBar
 from str_triton.training.run_folder import CONFIG, RunFolder
 from str_triton.training.signals import StopRequest
+from str_triton.training.trackers import TRACKED, Tracker, require_tracker
 
 ENVIRONMENT = "environment.json"
 OWN = ("step", "seconds", "random")  # the entries that a run adds to a checkpoint
@@ -52,6 +53,7 @@ class Run:
         self._next_agreement = 0  # its step
         self._began = time.monotonic()
         self._metrics: Metrics | None = None
+        self._tracker: Tracker | None = None
         self._bar: ProgressBar | None = None
 
     @classmethod
@@ -63,13 +65,19 @@ class Run:
         Messages name the command ``program``. Raises `UserError` if the folder cannot be made or opened.
         """
         folder = None
+        log_with = config.get("log_with", "")
+        if accelerator.is_main_process:
+            require_tracker(log_with)
         if accelerator.is_main_process and resume:
             folder = RunFolder.reopen(run_dir)
         elif accelerator.is_main_process:
             environment = describe_environment(accelerator.device, accelerator.num_processes)
             texts = {CONFIG: config, ENVIRONMENT: environment}
             folder = RunFolder.create(run_dir, {name: json.dumps(text, indent=2) for name, text in texts.items()})
-        return cls(accelerator, folder, program)
+        run = cls(accelerator, folder, program)
+        if folder is not None and log_with in TRACKED:
+            run._tracker = Tracker(log_with, folder, config)
+        return run
 
     def restore(self, total_steps: int) -> dict[str, Any] | None:
         """Return the state in the newest undamaged checkpoint; None if the run has none yet.
@@ -122,6 +130,8 @@ class Run:
                     self._metrics.append(record)
             except ValueError as error:
                 raise self.diverged(record["step"], "a number of the metrics became NaN or infinite") from error
+        if self._tracker is not None:
+            self._tracker.append(record)
         return record
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
@@ -200,12 +210,14 @@ class Run:
         return time.monotonic() - self._began
 
     def end_training(self) -> None:
-        """Close the progress bar and the metrics. The folder stays locked until the block ends."""
+        """Close the progress bar, the metrics and the tracker. The folder stays locked until the block ends."""
         if self._bar is not None:
             self._bar.close()
         if self._metrics is not None:
             self._metrics.close()
-        self._bar = self._metrics = None
+        if self._tracker is not None:
+            self._tracker.close()
+        self._bar = self._metrics = self._tracker = None
 
     def __enter__(self) -> "Run":
         self._stop.__enter__()
