@@ -8,7 +8,8 @@ import json
 import os
 import select
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -122,6 +123,16 @@ def require_extra(extra: str, what: str) -> None:
     missing = [name for name in EXTRAS[extra] if importlib.util.find_spec(name) is None]
     if missing:
         leave(f"{what} needs the extra {extra} ({', '.join(missing)}): pip install 'str-triton[{extra}]'")
+
+
+@contextmanager
+def extra_named(extra: str, what: str) -> Iterator[None]:
+    """Name the extra in the ``ImportError`` of a block that imports its packages. ``what`` needs them."""
+    try:
+        yield
+    except ImportError as error:
+        message = f"{what} needs the package {error.name}: pip install 'str-triton[{extra}]'"
+        raise ImportError(message, name=error.name) from error
 
 
 def check_started_program() -> None:

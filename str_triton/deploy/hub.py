@@ -13,6 +13,7 @@ from str_triton.budget.rank_budget import RankBudget
 from str_triton.deploy.model_card import model_card
 from str_triton.deploy.pack import pack, unpack
 from str_triton.deploy.summary import PackedSummary
+from str_triton.programs import extra_named
 
 FILE, CARD = "model.packed.safetensors", "README.md"
 LOAD = """from str_triton import deploy
@@ -75,7 +76,8 @@ def push_to_hub(
         ImportError: huggingface_hub is not installed.
         OSError, ValueError: the hub refuses or cannot be reached; see `save_pretrained` too.
     """
-    from huggingface_hub import HfApi
+    with extra_named("hub", "push_to_hub"):
+        from huggingface_hub import HfApi
 
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
@@ -107,7 +109,8 @@ def from_pretrained(
     """
     if Path(repository).is_dir():
         return unpack(Path(repository) / FILE, factors=factors)
-    from huggingface_hub import hf_hub_download
+    with extra_named("hub", "from_pretrained"):
+        from huggingface_hub import hf_hub_download
 
     folder = None if cache_dir is None else os.fspath(cache_dir)
     path = hf_hub_download(str(repository), FILE, token=token, revision=revision, cache_dir=folder)

@@ -1,6 +1,7 @@
 """Packed models as a repository of the hub: a local folder, and what is asked of huggingface_hub."""
 
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -67,3 +68,10 @@ def test_the_hub_gets_one_commit_and_gives_the_same_weights(
     assert (created["private"], created["exist_ok"]) == (True, True)
     assert (pushed, asked) == ("me/digits", "me/digits")
     assert upload["revision"] == download_options["revision"] == "next"
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    for call in (lambda: deploy.from_pretrained("owner/name"), lambda: deploy.push_to_hub(nn.Linear(2, 2), "o/n")):
+        with pytest.raises(ImportError, match=r"huggingface_hub.*'str-triton\[hub\]'"):
+            call()

@@ -1,5 +1,6 @@
 """The ONNX export of modules: onnxruntime's outputs are torch's, factors stay factors, loops are not unrolled."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -127,3 +128,10 @@ def test_a_quantized_network_is_qdq_and_onnxruntime_computes_our_integers(tmp_pa
 def test_dynamic_axes_must_fit_the_inputs(dynamic: list) -> None:
     with pytest.raises(ValueError, match=r"\(1,\).*each of the 1 inputs"):
         deploy.export_onnx(nn.Linear(3, 4), torch.randn(2, 3), dynamic=dynamic)
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript"])
+def test_translations_name_the_missing_extra(monkeypatch: pytest.MonkeyPatch, package: str):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=rf"{package}.*'str-triton\[onnx\]'"):
+        deploy.onnx_translations()

@@ -17,6 +17,7 @@ from str_triton.deploy.onnx_export.qdq import QdqNetwork, separate_constants
 from str_triton.deploy.onnx_export.translations import onnx_translations
 from str_triton.deploy.sparse.quantize.model import QuantizedModel
 from str_triton.files import write_atomically
+from str_triton.programs import extra_named
 
 # The largest differences to PyTorch, relative to the largest output where that is above 1.
 TOLERANCE = 1e-4
@@ -74,15 +75,12 @@ def export_onnx(
     module = copy.deepcopy(module).eval()
     example = example if isinstance(example, tuple) else (example,)
     axes = _axes_of_each(dynamic, example)
-    try:
+    with extra_named("onnx", "exporting to ONNX"):
         import onnx
         import onnxruntime
 
         traced = QdqNetwork(module) if isinstance(module, QuantizedModel) else module
         proto = _exported(traced, example, name, inputs, outputs, axes)  # imports onnxscript
-    except ImportError as error:
-        message = f"exporting to ONNX needs the package {error.name}: pip install 'str-triton[onnx]'"
-        raise ImportError(message, name=error.name) from error
     onnx.helper.set_model_props(proto, dict(metadata or {}))
     onnx.checker.check_model(proto, full_check=True)
     content = proto.SerializeToString()

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from str_triton.programs import extra_named
+
 Value = Any  # a value of the ONNX graph under construction; onnxscript is imported only when a module is exported
 
 
@@ -17,10 +19,11 @@ def onnx_translations() -> dict[Callable, Callable]:
     Raises:
         ImportError: onnxscript is not installed.
     """
-    import onnx
-    from onnxscript import opset18
+    with extra_named("onnx", "exporting to ONNX"):
+        import onnx
+        from onnxscript import opset18
 
-    from str_triton.deploy.onnx_export.loops import LOOPS
+        from str_triton.deploy.onnx_export.loops import LOOPS
 
     op: Any = opset18  # values of a graph have ONNX's types, which Python's do not express
 
