@@ -127,7 +127,7 @@ def require_extra(extra: str, what: str) -> None:
 
 @contextmanager
 def extra_named(extra: str, what: str) -> Iterator[None]:
-    """Name the extra in the ``ImportError`` of a block that imports its packages. ``what`` needs them."""
+    """Add the extra to the message of an ``ImportError`` in the block. ``what`` needs the extra."""
     try:
         yield
     except ImportError as error:
