@@ -1,6 +1,7 @@
 """compile_sparse on what stands between layers in the wild, on what cannot be traced, and on bare layers."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 import torch.nn.utils.prune
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 from str_triton import deploy
 from tests.deploy.sparse_networks import prune, same
@@ -233,3 +235,46 @@ def test_bare_layers_and_pointwise_linear():
         (nn.Conv2d(4, 6, 3), (4, 8, 8)),
     ):
         same(model.eval(), deploy.compile_sparse(model, torch.randn(shape)), torch.randn(shape))
+
+
+def freed(x: Tensor) -> Tensor:
+    x.untyped_storage().resize_(0)
+    return x
+
+
+def shrunk(x: Tensor) -> Tensor:
+    part = x[:, :, 1:]
+    x.untyped_storage().resize_(40)
+    return part
+
+
+WITHOUT_MEMORY = {
+    "freed": freed,
+    "shrunk": shrunk,
+    "zeros that are not stored": lambda x: torch._efficientzerotensor(x.shape),
+    "fake": lambda x: FakeTensorMode().from_tensor(x),
+}
+
+
+@pytest.mark.parametrize("make", WITHOUT_MEMORY.values(), ids=WITHOUT_MEMORY.keys())
+def test_a_tensor_without_memory_is_refused(by_kernels, tmp_path: Path, make: Callable[[Tensor], Tensor]):
+    """Kernels, and most of torch's operations, would read address 0 or memory of others."""
+    model, x = prune(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Softmax(1))), torch.randn(2, 3, 8, 8)
+    compiled = deploy.compile_sparse(model, x)
+    compiled.save(tmp_path / "net")
+    compiled(x), compiled(x[:, :, 1:].clone())  # which have plans now
+    for network in (
+        compiled,
+        deploy.load_sparse(tmp_path / "net"),
+        lambda y: deploy.compile_sparse(model, y),
+        torch.compile(model, backend="str_sparse"),
+    ):
+        with torch.no_grad(), pytest.raises(ValueError, match="are not in memory"):
+            network(make(x.clone()))
+
+
+def test_weights_without_memory_are_refused():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    freed(model[1].weight.data)
+    with pytest.raises(ValueError, match=r"the values of 1\.weight \[2, 3\] are not in memory"):
+        deploy.compile_sparse(model, torch.randn(1, 4))

@@ -117,6 +117,16 @@ def test_views_copies_and_empty_batches():
     assert [tuple(part.shape) for part in empty] == [(0, HIDDEN), (compiled.rows, 0, HIDDEN)]
 
 
+def test_frames_and_states_without_memory_are_refused():
+    compiled = deploy.compile_step(MODELS["gru"]())
+    x, state = torch.randn(2, INPUTS), compiled.begin(2)
+    freed = torch.randn(2, INPUTS)
+    freed.untyped_storage().resize_(0)
+    for wrong in ((freed, state), (torch._efficientzerotensor(x.shape), state)):
+        with pytest.raises(ValueError, match="are not in memory"):
+            compiled.step(*wrong)
+
+
 def test_wrong_arguments():
     compiled = deploy.compile_step(MODELS["classifier"]())
     x, state, output = torch.randn(2, INPUTS), compiled.begin(2), torch.empty(2, OUTPUTS)

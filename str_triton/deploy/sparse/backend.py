@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from str_triton.deploy.sparse.compile import compile_sparse
-from str_triton.deploy.sparse.graph.signature import Unfit
-from str_triton.deploy.sparse.model import CompiledModel
+from str_triton.deploy.sparse.graph.signature import Unfit, require_memory
+from str_triton.deploy.sparse.model import CompiledModel, is_watched
 
 
 def str_sparse(
@@ -48,6 +48,10 @@ class _Frozen:
         if needs_gradients or not is_ours or not tensors or torch.is_autocast_enabled("cpu"):
             return self._graph(*args)
         state = [(id(weight), weight._version) for weight in weights]
+        if not is_watched():  # Torch's own operations would end the process.
+            for tensor in tensors:
+                if tensor.is_cpu and tensor.layout is torch.strided:
+                    require_memory(tensor)
         if self._network is None or state != self._state:
             self._network = _compiled(self._graph, self._static, args, others, self._options)
             self._state = [(id(weight), weight._version) for weight in weights]

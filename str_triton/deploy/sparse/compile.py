@@ -27,7 +27,7 @@ from str_triton.deploy.sparse.graph.fuse import fuse
 from str_triton.deploy.sparse.graph.lower import lower
 from str_triton.deploy.sparse.graph.nodes import Graph
 from str_triton.deploy.sparse.graph.recurrent import exportable
-from str_triton.deploy.sparse.graph.signature import Signature, Unfit, check_tensor
+from str_triton.deploy.sparse.graph.signature import Signature, Unfit, check_tensor, require_memory
 from str_triton.deploy.sparse.model import CompiledModel, SparseModel, plain_torch
 from str_triton.deploy.sparse.quantize.model import QuantizedModel
 from str_triton.deploy.sparse.quiet import quiet
@@ -97,6 +97,9 @@ def compile_sparse(
                 f"compile_sparse takes float32 on the CPU, and {name} is {parameter.dtype} on {parameter.device}: "
                 "model.float().cpu() first"
             )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if type(tensor) in (nn.Parameter, Tensor) and tensor.is_cpu and tensor.layout is torch.strided:
+            require_memory(tensor, name)
     with torch.inference_mode(False), plain_torch():
         return _compile(model, *clone((args, kwargs)), tune)
 
@@ -127,6 +130,7 @@ def _check(args: tuple, kwargs: dict[str, Any]) -> None:
         raise TypeError(f"a compiled network takes one tensor, got {given}")
     for tensor in tensors:
         check_tensor(tensor, torch.float32 if tensor.is_floating_point() else tensor.dtype)
+        require_memory(tensor)
 
 
 def _copied(model: nn.Module) -> nn.Module:

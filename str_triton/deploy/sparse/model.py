@@ -18,7 +18,7 @@ from str_triton.deploy.sparse.executions.choice import Choice
 from str_triton.deploy.sparse.graph.nodes import Graph, Layer, State
 from str_triton.deploy.sparse.graph.pointwise import Pointwise
 from str_triton.deploy.sparse.graph.refs import Ref, references
-from str_triton.deploy.sparse.graph.signature import Signature, Unfit
+from str_triton.deploy.sparse.graph.signature import Signature, Unfit, require_memory
 from str_triton.deploy.sparse.profile import profile
 from str_triton.deploy.sparse.runtime.build import library
 from str_triton.deploy.sparse.runtime.limits import TooLarge
@@ -145,7 +145,7 @@ class SparseModel(CompiledModel):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         try:
             leaves = self.signature.flatten(args, kwargs)
-            outputs = self._as_operation(leaves) if _is_watched() else self.run(leaves)
+            outputs = self._as_operation(leaves) if is_watched() else self.run(leaves)
         except Unfit:
             if self.source is None or torch.compiler.is_compiling():
                 raise  # Dynamo breaks the graph here, and calls the network outside of it.
@@ -244,10 +244,13 @@ class SparseModel(CompiledModel):
     def _plan(self, leaves: Sequence[Any]) -> Plan:
         """Return the plan for such inputs. The caller holds the lock.
 
-        Raises ValueError where a network from a file would take memory beyond reason.
+        Raises ValueError where a network from a file would take memory beyond reason, or a tensor has no memory.
         """
         if len(self._tensors) < len(leaves):
             self.signature.check_constants(leaves)
+        for leaf in leaves:
+            if isinstance(leaf, Tensor) and leaf.is_cpu and leaf.layout is torch.strided:
+                require_memory(leaf)
         key = tuple(
             (leaf.shape, leaf.dtype, leaf.device, leaf.layout) if isinstance(leaf, Tensor) else None for leaf in leaves
         )
@@ -294,7 +297,7 @@ class SparseModel(CompiledModel):
         self._prepare()
 
 
-def _is_watched() -> bool:
+def is_watched() -> bool:
     """Check whether tensors may have no memory of their own.
 
     This is possible in torch.compile, torch.export, a dispatch mode (fake tensors, make_fx), torch.func and torch.jit.

@@ -129,7 +129,10 @@ class CompiledStep:
         if packed.room < batch:
             packed.make_room(batch)
         x, state = x.contiguous(), state.contiguous()
-        packed.step(packed.address, batch, x.data_ptr(), state.data_ptr(), following.data_ptr(), output.data_ptr())
+        addresses = x.data_ptr(), state.data_ptr(), following.data_ptr(), output.data_ptr()
+        if batch and not all(addresses):
+            raise ValueError("the values of x, state or output are not in memory: their storage is freed or none")
+        packed.step(packed.address, batch, *addresses)
 
     def _by_torch(self, x: Tensor, state: Tensor, following: Tensor, output: Tensor) -> None:
         with plain_torch():

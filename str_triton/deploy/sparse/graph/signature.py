@@ -193,10 +193,28 @@ def check_tensor(given: Any, dtype: torch.dtype) -> None:
     """Raise where an argument cannot be used as a plain tensor of this dtype."""
     if not isinstance(given, Tensor):
         raise TypeError(f"a compiled network takes a tensor here, got {type(given).__name__}")
-    if given.dtype != dtype or given.device.type != "cpu" or given.layout is not torch.strided:
+    is_strided = given.layout is torch.strided and not given.is_nested
+    if given.dtype != dtype or given.device.type != "cpu" or not is_strided:
         kind = "float32" if dtype == torch.float32 else str(dtype)
-        layout = "" if given.layout is torch.strided else f" in the layout {given.layout}"
+        layout = "" if is_strided else f" in the layout {'nested' if given.is_nested else given.layout}"
         raise ValueError(f"a compiled network takes {kind} on the CPU, got {given.dtype} on {given.device}{layout}")
+
+
+def require_memory(tensor: Tensor, name: str = "a tensor") -> None:
+    """Raise ValueError where a tensor on the CPU has values that are not in memory, so that operations read elsewhere.
+
+    A storage may be freed or shrunk. Fake tensors, wrappers, and zeros that torch does not store have none.
+    """
+    count = tensor.numel()
+    if not count:
+        return
+    if not tensor.is_contiguous():
+        count = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    held = tensor.untyped_storage().nbytes() if tensor.data_ptr() else 0
+    if held < (tensor.storage_offset() + count) * tensor.element_size():
+        raise ValueError(
+            f"the values of {name} {list(tensor.shape)} are not in memory: its storage is freed, too small or none"
+        )
 
 
 def parameter_names(forward: Callable, count: int) -> list[str]:
