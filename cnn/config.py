@@ -73,8 +73,8 @@ class Config(TrainConfig):
     sparse values (straight_through), or by that gradient in the first half of training (switched, only for str-exact
     and its default)."""
     granularity: Literal["layer", "filter", "weight", "global"] | None = None
-    """The weights that share a threshold of str-exact and str: those of a layer (the default), of a filter, each weight
-    has its own, or all weights of the network (global)."""
+    """Weights that share a threshold of str-exact and str. layer (the default): those of a layer; filter: those of a
+    filter; weight: none, each weight has its own; global: all weights of the network."""
     distribution: Literal["fixed", "flop-aware", "learned", "uniform", "erk", "global"] | None = None
     """Distribution of the zeros over the layers. str-exact: equal thresholds (fixed, the default), larger thresholds
     where a weight costs more FLOPs (flop-aware), or thresholds that the optimizer trains (learned). gmp, dnw and rigl:
@@ -101,7 +101,7 @@ class Config(TrainConfig):
     """Take all weights of --pretrained except the classifier's, for data with other classes."""
     teacher: str | None = None
     """Also learn the scores of a trained network (knowledge distillation): the folder of a run, or a file with a
-    network. Its classes and their order are those of the data."""
+    network. The network must have the data's classes, in the same order."""
     teacher_share: float | None = None
     """The share of the loss that --teacher has, 0.9 if it is not given; the labels have the rest."""
     compile: bool = False

@@ -1,4 +1,4 @@
-"""Accuracy, budget and throughput of a trained network: python cnn/evaluate.py RUN|FILE [OPTIONS]."""
+"""Measure accuracy, budget and throughput of a trained network: python cnn/evaluate.py RUN|FILE [OPTIONS]."""
 
 import json
 import sys
@@ -26,7 +26,7 @@ from str_triton.training.meter import Meter
 from str_triton.training.options import positional, read_options
 
 PROGRAM = "evaluate"
-PURPOSE = "Accuracy, budget and throughput of a trained network."
+PURPOSE = "Measure accuracy, budget and throughput of a trained network."
 TOP = 5
 ROUNDS = range(3, 20)  # the least and the largest number of batches to time the network alone with
 SECONDS = 3.0  # no further batch is timed after this time

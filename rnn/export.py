@@ -46,7 +46,8 @@ def parser() -> argparse.ArgumentParser:
 
     c = target(
         "c",
-        "C99 for microcontrollers without allocation: one call per frame; for speech, one that spots words in samples",
+        "Write C99 for microcontrollers, without allocation: a function that takes one frame per call and, for speech, "
+        "a function that spots words in samples",
         "DIR",
         "the folder for the files, whose names begin with the folder's name; made if missing",
     )

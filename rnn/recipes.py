@@ -60,7 +60,8 @@ class Config(TrainConfig):
 
     method: Literal["str-exact", "str", "fixed", "svd-finetune", "dense"] = "str-exact"
     """Method: str-exact learns ranks that meet a target exactly; str is the paper's method, without a target; fixed
-    gives every matrix the same rank from the start; svd-finetune cuts a dense network halfway; dense cuts nothing."""
+    gives every matrix the same rank from the start; svd-finetune cuts the ranks of a dense network halfway through
+    training; dense cuts nothing."""
     target_rank: int | None = None
     """Target: the sum of all matrices' ranks."""
     target_params: int | None = None

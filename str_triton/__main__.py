@@ -7,11 +7,13 @@
 import argparse
 import json
 import sys
+import textwrap
 import warnings
 from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import Any
 
 from str_triton import __version__, deploy
@@ -30,20 +32,20 @@ from str_triton.programs import (
 )
 
 PACKED = ".packed.safetensors"
+TEXT_COLUMN = 16  # the column in which the texts of the help begin
 LONGEST = 4000  # the longest metadata to print, in characters of JSON
 FILE_COMMANDS = ("pack", "unpack", "inspect")
 STARTED = {name: program.purpose for name, program in PROGRAMS.items() if front_name(name) == name}
 HELP = """
   export TARGET RUN|FILE OUT
-                write a trained network: TARGET is pack or onnx for every network, sparse for convolutional networks, c
-                for recurrent ones; which one it is, the run's folder tells
+                write a trained network. TARGET is pack, onnx, sparse (convolutional networks) or c (recurrent networks)
   pack FILE     write the weights in FILE, safetensors or a state dict of torch.save, without their zeros
   unpack FILE   write a packed file as plain tensors, bit for bit; a damaged file is refused
   inspect FILE  print the tensors of a packed file, its size and its budget
 
 options of pack, unpack and inspect; the other commands print theirs with --help:
-  --to OUT      the file to write; by default NAME.packed.safetensors or NAME.unpacked.safetensors beside
-                NAME.safetensors. unpack also writes .pt and .pth, with torch.save
+  --to OUT      the file to write; by default NAME.packed.safetensors or NAME.unpacked.safetensors beside \
+NAME.safetensors. unpack also writes .pt and .pth, with torch.save
   --values V    pack: round weights to float16 or bfloat16; float32, the default, does not round
   --plain-zeros pack: store -0.0 as 0.0; the sign of -0.0 may take a bit per zero
   --factors     unpack: keep low-rank matrices in their factors u and v
@@ -100,7 +102,14 @@ def help_text() -> str:
     """Return the help of the whole program."""
     lines = [f"  {name:13} {purpose}" for name, purpose in STARTED.items()]
     front = command("")
-    return f"usage: {front} COMMAND [options]\n\n" + "\n".join(["commands:", *lines]) + HELP.format(front=front)
+    text = f"usage: {front} COMMAND [options]\n\n" + "\n".join(["commands:", *lines]) + HELP.format(front=front)
+    return "\n".join(_wrapped(line, get_terminal_size().columns) for line in text.splitlines())
+
+
+def _wrapped(line: str, width: int) -> str:
+    """Wrap a line of the help. The text about a command or an option continues in its column."""
+    indent = " " * TEXT_COLUMN if line.startswith("  ") else ""
+    return textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def export_program(args: Sequence[str]) -> str:

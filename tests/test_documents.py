@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -30,10 +31,21 @@ def test_pictures_are_up_to_date() -> None:
 
 def test_the_reference_has_every_public_name_once() -> None:
     pages = "".join(page.read_text() for page in (ROOT / "docs" / "reference").glob("*.md"))
-    names = [f"str_triton.{name}" for name in str_triton.__all__]
-    names += [f"str_triton.deploy.{name}" for name in deploy.__all__]
+    names = [path_in_reference(module, name) for module in (str_triton, deploy) for name in module.__all__]
     names += [f"str_triton.integrations.{name}" for name in ("lightning", "transformers")]
     assert sorted(re.findall(r"^::: (\S+)$", pages, re.MULTILINE)) == sorted(names)
+
+
+def path_in_reference(module: ModuleType, name: str) -> str:
+    """Return the path that shows a public name. A function with its module's name would show the module otherwise."""
+    defined_in = getattr(getattr(module, name), "__module__", None) or ""
+    return f"{defined_in if defined_in.endswith(f'.{name}') else module.__name__}.{name}"
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=lambda page: page.stem)
+def test_python_on_the_site_is_as_narrow_as_a_page(page: Path) -> None:
+    lines = [line for code in PYTHON.findall(page.read_text()) for line in code.splitlines()]
+    assert [line for line in lines if len(line) > 82] == []
 
 
 def test_the_reference_shows_the_asterisks_of_patterns() -> None:

@@ -155,6 +155,19 @@ def test_help_names_every_command_and_option(capsys: pytest.CaptureFixture):
     assert max(map(len, text.splitlines())) <= 120
 
 
+@pytest.mark.parametrize("columns", [60, 100])
+def test_help_wraps_at_the_width_of_the_terminal(
+    columns: int, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert run("--help") == 0
+    wrapped = capsys.readouterr().out
+    assert columns - 20 < max(map(len, wrapped.splitlines())) <= columns
+    monkeypatch.setenv("COLUMNS", "1000")
+    assert run("--help") == 0
+    assert capsys.readouterr().out.split() == wrapped.split()
+
+
 def test_metadata_that_fills_pages_is_not_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     deploy.pack({"a": torch.zeros(100)}, tmp_path / "x", metadata={"graph": list(range(2000)), "run": 7})
     assert run("inspect", tmp_path / "x") == 0
