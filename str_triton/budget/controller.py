@@ -38,39 +38,42 @@ class SparsityController(OffsetController):
             optimizer.step()
             controller.step((i + 1) / steps)
 
-    Every `interval` steps the controller solves for the thresholds that the schedule will ask for at the next solve,
-    on a GPU without host synchronization, and in between it moves them there in equal steps. The survivors drift a
-    little on the way: evaluate, and write checkpoints, inside `with controller.exact()`. There, and from `finish()` or
-    `step(1.0)` on, the count is exact for every dtype and however many weights are equal: of weights that no threshold
-    tells apart the first ones survive (in the order of the model's layers and of a weight's elements), and the others
-    get the magnitude of the threshold, so that they are pruned; `exact()` puts them back on leaving.
+    Every `interval` steps the controller computes (solves for) the thresholds that the schedule will ask for at the
+    next solve. On a GPU this needs no host synchronization. Between solves the thresholds move to these values in equal
+    steps, and the number of survivors differs a little from the schedule. Evaluate and write checkpoints inside
+    `with controller.exact()`, where the count is exact. It is also exact after `finish()` or `step(1.0)`.
+
+    The count is exact for every dtype, also if many weights are equal. Of weights that no threshold can tell apart, the
+    first ones survive (in the order of the model's layers and of a weight's elements). The others get the magnitude of
+    the threshold, so that they are pruned; `exact()` restores them when it ends.
 
     Args:
         model: a sparsified model.
-        target: what to reach. Sparsity is met to within one weight, FLOPs to within one weight's FLOPs. Of a layer
-            with a share of its own round(share * weights) are zero at the end. Weights that are zero anyway stay zero.
+        target: the budget. Sparsity is met to within one weight, FLOPs to within one weight's FLOPs. If the target
+            names a layer's share, round(share * weights) of its weights are zero at the end. Weights that are zero
+            already stay zero.
         schedule: "cubic" (fast first, as in magnitude pruning), "linear" or "constant" from progress `begin` to `end`;
             before, all weights survive, and after, the target holds.
         example_input: for a target in FLOPs, as in `count`.
-        distribution: "fixed": the thresholds keep the ratios (g = "exp") that they have now, all equal after
-            `sparsify`, and need no gradients. "flop-aware": the same, after a first step that makes each threshold
+        distribution: "fixed": the thresholds keep their present ratios (g = "exp") and need no gradients. After
+            `sparsify` they are equal. "flop-aware": the same, after a first step that makes each threshold
             larger in proportion to (FLOPs per weight of example_input) ** 0.2. "learned": the optimizer moves them,
             slowly and within bounds, in the first third of training.
-        floor: share of the survivors that a layer would have if all were pruned alike, which it keeps in any case (but
-            never more than one weight per filter, and at least one weight), so that no layer is emptied. 0: no floor,
-            and none where the target names each layer's share.
+        floor: the least that a layer keeps, so that no layer is emptied, as a share of the survivors that it would have
+            if all layers were pruned alike. A layer always keeps at least one weight, and the floor asks for at most
+            one weight per filter. 0: no floor. There is also none where the target names each layer's share.
         interval: steps between solves.
-        straight_through_until: progress until which layers with the straight-through gradient keep it. After that they
+        straight_through_until: progress until which layers with the straight-through gradient keep it. Then they
             use the masked gradient: at high sparsity the steps of the pruned weights are mostly noise and would exceed
             those of the survivors (docs/methods.md). 1: they keep it throughout.
 
     Raises:
-        ValueError: a model without thresholds or with another controller, a target that excluded layers make
-            impossible or that names other layers than the thresholded ones, a target in FLOPs without example_input, or
-            arguments out of range.
+        ValueError: a model without thresholds or with another controller, a target that cannot be met because of
+            excluded layers, a target that names other layers than the thresholded ones, a target in FLOPs without
+            example_input, or arguments out of range.
 
     Warns:
-        UserWarning: more than 1 % of the weights are of kinds that `sparsify` does not cover and nobody excluded, or
+        UserWarning: more than 1 % of the weights are of kinds that `sparsify` does not cover and are not excluded, or
             more weights are zero already than the target asks for.
     """
 

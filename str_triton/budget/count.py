@@ -27,13 +27,14 @@ def count(model: nn.Module, example_input: Tensor | tuple | Mapping[str, Any]) -
     """Count what `model` costs for `example_input`, by one forward pass in eval mode.
 
     There is a row for every Parameter of two or more dimensions, in the order of `model.named_modules()`, without
-    biases, the parameters of norms and thresholds. A weight that several layers share is one row under the first one's
-    name: once for weights, at each use for FLOPs. A weight behind a threshold counts as its thresholded values.
+    biases, the parameters of norms and thresholds. A weight that several layers share has one row, under the name of
+    the first layer. Its elements count once, its FLOPs at each use. A weight with a threshold counts by its thresholded
+    values.
 
     Rows are *covered* where `sparsify` knows the kind of weight: those of convolutions (also transposed), of linear,
     bilinear, embedding and recurrent layers and of `nn.MultiheadAttention`, thresholded or left dense. Other
-    Parameters (of a layer of your own, position embeddings, the factors of a `LowRankWeight`) are not. `Budget.params`,
-    `nonzeros` and `sparsity` are those of the covered rows, `total_sparsity` that of all.
+    Parameters (of a layer of your own, position embeddings, the factors of a `LowRankWeight`) are not covered.
+    `Budget.params`, `nonzeros` and `sparsity` describe the covered rows, `total_sparsity` all rows.
 
     FLOPs are multiply-adds of these weights, covered or not, for the batch as given, times their density; one
     multiply-add is one FLOP and padding counts as input. An average pool costs its input elements (`F.avg_pool*`,

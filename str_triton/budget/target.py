@@ -39,7 +39,7 @@ class _Kinds(type):
 
 
 def require_kind(target: object, kind: type["Target"] | type["RankTarget"]) -> None:
-    """Raise TypeError for what a controller cannot meet: a bare number, or a target of the other controller."""
+    """Raise TypeError for a target that a controller cannot meet: a number, or a target of the other controller."""
     if not isinstance(target, kind):
         example = "Target(sparsity=0.9)" if kind is Target else "RankTarget(compression=4)"
         raise TypeError(f"target must be a {kind.__name__}, such as {example}, got {target!r}")

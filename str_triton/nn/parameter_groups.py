@@ -16,22 +16,22 @@ def parameter_groups(
 ) -> list[dict]:
     """Return the trainable parameters of a model in groups for a torch optimizer, each parameter once.
 
-    Raw thresholds that a controller holds and that learn nothing are left out.
+    Raw thresholds that a controller sets and the optimizer does not train are left out. Build the controller, if there
+    is one, before you call this function.
 
-    Membership follows module type, parameter identity and dimensions, never a name. Build the controller, if there is
-    one, before.
+    Module type, parameter identity and dimensions decide the group of a parameter. Names play no part.
 
     Args:
         weight_decay: for the weights, and for every parameter that is in no other group.
         threshold_weight_decay: for the raw thresholds. None: the weights' decay, as in the paper; 0 for thresholds
             that a controller holds.
         norm_weight_decay: for the parameters of normalization layers, and for vectors: biases and the like.
-        spectrum_weight_decay: for the spectra m of factored matrices. None: the weights' decay. The paper's way to a
-            low rank is decay on m and the raw thresholds, and no controller.
+        spectrum_weight_decay: for the spectra m of factored matrices. None: the weights' decay. The paper reaches a
+            low rank by decay on m and on the raw thresholds, without a controller.
 
     Returns:
         The non-empty groups {"params", "weight_decay", "name"}, in the order "weights", "thresholds", "spectra",
-        "norms". Two are named "thresholds" if a controller holds only some of them.
+        "norms". Two groups are named "thresholds" if a controller sets only some of the thresholds.
     """
     special: dict[int, tuple[str, float]] = {}
     held: set[int] = set()

@@ -1,4 +1,4 @@
-"""Model surgery: `sparsify` puts a threshold in front of every weight, `densify` leaves plain modules behind."""
+"""Model surgery: `sparsify` puts a threshold in front of every weight, `densify` makes the modules plain again."""
 
 import warnings
 from collections import defaultdict
@@ -42,34 +42,35 @@ def sparsify(
 ) -> nn.Module:
     """Put a soft threshold in front of the weights of a model, in place.
 
-    These kinds are known: convolutions and transposed convolutions, linear, bilinear and embedding layers,
-    `nn.EmbeddingBag`, recurrent layers (`nn.GRU`, `nn.LSTM`, `nn.RNN`) and their cells, the input projections of
-    `nn.MultiheadAttention`, transformers' `Conv1D`, and subclasses of all these. Other parameters of two or more
-    dimensions, such as the 3-D weights of a mixture of experts, are thresholded where `parameters` names them; biases
-    and normalization layers never. Frozen weights (requires_grad=False) stay dense unless `include` or `parameters`
-    names them.
+    The function covers these kinds of layers: convolutions and transposed convolutions, linear, bilinear and embedding
+    layers, `nn.EmbeddingBag`, recurrent layers (`nn.GRU`, `nn.LSTM`, `nn.RNN`) and their cells, the input projections
+    of `nn.MultiheadAttention`, transformers' `Conv1D`, and subclasses of all these. Other parameters of two or more
+    dimensions, such as the 3-D weights of a mixture of experts, are thresholded where `parameters` names them. Biases
+    and the parameters of normalization layers are never thresholded. Frozen weights (requires_grad=False) stay dense
+    unless `include` or `parameters` names them.
 
     Convolutions, linear layers and embeddings of torch become `STRConv2d` and the like. A module with a forward of its
     own keeps its forward and gets a parametrization (`torch.nn.utils.parametrize`): its weight is then called
-    `parametrizations.NAME.original` in `named_parameters()`, and the model is saved by its state dict, not by pickle.
-    Modules and Parameters stay the same objects, so that hooks, references and an optimizer made before still hold.
+    `parametrizations.NAME.original` in `named_parameters()`. Save such a model by its state dict; pickle refuses it.
+    Modules and Parameters stay the same objects, so that hooks, references and an optimizer made before stay valid.
     Modules that share a weight share one raw threshold.
 
     In the state dict each thresholded weight has the plain model's key and an additional first dimension of size 1, so
-    that it cannot be taken for a plain weight; `plain_state_dict` turns a state dict into the plain model's. Into a
-    sparsified model both load; a plain one leaves the thresholds as they are.
+    that it cannot be taken for a plain weight. `plain_state_dict` turns a state dict into the plain model's. A
+    sparsified model loads both kinds; a plain state dict leaves the thresholds as they are.
 
-    Code that reads a layer's `.weight` instead of calling the layer gets the dense weight, unless the reader is one of
-    torch's own modules (nn.MultiheadAttention and the like) or `parameters` names the weight; `count` warns of it.
+    Code that reads a layer's `.weight` instead of calling the layer gets the dense weight, and `count` warns of it.
+    There are two exceptions: torch's own modules (nn.MultiheadAttention and the like), and weights that `parameters`
+    names.
     Sparsify before DistributedDataParallel wraps the model.
 
     Args:
         model: any module.
-        granularity: one threshold per "layer", "filter" (dimension 0 of the weight, whatever that is: the inputs of
-            a transposed convolution, the experts of a 3-D weight) or "weight", or one "global".
+        granularity: one threshold per "layer", "filter" or "weight", or one for all layers ("global"). A filter is
+            an index of the weight's dimension 0: an input of a transposed convolution, an expert of a 3-D weight.
         g, gradient: the options of `soft_threshold`. The default g is "exp" (the paper's is "sigmoid"): a
             SparsityController multiplies all thresholds by one factor, and those of a sigmoid cannot grow beyond 1.
-        initial_threshold: in units of the weights, default 1e-4; or raw_threshold_init, the raw value itself.
+        initial_threshold: in units of the weights, default 1e-4. `raw_threshold_init` gives the raw value instead.
         include, exclude: which weights, by name patterns of the module or the parameter (`"backbone.*"`,
             `"gru.weight_ih*"`, as in fnmatch), by modules (a layer, or all those inside), or by a function of (module
             name, module). Default: all. `exclude` also takes the names of parameters that are of no known kind
@@ -81,16 +82,17 @@ def sparsify(
             its momentum do, and all others train without a threshold. The model begins as the same function. This sets
             the options above itself: g "identity", the "masked" gradient, and one fixed threshold per weight, infinite
             at zeros and 0 elsewhere, in float32. There is no target: a SparsityController refuses such a model. A
-            survivor that training brings to exactly 0.0 remains a survivor, but gets no gradient there: momentum takes
-            it on, plain SGD leaves it. (It happens to one in 150 changes of sign in bfloat16, and to none of ten
+            weight that training brings to exactly 0.0 may become nonzero again, but has no gradient at 0.0: momentum
+            moves it away, plain SGD does not. (One in 150 changes of sign in bfloat16 ends at 0.0, and none of ten
             million in float32.)
 
     Returns:
-        The model; a bare layer that becomes an STR layer as a new module.
+        The model. If `model` is itself a layer that becomes an STR layer: the new layer.
 
     Raises:
-        ValueError: nothing to sparsify, a pattern that matches nothing, a model sparsified before, weights that cannot
-            be thresholded or are shared with a module that is left out (all of them are named), or unknown options.
+        ValueError: nothing to sparsify, a pattern that matches nothing, a model that is already sparsified, weights
+            that cannot be thresholded or are shared with a module that is left out (the message names all of them), or
+            unknown options.
 
     Warns:
         UserWarning: frozen weights are left dense, or keep_zeros finds no zeros.
@@ -146,16 +148,16 @@ def densify(model: nn.Module) -> nn.Module:
     under torch.no_grad the last bits may differ where a module multiplies with a Parameter by matmul, as
     nn.MultiheadAttention does in training mode. After `model.requires_grad_(False)` they are the same there too.
 
-    Classes and the keys of the state dict are the ones before `sparsify`, and shared weights stay shared. The weights
-    are new Parameters, which an optimizer made before does not know; -0.0 becomes 0.0. A bare STR layer is returned as
-    a new module, a model without thresholds as it is.
+    Classes and the keys of the state dict are those from before `sparsify`, and shared weights stay shared. The weights
+    are new Parameters, which an optimizer made before does not know. -0.0 becomes 0.0. If `model` is itself an STR
+    layer, a new layer is returned. A model without thresholds is returned unchanged.
 
-    A model under `fully_shard` becomes a plain one that every process holds whole, and all processes call this. Where
-    memory is short, `plain_state_dict` makes the same of the state dict, on one process.
+    For a model under `fully_shard` all processes call this function, and each then holds the whole plain model. Where
+    memory is short, use `plain_state_dict`, which converts the state dict on one process.
 
     Raises:
-        ValueError: a module has got parametrizations of somebody else since `sparsify`, or its controller is inside
-            `exact()`.
+        ValueError: other code has added parametrizations to a module since `sparsify`, or the model's controller is
+            inside `exact()`.
     """
     if any(control.is_held and control.exact for control in controls(model)):
         raise ValueError("densify inside exact() would leave nothing to go on with: densify a copy.deepcopy(model)")
