@@ -23,6 +23,7 @@ from str_triton.deploy.sparse.profile import profile
 from str_triton.deploy.sparse.runtime.build import library
 from str_triton.deploy.sparse.runtime.limits import TooLarge
 from str_triton.deploy.sparse.runtime.plan import Mismatch, Plan
+from str_triton.deploy.sparse.runtime.threads import is_forked
 from str_triton.deploy.sparse.runtime.trial import dry_run, try_out
 from str_triton.deploy.sparse.text_table import text_table
 from str_triton.files import percent
@@ -71,9 +72,15 @@ class CompiledModel(nn.Module):
 
 @contextlib.contextmanager
 def plain_torch() -> Iterator[None]:
-    """Compute in float32 on the CPU without gradients, whatever autocast and torch's defaults say."""
-    dtype = torch.get_default_dtype()
+    """Compute in float32 on the CPU without gradients, whatever autocast and torch's defaults say.
+
+    In a forked child, torch uses one thread.
+    """
+    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
     with torch.no_grad(), contextlib.ExitStack() as stack:
+        if is_forked() and threads > 1:
+            torch.set_num_threads(1)
+            stack.callback(torch.set_num_threads, threads)
         if torch.is_autocast_enabled("cpu"):
             stack.enter_context(torch.autocast("cpu", enabled=False))
         if dtype is not torch.float32:
@@ -88,8 +95,8 @@ _NO_CONTEXT = contextlib.nullcontext()
 
 
 def _context() -> contextlib.AbstractContextManager:
-    """Return `plain_torch`, or only no_grad where autocast and the default dtype are as usual."""
-    is_usual = torch.get_default_dtype() is torch.float32 and not torch.is_autocast_enabled("cpu")
+    """Return `plain_torch`, or only no_grad where autocast, the default dtype and the process are as usual."""
+    is_usual = torch.get_default_dtype() is torch.float32 and not torch.is_autocast_enabled("cpu") and not is_forked()
     return torch.no_grad() if is_usual else plain_torch()
 
 

@@ -16,6 +16,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_note_fork)
 
 
+def is_forked() -> bool:
+    """Check whether this is a forked child, where OpenMP waits for its parent's threads, in torch's operations too."""
+    return _is_forked
+
+
 def thread_count() -> int:
-    """Return how many threads the kernels use: one in a forked child, where OpenMP waits for its parent's."""
+    """Return how many threads the kernels use: one in a forked child."""
     return 1 if _is_forked else torch.get_num_threads()
