@@ -51,7 +51,13 @@ static void wake_all(const uint32_t *done) {
 #endif
 }
 
-/* Returns when all threads have called it. */
+/* Returns when all threads have called it.
+
+   Memory orders: what a thread wrote before it arrived is seen by the last one to arrive (both sides of `arrived`), which
+   releases all of it, and the zero in `arrived`, with `done`; the others acquire `done`. `done` cannot change between its
+   first load and the arrival, because this thread is missing. Between `sleepers` and `done` stands the only pair of a
+   store and a load of different places, which need one order for all threads: either the last thread sees a sleeper, or
+   the sleeper's FUTEX_WAIT finds another `done`. The last one to leave is inside the team, so `b` outlives the wake-up. */
 static void wait_for_all(barrier *b, int64_t threads) {
     const uint32_t stage = __atomic_load_n(&b->done, __ATOMIC_ACQUIRE);
     if (__atomic_add_fetch(&b->arrived, 1, __ATOMIC_ACQ_REL) == threads) {
