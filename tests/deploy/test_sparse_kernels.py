@@ -255,6 +255,30 @@ def test_nan_and_infinity_reach_what_reads_them_and_nothing_else(kernels):
     assert got[0, 4, :2, :2].eq(0).all()
 
 
+@pytest.mark.parametrize("images", [1, 2])
+def test_tiles_are_shared_by_the_planes_and_images(kernels, images):
+    """The first layer writes the four phases that the second one reads. Eight tiles are two for each phase."""
+    nodes, x = chain((1, 1, 0), (3, 2, 1)), torch.randn(images, 6, 40, 44)
+    graph = Graph([Input("x", []), *nodes], [Ref(nodes[-1].name)])
+    plan = Plan(graph, try_out(graph, [x]), {node.name: Choice("sparse", 8, 8) for node in nodes}, kernels)
+    segment, number = plan.operation(nodes[0].name)
+    operation = segment.operations[number][0]
+    assert (operation.planes, operation.images) == (4, images)
+    assert (operation.tiles, operation.items) == (2 // images, 8)
+
+
+def test_rows_are_split_into_phases_up_to_their_borders(kernels):
+    """Planes of few columns, and rows that end within a vector; a pool's border is minus infinity."""
+    first, plain = chain((1, 1, 0), (3, 1, 1), channels=3)
+    pool = MaxPool("p", ["y0"], (3, 3), (2, 2), (1, 1), (1, 1))
+    strided = convolution(thinned(4, 3, 3, 3, density=1.0), 2, 1)
+    for size in itertools.product((2, 3, 9), (2, 3, 7, 14, 15, 31, 33, 64)):
+        x = torch.randn(2, 3, *size)
+        torch.testing.assert_close(run(kernels, [strided], x, CUTS[0]), expected(strided, x), rtol=1e-5, atol=1e-5)
+        pooled = F.max_pool2d(expected(first, x), 3, 2, 1)
+        torch.testing.assert_close(run(kernels, [first, plain, pool], x, CUTS[0]), pooled, rtol=1e-5, atol=1e-5)
+
+
 def test_threads_give_the_same_bits(kernels):
     nodes, x = chain((3, 1, 1), (1, 1, 0), (3, 2, 1)), torch.randn(2, 6, 29, 34)
     before = torch.get_num_threads()

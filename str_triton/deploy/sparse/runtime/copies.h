@@ -34,7 +34,35 @@
             }                                                                                                  \
     }
 #define UNCHANGED(low, high, codes, x) (x)
-DEFINE_COPY(copy, float, float, UNCHANGED)
+DEFINE_COPY(copy_any, float, float, UNCHANGED)
+
+/* Two column phases of one row: the pixels at even places to y, those at odd places to `odd`. From x on, `left` floats can
+   be read. Vectors go on for as long as that allows, and only their pixels are stored: what follows a row may be a border
+   of any value. */
+static void split_row(const float *x, int64_t left, float *y, float *odd, int64_t columns) {
+    int64_t j = 0;
+    for (; 2 * j < columns && left - 2 * j >= 2 * LANES; j += LANES) {
+        const vec a = at(x + 2 * j, 0), b = at(x + 2 * j, 1);
+        store_first(y + j, SHUFFLE(a, b, EVEN), (columns + 1) / 2 - j);
+        store_first(odd + j, SHUFFLE(a, b, ODD), columns / 2 - j);
+    }
+    for (; 2 * j < columns; j++) {
+        y[j] = x[2 * j];
+        if (2 * j + 1 < columns) odd[j] = x[2 * j + 1];
+    }
+}
+
+static void copy(const operation *op, int64_t item) {
+    if (op->tables != 2 || op->x.column != 2 || op->y.column != 1) {
+        copy_any(op, item);
+        return;
+    }
+    const int64_t channel = item % op->channels, image = item / op->channels;
+    const float *x = op->x.data + image * op->x.image + channel * op->x.channel;
+    float *y = op->y.data + image * op->y.image + channel * op->y.channel;
+    for (int64_t i = 0; i < op->rows; i++, x += op->x.row, y += op->y.row)
+        split_row(x, (op->rows - 1 - i) * op->x.row + op->columns, y, y + op->y.plane, op->columns);
+}
 
 /* GRAIN pixels of GRAIN channels at most, between a tensor [columns, channels], in which the channel's stride is 1, and an
    image of one row, which has room for whole vectors of pixels. */

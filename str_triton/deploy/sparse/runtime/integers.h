@@ -41,28 +41,17 @@ static inline void store(const byte_strip *s, uint8_t *y, int64_t index, bytes v
         memcpy(y + index * WIDE, &value, left);
 }
 
-/* To the nearest integer, ties to even: numbers are within the clamp, far below 2^22. */
-static inline ints nearest(reals v) {
-    const reals magic = (reals){0} + 12582912.0f;
-    const reals shifted = v + magic;
-    return (ints)shifted - (ints)magic;
-}
+#define MAGIC 12582912.0f /* 1.5 * 2^23: adding it rounds numbers far below 2^22 to integers, ties to even, in the lowest bits */
 
 static inline reals limited(reals v, reals low, reals high) {
+#if WIDE == 64
+    return (reals)_mm512_min_ps((__m512)high, _mm512_max_ps((__m512)low, (__m512)v));
+#elif WIDE == 32
+    return (reals)_mm256_min_ps((__m256)high, _mm256_max_ps((__m256)low, (__m256)v));
+#else
     v = (reals)(((low > v) & (ints)low) | (~(low > v) & (ints)v));
     return (reals)(((v > high) & (ints)high) | (~(v > high) & (ints)v));
-}
-
-static inline ints scaled(const operation *op, ints sum, ints residual, reals factor) {
-    const integers *codes = op->codes;
-    reals v = __builtin_convertvector(sum, reals) * factor;
-    ROUNDED(v);
-    if (op->residual.data) {
-        reals r = __builtin_convertvector(residual - codes->zero_residual, reals) * codes->residual;
-        ROUNDED(r);
-        v += r;
-    }
-    return nearest(limited(v, (reals){0} + op->low, (reals){0} + op->high)) + codes->zero_y;
+#endif
 }
 
 static inline bytes looked_up(const uint8_t *table, bytes codes) {
@@ -73,15 +62,49 @@ static inline bytes looked_up(const uint8_t *table, bytes codes) {
     return codes;
 }
 
+/* What follows the sums of a channel, in registers: a store of a byte might change what lies behind a pointer. */
+typedef struct {
+    reals low, high, factor, residual;
+    ints base, zero_residual; /* base: what the bits of MAGIC plus a code are above the code's byte */
+} scaling;
+
+/* The codes of numbers of steps from zero. */
+static inline ints codes_of(const scaling *by, reals steps) {
+    return (ints)(limited(steps, by->low, by->high) + MAGIC) - by->base;
+}
+
+static inline ints output(const scaling *by, ints sum) {
+    return codes_of(by, __builtin_convertvector(sum, reals) * by->factor);
+}
+
+static inline ints output_with(const scaling *by, ints sum, bytes residual) {
+    reals v = __builtin_convertvector(sum, reals) * by->factor;
+    ROUNDED(v);
+    reals r = __builtin_convertvector((ints)residual - by->zero_residual, reals) * by->residual;
+    ROUNDED(r);
+    return codes_of(by, v + r);
+}
+
 static inline __attribute__((always_inline)) void convolve_bytes(const operation *op, byte_strip s, const int width) {
     const integers *codes = op->codes;
+    const uint8_t *table = codes->table, fill = (uint8_t)codes->fill;
+    const int32_t *bias = (const int32_t *)op->bias;
+    const quad *taps = (const quad *)op->taps;
+    const float *factors = codes->factors;
+    const int64_t channel = op->y.channel, residual_channel = op->residual.channel;
     const bytes nothing = {0};
+    const reals magic = (reals){0} + MAGIC;
+    scaling by = {
+        (reals){0} + op->low, (reals){0} + op->high, {0}, (reals){0} + codes->residual, (ints)magic - codes->zero_y,
+        (ints){0} + codes->zero_residual};
     for (int64_t i = s.begin; i < s.end; i++) {
         ints sum[4 * WIDEST_BYTES];
-        for (int j = 0; j < 4 * width; j++) sum[j] = (ints){0} + ((const int32_t *)op->bias)[i];
-        const quad *quads = (const quad *)op->taps, *end = quads + s.first[i + 1];
-        for (const quad *t = quads + s.first[i]; t < end; t++) {
+#pragma GCC unroll 16
+        for (int j = 0; j < 4 * width; j++) sum[j] = (ints){0} + bias[i];
+        const quad *end = taps + s.first[i + 1];
+        for (const quad *t = taps + s.first[i]; t < end; t++) {
             const ints weights = (ints){0} + t->weights;
+#pragma GCC unroll 4
             for (int j = 0; j < width; j++) {
                 const bytes a = bytes_at(s.x + t->offset[0], j), b = bytes_at(s.x + t->offset[1], j);
                 const bytes c = bytes_at(s.x + t->offset[2], j), d = bytes_at(s.x + t->offset[3], j);
@@ -93,18 +116,24 @@ static inline __attribute__((always_inline)) void convolve_bytes(const operation
                 sum[4 * j + 3] = dot4(sum[4 * j + 3], high_pairs(ef, gh), weights);
             }
         }
-        const reals factor = (reals){0} + codes->factors[i];
+        by.factor = (reals){0} + factors[i];
+#pragma GCC unroll 4
         for (int j = 0; j < width; j++) {
-            bytes r = nothing;
-            if (s.residual) r = bytes_at(s.residual + i * op->residual.channel, j);
-            const bytes low = low_bytes(r, nothing), high = high_bytes(r, nothing);
-            bytes y = pack(
-                scaled(op, sum[4 * j], (ints)low_pairs(low, nothing), factor),
-                scaled(op, sum[4 * j + 1], (ints)high_pairs(low, nothing), factor),
-                scaled(op, sum[4 * j + 2], (ints)low_pairs(high, nothing), factor),
-                scaled(op, sum[4 * j + 3], (ints)high_pairs(high, nothing), factor));
-            if (codes->table) y = looked_up(codes->table, y);
-            store(&s, s.y + i * op->y.channel, j, y, (uint8_t)codes->fill);
+            bytes y;
+            if (s.residual) {
+                const bytes r = bytes_at(s.residual + i * residual_channel, j);
+                const bytes low = low_bytes(r, nothing), high = high_bytes(r, nothing);
+                y = pack(
+                    output_with(&by, sum[4 * j], low_pairs(low, nothing)),
+                    output_with(&by, sum[4 * j + 1], high_pairs(low, nothing)),
+                    output_with(&by, sum[4 * j + 2], low_pairs(high, nothing)),
+                    output_with(&by, sum[4 * j + 3], high_pairs(high, nothing)));
+            } else
+                y = pack(
+                    output(&by, sum[4 * j]), output(&by, sum[4 * j + 1]), output(&by, sum[4 * j + 2]),
+                    output(&by, sum[4 * j + 3]));
+            if (table) y = looked_up(table, y);
+            store(&s, s.y + i * channel, j, y, fill);
         }
     }
 }

@@ -27,13 +27,28 @@ typedef struct {
 /* `width` is a constant in each copy that the compiler makes of these two, so that the sums live in registers. */
 #define EACH(j) for (int j = 0; j < width; j++)
 
+/* A multiply-add can begin only when the one before on the same sum has ended, about four cycles later. Narrow strips
+   have too few sums to fill that time, so they take two taps at a time, with sums of their own. */
+#define PAIRED(width) ((width) <= WIDEST * 3 / 4)
+
 static inline __attribute__((always_inline)) void convolve(const operation *op, strip s, const int width) {
     const vec low = splat(op->low), high = splat(op->high);
     for (int64_t i = s.begin; i < s.end; i++) {
         vec sum[WIDEST];
         EACH(j) sum[j] = splat(op->bias[i]);
-        const tap *end = op->taps + s.first[i + 1];
-        for (const tap *t = op->taps + s.first[i]; t < end; t++) {
+        const tap *t = op->taps + s.first[i], *end = op->taps + s.first[i + 1];
+        if (PAIRED(width)) {
+            vec second[WIDEST];
+            EACH(j) second[j] = splat(0);
+            for (; t + 2 <= end; t += 2) {
+                const float *x = s.x + t[0].offset, *x_second = s.x + t[1].offset;
+                const vec value = splat(t[0].value), value_second = splat(t[1].value);
+                EACH(j) sum[j] += value * at(x, j);
+                EACH(j) second[j] += value_second * at(x_second, j);
+            }
+            EACH(j) sum[j] += second[j];
+        }
+        for (; t < end; t++) {
             const float *x = s.x + t->offset;
             const vec value = splat(t->value);
             EACH(j) sum[j] += value * at(x, j);

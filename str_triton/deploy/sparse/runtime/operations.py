@@ -107,8 +107,9 @@ class Operations:
         if op.kind in (LINEAR, LINEAR_BYTES):
             op.items = op.blocks * op.images
         else:
-            op.tiles = max(1, min(choice.tiles, op.length // GRAIN))
-            op.items = op.images * op.planes * op.tiles * op.blocks
+            parts = op.images * op.planes
+            op.tiles = max(1, min(-(-choice.tiles // parts), op.length // GRAIN))
+            op.items = parts * op.tiles * op.blocks
 
     def copies(
         self, value: str, source: Key | None, target: Key | None, skipped: tuple[int, int] = (0, 0), size: int = FLOAT

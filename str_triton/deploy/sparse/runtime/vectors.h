@@ -4,6 +4,10 @@
 #define STR_TRITON_VECTORS_H
 
 #include <stdint.h>
+#include <string.h>
+#ifdef __AVX__
+#include <immintrin.h>
+#endif
 
 /* Floats in a register, and how many registers a strip may take: about half to most of what the processor has. */
 #if defined(__AVX512F__) || defined(STR_TRITON_SIXTEEN_LANES)
@@ -12,12 +16,16 @@
 #define COPIES(x) x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x
 #define LOWER 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
 #define UPPER 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#define EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define ODD 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
 #elif defined(__AVX__)
 #define LANES 8
 #define WIDEST 8
 #define COPIES(x) x, x, x, x, x, x, x, x
 #define LOWER 0, 8, 1, 9, 2, 10, 3, 11
 #define UPPER 4, 12, 5, 13, 6, 14, 7, 15
+#define EVEN 0, 2, 4, 6, 8, 10, 12, 14
+#define ODD 1, 3, 5, 7, 9, 11, 13, 15
 #else
 #define LANES 4
 #ifdef __aarch64__
@@ -28,6 +36,8 @@
 #define COPIES(x) x, x, x, x
 #define LOWER 0, 4, 1, 5
 #define UPPER 2, 6, 3, 7
+#define EVEN 0, 2, 4, 6
+#define ODD 1, 3, 5, 7
 #endif
 
 typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
@@ -47,10 +57,34 @@ static inline vec choose(bits where, vec a, vec b) { return (vec)((where & (bits
 
 static inline vec at(const float *x, int64_t index) { return *(const vec *)(x + index * LANES); }
 
-/* NaN stays NaN: both comparisons are false for it. */
+/* NaN stays NaN: both comparisons are false for it, and x86's instructions return their second argument. */
 static inline vec clamp(vec v, vec low, vec high) {
+#if LANES == 16 && defined(__AVX512F__)
+    return (vec)_mm512_min_ps((__m512)high, _mm512_max_ps((__m512)low, (__m512)v));
+#elif LANES == 8
+    return (vec)_mm256_min_ps((__m256)high, _mm256_max_ps((__m256)low, (__m256)v));
+#else
     v = choose(low > v, low, v);
     return choose(v > high, high, v);
+#endif
+}
+
+/* Stores the first `count` elements, all if there are no more. */
+static inline void store_first(float *y, vec v, int64_t count) {
+    if (count >= LANES) {
+        *(vec *)y = v;
+        return;
+    }
+    float element[LANES];
+    const float *from = element;
+    *(vec *)element = v;
+#define STORE(size)                                 \
+    if (count & size) {                             \
+        memcpy(y, from, size * sizeof(float));      \
+        y += size, from += size;                    \
+    }
+    STORE(8) STORE(4) STORE(2) STORE(1)
+#undef STORE
 }
 
 /* e^v, right to two units in the last place: e^v = 2^n e^r with |r| < 0.35, and a polynomial of r. From 2^127.5 on it is
