@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from benchmarks.speed.sparse_inference import NETWORKS, random_network
 from benchmarks.timing import in_file_names, machine, write
 from str_triton import deploy
+from str_triton.deploy.sparse.graph.nodes import Convolution, Linear, Node
 from str_triton.deploy.sparse.runtime import build
 from str_triton.deploy.sparse.runtime.plan import Plan, Segment
 from str_triton.deploy.sparse.runtime.structs import CONVOLUTION, CONVOLUTION_BYTES, QUAD, TAP, Operation
@@ -88,7 +89,9 @@ def rates() -> dict[str, float]:
         source, binary = Path(folder) / "rates.c", Path(folder) / "rates.so"
         source.write_text(RATES)
         flags = ["-O3", "-march=native", "-mprefer-vector-width=512", "-shared", "-fPIC", "-w"]
-        subprocess.run(["cc", *flags, f"-I{Path(build.__file__).parent}", source, "-o", binary], check=True)
+        subprocess.run(
+            [*build._compiler(), *flags, f"-I{Path(build.__file__).parent}", source, "-o", binary], check=True
+        )
         library = ctypes.CDLL(str(binary))
     out, count = (ctypes.c_float * 16)(), 100_000
     memory = torch.zeros(2 * L2, dtype=torch.uint8)
@@ -130,6 +133,14 @@ def near(operations: list[Operation]) -> Iterator[None]:
     finally:
         for array, offset in zip(arrays, offsets, strict=True):
             array["offset"] = offset
+
+
+def window_of(node: Node) -> str:
+    """Return the kind of layer: its window's size, and whether it is depthwise."""
+    if not isinstance(node, Convolution):
+        return "pool" if not isinstance(node, Linear) else "linear"
+    rows, columns = node.weight.shape[2:]
+    return ("depthwise " if node.is_depthwise else "") + f"{rows}x{columns}"
 
 
 def stage_times(plan: Plan, x: Tensor, passes: int) -> dict[tuple[int, int], float]:
@@ -181,7 +192,7 @@ def layers(network: nn.Module, x: Tensor, rate: dict[str, float], passes: int) -
             products = taps * op.length * (4 if kind == "int8" else 1)
             read = products * (1 if kind == "int8" else 4)
             bounds = {"peak": products / rate[kind], "L1": read / rate["L1"], "L2": read / rate["L2"]}
-            row |= {"kernel": list(getattr(task.node, "kernel", [])) or list(task.node.weight.shape[2:])}
+            row |= {"window": window_of(task.node)}
             row |= {"multiply_adds": products, "read": read, "near": near_times[place], **bounds}
         rows.append(row)
     return rows

@@ -1,5 +1,7 @@
 """Tables about networks on 8-bit integers."""
 
+from typing import Any
+
 from benchmarks.tables.documents import NONE, SPARSE_EXECUTION, markdown, results, section, table
 
 
@@ -52,6 +54,33 @@ the network on integers. The AMD EPYC has AVX2 without VNNI. There the other eng
 with saturation, which ours does not: with onnxruntime's option for exact sums, `session.x64quantprecision`, its outputs
 of MobileNetV1 equal ours. It is timed without that option. Engines also round ResNet50's residual sums in their own
 way."""
+
+
+@table("kernel-limits", SPARSE_EXECUTION)
+def kernel_limits() -> str:
+    """Return the time of each kind of layer, and the parts of it that the processor's limits would take."""
+    cells = []
+    for run in results("kernel_limits_*.json"):
+        for network in run["networks"]:
+            kinds: dict[str, list[dict[str, Any]]] = {}
+            for row in network["rows"]:
+                kinds.setdefault(row.get("window", OTHER), []).append(row)
+            for kind, rows in sorted(kinds.items(), key=lambda item: (item[0] == OTHER, item[0])):
+                spent = sum(row["seconds"] for row in rows)
+                bounds = [f"{100 * sum(row[bound] for row in rows) / spent:.0f}" for bound in BOUNDS if kind != OTHER]
+                name = f"{network['network'].replace('-', ', ')} %, {network['kind']}"
+                cells.append([name, run["machine"]["processor"], kind, f"{1e3 * spent:.2f}", *(bounds or [""] * 3)])
+    header = ["network", "processor", "layers", "ms", "peak, %", "instructions, %", "second cache, %"]
+    return section("### What the kernels reach", LIMITS, markdown(header, cells))
+
+
+OTHER = "copies, means, linear"
+BOUNDS = ("peak", "near", "L2")
+LIMITS = """`benchmarks/speed/kernel_limits.py` times each layer on one thread and compares the time with three limits,
+in percent of it. "peak": its multiply-adds (with those of the padding) at the rate that the core reaches between
+registers. "instructions": the same kernel when all its inputs lie in the nearest cache, so that nothing waits for
+memory. "second cache": what its weights read, at the rate of the second cache, where the inputs of most layers lie. The
+larger of the two last is what this kind of kernel can reach at most."""
 
 
 @table("int8-accuracy", SPARSE_EXECUTION)

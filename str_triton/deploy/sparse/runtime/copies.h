@@ -36,33 +36,55 @@
 #define UNCHANGED(low, high, codes, x) (x)
 DEFINE_COPY(copy_any, float, float, UNCHANGED)
 
-/* Two column phases of one row: the pixels at even places to y, those at odd places to `odd`. From x on, `left` floats can
-   be read. Vectors go on for as long as that allows, and only their pixels are stored: what follows a row may be a border
-   of any value. */
-static void split_row(const float *x, int64_t left, float *y, float *odd, int64_t columns) {
-    int64_t j = 0;
-    for (; 2 * j < columns && left - 2 * j >= 2 * LANES; j += LANES) {
-        const vec a = at(x + 2 * j, 0), b = at(x + 2 * j, 1);
-        store_first(y + j, SHUFFLE(a, b, EVEN), (columns + 1) / 2 - j);
-        store_first(odd + j, SHUFFLE(a, b, ODD), columns / 2 - j);
+/* Copies into two column phases, row by row: the pixels at even places to y, those at odd places a plane further. Vectors
+   of 16 bytes go on for as long as the channel has pixels to read, and only their pixels are stored: what follows a row
+   may be a border of any value. */
+#define EVEN_4 0, 2, 4, 6
+#define ODD_4 1, 3, 5, 7
+#define EVEN_16 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define ODD_16 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+#define STORE_PART(size, count)             \
+    if (size < count && wanted & size) {    \
+        memcpy(y, from, size * sizeof *y);  \
+        y += size, from += size;            \
     }
-    for (; 2 * j < columns; j++) {
-        y[j] = x[2 * j];
-        if (2 * j + 1 < columns) odd[j] = x[2 * j + 1];
+#define DEFINE_SPLIT(name, type, count, any, even_places, odd_places)                                          \
+    typedef type name##_vector __attribute__((vector_size(16), aligned(1), may_alias));                        \
+    static inline void name##_store(type *y, name##_vector v, int64_t wanted) {                                \
+        if (wanted >= count) {                                                                                 \
+            *(name##_vector *)y = v;                                                                           \
+            return;                                                                                            \
+        }                                                                                                      \
+        type element[count];                                                                                   \
+        const type *from = element;                                                                            \
+        *(name##_vector *)element = v;                                                                         \
+        STORE_PART(8, count) STORE_PART(4, count) STORE_PART(2, count) STORE_PART(1, count)                    \
+    }                                                                                                          \
+    static void name(const operation *op, int64_t item) {                                                      \
+        if (op->tables != 2 || op->x.column != 2 || op->y.column != 1) {                                       \
+            any(op, item);                                                                                     \
+            return;                                                                                            \
+        }                                                                                                      \
+        const int64_t channel = item % op->channels, image = item / op->channels, plane = op->y.plane;         \
+        const int64_t columns = op->columns, step_x = op->x.row, step_y = op->y.row;                           \
+        const type *x = (const type *)op->x.data + image * op->x.image + channel * op->x.channel;              \
+        type *y = (type *)op->y.data + image * op->y.image + channel * op->y.channel;                          \
+        for (int64_t left = (op->rows - 1) * step_x + columns; left > 0; left -= step_x, x += step_x, y += step_y) { \
+            int64_t j = 0;                                                                                     \
+            for (; 2 * j < columns && left - 2 * j >= 2 * count; j += count) {                                 \
+                const name##_vector a = *(const name##_vector *)(x + 2 * j);                                   \
+                const name##_vector b = *(const name##_vector *)(x + 2 * j + count);                           \
+                name##_store(y + j, PICK(name##_vector, a, b, even_places), (columns + 1) / 2 - j);            \
+                name##_store(y + plane + j, PICK(name##_vector, a, b, odd_places), columns / 2 - j);           \
+            }                                                                                                  \
+            for (; 2 * j < columns; j++) {                                                                     \
+                y[j] = x[2 * j];                                                                               \
+                if (2 * j + 1 < columns) y[plane + j] = x[2 * j + 1];                                          \
+            }                                                                                                  \
+        }                                                                                                      \
     }
-}
-
-static void copy(const operation *op, int64_t item) {
-    if (op->tables != 2 || op->x.column != 2 || op->y.column != 1) {
-        copy_any(op, item);
-        return;
-    }
-    const int64_t channel = item % op->channels, image = item / op->channels;
-    const float *x = op->x.data + image * op->x.image + channel * op->x.channel;
-    float *y = op->y.data + image * op->y.image + channel * op->y.channel;
-    for (int64_t i = 0; i < op->rows; i++, x += op->x.row, y += op->y.row)
-        split_row(x, (op->rows - 1 - i) * op->x.row + op->columns, y, y + op->y.plane, op->columns);
-}
+typedef int32_t word __attribute__((may_alias)); /* four bytes of any type */
+DEFINE_SPLIT(copy, word, 4, copy_any, EVEN_4, ODD_4)
 
 /* GRAIN pixels of GRAIN channels at most, between a tensor [columns, channels], in which the channel's stride is 1, and an
    image of one row, which has room for whole vectors of pixels. */

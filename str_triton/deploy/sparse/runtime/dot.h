@@ -59,11 +59,6 @@ static inline bytes pack(ints a, ints b, ints c, ints d) {
         WIDE_CALL(packs_epi32)(AS_INTEGERS(a), AS_INTEGERS(b)), WIDE_CALL(packs_epi32)(AS_INTEGERS(c), AS_INTEGERS(d)));
 }
 #else
-#ifdef __clang__
-#define PICK(type, a, b, ...) __builtin_shufflevector((type)(a), (type)(b), __VA_ARGS__)
-#else
-#define PICK(type, a, b, ...) __builtin_shuffle((type)(a), (type)(b), (type){__VA_ARGS__})
-#endif
 static inline bytes low_bytes(bytes a, bytes b) { return PICK(bytes, a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23); }
 static inline bytes high_bytes(bytes a, bytes b) { return PICK(bytes, a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31); }
 static inline bytes low_pairs(bytes a, bytes b) { return (bytes)PICK(shorts, a, b, 0, 8, 1, 9, 2, 10, 3, 11); }

@@ -207,7 +207,8 @@ static inline float decode(float low, float high, integers codes, uint8_t code) 
     return (float)(code - codes.zero_x) * codes.scale;
 }
 
-DEFINE_COPY(copy_bytes, uint8_t, uint8_t, UNCHANGED)
+DEFINE_COPY(copy_any_bytes, uint8_t, uint8_t, UNCHANGED)
+DEFINE_SPLIT(copy_bytes, uint8_t, 16, copy_any_bytes, EVEN_16, ODD_16)
 DEFINE_COPY(quantize, float, uint8_t, encode)
 DEFINE_COPY(dequantize, uint8_t, float, decode)
 

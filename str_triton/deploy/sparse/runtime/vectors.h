@@ -16,16 +16,12 @@
 #define COPIES(x) x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x
 #define LOWER 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
 #define UPPER 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
-#define EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
-#define ODD 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
 #elif defined(__AVX__)
 #define LANES 8
 #define WIDEST 8
 #define COPIES(x) x, x, x, x, x, x, x, x
 #define LOWER 0, 8, 1, 9, 2, 10, 3, 11
 #define UPPER 4, 12, 5, 13, 6, 14, 7, 15
-#define EVEN 0, 2, 4, 6, 8, 10, 12, 14
-#define ODD 1, 3, 5, 7, 9, 11, 13, 15
 #else
 #define LANES 4
 #ifdef __aarch64__
@@ -36,17 +32,16 @@
 #define COPIES(x) x, x, x, x
 #define LOWER 0, 4, 1, 5
 #define UPPER 2, 6, 3, 7
-#define EVEN 0, 2, 4, 6
-#define ODD 1, 3, 5, 7
 #endif
 
 typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int32_t bits __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 
+/* The elements of two vectors at the listed places, as a vector of integers of their size. */
 #ifdef __clang__
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#define PICK(type, a, b, ...) __builtin_shufflevector((type)(a), (type)(b), __VA_ARGS__)
 #else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (bits){__VA_ARGS__})
+#define PICK(type, a, b, ...) __builtin_shuffle((type)(a), (type)(b), (type){__VA_ARGS__})
 #endif
 
 enum { NONE, HARDSWISH, HARDSIGMOID, SIGMOID, SILU, GELU, GELU_TANH, LEAKY_RELU };
@@ -67,24 +62,6 @@ static inline vec clamp(vec v, vec low, vec high) {
     v = choose(low > v, low, v);
     return choose(v > high, high, v);
 #endif
-}
-
-/* Stores the first `count` elements, all if there are no more. */
-static inline void store_first(float *y, vec v, int64_t count) {
-    if (count >= LANES) {
-        *(vec *)y = v;
-        return;
-    }
-    float element[LANES];
-    const float *from = element;
-    *(vec *)element = v;
-#define STORE(size)                                 \
-    if (count & size) {                             \
-        memcpy(y, from, size * sizeof(float));      \
-        y += size, from += size;                    \
-    }
-    STORE(8) STORE(4) STORE(2) STORE(1)
-#undef STORE
 }
 
 /* e^v, right to two units in the last place: e^v = 2^n e^r with |r| < 0.35, and a polynomial of r. From 2^127.5 on it is
@@ -140,8 +117,8 @@ static inline __attribute__((always_inline)) void transpose(vec *v) {
     for (int step = 1; step < LANES; step *= 2) {
         vec w[LANES];
         for (int i = 0; i < LANES / 2; i++) {
-            w[2 * i] = SHUFFLE(v[i], v[i + LANES / 2], LOWER);
-            w[2 * i + 1] = SHUFFLE(v[i], v[i + LANES / 2], UPPER);
+            w[2 * i] = (vec)PICK(bits, v[i], v[i + LANES / 2], LOWER);
+            w[2 * i + 1] = (vec)PICK(bits, v[i], v[i + LANES / 2], UPPER);
         }
         for (int i = 0; i < LANES; i++) v[i] = w[i];
     }
