@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from str_triton.deploy.projections import without_projections
 from str_triton.nn.recurrent import LowRankGRU, LowRankLSTM, LowRankRNN
 
 POOLINGS = ("last", "mean")
@@ -20,7 +21,7 @@ class RecurrentClassifier:
 
     Attributes:
         rnn: the compact recurrent layer, float32, on the CPU. Dense layers of torch are LowRank layers with dense
-            matrices here.
+            matrices here, and projections (proj_size) are factors of its matrices and part of `weight`.
         weight: float32 [classes, hidden_size * directions]. bias: float32 [classes].
         pooling: "last" or "mean".
     """
@@ -45,9 +46,13 @@ class RecurrentClassifier:
         if not all(bool(parameter.isfinite().all()) for parameter in module.parameters()):
             raise ValueError(f"{name} has weights that are NaN or infinite")
         dense, linear = _parts(module, name)
-        rnn = _compact(dense, name)
+        weight = linear.weight.detach()
+        if isinstance(dense, nn.LSTM) and dense.proj_size:
+            dense, projection = without_projections(dense)
+            weight = weight @ projection
+        rnn = _compact(dense)
         bias = linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
-        candidates = [cls(rnn, linear.weight.detach(), bias.detach(), pooling) for pooling in POOLINGS]
+        candidates = [cls(rnn, weight, bias.detach(), pooling) for pooling in POOLINGS]
         x = torch.randn(STEPS, BATCH, rnn.input_size, generator=torch.Generator().manual_seed(0))
         scores = _called(module, x.transpose(0, 1) if rnn.batch_first else x, name)
         expected = [candidate.scores(x) for candidate in candidates]
@@ -87,11 +92,9 @@ def _parts(module: nn.Module, name: str) -> tuple[LowRankRNN | nn.RNNBase, nn.Li
         raise ValueError(
             f"{name}: {path} is an nn.{type(layer).__name__}; nn.GRU, nn.LSTM and this package's layers are known"
         )
-    if getattr(layer, "proj_size", 0):
-        raise ValueError(f"{name}: {path} has projections, which have no C: proj_size must be 0, got {layer.proj_size}")
     inside = set(layer.modules())
     others = {at: own for at, own in modules.items() if own not in inside and any(True for _ in own.parameters(False))}
-    width = layer.hidden_size * (1 + layer.bidirectional)
+    width = (getattr(layer, "proj_size", 0) or layer.hidden_size) * (1 + layer.bidirectional)
     linears = [own for own in others.values() if isinstance(own, nn.Linear) and own.in_features == width]
     if len(others) != 1 or len(linears) != 1:
         found = ", ".join(f"{at or name} ({type(own).__name__})" for at, own in others.items()) or "nothing"
@@ -99,7 +102,7 @@ def _parts(module: nn.Module, name: str) -> tuple[LowRankRNN | nn.RNNBase, nn.Li
     return layer, linears[0]
 
 
-def _compact(layer: LowRankRNN | nn.RNNBase, name: str) -> LowRankRNN:
+def _compact(layer: LowRankRNN | nn.RNNBase) -> LowRankRNN:
     if isinstance(layer, LowRankRNN):
         return layer.compact()
     return (LowRankGRU if isinstance(layer, nn.GRU) else LowRankLSTM).from_dense(layer, factorize="none")

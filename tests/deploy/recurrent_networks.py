@@ -1,6 +1,7 @@
 """Recurrent classifiers with random weights, as a user would write them, for the tests of the exports."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,12 @@ def made(
         model.rnn = rnn.compact()
     mean, std = (torch.randn(INPUTS), torch.rand(INPUTS) + 0.5) if standardised else (None, None)
     return Case(model.eval(), mean, std)
+
+
+def projected(pooling: str = "last", **options: Any) -> Case:
+    """Make a classifier of an nn.LSTM whose states are projected to HIDDEN numbers."""
+    torch.manual_seed(0)
+    return Case(Classifier(nn.LSTM(INPUTS, 2 * HIDDEN, proj_size=HIDDEN, **options), pooling).eval(), None, None)
 
 
 CASES = {

@@ -3,6 +3,7 @@
 import copy
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from str_triton.deploy.c_export import Sizes
 from str_triton.deploy.c_export.stored import StoredMatrix, StoredVector, quantize
 from str_triton.deploy.recurrent_classifier import RecurrentClassifier
 from tests.deploy.c_program import COMPILER, SANITIZE, compiled, scores
-from tests.deploy.recurrent_networks import CASES, HIDDEN, INPUTS, OUTPUTS, Case, Classifier
+from tests.deploy.recurrent_networks import CASES, HIDDEN, INPUTS, OUTPUTS, Case, Classifier, projected
 from tests.nn.recurrent.test_streaming import cut
 
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C compiler")
@@ -94,6 +95,17 @@ def test_the_program_gives_torchs_scores(case: str, weights: str, tmp_path: Path
 
 
 @needs_compiler
+@pytest.mark.parametrize(("weights", "bound"), [("float32", 1e-5), ("int8", 0.05)])
+@pytest.mark.parametrize("options", [{"num_layers": 2}, {"bidirectional": True, "pooling": "mean"}], ids=str)
+def test_an_lstm_with_projections(options: dict[str, Any], weights: str, bound: float, tmp_path: Path) -> None:
+    run, frames = projected(**options), sequences(1, 29, 100)
+    exported(run, tmp_path, weights)
+    logits, _, _ = scores(compiled(tmp_path, *SANITIZE), frames, OUTPUTS)
+    np.testing.assert_allclose(logits, torch_scores(run, run.model, frames), rtol=0, atol=bound)
+    assert type(run.model.rnn) is nn.LSTM
+
+
+@needs_compiler
 def test_a_sequence_of_ten_thousand_frames_loses_nothing(tmp_path: Path) -> None:
     run, frames = CASES["lstm low-rank, mean"], sequences(10_000)
     exported(run, tmp_path)
@@ -163,7 +175,6 @@ def not_finite() -> nn.Module:
         (nn.Linear(3, 4), "Linear has 0 recurrent layers"),
         (nn.GRU(3, 4), "GRU has nothing beside"),
         (Classifier(nn.RNN(INPUTS, HIDDEN)), "rnn is an nn.RNN"),
-        (Classifier(nn.LSTM(INPUTS, 2 * HIDDEN, proj_size=HIDDEN)), "proj_size must be 0, got 12"),
         (WithNorm(nn.GRU(INPUTS, HIDDEN)), r"norm \(LayerNorm\)"),
         (Other(nn.GRU(INPUTS, HIDDEN)), "Other's scores are neither"),
     ],

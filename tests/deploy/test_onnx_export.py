@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,6 +59,38 @@ def test_thresholds_and_dense_layers_are_exported() -> None:
     )
     file = deploy.export_onnx(module, torch.randn(2, 7, INPUTS), dynamic=())
     assert "LSTM" in [node.op_type for node in onnx.load_from_string(file.content).graph.node]
+
+
+class WithStates(nn.Module):
+    """An LSTM with projections that gets its initial states."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(INPUTS, 2 * HIDDEN, proj_size=HIDDEN, **options)
+
+    def forward(self, x: torch.Tensor, h: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        outputs, (h, c) = self.rnn(x, (h, c))
+        return outputs, h, c
+
+
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}, {"bias": False}], ids=str)
+def test_an_lstm_with_projections_is_exported(options: dict[str, Any]) -> None:
+    """`export_onnx` compares outputs and states with torch's, for other batch sizes and lengths too."""
+    module = WithStates(**options)
+    count = len([name for name in module.state_dict() if "weight_hr" in name])
+    states = torch.randn(count, 2, HIDDEN), torch.randn(count, 2, 2 * HIDDEN)
+    file = deploy.export_onnx(module, (torch.randn(7, 2, INPUTS), *states), dynamic=((1, 0), (1,), (1,)))
+    assert file.difference < 1e-5
+    assert type(module.rnn) is nn.LSTM
+    assert deploy.export_onnx(module.rnn, torch.randn(7, 2, INPUTS), dynamic=(1, 0)).difference < 1e-5
+
+
+def test_a_file_that_does_not_run_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's exporter leaves the projections out of ONNX's LSTM, which has none."""
+    monkeypatch.setattr("str_triton.deploy.onnx_export.export.replace_projections", lambda module: module)
+    with pytest.raises(ValueError, match=r"LSTM: .*does not run: ") as caught:
+        deploy.export_onnx(nn.LSTM(INPUTS, 2 * HIDDEN, proj_size=HIDDEN), torch.randn(7, 2, INPUTS), dynamic=(1,))
+    assert "\n" not in str(caught.value)
 
 
 def test_int8_recurrent_weights_are_exported_with_their_values() -> None:

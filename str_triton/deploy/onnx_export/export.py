@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from str_triton.deploy.onnx_export.qdq import QdqNetwork, separate_constants
 from str_triton.deploy.onnx_export.translations import onnx_translations
+from str_triton.deploy.projections import replace_projections
 from str_triton.deploy.sparse.quantize.model import QuantizedModel
 from str_triton.files import write_atomically
 from str_triton.programs import extra_named
@@ -79,15 +80,19 @@ def export_onnx(
         import onnx
         import onnxruntime
 
-        traced = QdqNetwork(module) if isinstance(module, QuantizedModel) else module
+        traced = (
+            QdqNetwork(module) if isinstance(module, QuantizedModel) else replace_projections(copy.deepcopy(module))
+        )
         proto = _exported(traced, example, name, inputs, outputs, axes)  # imports onnxscript
     onnx.helper.set_model_props(proto, dict(metadata or {}))
-    onnx.checker.check_model(proto, full_check=True)
+    with _as_value_error(name):
+        onnx.checker.check_model(proto, full_check=True)
     content = proto.SerializeToString()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.add_session_config_entry("session.x64quantprecision", "1")  # Else sums of int8 products saturate on AVX2.
-    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    with _as_value_error(name):
+        session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     difference = max(_difference(module, session, _resized(example, axes, size)) for size in OTHER_SIZES)
     # Two roundings of one network in float32 differ by about the sum of their errors.
     most = FLIPS + 2 * module.report.error if isinstance(module, QuantizedModel) else TOLERANCE
@@ -149,6 +154,16 @@ def _exported(
 
 
 @contextmanager
+def _as_value_error(name: str) -> Iterator[None]:
+    """Turn the errors of onnx and onnxruntime, which have no common base, into ``ValueError``."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{name}: the exported file does not run: {reason}") from error
+
+
+@contextmanager
 def _quiet() -> Iterator[None]:
     """Silence the exporter's hints at torchvision and its deprecation warnings."""
     logger = logging.getLogger("torch.onnx")
@@ -181,7 +196,8 @@ def _resized(example: tuple[Tensor, ...], dynamic: list[Axes], size: int) -> tup
 def _difference(module: nn.Module, session: Any, inputs: tuple[Tensor, ...]) -> float:
     expected = list(_tensors(module(*inputs)))
     names = [value.name for value in session.get_inputs()]
-    given = session.run(None, {name: x.cpu().numpy() for name, x in zip(names, inputs, strict=True)})
+    with _as_value_error(type(module).__name__):
+        given = session.run(None, {name: x.cpu().numpy() for name, x in zip(names, inputs, strict=True)})
     differences = [
         float((torch.from_numpy(own) - wanted.cpu()).abs().max() / wanted.abs().max().clamp(min=1).cpu())
         for own, wanted in zip(given, expected, strict=True)
