@@ -23,7 +23,7 @@ def test_kernels_in_the_interpreter() -> None:
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
     )
     output = result.stdout + result.stderr
     assert result.returncode == 0, output
