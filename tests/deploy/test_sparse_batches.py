@@ -173,3 +173,17 @@ def test_a_condition_ends_where_its_value_is_known() -> None:
     check = compile_guard("s == 0 or 6 // s > 2")
     assert [check({"s": s}) for s in (0, 2, 3)] == [True, True, False]
     assert not compile_guard("s != 0 and 6 // s > 2")({"s": 0})
+
+
+def test_masks_that_are_combined_by_signs(by_kernels, tmp_path: Path) -> None:
+    """Attention masks of language models are: the operations are named after Python's methods."""
+
+    class Masked(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            return y.masked_fill((y > 0) & (y < 1) | (y > 2) ^ (x > 0), 0.0).rot90(1, (1, 2))
+
+    model = prune(Masked(6, 6))
+    network = loaded(model, torch.randn(2, 5, 6), tmp_path)
+    for batch in (0, 1, 3):
+        same(model, network, torch.randn(batch, 5, 6))
