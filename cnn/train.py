@@ -264,7 +264,7 @@ def target_text(config: Config) -> str:
         target = f"the sparsity of each layer in {config.budget}"
     else:
         return f"none ({config.method})"
-    return f"{target} ({config.method}{f', {config.distribution}' if config.distribution else ''})"
+    return f"{target} ({config.method}{f', distribution {config.distribution}' if config.distribution else ''})"
 
 
 def initial_model(config: Config, data: Data) -> nn.Module:

@@ -59,13 +59,13 @@ def parser() -> argparse.ArgumentParser:
         "the arithmetic is float (default: float32)",
     )
     c.set_defaults(export=export_c)
-    onnx = target("onnx", "ONNX, checked with onnxruntime against torch", "FILE", "the .onnx file")
+    onnx = target("onnx", "ONNX, checked with onnxruntime against torch", "OUT", "the .onnx file")
     length = onnx.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help=f"the length of the input sequences (default: {STEPS})")
     length.add_argument("--streaming", action="store_true", help="a single step, with the state as input and output")
     onnx.set_defaults(export=export_onnx)
     pack = target(
-        "pack", "A packed file with a checksum, and a model card (.md) next to it", "FILE", "the .safetensors file"
+        "pack", "A packed file with a checksum, and a model card (.md) next to it", "OUT", "the .safetensors file"
     )
     pack.add_argument(
         "--values", choices=VALUES, default="float32", help="the type that matrices are rounded to (default: float32)"
