@@ -34,6 +34,7 @@ from benchmarks.speed.sparse_inference import NETWORKS, random_network
 from benchmarks.timing import in_file_names, machine, write
 from str_triton import deploy
 from str_triton.deploy.sparse.graph.nodes import Convolution, Linear, Node
+from str_triton.deploy.sparse.profile import Step, label, step_times
 from str_triton.deploy.sparse.runtime import build
 from str_triton.deploy.sparse.runtime.plan import Plan, Segment
 from str_triton.deploy.sparse.runtime.structs import CONVOLUTION, CONVOLUTION_BYTES, QUAD, TAP, Operation
@@ -99,8 +100,8 @@ def rates() -> dict[str, float]:
 
     def reading(size: int) -> float:
         again = 2**24 // size
-        call = lambda: library.read(ctypes.c_void_p(begin), ctypes.c_int64(size), ctypes.c_int64(again), out)  # noqa: E731
-        return size * again / seconds(call)
+        numbers = ctypes.c_void_p(begin), ctypes.c_int64(size), ctypes.c_int64(again)
+        return size * again / seconds(lambda: library.read(*numbers, out))
 
     number = ctypes.c_int64(count)
     return {
@@ -143,25 +144,12 @@ def window_of(node: Node) -> str:
     return ("depthwise " if node.is_depthwise else "") + f"{rows}x{columns}"
 
 
-def stage_times(plan: Plan, x: Tensor, passes: int) -> dict[tuple[int, int], float]:
-    """Return the seconds of each stage, by segment and number: minima over passes through the network."""
-    run, best = plan.library.str_triton_run, dict[tuple[int, int], float]()
-    for _ in range(passes):
-        values: dict[str, Any] = dict(plan.fixed)
-        for index, segment in enumerate(plan.segments):
-            if not isinstance(segment, Segment):
-                is_input = index == 0
-                values[segment.name] = x if is_input else plan.value(segment, values)
-                continue
-            held = segment.bind(values)
-            for number, stage in enumerate(segment.stages):
-                address = ctypes.addressof(stage)
-                begin = time.perf_counter()
-                run(address, 1, 1)
-                spent = time.perf_counter() - begin
-                best[index, number] = min(best.get((index, number), math.inf), spent)
-            del held
-    return best
+def convolution_of(plan: Plan, step: Step) -> Operation | None:
+    """Return the operation of a step, if the kernels run a convolution there."""
+    index, number = step.place
+    segment = plan.segments[index]
+    operation = segment.operations[number][0] if isinstance(segment, Segment) else None
+    return operation if operation is not None and operation.kind in (CONVOLUTION, CONVOLUTION_BYTES) else None
 
 
 def layers(network: nn.Module, x: Tensor, rate: dict[str, float], passes: int) -> list[dict[str, Any]]:
@@ -169,31 +157,21 @@ def layers(network: nn.Module, x: Tensor, rate: dict[str, float], passes: int) -
     with torch.inference_mode():
         network(x)
         plan = network._plan([x])
-        places = {
-            (index, number): array
-            for index, segment in enumerate(plan.segments)
-            if isinstance(segment, Segment)
-            for number, array in enumerate(segment.operations)
-        }
-        convolutions = {
-            place: array[0] for place, array in places.items() if array[0].kind in (CONVOLUTION, CONVOLUTION_BYTES)
-        }
-        times = stage_times(plan, x, passes)
+        timed = step_times(plan, [x], passes)
+        convolutions = {step.place: op for step, _ in timed if (op := convolution_of(plan, step)) is not None}
         with near(list(convolutions.values())):
-            near_times = stage_times(plan, x, passes)
+            near_times = {step.place: min(times) for step, times in step_times(plan, [x], passes)}
     rows = []
-    for place, spent in times.items():
-        task = plan.segments[place[0]].tasks[place[1]]
-        row: dict[str, Any] = {"layer": getattr(task.node, "label", "") or task.node.name, "task": task.kind}
-        row["seconds"] = spent
-        if op := convolutions.get(place):
+    for step, times in timed:
+        row: dict[str, Any] = {"layer": label(step.node), "task": step.task, "seconds": min(times)}
+        if op := convolutions.get(step.place):
             kind = "int8" if op.kind == CONVOLUTION_BYTES else "float32"
             taps = len(taps_of(op)) * (op.planes if op.tables == 1 else 1) * op.images
             products = taps * op.length * (4 if kind == "int8" else 1)
             read = products * (1 if kind == "int8" else 4)
             bounds = {"peak": products / rate[kind], "L1": read / rate["L1"], "L2": read / rate["L2"]}
-            row |= {"window": window_of(task.node)}
-            row |= {"multiply_adds": products, "read": read, "near": near_times[place], **bounds}
+            row |= {"window": window_of(step.node)}
+            row |= {"multiply_adds": products, "read": read, "near": near_times[step.place], **bounds}
         rows.append(row)
     return rows
 

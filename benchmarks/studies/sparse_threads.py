@@ -20,13 +20,13 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.speed.busy_neighbor import busy_neighbor
 from benchmarks.timing import write
 from str_triton import deploy
 from str_triton.deploy.sparse.executions.choice import Choice
@@ -153,17 +153,6 @@ def run(sanitizer: str, wait: str, processors: set[int], rounds: int, folder: Pa
     return {"status": result.returncode, "reports": len(reports), **counted}
 
 
-@contextlib.contextmanager
-def busy() -> Iterator[None]:
-    """Keep a processor busy beside this process."""
-    neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-    try:
-        yield
-    finally:
-        neighbour.kill()
-        neighbour.wait()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15, help="calls of each network by each of two threads")
@@ -181,7 +170,7 @@ def main() -> None:
             for wait in WAITS:
                 for place, processors in (("alone", every), ("one processor", {min(every)}), ("busy", every)):
                     name = f"{sanitizer}; {wait}; {place}"
-                    with busy() if place == "busy" else contextlib.nullcontext():
+                    with busy_neighbor() if place == "busy" else contextlib.nullcontext():
                         results[name] = run(sanitizer, wait, processors, options.rounds, Path(folder))
                     print(name, results[name], flush=True)
     write(options.name, {"runs": results})

@@ -5,6 +5,8 @@ to it is therefore the matrix W P applied to h: a matrix in two factors, as `Low
 after the last step.
 """
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -78,9 +80,14 @@ def _by_layer(states: Tensor, matrices: Tensor) -> Tensor:
 
 
 def replace_projections(module: nn.Module) -> nn.Module:
-    """Replace every nn.LSTM with projections inside a module, in place. Return the module, or what takes its place."""
+    """Return a copy of a module with a `ProjectedLSTM` for every nn.LSTM with projections; itself if it has none."""
+    has_projections = any(type(own) is nn.LSTM and own.proj_size for own in module.modules())
+    return _replaced(copy.deepcopy(module)) if has_projections else module
+
+
+def _replaced(module: nn.Module) -> nn.Module:
     if type(module) is nn.LSTM and module.proj_size:
         return ProjectedLSTM(module)
     for name, child in module.named_children():
-        setattr(module, name, replace_projections(child))
+        setattr(module, name, _replaced(child))
     return module

@@ -80,9 +80,7 @@ def export_onnx(
         import onnx
         import onnxruntime
 
-        traced = (
-            QdqNetwork(module) if isinstance(module, QuantizedModel) else replace_projections(copy.deepcopy(module))
-        )
+        traced = QdqNetwork(module) if isinstance(module, QuantizedModel) else replace_projections(module)
         proto = _exported(traced, example, name, inputs, outputs, axes)  # imports onnxscript
     onnx.helper.set_model_props(proto, dict(metadata or {}))
     with _as_value_error(name):

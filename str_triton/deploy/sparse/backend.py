@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from str_triton.deploy.sparse.compile import compile_sparse
-from str_triton.deploy.sparse.graph.signature import Unfit, require_memory
+from str_triton.deploy.sparse.graph.signature import Unfit
 from str_triton.deploy.sparse.model import CompiledModel, is_watched
+from str_triton.deploy.sparse.runtime.limits import require_memory
 
 
 def str_sparse(
@@ -50,8 +51,7 @@ class _Frozen:
         state = [(id(weight), weight._version) for weight in weights]
         if not is_watched():  # Torch's own operations would end the process.
             for tensor in tensors:
-                if tensor.is_cpu and tensor.layout is torch.strided:
-                    require_memory(tensor)
+                require_memory(tensor)
         if self._network is None or state != self._state:
             self._network = _compiled(self._graph, self._static, args, others, self._options)
             self._state = [(id(weight), weight._version) for weight in weights]

@@ -27,11 +27,12 @@ from str_triton.deploy.sparse.graph.fuse import fuse
 from str_triton.deploy.sparse.graph.lower import lower
 from str_triton.deploy.sparse.graph.nodes import Graph
 from str_triton.deploy.sparse.graph.recurrent import exportable
-from str_triton.deploy.sparse.graph.signature import Signature, Unfit, check_tensor, require_memory
+from str_triton.deploy.sparse.graph.signature import Signature, Unfit, check_tensor
 from str_triton.deploy.sparse.model import CompiledModel, SparseModel, plain_torch
 from str_triton.deploy.sparse.quantize.model import QuantizedModel
 from str_triton.deploy.sparse.quiet import quiet
 from str_triton.deploy.sparse.runtime.build import library
+from str_triton.deploy.sparse.runtime.limits import require_memory
 from str_triton.deploy.sparse.runtime.trial import try_out
 from str_triton.deploy.sparse.state import Buffers, change_in_place
 from str_triton.machine import processor
@@ -98,7 +99,7 @@ def compile_sparse(
                 "model.float().cpu() first"
             )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if type(tensor) in (nn.Parameter, Tensor) and tensor.is_cpu and tensor.layout is torch.strided:
+        if type(tensor) in (nn.Parameter, Tensor):
             require_memory(tensor, name)
     with torch.inference_mode(False), plain_torch():
         return _compile(model, *clone((args, kwargs)), tune)

@@ -18,10 +18,10 @@ from str_triton.deploy.sparse.executions.choice import Choice
 from str_triton.deploy.sparse.graph.nodes import Graph, Layer, State
 from str_triton.deploy.sparse.graph.pointwise import Pointwise
 from str_triton.deploy.sparse.graph.refs import Ref, references
-from str_triton.deploy.sparse.graph.signature import Signature, Unfit, require_memory
+from str_triton.deploy.sparse.graph.signature import Signature, Unfit
 from str_triton.deploy.sparse.profile import profile
 from str_triton.deploy.sparse.runtime.build import library
-from str_triton.deploy.sparse.runtime.limits import TooLarge
+from str_triton.deploy.sparse.runtime.limits import TooLarge, require_memory
 from str_triton.deploy.sparse.runtime.plan import Mismatch, Plan
 from str_triton.deploy.sparse.runtime.threads import is_forked
 from str_triton.deploy.sparse.runtime.trial import dry_run, try_out
@@ -256,7 +256,7 @@ class SparseModel(CompiledModel):
         if len(self._tensors) < len(leaves):
             self.signature.check_constants(leaves)
         for leaf in leaves:
-            if isinstance(leaf, Tensor) and leaf.is_cpu and leaf.layout is torch.strided:
+            if isinstance(leaf, Tensor):
                 require_memory(leaf)
         key = tuple(
             (leaf.shape, leaf.dtype, leaf.device, leaf.layout) if isinstance(leaf, Tensor) else None for leaf in leaves

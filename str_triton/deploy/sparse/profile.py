@@ -5,7 +5,7 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,9 +19,25 @@ from str_triton.deploy.sparse.runtime.plan import Plan, Segment
 PASSES = 30
 
 
+class Step(NamedTuple):
+    """A step of a plan: its node, the kind of its task, and its place: the segment, and the number in it."""
+
+    node: Node
+    task: str
+    place: tuple[int, int]
+
+
 def profile(plan: Plan, inputs: Sequence[Tensor], passes: int = PASSES) -> list[tuple[str, str, float]]:
     """Return layer, kind and milliseconds of every step of a plan: medians over several passes through the network."""
-    rows: dict[tuple[int, int], tuple[str, str]] = {}
+    return [
+        (label(step.node), _kind(step.node, step.task), 1e3 * median(seconds) * len(seconds) / passes)
+        for step, seconds in step_times(plan, inputs, passes)
+    ]
+
+
+def step_times(plan: Plan, inputs: Sequence[Tensor], passes: int) -> list[tuple[Step, list[float]]]:
+    """Return the seconds of every call of each step: one in a pass, or one for each group of images."""
+    steps: dict[tuple[int, int], Step] = {}
     seconds: dict[tuple[int, int], list[float]] = {}
     threads = torch.get_num_threads()
 
@@ -29,7 +45,7 @@ def profile(plan: Plan, inputs: Sequence[Tensor], passes: int = PASSES) -> list[
         begin = time.perf_counter()
         result = call()
         seconds.setdefault(step, []).append(time.perf_counter() - begin)
-        rows[step] = (getattr(node, "label", "") or node.name, _kind(node, task))
+        steps[step] = Step(node, task, step)
         return result
 
     for _ in range(passes):
@@ -48,8 +64,12 @@ def profile(plan: Plan, inputs: Sequence[Tensor], passes: int = PASSES) -> list[
                     for _ in range(segment.groups):
                         timed((index, number), task.node, task.kind, call)
                 del held
-    groups = {index: segment.groups for index, segment in enumerate(plan.segments) if isinstance(segment, Segment)}
-    return [(*rows[step], 1e3 * median(seconds[step]) * groups.get(step[0], 1)) for step in rows]
+    return [(steps[step], times) for step, times in seconds.items()]
+
+
+def label(node: Node) -> str:
+    """Return the name of the module that a node belongs to, or else its own."""
+    return getattr(node, "label", "") or node.name
 
 
 def _kind(node: Node, task: str) -> str:

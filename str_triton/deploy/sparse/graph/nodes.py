@@ -85,16 +85,8 @@ class Constant(Node):
 
 
 # In channels_last torch takes the variance of a group from the mean of squares: wrong by 1e-3 for values around 100.
-_INACCURATE = frozenset(
-    (
-        torch.ops.aten.batch_norm.default,
-        torch.ops.aten.native_batch_norm.default,
-        torch.ops.aten._native_batch_norm_legit.default,
-        torch.ops.aten._native_batch_norm_legit_functional.default,
-        torch.ops.aten.group_norm.default,
-        torch.ops.aten.native_group_norm.default,
-    )
-)
+_NORMS = ("batch_norm", "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_functional")
+_INACCURATE = frozenset(getattr(torch.ops.aten, name).default for name in (*_NORMS, "group_norm", "native_group_norm"))
 
 
 @dataclass

@@ -200,23 +200,6 @@ def check_tensor(given: Any, dtype: torch.dtype) -> None:
         raise ValueError(f"a compiled network takes {kind} on the CPU, got {given.dtype} on {given.device}{layout}")
 
 
-def require_memory(tensor: Tensor, name: str = "a tensor") -> None:
-    """Raise ValueError where a tensor on the CPU has values that are not in memory, so that operations read elsewhere.
-
-    A storage may be freed or shrunk. Fake tensors, wrappers, and zeros that torch does not store have none.
-    """
-    count = tensor.numel()
-    if not count:
-        return
-    if not tensor.is_contiguous():
-        count = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    held = tensor.untyped_storage().nbytes() if tensor.data_ptr() else 0
-    if held < (tensor.storage_offset() + count) * tensor.element_size():
-        raise ValueError(
-            f"the values of {name} {list(tensor.shape)} are not in memory: its storage is freed, too small or none"
-        )
-
-
 def parameter_names(forward: Callable, count: int) -> list[str]:
     """Return the names of the first `count` arguments of a function, as far as they can be given by name."""
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD,)
