@@ -31,7 +31,7 @@ from benchmarks.timing import write
 from str_triton import deploy
 from str_triton.deploy.sparse.executions.choice import Choice
 from str_triton.deploy.sparse.graph.recurrent import Recurrent
-from str_triton.deploy.sparse.runtime.plan import Segment
+from str_triton.deploy.sparse.runtime.segment import Segment
 
 TEAM = Path(__file__).with_name("team.c")
 SANITIZERS = {

@@ -40,7 +40,7 @@ def test_networks_by_the_kernels(name: str):
     if len(shape) == 4:
         same(model, compiled, torch.randn(1, 3, 39, 50))
     kinds = {task.kind for task in compiled._plan([x]).tasks if task.node.name not in ("images", "input_1")}
-    assert kinds <= {"window", "copy", "mean", "linear", "torch"}
+    assert kinds <= {"window", "copy", "mean", "reshape", "linear", "torch"}
     assert len(compiled.graph.layers()) == sum(isinstance(m, nn.Conv2d | nn.Linear) for m in model.modules())
 
 

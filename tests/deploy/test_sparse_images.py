@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from str_triton import deploy
 from str_triton.deploy.sparse.executions.choice import Choice
 from str_triton.deploy.sparse.graph.nodes import Call, Convolution, Input
-from str_triton.deploy.sparse.runtime.plan import Segment
+from str_triton.deploy.sparse.runtime.segment import Segment
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -158,3 +158,56 @@ class Apart(nn.Module):
 def test_branches_that_are_not_merged(how: str):
     network = compiled(Apart(how), torch.randn(2, 3, 13, 18))
     assert sum(type(node) is Convolution for node in network.graph.layers()) == 2
+
+
+@pytest.mark.parametrize(
+    ("size", "moved"),  # The planes of small images would be mostly padding, so those are copied.
+    [
+        ((40, 200), []),
+        ((128, 128), ["conv2d_4"]),
+        ((121, 139), ["conv2d_4"]),
+        ((64, 64), ["conv2d_1", "conv2d_4"]),
+    ],
+)
+def test_layers_before_a_strided_one_write_its_phases(size: tuple[int, int], moved: list[str]):
+    layers = [
+        nn.Conv2d(3, 8, 3, 2, 1),
+        nn.Conv2d(8, 8, 3, padding=1, groups=8),
+        nn.Conv2d(8, 16, 1),
+        nn.Conv2d(16, 16, 3, 2, 1, groups=16),
+        nn.Conv2d(16, 16, 5, padding=(3, 2), dilation=(2, 1), groups=16),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 2, 1),
+    ]
+    model, x = nn.Sequential(*layers), torch.randn(2, 3, *size)
+    network = compiled(model, x)
+    with torch.no_grad():
+        torch.testing.assert_close(network(x), model(x), rtol=1e-4, atol=1e-4)
+    copies = [task.value for task in network._plan([x]).tasks if task.kind == "copy"]
+    assert copies == ["input", *moved, "max_pool2d"]
+
+
+class Rows(nn.Module):
+    """Several forms of a mean, and a linear layer that reads one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        mean = self.conv(x).mean((2, 3), keepdim=True)
+        rows = mean.flatten(1)
+        return rows.view(-1, 2, 4), self.linear(rows.squeeze()).unsqueeze(1), mean
+
+
+def test_reshapes_between_kernels_move_nothing():
+    model, x = Rows().eval(), torch.randn(2, 3, 9, 9)
+    network = deploy.compile_sparse(model, x, tune=False)
+    network.choices = dict.fromkeys(network.choices, Choice("sparse"))
+    network._plans.clear()
+    assert calls(network, x) == []
+    first, wanted = network(x), model(x)
+    network(torch.randn(2, 3, 9, 9))  # It must not write into the results of the call before.
+    for value, want in zip(first, wanted, strict=True):
+        torch.testing.assert_close(value, want.detach(), rtol=1e-4, atol=1e-4)
+    assert first[0].data_ptr() == first[2].data_ptr()  # as in torch

@@ -16,7 +16,8 @@ from str_triton.deploy.sparse.graph.nodes import Convolution, Graph, Layer, Line
 from str_triton.deploy.sparse.graph.pointwise import Pointwise
 from str_triton.deploy.sparse.graph.pools import AvgPool, MaxPool, Mean
 from str_triton.deploy.sparse.runtime.images import is_row, leader
-from str_triton.deploy.sparse.runtime.plan import Plan, Segment
+from str_triton.deploy.sparse.runtime.plan import Plan
+from str_triton.deploy.sparse.runtime.segment import Segment
 from str_triton.deploy.sparse.runtime.structs import LINEAR, LINEAR_BYTES
 from str_triton.deploy.sparse.runtime.trial import Trial
 

@@ -22,7 +22,8 @@ from str_triton.deploy.sparse.graph.signature import Signature, Unfit
 from str_triton.deploy.sparse.profile import profile
 from str_triton.deploy.sparse.runtime.build import library
 from str_triton.deploy.sparse.runtime.limits import TooLarge, require_memory
-from str_triton.deploy.sparse.runtime.plan import Mismatch, Plan
+from str_triton.deploy.sparse.runtime.plan import Plan
+from str_triton.deploy.sparse.runtime.segment import Mismatch
 from str_triton.deploy.sparse.runtime.threads import is_forked
 from str_triton.deploy.sparse.runtime.trial import dry_run, try_out
 from str_triton.deploy.sparse.text_table import text_table

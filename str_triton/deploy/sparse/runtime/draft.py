@@ -1,7 +1,6 @@
 """The tasks of a plan, in order: the form of every value, and the copies that change it."""
 
 import math
-from collections import defaultdict
 
 from str_triton.deploy.sparse.executions import EXECUTIONS
 from str_triton.deploy.sparse.executions.choice import Choice
@@ -27,10 +26,12 @@ from str_triton.deploy.sparse.runtime.images import (
     image_operation,
     is_row,
     padded_image,
+    reshaped,
 )
 from str_triton.deploy.sparse.runtime.layout import PIXEL, PLAIN, Window
 from str_triton.deploy.sparse.runtime.tasks import Task
 from str_triton.deploy.sparse.runtime.trial import Trial
+from str_triton.deploy.sparse.runtime.windows import windows
 
 NOT_NEGATIVE = ("sigmoid", "hardsigmoid")
 
@@ -48,7 +49,7 @@ class Draft:
             if self._makes_image(node):
                 self._written.add(node.name)
         self.pads = self._pads(graph, trial)
-        self.windows = self._windows(graph)
+        self.windows = windows(graph, self._written, self.pads, trial, self._needs_copy)
         self.tasks: list[Task] = []
         self._made: set[Key | str] = set()
         for node in graph.nodes:
@@ -100,6 +101,11 @@ class Draft:
         """Check that a node reads codes if it is for codes, and else float32. In a file it may read either."""
         return node.inputs[0] in (self.codes if isinstance(node, Dequantize | QuantizedMean) else self.shapes)
 
+    def _codes_rows(self, node: Quantize | Dequantize) -> bool:
+        """Check that a kernel makes codes of a tensor, or a tensor of codes, in the tensor's own form."""
+        shape = self._kind(node).get(node.name, (0,))
+        return self.kernels and self._reads_its_kind(node) and len(shape) == 2 and 0 not in shape
+
     def _kind(self, node: Node) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the values of a node's kind: codes, or float32."""
         return self.codes if node.name in self.codes else self.shapes
@@ -138,34 +144,6 @@ class Draft:
         is_window = isinstance(node, Convolution) and node.name in self._written
         return is_window and node.inputs[0] == name and name not in node.inputs[1:]
 
-    def _windows(self, graph: Graph) -> dict[str, Window]:
-        """Return the window of each convolution and pool, found from the last: readers decide a value's phases."""
-        wanted: dict[str, set[tuple[int, int]]] = defaultdict(set)
-        windows = {}
-        for node in reversed(graph.nodes):
-            if isinstance(node, Mean):
-                wanted[node.inputs[0]].add(PLAIN)
-            if node.name not in self._written:
-                continue
-            windows[node.name] = PIXEL
-            if isinstance(node, Quantize):
-                phases = next(iter(wanted[node.name])) if len(wanted[node.name]) == 1 else PLAIN
-                windows[node.name] = Window(PLAIN, PLAIN, (0, 0), PLAIN, phases)
-            elif isinstance(node, Call | QuantizedGate):
-                for name in node.inputs:
-                    wanted[name].add(PLAIN)
-            elif not isinstance(node, Linear):
-                free = isinstance(node, Convolution) and node.is_pointwise and len(node.inputs) == 1
-                phases = next(iter(wanted[node.name])) if free and len(wanted[node.name]) == 1 else PLAIN
-                image, (above, left) = self.pads.get(node.inputs[0], (node.inputs[0], (0, 0)))
-                padding = node.padding[0] + above, node.padding[1] + left
-                window = Window(node.kernel, node.stride, padding, node.dilation, phases)
-                windows[node.name] = window
-                wanted[image].add(window.reads)
-                for residual in node.inputs[1:]:
-                    wanted[residual].add(phases)
-        return windows
-
     def _add(self, node: Node) -> None:
         if node.name in self.pads:
             return
@@ -189,6 +167,10 @@ class Draft:
             self._note(writes)
             self.tasks.append(Task("window", node, reads, writes, window=window))
             self._made.add(writes)
+        elif isinstance(node, Quantize | Dequantize) and self._codes_rows(node):
+            self._tensor(*node.inputs)
+            kind = "quantize" if isinstance(node, Quantize) else "dequantize"
+            self.tasks.append(Task(kind, node, tensors=node.inputs[:1], makes=node.name, value=node.name))
         elif isinstance(node, Mean) and self._is_image(node.inputs[0]) and self._reads_its_kind(node):
             self.tasks.append(Task("mean", node, [self._image(self._key(node.inputs[0], PLAIN))], makes=node.name))
         elif isinstance(node, Layer) and self._by_kernels(node) and self._multiplies_rows(node):
@@ -197,7 +179,9 @@ class Draft:
         else:
             for name in node.inputs:
                 self._tensor(name)
-            self.tasks.append(Task("torch", node, tensors=list(node.inputs), makes=node.name))
+            source = reshaped(node, self._kind(node))
+            kind, reads = ("reshape", [source]) if source else ("torch", list(node.inputs))
+            self.tasks.append(Task(kind, node, tensors=reads, makes=node.name))
 
     def _add_gate(self, node: Node, image: str, factors: str) -> None:
         writes = self._own(node.name)
@@ -246,6 +230,11 @@ class Draft:
         if isinstance(node, MaxPool) and node.name in self.codes and (node.padding != (0, 0) or node.ceil):
             return key._replace(fill=0)
         return key
+
+    def _needs_copy(self, node: Layer | MaxPool | AvgPool) -> bool:
+        """Check whether a window expects another border than its input is made with."""
+        key = self._read(node, PIXEL, False)
+        return key != self._key(key.value, PLAIN)
 
     def _multiplies_rows(self, node: Layer) -> bool:
         """Check that a layer has a kernel for single rows: of codes, or of float32."""

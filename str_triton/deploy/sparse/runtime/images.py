@@ -78,6 +78,26 @@ def _are_sizes(values: tuple[Any, ...]) -> bool:
 _READERS: dict[Any, Any] = {aten.mul.Tensor: _gate, aten.cat.default: _parts, aten.slice.Tensor: _channels}
 
 
+# They give the elements another shape, and keep their order.
+_RESHAPES = (
+    aten.flatten.using_ints,
+    aten.reshape.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unsqueeze.default,
+    aten.view.default,
+)
+
+
+def reshaped(node: Node, shapes: Shapes) -> str | None:
+    """Return the tensor that a call of torch gives another shape; None for any other call."""
+    if not isinstance(node, Call) or node.variable or node.target not in _RESHAPES or type(node.args[0]) is not Ref:
+        return None
+    source = node.args[0].name
+    return source if {source, node.name} <= shapes.keys() else None
+
+
 PAD = aten.constant_pad_nd.default
 
 

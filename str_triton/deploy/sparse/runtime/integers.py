@@ -121,10 +121,19 @@ class ByteOperations(Operations):
         return found
 
     def coders(self, value: str, source: Key | None, target: Key | None, grid: Grid) -> list[tuple[Operation, int]]:
-        """Return operations that quantize a tensor (source None), or that dequantize codes to one (target None)."""
-        found = self.copies(value, source, target, size=FLOAT)
+        """Return operations that quantize a tensor (source None), or that dequantize codes to one (target None).
+
+        If both are None, a tensor [rows, features] becomes another one.
+        """
+        if source is None and target is None:
+            rows, features = self.buffers.shapes[value]
+            view = View(None, features, 0, 0, 0, 1)
+            op = Operation(images=rows, channels=1, rows=1, columns=features, tables=1, items=rows, x=view, y=view)
+            found = [(op, 0)]
+        else:
+            found = self.copies(value, source, target, size=FLOAT)
         for op, _ in found:
-            op.kind = QUANTIZE if source is None else DEQUANTIZE
+            op.kind = QUANTIZE if self.buffers.size(value) == 1 else DEQUANTIZE
             op.low, op.high = -grid.zero, TOP - grid.zero
             self._keep_codes(op, Integers(scale=grid.scale, zero_x=grid.zero, zero_y=grid.zero))
         return found

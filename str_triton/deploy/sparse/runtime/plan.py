@@ -9,9 +9,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from str_triton.deploy.sparse.executions import EXECUTIONS
 from str_triton.deploy.sparse.executions.choice import Choice
 from str_triton.deploy.sparse.graph.nodes import Convolution, Graph, Input, Layer, Linear, Node, State
@@ -19,16 +16,13 @@ from str_triton.deploy.sparse.graph.quantized import QuantizedGate, QuantizedLin
 from str_triton.deploy.sparse.runtime.buffers import FLOAT, Buffers, Key
 from str_triton.deploy.sparse.runtime.draft import Draft
 from str_triton.deploy.sparse.runtime.integers import ByteOperations
-from str_triton.deploy.sparse.runtime.structs import Operation, Stage, View
+from str_triton.deploy.sparse.runtime.segment import Segment
+from str_triton.deploy.sparse.runtime.structs import Operation
 from str_triton.deploy.sparse.runtime.tasks import Task, place
 from str_triton.deploy.sparse.runtime.threads import thread_count
 from str_triton.deploy.sparse.runtime.trial import Trial
 
 GROUP_BYTES = 2**18  # the limit for a group's largest value: groups run one after the other and stay in the caches
-
-
-class Mismatch(Exception):
-    """The error for a tensor that the plan was not made for: torch must run this call."""
 
 
 def _fitting(graph: Graph, trial: Trial, choices: dict[str, Choice]) -> dict[str, Choice]:
@@ -138,6 +132,8 @@ class Plan:
                 return [self._operations.byte_gate(task.node, task.reads[0], task.writes)], [0]
             case "gate":
                 return [self._operations.gate(task.reads[0], task.writes)], [0]
+            case "reshape":
+                return [], []
         source = task.reads[0] if task.reads else None
         if task.kind in ("quantize", "dequantize"):
             copies = self._operations.coders(task.value, source, task.writes, task.node.grid)
@@ -167,14 +163,18 @@ def _split(tasks: list[Task], shapes: dict[str, tuple[int, ...]], group: int | N
     """Put successive tasks of the kernels into one segment, if they run for the same number of groups of images."""
     segments: list[Segment | Node] = []
     for task in tasks:
-        if task.kind == "torch":
+        last = segments[-1] if segments else None
+        if task.kind == "reshape" and isinstance(last, Segment) and last.makes(task.tensors[0]):
+            last.tasks.append(task)
+            continue
+        if task.kind in ("torch", "reshape"):
             segments.append(task.node)
             continue
         groups = 1
         is_row = task.kind == "linear" and isinstance(task.node, Linear)
+        is_row |= task.kind in ("quantize", "dequantize") and not task.images()
         if group and not is_row and not any(key.turned for key in task.images()):
             groups = shapes[(task.writes or task.reads[0]).value if task.images() else task.node.name][0] // group
-        last = segments[-1] if segments else None
         if not isinstance(last, Segment) or last.groups != groups:
             segments.append(Segment(groups))
         segments[-1].tasks.append(task)
@@ -189,93 +189,6 @@ def _crossing(segments: list["Segment | Node"]) -> set[Key]:
         for task in segment.tasks if isinstance(segment, Segment) else ():
             crossing |= {key for key in task.images() if first.setdefault(key, index) != index}
     return crossing
-
-
-class Segment:
-    """Stages of operations that run in one call of the library for each group of images."""
-
-    def __init__(self, groups: int) -> None:
-        self.groups = groups
-        self.tasks: list[Task] = []
-        self.operations: list[ctypes.Array] = []
-
-    def close(
-        self,
-        made: list[tuple[list[Operation], list[int]]],
-        shapes: dict[str, tuple[int, ...]],
-        buffers: Buffers,
-    ) -> None:
-        """Put the stages of all tasks into one array, and note which pointers depend on a tensor or on the group."""
-        self.operations = [(Operation * len(operations))(*operations) for operations, _ in made]
-        self.stages = (Stage * len(self.tasks))(
-            *(Stage(ctypes.addressof(array), len(array)) for array in self.operations)
-        )
-        self._pointers: list[tuple[View, str, int]] = []  # with the name of the tensor, and the bytes from its begin
-        self._moving: list[tuple[View, int, int]] = []  # with the address and the bytes of a group
-        self._reads: dict[str, tuple[int, ...]] = {}
-        self._writes: dict[str, tuple[int, ...]] = {}
-        for task, array, (_, begins) in zip(self.tasks, self.operations, made, strict=True):
-            for name in task.tensors:
-                if name not in self._writes:
-                    self._reads[name] = shapes[name]
-                place = "residual" if task.kind == "gate" else "x"
-                self._pointers += [(getattr(op, place), name, begin) for op, begin in zip(array, begins, strict=True)]
-            if task.makes:
-                self._writes[task.makes] = shapes[task.makes]
-                self._pointers += [(op.y, task.makes, begin) for op, begin in zip(array, begins, strict=True)]
-            for op in array:
-                views = [*zip((op.x, op.residual), task.reads, strict=False), (op.y, task.writes)]
-                for view, key in views:
-                    if key in buffers.whole:
-                        self._moving.append((view, view.data, buffers.size(key.value) * op.images * view.image))
-        self._scratch: dict[str, Tensor] = {}
-        self._begin = ctypes.addressof(self.stages)
-        every = self._reads | self._writes
-        self._dtypes = {name: torch.uint8 if buffers.size(name) == 1 else torch.float32 for name in every}
-        self._strides = {name: buffers.size(name) * math.prod(shape) // self.groups for name, shape in every.items()}
-
-    def keep_scratch(self, dropped: Sequence[str]) -> None:
-        """Allocate once the values that only this segment uses; `dropped` are those that are not read after it."""
-        for name in self._writes.keys() & set(dropped):
-            self._scratch[name] = torch.empty(self._writes.pop(name), dtype=self._dtypes[name], device="cpu")
-        self._scratch_addresses = {name: value.data_ptr() for name, value in self._scratch.items()}
-
-    def bind(self, values: dict[str, Any]) -> list[Tensor]:
-        """Make the tensors that this segment writes, and point the operations to the first group.
-
-        Returns the tensors that must stay alive while the operations run.
-
-        Raises:
-            Mismatch: a tensor is not what the operations were made for.
-        """
-        held = {}
-        for name, shape in self._reads.items():
-            value = values[name]
-            if value.shape != shape or value.dtype is not self._dtypes[name] or value.layout is not torch.strided:
-                raise Mismatch(name)
-            if value.device.type != "cpu" or value.is_neg():
-                value = value.resolve_neg().to("cpu")
-            held[name] = value.contiguous()
-        for name, shape in self._writes.items():
-            held[name] = values[name] = torch.empty(shape, dtype=self._dtypes[name], device="cpu")
-        self._addresses = {name: value.data_ptr() for name, value in held.items()} | self._scratch_addresses
-        self._point(0)
-        return list(held.values())
-
-    def _point(self, group: int) -> None:
-        for view, name, begin in self._pointers:
-            view.data = self._addresses[name] + begin + group * self._strides[name]
-        for view, address, stride in self._moving:
-            view.data = address + group * stride
-
-    def run(self, values: dict[str, Any], library: ctypes.CDLL, threads: int) -> None:
-        """Run the stages on tensors in `values`, and add the results to `values`."""
-        held = self.bind(values)
-        for group in range(self.groups):
-            if group:
-                self._point(group)
-            library.str_triton_run(self._begin, len(self.tasks), threads)
-        del held
 
 
 def _last_reads(segments: list["Segment | Node"], kept: set[str]) -> list[list[str]]:

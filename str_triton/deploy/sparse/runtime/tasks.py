@@ -13,7 +13,8 @@ class Task:
 
     Attributes:
         kind: "window", "gate", "mean" or "linear" (by the kernels), "copy" (an image to or from a tensor, to other
-            phases, or some channels of it), "quantize" and "dequantize" (a tensor to codes and back), "torch".
+            phases, or some channels of it), "quantize" and "dequantize" (a tensor to codes and back), "reshape" (a
+            tensor's memory in another shape), "torch".
         tensors: names of the values whose tensors it reads; makes: the one that it makes, "" if none.
     """
 
