@@ -36,9 +36,9 @@
 #define UNCHANGED(low, high, codes, x) (x)
 DEFINE_COPY(copy_any, float, float, UNCHANGED)
 
-/* Copies into two column phases, row by row: the pixels at even places to y, those at odd places a plane further. Vectors
-   of 16 bytes go on for as long as the channel has pixels to read, and only their pixels are stored: what follows a row
-   may be a border of any value. */
+/* Copies into two column phases, row by row: the pixels at even places to y, those at odd places a plane further. The last
+   vector of a row begins early enough to end with it, and stores some pixels twice: what follows a row may be a border of
+   any value. Rows shorter than a vector, and those after which there is nothing to read, store parts of vectors. */
 #define EVEN_4 0, 2, 4, 6
 #define ODD_4 1, 3, 5, 7
 #define EVEN_16 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
@@ -66,20 +66,35 @@ DEFINE_COPY(copy_any, float, float, UNCHANGED)
             return;                                                                                            \
         }                                                                                                      \
         const int64_t channel = item % op->channels, image = item / op->channels, plane = op->y.plane;         \
-        const int64_t columns = op->columns, step_x = op->x.row, step_y = op->y.row;                           \
+        const int64_t columns = op->columns, even = (columns + 1) / 2, odd = columns / 2;                      \
+        const int64_t step_x = op->x.row, step_y = op->y.row;                                                  \
         const type *x = (const type *)op->x.data + image * op->x.image + channel * op->x.channel;              \
         type *y = (type *)op->y.data + image * op->y.image + channel * op->y.channel;                          \
         for (int64_t left = (op->rows - 1) * step_x + columns; left > 0; left -= step_x, x += step_x, y += step_y) { \
             int64_t j = 0;                                                                                     \
-            for (; 2 * j < columns && left - 2 * j >= 2 * count; j += count) {                                 \
+            for (; j + count <= odd && left - 2 * j >= 2 * count; j += count) {                                \
                 const name##_vector a = *(const name##_vector *)(x + 2 * j);                                   \
                 const name##_vector b = *(const name##_vector *)(x + 2 * j + count);                           \
-                name##_store(y + j, PICK(name##_vector, a, b, even_places), (columns + 1) / 2 - j);            \
-                name##_store(y + plane + j, PICK(name##_vector, a, b, odd_places), columns / 2 - j);           \
+                *(name##_vector *)(y + j) = PICK(name##_vector, a, b, even_places);                            \
+                *(name##_vector *)(y + plane + j) = PICK(name##_vector, a, b, odd_places);                     \
             }                                                                                                  \
-            for (; 2 * j < columns; j++) {                                                                     \
+            if (j > 0 && j < even && left >= 2 * even) {                                                       \
+                const type *x_even = x + 2 * (even - count), *x_odd = x + 2 * (odd - count);                   \
+                const name##_vector a = *(const name##_vector *)x_even, b = *(const name##_vector *)(x_even + count); \
+                const name##_vector c = *(const name##_vector *)x_odd, d = *(const name##_vector *)(x_odd + count); \
+                *(name##_vector *)(y + even - count) = PICK(name##_vector, a, b, even_places);                 \
+                *(name##_vector *)(y + plane + odd - count) = PICK(name##_vector, c, d, odd_places);           \
+                continue;                                                                                      \
+            }                                                                                                  \
+            for (; j < even && left - 2 * j >= 2 * count; j += count) {                                        \
+                const name##_vector a = *(const name##_vector *)(x + 2 * j);                                   \
+                const name##_vector b = *(const name##_vector *)(x + 2 * j + count);                           \
+                name##_store(y + j, PICK(name##_vector, a, b, even_places), even - j);                         \
+                name##_store(y + plane + j, PICK(name##_vector, a, b, odd_places), odd - j);                   \
+            }                                                                                                  \
+            for (; j < even; j++) {                                                                            \
                 y[j] = x[2 * j];                                                                               \
-                if (2 * j + 1 < columns) y[plane + j] = x[2 * j + 1];                                          \
+                if (j < odd) y[plane + j] = x[2 * j + 1];                                                      \
             }                                                                                                  \
         }                                                                                                      \
     }
