@@ -35,10 +35,10 @@ from benchmarks.timing import in_file_names, machine, write
 from str_triton import deploy
 from str_triton.deploy.sparse.graph.nodes import Convolution, Linear, Node
 from str_triton.deploy.sparse.profile import Step, label, step_times
-from str_triton.deploy.sparse.runtime import build
 from str_triton.deploy.sparse.runtime.plan import Plan
 from str_triton.deploy.sparse.runtime.segment import Segment
 from str_triton.deploy.sparse.runtime.structs import CONVOLUTION, CONVOLUTION_BYTES, QUAD, TAP, Operation
+from str_triton.native import build
 
 RATES = """
 #include "dot.h"

@@ -36,9 +36,10 @@ from str_triton.deploy.sparse.graph.quantized import (
     QuantizedMean,
 )
 from str_triton.deploy.sparse.graph.refs import Ref
-from str_triton.deploy.sparse.runtime import build, plan
+from str_triton.deploy.sparse.runtime import plan
 from str_triton.deploy.sparse.runtime.images import PAD
 from str_triton.deploy.sparse.runtime.trial import try_out
+from str_triton.native import build
 
 BASE = ("-std=gnu11", "-fPIC", "-shared", "-ffp-contract=fast", "-fopenmp")
 PATHS = {

@@ -6,7 +6,7 @@ from torch import nn
 
 from benchmarks.speed.kernel_limits import layers, rates
 from str_triton import deploy
-from str_triton.deploy.sparse.runtime.build import library
+from str_triton.native.build import library
 
 
 @pytest.mark.skipif(library() is None, reason="needs a C compiler")

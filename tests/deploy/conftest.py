@@ -10,7 +10,7 @@ import pytest
 from str_triton.deploy.sparse import compile, stopwatch
 from str_triton.deploy.sparse.executions.choice import Choice
 from str_triton.deploy.sparse.graph.nodes import Graph
-from str_triton.deploy.sparse.runtime import build
+from str_triton.native import build
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from str_triton.deploy.sparse.runtime.build import SOURCE
+from str_triton.native.build import SOURCE
 
 PROGRAM = r"""
 #include "waiting.h"

@@ -12,7 +12,7 @@ import torch.nn.utils.prune
 
 from str_triton import deploy
 from str_triton.cnn.models import build as build_network
-from str_triton.deploy.sparse.runtime import build
+from str_triton.native import build
 from tests.deploy.sparse_networks import prune, same
 
 pytestmark = [pytest.mark.usefixtures("kernels", "quick"), pytest.mark.filterwarnings("ignore:Sparse CSR")]

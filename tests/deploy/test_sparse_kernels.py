@@ -15,10 +15,10 @@ from str_triton.deploy.sparse.graph.nodes import ACTIVATIONS, Convolution, Graph
 from str_triton.deploy.sparse.graph.pools import MaxPool, Mean
 from str_triton.deploy.sparse.graph.recurrent import Recurrent
 from str_triton.deploy.sparse.graph.refs import Ref
-from str_triton.deploy.sparse.runtime import build
 from str_triton.deploy.sparse.runtime.plan import Plan
 from str_triton.deploy.sparse.runtime.recurrent import PackedLoop
 from str_triton.deploy.sparse.runtime.trial import try_out
+from str_triton.native import build
 
 CUTS = [
     Choice("sparse", width, tiles, blocks) for width, tiles, blocks in ((4, 1, 1), (1, 3, 1), (8, 2, 3), (5, 100, 2))

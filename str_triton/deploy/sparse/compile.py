@@ -31,11 +31,11 @@ from str_triton.deploy.sparse.graph.signature import Signature, Unfit, check_ten
 from str_triton.deploy.sparse.model import CompiledModel, SparseModel, plain_torch
 from str_triton.deploy.sparse.quantize.model import QuantizedModel
 from str_triton.deploy.sparse.quiet import quiet
-from str_triton.deploy.sparse.runtime.build import library
 from str_triton.deploy.sparse.runtime.limits import require_memory
 from str_triton.deploy.sparse.runtime.trial import try_out
 from str_triton.deploy.sparse.state import Buffers, change_in_place
 from str_triton.machine import processor
+from str_triton.native.build import library
 from str_triton.nn import densify, warn_if_unfinished
 
 BUSY = "the machine was busy while the executions were timed: compile again on a quiet one"

@@ -20,7 +20,6 @@ from str_triton.deploy.sparse.graph.pointwise import Pointwise
 from str_triton.deploy.sparse.graph.refs import Ref, references
 from str_triton.deploy.sparse.graph.signature import Signature, Unfit
 from str_triton.deploy.sparse.profile import profile
-from str_triton.deploy.sparse.runtime.build import library
 from str_triton.deploy.sparse.runtime.limits import TooLarge, require_memory
 from str_triton.deploy.sparse.runtime.plan import Plan
 from str_triton.deploy.sparse.runtime.segment import Mismatch
@@ -28,6 +27,7 @@ from str_triton.deploy.sparse.runtime.threads import is_forked
 from str_triton.deploy.sparse.runtime.trial import dry_run, try_out
 from str_triton.deploy.sparse.text_table import text_table
 from str_triton.files import percent
+from str_triton.native.build import library
 
 PLANS = 8  # input shapes whose buffers are kept; a further one replaces the oldest
 

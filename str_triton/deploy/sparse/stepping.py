@@ -12,8 +12,8 @@ from str_triton.deploy.sparse.graph.quantized_recurrent import quantized_recurre
 from str_triton.deploy.sparse.graph.recurrent import Recurrent
 from str_triton.deploy.sparse.model import CompiledModel, plain_torch
 from str_triton.deploy.sparse.quantize.model import QuantizedModel
-from str_triton.deploy.sparse.runtime.build import library
 from str_triton.deploy.sparse.runtime.stepping import PackedStepper, StackedLayer
+from str_triton.native.build import library
 from str_triton.nn import LowRankGRU, LowRankLSTM, LowRankRNN, LowRankWeight
 
 MEAN_ROWS = 3  # of the state, for a mean: sums of the outputs, their rounding errors, and the number of steps

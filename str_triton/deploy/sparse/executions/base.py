@@ -15,7 +15,7 @@ class Execution(ABC):
     """One way to compute a layer exactly."""
 
     name: ClassVar[str]
-    by_kernels: ClassVar[bool] = False  # in padded buffers, by runtime/kernels.c, as a step of a plan
+    by_kernels: ClassVar[bool] = False  # in padded buffers, by native/kernels.c, as a step of a plan
 
     @abstractmethod
     def fits(self, node: Layer, shapes: Shapes) -> bool:

@@ -9,8 +9,8 @@ from torch import Tensor
 from str_triton.deploy.sparse.executions.base import Execution, Shapes
 from str_triton.deploy.sparse.graph.nodes import Layer
 from str_triton.deploy.sparse.graph.recurrent import Recurrent
-from str_triton.deploy.sparse.runtime.build import library
 from str_triton.deploy.sparse.runtime.recurrent import PackedLoop
+from str_triton.native.build import library
 
 LARGE = 2**16  # weights from which on two threads can be faster than one for a single sequence
 # A product of factors is multiplied out where it is small, or has few times as many weights as the factors.

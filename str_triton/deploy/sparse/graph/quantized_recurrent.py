@@ -1,6 +1,6 @@
 """Recurrent layers whose recurrent matrix is int8. States and inputs stay float32.
 
-The loop in C multiplies with 16-bit codes of the states (runtime/codes.h), whose rounding is small beside that of the
+The loop in C multiplies with 16-bit codes of the states (native/codes.h), whose rounding is small beside that of the
 weights. `run` computes in float32.
 """
 

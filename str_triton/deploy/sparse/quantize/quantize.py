@@ -18,8 +18,8 @@ from str_triton.deploy.sparse.quantize.convert import Edges, alike, convert, qua
 from str_triton.deploy.sparse.quantize.faster import faster
 from str_triton.deploy.sparse.quantize.model import LayerError, QuantizedModel, Report
 from str_triton.deploy.sparse.quantize.ranges import METHODS, Range
-from str_triton.deploy.sparse.runtime.build import library
 from str_triton.deploy.sparse.runtime.trial import try_out
+from str_triton.native.build import library
 
 BOUND = 0.1  # a layer stays in float32 if the relative error of its output is above this
 
