@@ -1,5 +1,6 @@
 """The comparison of a compiled network with its model."""
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,7 +14,8 @@ from str_triton.deploy.sparse.graph.nodes import Graph, State
 from str_triton.deploy.sparse.graph.pools import AvgPool, Mean
 from str_triton.deploy.sparse.graph.quantized import QuantizedConvolution, QuantizedLinear, QuantizedMean
 from str_triton.deploy.sparse.graph.signature import Signature
-from str_triton.deploy.sparse.state import Buffers
+from str_triton.deploy.sparse.quiet import quiet
+from str_triton.deploy.sparse.state import fresh
 
 # The first three are limits of differences, relative to the largest value.
 ROUNDING = 1e-4  # between two results in float32
@@ -27,30 +29,27 @@ def clone(tree: Any) -> Any:
     return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, tree)
 
 
+@quiet()
 def difference(model: nn.Module, network: Callable, calls: Sequence[tuple[tuple, dict]]) -> str | None:
     """Return how a network differs from its model in a sequence of calls; None if it differs only by rounding.
 
-    The model's buffers are restored at the end. A call after the first that the model refuses ends the comparison.
+    A copy of the model is called. A call after the first that the model refuses ends the comparison.
     """
-    buffers = Buffers(model)
-    try:
-        for number, call in enumerate(calls):
-            theirs, ours = clone(call), clone(call)
-            try:
-                wanted = model(*theirs[0], **theirs[1])
-            except Exception as error:
-                if call[0] is not calls[0][0]:
-                    return None
-                return f"the model raises {type(error).__name__} after its export"  # The export left something in it.
-            try:
-                found = network(*ours[0], **ours[1])
-            except Exception as error:
-                return f"it raises {type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}"
-            exact = functools.partial(_exact, model, buffers, calls[: number + 1])
-            if not agree((found, ours), (wanted, theirs), exact):
-                return "it gives other values"
-    finally:
-        buffers.restore()
+    copied = fresh(model)
+    for number, call in enumerate(calls):
+        theirs, ours = clone(call), clone(call)
+        try:
+            wanted = copied(*theirs[0], **theirs[1])
+        except Exception as error:
+            if call[0] is not calls[0][0]:
+                return None
+            return f"the model raises {type(error).__name__} when it is called again"
+        try:
+            found = network(*ours[0], **ours[1])
+        except Exception as error:
+            return f"it raises {type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}"
+        if not agree((found, ours), (wanted, theirs), functools.partial(_exact, model, calls[: number + 1])):
+            return "it gives other values"
     return None
 
 
@@ -80,10 +79,10 @@ def is_integral(graph: Graph) -> bool:
     return not is_float and all(isinstance(node, QuantizedConvolution | QuantizedLinear) for node in graph.layers())
 
 
-def _exact(model: nn.Module, buffers: Buffers, calls: Sequence[tuple[tuple, dict]]) -> Any:
+def _exact(model: nn.Module, calls: Sequence[tuple[tuple, dict]]) -> Any:
     """Return what the last call of the model in float64 gives, after the others; None where it cannot be computed."""
     try:
-        doubled, result = buffers.copied(model).double(), None
+        doubled, result = copy.deepcopy(model).double(), None
         for call in calls:
             args, kwargs = given = pytree.tree_map(_double, clone(call))
             result = doubled(*args, **kwargs), given
@@ -117,6 +116,8 @@ def _alike(a: Any, b: Any) -> bool:
 def _close(a: Any, b: Any) -> bool:
     if not isinstance(a, Tensor):
         return a is b or not isinstance(a, int | float | str | bool) or a == b
+    if a.is_complex():
+        return all(map(_close, (a.real, a.imag), (b.real, b.imag)))
     if not a.is_floating_point():
         return torch.equal(a, b)
     scale = float(b.double().nan_to_num(0.0, 0.0, 0.0).abs().max()) if b.numel() else 0.0
@@ -154,6 +155,21 @@ def resized(args: tuple, kwargs: dict[str, Any], sizes: dict[str, tuple[int, int
     return pytree.tree_unflatten([other(given, leaf) for given, leaf in zip(flat, leaves, strict=True)], structure)
 
 
+def restrided(args: tuple, kwargs: dict[str, Any], channels_last: bool) -> list[tuple[tuple, dict[str, Any]]]:
+    """Return calls with the same values and other strides: the first dimension last, and images in channels_last."""
+
+    def turned(given: Any) -> Any:
+        is_wide = isinstance(given, Tensor) and given.dim() > 1
+        return given.transpose(0, -1).contiguous().transpose(0, -1) if is_wide else given
+
+    def image(given: Any) -> Any:
+        is_image = isinstance(given, Tensor) and given.dim() == 4
+        return given.contiguous(memory_format=torch.channels_last) if is_image else given
+
+    return [pytree.tree_map(change, (args, kwargs)) for change in ((turned, image) if channels_last else (turned,))]
+
+
+@quiet()
 def takes_more(model: nn.Module, graph: Graph, signature: Signature, args: tuple, kwargs: dict[str, Any]) -> bool:
     """Check whether the model takes arguments that the signature excludes, or for which the graph fails.
 
@@ -166,7 +182,6 @@ def takes_more(model: nn.Module, graph: Graph, signature: Signature, args: tuple
     places = [[(number, dim)] for number, given in enumerate(flat) for dim in range(given.dim())]
     if len(flat) > 1 and all(given.dim() for given in flat):
         places.append([(number, 0) for number in range(len(flat))])
-    buffers = Buffers(model)
     for place in places:
         olds = {flat[number].shape[dim] for number, dim in place}
         old = olds.pop()
@@ -175,13 +190,12 @@ def takes_more(model: nn.Module, graph: Graph, signature: Signature, args: tuple
             for number, dim in place:
                 leaves[number] = flat[number].index_select(dim, torch.arange(size, device="cpu") % old)
             fits = signature.fits(leaves) and (size > 0 or _takes(graph.run, (leaves,), {}))
-            if not fits and _takes(model, *pytree.tree_unflatten(leaves, structure)):
-                buffers.restore()
+            if not fits and _takes(fresh(model), *pytree.tree_unflatten(leaves, structure)):
                 return True
-            buffers.restore()
     return False
 
 
+@quiet()
 def with_sizes_of_zero(
     model: nn.Module, graph: Graph, signature: Signature, args: tuple, kwargs: dict[str, Any]
 ) -> Signature:

@@ -67,7 +67,7 @@ def _compiled(
     graph: fx.GraphModule, static: list[int], args: tuple, others: list[Any], options: dict[str, Any]
 ) -> CompiledModel | None:
     """Return the compiled graph; None where `compile_sparse` does not take it, for example with inputs in float64."""
-    module = _WithWeights(graph, static, {i: args[i].detach() for i in static})
+    module = _WithWeights(graph, static, {i: args[i] for i in static})
     try:
         return compile_sparse(module, tuple(others), tune=options.get("tune", True))
     except (TypeError, ValueError):
@@ -81,7 +81,10 @@ class _WithWeights(nn.Module):
         super().__init__()
         self.graph, self.static = graph, static
         for i, weight in weights.items():
-            self.register_buffer(f"weight{i}", weight)
+            if isinstance(weight, nn.Parameter):
+                self.register_parameter(f"weight{i}", weight)
+            else:
+                self.register_buffer(f"weight{i}", weight)
 
     def forward(self, *others: Any) -> Any:
         given = iter(others)

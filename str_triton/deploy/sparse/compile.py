@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
 
 from str_triton.deploy.plain_state import unwrapped
@@ -17,6 +18,7 @@ from str_triton.deploy.sparse.agree import (
     difference,
     integer_difference,
     resized,
+    restrided,
     takes_more,
     with_sizes_of_zero,
 )
@@ -25,7 +27,7 @@ from str_triton.deploy.sparse.fallback import ModulewiseModel, layer_graph, laye
 from str_triton.deploy.sparse.graph.export import Exported, NotExported, exports
 from str_triton.deploy.sparse.graph.fuse import fuse
 from str_triton.deploy.sparse.graph.lower import lower
-from str_triton.deploy.sparse.graph.nodes import Graph
+from str_triton.deploy.sparse.graph.nodes import Convolution, Graph
 from str_triton.deploy.sparse.graph.recurrent import exportable
 from str_triton.deploy.sparse.graph.signature import Signature, Unfit, check_tensor
 from str_triton.deploy.sparse.model import CompiledModel, SparseModel, plain_torch
@@ -33,7 +35,7 @@ from str_triton.deploy.sparse.quantize.model import QuantizedModel
 from str_triton.deploy.sparse.quiet import quiet
 from str_triton.deploy.sparse.runtime.limits import require_memory
 from str_triton.deploy.sparse.runtime.trial import try_out
-from str_triton.deploy.sparse.state import Buffers, change_in_place
+from str_triton.deploy.sparse.state import change_in_place, changed_buffers, fresh
 from str_triton.machine import processor
 from str_triton.native.build import library
 from str_triton.nn import densify, warn_if_unfinished
@@ -99,6 +101,8 @@ def compile_sparse(
                 "model.float().cpu() first"
             )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise ValueError(f"{name} has no shape yet: call {type(model).__name__} once before compiling it")
         if type(tensor) in (nn.Parameter, Tensor):
             require_memory(tensor, name)
     with torch.inference_mode(False), plain_torch():
@@ -153,15 +157,12 @@ def _copied(model: nn.Module) -> nn.Module:
 
 def _compile(model: nn.Module, args: tuple, kwargs: dict[str, Any], tune: bool) -> CompiledModel:
     dense = _copied(model)
-    buffers = Buffers(dense)
     try:
-        dense(*clone(args), **clone(kwargs))
+        changed = changed_buffers(dense, *clone((args, kwargs)))
     except Exception as error:  # A wrong shape or a missing argument may raise anything.
         shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         given = f"shape {shapes[0]}" if len(shapes) == 1 else f"shapes {', '.join(map(str, shapes))}"
         raise ValueError(f"{type(model).__name__} does not take an example of {given}: {error}") from error
-    changed = buffers.changed()
-    buffers.restore()
     if changed:
         change_in_place(dense, changed)
     problems = []
@@ -180,6 +181,8 @@ def _compile(model: nn.Module, args: tuple, kwargs: dict[str, Any], tune: bool) 
             forgotten = changed - network.state().keys()
             problem = f"it does not keep {min(forgotten)}, which a call changes" if forgotten else None
             problem = problem or difference(dense, network, _calls(network, args, kwargs))
+            network.reset(dict(dense.named_buffers()))
+            problem = problem or _stride_problem(network, dense, args, kwargs)
             if problem is None:
                 network.reset(dict(dense.named_buffers()))
                 return network
@@ -247,13 +250,23 @@ def _calls(network: SparseModel, args: tuple, kwargs: dict[str, Any]) -> list[tu
     return [(args, kwargs), (args, kwargs), other, (args, kwargs)]
 
 
+def _stride_problem(network: SparseModel, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> str | None:
+    """Leave other strides to the model where they change its result; return a problem where the example has such."""
+    # Torch 2.13 crashes on some grouped convolutions with dilation in channels_last.
+    layers = [node for node in network.graph.nodes if isinstance(node, Convolution)]
+    is_safe = not any(layer.groups > 1 and layer.dilation != (1, 1) for layer in layers)
+    problem = difference(model, network, [(args, kwargs), *restrided(args, kwargs, channels_last=is_safe)])
+    if problem is not None and all(t.is_contiguous() for t in network.signature.tensors(args, kwargs)):
+        network.leave_strides_to(model)
+        return None
+    return problem
+
+
 def _modulewise(model: nn.Module, args: tuple, kwargs: dict[str, Any], tune: bool, note: str) -> ModulewiseModel:
     """Compile layer by layer; where even that gives other values, torch executes all of them."""
     dense = _copied(model)
     left = left_to_torch(dense)
-    buffers = Buffers(dense)
-    inputs = layer_inputs(dense, clone(args), clone(kwargs))
-    buffers.restore()
+    inputs = layer_inputs(fresh(dense), clone(args), clone(kwargs))
     layers = {}
     for name, x in inputs.items():
         graph, signature = layer_graph(dense.get_submodule(name), name)

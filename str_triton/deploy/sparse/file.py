@@ -204,6 +204,7 @@ def _signature_record(signature: Signature, tensors: dict[str, Tensor]) -> dict[
         "leaves": leaves,
         "guards": signature.guards,
         "names": signature.names,
+        "contiguous": signature.contiguous,
     }
 
 
@@ -215,7 +216,8 @@ def _signature(record: dict[str, Any], tensors: dict[str, Tensor]) -> Signature:
         dtype = decode(entry["dtype"], tensors)
         _require(known and (dtype is None or isinstance(dtype, torch.dtype)), "an argument has a wrong dtype or size")
         leaves.append(Leaf(dtype, None if sizes is None else tuple(sizes), entry["value"]))
-    guards, names = record["guards"], record["names"]
+    guards, names, contiguous = record["guards"], record["names"], record.get("contiguous", False)
+    _require(isinstance(contiguous, bool), "its signature is wrong about strides")
     _require(all(isinstance(text, str) for text in (*guards, *names)), "a guard or a name is no text")
     structure, returns = _structure(record["structure"]), _structure(record["returns"])
     _require(
@@ -223,7 +225,7 @@ def _signature(record: dict[str, Any], tensors: dict[str, Tensor]) -> Signature:
     )
     pair = structure.children()
     _require(len(pair) == 2 and pair[0].type is tuple and pair[1].type is dict, "its arguments are no (args, kwargs)")
-    return Signature(structure, leaves, list(guards), returns, list(names))
+    return Signature(structure, leaves, list(guards), returns, list(names), contiguous)
 
 
 def _structure_record(structure: pytree.TreeSpec) -> Any:

@@ -206,6 +206,10 @@ class SparseModel(CompiledModel):
         for node in self._states.values():
             node.value = buffers[node.label].detach().clone()
 
+    def leave_strides_to(self, source: nn.Module) -> None:
+        """Let the model itself run calls with tensors that are not contiguous."""
+        self.signature.contiguous, self._held_source = True, (source,)
+
     def retune(self) -> None:
         """Choose the executions again for the shapes of the example, on this machine."""
         dtypes = [leaf.dtype for leaf in self.signature.leaves if leaf.dtype is not None]
@@ -254,7 +258,9 @@ class SparseModel(CompiledModel):
 
         Raises ValueError where a network from a file would take memory beyond reason, or a tensor has no memory.
         """
-        if len(self._tensors) < len(leaves):
+        if self.signature.contiguous:
+            self.signature.check(leaves)
+        elif len(self._tensors) < len(leaves):
             self.signature.check_constants(leaves)
         for leaf in leaves:
             if isinstance(leaf, Tensor):

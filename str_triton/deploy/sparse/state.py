@@ -7,38 +7,30 @@ import torch
 from torch import Tensor, nn
 
 
-class Buffers:
-    """The buffers of a model as they were, to be put back."""
+def fresh(model: nn.Module) -> nn.Module:
+    """Return a copy of a model with the same parameters: its calls leave nothing in the model."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
-    def __init__(self, model: nn.Module) -> None:
-        self._values = [
-            (f"{path}.{name}".lstrip("."), module, name, value, None if value is None else value.clone())
-            for path, module in model.named_modules()
-            for name, value in module._buffers.items()
-        ]
 
-    def changed(self) -> set[str]:
-        """Return the names of the buffers that were replaced or hold other values."""
-        return {
-            label
-            for label, module, name, tensor, value in self._values
-            if module._buffers[name] is not tensor
-            or (tensor is not None and not torch.equal(tensor.nan_to_num(), value.nan_to_num()))
-        }
+def changed_buffers(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> set[str]:
+    """Return the names of the buffers that a call replaces or gives other values."""
+    copied, before = fresh(model), _buffers(model)
+    own = _buffers(copied)
+    copied(*args, **kwargs)
+    return {
+        name
+        for name, value in _buffers(copied).items()
+        if value is not own.get(name)
+        or (value is not None and not torch.equal(value.nan_to_num(), before[name].nan_to_num()))
+    }
 
-    def copied(self, model: nn.Module) -> nn.Module:
-        """Return a copy of the model with the buffers as they were; the model does not change."""
-        copied = copy.deepcopy(model)
-        for label, _, name, _, value in self._values:
-            owner = copied.get_submodule(label.removesuffix(name).rstrip("."))
-            owner._buffers[name] = None if value is None else value.clone()
-        return copied
 
-    def restore(self) -> None:
-        for _, module, name, tensor, value in self._values:
-            if tensor is not None:
-                tensor.copy_(value)
-            module._buffers[name] = tensor
+def _buffers(model: nn.Module) -> dict[str, Tensor | None]:
+    return {
+        f"{path}.{name}".lstrip("."): value
+        for path, module in model.named_modules()
+        for name, value in module._buffers.items()
+    }
 
 
 def change_in_place(model: nn.Module, names: set[str]) -> None:

@@ -2,12 +2,14 @@
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental import _config as shapes_config
@@ -16,6 +18,7 @@ from torch.fx.experimental import symbolic_shapes
 from str_triton.deploy.sparse.graph.batches import Exported, with_every_batch
 from str_triton.deploy.sparse.graph.signature import Leaf, Signature, compile_guard, parameter_names
 from str_triton.deploy.sparse.quiet import quiet
+from str_triton.deploy.sparse.state import fresh
 
 _INPUTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR, InputKind.USER_INPUT)
 
@@ -48,8 +51,11 @@ def exports(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Iterator[E
 
 
 def _exported(model: nn.Module, sizes: Any, strict: bool, args: tuple, kwargs: dict[str, Any]) -> Exported:
+    program = _export(fresh(model), args, kwargs, sizes, strict)
+    if any(isinstance(value, FakeTensor) for value in program.constants.values()):  # A retrace would end the process.
+        raise NotExported("the export has lost the values of a tensor")
     # In this order: a retrace may fix sizes that the export had left open.
-    program = _functional(_export(model, args, kwargs, sizes, strict))
+    program = _functional(program)
     return Exported(program, _signature(program, model, args, kwargs))
 
 
@@ -74,11 +80,8 @@ def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any], sizes: Any, s
     def dynamic(leaf: Any) -> Any:
         return sizes(leaf) if isinstance(leaf, Tensor) else None
 
-    shapes = pytree.tree_map(dynamic, (args, kwargs))
-    named = dict(zip(parameter_names(model.forward, len(args)), shapes[0], strict=False))
-    every = named | shapes[1] if len(named) == len(args) else tuple(shapes[0]) if not kwargs else None
-    if sizes is _none:
-        every = None
+    given = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    every = None if sizes is _none else pytree.tree_map(dynamic, dict(given))
     with quiet(), _ordinary_ones():
         return torch.export.export(model, args, kwargs, dynamic_shapes=every, strict=strict)
 

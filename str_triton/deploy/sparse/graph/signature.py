@@ -40,6 +40,7 @@ class Signature:
         guards: conditions on named sizes, as Python expressions of integers.
         returns: the structure of the result.
         names: the names of the positional arguments.
+        contiguous: take no tensors with other strides than contiguous ones.
     """
 
     structure: pytree.TreeSpec
@@ -47,6 +48,7 @@ class Signature:
     guards: list[str]
     returns: pytree.TreeSpec
     names: list[str] = field(default_factory=list)
+    contiguous: bool = False
 
     def __post_init__(self) -> None:
         self.is_plain = self.structure == pytree.tree_flatten(((0,), {}))[1] and self.leaves[0].dtype is not None
@@ -79,7 +81,7 @@ class Signature:
                     type(args[0]).__name__ if len(args) == 1 and not kwargs else f"{len(args) + len(kwargs)} arguments"
                 )
                 raise TypeError(f"a compiled network takes one tensor, got {given}")
-            raise Unfit(f"the network was compiled for arguments {self.structure}, got {structure}")
+            raise Unfit(f"the network was compiled for arguments {_shown(self.structure)}, got {_shown(structure)}")
         return leaves
 
     def tensors(self, args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
@@ -139,6 +141,9 @@ class Signature:
             if leaf.dtype is None:
                 continue
             check_tensor(given, leaf.dtype)
+            if self.contiguous and not given.is_contiguous():
+                strides = f"strides {list(given.stride())} of {self._place(number)}"
+                raise Unfit(f"the network was compiled for contiguous tensors, got {strides}")
             if leaf.sizes is None:
                 continue
             shape, known = tuple(given.shape), dict(sizes)
@@ -166,10 +171,23 @@ class Signature:
         """Raise Unfit where an argument that is no tensor has another value or type than the example's."""
         for number, (leaf, given) in enumerate(zip(self.leaves, leaves, strict=True)):
             if leaf.dtype is None and not _is_same(given, leaf.value):
-                raise Unfit(f"the network was compiled for {leaf.value!r} as {self._place(number)}, got {given!r}")
+                got = f"a {type(given).__name__}" if isinstance(given, Tensor) else " ".join(repr(given).split())[:80]
+                raise Unfit(f"the network was compiled for {leaf.value!r} as {self._place(number)}, got {got}")
 
     def _place(self, number: int) -> str:
         return f"argument {number + 1}" if len(self.leaves) > 1 else "the input"
+
+
+class _Any:
+    def __repr__(self) -> str:
+        return "_"
+
+
+def _shown(structure: pytree.TreeSpec) -> str:
+    """Return the structure of a call's arguments in a line, with `_` in the place of every leaf."""
+    args, kwargs = pytree.tree_unflatten([_Any()] * structure.num_leaves, structure)
+    named = [f"{name}={value!r}" for name, value in kwargs.items()]
+    return " ".join(f"({', '.join([*map(repr, args), *named])})".split())
 
 
 def _is_same(given: Any, value: Any) -> bool:
