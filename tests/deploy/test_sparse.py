@@ -1,6 +1,8 @@
 """compile_sparse: whole networks give what torch gives, however their layers are executed."""
 
 import copy
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from torch import nn
 from str_triton import deploy, sparsify
 from str_triton.cnn.models import build as build_network
 from str_triton.cnn.resnet import Bottleneck, ResNet
+from str_triton.deploy.sparse import compile as compilation
 from str_triton.deploy.sparse import model as model_module
 from str_triton.deploy.sparse.executions.choice import Choice
 from str_triton.deploy.sparse.runtime.plan import Plan
@@ -127,3 +130,19 @@ def test_bad_input():
     with pytest.raises(ValueError, match="is for inference"):
         compiled.train()
     assert not compiled.eval().training
+
+
+def test_threads_that_compile_take_turns(monkeypatch: pytest.MonkeyPatch):
+    """Two exports at a time fail, or one records operations of the other."""
+    running = [0, 0]  # now, and at most
+
+    def count(*_: object) -> None:
+        running[0] += 1
+        running[1] = max(running)
+        time.sleep(0.05)
+        running[0] -= 1
+
+    monkeypatch.setattr(compilation, "_compile", count)
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda model: deploy.compile_sparse(model, torch.randn(2, 3)), [nn.Linear(3, 4)] * 3))
+    assert running == [0, 1]

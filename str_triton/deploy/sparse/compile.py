@@ -2,6 +2,7 @@
 
 import copy
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -40,6 +41,7 @@ from str_triton.machine import processor
 from str_triton.native.build import library
 from str_triton.nn import densify, warn_if_unfinished
 
+_lock = threading.RLock()  # torch.export is not made for threads
 BUSY = "the machine was busy while the executions were timed: compile again on a quiet one"
 
 
@@ -64,7 +66,8 @@ def compile_sparse(
 
     A model that torch.export cannot take keeps its forward, and its layers are compiled one by one; `print` says why.
 
-    Compilation and every call use `torch.get_num_threads()` threads: compile with the number that you will use.
+    Compilation and every call use `torch.get_num_threads()` threads: compile with the number that you will use. Threads
+    that compile take turns.
 
     Args:
         model: plain, or with layers of `sparsify`, or made by `quantize`. It does not change.
@@ -90,7 +93,7 @@ def compile_sparse(
     kwargs = dict(example_kwargs or {})
     _check(args, kwargs)
     if isinstance(model, QuantizedModel):
-        with torch.inference_mode(False), plain_torch():
+        with _lock, torch.inference_mode(False), plain_torch():
             return _compile_quantized(model, *clone((args, kwargs)), tune)
     warn_if_unfinished(model)
     model = unwrapped(model)
@@ -105,7 +108,7 @@ def compile_sparse(
             raise ValueError(f"{name} has no shape yet: call {type(model).__name__} once before compiling it")
         if type(tensor) in (nn.Parameter, Tensor):
             require_memory(tensor, name)
-    with torch.inference_mode(False), plain_torch():
+    with _lock, torch.inference_mode(False), plain_torch():
         return _compile(model, *clone((args, kwargs)), tune)
 
 
@@ -280,3 +283,13 @@ def _modulewise(model: nn.Module, args: tuple, kwargs: dict[str, Any], tune: boo
         return ModulewiseModel(_copied(model), layers, left, [note])
     left |= dict.fromkeys(layers, "the model gives other values with it compiled")
     return ModulewiseModel(_copied(model), {}, left, [note])
+
+
+def _new_lock() -> None:
+    """Replace the lock in a forked child: a thread of the parent may have held it."""
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_lock)
