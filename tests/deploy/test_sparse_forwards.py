@@ -119,3 +119,40 @@ def test_sizes_that_the_model_refuses_are_tried_silently(by_kernels, capfd: pyte
     model = Forward(lambda self, x: F.linear(x, self.layer.weight), nn.Linear(8, 3))
     deploy.compile_sparse(fx.symbolic_trace(model, {"scale": None}).eval(), torch.randn(2, 8))
     assert capfd.readouterr() == ("", "")
+
+
+class Doubles(nn.Module):
+    """It changes an argument before it reads the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        y.mul_(2)
+        return self.layer(x)
+
+
+def test_arguments_that_share_memory_and_are_changed(by_kernels) -> None:
+    x, other = torch.randn(2, 2, 4)
+    compiled = deploy.compile_sparse(Doubles().eval(), (x, other))
+    before = x.clone()
+    with pytest.raises(ValueError, match="changes its arguments, and two of them share memory"):
+        compiled(x, x)
+    assert torch.equal(x, before)
+    assert compiled(x[:0], x[:0]).shape == (0, 3)
+
+
+class Chooses(Doubles):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cond(x.sum() > 0, self.layer, lambda x: self.layer(-x), (x,))
+
+
+def test_a_network_with_a_branch_can_be_stored(by_kernels, tmp_path: Path) -> None:
+    model, x = Chooses().eval(), torch.randn(2, 4)
+    compiled = deploy.compile_sparse(model, x)
+    assert isinstance(compiled, deploy.SparseModel)
+    torch.save(compiled, tmp_path / "net")
+    loaded = torch.load(tmp_path / "net", weights_only=False)
+    for given in (x, -x):
+        torch.testing.assert_close(loaded(given), model(given).detach())

@@ -8,8 +8,9 @@ from torch import Tensor, fx, nn
 
 from str_triton.deploy.sparse.compile import compile_sparse
 from str_triton.deploy.sparse.graph.signature import Unfit
-from str_triton.deploy.sparse.model import CompiledModel, is_watched
+from str_triton.deploy.sparse.model import CompiledModel
 from str_triton.deploy.sparse.runtime.limits import require_memory
+from str_triton.deploy.sparse.surroundings import is_watched
 
 
 def str_sparse(

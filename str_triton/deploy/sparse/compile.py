@@ -31,12 +31,13 @@ from str_triton.deploy.sparse.graph.lower import lower
 from str_triton.deploy.sparse.graph.nodes import Convolution, Graph
 from str_triton.deploy.sparse.graph.recurrent import exportable
 from str_triton.deploy.sparse.graph.signature import Signature, Unfit, check_tensor
-from str_triton.deploy.sparse.model import CompiledModel, SparseModel, plain_torch
+from str_triton.deploy.sparse.model import CompiledModel, SparseModel
 from str_triton.deploy.sparse.quantize.model import QuantizedModel
 from str_triton.deploy.sparse.quiet import quiet
 from str_triton.deploy.sparse.runtime.limits import require_memory
 from str_triton.deploy.sparse.runtime.trial import try_out
 from str_triton.deploy.sparse.state import change_in_place, changed_buffers, fresh
+from str_triton.deploy.sparse.surroundings import plain_torch
 from str_triton.machine import processor
 from str_triton.native.build import library
 from str_triton.nn import densify, warn_if_unfinished

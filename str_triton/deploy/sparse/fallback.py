@@ -12,7 +12,8 @@ from str_triton.deploy.sparse.executions.choice import Choice
 from str_triton.deploy.sparse.graph.nodes import FREE, Convolution, Graph, Input, Layer, Linear
 from str_triton.deploy.sparse.graph.refs import Ref
 from str_triton.deploy.sparse.graph.signature import Leaf, Signature
-from str_triton.deploy.sparse.model import CompiledModel, SparseModel, plain_torch
+from str_triton.deploy.sparse.model import CompiledModel, SparseModel
+from str_triton.deploy.sparse.surroundings import plain_torch
 from str_triton.nn import LowRankRNN
 
 

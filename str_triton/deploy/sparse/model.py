@@ -5,7 +5,7 @@ import itertools
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,8 +23,8 @@ from str_triton.deploy.sparse.profile import profile
 from str_triton.deploy.sparse.runtime.limits import TooLarge, require_memory
 from str_triton.deploy.sparse.runtime.plan import Plan
 from str_triton.deploy.sparse.runtime.segment import Mismatch
-from str_triton.deploy.sparse.runtime.threads import is_forked
 from str_triton.deploy.sparse.runtime.trial import dry_run, try_out
+from str_triton.deploy.sparse.surroundings import context, is_watched, plain_torch, refuse_gradients, share_memory
 from str_triton.deploy.sparse.text_table import text_table
 from str_triton.files import percent
 from str_triton.native.build import library
@@ -71,36 +71,6 @@ class CompiledModel(nn.Module):
         return text_table(rows)
 
 
-@contextlib.contextmanager
-def plain_torch() -> Iterator[None]:
-    """Compute in float32 on the CPU without gradients, whatever autocast and torch's defaults say.
-
-    In a forked child, torch uses one thread.
-    """
-    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
-    with torch.no_grad(), contextlib.ExitStack() as stack:
-        if is_forked() and threads > 1:
-            torch.set_num_threads(1)
-            stack.callback(torch.set_num_threads, threads)
-        if torch.is_autocast_enabled("cpu"):
-            stack.enter_context(torch.autocast("cpu", enabled=False))
-        if dtype is not torch.float32:
-            torch.set_default_dtype(torch.float32)
-            stack.callback(torch.set_default_dtype, dtype)
-        if torch.get_default_device().type != "cpu":
-            stack.enter_context(torch.device("cpu"))
-        yield
-
-
-_NO_CONTEXT = contextlib.nullcontext()
-
-
-def _context() -> contextlib.AbstractContextManager:
-    """Return `plain_torch`, or only no_grad where autocast, the default dtype and the process are as usual."""
-    is_usual = torch.get_default_dtype() is torch.float32 and not torch.is_autocast_enabled("cpu") and not is_forked()
-    return torch.no_grad() if is_usual else plain_torch()
-
-
 class SparseModel(CompiledModel):
     """A network that runs from a plan, for arguments of any size that the export allows.
 
@@ -145,6 +115,7 @@ class SparseModel(CompiledModel):
         self._lock = threading.Lock()
         self._tensors = [i for i, leaf in enumerate(self.signature.leaves) if leaf.dtype is not None]
         self._states = {node.name: node for node in self.graph.nodes if isinstance(node, State)}
+        self._changes_inputs = not self.graph.changes.keys() <= self._states.keys()
         results = set(references(self.graph.outputs))
         self._gives_numbers = any(node.name in results and node.is_number for node in self.graph.nodes)
         self._number = next(_numbers)
@@ -165,7 +136,7 @@ class SparseModel(CompiledModel):
         with self._lock:
             plan = self._plan(leaves)
             inputs = [leaves[i] for i in self._tensors]
-            with _NO_CONTEXT if plan.by_kernels else _context():
+            with contextlib.nullcontext() if plan.by_kernels else context():
                 try:
                     values = plan.run(inputs)
                 except Mismatch:
@@ -177,7 +148,7 @@ class SparseModel(CompiledModel):
 
     def _by_torch(self, inputs: list[Any]) -> list[Any]:
         """Return the outputs for inputs that fit no plan."""
-        with _context():
+        with context():
             outputs, changes = self.graph.run(inputs)
             self._commit(changes, inputs)
         return outputs
@@ -265,6 +236,8 @@ class SparseModel(CompiledModel):
         for leaf in leaves:
             if isinstance(leaf, Tensor):
                 require_memory(leaf)
+        if self._changes_inputs and share_memory([leaves[i] for i in self._tensors]):
+            raise Unfit("a call changes its arguments, and two of them share memory")
         key = tuple(
             (leaf.shape, leaf.dtype, leaf.device, leaf.layout) if isinstance(leaf, Tensor) else None for leaf in leaves
         )
@@ -273,7 +246,7 @@ class SparseModel(CompiledModel):
         self.signature.check(leaves)
         if len(self._plans) == PLANS:
             del self._plans[next(iter(self._plans))]
-        with _context():
+        with context():
             inputs = [leaves[i] for i in self._tensors]
             # A file's network may allocate any power of these sizes. Torch refuses some empty tensors without values.
             if self.is_from_file and all(tensor.numel() for tensor in inputs):
@@ -303,31 +276,12 @@ class SparseModel(CompiledModel):
         return [next(found) if isinstance(output, Ref) else output for output in self.graph.outputs]
 
     def __getstate__(self) -> dict[str, Any]:
-        made = ("_plans", "_lock", "_tensors", "_states", "_gives_numbers", "_number")
+        made = ("_plans", "_lock", "_tensors", "_states", "_changes_inputs", "_gives_numbers", "_number")
         return {key: value for key, value in vars(self).items() if key not in made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._prepare()
-
-
-def is_watched() -> bool:
-    """Check whether tensors may have no memory of their own.
-
-    This is possible in torch.compile, torch.export, a dispatch mode (fake tensors, make_fx), torch.func and torch.jit.
-    """
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._is_tracing()
-    )
-
-
-def refuse_gradients(tensors: Sequence[Any]) -> None:
-    """Raise ValueError within torch.func.grad and jvp, which would otherwise return a derivative of zero."""
-    if any(isinstance(t, Tensor) and torch._C._functorch.is_gradtrackingtensor(t) for t in tensors):
-        raise ValueError("a network made by compile_sparse has no derivative: differentiate the model it was made from")
 
 
 _numbers = itertools.count()

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from str_triton.deploy.sparse.graph.refs import Ref
 from str_triton.deploy.sparse.graph.signature import Unfit
-from str_triton.deploy.sparse.model import NETWORKS, SparseModel, refuse_gradients
+from str_triton.deploy.sparse.model import NETWORKS, SparseModel
+from str_triton.deploy.sparse.surroundings import refuse_gradients
 
 torch.library.define("str_triton::sparse_network", "(Tensor[] inputs, int network) -> Tensor[]")
 

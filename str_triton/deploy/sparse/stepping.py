@@ -10,9 +10,10 @@ from str_triton.deploy.recurrent_classifier import RecurrentClassifier
 from str_triton.deploy.sparse.graph.nodes import FREE
 from str_triton.deploy.sparse.graph.quantized_recurrent import quantized_recurrent
 from str_triton.deploy.sparse.graph.recurrent import Recurrent
-from str_triton.deploy.sparse.model import CompiledModel, plain_torch
+from str_triton.deploy.sparse.model import CompiledModel
 from str_triton.deploy.sparse.quantize.model import QuantizedModel
 from str_triton.deploy.sparse.runtime.stepping import PackedStepper, StackedLayer
+from str_triton.deploy.sparse.surroundings import plain_torch
 from str_triton.native.build import library
 from str_triton.nn import LowRankGRU, LowRankLSTM, LowRankRNN, LowRankWeight
 

@@ -104,6 +104,8 @@ class _Lowering(Context):
         target = node.target
         if node.op == "get_attr":
             found = getattr(owner, target)
+            if isinstance(found, fx.GraphModule):
+                found._tracer_cls = None  # The tracer of torch.export cannot be created again from a pickle.
             (self.known if isinstance(found, Tensor) else self.values)[node] = found
         elif target in _CHECKS:
             pass

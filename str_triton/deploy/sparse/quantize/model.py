@@ -13,7 +13,7 @@ from str_triton.deploy.sparse.graph.pointwise import Pointwise
 from str_triton.deploy.sparse.graph.quantized import Grid, QuantizedConvolution, QuantizedLinear
 from str_triton.deploy.sparse.graph.recurrent import Recurrent
 from str_triton.deploy.sparse.graph.signature import Signature
-from str_triton.deploy.sparse.model import plain_torch
+from str_triton.deploy.sparse.surroundings import plain_torch
 from str_triton.deploy.sparse.text_table import text_table
 from str_triton.files import percent
 

@@ -13,12 +13,13 @@ from str_triton.deploy.sparse.graph.nodes import FREE, Graph, Layer, Linear, Nod
 from str_triton.deploy.sparse.graph.pointwise import Pointwise
 from str_triton.deploy.sparse.graph.quantized import Grid
 from str_triton.deploy.sparse.graph.recurrent import Recurrent
-from str_triton.deploy.sparse.model import CompiledModel, SparseModel, plain_torch
+from str_triton.deploy.sparse.model import CompiledModel, SparseModel
 from str_triton.deploy.sparse.quantize.convert import Edges, alike, convert, quantized, unfit
 from str_triton.deploy.sparse.quantize.faster import faster
 from str_triton.deploy.sparse.quantize.model import LayerError, QuantizedModel, Report
 from str_triton.deploy.sparse.quantize.ranges import METHODS, Range
 from str_triton.deploy.sparse.runtime.trial import try_out
+from str_triton.deploy.sparse.surroundings import plain_torch
 from str_triton.native.build import library
 
 BOUND = 0.1  # a layer stays in float32 if the relative error of its output is above this
