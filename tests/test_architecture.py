@@ -38,7 +38,7 @@ ROOMS = {
     "str_triton.kernels": (set(), {"triton"}),
     "str_triton.native": (set(), {"torch"}),
     "str_triton.ops": ({"str_triton.native"}, {"torch"}),
-    "str_triton.nn": ({"str_triton.ops"}, {"torch", "numpy"}),
+    "str_triton.nn": ({"str_triton.native", "str_triton.ops"}, {"torch", "numpy"}),
     "str_triton.budget": ({"str_triton.nn", "str_triton.ops"}, {"torch", "numpy"}),
     "str_triton.deploy": (
         {"str_triton.native", "str_triton.nn", "str_triton.budget"},

@@ -1,11 +1,12 @@
-"""The two executions of a low-rank recurrent layer on the CPU, and the cost of the choice between them.
+"""The executions of a low-rank recurrent layer on the CPU, and the cost of the choice between them.
 
     python -m benchmarks.speed.recurrent_execution [--rounds 5] [--threads 1] [--name NAME]
 
-"loop" is the low-rank op, "dense" is torch's own layer with the product of the factors formed once. Both take turns; a
-row holds the fastest of each, because a busy machine only ever adds time. The "regret" of a choice is its time over the
-time of the faster one: of the rules in `low_rank_plan`, and of the measurement that layers use. A training step is
-forward and backward; inference is without gradients. The input has 32 features and 24 steps.
+"loop" is the low-rank op, "native" the op with its steps in C, "dense" torch's own layer with the product of factors
+formed once. All take turns; a row holds the fastest of each, because a busy machine only ever adds time. The "regret"
+of a choice is its time over the time of the fastest one: of the rules in `low_rank_plan`, and of the measurement that
+layers use. A training step is forward and backward; inference is without gradients. The input has 32 features and 24
+steps.
 """
 
 import argparse
@@ -17,7 +18,8 @@ import torch
 
 from benchmarks.timing import alternating, write
 from str_triton import LowRankGRU, LowRankLSTM, low_rank_plan
-from str_triton.nn.recurrent.execution import runs_dense
+from str_triton.nn.recurrent.execution import KINDS
+from str_triton.nn.recurrent.execution import fastest as choose
 
 INPUT_SIZE, STEPS = 32, 24
 LAYERS = {"gru": LowRankGRU, "lstm": LowRankLSTM}
@@ -28,13 +30,13 @@ def fastest(layer: torch.nn.Module, batch: int, training: bool, rounds: int) -> 
     """Return the milliseconds of each execution."""
     x, grad = torch.randn(STEPS, batch, INPUT_SIZE), torch.randn(STEPS, batch, layer.hidden_size)
 
-    def run(dense: bool) -> None:
-        with mock.patch.object(layer, "_runs_dense", return_value=dense), torch.set_grad_enabled(training):
+    def run(kind: str) -> None:
+        with mock.patch.object(layer, "_execution", return_value=kind), torch.set_grad_enabled(training):
             output = layer(x)[0]
             if training:
                 output.backward(grad)
 
-    turns = {"loop": partial(run, dense=False), "dense": partial(run, dense=True)}
+    turns = {kind: partial(run, kind) for kind in KINDS}
     return {kind: 1e3 * min(seconds) for kind, seconds in alternating(turns, rounds, warmup=1).items()}
 
 
@@ -52,8 +54,8 @@ def main() -> None:
         layer = LAYERS[cell](INPUT_SIZE, hidden, max_rank=rank, factorize="recurrent").train(training)
         times = fastest(layer, batch, training, options.rounds)
         plan = low_rank_plan(cell, hidden, rank, batch, torch.float32, training=training).kind
-        dense = runs_dense(cell, hidden, rank, batch, STEPS, training=training)
-        choices = {"rules": plan, "measured": "dense" if dense else "loop"}
+        measured = choose(cell, hidden, rank, batch, STEPS, training=training)
+        choices = {"rules": plan, "measured": measured}
         regret = {f"{name}_regret": times[kind] / min(times.values()) for name, kind in choices.items()}
         sizes = {"cell": cell, "hidden_size": hidden, "rank": rank, "batch_size": batch, "training": training}
         rows.append({**sizes, **times, **choices, **regret})

@@ -42,7 +42,7 @@ def library() -> ctypes.CDLL | None:
             except OSError:
                 return load(build(Path(scratch)))
     except (BuildError, OSError) as error:
-        warnings.warn(f"sparse layers run by torch alone, without the kernels in C: {error}", stacklevel=2)
+        warnings.warn(f"torch runs alone, without the kernels in C: {error}", stacklevel=2)
         return None
 
 
@@ -91,6 +91,10 @@ def load(path: Path) -> ctypes.CDLL:
     lib.str_triton_recurrent.restype = None
     lib.str_triton_recurrent_scratch.argtypes = (ctypes.c_void_p,)
     lib.str_triton_recurrent_scratch.restype = ctypes.c_int64
+    lib.str_triton_walk.argtypes = (ctypes.c_void_p, ctypes.c_int64)
+    lib.str_triton_walk.restype = None
+    lib.str_triton_walk_scratch.argtypes = (ctypes.c_void_p,)
+    lib.str_triton_walk_scratch.restype = ctypes.c_int64
     lib.str_triton_lanes.argtypes = ()
     lib.str_triton_lanes.restype = ctypes.c_int64
     return lib

@@ -11,6 +11,7 @@
 
    Vector extensions of gcc and clang, no intrinsics; without OpenMP everything runs on the calling thread. */
 
+#include "backward.h"
 #include "copies.h"
 #include "integers.h"
 #include "stepping.h"
@@ -239,6 +240,28 @@ void str_triton_recurrent(const recurrent *r, int64_t threads, int64_t shared) {
     (void)threads, (void)shared;
     run_sequences(r, (duty){0, r->batch, 0, 1}, 0);
 }
+
+/* Walks back through the steps of a recurrent layer, with a share of the sequences for each thread. */
+void str_triton_walk(const walk *k, int64_t threads) {
+    const int64_t groups = (k->batch + ROWS - 1) / ROWS;
+#ifdef _OPENMP
+    if (threads > 1 && groups > 1) {
+        barrier b = {0};
+#pragma omp parallel num_threads((int)(threads < groups ? threads : groups))
+        {
+            const int64_t thread = omp_get_thread_num(), count = omp_get_num_threads();
+            walk_groups(k, groups * thread / count, groups * (thread + 1) / count);
+            wait_for_all(&b, count);
+        }
+        return;
+    }
+#endif
+    (void)threads;
+    walk_groups(k, 0, groups);
+}
+
+/* Floats of scratch memory that a layer's backward needs. */
+int64_t str_triton_walk_scratch(const walk *k) { return k->batch * walk_row(k); }
 
 /* Floats of scratch memory that a layer needs. */
 int64_t str_triton_recurrent_scratch(const recurrent *r) { return r->batch * sequence_floats(r); }

@@ -25,12 +25,14 @@ enum { ROWS = 4, UNITS = 2 }; /* sequences that share a load; vectors of units i
 typedef struct {
     int64_t cell, gates, reverse;
     int64_t steps, batch, hidden, inner; /* inner: the rank, or `hidden` without v */
-    int64_t panels, width;               /* of v */
+    int64_t panels, width;               /* of v; width 0: there is none */
     int64_t features;                    /* of the input, if there is a w_in */
     const float *x;                      /* [steps][batch][gates * hidden]: the input's part of the gates; or the input */
     const float *h, *c;                  /* [batch][hidden]: the first states; c of an LSTM alone */
     float *y;                            /* [steps + states][batch][hidden]: outputs, the last h, the last c */
-    const void *v, *w;                   /* packed; v may be NULL */
+    float *kept;                         /* for a backward: c after every step, [steps][batch][hidden], or FASTGRNN's z and
+                                            n, [steps][batch][2][hidden]; NULL: not asked for */
+    const void *v, *w;                   /* packed */
     const float *scales;                 /* of int8 rows of w, packed like its bias with all gates; NULL: w, v are float32 */
     const float *bias;                   /* [blocks][2][gates, of FASTGRNN 2][LANES] */
     const float *w_in, *bias_in;         /* of the input's part of the gates, packed like w and the bias; or NULL */
@@ -107,10 +109,10 @@ static __attribute__((noinline)) void multiply_some(
 }
 
 /* Advances h, and c of an LSTM, of a block of units by a step. q: [2][gates] of R h; x: the input's part, `apart` floats
-   from one gate to the next and `across` from one vector of units to the next. */
+   from one gate to the next and `across` from one vector of units to the next. Of FASTGRNN c becomes n, and z its gate. */
 static inline __attribute__((always_inline)) void advance(
     const recurrent *r, const int cell, const int gates, const float *q, const float *x, int64_t apart, int64_t across,
-    const float *bias, vec *h, vec *c) {
+    const float *bias, vec *h, vec *c, vec *z) {
 #define X(gate) at(x + (gate)*apart + u * across, 0)
 #define Q(gate) (at(q, u * gates + (gate)) + at(bias, u * gates + (gate)))
 #define EACH_UNIT UNROLLED(u, UNITS)
@@ -143,7 +145,7 @@ static inline __attribute__((always_inline)) void advance(
             EACH_UNIT n[u] = X(0) + at(q, u), s[u] = n[u] + at(bias, 2 * u), n[u] += at(bias, 2 * u + 1);
             sigmoids(s, UNITS);
             tangents(n, UNITS);
-            EACH_UNIT h[u] = (r->zeta * (1.0f - s[u]) + r->nu) * n[u] + s[u] * h[u];
+            EACH_UNIT h[u] = (r->zeta * (1.0f - s[u]) + r->nu) * n[u] + s[u] * h[u], c[u] = n[u], z[u] = s[u];
     }
 #undef X
 #undef Q
@@ -215,6 +217,16 @@ static void to_ranks(const recurrent *r, duty d, const source *h, float *p) {
                 r->width);
 }
 
+/* As many of a block's units as there are. */
+static inline __attribute__((always_inline)) void store_units(float *y, const vec *v, int64_t left) {
+    if (left < UNITS * LANES) {
+        float all[UNITS * LANES];
+        UNROLLED(u, UNITS) *(vec *)(all + u * LANES) = v[u];
+        memcpy(y, all, sizeof(float) * left);
+    } else
+        UNROLLED(u, UNITS) *(vec *)(y + u * LANES) = v[u];
+}
+
 static inline __attribute__((always_inline)) void units(
     const recurrent *r, const int cell, const int gates, duty d, int64_t time, const source *from, const float *h,
     float *next, float *cells) {
@@ -250,18 +262,19 @@ static inline __attribute__((always_inline)) void units(
                     pad(x, hidden, gates, left, last);
                     x = last, apart = UNITS * LANES;
                 }
-                vec state[UNITS], c[UNITS];
+                vec state[UNITS], c[UNITS], z[UNITS];
                 UNROLLED(u, UNITS) state[u] = at(h + place, u), c[u] = cell == LSTM ? at(cells + place, u) : splat(0);
                 advance(
                     r, cell, gates, q + i * vectors * LANES, x, apart, across, r->bias + block * UNITS * biases * LANES,
-                    state, c);
+                    state, c, z);
                 UNROLLED(u, UNITS) *(vec *)(next + place + u * LANES) = state[u];
                 if (cell == LSTM) UNROLLED(u, UNITS) *(vec *)(cells + place + u * LANES) = c[u];
-                float *y = r->y + (first + i) * hidden + unit;
-                if (is_part)
-                    memcpy(y, next + place, sizeof(float) * left);
-                else
-                    UNROLLED(u, UNITS) *(vec *)(y + u * LANES) = state[u];
+                store_units(r->y + (first + i) * hidden + unit, state, left);
+                if (cell == LSTM && r->kept) store_units(r->kept + (first + i) * hidden + unit, c, left);
+                if (cell == FASTGRNN && r->kept) {
+                    store_units(r->kept + (first + i) * 2 * hidden + unit, z, left);
+                    store_units(r->kept + (first + i) * 2 * hidden + hidden + unit, c, left);
+                }
             }
         }
     }
@@ -300,12 +313,12 @@ static void run_sequences(const recurrent *r, duty d, barrier *b) {
         const float *h = states[i % 2];
         const source whole = {h, r->scales ? (int16_t *)codes : 0, scales, pitch, r->hidden};
         encode_all(&whole, d);
-        if (r->v) {
+        if (r->width) {
             to_ranks(r, d, &whole, p);
             WAIT();
             encode_all(&ranks, d);
         }
-        step_units(r, d, r->reverse ? r->steps - 1 - i : i, r->v ? &ranks : &whole, h, states[(i + 1) % 2], cells);
+        step_units(r, d, r->reverse ? r->steps - 1 - i : i, r->width ? &ranks : &whole, h, states[(i + 1) % 2], cells);
         WAIT();
     }
     copy_state(r, d, states[r->steps % 2], pitch, r->y + finals, r->hidden);

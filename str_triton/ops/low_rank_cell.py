@@ -23,8 +23,9 @@ class Cell:
     forward: the loop on the CPU, (schedule, gates_x, w, v, bias, scale) -> buffers and step. `step` gets the states
         before the step, the buffers' rows at its time, and the rows to write the states to. A cell with `kept` gets one
         more argument, the tensor to keep them in.
-    backward: the loop on the CPU, `Backward` -> buffers, begin, step and end. `begin` forms the coefficients of a chunk
-        of time, `step` walks, `end` does what needs no loop; see ops/low_rank_cpu.py.
+    backward: the loop on the CPU, `Backward` -> buffers, begin, step, end and factors. `begin` forms the coefficients
+        of a chunk of time, `step` walks, `end` does what needs no loop; see ops/low_rank_cpu.py. In place of `step` the
+        loop in C walks with what `factors` returns for a chunk: tensors by their names in native/backward.h.
     kept: blocks of H numbers that the CPU's forward keeps for the backward, which then does not compute R h again.
     saved: blocks of H numbers that a GPU's forward saves at each step and sequence; c, if there is one, is the last.
     extra: whether a GPU's backward writes a block of H besides the gradient of gates_x: the gradient of R h + bias in
@@ -100,7 +101,10 @@ def coupled_backward(run: Backward, begin: Callable, a: Tensor, a_n: Tensor, kee
         torch.mul(dhs[span], a_n[span], out=run.grad_x[begin:end, :, run.grad_x.shape[2] - hidden :])
         run.schedule.blank(run.grad_x[begin:end], begin)
 
-    return (run.grad_x.unflatten(2, a.shape[2:]), run.grad_x), begin, step, end
+    def factors(span, begin, end):
+        return {"a": a[span], "keep": keep[span], "dhs": dhs[span]}
+
+    return (run.grad_x.unflatten(2, a.shape[2:]), run.grad_x), begin, step, end, factors
 
 
 def grad_v(outputs: Tensor, h0: Tensor, grad_p: Tensor, lengths: Tensor | None, reverse: bool) -> Tensor:

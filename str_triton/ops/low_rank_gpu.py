@@ -39,7 +39,7 @@ def chip(device: torch.device) -> str:
 
 def forward(
     cell: str, gates_x: Tensor, w: Tensor, v: Tensor, bias: Tensor, scale: Tensor, states: list[Tensor],
-    lengths: Tensor | None, reverse: bool, save: bool, precision: str | None,
+    lengths: Tensor | None, reverse: bool, save: bool, precision: str | None, native: bool = False,
 ) -> list[Tensor]:  # fmt: skip
     """Return outputs, the last states, p and saved."""
     from str_triton.kernels import low_rank_cells
@@ -69,7 +69,7 @@ def forward(
 def backward(
     cell: str, grad_outputs: Tensor, grad_states: list[Tensor], gates_x: Tensor, outputs: Tensor, p: Tensor,
     saved: Tensor, w: Tensor, v: Tensor, bias: Tensor, scale: Tensor, states: list[Tensor],
-    lengths: Tensor | None, reverse: bool, precision: str | None,
+    lengths: Tensor | None, reverse: bool, precision: str | None, native: bool = False,
 ) -> list[Tensor]:  # fmt: skip
     """Return the gradients of gates_x, w, v, bias, scale and the states."""
     from str_triton.kernels import low_rank_cells

@@ -19,11 +19,11 @@ from str_triton.ops.tensors import compute_dtype
 
 @op(
     "low_rank_rnn(str cell, Tensor gates_x, Tensor w, Tensor v, Tensor bias, Tensor scale, Tensor[] states, "
-    "Tensor? lengths, bool reverse, bool save, str? precision) -> Tensor[]",
+    "Tensor? lengths, bool reverse, bool save, str? precision, bool native=False) -> Tensor[]",
     low_rank_cpu.forward,
     low_rank_gpu.forward,
 )
-def _(cell, gates_x, w, v, bias, scale, states, lengths, reverse, save, precision):
+def _(cell, gates_x, w, v, bias, scale, states, lengths, reverse, save, *options):
     steps, batch, _ = gates_x.shape
     hidden, rank = v.shape
     outputs, finals = gates_x.new_empty(steps, batch, hidden), [torch.empty_like(state) for state in states]
@@ -41,7 +41,7 @@ def _(cell, gates_x, w, v, bias, scale, states, lengths, reverse, save, precisio
 @op(
     "low_rank_rnn_backward(str cell, Tensor grad_outputs, Tensor[] grad_states, Tensor? gates_x, Tensor outputs, "
     "Tensor p, Tensor saved, Tensor w, Tensor v, Tensor bias, Tensor scale, Tensor[] states, Tensor? lengths, "
-    "bool reverse, str? precision) -> Tensor[]",
+    "bool reverse, str? precision, bool native=False) -> Tensor[]",
     low_rank_cpu.backward,
     low_rank_gpu.backward,
 )
@@ -55,13 +55,13 @@ class _LowRankRNN(torch.autograd.Function):
     """Outputs and the last states, and what their backward needs."""
 
     @staticmethod
-    def forward(cell, lengths, reverse, precision, gates_x, w, v, bias, scale, *states):
-        arguments = (cell, gates_x, w, v, bias, scale, list(states), lengths, reverse, True, precision)
+    def forward(cell, lengths, reverse, precision, native, gates_x, w, v, bias, scale, *states):
+        arguments = (cell, gates_x, w, v, bias, scale, list(states), lengths, reverse, True, precision, native)
         return tuple(torch.ops.str_triton.low_rank_rnn(*arguments))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.cell, lengths, ctx.reverse, ctx.precision, gates_x, *others = inputs
+        ctx.cell, lengths, ctx.reverse, ctx.precision, ctx.native, gates_x, *others = inputs
         outputs, *_, p, saved = output
         ctx.mark_non_differentiable(p, saved)
         ctx.set_materialize_grads(False)  # otherwise p and saved get gradients, too
@@ -80,13 +80,13 @@ class _LowRankRNN(torch.autograd.Function):
         ]
         grads = torch.ops.str_triton.low_rank_rnn_backward(
             ctx.cell, grad_outputs, grad_states, gates_x, outputs, p, saved, w, v, bias, scale, states, lengths,
-            ctx.reverse, ctx.precision,
+            ctx.reverse, ctx.precision, ctx.native,
         )  # fmt: skip
-        return None, None, None, None, *grads
+        return None, None, None, None, None, *grads
 
 
-def _differentiable(cell, gates_x, w, v, bias, scale, states, lengths, reverse, save, precision):
-    return list(_LowRankRNN.apply(cell, lengths, reverse, precision, gates_x, w, v, bias, scale, *states))
+def _differentiable(cell, gates_x, w, v, bias, scale, states, lengths, reverse, save, precision, native=False):
+    return list(_LowRankRNN.apply(cell, lengths, reverse, precision, native, gates_x, w, v, bias, scale, *states))
 
 
 differentiable("low_rank_rnn", _differentiable)
@@ -95,6 +95,7 @@ differentiable("low_rank_rnn", _differentiable)
 def run(
     cell: Cell, gates_x: Tensor, u: Tensor, m: Tensor, v: Tensor, biases: dict[str, Tensor | None],
     scalars: dict[str, Tensor], states: dict[str, Tensor], lengths: Tensor | None, reverse: bool, precision: str | None,
+    native: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     """Check the arguments of a public function, by their names, and return outputs and the last states."""
     check(gates_x, {"u": u, "m": m, "v": v}, biases, states, scalars, lengths, cell.gates)
@@ -111,8 +112,8 @@ def run(
     tensors = gates_x, w, v, bias, scale, *(state.contiguous() for state in states.values())
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     if needs_grad and not torch.compiler.is_exporting():  # torch.export keeps the op, which has a gradient of its own.
-        results = _LowRankRNN.apply(cell.name, lengths, reverse, precision, *tensors)
+        results = _LowRankRNN.apply(cell.name, lengths, reverse, precision, native, *tensors)
     else:
-        arguments = (cell.name, *tensors[:5], list(tensors[5:]), lengths, reverse, False, precision)
+        arguments = (cell.name, *tensors[:5], list(tensors[5:]), lengths, reverse, False, precision, native)
         results = torch.ops.str_triton.low_rank_rnn(*arguments)
     return results[0], list(results[1:-2])

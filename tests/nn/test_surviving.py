@@ -151,13 +151,13 @@ def test_training_is_the_same_with_all_columns(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("cell", [LowRankGRU, LowRankLSTM])
 def test_the_execution_is_chosen_by_the_columns(cell: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, choose = [], low_rank_rnn.runs_dense
+    asked, choose = [], low_rank_rnn.fastest
 
-    def spy(name: str, hidden: int, rank: int, *args: int, **options: bool) -> bool:
+    def spy(name: str, hidden: int, rank: int, *args: int, **options: bool) -> str:
         asked.append(rank)
         return choose(name, hidden, rank, *args, **options)
 
-    monkeypatch.setattr(low_rank_rnn, "runs_dense", spy)
+    monkeypatch.setattr(low_rank_rnn, "fastest", spy)
     layer = cell(5, 8)
     cut_to(layer.weight_hh_l0, 3)
     layer(torch.randn(6, 3, 5))

@@ -18,7 +18,7 @@ LENGTHS = {
     "falling": lambda steps, batch: torch.linspace(steps, 1, batch).long(),
     "any order": lambda steps, batch: torch.randint(1, steps + 1, (batch,)),
 }
-OPTIONS = ("lengths", "reverse", "precision")
+OPTIONS = ("lengths", "reverse", "precision", "native")
 # Of a result's largest element.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-5, torch.float16: 2**-8}
 

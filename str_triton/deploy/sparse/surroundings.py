@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from str_triton.deploy.sparse.runtime.threads import is_forked
+from str_triton.native.threads import is_forked
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
-"""The execution of a recurrent layer on the CPU: the low-rank op, or torch's own layer with the matrix formed once.
+"""The execution of a recurrent layer on the CPU.
 
-The faster one depends on the processor. Both are timed on this machine when a layer of a new size first runs, and the
+"loop" is the low-rank op, "native" the op with its steps in C, "dense" torch's own layer with the matrix formed once.
+The fastest one depends on the processor. All are timed on this machine when a layer of a new size first runs, and the
 times are kept in the user's cache folder: every later process decides in the same way.
 """
 
@@ -12,6 +13,7 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from itertools import compress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from str_triton.files import beside, write_atomically
 from str_triton.machine import cache_folder, own_folder, processor_features
+from str_triton.native.build import library
 from str_triton.nn.low_rank import LowRankWeight
 from str_triton.nn.recurrent.dense_kernel import dense_layer
 from str_triton.ops.low_rank_cell import CELLS
@@ -30,6 +33,7 @@ from str_triton.ops.low_rank_rnn import run
 RANKS = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)  # of the hidden size
 LARGEST_BATCH, LARGEST_HIDDEN = 64, 2048  # A measurement above them would take too long.
 SHORT, LONG, FEATURES = 2, 24, 32  # steps and features of the inputs that are timed
+KINDS, NEVER = ("loop", "native", "dense"), 9e9
 ROUNDS, SECONDS = 50, 0.3  # the largest number of rounds, and the time after which no further round begins
 
 
@@ -52,24 +56,28 @@ class Sizes(NamedTuple):
 
 
 class Times(NamedTuple):
-    """Seconds of a short and a long sequence (`SHORT`, `LONG`) by the op and by torch's layer; in training both ways.
+    """Seconds of a short and a long sequence (`SHORT`, `LONG`) by each execution; in training forward and backward.
 
-    Each includes what is prepared once for a sequence: the factors that the threshold leaves, or their product.
+    Each includes what is prepared once for a sequence: the factors that the threshold leaves, or their product. An
+    execution that cannot run takes `NEVER`.
     """
 
     short_loop: float
+    short_native: float
     short_dense: float
     long_loop: float
+    long_native: float
     long_dense: float
 
-    def prefer_dense(self, steps: int) -> bool:
-        """Check whether torch's layer takes less time for so many steps, if time grows by the same for each step."""
-        short, long = self.short_dense - self.short_loop, self.long_dense - self.long_loop
-        return short + (long - short) * (steps - SHORT) / (LONG - SHORT) < 0
+    def fastest(self, steps: int) -> str:
+        """Return the execution that takes the least time for so many steps, if each step adds the same time."""
+        share = (steps - SHORT) / (LONG - SHORT)
+        times = [short + (long - short) * share for short, long in zip(self[:3], self[3:], strict=True)]
+        return KINDS[times.index(min(times))]
 
 
-def runs_dense(cell: str, hidden: int, rank: int, batch: int, steps: int, *, training: bool) -> bool:
-    """Return whether torch's own layer is faster for float32 on the CPU, by times of this machine.
+def fastest(cell: str, hidden: int, rank: int, batch: int, steps: int, *, training: bool) -> str:
+    """Return the execution that is fastest for float32 on the CPU, by times of this machine: one of KINDS.
 
     Rules take the place of times (`low_rank_plan`) where all machines or processes must decide alike: under
     `torch.use_deterministic_algorithms`, in a process group, and if the environment variable STR_TRITON_MEASURE is 0.
@@ -79,8 +87,8 @@ def runs_dense(cell: str, hidden: int, rank: int, batch: int, steps: int, *, tra
     if _may_measure() and hidden <= LARGEST_HIDDEN:
         times = _times(Sizes.near(cell, hidden, rank, batch, training))
     if times is None:
-        return low_rank_plan(cell, hidden, rank, batch, torch.float32, training=training).kind == "dense"
-    return times.prefer_dense(steps)
+        return low_rank_plan(cell, hidden, rank, batch, torch.float32, training=training).kind
+    return times.fastest(steps)
 
 
 def _may_measure() -> bool:
@@ -114,7 +122,7 @@ def _read(path: Path) -> Times | None:
         content = path.read_text("ascii")
     except (FileNotFoundError, UnicodeDecodeError):
         return None
-    if not re.fullmatch(r"(\d\.\d{3}e[+-]\d\d ?){4}", content):
+    if not re.fullmatch(r"(\d\.\d{3}e[+-]\d\d ?){6}", content):
         return None
     return Times(*map(float, content.split()))
 
@@ -161,14 +169,21 @@ def _measure(sizes: Sizes) -> Times:
     matrix = _matrix(cell.gates * hidden, hidden, sizes.rank, draw)
     w_x, b_x, b_h = draw(cell.gates * hidden, FEATURES), draw(cell.gates * hidden), draw(cell.gates * hidden)
     state = draw(sizes.batch, hidden).detach()
+    scalars = {name: draw(1) for name in ("zeta", "nu")[: cell.scalars]}
+    biases: dict[str, Tensor | None] = {"bias": b_h} if cell.biases is None else {"gate": b_x, "update": b_h}
 
-    def loop(x: Tensor) -> Tensor:
+    def loop(x: Tensor, native: bool = False) -> Tensor:
         gates_x, states = F.linear(x, w_x, b_x), dict.fromkeys(cell.states, state)
-        return run(cell, gates_x, *matrix.surviving(), {"bias": b_h}, {}, states, None, False, None)[0]
+        return run(cell, gates_x, *matrix.surviving(), biases, scalars, states, None, False, None, native)[0]
 
     def dense(x: Tensor) -> Tensor:
         states, weights = [state[None]] * len(cell.states), (w_x, matrix.weight(), b_x, b_h)
         return dense_layer(cell.name, x, states, weights, bias=True, bidirectional=False)[0]
+
+    can_run = True, library() is not None, cell.has_dense
+    forwards: list[Callable[[Tensor], Tensor]] = list(
+        compress((loop, functools.partial(loop, native=True), dense), can_run)
+    )
 
     def seconds(forward: Callable[[Tensor], Tensor], x: Tensor, grad_output: Tensor) -> float:
         before = time.perf_counter()
@@ -180,7 +195,7 @@ def _measure(sizes: Sizes) -> Times:
     turns = []
     for steps in (SHORT, LONG):
         x, grad_output = draw(steps, sizes.batch, FEATURES).detach(), draw(steps, sizes.batch, hidden).detach()
-        turns += [(loop, x, grad_output), (dense, x, grad_output)]
+        turns += [(forward, x, grad_output) for forward in forwards]
     best, begin = [math.inf] * len(turns), time.perf_counter()
     with torch.set_grad_enabled(sizes.training):
         for number in range(ROUNDS + 1):
@@ -189,7 +204,8 @@ def _measure(sizes: Sizes) -> Times:
             times = [seconds(*turn) for turn in turns]
             if number:  # The first round meets cold caches.
                 best = list(map(min, best, times))
-    return Times(*best)
+    found = iter(best)
+    return Times(*(next(found) if can else NEVER for can in can_run * 2))
 
 
 def _matrix(rows: int, columns: int, rank: int, draw: Callable[..., Tensor]) -> LowRankWeight:

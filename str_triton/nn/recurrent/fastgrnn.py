@@ -53,13 +53,15 @@ class LowRankFastGRNN(LowRankRNN):
         return value.fill_(-4 if name.startswith("nu") else 1)
 
     def _loop(
-        self, suffix: str, gates_x: Tensor, states: list[Tensor], lengths: Tensor | None, *, reverse: bool
+        self, suffix: str, gates_x: Tensor, states: list[Tensor], lengths: Tensor | None, *, reverse: bool, native: bool
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         bias_gate, bias_update = (getattr(self, f"{name}_{suffix}", None) for name in self.biases)
         zeta, nu = (getattr(self, f"{name}_{suffix}") for name in self.scalars)
         u, m, v = self._recurrent_factors(suffix)
         (h0,) = states
-        outputs, h = low_rank_fastgrnn(gates_x, u, m, v, bias_gate, bias_update, zeta, nu, h0, lengths, reverse=reverse)
+        outputs, h = low_rank_fastgrnn(
+            gates_x, u, m, v, bias_gate, bias_update, zeta, nu, h0, lengths, reverse=reverse, native=native
+        )
         return outputs, (h,)
 
     def _cell(self, suffix: str, gates_x: Tensor, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

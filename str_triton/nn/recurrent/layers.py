@@ -41,12 +41,12 @@ class LowRankGRU(LowRankRNN):
     torch_class = nn.GRU
 
     def _loop(
-        self, suffix: str, gates_x: Tensor, states: list[Tensor], lengths: Tensor | None, *, reverse: bool
+        self, suffix: str, gates_x: Tensor, states: list[Tensor], lengths: Tensor | None, *, reverse: bool, native: bool
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         u, m, v = self._recurrent_factors(suffix)
         bias = getattr(self, f"bias_hh_{suffix}", None)
         (h0,) = states
-        outputs, h = low_rank_gru(gates_x, u, m, v, bias, h0, lengths, reverse=reverse)
+        outputs, h = low_rank_gru(gates_x, u, m, v, bias, h0, lengths, reverse=reverse, native=native)
         return outputs, (h,)
 
     def _cell(self, suffix: str, gates_x: Tensor, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -88,12 +88,12 @@ class LowRankLSTM(LowRankRNN):
     torch_class = nn.LSTM
 
     def _loop(
-        self, suffix: str, gates_x: Tensor, states: list[Tensor], lengths: Tensor | None, *, reverse: bool
+        self, suffix: str, gates_x: Tensor, states: list[Tensor], lengths: Tensor | None, *, reverse: bool, native: bool
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         u, m, v = self._recurrent_factors(suffix)
         bias = getattr(self, f"bias_hh_{suffix}", None)
         h0, c0 = states
-        return low_rank_lstm(gates_x, u, m, v, bias, h0, c0, lengths, reverse=reverse)
+        return low_rank_lstm(gates_x, u, m, v, bias, h0, c0, lengths, reverse=reverse, native=native)
 
     def _cell(self, suffix: str, gates_x: Tensor, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         h, c = states

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 from str_triton.nn.low_rank import LowRankWeight
 from str_triton.nn.recurrent.arguments import Packing, check_input, prepare_states
 from str_triton.nn.recurrent.dense_kernel import dense_layer
-from str_triton.nn.recurrent.execution import runs_dense
+from str_triton.nn.recurrent.execution import fastest
 from str_triton.nn.recurrent.matrices import LowRankMatrices
 from str_triton.ops.low_rank_gpu import shared_memory_limit
 from str_triton.ops.low_rank_plan import low_rank_plan
@@ -25,7 +25,7 @@ class LowRankRNN(LowRankMatrices):
 
     @abstractmethod
     def _loop(
-        self, suffix: str, gates_x: Tensor, states: list[Tensor], lengths: Tensor | None, *, reverse: bool
+        self, suffix: str, gates_x: Tensor, states: list[Tensor], lengths: Tensor | None, *, reverse: bool, native: bool
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Run the cell's op over gates_x [T, B, gates * hidden_size]; return the outputs and the last states.
 
@@ -136,37 +136,48 @@ class LowRankRNN(LowRankMatrices):
         finals = []
         for layer in range(self.num_layers):
             own = tuple(state[layer * directions : (layer + 1) * directions] for state in states)
-            run = self._dense_layer if self._runs_dense(layer, x, own[0].shape[1], packing) else self._low_rank_layer
-            x, final = run(layer, x, own, packing)
+            kind = self._execution(layer, x, own[0].shape[1], packing)
+            if kind == "dense":
+                x, final = self._dense_layer(layer, x, own, packing)
+            else:
+                x, final = self._low_rank_layer(layer, x, own, packing, native=kind == "native")
             finals.append(final)
             if self.dropout and self.training and layer + 1 < self.num_layers:
                 x = F.dropout(x, self.dropout)
         return x, tuple(torch.cat(parts) for parts in zip(*finals, strict=True))
 
-    def _runs_dense(self, layer: int, x: Tensor, batch: int, packing: Packing | None) -> bool:
-        """Return whether torch's own kernel, with dense matrices formed once, runs this layer faster than the op."""
+    def _execution(self, layer: int, x: Tensor, batch: int, packing: Packing | None) -> str:
+        """Return what runs this layer fastest.
+
+        "dense" is torch's own kernel, with dense matrices formed once, "native" the op with its steps in C; everything
+        else is the op.
+        """
         # In a compiled graph, torch's kernel runs its forward pass twice for a backward pass. The CPU's op has no limit
         # on the rank, so it can always run instead.
-        if not self.has_dense or (torch.compiler.is_compiling() and not x.is_cuda):
-            return False
+        if torch.compiler.is_compiling() and not x.is_cuda:
+            return "loop"
         matrices = [getattr(self, f"weight_hh_{suffix}") for suffix in self._suffixes(layer)]
-        if not all(isinstance(matrix, LowRankWeight) for matrix in matrices):
-            return True
+        factors = [matrix for matrix in matrices if isinstance(matrix, LowRankWeight)]
+        if self.has_dense and len(factors) < len(matrices):
+            return "dense"
         with torch.no_grad():
-            rank = max(matrix.max_rank if x.is_cuda else matrix.surviving()[1].numel() for matrix in matrices)
+            ranks = [matrix.max_rank if x.is_cuda else matrix.surviving()[1].numel() for matrix in factors]
         device, training, batch = x.device.type, torch.is_grad_enabled(), max(batch, 1)
+        rank = max(ranks, default=self.hidden_size)
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         if device == "cpu" and dtype == torch.float32:
             steps = len(x) if packing is None else len(packing.batch_sizes)
-            return runs_dense(self.cell, self.hidden_size, rank, batch, steps, training=training)
+            return fastest(self.cell, self.hidden_size, rank, batch, steps, training=training)
+        if not self.has_dense:
+            return "loop"
         limit, packed = shared_memory_limit(x.device), packing is not None
         plan = low_rank_plan(
             self.cell, self.hidden_size, rank, batch, dtype, shared_memory=limit, training=training, packed=packed
         )
-        return plan.kind == "dense"
+        return plan.kind
 
     def _low_rank_layer(
-        self, layer: int, x: Tensor, states: tuple[Tensor, ...], packing: Packing | None
+        self, layer: int, x: Tensor, states: tuple[Tensor, ...], packing: Packing | None, *, native: bool
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Run one layer with the low-rank op: x and outputs [T, B, ...], states [directions, B, hidden_size]."""
         lengths = None
@@ -176,7 +187,7 @@ class LowRankRNN(LowRankMatrices):
         for direction, suffix in enumerate(self._suffixes(layer)):
             gates_x = self._project(suffix, x)
             own = [state[direction].to(gates_x.dtype) for state in states]
-            output, final = self._loop(suffix, gates_x, own, lengths, reverse=direction == 1)
+            output, final = self._loop(suffix, gates_x, own, lengths, reverse=direction == 1, native=native)
             outputs.append(output)
             finals.append(final)
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)

@@ -55,7 +55,10 @@ def _backward(run: Backward) -> tuple:
         grad_nu = dh_c.sum()
         run.grad_scale += torch.stack((grad_nu - dh_c.mul_(z[begin:end]).sum(), grad_nu))
 
-    return (run.grad_x, z), begin, step, end
+    def factors(span, begin, end):
+        return {"a": a[span], "keep": z[begin:end], "dhs": dhs[span]}
+
+    return (run.grad_x, z), begin, step, end, factors
 
 
 def _coefficients(a: Tensor, a_z: Tensor, z: Tensor, c: Tensor, previous: Tensor, scale: Tensor) -> None:
@@ -89,6 +92,7 @@ def low_rank_fastgrnn(
     *,
     reverse: bool = False,
     precision: str | None = None,
+    native: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Run a FastGRNN over all time steps, its recurrent matrix R = u diag(m) v^T applied as u (m (v^T h)).
 
@@ -114,5 +118,5 @@ def low_rank_fastgrnn(
     """
     biases = {"bias_gate": bias_gate, "bias_update": bias_update}
     scalars, states = {"zeta": zeta, "nu": nu}, {"h0": h0}
-    outputs, (h,) = run(FASTGRNN, gates_x, u, m, v, biases, scalars, states, lengths, reverse, precision)
+    outputs, (h,) = run(FASTGRNN, gates_x, u, m, v, biases, scalars, states, lengths, reverse, precision, native)
     return outputs, h

@@ -71,6 +71,7 @@ def low_rank_gru(
     *,
     reverse: bool = False,
     precision: str | None = None,
+    native: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Run a GRU over all time steps, its recurrent matrix R = u diag(m) v^T applied as u (m (v^T h)).
 
@@ -97,6 +98,8 @@ def low_rank_gru(
         reverse: run from each sequence's last step to its first. Outputs stay at their own time index.
         precision: of float32 products on an NVIDIA GPU: "ieee", "tf32", or "tf32x3" (three TF32 products, nearly as
             exact as "ieee"); None follows torch's own layers, `torch.backends.cudnn.rnn.fp32_precision`.
+        native: on the CPU, run the steps in C where that can be: float32 arithmetic, sequences of one length, a C
+            compiler at the first call. Outputs and gradients then differ by roundings.
 
     u, m, v and bias may have other dtypes of these four; u m, v and bias are rounded to gates_x's.
 
@@ -114,5 +117,5 @@ def low_rank_gru(
     Source: Cho et al., EMNLP 2014 (arXiv 1406.1078), in torch's variant; Kusupati et al., ICML 2020 (arXiv
     2002.03231), section 3.3.
     """
-    outputs, (h,) = run(GRU, gates_x, u, m, v, {"bias": bias}, {}, {"h0": h0}, lengths, reverse, precision)
+    outputs, (h,) = run(GRU, gates_x, u, m, v, {"bias": bias}, {}, {"h0": h0}, lengths, reverse, precision, native)
     return outputs, h

@@ -48,7 +48,10 @@ def _backward(run: Backward) -> tuple:
         torch.mm(grad_p, v_t, out=dh_t)
         dc_t.mul_(f[k, :count])
 
-    return (grad_ifg, grad_o, run.grad_x), begin, step, lambda span, begin, end: None
+    def factors(span, begin, end):
+        return {"a": a[span], "a_c": a_c[span], "keep": f[span], "dc": dc}
+
+    return (grad_ifg, grad_o, run.grad_x), begin, step, lambda span, begin, end: None, factors
 
 
 def _coefficients(a: Tensor, a_c: Tensor, gates: Tensor, cells: Tensor, previous: Tensor) -> None:
@@ -89,6 +92,7 @@ def low_rank_lstm(
     *,
     reverse: bool = False,
     precision: str | None = None,
+    native: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Run an LSTM over all time steps, its recurrent matrix R = u diag(m) v^T applied as u (m (v^T h)).
 
@@ -115,5 +119,5 @@ def low_rank_lstm(
     has it; Kusupati et al., ICML 2020 (arXiv 2002.03231), section 3.3.
     """
     states = {"h0": h0, "c0": c0}
-    outputs, (h, c) = run(LSTM, gates_x, u, m, v, {"bias": bias}, {}, states, lengths, reverse, precision)
+    outputs, (h, c) = run(LSTM, gates_x, u, m, v, {"bias": bias}, {}, states, lengths, reverse, precision, native)
     return outputs, (h, c)

@@ -66,6 +66,7 @@ def low_rank_mgu(
     *,
     reverse: bool = False,
     precision: str | None = None,
+    native: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Run a minimal gated unit over all time steps, its recurrent matrix R = u diag(m) v^T applied as u (m (v^T h)).
 
@@ -89,5 +90,5 @@ def low_rank_mgu(
     Source: Zhou et al., International Journal of Automation and Computing 13(3), 2016 (arXiv 1603.09420), equations
     6 to 8; the low-rank form: Kusupati et al., ICML 2020 (arXiv 2002.03231), section 3.3.
     """
-    outputs, (h,) = run(MGU, gates_x, u, m, v, {"bias": bias}, {}, {"h0": h0}, lengths, reverse, precision)
+    outputs, (h,) = run(MGU, gates_x, u, m, v, {"bias": bias}, {}, {"h0": h0}, lengths, reverse, precision, native)
     return outputs, h

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from str_triton import LowRankGRU, LowRankLSTM
+from str_triton import LowRankFastGRNN, LowRankGRU, LowRankLSTM
+from str_triton.native.build import library
 from str_triton.nn.recurrent import execution
-from str_triton.nn.recurrent.execution import Sizes, Times, runs_dense
+from str_triton.nn.recurrent.execution import KINDS, NEVER, Sizes, Times, fastest
 
-LOOP, DENSE = Times(1.0, 2.0, 1.0, 2.0), Times(2.0, 1.0, 2.0, 1.0)
+LOOP, NATIVE, DENSE = (Times(*[1.0 if kind == best else 2.0 for kind in KINDS] * 2) for best in KINDS)
 
 
 @pytest.fixture
@@ -43,8 +44,8 @@ def use(monkeypatch: pytest.MonkeyPatch, *results: Times) -> list[Sizes]:
 def test_preparing_the_matrix_counts_for_short_sequences() -> None:
     """Two seconds and 3 a step, against 12 seconds and 1 a step: equal at 5 steps."""
     short, long = execution.SHORT, execution.LONG
-    times = Times(2.0 + 3.0 * short, 12.0 + short, 2.0 + 3.0 * long, 12.0 + long)
-    assert [times.prefer_dense(steps) for steps in (1, 5, 6, 100)] == [False, False, True, True]
+    times = Times(2.0 + 3.0 * short, NEVER, 12.0 + short, 2.0 + 3.0 * long, NEVER, 12.0 + long)
+    assert [times.fastest(steps) for steps in (1, 5, 6, 100)] == ["loop", "loop", "dense", "dense"]
 
 
 def test_near_sizes_share_a_measurement() -> None:
@@ -57,27 +58,27 @@ def test_near_sizes_share_a_measurement() -> None:
 def test_times_are_kept_for_later_processes(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = use(monkeypatch, DENSE)
     for _ in range(2):
-        assert runs_dense("gru", 32, 4, 2, 9, training=True)
-        assert runs_dense("gru", 32, 3, 2, 5, training=True)
+        assert fastest("gru", 32, 4, 2, 9, training=True) == "dense"
+        assert fastest("gru", 32, 3, 2, 5, training=True) == "dense"
         execution._times.cache_clear()  # another process
     assert len(asked) == len(files(cache)) == 1
     use(monkeypatch, LOOP)
-    assert not runs_dense("gru", 32, 4, 2, 9, training=False)
+    assert fastest("gru", 32, 4, 2, 9, training=False) == "loop"
     assert len(files(cache)) == 2
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"1 2 3", b"\xff\xfe", b"1.000e-03 1.000e-03 1.000e-03 -1.00e-03", b"x" * 1000]
+    "content", [b"", b"1 2 3", b"\xff\xfe", b"1.000e-03 " * 4, b"1.000e-03 " * 5 + b"-1.00e-03", b"x" * 1000]
 )
 def test_a_damaged_file_is_measured_again(content: bytes, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, LOOP, DENSE)
-    assert not runs_dense("gru", 32, 4, 2, 9, training=True)
+    assert fastest("gru", 32, 4, 2, 9, training=True) == "loop"
     (path,) = files(cache)
     path.write_bytes(content)
     execution._times.cache_clear()
-    assert runs_dense("gru", 32, 4, 2, 9, training=True)
+    assert fastest("gru", 32, 4, 2, 9, training=True) == "dense"
     execution._times.cache_clear()
-    assert runs_dense("gru", 32, 4, 2, 9, training=True)
+    assert fastest("gru", 32, 4, 2, 9, training=True) == "dense"
 
 
 def test_the_first_of_two_processes_decides(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,26 +89,26 @@ def test_the_first_of_two_processes_decides(cache: Path, monkeypatch: pytest.Mon
         return LOOP
 
     monkeypatch.setattr(execution, "measured", measured)
-    assert runs_dense("gru", 32, 4, 2, 9, training=True)
+    assert fastest("gru", 32, 4, 2, 9, training=True) == "dense"
 
 
 def test_rules_decide_where_processes_must_agree(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    by_rules = [runs_dense("lstm", 2049, 8, 2, 9, training=True)]  # no measurement: there is none to give
+    by_rules = [fastest("lstm", 2049, 8, 2, 9, training=True)]  # no measurement: there is none to give
     with monkeypatch.context() as patch:
         patch.setenv("STR_TRITON_MEASURE", "0")
-        by_rules.append(runs_dense("lstm", 256, 8, 2, 9, training=True))
+        by_rules.append(fastest("lstm", 256, 8, 2, 9, training=True))
     with monkeypatch.context() as patch:
         patch.setattr(torch.distributed, "is_initialized", lambda: True)
-        by_rules.append(runs_dense("lstm", 256, 8, 2, 9, training=True))
+        by_rules.append(fastest("lstm", 256, 8, 2, 9, training=True))
     torch.use_deterministic_algorithms(True)
     try:
-        by_rules.append(runs_dense("lstm", 256, 8, 2, 9, training=True))
+        by_rules.append(fastest("lstm", 256, 8, 2, 9, training=True))
     finally:
         torch.use_deterministic_algorithms(False)
-    assert by_rules == [False] * 4
+    assert by_rules == ["loop"] * 4
     assert not files(cache)
     use(monkeypatch, DENSE)
-    assert runs_dense("lstm", 256, 8, 2, 9, training=True)
+    assert fastest("lstm", 256, 8, 2, 9, training=True) == "dense"
 
 
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="no owners of files on this system")
@@ -115,7 +116,7 @@ def test_a_folder_that_others_can_write_is_not_used(cache: Path, monkeypatch: py
     (cache / "str_triton").mkdir()
     (cache / "str_triton").chmod(0o777)
     asked = use(monkeypatch, DENSE)
-    assert not runs_dense("lstm", 256, 8, 2, 9, training=True)
+    assert fastest("lstm", 256, 8, 2, 9, training=True) == "loop"
     assert (asked, files(cache)) == ([], [])
 
 
@@ -125,16 +126,17 @@ def test_a_measurement_that_fails_leaves_the_rules(cache: Path, monkeypatch: pyt
 
     monkeypatch.setattr(execution, "_measure", fail)
     monkeypatch.setattr("threading.excepthook", lambda args: None)
-    assert not runs_dense("lstm", 256, 8, 2, 9, training=True)
+    assert fastest("lstm", 256, 8, 2, 9, training=True) == "loop"
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("cell", ["gru", "lstm"])
+@pytest.mark.parametrize("cell", ["gru", "lstm", "fastgrnn"])
 def test_a_measurement_leaves_the_callers_state_alone(cell: str, training: bool) -> None:
     before = torch.get_rng_state()
     with torch.device("meta"), torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode():
         times = execution.measured(Sizes(cell, 8, 2, 3, training, 1))
-    assert all(0 < value < 1 for value in times)
+    can_run = [True, library() is not None, cell != "fastgrnn"] * 2
+    assert [0 < value < 1 if can else value == NEVER for value, can in zip(times, can_run, strict=True)] == [True] * 6
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -147,18 +149,24 @@ def test_a_measurement_uses_the_callers_number_of_threads(monkeypatch: pytest.Mo
     assert found[0] == found[1] != (threading.current_thread().name, 3)
 
 
-@pytest.mark.parametrize("cell", [LowRankGRU, LowRankLSTM])
+@pytest.mark.parametrize("cell", [LowRankGRU, LowRankLSTM, LowRankFastGRNN])
 def test_a_layer_follows_the_times(cell: type, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x, outputs = cell(5, 8, max_rank=4), torch.randn(6, 3, 5), []
-    ran: list[str] = []
+    ran: list[tuple[str, bool]] = []
     for name in ("_dense_layer", "_low_rank_layer"):
         own = getattr(layer, name)
-        monkeypatch.setattr(layer, name, lambda *args, name=name, own=own: ran.append(name) or own(*args))
-    for times in (LOOP, DENSE):
+
+        def spy(*args, name=name, own=own, native=False, **options):
+            ran.append((name, native))
+            return own(*args, **({"native": native} if name == "_low_rank_layer" else {}))
+
+        monkeypatch.setattr(layer, name, spy)
+    for times in (LOOP, NATIVE, DENSE)[: 3 if layer.has_dense else 2]:
         use(monkeypatch, times, times)
         execution._times.cache_clear()
         for path in files(cache):
             path.unlink()
         outputs.append(layer(x)[0])
-    assert ran == ["_low_rank_layer", "_dense_layer"]
-    torch.testing.assert_close(*outputs)
+    assert ran == [("_low_rank_layer", False), ("_low_rank_layer", True), ("_dense_layer", False)][: len(outputs)]
+    for output in outputs[1:]:
+        torch.testing.assert_close(output, outputs[0])

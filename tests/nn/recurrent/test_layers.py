@@ -21,7 +21,7 @@ each_cell = pytest.mark.parametrize("torch_class", LOW_RANK, ids=lambda cls: cls
 def set_path(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """Run every layer in factors with the op ("loop"), or with torch's kernel ("dense")."""
     monkeypatch.setattr(low_rank_rnn, "low_rank_plan", lambda *args, **kwargs: SimpleNamespace(kind=kind))
-    monkeypatch.setattr(low_rank_rnn, "runs_dense", lambda *args, **kwargs: kind == "dense")
+    monkeypatch.setattr(low_rank_rnn, "fastest", lambda *args, **kwargs: kind)
 
 
 @pytest.fixture(params=["loop", "dense"])
@@ -298,7 +298,7 @@ def test_a_graph_on_a_gpu_follows_the_plan(torch_class: type, monkeypatch: pytes
     ):
         layer = LOW_RANK[torch_class](INPUT, hidden_size, device="meta", **options)
         for device, expected in (("cuda", on_gpu), ("cpu", False)):
-            assert layer._runs_dense(0, inputs[device], 4, None) is expected
+            assert (layer._execution(0, inputs[device], 4, None) == "dense") is expected
 
 
 @each_cell

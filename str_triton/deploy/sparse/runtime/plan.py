@@ -19,8 +19,8 @@ from str_triton.deploy.sparse.runtime.integers import ByteOperations
 from str_triton.deploy.sparse.runtime.segment import Segment
 from str_triton.deploy.sparse.runtime.structs import Operation
 from str_triton.deploy.sparse.runtime.tasks import Task, place
-from str_triton.deploy.sparse.runtime.threads import thread_count
 from str_triton.deploy.sparse.runtime.trial import Trial
+from str_triton.native.threads import thread_count
 
 GROUP_BYTES = 2**18  # the limit for a group's largest value: groups run one after the other and stay in the caches
 

@@ -3,12 +3,13 @@
 import ctypes
 from dataclasses import dataclass
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from str_triton.deploy.sparse.graph.recurrent import Recurrent
-from str_triton.deploy.sparse.runtime.recurrent import LoopStruct, PackedLoop, padded
+from str_triton.deploy.sparse.runtime.recurrent import PackedLoop
+from str_triton.native.recurrent import LoopStruct, panels
 
 
 class Matrix(ctypes.Structure):
@@ -100,12 +101,7 @@ class PackedStepper:
 
     def _matrix(self, weight: Tensor, bias: Tensor) -> Matrix:
         outer, inner = weight.shape
-        width = 1 if outer <= self.lanes else 2
-        panels = -(-outer // (width * self.lanes))
-        w = padded(weight.t().numpy(), 1, panels * width * self.lanes)
-        w = w.reshape(inner, panels, width * self.lanes).transpose(1, 0, 2)
-        arrays = [
-            np.ascontiguousarray(a, np.float32) for a in (w, padded(bias.numpy(), 0, panels * width * self.lanes))
-        ]
-        self._kept += arrays
-        return Matrix(*(array.ctypes.data for array in arrays), inner, outer, panels, width)
+        w, width = panels(weight.t().float(), self.lanes)
+        bias = F.pad(bias.float(), (0, len(w) * width * self.lanes - outer))
+        self._kept += [w, bias]
+        return Matrix(w.data_ptr(), bias.data_ptr(), inner, outer, len(w), width)
