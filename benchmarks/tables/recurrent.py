@@ -1,5 +1,6 @@
 """Tables about compiled recurrent layers beside other engines."""
 
+from statistics import geometric_mean
 from typing import Any
 
 from benchmarks.tables.documents import markdown, paragraph, results, table
@@ -82,3 +83,19 @@ def recurrent_execution() -> str:
                 sizes = f"{missed} of {len(rows)}"
                 cells.append([run["machine"]["processor"], cell.upper(), way, sizes, f"{max(regrets):.2f}x"])
     return markdown(["processor", "layer", "choice by", "sizes more than 5 % slower", "slowest"], cells)
+
+
+@table("recurrent-training")
+def recurrent_training() -> str:
+    """Return how much longer a training step takes by each execution than by the loop in C."""
+    cells = []
+    for run in results("recurrent_execution*.json"):
+        rows = [row for row in run["rows"] if row["training"] and "native" in row]
+        for cell, hidden in dict.fromkeys((row["cell"], row["hidden_size"]) for row in rows):
+            own = [row for row in rows if (row["cell"], row["hidden_size"]) == (cell, hidden)]
+            ratios = [f"{geometric_mean(row[kind] / row['native'] for row in own):.2f}" for kind in ("loop", "dense")]
+            first = sum(row["native"] <= min(row["loop"], row["dense"]) for row in own)
+            name = f"{cell.upper()} {hidden}"
+            cells.append([run["machine"]["processor"], name, *ratios, f"{first} of {len(own)}"])
+    header = ["processor", "layer", "op's own loop", "torch's layer", "the loop in C is fastest"]
+    return markdown(header, cells)
