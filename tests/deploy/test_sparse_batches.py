@@ -1,5 +1,6 @@
 """Batches of no, one and many examples, for networks that were saved and loaded: no model stands behind these."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from str_triton import deploy
+from str_triton import LowRankLSTM, deploy
 from str_triton.deploy.sparse.graph.signature import compile_guard
 from tests.deploy.sparse_networks import prune, same
 
@@ -187,3 +188,50 @@ def test_masks_that_are_combined_by_signs(by_kernels, tmp_path: Path) -> None:
     network = loaded(model, torch.randn(2, 5, 6), tmp_path)
     for batch in (0, 1, 3):
         same(model, network, torch.randn(batch, 5, 6))
+
+
+class Last(nn.Module):
+    """The last output of a recurrent layer of this package."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps, self.head = LowRankLSTM(6, 8, max_rank=3, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.steps(x)[0][:, -1])
+
+
+@pytest.mark.parametrize("example", [(2, 5), (1, 5), (2, 1), (1, 1)])
+@pytest.mark.parametrize("make", [encoder, lambda: Steps(nn.GRU), Last])
+def test_any_length_of_sequences(by_kernels, tmp_path: Path, make: Callable[[], nn.Module], example: tuple) -> None:
+    model = prune(make(), 0.5)
+    network = loaded(model, torch.randn(*example, 6), tmp_path)
+    for other in ((2, 5), (1, 1), (3, 1), (1, 7), (4, 2)):
+        same(model, network, torch.randn(*other, 6))
+
+
+@pytest.mark.parametrize(
+    "is_other",
+    [
+        lambda x: x.shape[1] == 1,
+        lambda x: x.shape[1] == 1 and x.shape[0] > 3,
+        lambda x: x.shape[1] == 1 and x.shape[0] == 1,
+        lambda x: x.unsqueeze(0).squeeze(2).dim() == 3,  # torch.export keeps no condition
+    ],
+)
+@pytest.mark.parametrize("example", [(2, 5), (1, 1)])
+def test_a_branch_on_one_step(by_kernels, tmp_path: Path, is_other, example: tuple[int, int]) -> None:
+    class Branch(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            return -y if is_other(x) else y
+
+    model = Branch(6, 4).eval()
+    compiled = deploy.compile_sparse(model, torch.randn(*example, 6))
+    compiled.save(tmp_path / "net")
+    network = deploy.load_sparse(tmp_path / "net")
+    for shape in ((2, 5, 6), (1, 1, 6), (3, 1, 6), (5, 1, 6), (1, 7, 6)):
+        x = torch.randn(shape)
+        same(model, compiled, x)
+        with contextlib.suppress(ValueError):
+            same(model, network, x)

@@ -10,6 +10,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from str_triton.deploy.sparse.calls import clone, resized
 from str_triton.deploy.sparse.graph.nodes import Graph, State
 from str_triton.deploy.sparse.graph.pools import AvgPool, Mean
 from str_triton.deploy.sparse.graph.quantized import QuantizedConvolution, QuantizedLinear, QuantizedMean
@@ -24,16 +25,11 @@ FLIPS = 5e-2  # between quantized networks, some of whose codes are rounded the 
 SLACK = 10.0  # a network's error against float64 may be this many times the model's
 
 
-def clone(tree: Any) -> Any:
-    """Return arguments with tensors of their own, in the same memory format."""
-    return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, tree)
-
-
 @quiet()
 def difference(model: nn.Module, network: Callable, calls: Sequence[tuple[tuple, dict]]) -> str | None:
     """Return how a network differs from its model in a sequence of calls; None if it differs only by rounding.
 
-    A copy of the model is called. A call after the first that the model refuses ends the comparison.
+    A copy of the model is called. If it refuses other arguments than the first call's, the comparison ends.
     """
     copied = fresh(model)
     for number, call in enumerate(calls):
@@ -137,38 +133,6 @@ def _as_close(a: Any, b: Any, truth: Any) -> bool:
     return torch.equal(a.isfinite(), b.isfinite()) and errors[0] <= SLACK * errors[1] and is_reference
 
 
-def resized(args: tuple, kwargs: dict[str, Any], sizes: dict[str, tuple[int, int]], leaves: Sequence[Any]) -> Any:
-    """Return other arguments: values drawn from the example's, and other sizes by their names, as (old, new)."""
-    generator = torch.Generator().manual_seed(0)
-
-    def other(given: Any, leaf: Any) -> Any:
-        if not isinstance(given, Tensor):
-            return given
-        shape = [sizes[size][1] if size in sizes else n for size, n in zip(leaf.sizes, given.shape, strict=True)]
-        flat = given.detach().reshape(-1)
-        if not flat.numel():
-            return torch.zeros(shape, dtype=given.dtype, device="cpu")
-        count = torch.Size(shape).numel()
-        return flat[torch.randint(flat.numel(), (count,), generator=generator, device="cpu")].reshape(shape)
-
-    flat, structure = pytree.tree_flatten((args, kwargs))
-    return pytree.tree_unflatten([other(given, leaf) for given, leaf in zip(flat, leaves, strict=True)], structure)
-
-
-def restrided(args: tuple, kwargs: dict[str, Any], channels_last: bool) -> list[tuple[tuple, dict[str, Any]]]:
-    """Return calls with the same values and other strides: the first dimension last, and images in channels_last."""
-
-    def turned(given: Any) -> Any:
-        is_wide = isinstance(given, Tensor) and given.dim() > 1
-        return given.transpose(0, -1).contiguous().transpose(0, -1) if is_wide else given
-
-    def image(given: Any) -> Any:
-        is_image = isinstance(given, Tensor) and given.dim() == 4
-        return given.contiguous(memory_format=torch.channels_last) if is_image else given
-
-    return [pytree.tree_map(change, (args, kwargs)) for change in ((turned, image) if channels_last else (turned,))]
-
-
 @quiet()
 def takes_more(model: nn.Module, graph: Graph, signature: Signature, args: tuple, kwargs: dict[str, Any]) -> bool:
     """Check whether the model takes arguments that the signature excludes, or for which the graph fails.
@@ -205,9 +169,7 @@ def with_sizes_of_zero(
     which the model has a branch of its own. Each open size is set to zero, with the example's other sizes and larger
     ones.
     """
-    given = pytree.tree_leaves((args, kwargs))
-    tensors = ((leaf.sizes, value.shape) for leaf, value in zip(signature.leaves, given, strict=True) if leaf.sizes)
-    olds = {size: n for sizes, shape in tensors for size, n in zip(sizes, shape, strict=True) if isinstance(size, str)}
+    olds = signature.values(pytree.tree_leaves((args, kwargs)))
     states = {node.name: node.label for node in graph.nodes if isinstance(node, State) and node.name in graph.changes}
     places = [node.name for node in graph.inputs()]
 

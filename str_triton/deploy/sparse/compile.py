@@ -14,15 +14,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from str_triton.deploy.plain_state import unwrapped
 from str_triton.deploy.sparse import file
-from str_triton.deploy.sparse.agree import (
-    clone,
-    difference,
-    integer_difference,
-    resized,
-    restrided,
-    takes_more,
-    with_sizes_of_zero,
-)
+from str_triton.deploy.sparse.agree import difference, integer_difference, takes_more, with_sizes_of_zero
+from str_triton.deploy.sparse.calls import calls, calls_with_ones, clone, restrided
 from str_triton.deploy.sparse.choose import choose
 from str_triton.deploy.sparse.fallback import ModulewiseModel, layer_graph, layer_inputs, left_to_torch
 from str_triton.deploy.sparse.graph.export import Exported, NotExported, exports
@@ -182,11 +175,7 @@ def _compile(model: nn.Module, args: tuple, kwargs: dict[str, Any], tune: bool) 
             except Exception as error:  # A bug of this package: the model still runs, and `print` says why.
                 problems.append(f"its exported graph cannot be compiled: {type(error).__name__}: {error}")
                 continue
-            forgotten = changed - network.state().keys()
-            problem = f"it does not keep {min(forgotten)}, which a call changes" if forgotten else None
-            problem = problem or difference(dense, network, _calls(network, args, kwargs))
-            network.reset(dict(dense.named_buffers()))
-            problem = problem or _stride_problem(network, dense, args, kwargs)
+            problem = _problem(network, exported, dense, args, kwargs, changed)
             if problem is None:
                 network.reset(dict(dense.named_buffers()))
                 return network
@@ -194,6 +183,28 @@ def _compile(model: nn.Module, args: tuple, kwargs: dict[str, Any], tune: bool) 
     except NotExported as error:
         problems.append(f"torch.export: {error}")
     return _modulewise(model, args, kwargs, tune, f"{type(model).__name__} runs layer by layer; {problems[0]}")
+
+
+def _problem(
+    network: SparseModel, exported: Exported, model: nn.Module, args: tuple, kwargs: dict[str, Any], changed: set[str]
+) -> str | None:
+    """Return how a network differs from its model, whose calls change some buffers; None if it does not."""
+    signature, inputs = network.signature, network.signature.tensors(args, kwargs)
+    if forgotten := changed - network.state().keys():
+        return f"it does not keep {min(forgotten)}, which a call changes"
+    # Torch 2.13 crashes on some grouped convolutions with dilation in channels_last.
+    layers = [node for node in network.graph.nodes if isinstance(node, Convolution)]
+    is_safe = not any(layer.groups > 1 and layer.dilation != (1, 1) for layer in layers)
+    strides = [(args, kwargs), *restrided(args, kwargs, channels_last=is_safe)]
+    ones = calls_with_ones(signature, args, kwargs, exported.opened)
+    for sequence in (calls(signature, args, kwargs), *([(args, kwargs), call] for call in ones), strides):
+        network.reset(dict(model.named_buffers()))
+        problem = difference(model, network, sequence)
+        if problem is not None and sequence is strides and all(t.is_contiguous() for t in inputs):
+            network.leave_strides_to(model)
+        elif problem is not None:
+            return problem
+    return None
 
 
 def _exports(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Iterator[Exported]:
@@ -230,40 +241,10 @@ def _compile_quantized(model: QuantizedModel, args: tuple, kwargs: dict[str, Any
     """Compile a graph on integers, and compare it with torch's: equal, unless layers in float32 stand between."""
     inputs = model.signature.tensors(args, kwargs)
     network = _tuned(model.plain_graph(), model.signature, inputs, dict(model.left), tune, None)
-    problem = integer_difference(model, network, _calls(network, args, kwargs))
+    problem = integer_difference(model, network, calls(network.signature, args, kwargs))
     if problem is not None:
         raise RuntimeError(f"the compiled network differs from the quantized one: {problem}")
     return network
-
-
-def _calls(network: SparseModel, args: tuple, kwargs: dict[str, Any]) -> list[tuple[tuple, dict[str, Any]]]:
-    """Return calls that show whether a network is right: the example, other values in another batch.
-
-    The example comes twice, because calls may leave a state behind.
-    """
-    signature, leaves = network.signature, pytree.tree_leaves((args, kwargs))
-    tensors = [(leaf, given) for leaf, given in zip(signature.leaves, leaves, strict=True) if leaf.sizes]
-    sizes = {}
-    for leaf, given in tensors:
-        if isinstance(leaf.sizes[0], str):
-            old = given.shape[0]
-            sizes[leaf.sizes[0]] = (old, 2 if old == 1 else 1)
-    other = resized(args, kwargs, sizes, signature.leaves)
-    if not signature.fits(pytree.tree_leaves(other)):
-        other = resized(args, kwargs, {}, signature.leaves)
-    return [(args, kwargs), (args, kwargs), other, (args, kwargs)]
-
-
-def _stride_problem(network: SparseModel, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> str | None:
-    """Leave other strides to the model where they change its result; return a problem where the example has such."""
-    # Torch 2.13 crashes on some grouped convolutions with dilation in channels_last.
-    layers = [node for node in network.graph.nodes if isinstance(node, Convolution)]
-    is_safe = not any(layer.groups > 1 and layer.dilation != (1, 1) for layer in layers)
-    problem = difference(model, network, [(args, kwargs), *restrided(args, kwargs, channels_last=is_safe)])
-    if problem is not None and all(t.is_contiguous() for t in network.signature.tensors(args, kwargs)):
-        network.leave_strides_to(model)
-        return None
-    return problem
 
 
 def _modulewise(model: nn.Module, args: tuple, kwargs: dict[str, Any], tune: bool, note: str) -> ModulewiseModel:

@@ -15,7 +15,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx.experimental import _config as shapes_config
 from torch.fx.experimental import symbolic_shapes
 
-from str_triton.deploy.sparse.graph.batches import Exported, with_every_batch
+from str_triton.deploy.sparse.graph.ones import Exported, with_sizes_of_one
 from str_triton.deploy.sparse.graph.signature import Leaf, Signature, compile_guard, parameter_names
 from str_triton.deploy.sparse.quiet import quiet
 from str_triton.deploy.sparse.state import fresh
@@ -40,7 +40,7 @@ def exports(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Iterator[E
         for strict in (False, True):
             try:
                 export = functools.partial(_exported, model, sizes, strict)
-                found = with_every_batch(export(args, kwargs), args, kwargs, export)
+                found = with_sizes_of_one(export(args, kwargs), args, kwargs, export)
             except Exception as error:  # torch.export fails in as many ways as models do.
                 reason = reason or error
             else:
@@ -184,7 +184,10 @@ def _guards(program: ExportedProgram, named: set[Any]) -> list[str]:
     except AttributeError as error:
         raise NotExported(f"this version of torch does not tell its conditions on sizes: {error}") from error
     guards = [printer.doprint(condition) for condition in conditions if condition.free_symbols <= named]
-    for symbol in named:
+    # A size that is one has a limit of two, which says nothing about other sizes.
+    checks = [(c.free_symbols, compile_guard(printer.doprint(c))) for c in conditions if len(c.free_symbols) == 1]
+    is_one = {s for (s,), check in checks if check({str(s): 1}) and not check({str(s): 2})}
+    for symbol in named - is_one:
         limits = program.range_constraints.get(symbol)
         if limits is not None and limits.lower > 0:
             guards.append(f"{symbol} >= {int(limits.lower)}")

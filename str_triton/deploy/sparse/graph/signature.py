@@ -109,6 +109,11 @@ class Signature:
         """Return the names of the open sizes in order."""
         return {size: None for leaf in self.leaves for size in leaf.sizes or () if isinstance(size, str)}
 
+    def values(self, leaves: Sequence[Any]) -> dict[str, int]:
+        """Return the open sizes of such arguments by their names."""
+        tensors = ((leaf.sizes, given.shape) for leaf, given in zip(self.leaves, leaves, strict=True) if leaf.sizes)
+        return {size: n for sizes, shape in tensors for size, n in zip(sizes, shape, strict=True) if type(size) is str}
+
     def holds_for_usual_sizes(self) -> bool:
         """Check that the guards exclude no more than empty tensors do."""
         return all(check(dict.fromkeys(self.named(), n)) for check in self._checks for n in _USUAL)
