@@ -18,6 +18,7 @@ typedef struct {
     int64_t steps, batch, hidden, rank;
     int64_t panels, width;                 /* of w */
     int64_t pitch;                         /* of keep, from one sequence to the next */
+    const int64_t *counts;                 /* [steps]: how many sequences, the first ones, run at each step; NULL: all */
     const float *grad;                     /* [steps][batch][hidden]: the gradient of the outputs */
     const float *a;                        /* [steps][batch][gates][hidden] */
     const float *keep;                     /* [steps][batch][..., pitch floats] */
@@ -66,13 +67,15 @@ static inline void state_gradients(const walk *k, int64_t row, const float *rest
     for (int64_t j = 0; j < hidden; j++) dc[j] *= keep[j];
 }
 
-/* `rows` sequences from s on, through all steps. */
-static void walk_rows(const walk *k, int64_t s, int64_t rows) {
+/* `most` sequences from s on, through all steps. */
+static void walk_rows(const walk *k, int64_t s, int64_t most) {
     const int64_t hidden = k->hidden, all = k->gates * hidden, ranks = k->panels * k->width * LANES, row = walk_row(k);
     const int64_t blocks = (hidden + UNITS * LANES - 1) / (UNITS * LANES);
     float *p = k->scratch + s * row, *back = p + ranks;
     for (int64_t i = 0; i < k->steps; i++) {
-        const int64_t first = (k->backward ? k->steps - 1 - i : i) * k->batch + s;
+        const int64_t time = k->backward ? k->steps - 1 - i : i, first = time * k->batch + s;
+        const int64_t rows = k->counts ? smaller(most, k->counts[time] - s) : most;
+        if (rows <= 0) continue;
         for (int64_t j = 0; j < rows; j++)
             gate_gradients(k, first + j, k->grad + (first + j) * hidden, k->dh + (s + j) * hidden);
         for (int64_t panel = 0; panel < k->panels; panel++)

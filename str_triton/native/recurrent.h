@@ -30,6 +30,7 @@ typedef struct {
     const float *x;                      /* [steps][batch][gates * hidden]: the input's part of the gates; or the input */
     const float *h, *c;                  /* [batch][hidden]: the first states; c of an LSTM alone */
     float *y;                            /* [steps + states][batch][hidden]: outputs, the last h, the last c */
+    const int64_t *counts;               /* [steps]: how many sequences, the first ones, run at each step; NULL: all */
     float *kept;                         /* for a backward: c after every step, [steps][batch][hidden], or FASTGRNN's z and
                                             n, [steps][batch][2][hidden]; NULL: not asked for */
     const void *v, *w;                   /* packed */
@@ -298,6 +299,9 @@ static void copy_state(const recurrent *r, duty d, const float *from, int64_t pi
         memcpy(to + s * row + begin, from + s * pitch + begin, sizeof(float) * count);
 }
 
+static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
 #define WAIT() if (d.team > 1) wait_for_all(b, d.team)
 
 static void run_sequences(const recurrent *r, duty d, barrier *b) {
@@ -310,15 +314,20 @@ static void run_sequences(const recurrent *r, duty d, barrier *b) {
     if (r->cell == LSTM) copy_state(r, d, r->c, r->hidden, cells, pitch);
     WAIT();
     for (int64_t i = 0; i < r->steps; i++) {
+        const int64_t time = r->reverse ? r->steps - 1 - i : i;
         const float *h = states[i % 2];
+        float *next = states[(i + 1) % 2];
+        duty now = d, idle = d;
+        if (r->counts) now.end = idle.begin = smaller(d.end, larger(d.begin, r->counts[time]));
         const source whole = {h, r->scales ? (int16_t *)codes : 0, scales, pitch, r->hidden};
-        encode_all(&whole, d);
+        encode_all(&whole, now);
         if (r->width) {
-            to_ranks(r, d, &whole, p);
+            to_ranks(r, now, &whole, p);
             WAIT();
-            encode_all(&ranks, d);
+            encode_all(&ranks, now);
         }
-        step_units(r, d, r->reverse ? r->steps - 1 - i : i, r->width ? &ranks : &whole, h, states[(i + 1) % 2], cells);
+        step_units(r, now, time, r->width ? &ranks : &whole, h, next, cells);
+        if (r->counts) copy_state(r, idle, h, pitch, next, pitch);
         WAIT();
     }
     copy_state(r, d, states[r->steps % 2], pitch, r->y + finals, r->hidden);

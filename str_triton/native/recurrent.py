@@ -19,7 +19,7 @@ class LoopStruct(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("cell", "gates", "reverse", "steps", "batch", "hidden", "inner")),
         *((name, ctypes.c_int64) for name in ("panels", "width", "features")),
-        *((name, ctypes.c_void_p) for name in ("x", "h", "c", "y", "kept")),
+        *((name, ctypes.c_void_p) for name in ("x", "h", "c", "y", "counts", "kept")),
         *((name, ctypes.c_void_p) for name in ("v", "w", "scales", "bias", "w_in", "bias_in")),
         ("zeta", ctypes.c_float),
         ("nu", ctypes.c_float),
@@ -33,7 +33,10 @@ class WalkStruct(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("lstm", "gates", "backward", "steps", "batch", "hidden", "rank")),
         *((name, ctypes.c_int64) for name in ("panels", "width", "pitch")),
-        *((name, ctypes.c_void_p) for name in ("grad", "a", "keep", "a_c", "gates_grad", "p_grad", "dh", "dc", "dhs")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("counts", "grad", "a", "keep", "a_c", "gates_grad", "p_grad", "dh", "dc", "dhs")
+        ),
         *((name, ctypes.c_void_p) for name in ("w", "v", "scratch")),
     ]
 
@@ -60,7 +63,7 @@ def panels(v: Tensor, lanes: int) -> tuple[Tensor, int]:
 
 def forward(
     library: ctypes.CDLL, cell: str, gates_x: Tensor, w: Tensor, v: Tensor, bias: Tensor, scale: Tensor,
-    states: list[Tensor], reverse: bool, kept: Tensor | None,
+    states: list[Tensor], reverse: bool, counts: Tensor | None, kept: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Run a layer whose recurrent matrix is w v^T.
 
@@ -72,7 +75,8 @@ def forward(
         bias, scale: as `ops.low_rank_rnn` takes them.
         states: [B, H], h and perhaps c.
         reverse: run from the last step to the first.
-        kept: to be written for the backward: c after every step [T, B, H], or FastGRNN's z and n [T, B, 2 H].
+        counts: int64 [T], how many sequences, the first ones, run at each step; None: all.
+        kept: zeros, to be written for the backward: c after every step [T, B, H], or FastGRNN's z and n [T, B, 2 H].
 
     Returns:
         [T + states, B, H]: the outputs, the last h, perhaps the last c.
@@ -80,7 +84,8 @@ def forward(
     steps, batch, width_x = gates_x.shape
     hidden, rank = v.shape
     gates, lanes = width_x // hidden, library.str_triton_lanes()
-    y = gates_x.new_empty((steps + len(states), batch, hidden))
+    new = gates_x.new_empty if counts is None else gates_x.new_zeros
+    y = new((steps + len(states), batch, hidden))
     if y.numel() == 0:
         return y
     packed_v, width = panels(v, lanes)
@@ -88,6 +93,8 @@ def forward(
     loop = LoopStruct(CELLS.index(cell), gates, reverse, steps, batch, hidden, rank, len(packed_v), width)
     loop.w, loop.bias, loop.v = (tensor.data_ptr() for tensor in held)
     loop.x, loop.h, loop.c, loop.y = (t.data_ptr() for t in (gates_x, states[0], states[-1], y))
+    if counts is not None:
+        loop.counts = counts.data_ptr()
     if kept is not None:
         loop.kept = kept.data_ptr()
     if len(scale):
@@ -116,16 +123,19 @@ class Walk:
         self._struct = WalkStruct(gates=len(w) // hidden, hidden=hidden, rank=rank, panels=len(self._w), width=width)
         self._struct.w, self._struct.v = self._w.data_ptr(), self._v.data_ptr()
 
-    def run(self, *, falls: bool, **tensors: Any) -> None:
+    def run(self, *, falls: bool, counts: Tensor | None, **tensors: Any) -> None:
         """Walk through the steps of a piece of time, which `falls` or rises.
 
         Args:
+            falls: begin with the last step.
+            counts: int64 [steps], as in `forward`.
             tensors: by the names of backward.h, [steps, batch, ...]; `keep` may be part of a wider tensor.
         """
         walk, keep = self._struct, tensors["keep"]
         walk.steps, walk.batch = keep.shape[:2]
         if tensors["grad"].numel() == 0:
             return
+        walk.counts = None if counts is None else counts.data_ptr()
         walk.lstm, walk.backward, walk.pitch = "dc" in tensors, falls, keep.stride(1)
         for name, tensor in tensors.items():
             setattr(walk, name, tensor.data_ptr())

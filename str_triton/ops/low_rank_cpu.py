@@ -1,6 +1,6 @@
 """The low-rank time loops on the CPU, for every cell: what surrounds a cell's own steps, forward and backward.
 
-With `native`, float32 steps run in C (str_triton/native), if all sequences have the same length.
+With `native`, float32 steps run in C (str_triton/native).
 """
 
 import ctypes
@@ -24,13 +24,16 @@ def forward(
     schedule = Schedule(lengths, gates_x.shape[0], gates_x.shape[1], reverse)
     gates_x, states = schedule.sort(gates_x, 1).to(compute), [schedule.sort(state, 0).to(compute) for state in states]
     w, v, bias = (tensor.to(compute) for tensor in (w, v, bias))
-    nothing, kernels = gates_x.new_empty(0, dtype=dtype), _kernels(native, schedule, v)
+    nothing, kernels = gates_x.new_empty(0, dtype=dtype), _kernels(native, v)
     if kernels is not None:
         width = (of.kept or len(states) - 1) * len(v) if save else 0
-        saved = schedule.buffer(v, width) if width else nothing
-        results = loops.forward(kernels, cell, gates_x, w, v, bias, scale, states, reverse, saved if width else None)
-        outputs, *finals = (part.to(dtype) for part in (results[: schedule.steps], *results[schedule.steps :]))
-        return [outputs, *(final.clone() for final in finals), nothing.clone(), saved if of.kept else saved.to(dtype)]
+        keep = schedule.buffer(v, width) if width else None
+        counts = schedule.counts_tensor()
+        results = loops.forward(kernels, cell, gates_x, w, v, bias, scale, states, reverse, counts, keep)
+        every, last = results[: schedule.steps], results[schedule.steps :]
+        saved = nothing.clone() if keep is None else keep if of.kept else keep.to(dtype)
+        ends = [schedule.unsort(state, 0).to(dtype, copy=True) for state in last]
+        return [schedule.unsort(every, 1).to(dtype), *ends, nothing, saved]
     new = schedule.buffer if save else schedule.scratch
     buffers = [schedule.buffer(v, len(v)), *(new(v, len(v)) for _ in states[1:])]
     kept = [new(v, of.kept * len(v))] if of.kept else []
@@ -74,17 +77,16 @@ def backward(
         grad_scale=v.new_zeros(of.scalars),
     )  # fmt: skip
     with torch.autocast("cpu", enabled=False):
-        grad_w, grad_bias = _walk(of, run, outputs, states[0], _kernels(native, schedule, v))
+        grad_w, grad_bias = _walk(of, run, outputs, states[0], _kernels(native, v))
         grad_v_ = grad_v(outputs, states[0], run.grad_p, schedule.lengths, reverse)
     grads = [schedule.unsort(run.grad_x, 1), grad_w, grad_v_, grad_bias]
     grads = [*(grad.to(dtype) for grad in grads), run.grad_scale.to(scale.dtype)]
     return grads + [schedule.unsort(grad, 0).to(dtype) for grad in run.grad_states]
 
 
-def _kernels(native: bool, schedule: Schedule, v: Tensor) -> ctypes.CDLL | None:
-    """Return the kernels in C if they are asked for and can run the steps of this schedule with this factor."""
-    can_run = native and v.dtype == torch.float32 and v.numel() > 0 and schedule.counts is None
-    return library() if can_run else None
+def _kernels(native: bool, v: Tensor) -> ctypes.CDLL | None:
+    """Return the kernels in C if they are asked for and can run steps with this factor."""
+    return library() if native and v.dtype == torch.float32 and v.numel() > 0 else None
 
 
 def _walk(cell: Cell, run: Backward, outputs: Tensor, h0: Tensor, kernels: ctypes.CDLL | None) -> tuple[Tensor, Tensor]:
@@ -98,7 +100,7 @@ def _walk(cell: Cell, run: Backward, outputs: Tensor, h0: Tensor, kernels: ctype
     p_shape = run.size, schedule.batch, rank
     p = with_ones(p_shape, v) if has_ones else v.new_empty(p_shape)
     buffers, begin_chunk, step, end_chunk, factors = cell.backward(run)
-    walk = None if kernels is None else loops.Walk(kernels, w, v)
+    walk, counts = None if kernels is None else loops.Walk(kernels, w, v), schedule.counts_tensor()
     rows = (
         []
         if walk
@@ -114,7 +116,8 @@ def _walk(cell: Cell, run: Backward, outputs: Tensor, h0: Tensor, kernels: ctype
         if walk:
             parts = {"grad": run.grad_outputs, "gates_grad": run.grad_x, "p_grad": run.grad_p}
             parts = {name: part[begin:end] for name, part in parts.items()} | factors(span, begin, end)
-            walk.run(falls=not schedule.reverse, dh=run.grad_states[0], **parts)
+            present = None if counts is None else counts[begin:end]
+            walk.run(falls=not schedule.reverse, counts=present, dh=run.grad_states[0], **parts)
         else:
             for time in schedule.backward_times(begin, end):
                 step(time - begin, *rows[time])

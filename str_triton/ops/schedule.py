@@ -36,6 +36,10 @@ class Schedule:
             self.counts = (lengths > torch.arange(steps)[:, None]).sum(1).tolist()
             self.order = None if torch.equal(order, torch.arange(batch)) else order
 
+    def counts_tensor(self) -> Tensor | None:
+        """Return the counts as int64 [steps] for the loops in C; None: all sequences run at all times."""
+        return None if self.counts is None else torch.tensor(self.counts, dtype=torch.int64)
+
     def sort(self, x: Tensor, dim: int) -> Tensor:
         return x if self.order is None else x.index_select(dim, self.order)
 

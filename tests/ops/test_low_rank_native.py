@@ -71,6 +71,23 @@ def test_values_and_gradients(cell: str, sizes: tuple[int, ...], reverse: bool) 
 
 
 @each_cell
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("lengths", [[6, 2, 4], [1, 1, 3], [5, 5, 5]], ids=str)
+def test_sequences_of_several_lengths(
+    cell: str, reverse: bool, lengths: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("str_triton.ops.schedule.CHUNK", 50)
+    batch = 4 * len(lengths) - 1  # several groups of sequences, the last one not full
+    tensors, options = draw(cell, 6, batch, 8, 4), {"lengths": torch.tensor(4 * lengths)[:batch], "reverse": reverse}
+    tensors[0][5] = torch.inf  # Nothing behind the end of a sequence is read; six steps are read where there are six.
+    tensors[0][5, options["lengths"] == 6] = 0.3
+    found = results(cell, [tensor.float() for tensor in tensors], native=True, **options)
+    assert max(map(share, found, results(cell, tensors, **options))) < 1e-4
+    behind = torch.arange(6)[:, None] >= options["lengths"]
+    assert not found[0][behind].any()
+
+
+@each_cell
 def test_many_threads_and_pieces_of_time(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups of four sequences go to the threads; a long sequence is walked piece by piece."""
     monkeypatch.setattr("str_triton.native.recurrent.FEW", 0)
@@ -88,11 +105,10 @@ def test_many_threads_and_pieces_of_time(cell: str, monkeypatch: pytest.MonkeyPa
 
 @each_cell
 def test_what_runs_in_the_loop_of_torch(cell: str) -> None:
-    """float64, sequences of several lengths, no component: the same bits with and without `native`."""
+    """float64, and no component: the same bits with and without `native`."""
     tensors = draw(cell, 6, 3, 8, 4)
-    single, lengths = [tensor.float() for tensor in tensors], torch.tensor([6, 2, 4])
     nothing = [tensor.float() for tensor in draw(cell, 6, 3, 8, 0)]
-    for own, options in ((tensors, {}), (single, {"lengths": lengths}), (nothing, {})):
+    for own, options in ((tensors, {}), (nothing, {})):
         for native, loop in zip(results(cell, own, native=True, **options), results(cell, own, **options), strict=True):
             assert torch.equal(native, loop)
 

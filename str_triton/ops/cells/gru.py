@@ -98,8 +98,8 @@ def low_rank_gru(
         reverse: run from each sequence's last step to its first. Outputs stay at their own time index.
         precision: of float32 products on an NVIDIA GPU: "ieee", "tf32", or "tf32x3" (three TF32 products, nearly as
             exact as "ieee"); None follows torch's own layers, `torch.backends.cudnn.rnn.fp32_precision`.
-        native: on the CPU, run the steps in C where that can be: float32 arithmetic, sequences of one length, a C
-            compiler at the first call. Outputs and gradients then differ by roundings.
+        native: on the CPU, run the steps in C where that can be: float32 arithmetic, a C compiler at the first call.
+            Outputs and gradients then differ by roundings.
 
     u, m, v and bias may have other dtypes of these four; u m, v and bias are rounded to gates_x's.
 
