@@ -229,6 +229,37 @@ INTEGERS: dict[str, Change] = {
 }  # fmt: skip
 
 
+BYTE_STEPS: dict[str, Change] = {
+    "a layer of floats": lambda record, tensors: _find(record, "QuantizedRecurrent").update(kind="Recurrent"),
+    "no scales": _of("QuantizedRecurrent", steps=None),
+    "bytes, and no factor": _of("QuantizedRecurrent", v=None),
+    "bytes of another cell": _of("QuantizedRecurrent", cell="lstm"),
+    **{f"{name} for bytes": _all(_cut(execution=name)) for name in ("csr", "sparse", "int8", "channels_last")},
+    "shares of 2**20 for bytes": _all(_cut(tiles=2**20, blocks=2**20, width=2**20)),
+    **{
+        f"{what} ({field}, {number})": _tensor("QuantizedRecurrent", number, field, change)
+        for number, field in ((GRU, "weight"), (GRU, "v"), (LSTM, "weight"), (FAST, "v"), (MINIMAL, "weight"))
+        for what, change in (
+            ("-128", lambda t: torch.full_like(t, -128)), ("127", lambda t: torch.full_like(t, 127)),
+            ("-127", lambda t: torch.full_like(t, -127)), ("unsigned bytes", lambda t: t.to(torch.uint8)),
+            ("int16", Tensor.short), ("floats", Tensor.float), ("no rows", lambda t: t[:0]),
+            ("no columns", lambda t: t[:, :0]), ("a row too few", lambda t: t[1:]),
+            ("a column too few", lambda t: t[:, 1:]), ("a vector", Tensor.flatten),
+        )
+    },
+    **{
+        f"scales {what} ({number})": _tensor("QuantizedRecurrent", number, "steps", change)
+        for number in (GRU, LSTM, BACK)
+        for what, change in (
+            ("of zero", torch.zeros_like), ("below zero", lambda t: -t), ("of NaN", lambda t: t * float("nan")),
+            ("without end", lambda t: t / 0.0), ("of 1e-44", lambda t: torch.full_like(t, 1e-44)),
+            ("of 1e38", lambda t: torch.full_like(t, 1e38)), ("too few", lambda t: t[1:]),
+            ("in float64", Tensor.double), ("that are a matrix", lambda t: t[None]),
+        )
+    },
+}  # fmt: skip
+
+
 def _add_reader(record: Record, kind: str, **fields: Any) -> None:
     """Add a node that reads the first layer on integers, and return its value."""
     name = _find(record, "QuantizedConvolution")["name"]

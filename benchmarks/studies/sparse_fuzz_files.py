@@ -84,6 +84,10 @@ class Steps(nn.Module):
         return self.minimal(y)[0], h
 
 
+class ByteSteps(Steps):
+    """The same with int8 recurrent matrices."""
+
+
 class Codes(nn.Module):
     """Convolutions, a residual sum, a pool, a mean and a linear layer, for 8-bit integers."""
 
@@ -107,6 +111,7 @@ def networks(folder: Path) -> list[tuple[Record, dict[str, Tensor], tuple]]:
         (Pixels(), (image,)),
         (Steps(), (torch.randn(2, 5, 6), torch.randn(1, 2, 8))),
         (Codes(), (image,)),
+        (ByteSteps(), (torch.randn(2, 5, 6), torch.randn(1, 2, 8))),
         (Tokens(), (torch.randint(11, (2, 5)), torch.ones(()))),
         (nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.BatchNorm1d(8), nn.Linear(8, 3)), (torch.randn(4, 6),)),
     ):
@@ -114,7 +119,7 @@ def networks(folder: Path) -> list[tuple[Record, dict[str, Tensor], tuple]]:
             if isinstance(module, nn.Conv2d | nn.Linear):
                 module.weight.data *= torch.rand_like(module.weight) < 0.4
         model.eval()
-        made = deploy.quantize(model, [image], bound=1e9) if isinstance(model, Codes) else model
+        made = deploy.quantize(model, [example], bound=1e9) if isinstance(model, Codes | ByteSteps) else model
         compiled = deploy.compile_sparse(made, example, tune=False)
         forced(compiled, random.Random(3))
         compiled.save(folder / "net")
@@ -242,6 +247,7 @@ def main() -> None:
         sparse_fuzz_crafted.crafted(*made[0]),
         sparse_fuzz_crafted_layers.crafted(sparse_fuzz_crafted_layers.RECURRENT, *made[1]),
         sparse_fuzz_crafted_layers.crafted(sparse_fuzz_crafted_layers.INTEGERS, *made[2]),
+        sparse_fuzz_crafted_layers.crafted(sparse_fuzz_crafted_layers.BYTE_STEPS, *made[3]),
     )
     results = {}
     for kind, cases in (("mutated", mutated), ("crafted", written)):

@@ -129,7 +129,10 @@ def test_bad_weights_are_refused():
     wrong = {
         "weight": [node.weight.float(), torch.full_like(node.weight, -128), node.weight[:-1]],
         "v": [node.v.float(), torch.full_like(node.v, -128), node.v[:, :1]],
-        "steps": [None, node.steps.double(), node.steps[:-1], node.steps[:, None]],
+        "steps": [
+            *(None, node.steps.double(), node.steps[:-1], node.steps[:, None]),
+            *(torch.full_like(node.steps, value) for value in (1e38, -1e38, float("inf"), float("nan"))),
+        ],
     }
     assert node.is_whole()
     for name, values in wrong.items():

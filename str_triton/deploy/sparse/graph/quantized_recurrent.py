@@ -34,7 +34,9 @@ class QuantizedRecurrent(Recurrent):
         codes = [self.weight] if self.v is None else [self.weight, self.v]
         # The sums of the kernels count on it.
         symmetric = all(int(code.min()) >= -LARGEST for code in codes)
-        return symmetric and self.steps.shape == self.weight.shape[:1]
+        # Products with states of at most one must not overflow: the kernels and torch add them in other orders.
+        largest = float(self.steps.abs().max()) * LARGEST ** len(codes) * self.weight.shape[1] * self.hidden
+        return symmetric and self.steps.shape == self.weight.shape[:1] and largest < torch.finfo(torch.float32).max
 
     def run(self, values: dict[str, Any]) -> Tensor:
         return self.decoded().run(values)
