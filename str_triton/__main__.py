@@ -23,9 +23,11 @@ from str_triton.deploy.state_files import check_suffix, read_state, write_state
 from str_triton.files import printable
 from str_triton.programs import (
     BAD_INPUT,
+    DISK_FULL,
     PROGRAMS,
     command,
     front_name,
+    is_about_output,
     require_extra,
     run_until_output_closes,
     trained_by,
@@ -85,9 +87,9 @@ def _main(args: list[str]) -> int:
         return import_module(PROGRAMS[name].module).main(rest)
     try:
         text = handle_file(args)
-    except BrokenPipeError:  # nobody reads the output
-        raise
     except OSError as error:
+        if error.errno in DISK_FULL or is_about_output(error):
+            raise
         text = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
     except ValueError as error:
         text = str(error)

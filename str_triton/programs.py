@@ -3,13 +3,14 @@
 Standard library only. Programs are named by strings, so that no folder has to import the programs.
 """
 
+import errno
 import importlib.util
 import json
 import os
 import select
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -49,6 +50,7 @@ SCRIPTS = frozenset({"train-cnn", "train-rnn", "evaluate", "predict", "listen", 
 # What each extra installs, as imported. Programs need the extra train.
 EXTRAS = {"train": ("accelerate", "datasets", "matplotlib", "PIL", "rich", "soundfile", "tensorboard")}
 BAD_INPUT = 2
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 OUTPUT_CLOSED = 141  # 128 plus the number of SIGPIPE, as a shell reports it
 ENTRY = "str-triton"
 
@@ -151,7 +153,11 @@ def leave(message: str) -> NoReturn:
 
 
 def run_until_output_closes(program: Callable[[], int]) -> int:
-    """Return the exit code of ``program``. If the reader of its output has gone (``| head``), end without a message."""
+    """Return the exit code of ``program``, also where its output cannot be written.
+
+    If the reader of the output has gone (``| head``), the program ends without a message. If the disk is full, it ends
+    with one line and the code for bad input.
+    """
     try:
         try:
             code = program()
@@ -163,8 +169,39 @@ def run_until_output_closes(program: Callable[[], int]) -> int:
     except BrokenPipeError:
         if not output_is_closed():
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
         return OUTPUT_CLOSED
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        place = error.filename or ("standard output" if is_about_output(error) else "")
+        with suppress(OSError):
+            print(f"error: {place}{': ' * bool(place)}{error.strerror}", file=sys.stderr)
+        return BAD_INPUT
+    finally:
+        _drop_unwritable()
+
+
+def _drop_unwritable() -> None:
+    """Drop what standard output and error hold but cannot write: Python writes once more when it ends."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def is_about_output(error: BaseException) -> bool:
+    """Return whether ``error`` says that standard output cannot be written: its reader has gone or the disk is full."""
+    if isinstance(error, BrokenPipeError):
+        return output_is_closed()
+    if not isinstance(error, OSError) or error.errno not in DISK_FULL or sys.stdout is None:
+        return False
+    try:
+        sys.stdout.flush()
+    except OSError:
+        return True
+    return False
 
 
 def output_is_closed() -> bool:

@@ -116,6 +116,43 @@ def test_help_that_nobody_reads_ends_quietly(words: list[str], unbuffered: str):
     assert (process.returncode, process.stderr) == (141, b"")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full")
+@pytest.mark.parametrize("words", [["--help"], ["pack", "--help"], ["train-cnn", "--help"]], ids=" ".join)
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_help_on_a_full_disk_is_one_line(words: list[str], unbuffered: str):
+    with open("/dev/full", "wb", buffering=0) as full:
+        process = subprocess.run(
+            [sys.executable, "-m", "str_triton", *words],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            timeout=60,
+        )
+    assert process.returncode == 2
+    assert process.stderr.startswith(b"error: ")
+    assert process.stderr.endswith(b"No space left on device\n")
+    assert process.stderr.count(b"\n") == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full")
+def test_a_fault_on_a_full_disk_keeps_its_code():
+    """Neither the message nor the rest of the output can be written."""
+    code = """
+from str_triton.training.errors import as_user_error, run_program
+
+def program():
+    print("before")
+    with as_user_error(ValueError):
+        raise ValueError("the fault")
+
+raise SystemExit(run_program(program))
+"""
+    with open("/dev/full", "wb", buffering=0) as full:
+        process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=full, stderr=full, timeout=60)
+    assert process.returncode == 2
+
+
 def test_help_without_standard_output_ends_quietly():
     process = subprocess.run(
         ["sh", "-c", '"$0" -m str_triton --help >&-', sys.executable], cwd=ROOT, stderr=subprocess.PIPE, timeout=60

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from str_triton.files import printable
-from str_triton.programs import BAD_INPUT, output_is_closed, run_until_output_closes
+from str_triton.programs import BAD_INPUT, is_about_output, run_until_output_closes
 
 
 class UserError(Exception):
@@ -27,7 +27,7 @@ def as_user_error(*kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
     except kinds as error:
-        if isinstance(error, BrokenPipeError) and output_is_closed():
+        if is_about_output(error):
             raise
         raise UserError(one_line(error)) from error
 
