@@ -17,7 +17,7 @@ from str_triton.cnn.data import load
 from str_triton.cnn.rebuild import Network, rebuild
 from str_triton.files import percent
 from str_triton.programs import command
-from str_triton.training.errors import UserError, as_user_error, one_line, run_program
+from str_triton.training.errors import UserError, as_user_error, one_line, run_program, tell
 from str_triton.training.options import positional, read_command
 
 NAMES_SHOWN = 20  # class names in the model card
@@ -205,6 +205,7 @@ def onnx(options: Onnx, network: Network, example: Tensor) -> None:
 
 def sparse(options: Sparse, network: Network, example: Tensor) -> None:
     """Compile the network, write it, and print the execution chosen for each layer."""
+    tell(f"compiling {network.name}: measuring the executions of every layer, which can take minutes")
     with as_user_error(ValueError, OSError):
         compiled = deploy.compile_sparse(network.model, example.expand(options.batch_size, -1, -1, -1).contiguous())
         compiled.save(options.out, {"model": network.name, **described(network, example)})

@@ -135,9 +135,10 @@ def test_a_sparse_network_runs_from_its_file(whole_run: Path, tmp_path: Path, ca
         images = torch.randn(batch, 1, 8, 8)
         with torch.inference_mode():
             torch.testing.assert_close(compiled(images), model(images), atol=1e-4, rtol=0)
-    printed = capsys.readouterr().out
-    assert "blocks.1.conv2" in printed
-    assert printed.endswith(f"\nwrote {out}\n")
+    printed = capsys.readouterr()
+    assert "blocks.1.conv2" in printed.out
+    assert printed.out.endswith(f"\nwrote {out}\n")
+    assert printed.err.startswith("compiling ")
 
 
 def test_the_size_of_the_images_is_known_without_the_data(whole_run: Path, tmp_path: Path):

@@ -187,7 +187,10 @@ class LowRankMatrices(nn.Module):
                 f"{cls.__name__}.from_dense needs nn.{cls.torch_class.__name__}, got {type(dense).__name__}"
             )
         if dense.proj_size:
-            raise ValueError(f"{cls.__name__} has no projections: proj_size must be 0, got {dense.proj_size}")
+            raise ValueError(
+                f"{cls.__name__} has no projections: proj_size must be 0, got {dense.proj_size}. "
+                "`sparsify` prunes nn.LSTM with its projections"
+            )
         _, weight = dense.all_weights[0][:2]  # weight_ih_l0 and weight_hh_l0
         layer = cls(**_arguments(dense), max_rank=max_rank, device="meta", dtype=weight.dtype, **options)
         layer.to_empty(device=weight.device)

@@ -71,7 +71,7 @@ def test_from_dense_refuses_what_it_is_not() -> None:
         (LowRankGRU, nn.LSTM(3, 4), TypeError, "LowRankGRU.from_dense needs nn.GRU, got LSTM"),
         (LowRankLSTM, nn.GRU(3, 4), TypeError, "LowRankLSTM.from_dense needs nn.LSTM, got GRU"),
         (LowRankGRU, LowRankGRU(3, 4), TypeError, "LowRankGRU.from_dense needs nn.GRU, got LowRankGRU"),
-        (LowRankLSTM, nn.LSTM(3, 4, proj_size=2), ValueError, "has no projections: proj_size must be 0, got 2"),
+        (LowRankLSTM, nn.LSTM(3, 4, proj_size=2), ValueError, "proj_size must be 0, got 2. `sparsify` prunes"),
         (LowRankFastGRNN, nn.RNN(3, 4), TypeError, "torch has no dense form of LowRankFastGRNN"),
     ):
         with pytest.raises(error, match=message):
