@@ -24,7 +24,7 @@ def forward(
     schedule = Schedule(lengths, gates_x.shape[0], gates_x.shape[1], reverse)
     gates_x, states = schedule.sort(gates_x, 1).to(compute), [schedule.sort(state, 0).to(compute) for state in states]
     w, v, bias = (tensor.to(compute) for tensor in (w, v, bias))
-    nothing, kernels = gates_x.new_empty(0, dtype=dtype), _kernels(native, v)
+    nothing, kernels = gates_x.new_empty(0, dtype=dtype), _kernels(native, cell, v)
     if kernels is not None:
         width = (of.kept or len(states) - 1) * len(v) if save else 0
         keep = schedule.buffer(v, width) if width else None
@@ -77,16 +77,16 @@ def backward(
         grad_scale=v.new_zeros(of.scalars),
     )  # fmt: skip
     with torch.autocast("cpu", enabled=False):
-        grad_w, grad_bias = _walk(of, run, outputs, states[0], _kernels(native, v))
+        grad_w, grad_bias = _walk(of, run, outputs, states[0], _kernels(native, cell, v))
         grad_v_ = grad_v(outputs, states[0], run.grad_p, schedule.lengths, reverse)
     grads = [schedule.unsort(run.grad_x, 1), grad_w, grad_v_, grad_bias]
     grads = [*(grad.to(dtype) for grad in grads), run.grad_scale.to(scale.dtype)]
     return grads + [schedule.unsort(grad, 0).to(dtype) for grad in run.grad_states]
 
 
-def _kernels(native: bool, v: Tensor) -> ctypes.CDLL | None:
-    """Return the kernels in C if they are asked for and can run steps with this factor."""
-    return library() if native and v.dtype == torch.float32 and v.numel() > 0 else None
+def _kernels(native: bool, cell: str, v: Tensor) -> ctypes.CDLL | None:
+    """Return the kernels in C if they are asked for and can run a cell's steps with this factor."""
+    return library() if native and cell in loops.CELLS and v.dtype == torch.float32 and v.numel() > 0 else None
 
 
 def _walk(cell: Cell, run: Backward, outputs: Tensor, h0: Tensor, kernels: ctypes.CDLL | None) -> tuple[Tensor, Tensor]:

@@ -15,8 +15,8 @@ from str_triton.nn import LowRankGRU, LowRankLSTM, LowRankRNN
 
 aten = torch.ops.aten
 LOW_RANK = torch.ops.str_triton.low_rank_rnn.default
-# The cells of native/recurrent.h, in its order. Blocks of `hidden` rows in the recurrent matrix and of
-# `hidden` elements in the bias, states, and elements of `scale`.
+# The cells of native/recurrent.h. Blocks of `hidden` rows in the recurrent matrix and of `hidden` elements in the bias,
+# states, and elements of `scale`.
 SIZES = {"gru": (3, 3, 1, 0), "lstm": (4, 4, 2, 0), "fastgrnn": (1, 2, 1, 2), "mgu": (2, 2, 1, 0)}
 
 

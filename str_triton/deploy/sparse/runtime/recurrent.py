@@ -8,7 +8,7 @@ from torch import Tensor
 
 from str_triton.deploy.sparse.graph.quantized_recurrent import QuantizedRecurrent
 from str_triton.deploy.sparse.graph.recurrent import SIZES, Recurrent
-from str_triton.native.recurrent import ACTIVATION, FEW, LoopStruct, blocks, panels
+from str_triton.native.recurrent import ACTIVATION, CELLS, FEW, LoopStruct, blocks, panels
 from str_triton.native.threads import thread_count
 
 # The loop itself projects inputs of so few features, for so many sequences or with so few weights. Else the weights,
@@ -30,7 +30,7 @@ class PackedLoop:
         self._arrays = {"w": blocks(node.weight, gates, lanes), "bias": blocks(node.bias[:, None], biases, lanes)}
         if isinstance(node, QuantizedRecurrent):
             self._arrays["scales"] = blocks(node.steps[:, None], gates, lanes)
-        self.loop = LoopStruct(cell=list(SIZES).index(node.cell), gates=gates, reverse=node.reverse, inner=inner)
+        self.loop = LoopStruct(cell=CELLS.index(node.cell), gates=gates, reverse=node.reverse, inner=inner)
         self.loop.hidden = self.hidden
         self._products = self.hidden * gates * (inner + ACTIVATION)
         if node.v is not None:
