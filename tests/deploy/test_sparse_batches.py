@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from str_triton import LowRankLSTM, deploy
-from str_triton.deploy.sparse.graph.signature import compile_guard
+from str_triton.deploy.sparse.graph.guards import compile_guard
 from tests.deploy.sparse_networks import prune, same
 
 pytestmark = [pytest.mark.usefixtures("kernels", "quick"), pytest.mark.filterwarnings("ignore:Sparse CSR")]

@@ -15,8 +15,9 @@ from torch.export.graph_signature import InputKind
 from torch.fx.experimental import _config as shapes_config
 from torch.fx.experimental import symbolic_shapes
 
+from str_triton.deploy.sparse.graph.guards import compile_guard
 from str_triton.deploy.sparse.graph.ones import Exported, with_sizes_of_one
-from str_triton.deploy.sparse.graph.signature import Leaf, Signature, compile_guard, parameter_names
+from str_triton.deploy.sparse.graph.signature import Leaf, Signature, parameter_names
 from str_triton.deploy.sparse.quiet import quiet
 from str_triton.deploy.sparse.state import fresh
 

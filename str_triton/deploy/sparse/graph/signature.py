@@ -1,8 +1,6 @@
 """The arguments that a network takes: their structure, their dtypes, and the sizes that the export allows."""
 
-import ast
 import inspect
-import operator
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,6 +9,8 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
+
+from str_triton.deploy.sparse.graph.guards import compile_guard
 
 _CONSTANTS = (bool, int, float, complex, str, bytes, torch.device)  # their text says what they are
 _USUAL = (1, 2, 3, 7, 64, 225)
@@ -236,73 +236,3 @@ def parameter_names(forward: Callable, count: int) -> list[str]:
             break
         names.append(parameter.name)
     return names
-
-
-_BINARY = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
-    ast.Div: operator.truediv,
-}
-_COMPARE = {
-    ast.Eq: operator.eq,
-    ast.NotEq: operator.ne,
-    ast.Lt: operator.lt,
-    ast.LtE: operator.le,
-    ast.Gt: operator.gt,
-    ast.GtE: operator.ge,
-}
-_CALLS = {"max": max, "min": min, "abs": abs}
-
-
-def compile_guard(text: str) -> Callable[[dict[str, int]], bool]:
-    """Return a function of the named sizes for an expression of integers, comparisons, and, or, not, max and min.
-
-    A guard comes from a file: nothing else is evaluated.
-
-    Raises ValueError for any other expression.
-    """
-    try:
-        tree = ast.parse(text, mode="eval").body
-        _evaluate(tree, None)
-    except (SyntaxError, RecursionError, MemoryError, TypeError, ValueError, KeyError) as error:
-        raise ValueError(f"{text[:80]!r} is no condition on sizes") from error
-
-    def check(sizes: dict[str, int]) -> bool:
-        try:
-            return bool(_evaluate(tree, sizes))
-        except (ZeroDivisionError, KeyError):
-            return False
-
-    return check
-
-
-def _evaluate(node: ast.expr, sizes: dict[str, int] | None) -> Any:
-    """Evaluate an expression; with sizes None, look only whether it is of the permitted kind."""
-    match node:
-        case ast.Constant(value=int() as value) if abs(value) < 2**63:
-            return value
-        case ast.Name(id=name):
-            return 1 if sizes is None else sizes[name]
-        case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
-            parts = _evaluate(left, sizes), _evaluate(right, sizes)
-            return 1 if sizes is None else _BINARY[type(op)](*parts)
-        case ast.UnaryOp(op=ast.USub(), operand=operand):
-            return -_evaluate(operand, sizes)
-        case ast.UnaryOp(op=ast.Not(), operand=operand):
-            return not _evaluate(operand, sizes)
-        case ast.BoolOp(op=op, values=values):
-            found = (_evaluate(value, sizes) for value in values)
-            if sizes is None:
-                return len(list(found))
-            return all(found) if isinstance(op, ast.And) else any(found)
-        case ast.Compare(left=left, ops=ops, comparators=others) if all(type(op) in _COMPARE for op in ops):
-            found = [_evaluate(left, sizes), *(_evaluate(other, sizes) for other in others)]
-            pairs = zip(ops, found[:-1], found[1:], strict=True)
-            return all(_COMPARE[type(op)](a, b) for op, a, b in pairs)
-        case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in _CALLS and args:
-            found = [_evaluate(arg, sizes) for arg in args]
-            return _CALLS[name](*found) if len(found) > 1 or name == "abs" else found[0]
-    raise ValueError(ast.dump(node)[:80])
