@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -98,20 +99,25 @@ sys.exit(run_program(program))
         assert process.wait(60) == 141
 
 
+def front(words: list[str], unbuffered: str, output: Any) -> subprocess.CompletedProcess:
+    """Run the front with its standard output in a file."""
+    return subprocess.run(
+        [sys.executable, "-m", "str_triton", *words],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        stdout=output,
+        stderr=subprocess.PIPE,
+        timeout=60,
+    )
+
+
 @pytest.mark.parametrize("words", [["--help"], ["pack", "--help"], ["train-cnn", "--help"]], ids=" ".join)
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_help_that_nobody_reads_ends_quietly(words: list[str], unbuffered: str):
     """The reader has closed its end before the program writes."""
     reader, writer = os.pipe()
     os.close(reader)
-    process = subprocess.run(
-        [sys.executable, "-m", "str_triton", *words],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
-        stdout=writer,
-        stderr=subprocess.PIPE,
-        timeout=60,
-    )
+    process = front(words, unbuffered, writer)
     os.close(writer)
     assert (process.returncode, process.stderr) == (141, b"")
 
@@ -121,14 +127,7 @@ def test_help_that_nobody_reads_ends_quietly(words: list[str], unbuffered: str):
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_help_on_a_full_disk_is_one_line(words: list[str], unbuffered: str):
     with open("/dev/full", "wb", buffering=0) as full:
-        process = subprocess.run(
-            [sys.executable, "-m", "str_triton", *words],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
-            stdout=full,
-            stderr=subprocess.PIPE,
-            timeout=60,
-        )
+        process = front(words, unbuffered, full)
     assert process.returncode == 2
     assert process.stderr.startswith(b"error: ")
     assert process.stderr.endswith(b"No space left on device\n")

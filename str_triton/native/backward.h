@@ -31,7 +31,7 @@ typedef struct {
 } walk;
 
 static int64_t walk_row(const walk *k) {
-    return k->panels * k->width * LANES + (k->hidden + UNITS * LANES - 1) / (UNITS * LANES) * UNITS * LANES;
+    return k->panels * k->width * LANES + unit_blocks(k->hidden) * UNITS * LANES;
 }
 
 /* The gradients of one sequence's gates at a step. */
@@ -70,7 +70,7 @@ static inline void state_gradients(const walk *k, int64_t row, const float *rest
 /* `most` sequences from s on, through all steps. */
 static void walk_rows(const walk *k, int64_t s, int64_t most) {
     const int64_t hidden = k->hidden, all = k->gates * hidden, ranks = k->panels * k->width * LANES, row = walk_row(k);
-    const int64_t blocks = (hidden + UNITS * LANES - 1) / (UNITS * LANES);
+    const int64_t blocks = unit_blocks(hidden);
     float *p = k->scratch + s * row, *back = p + ranks;
     for (int64_t i = 0; i < k->steps; i++) {
         const int64_t time = k->backward ? k->steps - 1 - i : i, first = time * k->batch + s;

@@ -163,7 +163,8 @@ typedef struct {
     int64_t begin, end, member, team;
 } duty;
 
-static int64_t blocks_of(const recurrent *r) { return (r->hidden + UNITS * LANES - 1) / (UNITS * LANES); }
+static int64_t unit_blocks(int64_t hidden) { return (hidden + UNITS * LANES - 1) / (UNITS * LANES); }
+static int64_t blocks_of(const recurrent *r) { return unit_blocks(r->hidden); }
 
 /* Floats of a sequence's state, of its p, and of the codes of both. */
 static int64_t state_pitch(const recurrent *r) { return blocks_of(r) * UNITS * LANES; }

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from str_triton.native.build import library
 from str_triton.native.threads import thread_count
 
 CELLS = ("gru", "lstm", "fastgrnn", "mgu")  # in the order of recurrent.h
@@ -41,6 +42,11 @@ class WalkStruct(ctypes.Structure):
     ]
 
 
+def kernels(cell: str) -> ctypes.CDLL | None:
+    """Return the kernels if they have a loop for this cell; None: they have none, or cannot be compiled."""
+    return library() if cell in CELLS else None
+
+
 def blocks(weight: Tensor, parts: int, lanes: int) -> Tensor:
     """Return a matrix [parts * hidden, inner] as [blocks, inner, UNITS, parts, lanes], with zeros at its end."""
     rows, inner = weight.shape
@@ -62,13 +68,13 @@ def panels(v: Tensor, lanes: int) -> tuple[Tensor, int]:
 
 
 def forward(
-    library: ctypes.CDLL, cell: str, gates_x: Tensor, w: Tensor, v: Tensor, bias: Tensor, scale: Tensor,
+    kernels: ctypes.CDLL, cell: str, gates_x: Tensor, w: Tensor, v: Tensor, bias: Tensor, scale: Tensor,
     states: list[Tensor], reverse: bool, counts: Tensor | None, kept: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Run a layer whose recurrent matrix is w v^T.
 
     Args:
-        library: the kernels.
+        kernels: the library.
         cell: one of CELLS.
         gates_x: [T, B, gates * H], the input's part of the gates. All tensors are float32, contiguous, on the CPU.
         w, v: [gates * H, r] and [H, r].
@@ -83,7 +89,7 @@ def forward(
     """
     steps, batch, width_x = gates_x.shape
     hidden, rank = v.shape
-    gates, lanes = width_x // hidden, library.str_triton_lanes()
+    gates, lanes = width_x // hidden, kernels.str_triton_lanes()
     new = gates_x.new_empty if counts is None else gates_x.new_zeros
     y = new((steps + len(states), batch, hidden))
     if y.numel() == 0:
@@ -99,10 +105,10 @@ def forward(
         loop.kept = kept.data_ptr()
     if len(scale):
         loop.zeta, loop.nu = scale.tolist()
-    scratch = y.new_empty(library.str_triton_recurrent_scratch(ctypes.addressof(loop)))
+    scratch = y.new_empty(kernels.str_triton_recurrent_scratch(ctypes.addressof(loop)))
     loop.scratch = scratch.data_ptr()
     products = hidden * gates * (rank + ACTIVATION) + hidden * rank
-    library.str_triton_recurrent(ctypes.addressof(loop), _threads(steps * batch * products), False)
+    kernels.str_triton_recurrent(ctypes.addressof(loop), threads_for(steps * batch * products), False)
     return y
 
 
@@ -110,13 +116,13 @@ class Walk:
     """The backward of a layer: its packed factors, for one piece of time after the other.
 
     Args:
-        library: the kernels.
+        kernels: the library.
         w, v: [gates * H, r] and [H, r]; all tensors are float32, contiguous, on the CPU.
     """
 
-    def __init__(self, library: ctypes.CDLL, w: Tensor, v: Tensor) -> None:
-        lanes = library.str_triton_lanes()
-        (hidden, rank), self._library = v.shape, library
+    def __init__(self, kernels: ctypes.CDLL, w: Tensor, v: Tensor) -> None:
+        lanes = kernels.str_triton_lanes()
+        (hidden, rank), self._kernels = v.shape, kernels
         self._w, width = panels(w, lanes)
         self._v = blocks(v, 1, lanes)
         self._products = 2 * (len(w) + hidden) * rank
@@ -139,10 +145,11 @@ class Walk:
         walk.lstm, walk.backward, walk.pitch = "dc" in tensors, falls, keep.stride(1)
         for name, tensor in tensors.items():
             setattr(walk, name, tensor.data_ptr())
-        scratch = keep.new_empty(self._library.str_triton_walk_scratch(ctypes.addressof(walk)))
+        scratch = keep.new_empty(self._kernels.str_triton_walk_scratch(ctypes.addressof(walk)))
         walk.scratch = scratch.data_ptr()
-        self._library.str_triton_walk(ctypes.addressof(walk), _threads(walk.steps * walk.batch * self._products))
+        self._kernels.str_triton_walk(ctypes.addressof(walk), threads_for(walk.steps * walk.batch * self._products))
 
 
-def _threads(products: float) -> int:
+def threads_for(products: float) -> int:
+    """Return how many threads are worth while for so many multiplications."""
     return thread_count() if products > FEW else 1

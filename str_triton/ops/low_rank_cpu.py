@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from str_triton.native import recurrent as loops
-from str_triton.native.build import library
 from str_triton.ops.low_rank_cell import CELLS, Backward, Cell, grad_v
 from str_triton.ops.schedule import Schedule, last_state, with_ones
 from str_triton.ops.tensors import compute_dtype
@@ -28,8 +27,7 @@ def forward(
     if kernels is not None:
         width = (of.kept or len(states) - 1) * len(v) if save else 0
         keep = schedule.buffer(v, width) if width else None
-        counts = schedule.counts_tensor()
-        results = loops.forward(kernels, cell, gates_x, w, v, bias, scale, states, reverse, counts, keep)
+        results = loops.forward(kernels, cell, gates_x, w, v, bias, scale, states, reverse, schedule.running, keep)
         every, last = results[: schedule.steps], results[schedule.steps :]
         saved = nothing.clone() if keep is None else keep if of.kept else keep.to(dtype)
         ends = [schedule.unsort(state, 0).to(dtype, copy=True) for state in last]
@@ -86,7 +84,7 @@ def backward(
 
 def _kernels(native: bool, cell: str, v: Tensor) -> ctypes.CDLL | None:
     """Return the kernels in C if they are asked for and can run a cell's steps with this factor."""
-    return library() if native and cell in loops.CELLS and v.dtype == torch.float32 and v.numel() > 0 else None
+    return loops.kernels(cell) if native and v.dtype == torch.float32 and v.numel() > 0 else None
 
 
 def _walk(cell: Cell, run: Backward, outputs: Tensor, h0: Tensor, kernels: ctypes.CDLL | None) -> tuple[Tensor, Tensor]:
@@ -100,7 +98,7 @@ def _walk(cell: Cell, run: Backward, outputs: Tensor, h0: Tensor, kernels: ctype
     p_shape = run.size, schedule.batch, rank
     p = with_ones(p_shape, v) if has_ones else v.new_empty(p_shape)
     buffers, begin_chunk, step, end_chunk, factors = cell.backward(run)
-    walk, counts = None if kernels is None else loops.Walk(kernels, w, v), schedule.counts_tensor()
+    walk = None if kernels is None else loops.Walk(kernels, w, v)
     rows = (
         []
         if walk
@@ -116,8 +114,8 @@ def _walk(cell: Cell, run: Backward, outputs: Tensor, h0: Tensor, kernels: ctype
         if walk:
             parts = {"grad": run.grad_outputs, "gates_grad": run.grad_x, "p_grad": run.grad_p}
             parts = {name: part[begin:end] for name, part in parts.items()} | factors(span, begin, end)
-            present = None if counts is None else counts[begin:end]
-            walk.run(falls=not schedule.reverse, counts=present, dh=run.grad_states[0], **parts)
+            counts = None if schedule.running is None else schedule.running[begin:end]
+            walk.run(falls=not schedule.reverse, counts=counts, dh=run.grad_states[0], **parts)
         else:
             for time in schedule.backward_times(begin, end):
                 step(time - begin, *rows[time])

@@ -26,19 +26,17 @@ class Schedule:
         self.times = range(steps - 1, -1, -1) if reverse else range(steps)
         self.order: Tensor | None = None
         self.lengths: Tensor | None = None
-        self.counts: list[int] | None = None  # by time; None, like lengths: all of them at all times
+        self.running: Tensor | None = None  # int64, how many run at each time; None, like lengths: all of them
+        self.counts: list[int] | None = None  # the same numbers
         if lengths is None:
             return
         check_lengths(lengths, steps)
         lengths, order = lengths.sort(descending=True, stable=True)
         if batch and int(lengths[-1]) < steps:
             self.lengths = lengths
-            self.counts = (lengths > torch.arange(steps)[:, None]).sum(1).tolist()
+            self.running = (lengths > torch.arange(steps)[:, None]).sum(1)
+            self.counts = self.running.tolist()
             self.order = None if torch.equal(order, torch.arange(batch)) else order
-
-    def counts_tensor(self) -> Tensor | None:
-        """Return the counts as int64 [steps] for the loops in C; None: all sequences run at all times."""
-        return None if self.counts is None else torch.tensor(self.counts, dtype=torch.int64)
 
     def sort(self, x: Tensor, dim: int) -> Tensor:
         return x if self.order is None else x.index_select(dim, self.order)

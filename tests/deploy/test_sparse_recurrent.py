@@ -67,7 +67,7 @@ def exact(node: Recurrent, values: dict[str, Tensor]) -> Tensor:
 @pytest.fixture
 def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Use two threads for the smallest layer, too."""
-    monkeypatch.setattr("str_triton.deploy.sparse.runtime.recurrent.FEW", 0)
+    monkeypatch.setattr("str_triton.native.recurrent.FEW", 0)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield

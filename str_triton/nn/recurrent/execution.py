@@ -23,8 +23,7 @@ from torch import Tensor
 
 from str_triton.files import beside, write_atomically
 from str_triton.machine import cache_folder, own_folder, processor_features
-from str_triton.native.build import library
-from str_triton.native.recurrent import CELLS as CELLS_IN_C
+from str_triton.native.recurrent import kernels
 from str_triton.nn.low_rank import LowRankWeight
 from str_triton.nn.recurrent.dense_kernel import dense_layer
 from str_triton.ops.low_rank_cell import CELLS
@@ -181,7 +180,7 @@ def _measure(sizes: Sizes) -> Times:
         states, weights = [state[None]] * len(cell.states), (w_x, matrix.weight(), b_x, b_h)
         return dense_layer(cell.name, x, states, weights, bias=True, bidirectional=False)[0]
 
-    can_run = True, cell.name in CELLS_IN_C and library() is not None, cell.has_dense
+    can_run = True, kernels(cell.name) is not None, cell.has_dense
     forwards: list[Callable[[Tensor], Tensor]] = list(
         compress((loop, functools.partial(loop, native=True), dense), can_run)
     )

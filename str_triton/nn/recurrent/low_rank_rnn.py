@@ -160,16 +160,17 @@ class LowRankRNN(LowRankMatrices):
         factors = [matrix for matrix in matrices if isinstance(matrix, LowRankWeight)]
         if self.has_dense and len(factors) < len(matrices):
             return "dense"
+        device, training, batch = x.device.type, torch.is_grad_enabled(), max(batch, 1)
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        is_timed = device == "cpu" and dtype == torch.float32
+        if not self.has_dense and not is_timed:
+            return "loop"
         with torch.no_grad():
             ranks = [matrix.max_rank if x.is_cuda else matrix.surviving()[1].numel() for matrix in factors]
-        device, training, batch = x.device.type, torch.is_grad_enabled(), max(batch, 1)
         rank = max(ranks, default=self.hidden_size)
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        if device == "cpu" and dtype == torch.float32:
+        if is_timed:
             steps = len(x) if packing is None else len(packing.batch_sizes)
             return fastest(self.cell, self.hidden_size, rank, batch, steps, training=training)
-        if not self.has_dense:
-            return "loop"
         limit, packed = shared_memory_limit(x.device), packing is not None
         plan = low_rank_plan(
             self.cell, self.hidden_size, rank, batch, dtype, shared_memory=limit, training=training, packed=packed

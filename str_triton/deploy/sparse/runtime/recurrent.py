@@ -8,8 +8,7 @@ from torch import Tensor
 
 from str_triton.deploy.sparse.graph.quantized_recurrent import QuantizedRecurrent
 from str_triton.deploy.sparse.graph.recurrent import SIZES, Recurrent
-from str_triton.native.recurrent import ACTIVATION, CELLS, FEW, LoopStruct, blocks, panels
-from str_triton.native.threads import thread_count
+from str_triton.native.recurrent import ACTIVATION, CELLS, LoopStruct, blocks, panels, threads_for
 
 # The loop itself projects inputs of so few features, for so many sequences or with so few weights. Else the weights,
 # read in every step, cost more than the gates of all steps in memory.
@@ -80,8 +79,7 @@ class PackedLoop:
         loop.x, loop.h, loop.c = x.data_ptr(), states[0].data_ptr(), states[-1].data_ptr()
         loop.y = y.data_ptr()
         products = self._products + projects * self.hidden * loop.gates * loop.features
-        threads = thread_count() if steps * batch * products > FEW else 1
-        self.library.str_triton_recurrent(self._address, threads, shared)
+        self.library.str_triton_recurrent(self._address, threads_for(steps * batch * products), shared)
         return y
 
 
