@@ -198,8 +198,8 @@ class SparsityController(OffsetController):
         if self._keep < least:
             unit = "FLOPs" if self.target.counts_flops else "weights"
             raise ValueError(
-                f"{self.target} cannot be met: it leaves {self._keep:,} {unit} to the thresholded layers, which need "
-                f"{least:,} or more; excluded layers and pools count as dense"
+                f"{self.target} cannot be met: excluded and frozen layers and pools count as dense, which leaves "
+                f"{self._keep:,} {unit} to the thresholded layers; these need {least:,} or more"
             )
 
     def _shifts(self, done: float) -> tuple[list[Tensor], list[Tensor]]:

@@ -63,28 +63,16 @@ def count(model: nn.Module, example_input: Tensor | tuple | Mapping[str, Any]) -
     warn_if_unfinished(model)
     reshard(model)
     with _undisturbed(model, inputs):
-        inputs = tree_map_only(Tensor, torch.clone, inputs)  # An in-place layer may come first.
         weights = counted_weights(model)
         rows = _rows(model, weights)
-        products = Products(weights, inputs, {weight.name for weight in thresholded_weights(model)})
-        functions = Functions(products)
-        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        counted = {row.name: (row.params, row.nonzeros) for row in rows}
-        with products.following(model, weights, counted), functions, products:
-            functional_call(model, buffers, *inputs)
+        products, functions = _watched(model, weights, inputs, {row.name: (row.params, row.nonzeros) for row in rows})
     reshard(model)
     for operator, names in products.hidden.items():
         warnings.warn(
             f"count: the FLOPs of {operator}, which uses {some(sorted(names))}, are not known and left out",
             stacklevel=2,
         )
-    if products.unthresholded:
-        warnings.warn(
-            f"count: the forward reads the dense weight of {some(sorted(products.unthresholded))} in place of calling "
-            "the layer, so that its threshold has no effect: name the weight in sparsify(..., parameters=[...]), which "
-            "shows the thresholded one to every reader, or leave it out with exclude=[...]",
-            stacklevel=2,
-        )
+    _warn_of_dense_reads(products, 3)
     rows = [
         replace(row, dense_flops=products.dense.get(row.name, 0), flops=products.sparse.get(row.name, 0))
         for row in rows
@@ -92,6 +80,14 @@ def count(model: nn.Module, example_input: Tensor | tuple | Mapping[str, Any]) -
     if functions.pooled:
         rows.append(LayerBudget(POOLS, 0, 0, functions.pooled, functions.pooled))
     return Budget(rows)
+
+
+def warn_if_thresholds_are_bypassed(model: nn.Module, args: tuple, kwargs: dict[str, Any], stacklevel: int) -> None:
+    """Warn if the forward of `model` reads dense weights past their thresholds, for these arguments."""
+    if any(thresholded_weights(model)):
+        with _undisturbed(model, (args, kwargs)):
+            products, _ = _watched(model, counted_weights(model), (args, kwargs), {})
+        _warn_of_dense_reads(products, stacklevel + 1)
 
 
 def counted_weights(model: nn.Module) -> list[Matrix]:
@@ -103,6 +99,30 @@ def counted_weights(model: nn.Module) -> list[Matrix]:
                 f"layer {weight.name!r} is lazy and has no weight yet: run the model once before counting it"
             )
     return weights
+
+
+def _watched(
+    model: nn.Module, weights: Sequence[Matrix], inputs: tuple[tuple, dict], counted: Mapping[str, tuple[int, int]]
+) -> tuple[Products, Functions]:
+    """Run the model's forward pass once and return what was seen; `counted`: elements and nonzeros by name."""
+    args, kwargs = tree_map_only(Tensor, torch.clone, inputs)  # An in-place layer may come first.
+    products = Products(weights, (args, kwargs), {weight.name for weight in thresholded_weights(model)})
+    functions = Functions(products)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with products.following(model, weights, counted), functions, products:
+        functional_call(model, buffers, args, kwargs)
+    return products, functions
+
+
+def _warn_of_dense_reads(products: Products, stacklevel: int) -> None:
+    if products.unthresholded:
+        warnings.warn(
+            f"the forward reads the dense weight of {some(sorted(products.unthresholded))} in place of "
+            "calling the layer, so that its threshold has no effect there, and densify changes the outputs: name the "
+            "weight in sparsify(..., parameters=[...]), which shows the thresholded one to every reader, or leave it "
+            "out with exclude=[...]",
+            stacklevel=stacklevel,
+        )
 
 
 def _rows(model: nn.Module, weights: Sequence[Matrix]) -> list[LayerBudget]:

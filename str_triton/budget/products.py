@@ -26,6 +26,10 @@ PRODUCTS = {  # Where the two factors stand among the arguments.
     **dict.fromkeys((aten.addmm, aten.baddbmm, aten.addbmm, aten.addmv), 1),
 }
 RECURRENT = ("gru", "lstm", "rnn_relu", "rnn_tanh")
+FACTORIES = {  # They take a tensor's shape, dtype and device, not its values.
+    *(aten.new_empty, aten.new_empty_strided, aten.new_full, aten.new_ones, aten.new_zeros),
+    *(aten.empty_like, aten.full_like, aten.ones_like, aten.rand_like, aten.randn_like, aten.zeros_like),
+}
 AVERAGE_POOLS = {f"{kind}avg_pool{d}d" for kind in ("", "adaptive_") for d in (1, 2, 3)}
 
 
@@ -42,7 +46,8 @@ class Products(TorchDispatchMode):
         sparse: the same without those whose weight is zero.
         hidden: names of weights, by the operators of other libraries that use them with an activation, and whose FLOPs
             are unknown.
-        unthresholded: names of weights that have a threshold and meet an activation without it.
+        unthresholded: names of weights that have a threshold and meet an activation without it, as they are or computed
+            with (a sum, a product with a scale).
     """
 
     def __init__(self, weights: Sequence[Matrix], inputs: Any, thresholded: Set[str] = frozenset()) -> None:
@@ -57,6 +62,7 @@ class Products(TorchDispatchMode):
         self._ranks = {weight.name: (weight.covered, sum(p.numel() for p in weight.sources)) for weight in weights}
         self._activations = {_storage(t) for t in tree_leaves(inputs) if _has_storage(t)}
         self._origins: dict[StorageWeakRef, list[tuple[float, float, str]]] = {}
+        self._dense_forms: dict[StorageWeakRef, set[str]] = {}
         for weight in weights:
             self.note(weight)
 
@@ -105,7 +111,7 @@ class Products(TorchDispatchMode):
         out = func(*args, **kwargs)
         inputs = _tensors((args, kwargs))
         self._count(func, args, out, inputs)
-        self._find_unthresholded(inputs)
+        self._find_unthresholded(func, inputs, out)
         self._trace([args[0]] if _chooses_matrices(func, args) else inputs, out)
         return out
 
@@ -147,11 +153,22 @@ class Products(TorchDispatchMode):
             if names:
                 self.hidden.setdefault(str(op), set()).update(names)
 
-    def _find_unthresholded(self, inputs: list[Tensor]) -> None:
-        parameters = {place[2] for tensor in inputs if (place := self._place(tensor)) and place[1] < math.inf}
-        bypassed = parameters & self._thresholded
+    def _find_unthresholded(self, func: Any, inputs: list[Tensor], out: Any) -> None:
+        """Note which weights meet an activation without their threshold, and which tensors are computed from these."""
+        if str(func.overloadpacket) == "str_triton.soft_threshold" or func.overloadpacket in FACTORIES:
+            return
+        bypassed = set().union(*map(self._dense_weights, inputs))
         if bypassed and any(map(self._is_activation, inputs)):
             self.unthresholded |= bypassed
+        elif bypassed:
+            for tensor in _tensors(out):
+                self._dense_forms.setdefault(_storage(tensor), set()).update(bypassed)
+
+    def _dense_weights(self, tensor: Tensor) -> set[str]:
+        """Return the names of the thresholded weights whose dense values a tensor holds or is computed from."""
+        place = self._place(tensor)
+        own = {place[2]} & self._thresholded if place and place[1] < math.inf else set()
+        return own | self._dense_forms.get(_storage(tensor), set())
 
     def _count_loop(self, func: Any, args: tuple) -> None:
         """Count this library's loop over time, which uses each element of both factors once per step and sequence."""

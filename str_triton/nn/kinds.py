@@ -44,8 +44,10 @@ def weight_refusal(module: nn.Module, attribute: str) -> str | None:
     if isinstance(module, torch.jit.ScriptModule):
         return "torch.jit has compiled its module"
     weight = module._parameters.get(attribute)
-    if weight is None or nn.parameter.is_lazy(weight):
-        return f"its {attribute} is no plain Parameter (parametrized, pruned, lazy, or tied by hand)"
+    if weight is None:
+        return f"its {attribute} is no plain Parameter (parametrized, as by weight_norm, pruned, or tied by hand)"
+    if nn.parameter.is_lazy(weight):
+        return f"its {attribute} is lazy and has no shape yet: call the model once before sparsify"
     if is_sharded(weight):
         return f"its {attribute} is spread over processes: call sparsify before fully_shard or parallelize_module"
     if not weight.is_floating_point():

@@ -556,6 +556,40 @@ def test_a_thresholded_layer_whose_dense_weight_is_used_pays_for_all_of_it():
     assert (row.nonzeros, row.dense_flops, row.flops) == (8, 64, 48)
 
 
+READERS = {
+    "the weight itself": lambda layer, x: layer(x) + F.linear(x, layer.weight),
+    "its transpose": lambda layer, x: F.linear(layer(x), layer.weight.T),
+    "its sum": lambda layer, x: layer(x) + layer.weight.sum(0),
+    "a scaled weight": lambda layer, x: F.linear(x, 2 * layer.weight),
+    "another dtype": lambda layer, x: F.linear(x.double(), layer.weight.double()),
+}
+
+
+class Reader(nn.Module):
+    def __init__(self, read):
+        super().__init__()
+        self.layer, self.read = nn.Linear(4, 4), read
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.read(self.layer, x)
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+def test_a_dense_weight_that_the_forward_reads_is_named(read):
+    with pytest.warns(UserWarning, match="reads the dense weight of layer"):
+        count(sparsify(Reader(read)), torch.randn(2, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        count(sparsify(Reader(read), parameters=["layer.weight"]), torch.randn(2, 4))
+
+
+@pytest.mark.parametrize("make", [lambda w: w.new_zeros(4), lambda w: torch.ones_like(w)[0], lambda w: w.shape[0]])
+def test_the_shape_of_a_dense_weight_may_be_read(make):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        count(sparsify(Reader(lambda layer, x: layer(x + make(layer.weight)))), torch.randn(2, 4))
+
+
 def test_thresholded_model_on_the_meta_device_counts_as_dense():
     (row,) = count(STRConv2d(3, 4, 3, device="meta"), torch.zeros(1, 3, 5, 5, device="meta")).rows
     assert row == LayerBudget("", 108, 108, 972, 972, None)

@@ -82,6 +82,20 @@ def test_a_model_whose_controller_is_not_done_is_compiled_with_a_warning(by_kern
     assert [w.filename for w in caught if "finish" in str(w.message)] == [__file__]
 
 
+def test_a_dense_weight_that_the_forward_reads_is_named(by_kernels):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = nn.Linear(20, 8)
+
+        def forward(self, x):
+            return nn.functional.linear(self.encoder(x), self.encoder.weight.T)
+
+    with pytest.warns(UserWarning, match="reads the dense weight of encoder") as caught:
+        deploy.compile_sparse(sparsify(Tied()), torch.randn(1, 20))
+    assert [w.filename for w in caught if "dense weight" in str(w.message)] == [__file__]
+
+
 def test_few_plans_are_kept(by_kernels):
     model = nn.Sequential(nn.Conv2d(3, 4, 3))
     compiled = deploy.compile_sparse(model, torch.randn(1, 3, 9, 9))

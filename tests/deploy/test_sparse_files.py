@@ -17,6 +17,26 @@ from tests.deploy.sparse_networks import prune
 pytestmark = [pytest.mark.usefixtures("kernels", "quick"), pytest.mark.filterwarnings("ignore:Sparse CSR")]
 
 
+class OtherNames(nn.Module):
+    """A network with torch's further names of operations, as people write them."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch, self.head = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.patch(x).flatten(2).mT
+        x = torch.hstack([x, x.absolute().clip(0, 1)]).divide(2).subtract(0.1)
+        x = torch.special.softmax(torch.tensordot(x, x.new_ones(8, 8), 1).swapdims(1, 2), 1).moveaxis(1, 2)
+        return self.head(torch.concatenate([x, x.adjoint().mT.negative()], 1)).mean(1)
+
+
+def test_other_names_of_operations_are_saved(tmp_path: Path, by_kernels):
+    model, x = prune(OtherNames(), 0.5), torch.randn(2, 3, 8, 8)
+    deploy.compile_sparse(model, x).save(tmp_path / "net")
+    torch.testing.assert_close(deploy.load_sparse(tmp_path / "net")(x), model(x).detach())
+
+
 def test_mutated_records(tmp_path: Path, by_kernels):
     """A record that somebody changed, with the right checksums, is refused in one line, or it runs."""
     model = nn.Sequential(

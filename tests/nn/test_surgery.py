@@ -313,7 +313,7 @@ def parametrized_bias() -> nn.Module:
         (lambda: parametrizations.spectral_norm(nn.Conv2d(2, 2, 1)), "no plain Parameter"),
         (lambda: nn.utils.spectral_norm(nn.Linear(2, 2)), "no plain Parameter"),
         (lambda: prune.l1_unstructured(nn.Linear(2, 2), "weight", 0.5), "no plain Parameter"),
-        (lambda: nn.LazyLinear(2), "no plain Parameter"),
+        (lambda: nn.LazyLinear(2), "lazy.*call the model once"),
         (lambda: nn.Embedding(3, 2, sparse=True), "sparse=True"),
         (lambda: nn.EmbeddingBag(3, 2, sparse=True), "sparse=True"),
         (lambda: nn.EmbeddingBag(3, 2, max_norm=1.0), "max_norm"),

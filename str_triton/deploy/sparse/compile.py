@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
 
+from str_triton.budget.count import warn_if_thresholds_are_bypassed
 from str_triton.deploy.plain_state import unwrapped
 from str_triton.deploy.sparse import file
 from str_triton.deploy.sparse.agree import difference, integer_difference, takes_more, with_sizes_of_zero
@@ -79,7 +80,8 @@ def compile_sparse(
             or does not take the example; or the example is not on the CPU or not float32.
 
     Warns:
-        UserWarning: a model whose controller has not reached its target.
+        UserWarning: a model whose controller has not reached its target; a thresholded layer whose dense weight the
+            forward reads.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"compile_sparse takes a module, got {type(model).__name__}")
@@ -160,6 +162,7 @@ def _compile(model: nn.Module, args: tuple, kwargs: dict[str, Any], tune: bool) 
         shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         given = f"shape {shapes[0]}" if len(shapes) == 1 else f"shapes {', '.join(map(str, shapes))}"
         raise ValueError(f"{type(model).__name__} does not take an example of {given}: {error}") from error
+    warn_if_thresholds_are_bypassed(model, args, kwargs, stacklevel=4)
     if changed:
         change_in_place(dense, changed)
     problems = []
