@@ -19,8 +19,9 @@ from str_triton.cnn.methods.masks import Masked
 from str_triton.cnn.methods.rigl import RigL
 from str_triton.cnn.methods.soft import str_as_published, str_exact
 
-__all__ = ["Masked", "prepare"]
+__all__ = ["MASKED", "Masked", "prepare"]
 
+MASKED: dict[str, type[Masked]] = {"gmp": GMP, "dnw": DNW, "rigl": RigL}
 FLOOR = 0.5  # "global" leaves each layer at least this share of its weights under "uniform"; as in SparsityController
 
 
@@ -61,7 +62,7 @@ def counted_weights(model: nn.Module, example: Tensor) -> dict[str, nn.Parameter
 
 
 def masked(config: Config, weights: Mapping[str, nn.Parameter], shares: Mapping[str, float] | None) -> Masked:
-    """Return GMP, DNW or RigL for the weights.
+    """Return the controller of a method with masks, one of `MASKED`, for the weights.
 
     ``shares`` holds the sparsity of each layer. Without it ``config.distribution`` decides how many weights each keeps.
     """
@@ -78,4 +79,4 @@ def masked(config: Config, weights: Mapping[str, nn.Parameter], shares: Mapping[
         options["total"] = total
     else:
         keep = DISTRIBUTIONS[config.distribution](shapes, total)
-    return {"gmp": GMP, "dnw": DNW, "rigl": RigL}[config.method](weights, keep, **options)
+    return MASKED[config.method](weights, keep, **options)

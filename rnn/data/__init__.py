@@ -22,8 +22,8 @@ KNOWN = (
     "text",
     "text:FILE",
 )
-WITHOUT_ARGUMENT = ("japanese-vowels", "text")
-WITH_ARGUMENT = ("speech-commands", "hub", "spoken", "har", "text")
+WITHOUT_ARGUMENT = {form for form in KNOWN if ":" not in form}
+WITH_ARGUMENT = {form.partition(":")[0] for form in KNOWN if ":" in form}
 TASKS = ("classify", "lm")
 
 
@@ -62,6 +62,8 @@ def load(
     is_text = kind == "text" or (kind == "hub" and ":" in place)
     _check(spec, kind, is_text, task, words, classes, noise)
     audio: dict[str, Any] = {"seed": seed, "noise": noise, "device": device, "cache_dir": cache_dir}
+    if is_text:
+        return _load_text(spec, kind, place, task)
     match kind:
         case "japanese-vowels":
             from str_triton.rnn.data.japanese_vowels import load_japanese_vowels
@@ -71,15 +73,6 @@ def load(
             from str_triton.rnn.data.har import load_har
 
             return load_har(place, classes=6 if classes is None else classes, noise=noise, device=device)
-        case "text":
-            from str_triton.rnn.data.text import load_snippets, load_text
-
-            return load_text(place or None) if task == "lm" else load_snippets(place or None)
-        case "hub" if is_text:
-            from str_triton.rnn.data.hub import hub_text
-            from str_triton.rnn.data.text import split_text
-
-            return split_text(hub_text(place), spec)
         case "hub":
             from str_triton.rnn.data.hub import load_hub
 
@@ -92,6 +85,17 @@ def load(
             from str_triton.rnn.data.speech_commands import load_speech_commands
 
             return load_speech_commands(place, words=words, **audio)
+
+
+def _load_text(spec: str, kind: str, place: str, task: str) -> Data | Text:
+    """Read a text: of the hub, of a file, or Python's own help."""
+    from str_triton.rnn.data.text import load_snippets, load_text, split_text
+
+    if kind == "hub":
+        from str_triton.rnn.data.hub import hub_text
+
+        return split_text(hub_text(place), spec)
+    return load_text(place or None) if task == "lm" else load_snippets(place or None)
 
 
 def _check(

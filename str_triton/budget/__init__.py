@@ -5,7 +5,8 @@ from str_triton.budget.controller import SparsityController
 from str_triton.budget.count import count
 from str_triton.budget.rank_budget import MatrixBudget, RankBudget, count_ranks
 from str_triton.budget.rank_controller import RankController
-from str_triton.budget.target import RankTarget, Target
+from str_triton.budget.rank_target import RankTarget
+from str_triton.budget.target import Target
 
 __all__ = [
     "Budget",

@@ -22,7 +22,8 @@ from str_triton.budget.processes import nonzeros
 from str_triton.budget.raw_thresholds import raws_for_rows
 from str_triton.budget.select import select
 from str_triton.budget.survivors import Moved
-from str_triton.budget.target import LayersTarget, Target, require_kind
+from str_triton.budget.target import LayersTarget, Target
+from str_triton.budget.target_kinds import require_kind
 from str_triton.nn import ThresholdHolder, thresholded_weights
 from str_triton.nn.shards import shard_dimension
 

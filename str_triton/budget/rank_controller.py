@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from str_triton.budget.offset_controller import OffsetController, unwrapped_names
 from str_triton.budget.rank_budget import factored_matrices, other_costs
-from str_triton.budget.target import RankCosts, RankTarget, require_kind
+from str_triton.budget.rank_target import RankCosts, RankTarget
+from str_triton.budget.target_kinds import require_kind
 from str_triton.nn import LowRankWeight, ThresholdHolder
 from str_triton.nn.shards import full, local, rows_here
 

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -430,6 +431,15 @@ def test_a_step_does_not_wait_for_the_gpu(target, distribution):
 def test_targets_out_of_range(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("kind", [Target, RankTarget])
+def test_the_keywords_of_all_targets_are_declared_and_documented(kind: type):
+    keywords = {target.keyword for target in kind.__subclasses__()}
+    assert set(inspect.signature(kind.__init__).parameters) == {"self", *keywords}
+    assert set(re.findall(r"^ {4}(\w+): ", inspect.getdoc(kind), re.MULTILINE)) == {*keywords, "ValueError"}
+    guide = Path(__file__).parents[2] / "docs" / "guides" / ("budgets.md" if kind is Target else "recurrent.md")
+    assert not keywords - set(re.findall(r"`(\w+)[=`]", guide.read_text()))
 
 
 def test_an_unknown_kind_of_target():

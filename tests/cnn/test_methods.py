@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from str_triton import count
-from str_triton.cnn.config import METHODS, Config
-from str_triton.cnn.methods import prepare
+from str_triton.cnn.config import METHODS, TAKEN_BY, Config
+from str_triton.cnn.methods import MASKED, prepare
 from str_triton.cnn.methods.budget_file import layer_sparsities
 from str_triton.cnn.methods.dnw import DNW
 from str_triton.cnn.methods.gmp import GMP
@@ -21,7 +21,7 @@ from str_triton.cnn.recipes import digits, resolve
 from tests.runs import same_bits
 
 IMAGE = torch.zeros(1, 1, 6, 6)
-MASKED = [(method, way) for method in ("gmp", "dnw", "rigl") for way in METHODS[method]]
+WAYS = [(method, way) for method in MASKED for way in METHODS[method]]
 
 
 def net(seed: int = 0) -> nn.Module:
@@ -64,7 +64,7 @@ def zeros(model: nn.Module) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9, 0.97])
-@pytest.mark.parametrize(("method", "way"), MASKED)
+@pytest.mark.parametrize(("method", "way"), WAYS)
 def test_the_target_is_met_to_the_weight(method: str, way: str, sparsity: float):
     model, controller, optimizer = begin(method, distribution=way, target_sparsity=sparsity, mask_interval=None)
     train(model, controller, optimizer, 0, 12, 12)
@@ -72,7 +72,7 @@ def test_the_target_is_met_to_the_weight(method: str, way: str, sparsity: float)
     assert min(row.nonzeros for row in count(model, IMAGE).rows if row.params) >= 1
 
 
-@pytest.mark.parametrize("method", ["str-exact", "gmp", "dnw", "rigl"])
+@pytest.mark.parametrize("method", ["str-exact", *MASKED])
 def test_a_budget_gives_each_layer_its_share(method: str, tmp_path):
     (tmp_path / "budget.csv").write_text("layer,sparsity\n0,12.5\n3,93.333\n7,50\n")
     model, controller, optimizer = begin(method, budget=str(tmp_path / "budget.csv"))
@@ -92,14 +92,14 @@ def test_a_published_point_is_a_budget():
         layer_sparsities("mobilenetv1-str-75.28", weights)
 
 
-@pytest.mark.parametrize("method", ["gmp", "dnw", "rigl"])
+@pytest.mark.parametrize("method", MASKED)
 def test_a_target_that_leaves_a_layer_nothing_is_refused(method: str):
     message = r"2 of 1,288 weights .* 3 layers"
     with pytest.raises(ValueError, match=message):
         prepare(configure(method, target_sparsity=0.9985), net(), IMAGE)
 
 
-@pytest.mark.parametrize(("method", "way"), MASKED)
+@pytest.mark.parametrize(("method", "way"), WAYS)
 def test_the_schedules_sparsity_is_the_counted_one(method: str, way: str):
     model, controller, optimizer = begin(method, distribution=way, target_sparsity=0.9, mask_interval=None)
     for first, last in ((0, 1), (1, 12)):
@@ -278,10 +278,10 @@ def test_rigl_starts_as_the_seed_says_and_masks_momentum():
 # Resuming.
 
 
-@pytest.mark.parametrize(("method", "way"), MASKED)
+@pytest.mark.parametrize(("method", "way"), WAYS)
 @pytest.mark.parametrize("stop", [3, 9])
 def test_a_resumed_run_ends_in_the_same_bits(method: str, way: str, stop: int):
-    interval = {} if method == "dnw" else {"mask_interval": 2}
+    interval = {"mask_interval": 2} if method in TAKEN_BY["mask_interval"] else {}
     options = {"distribution": way, "target_sparsity": 0.8} | interval
     whole = begin(method, **options)
     train(*whole, 0, 12, 12)
@@ -298,7 +298,7 @@ def test_a_resumed_run_ends_in_the_same_bits(method: str, way: str, stop: int):
         assert same_bits(ours.state_dict(), theirs.state_dict())
 
 
-@pytest.mark.parametrize("method", ["str-exact", "gmp", "dnw", "rigl"])
+@pytest.mark.parametrize("method", ["str-exact", *MASKED])
 def test_a_budget_that_has_changed_is_noticed(method: str, tmp_path):
     file = tmp_path / "budget.json"
     file.write_text('{"0": 50, "3": 90, "7": 50}')

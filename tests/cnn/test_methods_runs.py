@@ -11,20 +11,22 @@ import torch
 
 from str_triton import Budget
 from str_triton.cnn import train
+from str_triton.cnn.config import TAKEN_BY
+from str_triton.cnn.methods import MASKED
 from str_triton.cnn.models import build
 from tests.cnn.train_runs import begin, resume, run
 from tests.runs import after_calls, assert_same_result
 
 LAYERS = ["stem", "blocks.0.conv1", "blocks.0.conv2", "blocks.1.conv1", "blocks.1.conv2", "blocks.1.shortcut.0", "head"]
-TARGETED = ["str-exact", "gmp", "dnw", "rigl"]
-INTERVAL = {"gmp": ("--mask-interval", "2"), "rigl": ("--mask-interval", "2")}
+TARGETED = ["str-exact", *MASKED]
+INTERVAL = dict.fromkeys(TAKEN_BY["mask_interval"], ("--mask-interval", "2"))
 
 
 def table(**changes: float) -> dict[str, float]:
     return dict.fromkeys(LAYERS, 80.0) | changes
 
 
-@pytest.mark.parametrize("method", ["gmp", "dnw", "rigl"])
+@pytest.mark.parametrize("method", MASKED)
 def test_a_run_meets_the_target_in_what_it_leaves(method: str, tmp_path: Path):
     """The report included."""
     folder = tmp_path / "run"
@@ -59,7 +61,7 @@ def test_a_budget_of_ones_own(kind: str, tmp_path: Path, quick: None):
     assert {name: row.params - row.nonzeros for name, row in rows.items()} == zeros
 
 
-@pytest.mark.parametrize("method", ["gmp", "dnw", "rigl"])
+@pytest.mark.parametrize("method", MASKED)
 def test_an_interrupted_run_ends_in_the_same_bits(
     method: str, tmp_path: Path, quick: None, small: list[str], monkeypatch: pytest.MonkeyPatch
 ):

@@ -2,13 +2,15 @@ import dataclasses
 
 import pytest
 
-from str_triton.cnn.config import Config
+from str_triton.cnn.config import METHODS, Config
+from str_triton.cnn.data.sources import KNOWN
 from str_triton.cnn.models import build
 from str_triton.cnn.published import DENSE, POINTS, PUBLISHED
 from str_triton.cnn.recipes import RECIPES, recipe_for, resolve
 from str_triton.cnn.train import COMMAND_LINE
 from str_triton.cnn.training_schedule import announce_pruning, learning_rate, pruning_start
 from str_triton.training.errors import UserError
+from str_triton.training.options import field_docs
 
 IMAGES = 1_281_167
 STEPS = IMAGES // 256
@@ -103,6 +105,12 @@ def test_help_lists_the_recipes(capsys: pytest.CaptureFixture):
         COMMAND_LINE.read(["--help"])
     text = capsys.readouterr().out
     assert all(name in text for name in RECIPES)
+
+
+def test_help_names_every_data_set_and_method():
+    texts = field_docs(Config)
+    assert not [name for name in KNOWN if name not in texts["data"]]
+    assert not [name for name in METHODS if f"{name}: " not in texts["method"]]
 
 
 @pytest.mark.parametrize(

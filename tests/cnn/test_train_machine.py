@@ -10,7 +10,8 @@ import safetensors.torch
 import torch
 
 from str_triton.cnn import train
-from str_triton.cnn.config import METHODS
+from str_triton.cnn.config import METHODS, TAKEN_BY
+from str_triton.cnn.methods import MASKED
 from str_triton.training.metrics import read_metrics
 from tests.cnn.train_runs import begin, resume
 from tests.runs import Killed, after_calls, assert_same_result, kill, last_checkpoint
@@ -44,11 +45,11 @@ def test_a_compiled_run_is_the_same_run(
     assert_same_result(tmp_path / "run", whole_run)
 
 
-@pytest.mark.parametrize("method", ["gmp", "dnw", "rigl"])
+@pytest.mark.parametrize("method", MASKED)
 def test_masks_move_without_another_compilation(
     method: str, tmp_path: Path, quick: None, small: list[str], graphs: list
 ):
-    interval = [] if method == "dnw" else ["--mask-interval", "2"]
+    interval = ["--mask-interval", "2"] if method in TAKEN_BY["mask_interval"] else []
     assert begin(tmp_path / "run", *small, "--compile", "--method", method, *interval) == 0
     assert len(graphs) == 1
     assert abs(json.loads((tmp_path / "run" / "summary.json").read_text())["sparsity"] - 0.9) <= 1e-4

@@ -2,10 +2,12 @@ import dataclasses
 
 import pytest
 
+from str_triton.rnn.data import KNOWN
 from str_triton.rnn.methods import target_text
 from str_triton.rnn.recipes import PUBLISHED, RECIPES, Config, recipe_for, resolve
 from str_triton.rnn.train import COMMAND_LINE, first_candidate, learning_rate
 from str_triton.training.errors import UserError
+from str_triton.training.options import field_docs
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -14,6 +16,10 @@ def test_every_recipe_is_whole(name: str):
     assert config.recipe == name
     assert config.task == ("lm" if name == "text-lstm" else "classify")
     assert RECIPES[name].__doc__
+
+
+def test_help_names_every_data_set():
+    assert not [name for name in KNOWN if name not in field_docs(Config)["data"]]
 
 
 @pytest.mark.parametrize(
