@@ -163,6 +163,9 @@ typedef struct {
     int64_t begin, end, member, team;
 } duty;
 
+static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
 static int64_t unit_blocks(int64_t hidden) { return (hidden + UNITS * LANES - 1) / (UNITS * LANES); }
 static int64_t blocks_of(const recurrent *r) { return unit_blocks(r->hidden); }
 
@@ -173,8 +176,11 @@ static int64_t code_floats(const recurrent *r) {
     return r->scales ? state_pitch(r) / 2 + rank_pitch(r) / 2 + 2 : 0;
 }
 
-/* Floats of scratch memory that a sequence needs: two states and c, p, the codes of h and of p, and their scales. */
-static int64_t sequence_floats(const recurrent *r) { return 3 * state_pitch(r) + rank_pitch(r) + code_floats(r); }
+/* Floats of scratch memory that a sequence needs: two states and c, p, the codes of h and of p and their scales, and the
+   input's part of the gates at ROWS steps. */
+static int64_t sequence_floats(const recurrent *r) {
+    return 3 * state_pitch(r) + rank_pitch(r) + code_floats(r) + (r->features ? ROWS * r->gates * state_pitch(r) : 0);
+}
 
 #define SHARE(count, d, part) ((count) * ((d).member + (part)) / (d).team)
 #define EACH_GROUP(s, rows, d) \
@@ -229,37 +235,60 @@ static inline __attribute__((always_inline)) void store_units(float *y, const ve
         UNROLLED(u, UNITS) *(vec *)(y + u * LANES) = v[u];
 }
 
+/* How many vectors of a block one product takes for such a number of rows. */
+static int64_t width_for(int64_t rows, int64_t vectors) { return rows == 1 ? vectors : vectors > 4 ? 3 : 2; }
+
+/* The input's part of the gates of a block of units, for inputs `row` floats apart: [rows][vectors][LANES]. */
+static inline __attribute__((always_inline)) void project(
+    const recurrent *r, int64_t block, const int64_t vectors, const float *x, int64_t row, int64_t rows, float *y) {
+    const source inputs = {x, 0, 0, row, r->features};
+    const int64_t most = width_for(rows, vectors);
+    for (int64_t j = 0; j < vectors; j += most)
+        product(
+            &inputs, 0, r->w_in, block, vectors, j, 0, y + j * LANES, vectors * LANES, rows, smaller(most, vectors - j));
+    for (int64_t i = 0; i < rows; i++)
+        UNROLLED(j, vectors) *(vec *)(y + (i * vectors + j) * LANES) += at(r->bias_in, block * vectors + j);
+}
+
+/* `ahead` holds the input's part of the gates of ROWS steps, for groups of fewer than ROWS sequences: [sequence][block]
+   [step][vectors][LANES]. A load of a weight serves that many steps. */
 static inline __attribute__((always_inline)) void units(
     const recurrent *r, const int cell, const int gates, duty d, int64_t time, const source *from, const float *h,
-    float *next, float *cells) {
+    float *next, float *cells, float *ahead) {
     const int64_t pitch = state_pitch(r), vectors = UNITS * gates;
     const int64_t biases = cell == FASTGRNN ? 2 : gates, hidden = r->hidden;
     float q[ROWS * UNITS * 4 * LANES] __attribute__((aligned(64))), last[4 * UNITS * LANES] = {0};
-    float in[ROWS * UNITS * 4 * LANES] __attribute__((aligned(64)));
+    float shared[ROWS * UNITS * 4 * LANES] __attribute__((aligned(64)));
+    const int64_t done = r->reverse ? r->steps - 1 - time : time, turn = done % ROWS; /* steps before this one */
+    const int64_t next_step = (r->reverse ? -1 : 1) * r->batch * r->features;
     for (int64_t block = SHARE(blocks_of(r), d, 0); block < SHARE(blocks_of(r), d, 1); block++) {
         const int64_t unit = block * UNITS * LANES, left = hidden - unit;
         const int is_part = left < UNITS * LANES;
         EACH_GROUP(s, rows, d) {
-            const int64_t most = rows == 1 ? vectors : gates >= 3 ? 3 : 2, first = time * r->batch + s;
+            const int64_t most = width_for(rows, vectors), first = time * r->batch + s;
             for (int64_t j = 0; j < vectors; j += most)
                 product(
                     from, s, r->w, block, vectors, j, r->scales ? r->scales + (block * vectors + j) * LANES : 0,
                     q + j * LANES, vectors * LANES, rows, vectors - j < most ? vectors - j : most);
-            if (r->w_in) {
-                const source inputs = {r->x + first * r->features, 0, 0, r->features, r->features};
-                for (int64_t j = 0; j < vectors; j += most)
-                    product(
-                        &inputs, 0, r->w_in, block, vectors, j, 0, in + j * LANES, vectors * LANES, rows,
-                        vectors - j < most ? vectors - j : most);
-                for (int64_t i = 0; i < rows; i++)
-                    UNROLLED(j, vectors) *(vec *)(in + (i * vectors + j) * LANES) += at(r->bias_in, block * vectors + j);
+            const float *in = shared;
+            int64_t in_row = vectors * LANES;
+            if (r->w_in && (rows == ROWS || r->counts)) {
+                project(r, block, vectors, r->x + first * r->features, r->features, rows, shared);
+            } else if (r->w_in) {
+                in_row = ROWS * gates * pitch;
+                float *own = ahead + s * in_row + block * ROWS * vectors * LANES;
+                in = own + turn * vectors * LANES;
+                for (int64_t i = 0; i < rows && turn == 0; i++)
+                    project(
+                        r, block, vectors, r->x + (first + i) * r->features, next_step, smaller(ROWS, r->steps - done),
+                        own + i * in_row);
             }
             for (int64_t i = 0; i < rows; i++) {
                 const int64_t place = (s + i) * pitch + unit;
                 const float *x = r->x + (first + i) * gates * hidden + unit;
                 int64_t apart = hidden, across = LANES;
                 if (r->w_in) {
-                    x = in + i * vectors * LANES, apart = LANES, across = gates * LANES;
+                    x = in + i * in_row, apart = LANES, across = gates * LANES;
                 } else if (is_part) {
                     pad(x, hidden, gates, left, last);
                     x = last, apart = UNITS * LANES;
@@ -283,12 +312,13 @@ static inline __attribute__((always_inline)) void units(
 }
 
 static __attribute__((noinline)) void step_units(
-    const recurrent *r, duty d, int64_t time, const source *from, const float *h, float *next, float *cells) {
+    const recurrent *r, duty d, int64_t time, const source *from, const float *h, float *next, float *cells,
+    float *ahead) {
     switch (r->cell) {
-        case GRU: units(r, GRU, 3, d, time, from, h, next, cells); break;
-        case LSTM: units(r, LSTM, 4, d, time, from, h, next, cells); break;
-        case MGU: units(r, MGU, 2, d, time, from, h, next, cells); break;
-        default: units(r, FASTGRNN, 1, d, time, from, h, next, cells);
+        case GRU: units(r, GRU, 3, d, time, from, h, next, cells, ahead); break;
+        case LSTM: units(r, LSTM, 4, d, time, from, h, next, cells, ahead); break;
+        case MGU: units(r, MGU, 2, d, time, from, h, next, cells, ahead); break;
+        default: units(r, FASTGRNN, 1, d, time, from, h, next, cells, ahead);
     }
 }
 
@@ -300,15 +330,13 @@ static void copy_state(const recurrent *r, duty d, const float *from, int64_t pi
         memcpy(to + s * row + begin, from + s * pitch + begin, sizeof(float) * count);
 }
 
-static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
 #define WAIT() if (d.team > 1) wait_for_all(b, d.team)
 
 static void run_sequences(const recurrent *r, duty d, barrier *b) {
     const int64_t pitch = state_pitch(r), size = r->batch * pitch, finals = r->steps * r->batch * r->hidden;
     float *states[2] = {r->scratch, r->scratch + size}, *cells = r->scratch + 2 * size, *p = r->scratch + 3 * size;
-    float *codes = p + r->batch * rank_pitch(r), *codes_p = codes + size / 2;
+    float *ahead = p + r->batch * rank_pitch(r);
+    float *codes = ahead + (r->features ? ROWS * r->gates * size : 0), *codes_p = codes + size / 2;
     float *scales = codes_p + r->batch * rank_pitch(r) / 2;
     const source ranks = {p, r->scales ? (int16_t *)codes_p : 0, scales + r->batch, rank_pitch(r), r->inner};
     copy_state(r, d, r->h, r->hidden, states[0], pitch);
@@ -327,7 +355,7 @@ static void run_sequences(const recurrent *r, duty d, barrier *b) {
             WAIT();
             encode_all(&ranks, now);
         }
-        step_units(r, now, time, r->width ? &ranks : &whole, h, next, cells);
+        step_units(r, now, time, r->width ? &ranks : &whole, h, next, cells, ahead);
         if (r->counts) copy_state(r, idle, h, pitch, next, pitch);
         WAIT();
     }

@@ -93,11 +93,22 @@ def test_loops_against_float64(cell: str):
                 torch.testing.assert_close(found.double(), wanted, rtol=0, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("cell", SIZES)
+def test_the_loop_projects_several_steps_at_once(cell: str, reverse: bool):
+    """Groups of fewer than four sequences take the inputs of four steps at a time; the last steps are fewer."""
+    node = layer(cell, 37, 5, features=3, reverse=reverse)
+    for batch, steps in ((1, 9), (2, 4), (3, 5), (1, 1), (6, 7), (2, 6)):
+        values = inputs(node, batch, steps)
+        found = EXECUTIONS["loop"].run(node, values)
+        torch.testing.assert_close(found.double(), exact(node, values), rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
 def test_threads(cell: str, two_threads):
     """Threads that share sequences or units give the right values; shared units give the same bits."""
-    for hidden, rank, batch, steps in ((70, 40, 1, 3), (33, None, 1, 2), (33, 9, 3, 2)):
-        node = layer(cell, hidden, rank)
+    for hidden, rank, batch, steps in ((70, 40, 1, 3), (33, None, 1, 2), (33, 9, 3, 2), (70, 9, 1, 6), (33, 9, 7, 6)):
+        node = layer(cell, hidden, rank, features=3 if steps > 4 else None)
         values = inputs(node, batch, steps)
         found = {name: EXECUTIONS[name].run(node, values) for name in ("loop", "loop_shared")}
         torch.testing.assert_close(found["loop"].double(), exact(node, values), rtol=0, atol=2e-5)

@@ -32,9 +32,11 @@ def plain_torch() -> Iterator[None]:
 
 
 def context() -> contextlib.AbstractContextManager:
-    """Return `plain_torch`, or only no_grad where autocast, the default dtype and the process are as usual."""
+    """Return `plain_torch`, or less where autocast, the default dtype and the process are as usual."""
     is_usual = torch.get_default_dtype() is torch.float32 and not torch.is_autocast_enabled("cpu") and not is_forked()
-    return torch.no_grad() if is_usual else plain_torch()
+    if not is_usual:
+        return plain_torch()
+    return torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext()
 
 
 def is_watched() -> bool:

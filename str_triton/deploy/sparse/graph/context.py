@@ -17,6 +17,7 @@ class Context:
         values: by exported node, a Ref, a constant that is no tensor, or a list of these for several results.
         known: tensors that depend on weights alone.
         labels: the modules that weights belong to.
+        rows: of a recurrent layer's states [B, hidden], the same as [1, B, hidden].
         left: the layers that torch executes unchanged, with the reason.
     """
 
@@ -25,6 +26,7 @@ class Context:
         self.values: dict[fx.Node, Any] = {}
         self.known: dict[fx.Node, Any] = {}
         self.labels: dict[fx.Node, str] = {}
+        self.rows: dict[Ref, Ref] = {}
         self.left: dict[str, str] = {}
         self.prefix = ""
         self._constants: dict[fx.Node, Ref] = {}

@@ -115,6 +115,8 @@ class _Lowering(Context):
             where[node] = where[source]
             if source in self.labels:
                 self.labels[node] = self.labels[source]
+        elif target is aten.stack.default and (row := self._row(node)) is not None:
+            self.values[node] = row
         elif target is aten.new_zeros.default and all(isinstance(size, int) for size in node.args[1]):
             self.known[node] = torch.zeros(node.args[1], dtype=node.meta["val"].dtype, device="cpu")
         elif isinstance(target, HigherOrderOperator) and (inner := _inlined(node)) is not None:
@@ -175,6 +177,15 @@ class _Lowering(Context):
         self.prefix = outer
         found = self.arguments(result)
         self.values[node] = list(found) if isinstance(found, list | tuple) else found
+
+    def _row(self, node: fx.Node) -> Ref | None:
+        """Return the value of a stack of one recurrent state; None for another node."""
+        state = self.values.get(node.args[0][0])
+        return (
+            self.rows.get(state)
+            if isinstance(state, Ref) and len(node.args[0]) == 1 and not bound(node)["dim"]
+            else None
+        )
 
     def _parts(self, node: fx.Node) -> list[Call] | None:
         """Return the parts of a split as slices; None where their sizes are open."""

@@ -1,6 +1,7 @@
 """Recurrent layers: how they are exported, and the node that one direction of one layer becomes."""
 
 import copy
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -172,11 +173,17 @@ def recurrent_nodes(context: Context, node: fx.Node) -> tuple[list[Node], list[R
     # Zeros in place of a bias, and an empty scale, take their dtype from x, not its values.
     if all(user is node or user in context.known or user.target is aten.new_empty.default for user in x.users):
         _absorb_projection(context, made)
-    parts: list[Node] = [made, Call(f"{name}.0", [name], aten.slice.Tensor, (Ref(name), 0, 0, -count))]
-    parts += [
-        Call(f"{name}.{index + 1}", [name], aten.select.int, (Ref(name), 0, index - count)) for index in range(count)
-    ]
-    return parts, [*(Ref(part.name) for part in parts[1:]), None, None]
+    # One call of torch returns all results. A state that is stacked alone, as most layers do, stays [1, B, hidden].
+    whole = Ref(f"{name}.whole")
+    parts = [made, Call(whole.name, [name], aten.tensor_split.indices, (Ref(name), [i - count for i in range(count)]))]
+    results = [Ref(f"{name}.{i}") for i in range(count + 1)]
+    for i, result in enumerate(results):
+        row = Ref(f"{result.name}.row") if i else result
+        parts.append(Call(row.name, [whole.name], operator.getitem, (whole, i)))
+        if i:
+            parts.append(Call(result.name, [row.name], aten.squeeze.dim, (row, 0)))
+            context.rows[result] = row
+    return parts, [*results, None, None]
 
 
 def _absorb_projection(context: Context, made: Recurrent) -> None:

@@ -11,8 +11,8 @@ from str_triton.deploy.sparse.graph.recurrent import SIZES, Recurrent
 from str_triton.native.recurrent import ACTIVATION, CELLS, LoopStruct, blocks, panels, threads_for
 
 # The loop itself projects inputs of so few features, for so many sequences or with so few weights. Else the weights,
-# read in every step, cost more than the gates of all steps in memory.
-FEATURES, SEQUENCES, SMALL = 128, 4, 2**13
+# which a single sequence reads anew every four steps, cost more than the gates of all steps in memory.
+FEATURES, SEQUENCES, SMALL = 128, 4, 2**16
 
 
 class PackedLoop:
