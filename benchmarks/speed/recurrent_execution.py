@@ -3,7 +3,7 @@
     python -m benchmarks.speed.recurrent_execution [--rounds 5] [--threads 1] [--name NAME]
 
 "loop" is the low-rank op, "native" the op with its steps in C, "dense" torch's own layer with the product of factors
-formed once. All take turns; a row holds the fastest of each, because a busy machine only ever adds time. The "regret"
+formed once, which there is none of for a FastGRNN. All take turns; a row holds the fastest of each, because a busy machine only ever adds time. The "regret"
 of a choice is its time over the time of the fastest one: of the rules in `low_rank_plan`, and of the measurement that
 layers use. A training step is forward and backward; inference is without gradients. The input has 32 features and 24
 steps.
@@ -17,12 +17,12 @@ from unittest import mock
 import torch
 
 from benchmarks.timing import alternating, write
-from str_triton import LowRankGRU, LowRankLSTM, low_rank_plan
+from str_triton import LowRankFastGRNN, LowRankGRU, LowRankLSTM, low_rank_plan
 from str_triton.nn.recurrent.execution import KINDS
 from str_triton.nn.recurrent.execution import fastest as choose
 
 INPUT_SIZE, STEPS = 32, 24
-LAYERS = {"gru": LowRankGRU, "lstm": LowRankLSTM}
+LAYERS = {"gru": LowRankGRU, "lstm": LowRankLSTM, "fastgrnn": LowRankFastGRNN}
 HIDDEN, SHARES, BATCHES = (32, 64, 128, 256, 512), (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1), (1, 4, 16, 64)
 
 
@@ -36,7 +36,8 @@ def fastest(layer: torch.nn.Module, batch: int, training: bool, rounds: int) -> 
             if training:
                 output.backward(grad)
 
-    turns = {kind: partial(run, kind) for kind in KINDS}
+    kinds = KINDS if hasattr(torch.nn, layer.cell.upper()) else KINDS[:2]
+    turns = {kind: partial(run, kind) for kind in kinds}
     return {kind: 1e3 * min(seconds) for kind, seconds in alternating(turns, rounds, warmup=1).items()}
 
 

@@ -93,8 +93,10 @@ def recurrent_training() -> str:
         rows = [row for row in run["rows"] if row["training"] and "native" in row]
         for cell, hidden in dict.fromkeys((row["cell"], row["hidden_size"]) for row in rows):
             own = [row for row in rows if (row["cell"], row["hidden_size"]) == (cell, hidden)]
-            ratios = [f"{geometric_mean(row[kind] / row['native'] for row in own):.2f}" for kind in ("loop", "dense")]
-            first = sum(row["native"] <= min(row["loop"], row["dense"]) for row in own)
+            others = [kind for kind in ("loop", "dense") if kind in own[0]]
+            ratios = [f"{geometric_mean(row[kind] / row['native'] for row in own):.2f}" for kind in others]
+            ratios += ["-"] * (2 - len(others))  # There is no layer of torch's.
+            first = sum(row["native"] <= min(row[kind] for kind in others) for row in own)
             name = f"{cell.upper()} {hidden}"
             cells.append([run["machine"]["processor"], name, *ratios, f"{first} of {len(own)}"])
     header = ["processor", "layer", "op's own loop", "torch's layer", "the loop in C is fastest"]
