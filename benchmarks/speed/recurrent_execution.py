@@ -3,10 +3,10 @@
     python -m benchmarks.speed.recurrent_execution [--rounds 5] [--threads 1] [--name NAME]
 
 "loop" is the low-rank op, "native" the op with its steps in C, "dense" torch's own layer with the product of factors
-formed once, which there is none of for a FastGRNN. All take turns; a row holds the fastest of each, because a busy machine only ever adds time. The "regret"
-of a choice is its time over the time of the fastest one: of the rules in `low_rank_plan`, and of the measurement that
-layers use. A training step is forward and backward; inference is without gradients. The input has 32 features and 24
-steps.
+formed once; torch has no FastGRNN. All take turns; a row holds the fastest of each, because a busy machine only ever
+adds time. The "regret" of a choice is its time over the time of the fastest one: of the rules in `low_rank_plan`, and
+of the measurement that layers use. A training step is forward and backward; inference is without gradients. The input
+has 32 features and 24 steps.
 """
 
 import argparse
