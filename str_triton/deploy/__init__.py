@@ -12,6 +12,7 @@ from str_triton.deploy.sparse import (
     compile_sparse,
     compile_step,
     load_sparse,
+    quantization_aware,
     quantize,
 )
 from str_triton.deploy.state_files import Checkpoint, read_checkpoint
@@ -38,6 +39,7 @@ __all__ = [
     "onnx_translations",
     "pack",
     "push_to_hub",
+    "quantization_aware",
     "quantize",
     "read_checkpoint",
     "read_torch_file",

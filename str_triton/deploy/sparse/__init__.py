@@ -3,6 +3,7 @@
 from str_triton.deploy.sparse import operation  # noqa: F401 (registers the operation)
 from str_triton.deploy.sparse.compile import compile_sparse, load_sparse
 from str_triton.deploy.sparse.model import CompiledModel, SparseModel
+from str_triton.deploy.sparse.quantize.aware import quantization_aware
 from str_triton.deploy.sparse.quantize.model import QuantizedModel
 from str_triton.deploy.sparse.quantize.quantize import quantize
 from str_triton.deploy.sparse.stepping import CompiledStep, compile_step
@@ -15,5 +16,6 @@ __all__ = [
     "compile_sparse",
     "compile_step",
     "load_sparse",
+    "quantization_aware",
     "quantize",
 ]
