@@ -89,19 +89,22 @@ def _note(note: Any, seen: Range, layer: nn.Module, inputs: tuple) -> None:
 def _rounded(layer: nn.Module, grid: Grid) -> Iterator[None]:
     """Round a layer's weight and input."""
     was_plain = not parametrize.is_parametrized(layer, "weight")
-    parametrize.register_parametrization(layer, "weight", _RoundedWeight(layer.weight.detach() != 0))
-    own = layer.parametrizations.weight[-1]
+    weight: Any = layer.weight
+    parametrize.register_parametrization(layer, "weight", _RoundedWeight(weight.detach() != 0))
+    parametrizations: Any = layer.parametrizations
+    every = parametrizations.weight
+    own = every[-1]
     hook = layer.register_forward_pre_hook(lambda _, inputs: (_round_input(inputs[0], grid), *inputs[1:]))
     try:
         yield
     finally:
         hook.remove()
-        if was_plain and len(layer.parametrizations.weight) == 1:
+        if was_plain and len(every) == 1:
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
         else:  # Another library's parametrization, or one of this package's, stays.
-            kept = [made for made in layer.parametrizations.weight if made is not own]
-            del layer.parametrizations.weight[:]
-            layer.parametrizations.weight.extend(kept)
+            kept = [made for made in every if made is not own]
+            del every[:]
+            every.extend(kept)
 
 
 def _round_input(x: Tensor, grid: Grid) -> Tensor:
@@ -113,6 +116,7 @@ class _RoundedWeight(nn.Module):
 
     def __init__(self, kept: Tensor) -> None:
         super().__init__()
+        self.kept: Tensor
         self.register_buffer("kept", kept, persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
