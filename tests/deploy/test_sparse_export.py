@@ -1,6 +1,7 @@
 """compile_sparse on what people write in a forward: every exportable model is right."""
 
 import tomllib
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from str_triton import deploy
+from str_triton.deploy.sparse.fallback import ModulewiseModel
+from str_triton.deploy.sparse.graph.limit import Limit
 from tests.deploy.sparse_networks import Excite, Two, prune, same
 
 METADATA = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
@@ -121,3 +124,38 @@ def test_squeeze_and_excitation(by_kernels, mean: tuple):
     # Many images of a size whose groups run one after the other: values that torch has in between are whole.
     for shape in ((1, 3, 9, 9), (3, 3, 12, 7), (6, 3, 120, 90), (0, 3, 9, 9)):
         same(model, compiled, torch.randn(shape))
+
+
+def test_the_time_of_the_export_is_limited(monkeypatch, by_kernels):
+    model, x = prune(nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3)), 0.5), torch.randn(3, 6)
+    with monkeypatch.context() as patch:
+        patch.setattr("str_triton.deploy.sparse.compile.SECONDS", 0.0)
+        compiled = deploy.compile_sparse(model, x)
+    assert isinstance(compiled, ModulewiseModel)
+    assert "torch.export: TimeoutError: it was stopped after 0 s" in str(compiled)
+    same(model, compiled, torch.randn(2, 6))
+    with monkeypatch.context() as patch:
+        patch.setattr(Limit, "share", lambda self, part: Limit(0.0))
+        compiled = deploy.compile_sparse(model, x)
+    assert isinstance(compiled, deploy.SparseModel)
+    assert "not all sizes are open" in str(compiled)
+    assert "TimeoutError" in str(compiled)
+    same(model, compiled, x)
+    same(model, compiled, torch.randn(2, 6))  # by the model itself
+    assert deploy.compile_sparse(model, x).notes == []
+
+
+def test_an_export_with_other_values_is_the_last_of_its_kind(monkeypatch, by_kernels):
+    """The second export, for a batch of one, is of no use then."""
+    counts = Counter()
+    export = torch.export.export
+
+    def counted(*args: object, **kwargs: object) -> torch.export.ExportedProgram:
+        counts["exports"] += 1
+        return export(*args, **kwargs)
+
+    monkeypatch.setattr(torch.export, "export", counted)
+    model = prune(Two(lambda y: y + float(torch.compiler.is_exporting()) + (y.shape[0] == 1)), 0.3)
+    compiled = deploy.compile_sparse(model, torch.randn(2, 16, 5, 5))
+    assert "gives other values" in str(compiled)
+    assert counts["exports"] == 3

@@ -159,6 +159,24 @@ def takes_more(model: nn.Module, graph: Graph, signature: Signature, args: tuple
     return False
 
 
+def same_values(
+    model: nn.Module, graph: Graph, signature: Signature, calls: Sequence[tuple[tuple, dict[str, Any]]]
+) -> bool:
+    """Check that in each of these calls the graph gives what the model gives, and changes what the model changes."""
+    states = {node.name: node.label for node in graph.nodes if isinstance(node, State) and node.name in graph.changes}
+    places = [node.name for node in graph.inputs()]
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        inputs = signature.only_tensors(signature.flatten(args, kwargs))
+        outputs, changes = graph.run(inputs)
+        for name in changes.keys() - states.keys():
+            inputs[places.index(name)].copy_(changes[name])
+        return pytree.tree_unflatten(outputs, signature.returns), [changes[name] for name in states]
+
+    watched = _Watched(model, list(states.values()))
+    return all(difference(watched, run, [call]) is None for call in calls)
+
+
 @quiet()
 def with_sizes_of_zero(
     model: nn.Module, graph: Graph, signature: Signature, args: tuple, kwargs: dict[str, Any]
@@ -170,23 +188,12 @@ def with_sizes_of_zero(
     ones.
     """
     olds = signature.values(pytree.tree_leaves((args, kwargs)))
-    states = {node.name: node.label for node in graph.nodes if isinstance(node, State) and node.name in graph.changes}
-    places = [node.name for node in graph.inputs()]
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        inputs = signature.only_tensors(signature.flatten(args, kwargs))
-        outputs, changes = graph.run(inputs)
-        for name in changes.keys() - states.keys():
-            inputs[places.index(name)].copy_(changes[name])
-        return pytree.tree_unflatten(outputs, signature.returns), [changes[name] for name in states]
-
     for name, old in olds.items():
         wider = signature.with_zero(name)
         larger = ({other: (n, n + 1)} for other, n in olds.items() if other != name)
         calls = [resized(args, kwargs, {name: (old, 0)} | sizes, signature.leaves) for sizes in ({}, *larger)]
         fitting = [call for call in calls if wider.fits(pytree.tree_leaves(call))]
-        watched = _Watched(model, list(states.values()))
-        if fitting and all(difference(watched, run, [call]) is None for call in fitting):
+        if fitting and same_values(model, graph, wider, fitting):
             signature = wider
         elif wider.guards == signature.guards:  # Otherwise a condition excludes zero already.
             signature = replace(signature, guards=[*signature.guards, f"{name} != 0"])

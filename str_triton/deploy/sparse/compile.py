@@ -15,14 +15,16 @@ from torch.nn.utils.rnn import PackedSequence
 from str_triton.budget.count import warn_if_thresholds_are_bypassed
 from str_triton.deploy.plain_state import unwrapped
 from str_triton.deploy.sparse import file
-from str_triton.deploy.sparse.agree import difference, integer_difference, takes_more, with_sizes_of_zero
+from str_triton.deploy.sparse.agree import difference, integer_difference, same_values, takes_more, with_sizes_of_zero
 from str_triton.deploy.sparse.calls import calls, calls_with_ones, clone, restrided
 from str_triton.deploy.sparse.choose import choose
 from str_triton.deploy.sparse.fallback import ModulewiseModel, layer_graph, layer_inputs, left_to_torch
-from str_triton.deploy.sparse.graph.export import Exported, NotExported, exports
+from str_triton.deploy.sparse.graph.export import NotExported, exports
 from str_triton.deploy.sparse.graph.fuse import fuse
+from str_triton.deploy.sparse.graph.limit import SECONDS, Limit
 from str_triton.deploy.sparse.graph.lower import lower
 from str_triton.deploy.sparse.graph.nodes import Convolution, Graph
+from str_triton.deploy.sparse.graph.ones import Exported, with_sizes_of_one
 from str_triton.deploy.sparse.graph.recurrent import exportable
 from str_triton.deploy.sparse.graph.signature import Signature, Unfit, check_tensor
 from str_triton.deploy.sparse.model import CompiledModel, SparseModel
@@ -171,6 +173,8 @@ def _compile(model: nn.Module, args: tuple, kwargs: dict[str, Any], tune: bool) 
             raise NotExported("it takes no packed sequences")
         for exported in _exports(dense, args, kwargs):
             try:
+                _require_same(exported, dense, args, kwargs)
+                exported = with_sizes_of_one(exported, args, kwargs)
                 network = _lowered(exported, dense, args, kwargs, tune)
             except (NotExported, Unfit) as error:
                 problems.append(str(error))
@@ -178,6 +182,7 @@ def _compile(model: nn.Module, args: tuple, kwargs: dict[str, Any], tune: bool) 
             except Exception as error:  # A bug of this package: the model still runs, and `print` says why.
                 problems.append(f"its exported graph cannot be compiled: {type(error).__name__}: {error}")
                 continue
+            network.notes += exported.notes
             problem = _problem(network, exported, dense, args, kwargs, changed)
             if problem is None:
                 network.reset(dict(dense.named_buffers()))
@@ -210,16 +215,25 @@ def _problem(
     return None
 
 
+def _require_same(exported: Exported, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Raise NotExported if an export gives other values for the example. It is quick, and further exports are not."""
+    with quiet():
+        graph = fuse(lower(exported.program).graph)
+    if not same_values(model, graph, exported.signature, [(args, kwargs)]):
+        raise NotExported("the exported graph is not used: it gives other values")
+
+
 def _exports(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Iterator[Exported]:
     """Export a model with its recurrent layers as single operations, and else as it stands."""
+    limit = Limit(SECONDS)
     replaced = exportable(model)
     if replaced is not None:
         try:
-            yield from exports(replaced, clone(args), clone(kwargs))
+            yield from exports(replaced, clone(args), clone(kwargs), limit)
         except NotExported:
             if not any(isinstance(module, nn.GRU | nn.LSTM) for module in model.modules()):
                 raise
-    yield from exports(model, clone(args), clone(kwargs))
+    yield from exports(model, clone(args), clone(kwargs), limit)
 
 
 def _lowered(exported: Exported, model: nn.Module, args: tuple, kwargs: dict[str, Any], tune: bool) -> SparseModel:

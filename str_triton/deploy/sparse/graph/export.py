@@ -4,6 +4,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from torch.fx.experimental import _config as shapes_config
 from torch.fx.experimental import symbolic_shapes
 
 from str_triton.deploy.sparse.graph.guards import compile_guard
-from str_triton.deploy.sparse.graph.ones import Exported, with_sizes_of_one
+from str_triton.deploy.sparse.graph.limit import Limit
+from str_triton.deploy.sparse.graph.ones import Exported, one_line
 from str_triton.deploy.sparse.graph.signature import Leaf, Signature, parameter_names
 from str_triton.deploy.sparse.quiet import quiet
 from str_triton.deploy.sparse.state import fresh
@@ -28,41 +30,42 @@ class NotExported(Exception):
     """The error where a model cannot be exported; the message says why, in one line."""
 
 
-def exports(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Iterator[Exported]:
+def exports(model: nn.Module, args: tuple, kwargs: dict[str, Any], limit: Limit) -> Iterator[Exported]:
     """Export `model` for arguments like these in turn: with all sizes open, only the first dimension's, or none.
 
-    Yields the exports that succeed. The best one is the first that gives the same results as the model.
+    Yields the exports that succeed in time; the last form has a limit of its own, as long as that of the others
+    together. The best export is the first that gives the same results as the model.
 
     Raises:
         NotExported: torch.export fails in all of these ways; the message is that of the first failure.
     """
     reason: Exception | None = None
-    for sizes in (_all, _first, _none):
+    for sizes, part in _ATTEMPTS:
+        own = limit.share(part) if part else Limit(limit.seconds)
         for strict in (False, True):
+            export = functools.partial(_exported, model, sizes, strict, own)
             try:
-                export = functools.partial(_exported, model, sizes, strict)
-                found = with_sizes_of_one(export(args, kwargs), args, kwargs, export)
+                found = export(args, kwargs)
             except Exception as error:  # torch.export fails in as many ways as models do.
-                reason = reason or error
+                reason = reason or (TimeoutError(str(own)) if own.is_over() else error)
             else:
-                yield found
+                failed = f"not all sizes are open, since torch.export fails with them: {one_line(reason)}"
+                yield replace(found, notes=[failed] if reason else [], again=export)
                 reason = reason or ValueError("its exported graph gives other values")
                 break
-    raise NotExported(_one_line(reason)) from reason
+    raise NotExported(one_line(reason)) from reason
 
 
-def _exported(model: nn.Module, sizes: Any, strict: bool, args: tuple, kwargs: dict[str, Any]) -> Exported:
-    program = _export(fresh(model), args, kwargs, sizes, strict)
-    if any(isinstance(value, FakeTensor) for value in program.constants.values()):  # A retrace would end the process.
-        raise NotExported("the export has lost the values of a tensor")
-    # In this order: a retrace may fix sizes that the export had left open.
-    program = _functional(program)
+def _exported(
+    model: nn.Module, sizes: Any, strict: bool, limit: Limit, args: tuple, kwargs: dict[str, Any]
+) -> Exported:
+    with limit():
+        program = _export(fresh(model), args, kwargs, sizes, strict)
+        if any(isinstance(value, FakeTensor) for value in program.constants.values()):
+            raise NotExported("the export has lost the values of a tensor")  # A retrace would end the process.
+        # In this order: a retrace may fix sizes that the export had left open.
+        program = _functional(program)
     return Exported(program, _signature(program, model, args, kwargs))
-
-
-def _one_line(error: Exception | None) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
 def _all(tensor: Tensor) -> Any:
@@ -75,6 +78,9 @@ def _first(tensor: Tensor) -> Any:
 
 def _none(tensor: Tensor) -> Any:
     return None
+
+
+_ATTEMPTS = ((_all, 2 / 3), (_first, 1), (_none, None))  # with the part of the time that is left for open sizes
 
 
 def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any], sizes: Any, strict: bool) -> ExportedProgram:

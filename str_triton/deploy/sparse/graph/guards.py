@@ -25,7 +25,7 @@ _CALLS: dict[str, Callable[..., Any]] = {"max": max, "min": min, "abs": abs}
 
 
 def compile_guard(text: str) -> Callable[[dict[str, int]], bool]:
-    """Return a function of the named sizes for an expression of integers, comparisons, and, or, not, max and min.
+    """Return a function of the named sizes for an expression of numbers, comparisons, and, or, not, max and min.
 
     A guard comes from a file: nothing else is evaluated.
 
@@ -49,7 +49,7 @@ def compile_guard(text: str) -> Callable[[dict[str, int]], bool]:
 def _evaluate(node: ast.expr, sizes: dict[str, int] | None) -> Any:
     """Evaluate an expression; with sizes None, look only whether it is of the permitted kind."""
     match node:
-        case ast.Constant(value=int() as value) if abs(value) < 2**63:
+        case ast.Constant(value=int() | float() as value) if abs(value) < 2**63:
             return value
         case ast.Name(id=name):
             return 1 if sizes is None else sizes[name]

@@ -23,17 +23,24 @@ class Exported:
 
     Attributes:
         opened: the sizes that may be one although an export says otherwise. Two at a time have not been compared.
+        notes: why sizes are not open.
+        again: exports the model for other arguments.
     """
 
     program: ExportedProgram
     signature: Signature
     opened: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    again: "Callable[[tuple, dict[str, Any]], Exported] | None" = None
 
 
-Export = Callable[[tuple, dict[str, Any]], Exported]
+def one_line(error: Exception | None) -> str:
+    """Return the kind of an error and the first line of its message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
-def with_sizes_of_one(found: Exported, args: tuple, kwargs: dict[str, Any], export: Export) -> Exported:
+def with_sizes_of_one(found: Exported, args: tuple, kwargs: dict[str, Any]) -> Exported:
     """Return an export without the conditions on sizes of one that make no difference to the graph.
 
     torch adds a condition wherever strides depend on whether a size is one. Our graphs have no strides. Two exports
@@ -41,6 +48,7 @@ def with_sizes_of_one(found: Exported, args: tuple, kwargs: dict[str, Any], expo
     """
     groups: list[list[list[Any]]] = []  # arguments of every count, for each opened size
     failed: set[str] = set()
+    errors: dict[str, str] = {}
     for size in 2 * list(found.signature.named()):  # A size may open after another one.
         old = found.signature.values(pytree.tree_leaves((args, kwargs)))[size]
         calls = {count: _resized(found.signature, args, kwargs, size, count) for count in (1, *MANY) if old}
@@ -49,9 +57,12 @@ def with_sizes_of_one(found: Exported, args: tuple, kwargs: dict[str, Any], expo
         if size in failed or all(fits.values()) or not (fits[1] if old == 1 else all(fits[n] for n in MANY)):
             continue
         failed.add(size)
+        if found.again is None:
+            continue
         try:
-            twin = export(*calls[2 if old == 1 else 1])
-        except Exception:  # torch.export fails in as many ways as models do.
+            twin = found.again(*calls[2 if old == 1 else 1])
+        except Exception as error:  # torch.export fails in as many ways as models do.
+            errors[size] = one_line(error)
             continue
         few, many = (found, twin) if old == 1 else (twin, found)
         if twin.signature.leaves != found.signature.leaves or not _same(found.program, twin.program, size):
@@ -63,10 +74,12 @@ def with_sizes_of_one(found: Exported, args: tuple, kwargs: dict[str, Any], expo
             groups.pop()
             continue
         guards = [guard for guard, is_about_one in verdicts.items() if not is_about_one]
-        found = Exported(many.program, replace(many.signature, guards=guards), [*found.opened, size])
+        signature = replace(many.signature, guards=guards)
+        found = replace(found, program=many.program, signature=signature, opened=[*found.opened, size])
         args, kwargs = calls[2] if old == 1 else (args, kwargs)
         failed.clear()
-    return found
+    notes = [f"{found.signature.place(size)} is one as in the example, or never one: {e}" for size, e in errors.items()]
+    return replace(found, notes=[*found.notes, *notes])
 
 
 def _is_about_one(signature: Signature, groups: list[list[list[Any]]]) -> bool | None:

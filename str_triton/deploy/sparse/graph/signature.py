@@ -163,10 +163,10 @@ class Signature:
             if not check(sizes):
                 names = re.findall(r"[A-Za-z_]\w*", guard)
                 stated = ", ".join(f"{name} = {size}" for name, size in sizes.items() if name in names)
-                meant = ", ".join(f"{name} is {self._dimension(name)}" for name in sizes if name in names)
+                meant = ", ".join(f"{name} is {self.place(name)}" for name in sizes if name in names)
                 raise Unfit(f"the network was compiled for sizes with {guard}, got {stated}; {meant}")
 
-    def _dimension(self, name: str) -> str:
+    def place(self, name: str) -> str:
         """Return the first place of a size: the tensor and its dimension."""
         places = ((number, leaf.sizes) for number, leaf in enumerate(self.leaves) if name in (leaf.sizes or ()))
         number, sizes = next(places)
