@@ -91,7 +91,7 @@ def suggestion(name: str, known: Sequence[str]) -> str:
     """Return the end of a message about a wrong name: the nearest ones, or all if none is near and they are few."""
     if near := nearest(name, known):
         return f"; did you mean {' or '.join(near)}?"
-    return f"; choose {' or '.join(known)}" if len(known) <= 10 else ""
+    return f"; choose {' or '.join(known)}" if len(known) < 10 else ""
 
 
 def unknown_data(spec: str, forms: Sequence[str]) -> str:
