@@ -88,6 +88,8 @@ def check(options: Options) -> None:
         raise UserError(f"{options.out}: the model card takes this name; give the packed file another ending")
     if Path(options.out).is_dir():
         raise UserError(f"{options.out} is a directory: name the file to write")
+    if Path(options.out).exists() and not Path(options.out).is_file():
+        raise UserError(f"{options.out}: exists and is no regular file")
     for name in ("image_size", "batch_size"):
         value = getattr(options, name, None)
         if value is not None and value < 1:

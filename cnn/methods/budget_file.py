@@ -2,6 +2,7 @@
 
 import csv
 import json
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,8 @@ def _from_csv(path: Path, text: str) -> dict[str, float]:
         return _from_budget(path, Budget.from_csv(path))
     wrong = next((line for line in lines if len(line) != 2), None)
     if not lines or wrong:
-        raise ValueError(f"--budget {path}: expected two columns, layer and sparsity in %, got {wrong or 'nothing'}")
+        given = textwrap.shorten(f"{wrong or 'nothing'}", 80)
+        raise ValueError(f"--budget {path}: expected two columns, layer and sparsity in %, got {given}")
     if not _is_number(lines[0][1]):
         del lines[0]  # the heading
     return _collect(path, ((name, _share(path, name, value)) for name, value in lines))

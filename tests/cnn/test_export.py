@@ -171,6 +171,7 @@ def test_a_missing_package_is_named(
         (["onnx", "state.pth", "out", "--model", "resnet20"], "model resnet20: the model has no key 'stem.weight'"),
         (["sparse", "run", "nowhere/out"], "nowhere/out: there is no such directory"),
         (["sparse", "run", "run"], "run is a directory"),
+        (["sparse", "run", "/dev/full"], "error: /dev/full: exists and is no regular file\n"),
         (["sparse", "run", "out", "--batch-size", "0"], "--batch-size 0"),
         (["pack", "run", "out", "--image-size", "0"], "--image-size 0"),
         (["pack", "run", "out.md"], "out.md: the model card takes this name"),

@@ -138,6 +138,7 @@ BUDGETS = {
     "twice.csv": ("stem,1\nstem,2\n", "layer 'stem' is named twice"),
     "list.json": ("[1, 2]", "expected an object of layers"),
     "half.json": ('{"stem": 1', "not a budget in JSON"),
+    "prose.csv": ("some words " * 50 + "\n", "words some words some [...]\n"),
     "one.csv": ("stem\n", "expected two columns, layer and sparsity in %, got ['stem']"),
     "empty.csv": ("", "got nothing"),
     "three.csv": ("a,b,c\n", "no column 'name'"),
