@@ -156,3 +156,29 @@ def test_a_network_with_a_branch_can_be_stored(by_kernels, tmp_path: Path) -> No
     loaded = torch.load(tmp_path / "net", weights_only=False)
     for given in (x, -x):
         torch.testing.assert_close(loaded(given), model(given).detach())
+
+
+READS = {
+    "requires_grad": lambda x: x.requires_grad,
+    "is_leaf": lambda x: not x.is_leaf,
+    "grad_fn": lambda x: x.grad_fn is not None,
+    "grad": lambda x: x.is_leaf and x.grad is not None,
+}
+
+
+@pytest.mark.parametrize("read", READS)
+def test_a_forward_may_read_what_gradients_need(by_kernels, tmp_path: Path, read: str):
+    reads = READS[read]
+    model = prune(Forward(lambda self, x: self.layer(x) * (2.0 if reads(x) else 1.0), nn.Linear(6, 4)), 0.5)
+    plain, leaf = torch.randn(3, 6), torch.randn(3, 6, requires_grad=True)
+    leaf.grad = torch.zeros_like(leaf)
+    compiled = deploy.compile_sparse(model, plain)
+    assert isinstance(compiled, deploy.SparseModel)
+    for x in (plain, leaf, leaf * 1):
+        with torch.no_grad():
+            wanted = model(x)
+        torch.testing.assert_close(compiled(x).detach(), wanted, rtol=1e-4, atol=1e-4)
+    compiled.save(tmp_path / "net")
+    loaded = deploy.load_sparse(tmp_path / "net")
+    with pytest.raises(ValueError, match="without gradients, and the input requires them"):
+        loaded(leaf)

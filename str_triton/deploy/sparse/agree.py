@@ -26,14 +26,20 @@ SLACK = 10.0  # a network's error against float64 may be this many times the mod
 
 
 @quiet()
-def difference(model: nn.Module, network: Callable, calls: Sequence[tuple[tuple, dict]]) -> str | None:
+def difference(
+    model: nn.Module,
+    network: Callable,
+    calls: Sequence[tuple[tuple, dict]],
+    prepared: Callable[[Any], Any] = clone,
+) -> str | None:
     """Return how a network differs from its model in a sequence of calls; None if it differs only by rounding.
 
-    A copy of the model is called. If it refuses other arguments than the first call's, the comparison ends.
+    A copy of the model is called with what `prepared` makes of the arguments. If it refuses other arguments than the
+    first call's, the comparison ends.
     """
     copied = fresh(model)
     for number, call in enumerate(calls):
-        theirs, ours = clone(call), clone(call)
+        theirs, ours = prepared(call), prepared(call)
         try:
             wanted = copied(*theirs[0], **theirs[1])
         except Exception as error:
@@ -44,7 +50,7 @@ def difference(model: nn.Module, network: Callable, calls: Sequence[tuple[tuple,
             found = network(*ours[0], **ours[1])
         except Exception as error:
             return f"it raises {type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}"
-        if not agree((found, ours), (wanted, theirs), functools.partial(_exact, model, calls[: number + 1])):
+        if not agree((found, ours), (wanted, theirs), functools.partial(_exact, model, calls[: number + 1], prepared)):
             return "it gives other values"
     return None
 
@@ -75,12 +81,12 @@ def is_integral(graph: Graph) -> bool:
     return not is_float and all(isinstance(node, QuantizedConvolution | QuantizedLinear) for node in graph.layers())
 
 
-def _exact(model: nn.Module, calls: Sequence[tuple[tuple, dict]]) -> Any:
+def _exact(model: nn.Module, calls: Sequence[tuple[tuple, dict]], prepared: Callable[[Any], Any]) -> Any:
     """Return what the last call of the model in float64 gives, after the others; None where it cannot be computed."""
     try:
         doubled, result = copy.deepcopy(model).double(), None
         for call in calls:
-            args, kwargs = given = pytree.tree_map(_double, clone(call))
+            args, kwargs = given = prepared(pytree.tree_map(_double, call))
             result = doubled(*args, **kwargs), given
         return result
     except Exception:

@@ -18,6 +18,27 @@ def clone(tree: Any) -> Any:
     return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, tree)
 
 
+def as_parameters(tree: Any) -> Any:
+    """Return arguments with tensors of their own that require gradients and have them."""
+
+    def parameter(leaf: Any) -> Any:
+        if not (isinstance(leaf, Tensor) and leaf.is_floating_point()):
+            return leaf
+        made = leaf.detach().clone().requires_grad_()
+        made.grad = torch.zeros_like(leaf)
+        return made
+
+    return pytree.tree_map(parameter, clone(tree))
+
+
+def as_results(tree: Any) -> Any:
+    """Return arguments with tensors of their own that operations with gradients have made."""
+    with torch.enable_grad():
+        return pytree.tree_map(
+            lambda leaf: leaf.clone() if isinstance(leaf, Tensor) and leaf.requires_grad else leaf, as_parameters(tree)
+        )
+
+
 def calls(signature: Signature, args: tuple, kwargs: dict[str, Any]) -> list[Call]:
     """Return calls that show whether a network is right: the example, and other values in another batch.
 

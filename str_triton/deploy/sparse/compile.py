@@ -16,7 +16,7 @@ from str_triton.budget.count import warn_if_thresholds_are_bypassed
 from str_triton.deploy.plain_state import unwrapped
 from str_triton.deploy.sparse import file
 from str_triton.deploy.sparse.agree import difference, integer_difference, same_values, takes_more, with_sizes_of_zero
-from str_triton.deploy.sparse.calls import calls, calls_with_ones, clone, restrided
+from str_triton.deploy.sparse.calls import as_parameters, as_results, calls, calls_with_ones, clone, restrided
 from str_triton.deploy.sparse.choose import choose
 from str_triton.deploy.sparse.fallback import ModulewiseModel, layer_graph, layer_inputs, left_to_torch
 from str_triton.deploy.sparse.graph.export import NotExported, exports
@@ -209,9 +209,13 @@ def _problem(
         network.reset(dict(model.named_buffers()))
         problem = difference(model, network, sequence)
         if problem is not None and sequence is strides and all(t.is_contiguous() for t in inputs):
-            network.leave_strides_to(model)
+            network.take_only("contiguous", model)
         elif problem is not None:
             return problem
+    for prepared in (as_parameters, as_results):
+        network.reset(dict(model.named_buffers()))
+        if difference(model, network, [(args, kwargs)], prepared) is not None:
+            network.take_only("detached", model)
     return None
 
 

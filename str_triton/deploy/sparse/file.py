@@ -205,6 +205,7 @@ def _signature_record(signature: Signature, tensors: dict[str, Tensor]) -> dict[
         "guards": signature.guards,
         "names": signature.names,
         "contiguous": signature.contiguous,
+        "detached": signature.detached,
     }
 
 
@@ -216,8 +217,9 @@ def _signature(record: dict[str, Any], tensors: dict[str, Tensor]) -> Signature:
         dtype = decode(entry["dtype"], tensors)
         _require(known and (dtype is None or isinstance(dtype, torch.dtype)), "an argument has a wrong dtype or size")
         leaves.append(Leaf(dtype, None if sizes is None else tuple(sizes), entry["value"]))
-    guards, names, contiguous = record["guards"], record["names"], record.get("contiguous", False)
-    _require(isinstance(contiguous, bool), "its signature is wrong about strides")
+    guards, names = record["guards"], record["names"]
+    limits = [record.get(name, False) for name in ("contiguous", "detached")]
+    _require(all(isinstance(limit, bool) for limit in limits), "its signature is wrong about strides or gradients")
     _require(all(isinstance(text, str) for text in (*guards, *names)), "a guard or a name is no text")
     structure, returns = _structure(record["structure"]), _structure(record["returns"])
     _require(
@@ -225,7 +227,7 @@ def _signature(record: dict[str, Any], tensors: dict[str, Tensor]) -> Signature:
     )
     pair = structure.children()
     _require(len(pair) == 2 and pair[0].type is tuple and pair[1].type is dict, "its arguments are no (args, kwargs)")
-    return Signature(structure, leaves, list(guards), returns, list(names), contiguous)
+    return Signature(structure, leaves, list(guards), returns, list(names), *limits)
 
 
 def _structure_record(structure: pytree.TreeSpec) -> Any:

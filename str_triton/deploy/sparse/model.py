@@ -177,9 +177,10 @@ class SparseModel(CompiledModel):
         for node in self._states.values():
             node.value = buffers[node.label].detach().clone()
 
-    def leave_strides_to(self, source: nn.Module) -> None:
-        """Let the model itself run calls with tensors that are not contiguous."""
-        self.signature.contiguous, self._held_source = True, (source,)
+    def take_only(self, kind: str, source: nn.Module) -> None:
+        """Let the model itself run calls with tensors that are not "contiguous", or not "detached"."""
+        setattr(self.signature, kind, True)
+        self._held_source = (source,)
 
     def retune(self) -> None:
         """Choose the executions again for the shapes of the example, on this machine."""
@@ -229,7 +230,7 @@ class SparseModel(CompiledModel):
 
         Raises ValueError where a network from a file would take memory beyond reason, or a tensor has no memory.
         """
-        if self.signature.contiguous:
+        if self.signature.contiguous or self.signature.detached:
             self.signature.check(leaves)
         elif len(self._tensors) < len(leaves):
             self.signature.check_constants(leaves)

@@ -41,6 +41,7 @@ class Signature:
         returns: the structure of the result.
         names: the names of the positional arguments.
         contiguous: take no tensors with other strides than contiguous ones.
+        detached: take no tensors that require gradients.
     """
 
     structure: pytree.TreeSpec
@@ -49,6 +50,7 @@ class Signature:
     returns: pytree.TreeSpec
     names: list[str] = field(default_factory=list)
     contiguous: bool = False
+    detached: bool = False
 
     def __post_init__(self) -> None:
         self.is_plain = self.structure == pytree.tree_flatten(((0,), {}))[1] and self.leaves[0].dtype is not None
@@ -149,6 +151,8 @@ class Signature:
             if self.contiguous and not given.is_contiguous():
                 strides = f"strides {list(given.stride())} of {self._place(number)}"
                 raise Unfit(f"the network was compiled for contiguous tensors, got {strides}")
+            if self.detached and given.requires_grad:
+                raise Unfit(f"the network was compiled without gradients, and {self._place(number)} requires them")
             if leaf.sizes is None:
                 continue
             shape, known = tuple(given.shape), dict(sizes)
