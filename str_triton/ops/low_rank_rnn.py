@@ -95,7 +95,7 @@ differentiable("low_rank_rnn", _differentiable)
 def run(
     cell: Cell, gates_x: Tensor, u: Tensor, m: Tensor, v: Tensor, biases: dict[str, Tensor | None],
     scalars: dict[str, Tensor], states: dict[str, Tensor], lengths: Tensor | None, reverse: bool, precision: str | None,
-    native: bool = False,
+    native: bool,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     """Check the arguments of a public function, by their names, and return outputs and the last states."""
     check(gates_x, {"u": u, "m": m, "v": v}, biases, states, scalars, lengths, cell.gates)
