@@ -83,6 +83,7 @@ int64_t str_triton_step_scratch(const stepper *s, int64_t batch) { return batch 
 /* x [batch][inputs], state and next [count * states, of the mean 3 more][batch][hidden], y [batch][outputs]. `next` may
    be `state`. */
 void str_triton_step(const stepper *s, int64_t batch, const float *x, const float *state, float *next, float *y) {
+    if (!batch) return; /* The arrays of an empty batch may be null. */
     const int64_t size = batch * s->hidden;
     float *out = s->scratch, *mean = out + size, *rest = mean + size;
     int64_t pitch = s->inputs;
