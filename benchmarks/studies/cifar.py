@@ -67,6 +67,8 @@ def wanted(model: str) -> Iterator[Run]:
     yield from at(0.9, LEADERS[:3], (0,))
     yield from at(0.9, (*TAUGHT, f"{DENSE}{FROM_DENSE}", f"str-exact{TEACHER}"), (0,))
     yield from at(0.9, LEADERS, (0,))
+    for seed in (1, 2):  # a dense run of this seed is the teacher of the lines that follow it
+        yield from at(0.9, (*LEADERS[:3], f"str-exact{TEACHER}", f"gmp, global{TEACHER}"), (seed,))
     yield from at(0.9, tuple(LINES), (0,))
     yield from at(0.9, LEADERS, (1, 2))
     for target in (0.95, 0.98, 0.8):
