@@ -149,3 +149,7 @@ def test_a_broken_command_is_found() -> None:
     help_of_python = check_for("python -m benchmarks.tables --chec")
     assert "does not name --chec" in run(help_of_python)
     assert run(check_for("python -m benchmarks.tables --check")) == ""
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
