@@ -1,12 +1,12 @@
-"""The threads of compiled networks under sanitizers: thousands of stages, calls from two threads at once, and forks.
+"""The threads of the kernels under sanitizers: thousands of stages, calls from two threads at once, and forks.
 
     python -m benchmarks.studies.sparse_threads [--rounds 15] [--name sparse_threads]
 
 The kernels are compiled with ThreadSanitizer, and with AddressSanitizer and UBSan, for threads that spin, yield or
 sleep while they wait. Networks run with 2 and 4 threads, on all processors and on one of them, alone and beside a busy
-process. Each result must equal that of one thread, and a sanitizer must have nothing to say. Under ThreadSanitizer the
-teams of team.c take the place of libgomp's, whose waits it cannot see. The counts go to benchmarks/results/NAME.json.
-Linux and gcc only.
+process, and so does the backward of a recurrent layer. Each result must equal that of one thread, gradients but for
+rounding, and a sanitizer must have nothing to say. Under ThreadSanitizer the teams of team.c take the place of
+libgomp's, whose waits it cannot see. The counts go to benchmarks/results/NAME.json. Linux and gcc only.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from benchmarks.speed.busy_neighbor import busy_neighbor
 from benchmarks.timing import write
-from str_triton import deploy
+from str_triton import LowRankLSTM, deploy
 from str_triton.deploy.sparse.executions.choice import Choice
 from str_triton.deploy.sparse.graph.recurrent import Recurrent
 from str_triton.deploy.sparse.runtime.segment import Segment
@@ -92,6 +92,11 @@ def stages(network: deploy.SparseModel) -> int:
     return steps + sum(len(segment.tasks) * segment.groups for segment in segments)
 
 
+def trained(layer: LowRankLSTM, x: Tensor) -> tuple[Tensor, ...]:
+    """Return the gradients of a layer's parameters."""
+    return torch.autograd.grad(layer(x)[0].square().sum(), list(layer.parameters()))
+
+
 def stress(folder: Path, rounds: int) -> dict[str, Any]:
     """Call saved networks from two threads at once, and fork meanwhile; return what was counted."""
     torch.set_num_threads(1)
@@ -99,11 +104,18 @@ def stress(folder: Path, rounds: int) -> dict[str, Any]:
     made = [(deploy.load_sparse(path), torch.load(path.with_suffix(".pt"))) for path in paths]
     wanted = [network(x) for network, x in made]
     per_call = [stages(network) for network, _ in made]
-    counts = {"calls": 0, "stages": 0, "forks": 0, "wrong": 0, "wrong in a child": 0}
+    layer = LowRankLSTM(16, 64, max_rank=8, factorize="recurrent")
+    layer._execution = lambda *_: "native"  # type: ignore[method-assign]
+    sequences = torch.randn(30, 12, 16)
+    gradients = trained(layer, sequences)
+    counts = {"calls": 0, "backwards": 0, "stages": 0, "forks": 0, "wrong": 0, "wrong in a child": 0}
 
     def call(threads: int, order: int) -> None:
         torch.set_num_threads(threads)
         for _ in range(rounds):
+            pairs = zip(trained(layer, sequences), gradients, strict=True)
+            counts["wrong"] += any((found - one).abs().max() > 1e-5 * one.abs().max() for found, one in pairs)
+            counts["backwards"] += 1
             for index in range(len(made))[::order]:
                 network, x = made[index]
                 counts["wrong"] += not torch.equal(network(x), wanted[index])
