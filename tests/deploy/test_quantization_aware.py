@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from str_triton import deploy, sparsify
+from str_triton import SparsityController, Target, count, densify, deploy, sparsify
 from tests.deploy.sparse_networks import prune
 
 pytestmark = [pytest.mark.usefixtures("kernels", "quick"), pytest.mark.filterwarnings("ignore:Sparse CSR")]
@@ -109,3 +109,42 @@ def test_wrong_arguments(model, batches):
             pass
     with pytest.raises(ValueError, match="Tanh"), deploy.quantization_aware(nn.Tanh(), batches):
         pass
+
+
+def test_names_and_optimizers_are_those_of_the_model(model, batches):
+    """Checkpoints, moving averages and optimizers that are made in the block fit the model outside of it."""
+    keys, parameters = list(model.state_dict()), [id(value) for value in model.parameters()]
+    with deploy.quantization_aware(model, batches):
+        assert list(model.state_dict()) == keys
+        assert [id(value) for value in model.parameters()] == parameters
+        copied = copy.deepcopy(model)
+        rounded = model(batches[0])
+    assert torch.equal(copied(batches[0]), rounded)
+    assert list(copied.state_dict()) == keys
+
+
+def test_momentum_does_not_move_zeros(model, batches):
+    """Adam moves a weight that had gradients before the block, although it has none in it."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    model(batches[0]).square().mean().backward()
+    optimizer.step()
+    prune(model, 0.5)
+    zeros = model.deep.weight == 0
+    with deploy.quantization_aware(model, batches):
+        optimizer.zero_grad()
+        model(batches[0]).square().mean().backward()
+        optimizer.step()
+    assert torch.equal(model.deep.weight == 0, zeros)
+
+
+def test_thresholds_move_in_the_block(model, batches):
+    controller = SparsityController(sparsify(model), Target(sparsity=0.8))
+    with deploy.quantization_aware(model, batches):
+        controller.step(1.0)
+        with controller.exact():
+            rounded = model(batches[0])
+    controller.finish()
+    densify(model)
+    assert count(model, batches[0]).sparsity == pytest.approx(0.8, abs=0.01)
+    with deploy.quantization_aware(model, batches):
+        torch.testing.assert_close(model(batches[0]), rounded, rtol=0, atol=2e-2)

@@ -2,20 +2,23 @@
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
 
 from str_triton.deploy.sparse.graph.quantized import LARGEST, SMALLEST, TOP, Grid
 from str_triton.deploy.sparse.quantize.quantize import quantize
 from str_triton.deploy.sparse.quantize.ranges import Range
 from str_triton.deploy.sparse.surroundings import plain_torch
+from str_triton.nn import thresholded_weights
 
 ROUNDED = (nn.Conv2d, nn.Linear)
+PRODUCTS = (F.conv2d, F.linear)
 
 
 @contextlib.contextmanager
@@ -27,10 +30,12 @@ def quantization_aware(
     The layers are the `nn.Conv2d` and `nn.Linear` that `quantize` can run on integers. Weights are rounded in each
     forward pass with a scale for each output channel, inputs on the grid that `batches` give at the start. Gradients
     pass through the rounding, except where an input is beyond its grid (`torch.fake_quantize_per_channel_affine`,
-    `torch.fake_quantize_per_tensor_affine`). Zero weights stay zero and get no gradient. After the block the model has
-    its own layers and its trained float32 weights again: then call `quantize`.
+    `torch.fake_quantize_per_tensor_affine`). Zero weights stay zero and get no gradient; in a layer of `sparsify` the
+    thresholds decide which weights are zero. After the block the layers compute in float32 again: then call `quantize`.
 
-    Optimizers may be created before the block or in it. Training may switch between `train` and `eval`.
+    The model keeps its layers, its parameters and the keys of its state dict. Optimizers and moving averages may be
+    created before the block or in it. Training may switch between `train` and `eval`. A copy of the model that is made
+    in the block rounds for good; its state dict is that of a plain model.
 
     Args:
         model: a trained model on the CPU that `quantize` takes; it is changed in place.
@@ -60,9 +65,10 @@ def quantization_aware(
     finally:
         for module, mode in modes.items():
             module.training = mode
+    thresholded = {id(weight.module) for weight in thresholded_weights(model)}
     with contextlib.ExitStack() as stack:
         for name, layer in layers.items():
-            stack.enter_context(_rounded(layer, grids[name]))
+            stack.enter_context(_rounded(layer, grids[name], id(layer) in thresholded))
         yield tuple(layers)
 
 
@@ -70,58 +76,78 @@ def _input_grids(model: nn.Module, layers: dict[str, nn.Module], batches: list[t
     """Return the grid of each layer's input on the batches."""
     ranges = {name: Range() for name in layers}
     for note in (Range.widen, Range.count):
-        hooks = [layer.register_forward_pre_hook(partial(_note, note, ranges[name])) for name, layer in layers.items()]
-        try:
-            with plain_torch():
-                for batch in batches:
-                    model(*batch)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with contextlib.ExitStack() as stack:
+            for name, layer in layers.items():
+                stack.enter_context(_changed(layer, partial(_note, partial(note, ranges[name]))))
+            stack.enter_context(plain_torch())
+            for batch in batches:
+                model(*batch)
     return {name: seen.grid(method) for name, seen in ranges.items()}
 
 
-def _note(note: Any, seen: Range, layer: nn.Module, inputs: tuple) -> None:
-    note(seen, inputs[0])
+def _note(note: Callable[[Tensor], None], x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    note(x)
+    return x, weight
 
 
 @contextlib.contextmanager
-def _rounded(layer: nn.Module, grid: Grid) -> Iterator[None]:
+def _rounded(layer: nn.Module, grid: Grid, is_thresholded: bool) -> Iterator[None]:
     """Round a layer's weight and input."""
-    was_plain = not parametrize.is_parametrized(layer, "weight")
     weight: Any = layer.weight
-    parametrize.register_parametrization(layer, "weight", _RoundedWeight(weight.detach() != 0))
-    parametrizations: Any = layer.parametrizations
-    every = parametrizations.weight
-    own = every[-1]
-    hook = layer.register_forward_pre_hook(lambda _, inputs: (_round_input(inputs[0], grid), *inputs[1:]))
+    kept = torch.ones_like(weight, dtype=torch.bool) if is_thresholded else weight.detach() != 0
+    with _changed(layer, partial(_round, grid, kept)):
+        try:
+            yield
+        finally:
+            if not is_thresholded and isinstance(layer.weight, nn.Parameter):
+                with torch.no_grad():  # An optimizer's momentum from before moves zeros without any gradient.
+                    layer.weight.masked_fill_(~kept, 0.0)
+
+
+@contextlib.contextmanager
+def _changed(layer: nn.Module, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Let a layer multiply what `change` makes of its input and weight.
+
+    The forward of the instance, not a parametrization of torch: parameters keep their order and names, and copies of
+    the layer stay whole when the original changes back.
+    """
+    own = vars(layer).get("forward")
+    vars(layer)["forward"] = partial(_forward, layer.forward, change)
     try:
         yield
     finally:
-        hook.remove()
-        if was_plain and len(every) == 1:
-            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
-        else:  # Another library's parametrization, or one of this package's, stays.
-            kept = [made for made in every if made is not own]
-            del every[:]
-            every.extend(kept)
+        if own is None:
+            del vars(layer)["forward"]
+        else:
+            vars(layer)["forward"] = own
 
 
-def _round_input(x: Tensor, grid: Grid) -> Tensor:
-    return torch.fake_quantize_per_tensor_affine(x, grid.scale, grid.zero, 0, TOP)
+def _forward(forward: Callable[..., Tensor], change: Any, *args: Any, **kwargs: Any) -> Tensor:
+    with _Change(change):
+        return forward(*args, **kwargs)
 
 
-class _RoundedWeight(nn.Module):
-    """The values that int8 weights represent, with a scale for each output channel: [out, ...] to [out, ...]."""
+class _Change(TorchFunctionMode):
+    """Changes the input and weight of products, after thresholds, padding and whatever else a layer's forward does."""
 
-    def __init__(self, kept: Tensor) -> None:
+    def __init__(self, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
         super().__init__()
-        self.kept: Tensor
-        self.register_buffer("kept", kept, persistent=False)
+        self.change = change
 
-    def forward(self, weight: Tensor) -> Tensor:
-        weight = torch.where(self.kept, weight, 0.0)
-        largest = weight.detach().flatten(1).abs().amax(1)
-        scale = torch.where(largest > 0, largest / LARGEST, 1.0).clamp(min=SMALLEST)
-        offset = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
-        return torch.fake_quantize_per_channel_affine(weight, scale, offset, 0, -LARGEST, LARGEST)
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        given = kwargs or {}
+        if func not in PRODUCTS:
+            return func(*args, **given)
+        named = dict(zip(("input", "weight"), args, strict=False)) | given
+        x, weight = self.change(named.pop("input"), named.pop("weight"))
+        return func(x, weight, *args[2:], **named)
+
+
+def _round(grid: Grid, kept: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the values that bytes and int8 weights represent, with a scale for each output channel."""
+    x = torch.fake_quantize_per_tensor_affine(x, grid.scale, grid.zero, 0, TOP)
+    weight = torch.where(kept, weight, 0.0)
+    largest = weight.detach().flatten(1).abs().amax(1)
+    scale = torch.where(largest > 0, largest / LARGEST, 1.0).clamp(min=SMALLEST)
+    offset = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
+    return x, torch.fake_quantize_per_channel_affine(weight, scale, offset, 0, -LARGEST, LARGEST)
