@@ -67,8 +67,8 @@ class RankTarget(metaclass=Kinds):
         return matrix.compact_cost(rank)
 
     def fixed(self, costs: RankCosts) -> int:
-        """Return the cost, in the target's unit, of everything but the controlled matrices."""
-        raise NotImplementedError
+        """Return the cost, in the target's unit, of everything but the controlled matrices; here in parameters."""
+        return costs.uncontrolled + costs.others
 
     def keep(self, costs: RankCosts) -> int:
         """Return what the controlled matrices may cost at the end.
@@ -110,9 +110,6 @@ class ParamsTarget(RankTarget):
     keyword: ClassVar[str] = "params"
     params: int
 
-    def fixed(self, costs: RankCosts) -> int:
-        return costs.uncontrolled + costs.others
-
 
 @dataclass(frozen=True, repr=False)
 class RecurrentFlopsTarget(RankTarget):
@@ -132,9 +129,6 @@ class CompressionTarget(RankTarget):
 
     keyword: ClassVar[str] = "compression"
     compression: float
-
-    def fixed(self, costs: RankCosts) -> int:
-        return costs.uncontrolled + costs.others
 
     def keep(self, costs: RankCosts) -> int:
         fixed = self.fixed(costs)

@@ -16,7 +16,6 @@
 
 #include "codes.h"
 #include "products.h"
-#include "vectors.h"
 #include "waiting.h"
 #include <string.h>
 
@@ -168,17 +167,22 @@ static inline __attribute__((always_inline)) void store_units(float *y, const ve
         UNROLLED(u, UNITS) *(vec *)(y + u * LANES) = v[u];
 }
 
-/* How many vectors of a block one product takes for such a number of rows. */
-static int64_t width_for(int64_t rows, int64_t vectors) { return rows == 1 ? vectors : vectors > 4 ? 3 : 2; }
+/* The products of all vectors of a block, [rows][vectors][LANES]; `steps` are the scales of int8 weights, or NULL. */
+static inline __attribute__((always_inline)) void products(
+    const source *from, int64_t s, const void *w, int64_t block, const int64_t vectors, const float *steps, float *y,
+    int64_t rows) {
+    const int64_t most = rows == 1 ? vectors : vectors > 4 ? 3 : 2; /* so that the sums stay in registers */
+    for (int64_t j = 0; j < vectors; j += most)
+        product(
+            from, s, w, block, vectors, j, steps ? steps + (block * vectors + j) * LANES : 0, y + j * LANES,
+            vectors * LANES, rows, smaller(most, vectors - j));
+}
 
 /* The input's part of the gates of a block of units, for inputs `row` floats apart: [rows][vectors][LANES]. */
 static inline __attribute__((always_inline)) void project(
     const recurrent *r, int64_t block, const int64_t vectors, const float *x, int64_t row, int64_t rows, float *y) {
     const source inputs = {x, 0, 0, row, r->features};
-    const int64_t most = width_for(rows, vectors);
-    for (int64_t j = 0; j < vectors; j += most)
-        product(
-            &inputs, 0, r->w_in, block, vectors, j, 0, y + j * LANES, vectors * LANES, rows, smaller(most, vectors - j));
+    products(&inputs, 0, r->w_in, block, vectors, 0, y, rows);
     for (int64_t i = 0; i < rows; i++)
         UNROLLED(j, vectors) *(vec *)(y + (i * vectors + j) * LANES) += at(r->bias_in, block * vectors + j);
 }
@@ -198,11 +202,8 @@ static inline __attribute__((always_inline)) void units(
         const int64_t unit = block * UNITS * LANES, left = hidden - unit;
         const int is_part = left < UNITS * LANES;
         EACH_GROUP(s, rows, d) {
-            const int64_t most = width_for(rows, vectors), first = time * r->batch + s;
-            for (int64_t j = 0; j < vectors; j += most)
-                product(
-                    from, s, r->w, block, vectors, j, r->scales ? r->scales + (block * vectors + j) * LANES : 0,
-                    q + j * LANES, vectors * LANES, rows, vectors - j < most ? vectors - j : most);
+            const int64_t first = time * r->batch + s;
+            products(from, s, r->w, block, vectors, r->scales, q, rows);
             const float *in = shared;
             int64_t in_row = vectors * LANES;
             if (r->w_in && (rows == ROWS || r->counts)) {

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from str_triton.deploy.sparse.graph.quantized import LARGEST, SMALLEST, TOP, Grid
-from str_triton.deploy.sparse.quantize.quantize import quantize
+from str_triton.deploy.sparse.quantize.quantize import calibration_calls, quantize
 from str_triton.deploy.sparse.quantize.ranges import Range
 from str_triton.deploy.sparse.surroundings import plain_torch
 from str_triton.nn import thresholded_weights
@@ -48,11 +48,11 @@ def quantization_aware(
     Raises:
         TypeError, ValueError: as `quantize`; or no layer of the model can run on integers.
     """
-    given = [batch if type(batch) is tuple else (batch,) for batch in ([] if isinstance(batches, Tensor) else batches)]
+    given = calibration_calls(batches)
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        network = quantize(model, batches if isinstance(batches, Tensor) else given, method=method, bound=math.inf)
+        network = quantize(model, given, method=method, bound=math.inf)
         modules = dict(model.named_modules())
         layers = {
             layer.label: modules[layer.label]

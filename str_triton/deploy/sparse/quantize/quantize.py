@@ -67,11 +67,7 @@ def quantize(
         raise ValueError(f"bound must be positive, got {bound}")
     if isinstance(model, CompiledModel | QuantizedModel):
         raise TypeError(f"quantize takes the model itself, got a {type(model).__name__}: quantize first, then compile")
-    if isinstance(batches, Tensor):
-        raise TypeError("quantize takes several batches, got one tensor: pass [batch]")
-    given = [batch if type(batch) is tuple else (batch,) for batch in batches]
-    if not given:
-        raise ValueError("quantize needs at least one batch to calibrate on")
+    given = calibration_calls(batches)
     classes = None if labels is None else list(labels)
     if classes is not None and len(classes) != len(given):
         raise ValueError(f"labels must have one tensor for each of the {len(given)} batches, got {len(classes)}")
@@ -83,6 +79,16 @@ def quantize(
     with plain_torch():
         wanted = None if example is None else (example if type(example) is tuple else (example,))
         return _Calibration(network, given, method).result(bound, classes, wanted)
+
+
+def calibration_calls(batches: Iterable[Any]) -> list[tuple]:
+    """Return the arguments of a call for each batch. Raises TypeError for one tensor, ValueError for no batches."""
+    if isinstance(batches, Tensor):
+        raise TypeError("quantize takes several batches, got one tensor: pass [batch]")
+    given = [batch if type(batch) is tuple else (batch,) for batch in batches]
+    if not given:
+        raise ValueError("quantize needs at least one batch to calibrate on")
+    return given
 
 
 class _Calibration:
