@@ -135,6 +135,9 @@ RECORDS: dict[str, Callable[[Record], None]] = {
     "a string repeated": _call("operator.mul", "x", 2**40),
     "a shift without end": _call("operator.lshift", 1, 2**40),
     "an item of a string": _call("operator.getitem", "abc", 1),
+    "a dtype beyond the last": _call("ops.aten._to_copy.default", X, dtype=-1),
+    "a format beyond the last": _call("ops.aten.clone.default", X, memory_format=HUGE),
+    "a norm of unlike shapes": _call("ops.aten._weight_norm.default", X, {"tensor": "conv2d|bias"}, 0),
     "no overload": _call("ops.aten.relu", X),
     "a private overload": _call("ops.aten.relu._schema", X),
     # the rest of the record

@@ -129,6 +129,29 @@ def test_an_input_is_not_changed_into_another_shape(tmp_path: Path):
         deploy.load_sparse(tmp_path / "net")
 
 
+@pytest.mark.parametrize(
+    ("target", "args", "name"),
+    [
+        ("ops.aten._to_copy.default", {"dtype": -1}, "dtype"),
+        ("ops.aten.zeros_like.default", {"layout": 7}, "layout"),
+        ("ops.aten.zeros_like.default", {"device": 0}, "device"),
+        ("ops.aten.clone.default", {"memory_format": 4}, "memory_format"),
+        ("ops.aten.cumsum.default", {"dtype": {"ref": "n"}}, "dtype"),
+        ("ops.aten.to.dtype", [{"ref": "x"}, 2**40], "dtype"),
+    ],
+)
+def test_numbers_in_the_place_of_a_dtype_are_refused(target: str, args: dict | list, name: str, tmp_path: Path):
+    # torch.ops reads such a number as the place in a table of its own, beyond its end
+    size = _call("n", "ops.aten.sym_size.int", ["x"], {"ref": "x"}, 0)
+    first = [{"ref": "x"}, 0] if "cumsum" in target else [{"ref": "x"}]
+    call = _call("y", target, ["x"], *(args if isinstance(args, list) else first))
+    call["kwargs"] = {"dict": args} if isinstance(args, dict) else call["kwargs"]
+    record = _record([INPUT, size, call]) | {"outputs": [{"ref": "y"}]}
+    deploy.pack({"a": torch.zeros(100)}, tmp_path / "net", metadata={"sparse": record})
+    with pytest.raises(ValueError, match=f"describes no network: y calls {target} with a {name}"):
+        deploy.load_sparse(tmp_path / "net")
+
+
 STRANGE = [None, True, -1, 0, 2**31, 2**70, 1e308, "", "conv2d", "ops.aten.relu_.default", "ops.aten.from_file.default"]
 STRANGE += [[], [[]], {}, {"tuple": []}, {"tuple": [0, 0]}, {"tuple": [10**6, 10**6]}, {"ref": "nothing"}]
 STRANGE += [{"tensor": "nothing"}, {"float": "nan"}, {"dtype": "int64"}, {"slice": [0, 1, None]}]

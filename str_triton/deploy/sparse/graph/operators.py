@@ -9,10 +9,11 @@ import torch
 from torch._ops import HigherOrderOperator, OpOverload
 
 # All functional overloads of these are allowed. Left out on purpose: operations that make uninitialized or random
-# tensors, that read memory by strides of the caller's choice, or that use files, and backward passes.
+# tensors, that read memory by strides of the caller's choice, or that use files, backward passes, and _weight_norm,
+# whose kernel reads past the end of arguments of unlike shapes.
 _ATEN = """
 __and__ __or__ __xor__ _adaptive_avg_pool2d _adaptive_avg_pool3d _assert_scalar _cdist_forward _conj
-_local_scalar_dense _log_softmax _safe_softmax _softmax _to_copy _unsafe_view _weight_norm abs absolute acos acosh
+_local_scalar_dense _log_softmax _safe_softmax _softmax _to_copy _unsafe_view abs absolute acos acosh
 adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d add addbmm addcdiv
 addcmul addmm addr adjoint affine_grid_generator alias all amax amin aminmax any arange arccos arccosh arcsin arcsinh
 arctan arctan2 arctanh argmax argmin argsort asin asinh atan atan2 atanh atleast_1d atleast_2d atleast_3d avg_pool1d
@@ -58,6 +59,13 @@ SCALARS: dict[str, Callable[..., Any]] = {
     **{f"math.{name}": getattr(math, name) for name in ("ceil", "floor", "trunc")},
     **{f"torch.{name}": getattr(torch, name) for name in ("sym_max", "sym_min", "sym_not", "sym_int", "sym_float")},
 }
+# Torch does not check numbers in their place, and ends the process.
+_OPTIONS = {
+    "ScalarType": torch.dtype,
+    "MemoryFormat": torch.memory_format,
+    "Layout": torch.layout,
+    "Device": torch.device,
+}
 _NAMES = {function: name for name, function in SCALARS.items()}
 
 
@@ -92,3 +100,18 @@ def allowed(name: Any) -> bool:
         return False
     schema = getattr(packet, parts[3])._schema
     return not schema.is_mutable and not any(argument.is_out for argument in schema.arguments)
+
+
+def mistyped(target: Any, args: tuple, kwargs: dict[str, Any]) -> str | None:
+    """Return the name of an argument that must be a dtype, a memory format, a layout or a device, and is none of these.
+
+    None: there is none. Torch itself checks all other types.
+    """
+    if not isinstance(target, OpOverload):
+        return None
+    for place, argument in enumerate(target._schema.arguments):
+        kind = _OPTIONS.get(str(argument.real_type).removeprefix("Optional[").removesuffix("]"))
+        given = args[place] if place < len(args) and not argument.kwarg_only else kwargs.get(argument.name)
+        if kind is not None and given is not None and not isinstance(given, kind):
+            return argument.name
+    return None
