@@ -5,7 +5,8 @@
 Each seed is a network of sparse_fuzz_networks.py, with random zeros; from a million on a recurrent one. The execution
 of every layer is drawn at random. The network is compared for the example, for other batches (none, one, many) and for
 other sizes, in several memory formats, saved and loaded; results must not change with the next call, nor arguments with
-this one. What was run is added to benchmarks/results/NAME.json. Under AddressSanitizer and UBSan, for the part in C:
+this one. A recurrent network is compared once more with recurrent matrices in int8. What was run is added to
+benchmarks/results/NAME.json. Under AddressSanitizer and UBSan, for the part in C:
 
     CC="gcc -fsanitize=address,undefined -fno-sanitize-recover=undefined -g"
     ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1
@@ -21,19 +22,16 @@ import random
 import tempfile
 import time
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-import torch.utils._pytree as pytree
-from torch import Tensor
 
+from benchmarks.studies.sparse_fuzz_codes import compare_codes
+from benchmarks.studies.sparse_fuzz_compare import Tally, Wrong, compare
 from benchmarks.studies.sparse_fuzz_networks import Case, case, redraw
-from benchmarks.studies.sparse_fuzz_rounding import SAMPLES, Noise
 from benchmarks.timing import RESULTS, write
 from str_triton import deploy
 from str_triton.deploy.sparse import compile as compilation
@@ -43,36 +41,6 @@ from str_triton.deploy.sparse.graph.recurrent import Recurrent, exportable
 from str_triton.deploy.sparse.model import CompiledModel
 
 ROUNDS = 10  # weights and executions for each export
-TOLERANCE = 1e-4  # of the largest value, at least of 1
-
-
-@dataclass
-class Tally:
-    """Counts of what was run.
-
-    Attributes:
-        largest: the largest difference, of the largest value or of 1.
-        amplified: comparisons beyond the tolerance, where rounding in float32 explains the difference.
-        unsaved: networks that a file cannot hold, and said so.
-    """
-
-    networks: int = 0
-    comparisons: int = 0
-    empty_batches: int = 0
-    largest: float = 0.0
-    amplified: int = 0
-    unsaved: int = 0
-    layer_by_layer: int = 0
-    kinds: Counter[str] = field(default_factory=Counter)
-    executions: Counter[str] = field(default_factory=Counter)
-
-    def record(self) -> dict[str, Any]:
-        """Return it for a JSON file."""
-        return {**vars(self), "kinds": dict(sorted(self.kinds.items())), "executions": dict(self.executions)}
-
-
-class Wrong(Exception):
-    """A difference between a compiled network and its model."""
 
 
 def forced(compiled: deploy.SparseModel, draw: random.Random, tally: Tally | None = None) -> None:
@@ -122,7 +90,9 @@ def check(seed: int, tally: Tally | None = None, rounds: int = 1) -> str | None:
                 made |= _loaded(compiled, tally) if number == 0 else {}
             elif number:
                 break
-            _compare(network, made, draw, tally)
+            compare(network, made, draw, tally)
+            if isinstance(compiled, deploy.SparseModel) and number < 2:
+                compare_codes(network, compiled, lambda changed: forced(changed, draw, tally), tally)
     except Wrong as wrong:
         return str(wrong)
     return None
@@ -167,139 +137,6 @@ def _loaded(compiled: deploy.SparseModel, tally: Tally) -> dict[str, CompiledMod
             tally.unsaved += 1
             return {}
         return {"loaded": deploy.load_sparse(Path(folder) / "net")}
-
-
-def _sizes(network: Case) -> Iterator[tuple[int, int, int]]:
-    batch, height, width = network.sizes
-    yield network.sizes
-    yield batch + 2, height, width
-    yield 1, 31, 17
-    yield 0, height, width
-    yield 2, 40, 40
-    yield network.sizes
-
-
-def _compare(network: Case, made: dict[str, CompiledModel], draw: random.Random, tally: Tally) -> None:
-    exact = copy.deepcopy(network.model).double()
-    held: list[tuple[list[Any], list[Any]]] = []  # results of calls before, and copies of them
-    for sizes in _sizes(network):
-        args = network.model.example(*sizes)
-        before = copy.deepcopy(exact)
-        try:
-            with torch.no_grad():
-                wanted = exact(*pytree.tree_map(_double, args))
-        except (RuntimeError, ValueError, IndexError, ZeroDivisionError):  # Too small for the layers.
-            exact = before
-            continue
-        for name, compiled in made.items():
-            where = f"{name} for {[tuple(t.shape) for t in _tensors(args)]}"
-            given = pytree.tree_map(lambda leaf: _laid_out(leaf, draw), args)
-            try:
-                found = compiled(*given)
-            except ValueError as error:
-                if name == "loaded" and "compiled for" in str(error):  # It holds one branch alone.
-                    compiled.reset(made["compiled"].state())
-                    continue
-                raise
-            except RuntimeError:
-                if _takes(before, given):
-                    raise
-                return  # The model does not take this memory format either, and its state may be any.
-            if not _equal(given, args):
-                raise Wrong(f"{where}: it changes its argument")
-            if not all(_equal(*pair) for pair in held):
-                raise Wrong(f"{where}: it changes the results of an earlier call")
-            leaves = _tensors(found)
-            held = [*held[-2:], (leaves, [leaf.clone() for leaf in leaves])]
-            _compare_results(where, found, wanted, before, (args, given), tally)
-            tally.comparisons += 1
-            tally.empty_batches += sizes[0] == 0
-
-
-def _takes(exact: torch.nn.Module, args: tuple) -> bool:
-    try:
-        with torch.no_grad():
-            copy.deepcopy(exact).float()(*args)
-    except RuntimeError:
-        return False
-    return True
-
-
-def _compare_results(
-    where: str, found: Any, wanted: Any, before: Any, calls: tuple[tuple, tuple], tally: Tally
-) -> None:
-    structures = [pytree.tree_structure(result) for result in (found, wanted)]
-    if structures[0] != structures[1]:
-        raise Wrong(f"{where}: {structures[0]}, not {structures[1]}")
-    ours, theirs = _tensors(found), _tensors(wanted)
-    for a, b in zip(ours, theirs, strict=True):
-        if a.shape != b.shape or a.is_floating_point() != b.is_floating_point():
-            raise Wrong(f"{where}: {a.dtype} {tuple(a.shape)}, not {b.dtype} {tuple(b.shape)}")
-    error = max(map(_difference, ours, theirs), default=0.0)
-    if not error <= TOLERANCE:
-        if not _is_rounding(ours, before, calls):
-            raise Wrong(f"{where}: off by {error:.2g} of the largest value")
-        tally.amplified += 1
-        return
-    tally.largest = max(tally.largest, error)
-
-
-def _is_rounding(found: list[Tensor], before: torch.nn.Module, calls: tuple[tuple, tuple]) -> bool:
-    """Check whether rounding in float32 explains a difference from the model in float64, for one of some equal calls.
-
-    It does where the model itself is as far from it in float32. Memory formats may matter: torch's norms round
-    differently in channels_last, and a change of what `flatten` or `reshape` gives is lost where these have to copy.
-    """
-    with torch.no_grad():
-        for args in calls:
-            exact = _tensors(copy.deepcopy(before)(*pytree.tree_map(_double, args)))
-            noise = max(map(_difference, _tensors(copy.deepcopy(before).float()(*args)), exact))
-            for seed in range(SAMPLES):
-                with Noise(seed):
-                    changed = _tensors(copy.deepcopy(before)(*pytree.tree_map(_double, args)))
-                noise = max(noise, *map(_difference, changed, exact))
-            if max(map(_difference, found, exact)) <= max(noise, TOLERANCE):
-                return True
-    return False
-
-
-def _difference(a: Tensor, b: Tensor) -> float:
-    """Return the largest difference, as a part of the largest value or of 1; infinity where only one is finite."""
-    if not b.numel():
-        return 0.0
-    a, b = a.double(), b.double()
-    finite = b.isfinite()
-    if not torch.equal(finite, a.isfinite()):
-        return float("inf")
-    scale = max(1.0, float(b[finite].abs().max())) if finite.any() else 1.0
-    return float((a - b)[finite].abs().max()) / scale if finite.any() else 0.0
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def _equal(a: Any, b: Any) -> bool:
-    pairs = zip(_tensors(a), _tensors(b), strict=True)
-    return all(x.shape == y.shape and torch.allclose(x, y, rtol=0, atol=0, equal_nan=True) for x, y in pairs)
-
-
-def _double(leaf: Any) -> Any:
-    return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
-
-
-def _laid_out(leaf: Any, draw: random.Random) -> Any:
-    """Return a tensor of the same values that lies in memory in another way, or wants a gradient."""
-    match draw.choice(("plain", "plain", "transposed", "channels_last", "sliced", "gradient")):
-        case "transposed" if leaf.dim() > 1:
-            return leaf.transpose(0, -1).contiguous().transpose(0, -1)
-        case "channels_last" if leaf.dim() == 4:
-            return leaf.contiguous(memory_format=torch.channels_last)
-        case "sliced" if leaf.dim():
-            return torch.cat([leaf, leaf], -1)[..., : leaf.shape[-1]]
-        case "gradient" if leaf.is_floating_point():
-            return leaf.clone().requires_grad_()
-    return leaf.clone()
 
 
 def sanitizers() -> str:

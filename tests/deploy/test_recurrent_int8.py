@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from benchmarks.studies.sparse_fuzz_codes import sequence
 from str_triton import LowRankGRU, deploy
 from str_triton.deploy.sparse.executions import EXECUTIONS
 from str_triton.deploy.sparse.graph.quantized_recurrent import QuantizedRecurrent, quantized_recurrent
-from str_triton.deploy.sparse.graph.recurrent import SIZES, Recurrent
+from str_triton.deploy.sparse.graph.recurrent import SIZES
 from tests.deploy.recurrent_networks import HIDDEN, INPUTS, Classifier
 from tests.deploy.test_sparse_recurrent import exact, inputs, layer
 
@@ -17,45 +18,6 @@ pytestmark = [pytest.mark.usefixtures("kernels"), pytest.mark.filterwarnings("ig
 
 # hidden, rank (None: a dense matrix), batch: odd numbers of pairs, every number of sequences that share a load
 SHAPES = [(1, 1, 1), (5, 3, 5), (16, None, 3), (33, 9, 6), (70, 40, 2), (129, None, 1)]
-
-
-def codes(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the 16-bit codes of the rows of x, and their scales."""
-    top = x.abs().amax(1, keepdim=True)
-    # A tensor: torch computes number / tensor as a product with the reciprocal, which is rounded twice.
-    reach = torch.full_like(top, min((2**31 - 1) // (127 * x.shape[1]), 2**15 - 1))
-    return torch.round(x * (reach / top)).long(), top / reach
-
-
-def product(node: QuantizedRecurrent, h: Tensor) -> Tensor:
-    """Return R h by sums of integers, with one rounding for each operation that follows."""
-    x, scale = codes(h)
-    if node.v is not None:
-        x, scale = codes((x @ node.v.long()).float() * scale)
-    return (x @ node.weight.long().t()).float() * scale * node.steps
-
-
-def one_step(node: QuantizedRecurrent, x: Tensor, states: list[Tensor]) -> Tensor:
-    """Return the value of a node for one step of one sequence: the loop in float32 gets R h with the bias or with x."""
-    gates, _, _, scalars = SIZES[node.cell]
-    q = product(node, states[0])
-    plain = Recurrent("y", node.inputs, torch.zeros(gates * node.hidden, 1), node.bias, cell=node.cell)
-    plain.v, plain.scale = torch.zeros(node.hidden, 1), node.scale
-    if scalars:
-        x = x + q
-    else:
-        plain.bias = q[0] + node.bias
-    values = dict(zip(node.inputs, [x.view(1, 1, -1), *states], strict=True))
-    return EXECUTIONS["loop"].run(plain, values)
-
-
-def sequence(node: QuantizedRecurrent, values: dict[str, Tensor]) -> Tensor:
-    """Return the value of a node for the only sequence of a batch, step by step."""
-    x, *states = (values[name] for name in node.inputs)
-    outputs = torch.empty(len(x), 1, node.hidden)
-    for time in reversed(range(len(x))) if node.reverse else range(len(x)):
-        outputs[time], *states = one_step(node, x[time], states)
-    return torch.stack([*outputs, *states])
 
 
 @pytest.mark.parametrize("reverse", [False, True])
