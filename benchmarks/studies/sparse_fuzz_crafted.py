@@ -1,6 +1,7 @@
 """Files that somebody writes who knows the format, for benchmarks/studies/sparse_fuzz_files.py."""
 
 import copy
+import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,7 +18,7 @@ def _call(target: str, *args: Any, **kwargs: Any) -> Callable[[Record], None]:
     def change(record: Record) -> None:
         at = next(i for i, node in enumerate(record["nodes"]) if node["kind"] == "MaxPool")
         (old,) = record["nodes"][at]["inputs"]
-        given = [{"ref": old} if arg is X else arg for arg in args]
+        given = json.loads(json.dumps(args, default=lambda _: {"ref": old}))  # X is what JSON has no form for
         record["nodes"].insert(
             at,
             {
@@ -138,6 +139,9 @@ RECORDS: dict[str, Callable[[Record], None]] = {
     "a dtype beyond the last": _call("ops.aten._to_copy.default", X, dtype=-1),
     "a format beyond the last": _call("ops.aten.clone.default", X, memory_format=HUGE),
     "a norm of unlike shapes": _call("ops.aten._weight_norm.default", X, {"tensor": "conv2d|bias"}, 0),
+    "a remainder of nothing": _call("ops.aten.remainder.int", 1, 0),
+    "a list in a list": _call("ops.aten.mul.left_t", [0], 2**40),
+    "an LSTM with one state": _call("ops.aten.lstm.input", X, [X], [], False, 1, 0.0, False, False, False),
     "no overload": _call("ops.aten.relu", X),
     "a private overload": _call("ops.aten.relu._schema", X),
     # the rest of the record

@@ -11,7 +11,7 @@ from torch import Tensor
 from str_triton.deploy.sparse.executions import EXECUTIONS
 from str_triton.deploy.sparse.executions.choice import Choice
 from str_triton.deploy.sparse.graph import nodes, pools, quantized
-from str_triton.deploy.sparse.graph.operators import allowed, mistyped, operator_name, resolve
+from str_triton.deploy.sparse.graph.operators import allowed, operator_name, resolve, wrong_argument
 from str_triton.deploy.sparse.graph.pointwise import Pointwise
 from str_triton.deploy.sparse.graph.quantized_recurrent import QuantizedRecurrent
 from str_triton.deploy.sparse.graph.recurrent import Recurrent
@@ -129,8 +129,8 @@ def node_of(record: dict[str, Any], tensors: dict[str, Tensor], known: set[str])
         _require(allowed(node.target), f"{node.name} calls {node.target!r}")
         node.target = resolve(node.target)
         _require(isinstance(node.args, tuple) and isinstance(node.kwargs, dict), f"{node.name} has no arguments")
-        wrong = mistyped(node.target, node.args, node.kwargs)
-        _require(wrong is None, f"{node.name} calls {record['target']} with a {wrong} that is none")
+        wrong = wrong_argument(node.target, node.args, node.kwargs)
+        _require(wrong is None, f"{node.name} calls {record['target']} with a wrong {wrong}")
         node.inputs = references((node.args, node.kwargs))
     _require(
         isinstance(node.inputs, list) and all(isinstance(name, str) for name in node.inputs),

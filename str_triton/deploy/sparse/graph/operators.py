@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch._ops import HigherOrderOperator, OpOverload
 
-# All functional overloads of these are allowed. Left out on purpose: operations that make uninitialized or random
+# All functional overloads of these are allowed, but for those of TorchScript, which compute with numbers, lists and
+# strings: torch.export does not write them, and some of them end the process (the remainder of a division by zero) or
+# fill the memory (a list, repeated). Left out on purpose: operations that make uninitialized or random
 # tensors, that read memory by strides of the caller's choice, or that use files, backward passes, and _weight_norm,
 # whose kernel reads past the end of arguments of unlike shapes.
 _ATEN = """
@@ -98,14 +100,18 @@ def allowed(name: Any) -> bool:
     packet = getattr(torch.ops.aten, parts[2], None)
     if packet is None or parts[3] not in packet.overloads():
         return False
-    schema = getattr(packet, parts[3])._schema
+    found = getattr(packet, parts[3])
+    if not torch._C._dispatch_has_kernel(found.name()):
+        return False
+    schema = found._schema
     return not schema.is_mutable and not any(argument.is_out for argument in schema.arguments)
 
 
-def mistyped(target: Any, args: tuple, kwargs: dict[str, Any]) -> str | None:
-    """Return the name of an argument that must be a dtype, a memory format, a layout or a device, and is none of these.
+def wrong_argument(target: Any, args: tuple, kwargs: dict[str, Any]) -> str | None:
+    """Return the name of an argument that torch would take without a check, and that ends the process.
 
-    None: there is none. Torch itself checks all other types.
+    That is what must be a dtype, a memory format, a layout or a device, and is none of these; and the states of an LSTM
+    that are no pair. None: there is none. Torch itself checks all other types.
     """
     if not isinstance(target, OpOverload):
         return None
@@ -113,5 +119,8 @@ def mistyped(target: Any, args: tuple, kwargs: dict[str, Any]) -> str | None:
         kind = _OPTIONS.get(str(argument.real_type).removeprefix("Optional[").removesuffix("]"))
         given = args[place] if place < len(args) and not argument.kwarg_only else kwargs.get(argument.name)
         if kind is not None and given is not None and not isinstance(given, kind):
+            return argument.name
+        is_pair = isinstance(given, list | tuple) and len(given) == 2
+        if argument.name == "hx" and target._schema.name == "aten::lstm" and not is_pair:
             return argument.name
     return None
