@@ -152,4 +152,9 @@ def row(name: str, methods: Runs, gain: str) -> list[str]:
     shown = [methods["dense"], methods[OURS], others.get(best, [])]
     cells = [spread((run["accuracy"] for run in runs), 100) if runs else NONE for runs in shown]
     cells[2] += f" ({best})" if best else ""
-    return [name, *cells, seeds(min(len(runs) for runs in shown if runs)), gain]
+    return [name, *cells, seeds_of([len(runs) for runs in shown if runs]), gain]
+
+
+def seeds_of(numbers: list[int]) -> str:
+    """Return the number of seeds of the networks in a row, or a number for each if they differ."""
+    return seeds(numbers[0]) if len(set(numbers)) == 1 else ", ".join(map(str, numbers))

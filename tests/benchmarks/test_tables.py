@@ -123,7 +123,7 @@ def test_caltech_shows_accuracy_megabytes_and_milliseconds(tmp_path: Path) -> No
     assert cells(text, "str-exact, FLOP-aware, target in FLOPs")[-1] == "one seed"
     assert "2 threads of P" in " ".join(text.split())
     assert cells(real_data.real_data(), "Caltech-101 (a part), MobileNetV1 fine-tuned, 90 % zeros")[1:] == [
-        *("90.00", "86.00 ± 1.41", "84.00 (gmp, global)", "one seed", "1.9 of 13.0 MB, 4.5 of 9.0 ms"),
+        *("90.00", "86.00 ± 1.41", "84.00 (gmp, global)", "1, 2, 1", "1.9 of 13.0 MB, 4.5 of 9.0 ms"),
     ]  # fmt: skip
     taught = cells(real_data.real_data(), "the same, both sparse networks with the dense one as teacher")[1:]
     assert taught == ["90.00", "89.00", "not measured", "one seed", "not measured"]
@@ -158,6 +158,9 @@ def test_readme_has_a_row_for_each_study_with_runs_of_the_default_method_and_of_
     write(tmp_path, "cifar", CIFAR)
     row = cells(real_data.real_data(), "CIFAR-10 as JPEG, ResNet20, 5 epochs, 90 % zeros")
     assert row[1:] == ["90.00", "80.00", "not measured", "one seed", "10 % of the FLOPs"]
+    write(tmp_path, "cifar", [*CIFAR, photograph("dense", 0.0, 1, 0.92, model="resnet20")])
+    row = cells(real_data.real_data(), "CIFAR-10 as JPEG, ResNet20, 5 epochs, 90 % zeros")
+    assert row[4] == "2, 1"  # the dense network has two seeds, str-exact one
     started = [("dense, from dense", 0.0, 0, 0.92), ("str-exact, from dense", 0.9, 0, 0.7)]
     started += [("str-exact, from dense, teacher", 0.9, 0, 0.88), ("gmp, global, from dense, teacher", 0.9, 0, 0.87)]
     write(tmp_path, "cifar", CIFAR + [photograph(*run, model="resnet20") for run in started])
