@@ -158,11 +158,35 @@ def test_a_network_with_a_branch_can_be_stored(by_kernels, tmp_path: Path) -> No
         torch.testing.assert_close(loaded(given), model(given).detach())
 
 
+@pytest.mark.parametrize(
+    "reads",
+    [
+        lambda x: not x.is_inference() and x._version,
+        lambda x: x.storage_offset(),
+        lambda x: x._is_view(),
+        lambda x: x.is_inference(),
+        lambda x: x.untyped_storage().nbytes() > 4 * x.numel(),
+    ],
+    ids=["_version", "storage_offset", "_is_view", "is_inference", "untyped_storage"],
+)
+def test_a_forward_may_read_how_a_tensor_was_made(by_kernels, reads: Callable[[Tensor], object]):
+    model = prune(Forward(lambda self, x: self.layer(x) * (2.0 if reads(x) else 1.0), nn.Linear(6, 4)), 0.5)
+    compiled = deploy.compile_sparse(model, torch.randn(3, 6))
+    view = torch.empty(2, 3, 6)[1].copy_(torch.randn(3, 6))
+    with torch.inference_mode():
+        inference = torch.randn(3, 6)
+    for x in (torch.randn(3, 6), view, inference):
+        with torch.no_grad():
+            wanted = model(x)
+        torch.testing.assert_close(compiled(x).detach(), wanted, rtol=1e-4, atol=1e-4)
+
+
 READS = {
     "requires_grad": lambda x: x.requires_grad,
     "is_leaf": lambda x: not x.is_leaf,
     "grad_fn": lambda x: x.grad_fn is not None,
     "grad": lambda x: x.is_leaf and x.grad is not None,
+    "class": lambda x: isinstance(x, nn.Parameter),
 }
 
 
@@ -170,7 +194,7 @@ READS = {
 def test_a_forward_may_read_what_gradients_need(by_kernels, tmp_path: Path, read: str):
     reads = READS[read]
     model = prune(Forward(lambda self, x: self.layer(x) * (2.0 if reads(x) else 1.0), nn.Linear(6, 4)), 0.5)
-    plain, leaf = torch.randn(3, 6), torch.randn(3, 6, requires_grad=True)
+    plain, leaf = torch.randn(3, 6), nn.Parameter(torch.randn(3, 6))
     leaf.grad = torch.zeros_like(leaf)
     compiled = deploy.compile_sparse(model, plain)
     assert isinstance(compiled, deploy.SparseModel)

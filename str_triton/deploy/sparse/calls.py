@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor
+from torch import Tensor, nn
 
 from str_triton.deploy.sparse.graph.signature import Signature
 
@@ -19,12 +19,12 @@ def clone(tree: Any) -> Any:
 
 
 def as_parameters(tree: Any) -> Any:
-    """Return arguments with tensors of their own that require gradients and have them."""
+    """Return arguments with parameters of their own, which require gradients and have them."""
 
     def parameter(leaf: Any) -> Any:
         if not (isinstance(leaf, Tensor) and leaf.is_floating_point()):
             return leaf
-        made = leaf.detach().clone().requires_grad_()
+        made = nn.Parameter(leaf.detach().clone())
         made.grad = torch.zeros_like(leaf)
         return made
 
@@ -37,6 +37,15 @@ def as_results(tree: Any) -> Any:
         return pytree.tree_map(
             lambda leaf: leaf.clone() if isinstance(leaf, Tensor) and leaf.requires_grad else leaf, as_parameters(tree)
         )
+
+
+def as_views(tree: Any) -> Any:
+    """Return arguments whose tensors are parts of larger ones, and have been written to."""
+
+    def view(leaf: Any) -> Any:
+        return leaf.new_empty((2, *leaf.shape))[1].copy_(leaf) if isinstance(leaf, Tensor) else leaf
+
+    return pytree.tree_map(view, tree)
 
 
 def calls(signature: Signature, args: tuple, kwargs: dict[str, Any]) -> list[Call]:

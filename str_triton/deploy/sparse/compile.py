@@ -16,7 +16,7 @@ from str_triton.budget.count import warn_if_thresholds_are_bypassed
 from str_triton.deploy.plain_state import unwrapped
 from str_triton.deploy.sparse import file
 from str_triton.deploy.sparse.agree import difference, integer_difference, same_values, takes_more, with_sizes_of_zero
-from str_triton.deploy.sparse.calls import as_parameters, as_results, calls, calls_with_ones, clone, restrided
+from str_triton.deploy.sparse.calls import as_parameters, as_results, as_views, calls, calls_with_ones, clone, restrided
 from str_triton.deploy.sparse.choose import choose
 from str_triton.deploy.sparse.fallback import ModulewiseModel, layer_graph, layer_inputs, left_to_torch
 from str_triton.deploy.sparse.graph.export import NotExported, exports
@@ -212,6 +212,11 @@ def _problem(
             network.take_only("contiguous", model)
         elif problem is not None:
             return problem
+    for prepared, is_inference in ((as_views, False), (clone, True)):
+        network.reset(dict(model.named_buffers()))
+        with torch.inference_mode(is_inference):
+            if problem := difference(model, network, [(args, kwargs)], prepared):
+                return problem
     for prepared in (as_parameters, as_results):
         network.reset(dict(model.named_buffers()))
         if difference(model, network, [(args, kwargs)], prepared) is not None:
