@@ -67,6 +67,8 @@ def projected(pooling: str = "last", **options: Any) -> Case:
     return Case(Classifier(nn.LSTM(INPUTS, 2 * HIDDEN, proj_size=HIDDEN, **options), pooling).eval(), None, None)
 
 
+# The gates of each cell whose two biases the C program stores as their sum.
+SUMMED = {"gru": 2, "lstm": 4, "fastgrnn": 0}
 CASES = {
     "gru low-rank": made(LowRankGRU, num_layers=2),
     "lstm low-rank, mean": made(LowRankLSTM, num_layers=2, pooling="mean", batch_first=True),

@@ -15,7 +15,7 @@ from str_triton.deploy.c_export import Sizes
 from str_triton.deploy.c_export.stored import StoredMatrix, StoredVector, quantize
 from str_triton.deploy.recurrent_classifier import RecurrentClassifier
 from tests.deploy.c_program import COMPILER, SANITIZE, compiled, scores
-from tests.deploy.recurrent_networks import CASES, HIDDEN, INPUTS, OUTPUTS, Case, Classifier, projected
+from tests.deploy.recurrent_networks import CASES, HIDDEN, INPUTS, OUTPUTS, SUMMED, Case, Classifier, projected
 from tests.nn.recurrent.test_streaming import cut
 
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C compiler")
@@ -62,7 +62,7 @@ def with_stored_weights(model: Classifier) -> Classifier:
             continue
         first, second = (getattr(rnn, f"{name}_{suffix}").data for name in rnn.biases)
         # The C program stores sums of biases: put them into the first bias, and zeros into the second.
-        shared = {"gru": 2 * HIDDEN, "lstm": 4 * HIDDEN, "fastgrnn": 0}[rnn.cell]
+        shared = SUMMED[rnn.cell] * HIDDEN
         first[:shared] += second[:shared]
         second[:shared] = 0
         both = rounded(torch.cat([first, second[shared:]]))
@@ -130,9 +130,9 @@ def test_the_sizes_are_those_of_the_arrays(case: str, weights: str, tmp_path: Pa
     source = (tmp_path / "My Model-1" / "my_model_1.c").read_text()
     arrays = re.findall(r"static const (weight|float) \w+\[(\d+)\]", source)
     matrices = sum(int(count) for kind, count in arrays if kind == "weight")
-    cell = type(run.model.rnn).__name__.removeprefix("LowRank")
-    biases = {"GRU": 4, "LSTM": 4, "FastGRNN": 2}[cell] * HIDDEN * (1 + run.model.rnn.bidirectional)
-    biases = biases * run.model.rnn.num_layers + OUTPUTS
+    rnn = RecurrentClassifier.of(run.model).rnn
+    blocks = len(rnn.biases) * rnn.gates - SUMMED[rnn.cell]
+    biases = blocks * HIDDEN * rnn.num_layers * (1 + rnn.bidirectional) + OUTPUTS
     assert matrices == sum(own.numel() for own in run.model.parameters() if own.dim() == 2) + biases
     assert sizes.weights == matrices * (1 if weights == "int8" else 4)
     assert 4 * sum(int(count) for kind, count in arrays if kind == "float") < sizes.tables < sizes.flash

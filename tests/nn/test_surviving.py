@@ -10,8 +10,7 @@ from torch.func import functional_call
 from str_triton import LowRankFastGRNN, LowRankGRU, LowRankLSTM, LowRankWeight, RankController, RankTarget
 from str_triton.nn import low_rank
 from str_triton.nn.recurrent import low_rank_rnn
-
-CELLS = [LowRankFastGRNN, LowRankGRU, LowRankLSTM]
+from str_triton.rnn.models import CELLS
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +99,7 @@ def test_graphs_hold_for_every_rank(graph: str) -> None:
         torch.testing.assert_close(call(x), x @ matrix.weight().mT)
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", CELLS.values())
 def test_gradients_of_a_layer_are_those_with_all_columns(cell: type, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(1)
     layer = cell(5, 8, 2, bidirectional=True, dtype=torch.float64)

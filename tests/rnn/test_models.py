@@ -1,14 +1,19 @@
+from typing import get_args, get_type_hints
+
 import pytest
 import torch
 from torch import nn
 
-from str_triton.rnn.models import Architecture, LanguageModel, SequenceClassifier, compact, copy_weights
-
-CELLS = ["gru", "lstm", "fastgrnn"]
+from str_triton.rnn.models import CELLS, Architecture, LanguageModel, SequenceClassifier, compact, copy_weights
+from str_triton.rnn.recipes import Config
 
 
 def architecture(task: str = "classify", cell: str = "gru", **options: object) -> Architecture:
     return Architecture(task=task, cell=cell, inputs=5, outputs=7, hidden_size=6, **options)
+
+
+def test_the_programs_offer_every_cell():
+    assert get_args(get_type_hints(Config)["cell"]) == tuple(CELLS)
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -124,7 +124,7 @@ class Program:
             data=self._data(),
             component=f"m->scale[k] * {component}" if self.int8 else component,
             row="m->inner == NULL ? m->scale[0] * sum : sum" if self.int8 else "sum",
-            sigmoid=template.SIGMOID,
+            sigmoid=template.SIGMOID if "sigmoid(" in cell.code else "",
             cell=cell.code,
             standardise="    const float *input = frame;\n" if self.standardisation is None else template.STANDARDISE,
             cell_state=", ".join(f"state->{name} + first" for name in cell.states),

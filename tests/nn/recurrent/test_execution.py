@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from str_triton import LowRankFastGRNN, LowRankGRU, LowRankLSTM
 from str_triton.native.build import library
 from str_triton.nn.recurrent import execution
 from str_triton.nn.recurrent.execution import KINDS, NEVER, Sizes, Times, fastest
+from str_triton.rnn.models import CELLS
 
 LOOP, NATIVE, DENSE = (Times(*[1.0 if kind == best else 2.0 for kind in KINDS] * 2) for best in KINDS)
 
@@ -130,12 +130,12 @@ def test_a_measurement_that_fails_leaves_the_rules(cache: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("cell", ["gru", "lstm", "fastgrnn"])
+@pytest.mark.parametrize("cell", CELLS)
 def test_a_measurement_leaves_the_callers_state_alone(cell: str, training: bool) -> None:
     before = torch.get_rng_state()
     with torch.device("meta"), torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode():
         times = execution.measured(Sizes(cell, 8, 2, 3, training, 1))
-    can_run = [True, library() is not None, cell != "fastgrnn"] * 2
+    can_run = [True, library() is not None, CELLS[cell].has_dense] * 2
     assert [0 < value < 1 if can else value == NEVER for value, can in zip(times, can_run, strict=True)] == [True] * 6
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -149,7 +149,7 @@ def test_a_measurement_uses_the_callers_number_of_threads(monkeypatch: pytest.Mo
     assert found[0] == found[1] != (threading.current_thread().name, 3)
 
 
-@pytest.mark.parametrize("cell", [LowRankGRU, LowRankLSTM, LowRankFastGRNN])
+@pytest.mark.parametrize("cell", CELLS.values())
 def test_a_layer_follows_the_times(cell: type, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x, outputs = cell(5, 8, max_rank=4), torch.randn(6, 3, 5), []
     ran: list[tuple[str, bool]] = []

@@ -12,12 +12,12 @@ from torch.func import functional_call
 from torch.nn.utils.rnn import pack_sequence
 
 from str_triton import LowRankFastGRNN, LowRankGRU, LowRankLSTM, LowRankWeight
+from str_triton.rnn.models import CELLS
 
 LOW_RANK = {nn.GRU: LowRankGRU, nn.LSTM: LowRankLSTM}
-LAYERS = [LowRankGRU, LowRankLSTM, LowRankFastGRNN]
 INPUT, HIDDEN = 6, 8
 each_torch_class = pytest.mark.parametrize("torch_class", LOW_RANK, ids=lambda cls: cls.__name__)
-each_layer = pytest.mark.parametrize("layer_class", LAYERS, ids=lambda cls: cls.__name__)
+each_layer = pytest.mark.parametrize("layer_class", CELLS.values(), ids=lambda cls: cls.__name__)
 
 
 def flat(results: tuple) -> list[Tensor]:

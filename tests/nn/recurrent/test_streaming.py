@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from str_triton import LowRankFastGRNN, LowRankGRU, LowRankLSTM, LowRankRNN
-from str_triton.rnn.models import Architecture, compact
+from str_triton.rnn.models import CELLS, Architecture, compact
 
-LAYERS = {"gru": LowRankGRU, "lstm": LowRankLSTM, "fastgrnn": LowRankFastGRNN}
 INPUT, HIDDEN = 5, 16
-each_cell = pytest.mark.parametrize("cell", LAYERS)
+each_cell = pytest.mark.parametrize("cell", CELLS)
 
 
 def cut(layer: LowRankRNN, rank: int) -> None:
@@ -36,7 +35,7 @@ def live_tensors() -> int:
 @each_cell
 def test_ten_thousand_steps_are_the_sequence_in_constant_memory(cell: str) -> None:
     torch.manual_seed(0)
-    layer = LAYERS[cell](INPUT, HIDDEN)
+    layer = CELLS[cell](INPUT, HIDDEN)
     cut(layer, 3)
     layer = layer.compact()
     assert set(layer.ranks().values()) == {3}
@@ -63,7 +62,7 @@ def test_ten_thousand_steps_are_the_sequence_in_constant_memory(cell: str) -> No
 @each_cell
 @pytest.mark.parametrize("factorize", ["both", "recurrent", "none"])
 def test_steps_are_the_sequence_whatever_holds_the_matrices(cell: str, factorize: str) -> None:
-    layer = LAYERS[cell](INPUT, HIDDEN, 2, factorize=factorize, dropout=0.5)
+    layer = CELLS[cell](INPUT, HIDDEN, 2, factorize=factorize, dropout=0.5)
     cut(layer, 3)
     x, state = torch.randn(20, 2, INPUT), None
     outputs, final = layer.eval()(x)
@@ -77,7 +76,7 @@ def test_steps_are_the_sequence_whatever_holds_the_matrices(cell: str, factorize
 @each_cell
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_step_goes_on_from_the_state_of_a_sequence(cell: str, bias: bool) -> None:
-    layer = LAYERS[cell](INPUT, HIDDEN, bias=bias, batch_first=True).double()
+    layer = CELLS[cell](INPUT, HIDDEN, bias=bias, batch_first=True).double()
     x = torch.randn(3, 7, INPUT, dtype=torch.float64)
     outputs, final = layer(x)
     _, state = layer(x[:, :6])
@@ -88,7 +87,7 @@ def test_a_step_goes_on_from_the_state_of_a_sequence(cell: str, bias: bool) -> N
 
 @each_cell
 def test_a_step_takes_autocast_as_the_sequence_does(cell: str) -> None:
-    layer, x = LAYERS[cell](INPUT, HIDDEN), torch.randn(2, 3, INPUT)
+    layer, x = CELLS[cell](INPUT, HIDDEN), torch.randn(2, 3, INPUT)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         outputs, _ = layer(x)
         first, state = layer.step(x[0])
