@@ -21,7 +21,10 @@ from str_triton.training.errors import UserError, as_user_error, one_line, run_p
 from str_triton.training.options import positional, read_command
 
 NAMES_SHOWN = 20  # class names in the model card
-PURPOSE = "Export a trained network: as a packed file, as ONNX, or compiled for sparse execution on this machine's CPU."
+PURPOSE = (
+    "Export a trained convolutional network: as a packed file, as ONNX, or compiled for sparse execution on this "
+    "machine's CPU."
+)
 LOAD = """from str_triton.cnn.models import build
 from str_triton import deploy
 

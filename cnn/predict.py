@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from str_triton.cnn.data.folder import images_below
 from str_triton.cnn.predictor import Predictor, open_predictor
-from str_triton.files import percent, printable
+from str_triton.files import printable
 from str_triton.programs import command
 from str_triton.training.errors import UserError, as_user_error, one_line, run_program, warn
 from str_triton.training.options import positional, read_options
@@ -123,7 +123,7 @@ def with_progress(items: Iterator[Prediction], total: int) -> Iterator[Predictio
 
 def as_text(prediction: Prediction) -> str:
     """Return the lines for an image: its name, and a line for each class."""
-    lines = [f"{percent(probability):>9}  {printable(name)}" for name, probability in prediction.classes]
+    lines = [f"{100 * probability:7.2f} %  {printable(name)}" for name, probability in prediction.classes]
     return "\n".join([printable(prediction.image), *lines])
 
 

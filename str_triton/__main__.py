@@ -80,11 +80,10 @@ def _main(args: list[str]) -> int:
     if name in ("-h", "--help", "--version"):
         print(__version__ if name == "--version" else help_text())
         return 0
-    if name == "export":
-        name = export_program(rest)
-    if name in PROGRAMS:
-        require_extra("train", command(name))
-        return import_module(PROGRAMS[name].module).main(rest)
+    names = [name] if name != "export" else programs_to_explain(rest) or [export_program(rest)]
+    if names[0] in PROGRAMS:
+        require_extra("train", command(names[0]))
+        return max(import_module(PROGRAMS[name].module).main(rest) for name in names)
     try:
         text = handle_file(args)
     except OSError as error:
@@ -120,6 +119,13 @@ def export_program(args: Sequence[str]) -> str:
     if trained is None and args[:1] == ["c"]:
         trained = "train-rnn"
     return "export-rnn" if trained == "train-rnn" else "export-cnn"
+
+
+def programs_to_explain(args: Sequence[str]) -> list[str]:
+    """Return both exports if ``args`` ask for help without a run, which would tell whose, and both have the target."""
+    if not {"-h", "--help"} & set(args) or any(map(trained_by, args)):
+        return []
+    return ["export-cnn", "export-rnn"] if set(args) <= {"-h", "--help", "pack", "onnx"} else []
 
 
 def handle_file(args: Sequence[str]) -> str:
@@ -174,12 +180,14 @@ def _short(value: Any) -> Any:
 
 
 def _out(options: argparse.Namespace, ending: str) -> Path:
-    """Return the path to write: --to, or the input's name with another ending."""
+    """Return the path to write: --to, or the input's name with another ending, which must be new."""
     file = options.file
     name = file.name.removesuffix(PACKED) if file.name.endswith(PACKED) else file.stem
     out = options.to or file.parent / f"{name}{ending}"
     if out.exists() and file.exists() and out.samefile(file):
         raise ValueError(f"{out} is the input: name another file with --to")
+    if out.exists() and options.to is None:
+        raise ValueError(f"{out} exists: name the file to write with --to")
     return out
 
 

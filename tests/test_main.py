@@ -45,6 +45,19 @@ def test_there_and_back(tmp_path: Path, state: dict[str, Tensor], wrap, capsys: 
     assert sorted(os.listdir(tmp_path)) == ["net.packed.safetensors", "net.pt", "net.unpacked.safetensors"]
 
 
+def test_a_file_that_exists_is_overwritten_only_by_name(
+    tmp_path: Path, state: dict[str, Tensor], capsys: pytest.CaptureFixture
+):
+    torch.save(state, tmp_path / "net.pt")
+    exported = tmp_path / "net.packed.safetensors"
+    exported.write_bytes(b"such as an exported network")
+    assert run("pack", tmp_path / "net.pt") == 2
+    assert capsys.readouterr().err == f"error: {exported} exists: name the file to write with --to\n"
+    assert exported.read_bytes() == b"such as an exported network"
+    assert run("pack", tmp_path / "net.pt", "--to", exported) == 0
+    assert same_bits(deploy.unpack(exported), state)
+
+
 def test_options(tmp_path: Path, state: dict[str, Tensor], capsys: pytest.CaptureFixture):
     state["weight"][state["weight"] == 0] *= -1
     state["same"] = state["weight"]
@@ -71,7 +84,7 @@ def test_factors_and_budget(tmp_path: Path, capsys: pytest.CaptureFixture):
     assert f"\n\nbudget:\n{count_ranks(model)}\n" in out
     assert '"run": "r1"' in out
     for options, names in ([], {"bias", "weight"}), (["--factors"], {"bias", "weight.u", "weight.v"}):
-        assert run("unpack", tmp_path / "x", *options) == 0
+        assert run("unpack", tmp_path / "x", "--to", tmp_path / "x.unpacked.safetensors", *options) == 0
         assert set(safetensors.torch.load_file(tmp_path / "x.unpacked.safetensors")) == names
 
 
@@ -153,6 +166,18 @@ def test_help_names_every_command_and_option(capsys: pytest.CaptureFixture):
     for word in (*options, "pack FILE", "unpack FILE", "inspect FILE", "train-cnn", "export TARGET", *__main__.VALUES):
         assert word in text
     assert max(map(len, text.splitlines())) <= 120
+
+
+def test_the_help_of_export_names_the_targets_of_both_kinds_of_networks(capsys: pytest.CaptureFixture):
+    assert run("export", "--help") == 0
+    text = capsys.readouterr().out
+    assert {"pack", "onnx", "sparse", "c"} <= set(text.split())
+    assert run("export", "onnx", "--help") == 0
+    text = capsys.readouterr().out
+    assert "--image-size" in text  # of convolutional networks
+    assert "--streaming" in text  # of recurrent ones
+    assert run("export", "c", "--help") == 0
+    assert "--weights" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("columns", [60, 100])

@@ -46,7 +46,7 @@ def read_command(
 ) -> OptionsT:
     """Return the options of the command that ``args`` begin with. ``kinds`` maps commands to their dataclasses."""
     parser = OptionParser(prog=prog, description=description)
-    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(title="targets", dest="command", metavar="TARGET", required=True)
     for name, kind in kinds.items():
         text = inspect.getdoc(kind)
         add_options(commands.add_parser(name, help=text, description=text), kind)

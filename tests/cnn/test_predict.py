@@ -89,7 +89,7 @@ def test_the_lines_are_the_five_best(whole_run: Path, digits: Path, capsys: pyte
     lines = capsys.readouterr().out.splitlines()
     assert (lines[0], lines[6]) == (str(first), str(second))
     assert len(lines) == 12
-    names = [re.fullmatch(r" +\d+\.\d+ %  (\d)", line).group(1) for line in lines[1:6]]
+    names = [re.fullmatch(r" +\d+\.\d\d %  (\d)", line).group(1) for line in lines[1:6]]
     assert names == list(best[str(first)])
 
 
