@@ -1,13 +1,13 @@
 """The number of each weight's elements to keep so that all together cost a budget: exact counts, ties included.
 
-An element whose pruning offset lies above a common cut is kept. Of the elements that lie on the cut itself, equal to
-rounding, the first ones are kept, in the order of the weights and in each weight in the order of its elements, while
-the budget lasts. So the cost is met to within one element, whatever the values are.
+An element is kept if its pruning offset lies above a common cut. Elements on the cut, equal up to rounding, are kept in
+the order of the weights, and of the elements in a weight, until the budget is used up. So the cost is met to within one
+element for any values.
 
-One pass over the elements, piece by piece: a sample tells between which two offsets the cut lies, what lies above them
-is counted, and only what lies between them is searched. The result is on the host. Where the weights are spread over
+The elements are read once, piece by piece. A sample gives two offsets that the cut lies between. Elements above both
+are counted, and only the elements between them are searched. The result is on the host. If the weights are spread over
 processes, each process reads its own elements, and the processes exchange sums of whole numbers, minima and maxima. So
-the result equals that of a single process, bit for bit.
+the result equals the result of a single process, bit for bit.
 """
 
 import math
@@ -29,14 +29,14 @@ class Source:
     """One weight that takes part in a common cut.
 
     Attributes:
-        weight: the dense weight, of any shape; on any device. Of a weight that is spread over processes, this process's
-            rows, which may be none.
-        inverse: g^-1, by which a magnitude becomes an offset.
+        weight: the dense weight, of any shape and on any device. For a weight that is spread over processes: this
+            process's rows, which may be none.
+        inverse: g^-1, which turns a magnitude into an offset.
         reference: the raw threshold's place in the common order, of a shape that broadcasts to `weight`: an element's
             offset is inverse(|element|) - reference.
-        cost: of one element, >= 0.
+        cost: cost of one element, >= 0.
         floor: number of elements to keep in any case.
-        size: number of elements of the weight in all processes; None: of `weight`.
+        size: number of elements of the weight in all processes; None: the number of elements of `weight`.
     """
 
     weight: Tensor
@@ -94,9 +94,9 @@ class NotANumberError(ValueError):
 
 
 def allocate(sources: Sequence[Source], budget: int, processes: Processes = ALONE) -> Allocation:
-    """Keep as many elements as cost at most `budget`, those with the largest offsets, and every source's floor.
+    """Keep the elements with the largest offsets that cost at most `budget` together, and every source's floor.
 
-    Elements of 0 (offset -inf) are never kept. All of the processes call this, each with its own rows of the weights.
+    Elements of 0 (offset -inf) are never kept. Every process calls this, each with its own rows of the weights.
 
     Raises:
         NotANumberError: a weight holds NaN.
@@ -176,8 +176,8 @@ def _bracket(sources: Sequence[Source], budget: int, processes: Processes) -> tu
 def _candidates(
     sources: Sequence[Source], low: float, high: float, processes: Processes
 ) -> tuple[list[int], Tensor, Tensor]:
-    """Return for each source the number of offsets above `high` in all processes; and this process's offsets in
-    [low, high], with the source that each is of.
+    """Return for each source the number of offsets above `high` in all processes; and this process's offsets in [low,
+    high], with the source of each.
 
     Elements of 0, whose offset is -inf, are left out.
     """
@@ -197,14 +197,14 @@ def _candidates(
 
 
 def _check_numbers(with_nan: int, number: int, processes: Processes) -> None:
-    """Raise NotANumberError where a process has found NaN; `with_nan` is its first weight of that kind."""
+    """Raise NotANumberError if a process has found NaN; `with_nan` is its first weight with NaN."""
     first = int(processes.least(torch.tensor(with_nan)))
     if first < number:
         raise NotANumberError(first)
 
 
 def _neighbors(values: Tensor, cut: float | None, processes: Processes) -> tuple[float, float]:
-    """Return the largest value below the cut and the smallest one above it; -inf and inf where there is none.
+    """Return the largest value below the cut and the smallest value above it; -inf and inf if there is none.
 
     Without a cut: -inf, and the smallest value of all.
     """
@@ -226,7 +226,7 @@ def _divide(
     beyond: float,
     processes: Processes,
 ) -> Allocation:
-    """Keep candidates from the largest down while `left` lasts, those on the cut in the order of the sources."""
+    """Keep candidates from the largest down until `left` is used up; on the cut in the order of the sources."""
     if cut is None:  # Only elements of 0 are left to cut.
         counts = _counts(above, owners, processes)
         return Allocation(beyond - 1 if math.isfinite(beyond) else 0.0, counts)

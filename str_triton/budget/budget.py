@@ -20,7 +20,7 @@ from str_triton.files import percent
 
 COLUMNS = ("name", "params", "nonzeros", "sparsity", "dense_flops", "flops", "threshold")
 TOTALS = ("params", "nonzeros", "sparsity", "dense_flops", "flops")
-# What files written before 0.2 lack.
+# Columns that older files lack.
 NEW_COLUMNS, NEW_TOTALS = ("covered",), ("uncovered_params", "uncovered_nonzeros", "total_sparsity")
 HEADINGS = ("layer", "weights", "nonzeros", "sparsity", "dense FLOPs", "FLOPs", "threshold")
 
@@ -30,12 +30,12 @@ class LayerBudget:
     """One weight and what it costs.
 
     Attributes:
-        name: the layer's name in `model.named_modules()`, followed by the attribute where that is not "weight".
+        name: the layer's name in `model.named_modules()`, followed by the attribute unless that is "weight".
         params: elements of the weight.
         nonzeros: elements of the weight that are not zero.
         dense_flops: multiply-adds if no element were zero; `dense_flops / params` is how often each element is used.
         flops: multiply-adds with elements that are not zero.
-        threshold: the layer's threshold, the mean where it has many, `None` where it has none.
+        threshold: the layer's threshold; the mean if it has many, `None` if it has none.
         covered: whether `sparsify` knows this kind of weight.
     """
 
@@ -57,14 +57,14 @@ class LayerBudget:
 class Budget:
     """The cost of a model: `rows`, one per weight in the model's order, and their totals.
 
-    `str(budget)` is a table. The files hold every number exactly, so that what is read equals what was written.
+    `str(budget)` is a table. The files hold every number exactly: reading returns an equal budget.
     """
 
     rows: list[LayerBudget]
 
     @property
     def covered_rows(self) -> list[LayerBudget]:
-        """The rows of the covered weights, those that a target in weights is about; without the average pools."""
+        """The rows of the covered weights, which a target in weights counts; without the average pools."""
         return [row for row in self.rows if row.covered and row.params]
 
     @property

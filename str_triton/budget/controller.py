@@ -1,10 +1,10 @@
 """Meets a named budget exactly: one offset common to all raw thresholds moves the total along a schedule.
 
-The layers' thresholds relative to each other are the *distribution*; the offset is the *amount*. A weight w whose raw
-threshold is r is pruned from the offset g^-1(|w|) - r on, so that the offset for a given number of survivors (or their
-cost in FLOPs) is the k-th of these values. `allocate` finds it on the host and tells equal values apart; `select` finds
-it on a GPU between the points where exactness is promised, without waiting for the device. Where the target names each
-layer's share, every layer has an offset of its own, and no distribution is left to choose.
+The layers' thresholds relative to each other are the *distribution*; the offset is the *amount*. A weight w with the
+raw threshold r is pruned from the offset g^-1(|w|) - r on. So the offset for a given number of survivors (or their cost
+in FLOPs) is the k-th of these values. `allocate` finds it on the host and tells equal values apart. `select` finds it
+on a GPU without waiting for the device; it serves between the points where the count must be exact. If the target names
+each layer's share, every layer has an offset of its own, and there is no distribution to choose.
 """
 
 from collections.abc import Mapping
@@ -44,8 +44,8 @@ class SparsityController(OffsetController):
     steps, and the number of survivors differs a little from the schedule. Evaluate and write checkpoints inside
     `with controller.exact()`, where the count is exact. It is also exact after `finish()` or `step(1.0)`.
 
-    The count is exact for every dtype, also if many weights are equal. Of weights that no threshold can tell apart, the
-    first ones survive (in the order of the model's layers and of a weight's elements). The others get the magnitude of
+    The count is exact for every dtype, also if many weights are equal. If no threshold can tell weights apart, the
+    first ones survive, in the order of the model's layers and of a weight's elements. The others get the magnitude of
     the threshold, so that they are pruned; `exact()` restores them when it ends.
 
     Args:
@@ -62,7 +62,7 @@ class SparsityController(OffsetController):
             slowly and within bounds, in the first third of training.
         floor: the least that a layer keeps, so that no layer is emptied, as a share of the survivors that it would have
             if all layers were pruned alike. A layer always keeps at least one weight, and the floor asks for at most
-            one weight per filter. 0: no floor. There is also none where the target names each layer's share.
+            one weight per filter. 0: no floor. A target that names each layer's share has no floor either.
         interval: steps between solves.
         straight_through_until: progress until which layers with the straight-through gradient keep it. Then they
             use the masked gradient: at high sparsity the steps of the pruned weights are mostly noise and would exceed
@@ -132,7 +132,7 @@ class SparsityController(OffsetController):
         # The changes per step, until the next solve, of the raw thresholds and of `_held_back`.
         self._drift: tuple[list[Tensor], list[Tensor]] | None = None
         self._marks: list[tuple[float, int]] = []  # (progress, step) at the start of training, and at the last `_aim`.
-        self._moved = Moved([layer.weight for layer in self._layers])  # What exact() has to put back.
+        self._moved = Moved([layer.weight for layer in self._layers])  # The values that exact() restores.
         self._set_gradient()
 
     def _advance(self, progress: float) -> None:
@@ -212,7 +212,7 @@ class SparsityController(OffsetController):
             return [torch.zeros_like(held) for held in self._held_back], self._held_back
 
     def _allocated(self, done: float) -> tuple[list[Tensor], list[Tensor], list[int]]:
-        """Return how far to move each raw threshold, how far it is then held back, and what each layer keeps."""
+        """Return how far to move each raw threshold, how far it is then held back, and how much each layer keeps."""
         before = {id(raw): held for raw, held in zip(self._raws, self._held_back, strict=True)}
         middle = float(self._thresholds.mean())
         sources = [
@@ -247,7 +247,7 @@ class SparsityController(OffsetController):
         return shifts, held, kept
 
     def _source(self, layer: Layer, reference: Tensor) -> Source:
-        """Return what this process contributes of a layer; a weight that every process has is process 0's."""
+        """Return this process's part of a layer. A weight that every process has counts in process 0 only."""
         weight = layer.weight.local_dense
         if self._processes.rank > 0 and shard_dimension(layer.weight.dense) is None:
             weight, reference = weight[:0], reference[:0] if reference.numel() > 1 else reference
@@ -321,11 +321,11 @@ class SparsityController(OffsetController):
         return below, above, [torch.full((), torch.inf, device=device)] * len(cuts)
 
     def _zeros(self, layer: Layer, done: float) -> int:
-        """Return how many elements of a layer with a share of its own are zero."""
+        """Return how many elements of a layer are zero if the target names its share."""
         return round(done * round(self._shares[layer.name] * layer.size))
 
     def _budget(self, done: float) -> int | Tensor:
-        """Return what the thresholded weights may cost when the schedule has gone this far; int64 on the device.
+        """Return the budget of the thresholded weights at this point of the schedule, as int64 on the device.
 
         At the end zeros in weights without a threshold count towards the target.
         """
@@ -337,7 +337,7 @@ class SparsityController(OffsetController):
         return keep
 
     def scheduled(self) -> dict[str, float]:
-        """Return what the schedule asks for now, for a progress line. No weight is read.
+        """Return the schedule's present value, for a progress line. No weight is read.
 
         {"sparsity": share of all covered weights} or {"flops_share": share of the dense model's multiply-adds}.
         """
@@ -378,7 +378,7 @@ class SparsityController(OffsetController):
 def _critical_offsets(layer: Layer, held_back: Tensor) -> tuple[Tensor, Tensor]:
     """Return the offset from which each weight is pruned, inf in the floor, and the largest one that keeps the floor.
 
-    Offsets count from where the raw threshold would be if no floor had held it back.
+    Offsets are measured from the raw threshold that no floor has held back.
     """
     values = (layer.weight.pruning_offsets() - held_back).flatten().to(torch.float32)
     if layer.floor == 0:

@@ -26,14 +26,13 @@ POOLS = "(average pools)"
 def count(model: nn.Module, example_input: Tensor | tuple | Mapping[str, Any]) -> Budget:
     """Count what `model` costs for `example_input`, by one forward pass in eval mode.
 
-    There is a row for every Parameter of two or more dimensions, in the order of `model.named_modules()`, without
-    biases, the parameters of norms and thresholds. A weight that several layers share has one row, under the name of
-    the first layer. Its elements count once, its FLOPs at each use. A weight with a threshold counts by its thresholded
-    values.
+    Every Parameter of two or more dimensions has a row, in the order of `model.named_modules()`, except biases, the
+    parameters of norms, and thresholds. A weight that several layers share has one row, under the name of the first
+    layer. Its elements count once, its FLOPs at each use. A weight with a threshold counts by its thresholded values.
 
-    Rows are *covered* where `sparsify` knows the kind of weight: those of convolutions (also transposed), of linear,
-    bilinear, embedding and recurrent layers and of `nn.MultiheadAttention`, thresholded or left dense. Other
-    Parameters (of a layer of your own, position embeddings, the factors of a `LowRankWeight`) are not covered.
+    A row is *covered* if `sparsify` knows the kind of weight: weights of convolutions (also transposed), of linear,
+    bilinear, embedding and recurrent layers and of `nn.MultiheadAttention`, thresholded or left dense. Other Parameters
+    are not covered: those of a layer of your own, position embeddings, the factors of a `LowRankWeight`.
     `Budget.params`, `nonzeros` and `sparsity` describe the covered rows, `total_sparsity` all rows.
 
     FLOPs are multiply-adds of these weights, covered or not, for the batch as given, times their density; one
@@ -43,8 +42,8 @@ def count(model: nn.Module, example_input: Tensor | tuple | Mapping[str, Any]) -
     A layer that the forward leaves out costs no FLOPs. On the meta device there are no values, and every weight counts
     as dense.
 
-    The mode of every module, buffers, random state (CPU and CUDA), gradients and hooks are left as they are, also when
-    the forward raises; hooks of the model run. Models made with `torch.compile` run uncompiled.
+    Modes of modules, buffers, random states (CPU and CUDA), gradients and hooks do not change, also if the forward
+    raises. Hooks of the model run. Models made with `torch.compile` run uncompiled.
 
     Args:
         model: any module.
@@ -104,7 +103,7 @@ def counted_weights(model: nn.Module) -> list[Matrix]:
 def _watched(
     model: nn.Module, weights: Sequence[Matrix], inputs: tuple[tuple, dict], counted: Mapping[str, tuple[int, int]]
 ) -> tuple[Products, Functions]:
-    """Run the model's forward pass once and return what was seen; `counted`: elements and nonzeros by name."""
+    """Run the model's forward pass once and return its products. `counted`: elements and nonzeros by name."""
     args, kwargs = tree_map_only(Tensor, torch.clone, inputs)  # An in-place layer may come first.
     products = Products(weights, (args, kwargs), {weight.name for weight in thresholded_weights(model)})
     functions = Functions(products)
@@ -162,7 +161,7 @@ def _mean_threshold(use: ThresholdedWeight, raw: Tensor) -> float | None:
 
 
 def _has_nan(weight: Tensor) -> bool:
-    # Most weights are told by one sum; that of float16 may overflow without a NaN.
+    # One sum shows NaN for most weights. A sum in float16 may overflow without a NaN.
     return not weight.is_meta and not bool(weight.sum().isfinite()) and bool(weight.isnan().any())
 
 

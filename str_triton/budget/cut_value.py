@@ -11,13 +11,13 @@ _BINS = 1 << DIGIT
 
 
 def cut_value(values: Tensor, costs: Tensor | int, budget: int, processes: Processes) -> float | None:
-    """Return the largest value where a budget ends: larger values cost at most `budget`, with those equal to it more.
+    """Return the value at which a budget ends: larger ones cost at most `budget`, together with equal ones more.
 
     Args:
         values: this process's values [n], float32 or float64, without NaN.
-        costs: what each of them costs, whole numbers >= 0; int64 [n], or one for all.
+        costs: cost of each value, whole numbers >= 0; int64 [n], or one for all.
         budget: >= 0.
-        processes: hold the values together.
+        processes: the processes that hold the values together.
 
     Returns:
         The value; None if all values together cost no more than the budget.

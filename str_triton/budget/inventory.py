@@ -97,7 +97,7 @@ def present_sparsity(layers: list[Layer], others: list[Matrix]) -> float:
 def warn_of_zeros(layers: list[Layer], keep: list[int]) -> None:
     """Warn of weights that have more zeros than a target asks for, so that nothing will be pruned there.
 
-    keep: what the nonzero weights of all layers may cost together; or of each layer alone, a number for each.
+    keep: the budget of the nonzero weights of all layers together, or a number for each layer.
     """
     if any(layer.weight.dense.is_meta for layer in layers):
         return

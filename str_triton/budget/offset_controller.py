@@ -1,7 +1,7 @@
 """The base class of all controllers: one offset common to all raw thresholds moves a model's cost along a schedule.
 
 The thresholds relative to each other are the *distribution*; the offset is the *amount*. Each kind of controller
-defines in `_cut` what the offset must be, and how far it may move a threshold.
+defines the offset in `_cut`, and how far it may move a threshold.
 """
 
 import copy
@@ -95,12 +95,12 @@ class OffsetController:
                 module.raw().requires_grad_(True)
 
     def _cut(self, done: float) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Return between which two offsets to cut, and for each raw threshold the largest one that it may take.
+        """Return the two offsets to cut between, and for each raw threshold the largest offset that it may take.
 
-        Scalars on the device of the raw thresholds, or a value for each, where each has an offset of its own: [raw
-        thresholds]. Offsets count from where a raw threshold would be if nothing had held it back (`_held_back`).
-        (below, above): what has an offset up to `below` is cut, from `above` on kept; -inf for `below` where nothing
-        need be cut.
+        (below, above): elements with offsets up to `below` are cut, elements from `above` on are kept; `below` is -inf
+        if nothing needs to be cut. The values are scalars on the device of the raw thresholds, or [raw thresholds]
+        if each has an offset of its own. Offsets are measured from the raw threshold that nothing has held back
+        (`_held_back`).
         """
         raise NotImplementedError
 
@@ -157,7 +157,7 @@ class OffsetController:
     def finish(self, model: nn.Module | None = None) -> None:
         """Make the model meet the target now, exactly and for good.
 
-        `step(1.0)` does the same. Where an optimizer goes on afterwards, the model drifts from the target.
+        `step(1.0)` does the same. If an optimizer continues afterwards, the model drifts from the target.
 
         Args:
             model: another model of the same structure, such as an average of weights
@@ -178,20 +178,20 @@ class OffsetController:
         controller._control.reached = True
 
     def _refuse(self, method: str) -> None:
-        """Raise ValueError after `densify`, and inside `exact()`, which would take back what the method does."""
+        """Raise ValueError after `densify`, and inside `exact()`, which would undo the method's changes."""
         if self._control.densified:
             raise ValueError(f"{method}() after densify(model): the model has no thresholds any more")
         if self._training is not None:
             raise ValueError(f"{method}() inside exact() would be undone on leaving it: call {method}() afterwards")
 
     def _make_exact(self, done: float) -> None:
-        """Make the model cost exactly what it should: move raw thresholds, and weights where that is needed."""
+        """Make the model's cost exact: move raw thresholds, and weights if needed."""
         shifts, self._held_back = self._shifts(done)
         with torch.no_grad():
             self._move(shifts)
 
     def _undo_exact(self) -> None:
-        """Undo what `_make_exact` did beside moving raw thresholds."""
+        """Undo the changes of `_make_exact` other than those of raw thresholds."""
 
     def _for(self, model: nn.Module) -> Self:
         """Return a controller like this one for another model of the same structure."""
@@ -216,9 +216,9 @@ class OffsetController:
             self._thresholds.load(thresholds.whole())
 
     def _shifts(self, done: float) -> tuple[list[Tensor], list[Tensor]]:
-        """Return how far to move each raw threshold, and by how much its floor then keeps it below the offset."""
+        """Return how far to move each raw threshold, and how far its floor then keeps it below the offset."""
         below, above, caps = self._cut(done)
-        # Halfway, where rounding cannot move a weight across; nothing to cut, or nothing to keep, is one step away.
+        # Halfway, so that rounding cannot move a weight across. If nothing is to be cut, or kept, it is one step away.
         offset = torch.where(below.isinf(), above - 1, torch.where(above.isinf(), below + 1, (below + above) / 2))
         offset = offset.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         offsets = offset.expand(len(caps)).unbind()
@@ -239,8 +239,8 @@ class OffsetController:
     def exact(self, model: nn.Module | None = None) -> Iterator[None]:
         """Make the model cost exactly what the schedule says; on leaving, training continues unchanged.
 
-        For evaluation and checkpoints: inside, a state dict of the model holds the exact thresholds, and a state dict
-        of the controller holds what training needs to continue.
+        Evaluate and write checkpoints inside the block. There a state dict of the model holds the exact thresholds, and
+        a state dict of the controller holds the values from which training continues.
 
         Args:
             model: another model of the same structure, such as an average of weights; None: the controller's own.
@@ -270,9 +270,9 @@ class OffsetController:
             controller._control.exact = False
 
     def measure(self) -> dict[str, float]:
-        """Return what the model costs now, by name, for a log: {"sparsity": ...} or {"total_rank": ...}.
+        """Return the model's present cost by name, for a log: {"sparsity": ...} or {"total_rank": ...}.
 
-        Between solves this is near the schedule's value, inside `exact()` equal to it. Synchronizes with the GPU.
+        Between solves the cost is near the schedule's value; inside `exact()` it is equal. Synchronizes with the GPU.
         """
         raise NotImplementedError
 
@@ -292,7 +292,7 @@ class OffsetController:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict()`; load the model's own state before. ValueError if it is of another model."""
+        """Continue from `state_dict()`. Load the model's own state before. Another model's state is a ValueError."""
         self._meet()
         raws = state["raw_thresholds"]
         shapes, own = [tuple(raw.shape) for raw in raws], [tuple(raw.shape) for raw in self._raws]
@@ -305,7 +305,7 @@ class OffsetController:
         self._control.status = f"progress {self.progress:.4g} of 1"
 
     def _done(self, progress: float | None = None) -> float:
-        """Return how much of the way to the target the schedule has gone, 0 to 1, at this progress (None: now)."""
+        """Return the schedule's share of the way to the target, 0 to 1, at this progress (None: now)."""
         progress = self.progress if progress is None else progress
         if self.begin <= progress < self.end:
             return SCHEDULES[self.schedule]((progress - self.begin) / (self.end - self.begin))

@@ -17,7 +17,7 @@ class Processes:
 
     Attributes:
         group: the process group; None for one process.
-        device: of the tensors that the group's backend takes.
+        device: device of the tensors that the group's backend takes.
     """
 
     group: "distributed.ProcessGroup | None" = None
@@ -52,7 +52,7 @@ class Processes:
     def sum_once(self, numbers: Sequence[Tensor], parameters: Sequence[Tensor]) -> Tensor:
         """Return the sums [n] of what each process has found in its rows of n parameters, in one message.
 
-        Of a parameter that every process has, process 0's number counts.
+        If every process has the whole parameter, the number of process 0 counts.
         """
         own = [
             number if self.rank == 0 or shard_dimension(parameter) is not None else torch.zeros_like(number)

@@ -1,8 +1,8 @@
 """Finds out which weight each product of a forward pass uses, and what the product costs.
 
-Every convolution and matrix product passes below the modules with its operands in hand. So a module that bypasses a
-child's forward, uses a weight twice, or computes it from parameters first (soft threshold, weight normalization, a cast
-under autocast, a transpose) is counted like any other.
+Convolutions and matrix products are seen as operators, below the modules. So a module is counted like any other if it
+bypasses a child's forward, uses a weight twice, or first computes it from parameters (soft threshold, weight
+normalization, a cast under autocast, a transpose).
 """
 
 import math
@@ -26,7 +26,7 @@ PRODUCTS = {  # Where the two factors stand among the arguments.
     **dict.fromkeys((aten.addmm, aten.baddbmm, aten.addbmm, aten.addmv), 1),
 }
 RECURRENT = ("gru", "lstm", "rnn_relu", "rnn_tanh")
-FACTORIES = {  # They take a tensor's shape, dtype and device, not its values.
+FACTORIES = {  # Operators that take a tensor's shape, dtype and device, not its values.
     *(aten.new_empty, aten.new_empty_strided, aten.new_full, aten.new_ones, aten.new_zeros),
     *(aten.empty_like, aten.full_like, aten.ones_like, aten.rand_like, aten.randn_like, aten.zeros_like),
 }
@@ -34,20 +34,21 @@ AVERAGE_POOLS = {f"{kind}avg_pool{d}d" for kind in ("", "adaptive_") for d in (1
 
 
 class Products(TorchDispatchMode):
-    """Adds up, while it is active, the multiply-adds that each weight takes part in.
+    """A mode that adds up the multiply-adds of each weight while it is active.
 
     A tensor computed from parameters and constants alone is a form of the largest covered weight among its sources (of
     the largest one, if none is covered), and so are the matrices that the input chooses from a weight of three or more
     dimensions (experts). A tensor computed with anything else that comes from the example input is an activation. Both
-    are known by their storage, so that views follow; a storage that many parameters share is told apart by the bytes.
+    are recognised by their storage, so views are recognised, too. Parameters that share a storage are distinguished by
+    their bytes in it.
 
     Attributes:
         dense: multiply-adds by the weight's name.
-        sparse: the same without those whose weight is zero.
+        sparse: the same without multiply-adds whose weight is zero.
         hidden: names of weights, by the operators of other libraries that use them with an activation, and whose FLOPs
             are unknown.
-        unthresholded: names of weights that have a threshold and meet an activation without it, as they are or computed
-            with (a sum, a product with a scale).
+        unthresholded: names of thresholded weights that are multiplied by an activation without their threshold, as
+            they are or in a computed form (a sum, a product with a scale).
     """
 
     def __init__(self, weights: Sequence[Matrix], inputs: Any, thresholded: Set[str] = frozenset()) -> None:
@@ -67,7 +68,7 @@ class Products(TorchDispatchMode):
             self.note(weight)
 
     def note(self, weight: Matrix) -> None:
-        """Learn where a weight's elements lie now."""
+        """Note where a weight's elements lie in memory now."""
         for parameter in filter(_has_storage, weight.sources_now):
             extent = 1 + sum((n - 1) * s for n, s in zip(parameter.shape, parameter.stride(), strict=True))
             begin = _offset(parameter)
@@ -154,7 +155,7 @@ class Products(TorchDispatchMode):
                 self.hidden.setdefault(str(op), set()).update(names)
 
     def _find_unthresholded(self, func: Any, inputs: list[Tensor], out: Any) -> None:
-        """Note which weights meet an activation without their threshold, and which tensors are computed from these."""
+        """Note which weights are multiplied by an activation without their threshold, and tensors computed from them."""
         if str(func.overloadpacket) == "str_triton.soft_threshold" or func.overloadpacket in FACTORIES:
             return
         bypassed = set().union(*map(self._dense_weights, inputs))
@@ -188,7 +189,7 @@ class Products(TorchDispatchMode):
         self.sparse[name] = self.sparse.get(name, 0) + flops * left // weight.numel()
 
     def _trace(self, inputs: list[Tensor], out: Any) -> None:
-        """Note what the results of an operator are: activations, or forms of a weight."""
+        """Note whether the results of an operator are activations or forms of a weight."""
         outputs = [_storage(t) for t in _tensors(out)]
         if any(map(self._is_activation, inputs)):
             for storage in outputs:
@@ -218,10 +219,10 @@ class Products(TorchDispatchMode):
 
 
 class Functions(TorchFunctionMode):
-    """Sees, while it is active, the functions that the operators below them do not show.
+    """A mode that counts functions which the operators below them do not show.
 
-    A global average pool is a mean below, and a recurrent layer one call. While a function mode is active, torch's
-    attention layers also take no fused path whose products are not seen.
+    As operators a global average pool is a mean, and a recurrent layer is one call. While a function mode is active,
+    torch's attention layers also take no fused path whose products are not seen.
 
     Attributes:
         pooled: input elements of the average pools.
@@ -243,7 +244,7 @@ class Functions(TorchFunctionMode):
 
 
 def nonzeros(weight: Tensor) -> int:
-    """Return the number of elements that are not zero; of a tensor on the meta device, of all elements."""
+    """Return the number of elements that are not zero; for a tensor on the meta device, of all elements."""
     return weight.numel() if weight.is_meta else int(weight.count_nonzero())
 
 

@@ -38,8 +38,8 @@ class MatrixBudget:
     """One matrix in factors and what it costs.
 
     Attributes:
-        name: of the `LowRankWeight` in `model.named_modules()`.
-        rows, columns: of the matrix.
+        name: the name of the `LowRankWeight` in `model.named_modules()`.
+        rows, columns: shape of the matrix.
         max_rank: number of components.
         rank: number of components that the threshold leaves.
         threshold: in units of the singular values; None for a compact matrix, which has none.
@@ -69,12 +69,12 @@ class MatrixBudget:
 class RankBudget:
     """The cost of a compact model: `rows`, one per factored matrix in the model's order, and the rest.
 
-    `str(budget)` is a table. The files hold every number exactly, so that what is read equals what was written.
+    `str(budget)` is a table. The files hold every number exactly: reading returns an equal budget.
 
     Attributes:
         rows: the matrices in factors.
-        other_params: parameters of the model that are not part of one, thresholds left out.
-        other_recurrent_flops: multiply-adds per time step of the recurrent matrices among them.
+        other_params: parameters of the model outside these matrices, without thresholds.
+        other_recurrent_flops: multiply-adds per time step of the recurrent matrices among `other_params`.
     """
 
     rows: list[MatrixBudget]
@@ -194,8 +194,8 @@ def count_ranks(model: nn.Module) -> RankBudget:
     are left out, since they are folded away. A matrix that several modules share counts once.
 
     Recurrent matrices are the `LowRankWeight`s that say so, and the dense ones of `nn.RNN`, `nn.GRU`, `nn.LSTM`, their
-    cells, and of any `LowRankLayer`, as far as they bear torch's names (`weight_hh...`, `weight_hr...`). Others are
-    parameters as any.
+    cells, and of any `LowRankLayer`, if they have torch's names (`weight_hh...`, `weight_hr...`). Any other matrix
+    counts as an ordinary parameter.
     """
     rows = [
         MatrixBudget(
@@ -223,7 +223,7 @@ def factored_matrices(model: nn.Module) -> dict[str, LowRankWeight]:
 
 
 def other_costs(model: nn.Module) -> tuple[int, int]:
-    """Parameters outside the matrices in factors, without thresholds; and those of recurrent matrices among them."""
+    """Count the parameters outside the matrices in factors, without thresholds; and the recurrent ones among them."""
     inside: set[int] = set()
     recurrent: set[int] = set()
     for module in model.modules():

@@ -1,8 +1,9 @@
 """Meets a named rank, size or cost per time step exactly: one offset common to the raw thresholds of factored matrices.
 
-A component of size a (its singular value) in a matrix whose raw threshold is r is cut from the offset g^-1(a) - r on.
-What its cut saves follows from its place in its matrix's order, since the smaller ones go before it. So one sort of
-the offsets of all matrices, and a running sum of what they save, give the cost of every possible cut, on the device.
+In a matrix with the raw threshold r, a component of size a (its singular value) is cut from the offset g^-1(a) - r on.
+The smaller components of the matrix are cut before it, so its place in the matrix's order gives the saving of its cut.
+One sort of the offsets of all matrices and a running sum of the savings give the cost of every possible cut, on the
+device.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,35 +34,36 @@ class RankController(OffsetController):
             optimizer.step()
             controller.step((i + 1) / steps)
 
-    The solve runs every `interval` steps until progress reaches `end`. In between the survivors drift a little:
-    evaluate, and write checkpoints, inside `with controller.exact()`, or after `solve()`. Before every fifth solve the
-    survivors are factored again (`LowRankWeight.refactor`), so that their sizes are singular values, by which a cut
-    should go. At `end` the ranks are settled: the thresholds go back to where they began, m takes up the difference,
-    and what is cut stays cut, while the optimizer goes on with the rest (docs/learned-rank.md has the measurements).
+    The solve runs every `interval` steps until progress reaches `end`. Between solves the survivors drift a little:
+    evaluate and write checkpoints inside `with controller.exact()` or after `solve()`. Before every fifth solve the
+    survivors are factored again (`LowRankWeight.refactor`), so that their sizes are singular values. At `end` the ranks
+    are fixed: the thresholds return to their first values, m takes up the difference, cut components stay cut, and the
+    optimizer continues with the others (docs/learned-rank.md has the measurements).
 
-    After a solve the model is the largest one, of those that one common offset gives, which does not cost more than
-    the schedule says. The largest component of a matrix survives in any case. Components whose offsets are the same up
-    to rounding, as those of an orthogonal matrix, cannot be cut one by one: `solve` scales their m apart, each by a few
-    times the rounding error. Where that is too little (m in 16 bits) or not allowed (`exact`), they go together, the
-    largest ones of a matrix not at all.
+    One common offset gives a family of models. After a solve the model is the largest of them that does not cost more
+    than the schedule says. The largest component of a matrix always survives. Components whose offsets are equal up to
+    rounding, such as those of an orthogonal matrix, cannot be cut one by one: `solve` scales their m apart, each by a
+    few times the rounding error. If that is too little (m in 16 bits) or not allowed (`exact`), they are cut together,
+    and the largest ones of a matrix are kept.
 
     Args:
-        model: holds matrices in factors, on the device where it will train. Those without a threshold (compact) have a
-            fixed cost, and one that several modules share counts once.
-        target: what to reach, at most. Matrices count as compact, dense ones where the factors are no smaller. A target
-            in recurrent FLOPs controls the recurrent matrices, and the thresholds of the others stay where they are.
-        schedule: "cubic" (fast first), "linear" or "constant" from progress `begin` to `end`, in the target's unit and
-            beginning at the cost of all components; before, all survive, and after, the target holds.
-        distribution: "fixed": the thresholds keep the ratios (g = "exp") that they have now, and need no gradients.
-            "learned": the optimizer moves them, slowly and within bounds, in the first third of training.
+        model: a model with matrices in factors, on the device where it will train. Matrices without a threshold
+            (compact ones) have a fixed cost, and a matrix that several modules share counts once.
+        target: the highest cost at the end. Matrices count as compact ones, or as dense ones if the factors are no
+            smaller. A target in recurrent FLOPs controls the recurrent matrices, and the thresholds of the others stay
+            where they are.
+        schedule: "cubic" (fast first), "linear" or "constant" from progress `begin` to `end`, in the target's unit. It
+            begins at the cost of all components. Before `begin` all components survive; after `end` the target holds.
+        distribution: "fixed": the thresholds keep their present ratios (g = "exp") and need no gradients. "learned":
+            the optimizer moves them, slowly and within bounds, in the first third of training.
         interval: steps between solves.
 
     With g = "sigmoid", whose thresholds stay below 1, components of size 1 and more are never cut.
 
     Raises:
-        ValueError: a model without thresholded matrices (recurrent ones for such a target), a target above the cost of
-            all components or below that of one per matrix, a raw threshold for several matrices, or arguments out of
-            range.
+        ValueError: a model without thresholded matrices (for a target in recurrent FLOPs: without recurrent ones), a
+            target above the cost of all components or below the cost of one per matrix, several matrices with one raw
+            threshold, or arguments out of range.
     """
 
     def __init__(
@@ -105,13 +107,13 @@ class RankController(OffsetController):
         modules = [module for module in modules if id(module.raw_threshold) in held]
         self._take(model, self._matrices, modules)
         self._first = self._thresholds.whole()
-        self._survivors: list[Tensor] | None = None  # The components that are left, once the ranks are settled.
+        self._survivors: list[Tensor] | None = None  # The components that are left, once the ranks are fixed.
 
     def _weights(self) -> list[Tensor]:
         return [p for matrix in self._matrices for p in (matrix.u, matrix.v, matrix.trained_spectrum())]
 
     def _final_cost(self, model: nn.Module) -> int:
-        """Return what the controlled matrices may cost at the end."""
+        """Return the budget of the controlled matrices at the end."""
         target, controlled = self.target, set(map(id, self._matrices))
         matrices = [m for m in factored_matrices(model).values() if m.recurrent or not target.recurrent_only]
         others, other_recurrent = other_costs(model)
@@ -129,13 +131,13 @@ class RankController(OffsetController):
     def step(self, progress: float) -> None:
         """Call after `optimizer.step()`, with the share of training that is done, 0 to 1; from `end` the target is met.
 
-        Solving does not wait for a GPU; factoring again does.
+        A solve does not wait for the GPU; factoring again does.
         """
         self._meet()
         if self._survivors is not None:
             self._advance(progress)
             self._hold(self._survivors)
-            self._control.reached = True  # The ranks meet the target, whatever the optimizer does.
+            self._control.reached = True  # The ranks meet the target and are fixed: the optimizer cannot change them.
             return
         ends = progress >= self.end
         if ends or self.steps % (self.interval * REFACTOR) == 0:
@@ -187,7 +189,7 @@ class RankController(OffsetController):
 
     @torch.no_grad()
     def _undo_exact(self) -> None:
-        for matrix, m in zip(self._matrices, self._kept, strict=False):  # empty where the ranks are not settled
+        for matrix, m in zip(self._matrices, self._kept, strict=False):  # empty if the ranks are not fixed
             local(matrix.trained_spectrum()).copy_(m)
         self._kept = []
 
@@ -236,7 +238,7 @@ class RankController(OffsetController):
 
     @torch.no_grad()
     def _temper(self) -> None:
-        # The bounds are for where thresholds would be if none were held back: else they empty a matrix that is.
+        # The bounds hold for thresholds that are not held back: otherwise they would empty a matrix whose threshold is.
         own, before = self._thresholds.own, self._thresholds.before
         moved = list(zip((*own, *before), self._held_back * 2, strict=True))
         for raw, held in moved:
@@ -250,17 +252,17 @@ class RankController(OffsetController):
         values, caps = zip(*(_keep_largest(offsets.sort().values, tie) for offsets in critical), strict=True)
         ordered, order = torch.cat(values).sort(stable=True)
         infinity = ordered.new_full((1,), torch.inf)
-        # At place n the first n are cut, which lie up to below[n], and the others, from above[n] on, are kept.
+        # At place n the first n are cut: their offsets go up to below[n]. The others, from above[n] on, are kept.
         below, above = torch.cat([-infinity, ordered]), torch.cat([ordered, infinity])
         saved = torch.cat([self._savings.new_zeros(1), self._savings[order].cumsum(0)])
         enough = self._full - saved <= self._budget(done)
         places = torch.arange(len(below), device=below.device)
         place = torch.where(enough & (above - below > tie), places, places[-1:]).amin()
-        place = place.minimum((ordered < torch.inf).sum()).reshape(1)  # All that can be cut, where that is too little.
+        place = place.minimum((ordered < torch.inf).sum()).reshape(1)  # at most all that can be cut
         return below.gather(0, place).squeeze(0), above.gather(0, place).squeeze(0), list(caps)
 
     def _critical_offsets(self) -> tuple[list[Tensor], Tensor]:
-        """Return each component's offset from which it is cut, per matrix; and up to which distance two are equal."""
+        """Return the offset from which each component is cut, per matrix; and the distance of equal offsets."""
         critical = [
             matrix.pruning_offsets() - held_back
             for matrix, held_back in zip(self._matrices, self._held_back, strict=True)
@@ -284,13 +286,13 @@ class RankController(OffsetController):
             local(m).mul_(move.exp()[rows_here(m)])
 
     def _budget(self, done: float) -> Tensor:
-        """Return what the controlled matrices may cost when the schedule has gone this far; int64 on their device."""
+        """Return the budget of the controlled matrices at this point of the schedule, as int64 on their device."""
         keep = self._full - round(done * (self._full - self._keep))
         return torch.full((), keep, device=self._savings.device)
 
 
 def _keep_largest(offsets: Tensor, tie: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a matrix's sorted offsets, inf for the largest and those equal to it; and the offset that keeps these."""
+    """Return a matrix's sorted offsets, inf for the largest and its equals; and the offset that keeps these."""
     largest = offsets[-1]
     kept = offsets > largest - tie
     kept[-1:].fill_(True)  # The comparison of infinities is false.

@@ -1,4 +1,4 @@
-"""Targets of ranks: what a model with factored matrices costs at the end of training, a class for each kind."""
+"""Targets of ranks: the cost of a model with factored matrices at the end of training, a class for each kind."""
 
 import math
 from dataclasses import dataclass
@@ -71,9 +71,9 @@ class RankTarget(metaclass=Kinds):
         return costs.uncontrolled + costs.others
 
     def keep(self, costs: RankCosts) -> int:
-        """Return what the controlled matrices may cost at the end.
+        """Return the budget of the controlled matrices at the end.
 
-        Raises ValueError where the target is above the cost of all components or below that of one per matrix.
+        Raises ValueError if the target is above the cost of all components or below the cost of one per matrix.
         """
         fixed = self.fixed(costs)
         least, largest = fixed + costs.least, fixed + costs.full

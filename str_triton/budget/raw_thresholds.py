@@ -11,13 +11,13 @@ from str_triton.nn.shards import full, is_sharded, local, reshard, rows_here, sh
 
 
 class RawThresholds:
-    """The raw thresholds of some modules, each once, and what they were when the controller last touched them.
+    """The raw thresholds of some modules, each once, and their values when the controller last changed them.
 
     `fully_shard` may replace the Parameters in the modules at any time, so they are looked up at each use.
 
     Attributes:
         before: the values before the optimizer's step; each process holds its own elements, like `own`.
-        processes: the ones over which the model's parameters are spread.
+        processes: the processes over which the model's parameters are spread.
     """
 
     def __init__(self, model: nn.Module, holders: Iterable[ThresholdHolder], others: Iterable[Tensor] = ()) -> None:
@@ -73,7 +73,7 @@ class RawThresholds:
 
     @torch.no_grad()
     def restore(self, saved: tuple[list[Tensor], list[Tensor]]) -> None:
-        """Put back what `save` returned."""
+        """Restore the values that `save` returned."""
         for now, then in zip((self.own, self.before), saved, strict=True):
             for raw, value in zip(now, then, strict=True):
                 raw.copy_(value)

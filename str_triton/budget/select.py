@@ -1,7 +1,7 @@
 """The exact weighted k-th value of many tensors at once, without host synchronization: a radix selection.
 
-Four histograms of eight bits each. Costs are integers, so that the sums, and with them the result, are the same bits in
-whatever order they are added.
+Four histograms of eight bits each. Costs are integers, so the order of addition changes no bit of the sums or of the
+result.
 """
 
 from collections.abc import Sequence
@@ -13,17 +13,17 @@ from str_triton.ops.radix_select import keys, value_of
 
 
 def select(values: Sequence[Tensor], costs: Sequence[int], keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Return where to cut so that the elements above the cut cost at most `keep` together, and as much as possible.
+    """Return the cut above which the elements cost at most `keep` together, and as much as possible.
 
     Args:
-        values: float32 tensors of any shapes on one device, without NaN; inf for what is kept whatever it costs.
-        costs: for each tensor what one of its elements costs, a whole number >= 0.
+        values: float32 tensors of any shapes on one device, without NaN; inf for an element that is kept at any cost.
+        costs: for each tensor the cost of one element, a whole number >= 0.
         keep: int64 scalar tensor on the same device, >= 0.
 
     Returns:
         (below, above), float32 scalar tensors. Elements up to `below` are cut, elements from `above` on are kept, and
-        none lies between. Equal elements are cut together. -inf for `below` where nothing is cut. inf for `above` where
-        no finite element is kept.
+        none lies between. Equal elements are cut together. `below` is -inf if nothing is cut, and `above` is inf if no
+        finite element is kept.
     """
     values = [value.contiguous() for value in values]
     everything = sum(value.numel() * cost for value, cost in zip(values, costs, strict=True))

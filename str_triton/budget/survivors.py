@@ -1,4 +1,4 @@
-"""Makes a thresholded weight keep an exact number of elements, also where its threshold cannot tell elements apart."""
+"""Exact numbers of surviving elements, also for elements that a threshold cannot tell apart."""
 
 from collections.abc import Iterable, Sequence
 
@@ -15,7 +15,8 @@ from str_triton.nn.shards import flat_range, shard_dimension
 class Moved:
     """The elements of some weights that were moved across their thresholds, and the values to put back.
 
-    Where weights are spread over processes, each process knows of its own rows, and all call the methods together.
+    If weights are spread over processes, each process holds the moves in its own rows, and all call the methods
+    together.
     """
 
     def __init__(self, weights: Sequence[ThresholdedWeight]) -> None:
@@ -56,7 +57,7 @@ class Moved:
         return state
 
     def load(self, state: Iterable[tuple[int, Tensor, Tensor]]) -> None:
-        """Undo the moves in a state: it was saved beside weights that hold them."""
+        """Undo the moves in a state. The weights that were saved with it contain the moves."""
         for number, places, values in state:
             dense = self.weights[number].local_dense
             first, last = flat_range(self.weights[number].dense)
@@ -70,9 +71,9 @@ def keep_exactly(
 ) -> tuple[Tensor, Tensor] | None:
     """Move elements of the dense weight across the threshold, as few as possible, until `excess` fewer survive.
 
-    Where too many survive, the smallest (among equal ones the last) get the magnitude of the threshold, rounded down,
-    so that they are pruned. Where too few survive (`excess` is negative), the largest of
-    the others, among equal ones the first ones, get the next larger magnitude that survives. Elements of 0 stay.
+    If too many survive, the smallest (the last among equal ones) get the magnitude of the threshold, rounded down, so
+    that they are pruned. If too few survive (`excess` is negative), the largest of the others (the first among equal
+    ones) get the next larger magnitude that survives. Elements of 0 stay.
 
     The processes over which the weight is spread call this together. Each changes its own rows, to which `raw`, a part
     of the raw threshold, belongs.
@@ -111,7 +112,7 @@ def _extreme(places: Tensor, offsets: Tensor, excess: int, processes: Processes)
 
     Each process gets the ones among its own places.
     """
-    order = offsets if excess < 0 else -offsets  # The largest are wanted.
+    order = offsets if excess < 0 else -offsets  # The caller asks for the largest ones.
     cut = cut_value(order, 1, abs(excess), processes)
     if cut is None:
         return places

@@ -14,7 +14,7 @@ from str_triton.files import printable, write_atomically
 def aligned(lines: Sequence[Sequence[str]], totals: int = 1) -> str:
     """Return a table of cells: a heading, lines, and at the end the totals; the first column is left-aligned.
 
-    Names may come from a file: what would act on a terminal is escaped.
+    Names may come from a file, so control characters are escaped.
     """
     lines = [[printable(cell) for cell in line] for line in lines]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]

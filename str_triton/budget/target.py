@@ -1,4 +1,4 @@
-"""Targets of sparsity: what a model costs at the end of training, a class for each kind, and the schedules.
+"""Targets of sparsity: the cost of a model at the end of training, a class for each kind, and the schedules.
 
 `Target(sparsity=0.9)` gives a `SparsityTarget`, and so on: the keyword chooses the class.
 """
@@ -66,7 +66,7 @@ class Target(metaclass=Kinds):
         return described(self, "Target")
 
     def keep(self, costs: Costs) -> int:
-        """Return what the thresholded weights may cost at the end."""
+        """Return the budget of the thresholded weights at the end."""
         raise NotImplementedError
 
 

@@ -1,4 +1,4 @@
-"""What targets of sparsity and of ranks have in common: a keyword that chooses the class, and messages."""
+"""The common parts of targets of sparsity and of ranks: a keyword that chooses the class, and messages."""
 
 from collections.abc import Mapping
 from numbers import Real

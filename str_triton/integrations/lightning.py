@@ -15,9 +15,9 @@ class BudgetCallback(Callback):
 
         Trainer(max_epochs=10, callbacks=[BudgetCallback(Target(sparsity=0.9))]).fit(module, data)
 
-    The module sparsifies its layers in `__init__` or `configure_model`. What is validated or saved during training
-    costs exactly what the schedule says, and at the end what the target says. The controller's state is in the
-    checkpoint, so that a resumed training gives the same bits. "sparsity" or "total_rank" is logged.
+    The module sparsifies its layers in `__init__` or `configure_model`. A model that is validated or saved during
+    training costs exactly what the schedule says; at the end it costs what the target says. The controller's state is
+    in the checkpoint, so that a resumed training gives the same bits. "sparsity" or "total_rank" is logged.
     """
 
     def __init__(self, target: Target | RankTarget, **options: Any) -> None:

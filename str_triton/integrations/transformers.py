@@ -21,9 +21,9 @@ class BudgetCallback(TrainerCallback):
         sparsify(model)
         Trainer(model, arguments, train_dataset=data, callbacks=[BudgetCallback(Target(sparsity=0.9))]).train()
 
-    The model that is evaluated or saved during training costs exactly what the schedule says, and at the end what the
-    target says. The controller's state is in the checkpoint's trainer_state.json, so that a resumed training gives the
-    same bits. The logs get "sparsity" or "total_rank".
+    A model that is evaluated or saved during training costs exactly what the schedule says; at the end it costs what
+    the target says. The controller's state is in the checkpoint's trainer_state.json, so that a resumed training gives
+    the same bits. The logs get "sparsity" or "total_rank".
     """
 
     def __init__(self, target: Target | RankTarget, **options: Any) -> None:
@@ -74,5 +74,5 @@ class BudgetCallback(TrainerCallback):
 
 
 def _states_of_callbacks(state: TrainerState) -> dict[str, str]:
-    """Return what trainer_state.json holds of the callbacks: a dictionary, which TrainerState makes of its list."""
+    """Return the callbacks' entries of trainer_state.json: a dictionary, which TrainerState makes from its list."""
     return cast("dict[str, str]", state.stateful_callbacks)

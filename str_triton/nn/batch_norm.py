@@ -16,7 +16,7 @@ def refresh_batch_norm(model: nn.Module, batches: Iterable[Any]) -> None:
 
     In training the running statistics lag some ten steps behind the weights. While thresholds move, or the learning
     rate is high, an evaluation then measures the lag more than the network. Training itself does not read the running
-    statistics, so that calling this in mid-training, best inside `controller.exact()`, changes none of its steps.
+    statistics, so a call during training, best inside `controller.exact()`, changes no step.
 
     Batch norms work as in training, all other layers as in evaluation (no dropout). Weights, modes and the batch norms'
     counts of batches stay as they are. Each of several processes refreshes its own copy.
@@ -27,7 +27,7 @@ def refresh_batch_norm(model: nn.Module, batches: Iterable[Any]) -> None:
             arguments. Twenty batches of the training set, of the training's size, are enough (docs/exact-budgets.md).
 
     Raises:
-        ValueError: `batches` is empty. The statistics stay as they were then, as after any other error.
+        ValueError: `batches` is empty. After this and any other error the statistics are unchanged.
     """
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.running_mean is not None]
     if not norms:

@@ -1,7 +1,7 @@
 """The form of a threshold in a state dict.
 
 A thresholded weight has the plain model's key and one more dimension in front, of size 1, so that no loader can take it
-for a plain weight. Beside its raw threshold stands a small uint8 tensor, a text that names g and the gradient.
+for a plain weight. A small uint8 tensor beside its raw threshold holds a text that names g and the gradient.
 """
 
 import torch
@@ -43,7 +43,7 @@ def says_shared(options: Tensor) -> bool:
 def saved_options(state: dict[str, Tensor], prefix: str) -> str | None:
     """Take the options of the threshold at `prefix` out of a state dict and return its g; None without a threshold.
 
-    Raises ValueError for a raw threshold that says no g.
+    Raises ValueError for a raw threshold without options.
     """
     options = state.pop(prefix + OPTIONS, None)
     if options is not None:
@@ -57,14 +57,14 @@ def saved_options(state: dict[str, Tensor], prefix: str) -> str | None:
 
 
 def marked(weight: Tensor) -> Tensor:
-    """Return the view of a thresholded weight that stands in a state dict."""
+    """Return the view of a thresholded weight for a state dict."""
     return weight.unsqueeze(0)
 
 
 def unmark(state: dict[str, Tensor], key: str, weight: Tensor) -> bool:
     """Let a state dict hold the plain shape of `weight` under `key`; return whether it held a thresholded weight.
 
-    What is saved for a sharded weight, whole or otherwise spread, gets the weight's shards.
+    A saved tensor for a sharded weight, whole or with other shards, gets the weight's shards.
     """
     saved = state.get(key)
     if not isinstance(saved, Tensor):

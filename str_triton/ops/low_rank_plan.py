@@ -1,5 +1,5 @@
-"""The way to run a low-rank recurrent layer: pure arithmetic on its sizes. What the kernels take is held to this by
-tests/ops/test_kernel_resources.py."""
+"""The way to run a low-rank recurrent layer, computed from its sizes. tests/ops/test_kernel_resources.py compares the
+plans with the memory that the compiled kernels take."""
 
 from dataclasses import dataclass
 
@@ -21,8 +21,8 @@ FFMA_LIMIT = 24 * 1024
 class Plan:
     """A way to run a layer. kind: "loop" or "dense" on the CPU; "resident", "streamed" or "dense" on a GPU.
 
-    "dense" means: form the recurrent matrix once and let torch's own layer run. The rest concerns GPUs alone: a
-    program's tile of sequences, hidden units and rank, its warps, and whether it loads what a step needs a step ahead.
+    "dense" means: form the recurrent matrix once and run torch's own layer. The other fields are for GPUs: a program's
+    tile of sequences, hidden units and rank, its warps, and whether it loads the inputs of a step one step ahead.
     """
 
     kind: str
@@ -46,7 +46,7 @@ def low_rank_plan(
     precision: str | None = None,
     chip: str = "nvidia",
 ) -> Plan:
-    """Return the fastest way to run a low-rank recurrent layer of this size: arithmetic, nothing is tried.
+    """Return the fastest way to run a low-rank recurrent layer of this size. It is computed; nothing is run.
 
     Args:
         cell: "gru", "lstm", "fastgrnn" or "mgu".
@@ -83,7 +83,7 @@ def _prefers_dense(
 ) -> bool:
     """Return whether to run torch's own layer on a GPU, by counts of bytes and operations: nothing is measured yet.
 
-    Loops that stream their factors read all of them in every step; until somebody measures such loops, cuDNN runs
+    Loops that stream their factors read all of them in every step. Such loops have not been measured, so cuDNN runs
     instead. Above a quarter of full rank the two products save less than two thirds of the dense product's operations,
     which cuDNN spreads over the whole GPU. Its persistent kernels keep small matrices on the chip, as the loop does.
     """
@@ -99,7 +99,8 @@ def _plan_cpu(cell: Cell, hidden_size: int, rank: int, batch_size: int, training
     """Return "dense" where torch's own layer, with the product formed once, is faster than the loop.
 
     Measured in float32 on one thread of an AVX-512 server processor, with hidden sizes 32 to 1024, ranks of 1/16 to all
-    of them, and batches of 1 to 64; beside each rule the time of "dense" over that of "loop" on both sides of it.
+    of them, and batches of 1 to 64; the comment at each rule gives the time of "dense" over the time of "loop" on both
+    sides of it.
     """
     if not cell.has_dense:
         return "loop"

@@ -1,9 +1,9 @@
 """Soft threshold of a list of tensors in one launch: the op of soft_threshold.py, for all weights of a model at once.
 
-The results lie one behind the other in one flat buffer, and so do the thresholds. On a GPU tables tell each program
-which tensor it serves. They hold the tensors' addresses, and those of gradients change from step to step, so nothing is
-copied from the host: numbers reach the GPU as arguments of a launch. Nothing waits for the device, and all of it can be
-captured in a CUDA graph.
+One flat buffer holds the results, one behind the other, and another holds the thresholds. On a GPU each program finds
+its tensor in tables, which hold the tensors' addresses. The addresses of gradients change from step to step. They reach
+the GPU as arguments of a launch, not as a copy from the host: so nothing waits for the device, and a CUDA graph can
+capture all of it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -121,14 +121,15 @@ class _Tables:
 def tables(
     xs: list[Tensor], rows: Iterable[tuple[int, int, int, int]], programs: int, thresholds: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
-    """Return tables of the tensors' addresses and of `rows`, who owns each program and threshold, and the alignment.
+    """Return tables of the tensors' addresses and of `rows`, the tensor of each program and threshold, and the
+    alignment.
 
-    A row is a tensor's: two numbers for the kernel, the first program and the first threshold. Alignment: whether all
-    addresses allow loads of 16 bytes at once.
+    A tensor has a row: two numbers for the kernel, the first program and the first threshold. The alignment says
+    whether all addresses allow loads of 16 bytes at once.
     """
     addresses, layout = tuple(x.data_ptr() for x in xs), tuple(number for row in rows for number in row)
     device = xs[0].device
-    # A table is written on this stream, and therefore only there sure to have arrived.
+    # A table is written on this stream: another stream may read it too early.
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     # A CUDA graph writes its own: a cached one might be gone when the graph runs, and none is written until then.
     cached = not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
@@ -197,7 +198,7 @@ class _SoftThresholdMany(torch.autograd.Function):
         count, ctx.g, ctx.masked, *tensors = inputs
         flat, *outs = output
         ctx.mark_non_differentiable(flat)
-        ctx.set_materialize_grads(False)  # flat would get one too.
+        ctx.set_materialize_grads(False)  # `flat` would get a gradient, too.
         ctx.save_for_backward(flat, *tensors[count:])
         ctx.layouts = [(out.shape, out.stride()) for out in outs]
 
@@ -275,7 +276,7 @@ def soft_threshold_many(
     if len({_per_weight(x, raw) for x, raw in zip(xs, raws, strict=True) if x.numel() != 1}) > 1:
         raise ValueError("raw_thresholds must be one per weight for all of xs or for none of them")
     tensors = xs + raws
-    if torch.compiler.is_compiling():  # It refuses a Function that gets one tensor twice, as a shared threshold.
+    if torch.compiler.is_compiling():  # It refuses a Function that gets one tensor twice, such as a shared threshold.
         tensors = [tensor.view_as(tensor) for tensor in tensors]
     strict, masked = is_strict_export(), gradient == "masked"
     if strict and not masked:

@@ -21,7 +21,7 @@ def read_splits(place: str, separator: str) -> "DatasetDict | dict[str, Dataset]
 
     Args:
         place: NAME or NAME + separator + CONFIGURATION of the hub, or a local folder of parquet or arrow files or of
-            `save_to_disk`. Of a data set that is made by a script, the hub's own conversion is read.
+            `save_to_disk`. If a script makes the data set, the hub's own conversion is read.
         separator: the character between NAME and CONFIGURATION.
 
     Raises:

@@ -1,4 +1,4 @@
-"""interface.json: what a stranger needs to feed a trained network and to read its outputs."""
+"""interface.json: the information needed to feed a trained network and to read its outputs."""
 
 import json
 import math

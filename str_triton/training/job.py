@@ -79,8 +79,9 @@ def _run_among_others(program: Callable[[], None]) -> None:
 class JobMonitor:
     """A context manager that sends this process's heartbeats and watches those of the others.
 
-    The store holds: beat/R, a count that grows while process R lives; failure, "R CODE" of the process that failed
-    first; first, nonzero when process 0 has reached its end; gone, the number of other processes that have.
+    The store holds four kinds of keys. beat/R is a count that grows while process R lives. failure is "R CODE" of the
+    process that failed first. first is nonzero once process 0 has reached its end. gone is the number of other
+    processes that have reached theirs.
     """
 
     def __init__(self, store: Store, rank: int, size: int) -> None:

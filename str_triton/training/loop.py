@@ -30,7 +30,7 @@ LOG_STEPS = 50
 
 
 class Controller(Protocol):
-    """The interface of what moves a model to its target: SparsityController, RankController, methods with masks."""
+    """The interface of what moves a model to its target: a SparsityController, a RankController, a method with masks."""
 
     def step(self, progress: float) -> None:
         """Update the model after an optimizer step. ``progress`` is the share of training that is done."""
@@ -107,7 +107,7 @@ class Loop(ABC):
 
     @abstractmethod
     def facts(self) -> dict[str, str]:
-        """Return what the first lines of a run say about data, model and target, by heading."""
+        """Return the first lines of a run, about data, model and target, by heading."""
 
     @abstractmethod
     def batches(self, epoch: int, start: int) -> Iterator[Any]:

@@ -183,14 +183,14 @@ def name_lines(figure: Figure, axes: Axes) -> None:
 
 
 def markers(points: Sequence[object]) -> dict[str, Any]:
-    """Return the markers of a line with so many points: one or two would be hard to see without."""
+    """Return the markers of a line with so many points: one or two points would be hard to see without markers."""
     return {"marker": "o" if len(points) < 3 else None, "markersize": 4}
 
 
 def short(names: Sequence[str]) -> list[str]:
     """Return the names of layers, shortened if one is too long for a picture.
 
-    Left out are the parts that all names begin with, and then the middle of a name that is still too long.
+    The parts that all names begin with are left out, then the middle of a name that is still too long.
     """
     if max(map(len, names), default=0) <= NAME_LENGTH:
         return list(names)

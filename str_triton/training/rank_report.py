@@ -39,7 +39,7 @@ def low_rank_facts(summary: Mapping[str, Any]) -> dict[str, str]:
 
 
 def low_rank_sections(folder: Path, summary: Mapping[str, Any], epochs: Sequence[Record]) -> list[str]:
-    """Return the sections with pictures and the table of matrices. Those of ranks need factorized matrices."""
+    """Return the sections with pictures and the table of matrices. The sections on ranks need factorized matrices."""
     budget = RankBudget.from_json(folder / "budget.json")
     name = "accuracy" if "accuracy" in summary else "bits_per_character"
     validated = summary[f"validation_{name}"] is not None

@@ -82,7 +82,8 @@ class Run:
     def restore(self, total_steps: int) -> dict[str, Any] | None:
         """Return the state in the newest undamaged checkpoint; None if the run has none yet.
 
-        Random states are restored. A process without one gets a new one, so that no two draw the same numbers.
+        Random states are restored. A process without a saved state gets a new one, so that no two processes draw the
+        same numbers.
         """
         state = self._checkpoints.load(keys=OWN) if self.folder else None
         step = broadcast_object_list([state["step"] if state else 0])[0]

@@ -68,7 +68,7 @@ class RunFolder:
 
     @staticmethod
     def check(path: str | Path, *, resume: bool) -> None:
-        """Raise `UserError` if `create` (with ``resume``, `reopen`) would, so that no data are read in vain."""
+        """Raise `UserError` if `create` (with ``resume``, `reopen`) would. Call it before the data are read."""
         path = Path(path)
         if resume:
             RunFolder.reopen(path).close()

@@ -70,7 +70,7 @@ def _make(name: str, folder: Path, before: str | None) -> GeneralTracker:
 
 
 def _id(folder: Path, name: str) -> str | None:
-    """Return the tracker's run that a folder belongs to; None for a new one."""
+    """Return the tracker's run that belongs to a folder; None for a new run."""
     try:
         found = json.loads((folder / FILE).read_text())[name]
     except (KeyError, OSError, RecursionError, TypeError, ValueError):
