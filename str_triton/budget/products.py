@@ -155,7 +155,7 @@ class Products(TorchDispatchMode):
                 self.hidden.setdefault(str(op), set()).update(names)
 
     def _find_unthresholded(self, func: Any, inputs: list[Tensor], out: Any) -> None:
-        """Note which weights are multiplied by an activation without their threshold, and tensors computed from them."""
+        """Note the weights multiplied by an activation without their threshold, and tensors computed from them."""
         if str(func.overloadpacket) == "str_triton.soft_threshold" or func.overloadpacket in FACTORIES:
             return
         bypassed = set().union(*map(self._dense_weights, inputs))

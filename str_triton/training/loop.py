@@ -30,7 +30,7 @@ LOG_STEPS = 50
 
 
 class Controller(Protocol):
-    """The interface of what moves a model to its target: a SparsityController, a RankController, a method with masks."""
+    """The interface of an object that moves a model to its target: a controller, or a method with masks."""
 
     def step(self, progress: float) -> None:
         """Update the model after an optimizer step. ``progress`` is the share of training that is done."""
