@@ -7,7 +7,7 @@ import torch
 from benchmarks.gpu.part import Session
 from benchmarks.gpu.solve import tiny
 from str_triton import SparsityController, Target, densify, sparsify
-from str_triton.budget.controller import _critical_offsets
+from str_triton.budget.cuts import critical_offsets
 from str_triton.budget.select import select
 from str_triton.cnn.resnet import resnet18
 from str_triton.nn import thresholded_weights
@@ -40,7 +40,7 @@ def run(session: Session) -> None:
 @torch.no_grad()
 def selects_as_the_cpu(controller: SparsityController) -> bool:
     """Return whether the selection on the device is that of the CPU for the same values, bit for bit."""
-    values = [_critical_offsets(layer, torch.zeros(()).to(layer.raw))[0] for layer in controller._layers]
+    values = [critical_offsets(layer, torch.zeros(()).to(layer.raw))[0] for layer in controller._layers]
     costs, keep = range(1, len(values) + 1), torch.tensor(controller._keep)
     found = select(values, costs, keep.to(values[0].device))
     return all(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from benchmarks.gpu.part import Session
 from benchmarks.timing import synchronize
 from str_triton import SparsityController, Target, sparsify
-from str_triton.budget.controller import _critical_offsets
+from str_triton.budget.cuts import critical_offsets
 from str_triton.budget.select import select
 from str_triton.cnn.resnet import resnet50
 
@@ -28,7 +28,7 @@ def run(session: Session) -> None:
     host, total = timed(controller.solve, session.pick(20, 2))
     session.report(interval=controller.interval, solve_ms=total, solve_host_ms=host)
     with torch.no_grad():
-        values = [_critical_offsets(layer, torch.zeros(()).to(layer.raw))[0] for layer in controller._layers]
+        values = [critical_offsets(layer, torch.zeros(()).to(layer.raw))[0] for layer in controller._layers]
     costs, keep = [layer.cost for layer in controller._layers], torch.full((), controller._keep, device=session.device)
     host, total = timed(lambda: select(values, costs, keep), session.pick(20, 2))
     elements = sum(value.numel() for value in values)

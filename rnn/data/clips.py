@@ -153,24 +153,9 @@ def speech_data(
     class_of = torch.full((len(recordings.words),), -1)
     class_of[[recordings.words.index(word) for word in chosen]] = torch.arange(len(chosen))
     classes = class_of[recordings.labels]
-    generator = torch.Generator().manual_seed(seed)
-    rows, labels, silence, next_row = {}, {}, [], len(recordings.labels)
-    for number, part in enumerate(PARTS):
-        here = recordings.parts == number
-        known = torch.nonzero(here & (classes >= 0))[:, 0]
-        rows[part], labels[part] = known, classes[known]
-        if not everything:
-            count = math.ceil(len(known) / len(chosen))
-            others = torch.nonzero(here & (classes < 0))[:, 0]
-            unknown = others[torch.randperm(len(others), generator=generator)[:count]].sort().values
-            silence.append(_silence(recordings.background[number], count, generator))
-            rows[part] = torch.cat([known, torch.arange(next_row, next_row + count), unknown])
-            extra = torch.tensor([len(chosen)] * count + [len(chosen) + 1] * len(unknown), dtype=torch.int64)
-            labels[part] = torch.cat([labels[part], extra])
-            next_row += count
+    rows, labels, generated = _examples(recordings, classes, 0 if everything else len(chosen), seed)
     class_names = chosen if everything else (*chosen, SILENCE, UNKNOWN)
     _check_classes(labels, class_names, name)
-    generated = torch.cat([*silence, torch.empty(0, RATE, dtype=torch.int16)])
     waveforms, digest = recordings.read()
     clips = {part: Clips(rows[part], waveforms, generated) for part in PARTS}
     every = math.ceil(len(clips["train"]) / STATISTICS_CLIPS)
@@ -188,6 +173,35 @@ def speech_data(
         notes={"sha256": digest},
         standardisation=standardise,
     )
+
+
+def _examples(
+    recordings: Recordings, classes: Tensor, chosen: int, seed: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+    """Return the rows and the labels of each part, and the waveforms of silence, whose rows follow those of the clips.
+
+    Args:
+        recordings: the clips.
+        classes: the class of each clip; -1 for a word that was not chosen.
+        chosen: the number of chosen words, if silence and unknown are classes after theirs; else 0.
+        seed: selects the examples of silence and unknown.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows, labels, silence, next_row = {}, {}, [], len(recordings.labels)
+    for number, part in enumerate(PARTS):
+        here = recordings.parts == number
+        known = torch.nonzero(here & (classes >= 0))[:, 0]
+        rows[part], labels[part] = known, classes[known]
+        if chosen:
+            count = math.ceil(len(known) / chosen)
+            others = torch.nonzero(here & (classes < 0))[:, 0]
+            unknown = others[torch.randperm(len(others), generator=generator)[:count]].sort().values
+            silence.append(_silence(recordings.background[number], count, generator))
+            rows[part] = torch.cat([known, torch.arange(next_row, next_row + count), unknown])
+            extra = torch.tensor([chosen] * count + [chosen + 1] * len(unknown), dtype=torch.int64)
+            labels[part] = torch.cat([labels[part], extra])
+            next_row += count
+    return rows, labels, torch.cat([*silence, torch.empty(0, RATE, dtype=torch.int16)])
 
 
 def _check_words(recordings: Recordings, name: str, words: tuple[str, ...]) -> tuple[str, ...]:

@@ -3,8 +3,7 @@
 The layers' thresholds relative to each other are the *distribution*; the offset is the *amount*. A weight w with the
 raw threshold r is pruned from the offset g^-1(|w|) - r on. So the offset for a given number of survivors (or their cost
 in FLOPs) is the k-th of these values. `allocate` finds it on the host and tells equal values apart. `select` finds it
-on a GPU without waiting for the device; it serves between the points where the count must be exact. If the target names
-each layer's share, every layer has an offset of its own, and there is no distribution to choose.
+on a GPU without waiting for the device. If the target names each layer's share, every layer has an offset of its own.
 """
 
 from collections.abc import Mapping
@@ -14,18 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from str_triton.budget.allocate import NotANumberError, Source, allocate
+from str_triton.budget import inventory
+from str_triton.budget.allocate import NotANumberError
 from str_triton.budget.count import counted_weights
-from str_triton.budget.inventory import Layer, present_sparsity, take_inventory, warn_of_zeros
-from str_triton.budget.offset_controller import OffsetController, unwrapped_names
+from str_triton.budget.cuts import common_cut, diverged, exact_cut, separate_cuts
+from str_triton.budget.names import unwrapped_names
+from str_triton.budget.offset_controller import OffsetController
 from str_triton.budget.processes import nonzeros
 from str_triton.budget.raw_thresholds import raws_for_rows
-from str_triton.budget.select import select
 from str_triton.budget.survivors import Moved
 from str_triton.budget.target import LayersTarget, Target
 from str_triton.budget.target_kinds import require_kind
 from str_triton.nn import ThresholdHolder, thresholded_weights
-from str_triton.nn.shards import shard_dimension
 
 FLOP_EXPONENT = 0.2  # More costs accuracy (docs/exact-budgets.md).
 
@@ -101,27 +100,21 @@ class SparsityController(OffsetController):
         self.straight_through_until = straight_through_until
         self.target = target
         self._shares: Mapping[str, float] = target.layers if isinstance(target, LayersTarget) else {}
-        self._layers, self._others, costs = take_inventory(
+        self._layers, self._others, costs = inventory.take_inventory(
             model, target, example_input, count_flops=target.counts_flops or distribution == "flop-aware"
         )
         self._dense = costs.thresholded
         self._whole = costs.flops if target.counts_flops else costs.thresholded + costs.others
-        shared = len({id(layer.raw) for layer in self._layers}) < len(self._layers)
-        if shared and (floor or distribution == "flop-aware" or target.by_layer):
-            raise ValueError(
-                "one raw threshold for several weights can neither keep a floor or a share in each nor be flop-aware: "
-                "sparsify with another granularity, or pass floor=0, distribution='fixed' and no target by layers; "
-                "weights that were tied once must be tied again after to_empty or load_state_dict(assign=True)"
-            )
+        if floor or distribution == "flop-aware" or target.by_layer:
+            inventory.require_own_thresholds(self._layers)
         if target.by_layer:
-            self._check_layers(self._shares)
-            keep = [layer.size - self._zeros(layer, 1.0) for layer in self._layers]
+            inventory.check_shares(self._layers, self._shares, distribution)
+            keep = self._keep_each(1.0)
         else:
             self._keep = min(target.keep(costs), self._dense)
-            self._set_floors(floor)
+            inventory.set_floors(self._layers, floor, self._keep, target)
             keep = [int(self._budget(1.0))]
-        if sum(keep) < self._dense:
-            warn_of_zeros(self._layers, keep)
+        inventory.warn_of_zeros(self._layers, keep)
         uses = list(thresholded_weights(model))
         self._straight_through = [use.holder for use in uses if use.holder.gradient == "straight_through"]
         self._take(model, [layer.weight.holder for layer in self._layers], [use.holder for use in uses])
@@ -149,10 +142,9 @@ class SparsityController(OffsetController):
     def _follow(self) -> None:
         if self.steps == 0:
             super().solve()
-            began = (0.0, -1) if self.progress * self.interval <= 1 else (self.progress, 0)
-            self._marks = [began]
+            self._marks = [(0.0, -1) if self.progress * self.interval <= 1 else (self.progress, 0)]
         elif self._drift is not None:
-            self._move(self._drift[0])
+            self._thresholds.move(self._drift[0])
             torch._foreach_add_(self._held_back, self._drift[1])
         if self.steps % self.interval == 0 or self._drift is None:
             self._aim(self.steps)
@@ -179,30 +171,6 @@ class SparsityController(OffsetController):
         if self._drift is not None and self._training is None:
             self._aim(self.steps - 1)  # The remaining change begins from here.
 
-    def _check_layers(self, shares: Mapping[str, float]) -> None:
-        if self.distribution != "fixed":
-            raise ValueError(f"the target names each layer's share, which leaves no distribution {self.distribution!r}")
-        names = {layer.name for layer in self._layers}
-        if missing := sorted(names - shares.keys()):
-            raise ValueError(f"the target names no share for the thresholded layer {missing[0]!r}")
-        if unknown := sorted(shares.keys() - names):
-            raise ValueError(f"the target names {unknown[0]!r}, which is no thresholded layer of the model")
-
-    def _set_floors(self, floor: float) -> None:
-        if not 0 <= floor <= 1:
-            raise ValueError(f"floor must be in [0, 1], got {floor}")
-        density = max(self._keep, 0) / self._dense
-        for layer in self._layers:
-            uniform = int(floor * density * layer.size)
-            layer.floor = max(1, min(uniform, layer.weight.dense.shape[0])) if floor else 0
-        least = sum(layer.floor * layer.cost for layer in self._layers)
-        if self._keep < least:
-            unit = "FLOPs" if self.target.counts_flops else "weights"
-            raise ValueError(
-                f"{self.target} cannot be met: excluded and frozen layers and pools count as dense, which leaves "
-                f"{self._keep:,} {unit} to the thresholded layers; these need {least:,} or more"
-            )
-
     def _shifts(self, done: float) -> tuple[list[Tensor], list[Tensor]]:
         if self._raws[0].device.type != "cpu" and self._processes.group is None:
             return super()._shifts(done)
@@ -215,30 +183,12 @@ class SparsityController(OffsetController):
         """Return how far to move each raw threshold, how far it is then held back, and how much each layer keeps."""
         before = {id(raw): held for raw, held in zip(self._raws, self._held_back, strict=True)}
         middle = float(self._thresholds.mean())
-        sources = [
-            self._source(layer, raw + before[id(layer.raw)] - middle)  # near 0, where float32 is precise
-            for layer, raw in zip(
-                self._layers,
-                raws_for_rows([layer.weight for layer in self._layers], self._processes),
-                strict=True,
-            )
+        raws = raws_for_rows([layer.weight for layer in self._layers], self._processes)
+        references = [  # near 0, where float32 is precise
+            raw + before[id(layer.raw)] - middle for layer, raw in zip(self._layers, raws, strict=True)
         ]
-        if self.target.by_layer:
-            each = []
-            for number, (source, layer) in enumerate(zip(sources, self._layers, strict=True)):
-                try:
-                    each.append(allocate([source], layer.size - self._zeros(layer, done), self._processes))
-                except NotANumberError:
-                    raise NotANumberError(number) from None
-            offsets, kept = [one.offset for one in each], [one.kept[0] for one in each]
-            own = {id(layer.raw): (offset, offset) for layer, offset in zip(self._layers, offsets, strict=True)}
-        else:
-            found = allocate(sources, int(self._budget(done)), self._processes)
-            kept = found.kept
-            own = {
-                id(layer.raw): (found.offset, min(found.offset, cap))
-                for layer, cap in zip(self._layers, found.caps, strict=True)
-            }
+        keep = self._keep_each(done) if self.target.by_layer else int(self._budget(done))
+        kept, own = exact_cut(self._layers, references, keep, self._processes)
         shifts, held = [], []
         for raw, now in zip(self._raws, self._held_back, strict=True):
             common, offset = own[id(raw)]
@@ -246,26 +196,13 @@ class SparsityController(OffsetController):
             shifts.append(now + (offset - middle))
         return shifts, held, kept
 
-    def _source(self, layer: Layer, reference: Tensor) -> Source:
-        """Return this process's part of a layer. A weight that every process has counts in process 0 only."""
-        weight = layer.weight.local_dense
-        if self._processes.rank > 0 and shard_dimension(layer.weight.dense) is None:
-            weight, reference = weight[:0], reference[:0] if reference.numel() > 1 else reference
-        return Source(weight, layer.weight.inverse, reference, layer.cost, layer.floor, layer.size)
-
     def _make_exact(self, done: float) -> None:
         try:
             shifts, self._held_back, kept = self._allocated(done)
         except NotANumberError as error:
-            bad = [layer for layer in self._layers if not bool(layer.weight.local_raw.isfinite().all())]
-            what = f"the raw threshold of {bad[0].name!r}" if bad else f"weight {self._layers[error.index].name!r}"
-            value = "NaN" if not bad or bool(bad[0].weight.local_raw.isnan().any()) else "an infinity"
-            raise ValueError(
-                f"{what} holds {value}, so that no share of the weights can be pruned: training has diverged; go back "
-                "to an earlier checkpoint"
-            ) from None
+            raise diverged(self._layers, error) from None
         with torch.no_grad():
-            self._move(shifts)
+            self._thresholds.move(shifts)
         self._moved.keep_exactly(kept, self._processes)
         if self._training is None:
             self._drift = None
@@ -299,30 +236,18 @@ class SparsityController(OffsetController):
 
     def _cut(self, done: float) -> tuple[Tensor, Tensor, list[Tensor]]:
         if self.target.by_layer:
-            return self._cut_each(done)
+            return separate_cuts(self._layers, self._keep_each(done))
         held_back = {id(raw): held for raw, held in zip(self._raws, self._held_back, strict=True)}
-        critical, caps = [], {}
-        for layer in self._layers:
-            values, cap = _critical_offsets(layer, held_back[id(layer.raw)])
-            critical.append(values)
-            caps[id(layer.raw)] = cap
-        budget = torch.zeros((), dtype=torch.int64, device=self._raws[0].device) + self._budget(done)
-        below, above = select(critical, [layer.cost for layer in self._layers], budget)
+        below, above, caps = common_cut(self._layers, held_back, self._budget(done))
         return below, above, [caps[id(raw)] for raw in self._raws]
 
-    def _cut_each(self, done: float) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Cut each layer on its own; the raw thresholds are one per layer and stand in the layers' order."""
-        device, cuts = self._raws[0].device, []
-        for layer in self._layers:
-            values = layer.weight.pruning_offsets().flatten().to(torch.float32)
-            keep = layer.size - self._zeros(layer, done)
-            cuts.append(select([values], [1], torch.full((), keep, device=device)))
-        below, above = (torch.stack(cut) for cut in zip(*cuts, strict=True))
-        return below, above, [torch.full((), torch.inf, device=device)] * len(cuts)
+    def _zeros(self, done: float) -> list[int]:
+        """Return how many elements of each layer are zero if the target names its share."""
+        return [round(done * round(self._shares[layer.name] * layer.size)) for layer in self._layers]
 
-    def _zeros(self, layer: Layer, done: float) -> int:
-        """Return how many elements of a layer are zero if the target names its share."""
-        return round(done * round(self._shares[layer.name] * layer.size))
+    def _keep_each(self, done: float) -> list[int]:
+        """Return how many elements of each layer survive if the target names its share."""
+        return [layer.size - zeros for layer, zeros in zip(self._layers, self._zeros(done), strict=True)]
 
     def _budget(self, done: float) -> int | Tensor:
         """Return the budget of the thresholded weights at this point of the schedule, as int64 on the device.
@@ -343,13 +268,13 @@ class SparsityController(OffsetController):
         """
         done = self._done()
         if self.target.by_layer:
-            cut = sum(self._zeros(layer, done) for layer in self._layers)
+            cut = sum(self._zeros(done))
         else:
             cut = round(done * (self._dense - self._keep))
         return {"flops_share": 1 - cut / self._whole} if self.target.counts_flops else {"sparsity": cut / self._whole}
 
     def measure(self) -> dict[str, float]:
-        return {"sparsity": present_sparsity(self._layers, self._others)}
+        return {"sparsity": inventory.present_sparsity(self._layers, self._others)}
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
@@ -373,18 +298,3 @@ class SparsityController(OffsetController):
         self._drift = drift
         self._moved.load(state["changed"])
         self._set_gradient()
-
-
-def _critical_offsets(layer: Layer, held_back: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the offset from which each weight is pruned, inf in the floor, and the largest one that keeps the floor.
-
-    Offsets are measured from the raw threshold that no floor has held back.
-    """
-    values = (layer.weight.pruning_offsets() - held_back).flatten().to(torch.float32)
-    if layer.floor == 0:
-        return values, torch.full((), torch.inf, device=values.device)
-    top = values.topk(min(layer.floor, values.numel()))
-    last = top.values[-1]
-    below = values.where(values < last, -torch.inf).amax()
-    values.index_fill_(0, top.indices, torch.inf)
-    return values, torch.where(below.isinf(), last - 1, (last + below) / 2)

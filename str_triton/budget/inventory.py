@@ -1,6 +1,7 @@
 """The inventory of a sparsity controller: the weights that it controls, the other weights, and their costs."""
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +83,47 @@ def take_inventory(
     return layers, others, Costs(dense, sum(other.value.numel() for other in others), total)
 
 
+def require_own_thresholds(layers: list[Layer]) -> None:
+    """Raise ValueError if several layers have one raw threshold."""
+    if len({id(layer.raw) for layer in layers}) < len(layers):
+        raise ValueError(
+            "one raw threshold for several weights can neither keep a floor or a share in each nor be flop-aware: "
+            "sparsify with another granularity, or pass floor=0, distribution='fixed' and no target by layers; "
+            "weights that were tied once must be tied again after to_empty or load_state_dict(assign=True)"
+        )
+
+
+def set_floors(layers: list[Layer], floor: float, keep: int, target: Target) -> None:
+    """Set how many elements of each layer survive in any case, of survivors that cost `keep` together.
+
+    Raises ValueError if the floors cost more.
+    """
+    if not 0 <= floor <= 1:
+        raise ValueError(f"floor must be in [0, 1], got {floor}")
+    density = max(keep, 0) / sum(layer.cost * layer.size for layer in layers)
+    for layer in layers:
+        uniform = int(floor * density * layer.size)
+        layer.floor = max(1, min(uniform, layer.weight.dense.shape[0])) if floor else 0
+    least = sum(layer.floor * layer.cost for layer in layers)
+    if keep < least:
+        unit = "FLOPs" if target.counts_flops else "weights"
+        raise ValueError(
+            f"{target} cannot be met: excluded and frozen layers and pools count as dense, which leaves "
+            f"{keep:,} {unit} to the thresholded layers; these need {least:,} or more"
+        )
+
+
+def check_shares(layers: list[Layer], shares: Mapping[str, float], distribution: str) -> None:
+    """Raise ValueError unless a target by layers names each layer, no other one, and is the only distribution."""
+    if distribution != "fixed":
+        raise ValueError(f"the target names each layer's share, which leaves no distribution {distribution!r}")
+    names = {layer.name for layer in layers}
+    if missing := sorted(names - shares.keys()):
+        raise ValueError(f"the target names no share for the thresholded layer {missing[0]!r}")
+    if unknown := sorted(shares.keys() - names):
+        raise ValueError(f"the target names {unknown[0]!r}, which is no thresholded layer of the model")
+
+
 @torch.no_grad()
 def present_sparsity(layers: list[Layer], others: list[Matrix]) -> float:
     """Return the share of zeros in all these weights, as the thresholds are now. Synchronizes with the GPU."""
@@ -100,6 +142,8 @@ def warn_of_zeros(layers: list[Layer], keep: list[int]) -> None:
     keep: the budget of the nonzero weights of all layers together, or a number for each layer.
     """
     if any(layer.weight.dense.is_meta for layer in layers):
+        return
+    if sum(keep) >= sum(layer.cost * layer.size for layer in layers):
         return
     parts = []
     left = list(zip(layers, nonzeros([layer.weight.dense for layer in layers]).tolist(), strict=True))

@@ -18,11 +18,7 @@ from str_triton.budget.raw_thresholds import RawThresholds
 from str_triton.budget.target import SCHEDULES
 from str_triton.nn import Control, ThresholdHolder
 
-# Limits of the optimizer's changes of learned thresholds: without them a layer dies (docs/exact-budgets.md).
-LEARNING_RATE = 0.1  # of its steps' length
-BOUND = 0.5  # largest distance of a raw threshold from the mean
-FREEZE = 0.35  # share of training after which the distribution stays
-WRAPPERS = ("module", "_orig_mod")  # in front of the names in averages, DistributedDataParallel and torch.compile
+FREEZE = 0.35  # share of training after which a learned distribution stays
 
 
 class OffsetController:
@@ -149,9 +145,6 @@ class OffsetController:
         """Move all raw thresholds by one offset so that the model costs what the schedule says now."""
         self._meet()
         shifts, self._held_back = self._shifts(self._done())
-        self._move(shifts)
-
-    def _move(self, shifts: list[Tensor]) -> None:
         self._thresholds.move(shifts)
 
     def finish(self, model: nn.Module | None = None) -> None:
@@ -188,7 +181,7 @@ class OffsetController:
         """Make the model's cost exact: move raw thresholds, and weights if needed."""
         shifts, self._held_back = self._shifts(done)
         with torch.no_grad():
-            self._move(shifts)
+            self._thresholds.move(shifts)
 
     def _undo_exact(self) -> None:
         """Undo the changes of `_make_exact` other than those of raw thresholds."""
@@ -226,14 +219,9 @@ class OffsetController:
         shifts = [own - now + before for own, now, before in zip(offsets, held, self._held_back, strict=True)]
         return shifts, held
 
-    @torch.no_grad()
     def _temper(self) -> None:
         """Limit the optimizer's change of the raw thresholds."""
-        rate = LEARNING_RATE if self.progress <= FREEZE else 0.0
-        mean = self._thresholds.mean()
-        for raw, before in zip(self._thresholds.own, self._thresholds.before, strict=True):
-            raw.copy_(torch.lerp(before, raw, rate).clamp(mean - BOUND, mean + BOUND))
-            before.copy_(raw)
+        self._thresholds.temper(frozen=self.progress > FREEZE)
 
     @contextmanager
     def exact(self, model: nn.Module | None = None) -> Iterator[None]:
@@ -310,14 +298,3 @@ class OffsetController:
         if self.begin <= progress < self.end:
             return SCHEDULES[self.schedule]((progress - self.begin) / (self.end - self.begin))
         return float(progress >= self.end)
-
-
-def unwrapped_names(items: dict[str, Any]) -> dict[str, Any]:
-    """Return the items by their names, without the prefixes that wrappers of a model add."""
-    found: dict[str, Any] = {}
-    for name, item in items.items():
-        parts = name.split(".")
-        while len(parts) > 1 and parts[0] in WRAPPERS:
-            del parts[0]
-        found.setdefault(".".join(parts), item)
-    return found

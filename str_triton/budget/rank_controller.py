@@ -2,8 +2,7 @@
 
 In a matrix with the raw threshold r, a component of size a (its singular value) is cut from the offset g^-1(a) - r on.
 The smaller components of the matrix are cut before it, so its place in the matrix's order gives the saving of its cut.
-One sort of the offsets of all matrices and a running sum of the savings give the cost of every possible cut, on the
-device.
+One sort of the offsets of all matrices and a running sum of the savings give the cost of every cut, on the device.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from str_triton.budget.offset_controller import OffsetController, unwrapped_names
+from str_triton.budget.names import unwrapped_names
+from str_triton.budget.offset_controller import OffsetController
 from str_triton.budget.rank_budget import factored_matrices, other_costs
 from str_triton.budget.rank_target import RankCosts, RankTarget
 from str_triton.budget.target_kinds import require_kind
@@ -41,17 +41,15 @@ class RankController(OffsetController):
     optimizer continues with the others (docs/learned-rank.md has the measurements).
 
     One common offset gives a family of models. After a solve the model is the largest of them that does not cost more
-    than the schedule says. The largest component of a matrix always survives. Components whose offsets are equal up to
-    rounding, such as those of an orthogonal matrix, cannot be cut one by one: `solve` scales their m apart, each by a
-    few times the rounding error. If that is too little (m in 16 bits) or not allowed (`exact`), they are cut together,
-    and the largest ones of a matrix are kept.
+    than the schedule says. A matrix's largest component and its equals survive in any case. Components whose offsets
+    are equal up to rounding, such as those of an orthogonal matrix, cannot be cut one by one: `solve` scales their m
+    apart, each by a few rounding errors. If that is too little (16 bits) or not allowed (`exact`), they go together.
 
     Args:
         model: a model with matrices in factors, on the device where it will train. Matrices without a threshold
             (compact ones) have a fixed cost, and a matrix that several modules share counts once.
         target: the highest cost at the end. Matrices count as compact ones, or as dense ones if the factors are no
-            smaller. A target in recurrent FLOPs controls the recurrent matrices, and the thresholds of the others stay
-            where they are.
+            smaller. A target in recurrent FLOPs controls the recurrent matrices; other thresholds do not move.
         schedule: "cubic" (fast first), "linear" or "constant" from progress `begin` to `end`, in the target's unit. It
             begins at the cost of all components. Before `begin` all components survive; after `end` the target holds.
         distribution: "fixed": the thresholds keep their present ratios (g = "exp") and need no gradients. "learned":

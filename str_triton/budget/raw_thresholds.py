@@ -9,6 +9,10 @@ from str_triton.budget.processes import Processes
 from str_triton.nn import ThresholdedWeight, ThresholdHolder
 from str_triton.nn.shards import full, is_sharded, local, reshard, rows_here, shard_dimension
 
+# Limits of the optimizer's changes of learned thresholds: without them a layer dies (docs/exact-budgets.md).
+LEARNING_RATE = 0.1  # share of the optimizer's step
+BOUND = 0.5  # largest distance of a raw threshold from the mean
+
 
 class RawThresholds:
     """The raw thresholds of some modules, each once, and their values when the controller last changed them.
@@ -66,6 +70,14 @@ class RawThresholds:
     def hold(self) -> None:
         """Undo the optimizer's step: weight decay also moves thresholds that are not trained."""
         torch._foreach_copy_(self.own, self.before)
+
+    @torch.no_grad()
+    def temper(self, frozen: bool) -> None:
+        """Limit the optimizer's step to a share of it, or undo it if `frozen`, and the distance from the mean."""
+        rate, mean = 0.0 if frozen else LEARNING_RATE, self.mean()
+        for raw, before in zip(self.own, self.before, strict=True):
+            raw.copy_(torch.lerp(before, raw, rate).clamp(mean - BOUND, mean + BOUND))
+            before.copy_(raw)
 
     def save(self) -> tuple[list[Tensor], list[Tensor]]:
         """Return copies of this process's elements, now and before the optimizer's step."""

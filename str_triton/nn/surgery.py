@@ -113,7 +113,7 @@ def sparsify(
     layers: dict[int, nn.Module] = {}
     parametrizations: dict[nn.Module, dict[str, SoftThreshold]] = defaultdict(dict)
     for use in _once(selection.chosen):
-        weight, layer_class = use.module.get_parameter(use.attribute), str_class(use.module)
+        weight = use.module.get_parameter(use.attribute)
         key = 0 if granularity == "global" else id(weight)
         is_shared = key in raws
         if not is_shared:
@@ -122,12 +122,10 @@ def sparsify(
                 if keep_zeros
                 else new_raw_threshold(weight, granularity=granularity, g=g, raw_threshold_init=initial)
             )
-        holder: STRLayer | SoftThreshold
-        if layer_class is None or needs_parametrization(use) or id(use.module) in bypassed:
-            holder = SoftThreshold(raws[key], g=g, gradient=gradient)
+        holder = _holder(use, raws[key], g, gradient, id(use.module) in bypassed)
+        if isinstance(holder, SoftThreshold):
             parametrizations[use.module][use.attribute] = holder
         else:
-            holder = layer_class.from_dense(use.module, raws[key], g=g, gradient=gradient)
             layers[id(use.module)] = holder
         holder._initial_raw = initial
         if is_shared:
@@ -139,6 +137,14 @@ def sparsify(
     for module, thresholds in parametrizations.items():
         parametrize_weights(module, thresholds)
     return _transform(model, layers)
+
+
+def _holder(use: Candidate, raw: nn.Parameter, g: str, gradient: str, is_bypassed: bool) -> STRLayer | SoftThreshold:
+    """Return the STR layer that a module becomes, or the parametrization of its weight."""
+    layer_class = str_class(use.module)
+    if layer_class is None or needs_parametrization(use) or is_bypassed:
+        return SoftThreshold(raw, g=g, gradient=gradient)
+    return layer_class.from_dense(use.module, raw, g=g, gradient=gradient)
 
 
 def densify(model: nn.Module) -> nn.Module:

@@ -408,7 +408,7 @@ def test_the_solve_of_gpus_keeps_floors_and_nearly_the_budget(kind):
     controller = SparsityController(model, Target(sparsity=0.9))
     shifts, controller._held_back = OffsetController._shifts(controller, 1.0)
     with torch.no_grad():
-        controller._move(shifts)
+        controller._thresholds.move(shifts)
     kept = survivors(model)
     assert all(k >= layer.floor or kind == "half zeros" for k, layer in zip(kept, controller._layers, strict=True))
     if kind == "normal":
@@ -426,7 +426,7 @@ def test_the_solve_of_gpus_cuts_what_the_hosts_does_where_no_threshold_reaches_m
     left = []
     for shifts in (controller._allocated(1.0)[0], OffsetController._shifts(controller, 1.0)[0]):
         before = controller._thresholds.save()
-        controller._move(shifts)
+        controller._thresholds.move(shifts)
         assert all(raw.isfinite().all() for raw in controller._raws)
         left.append(survivors(model))
         controller._thresholds.restore(before)
@@ -442,7 +442,7 @@ def test_the_solve_of_gpus_meets_each_layers_share(done):
     shares = {name: 0.2 + 0.7 * i / len(names) for i, name in enumerate(names)}
     controller = SparsityController(model, Target(layers=shares))
     shifts, held_back = OffsetController._shifts(controller, done)
-    controller._move(shifts)
+    controller._thresholds.move(shifts)
     zeros = [use.dense.numel() - left for use, left in zip(thresholded_weights(model), survivors(model), strict=True)]
     sizes = [use.dense.numel() for use in thresholded_weights(model)]
     shares = shares.values()

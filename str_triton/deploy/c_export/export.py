@@ -57,15 +57,7 @@ def export_c(
     names = tuple(map(str, range(classes) if outputs is None else outputs))
     if len(names) != classes:
         raise ValueError(f"outputs has {len(names)} names for {classes} classes")
-    if (mean is None) != (std is None):
-        raise ValueError("mean and std belong together: give both or neither")
-    for name, values in (("mean", mean), ("std", std)):
-        if values is not None and not isinstance(values, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(values).__name__}")
-        if values is not None and values.shape != (rnn.input_size,):
-            raise ValueError(f"{name} must have shape [{rnn.input_size}], got {list(values.shape)}")
-    if std is not None and not bool((std > 0).all()):
-        raise ValueError("std must be positive")
+    _check_standardisation(mean, std, rnn.input_size)
     folder = Path(folder)
     name = identifier(folder)
     if title is None:
@@ -81,6 +73,19 @@ def export_c(
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / file, content)
     return sizes
+
+
+def _check_standardisation(mean: Tensor | None, std: Tensor | None, inputs: int) -> None:
+    """Raise ValueError or TypeError unless both are given, or neither, with a value for each input."""
+    if (mean is None) != (std is None):
+        raise ValueError("mean and std belong together: give both or neither")
+    for name, values in (("mean", mean), ("std", std)):
+        if values is not None and not isinstance(values, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(values).__name__}")
+        if values is not None and values.shape != (inputs,):
+            raise ValueError(f"{name} must have shape [{inputs}], got {list(values.shape)}")
+    if std is not None and not bool((std > 0).all()):
+        raise ValueError("std must be positive")
 
 
 def identifier(folder: Path) -> str:
