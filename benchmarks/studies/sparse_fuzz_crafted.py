@@ -141,6 +141,7 @@ RECORDS: dict[str, Callable[[Record], None]] = {
     "a norm of unlike shapes": _call("ops.aten._weight_norm.default", X, {"tensor": "conv2d|bias"}, 0),
     "a remainder of nothing": _call("ops.aten.remainder.int", 1, 0),
     "a list in a list": _call("ops.aten.mul.left_t", [0], 2**40),
+    "attention without heads": _call("ops.aten.scaled_dot_product_attention.default", X, X, X, enable_gqa=True),
     "an LSTM with one state": _call("ops.aten.lstm.input", X, [X], [], False, 1, 0.0, False, False, False),
     "no overload": _call("ops.aten.relu", X),
     "a private overload": _call("ops.aten.relu._schema", X),

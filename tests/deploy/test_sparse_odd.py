@@ -291,3 +291,33 @@ def test_a_group_norm_is_as_accurate_in_channels_last() -> None:
     fast.choices = dict.fromkeys(fast.choices, Choice("dense"))
     wanted = copy.deepcopy(model).double()(x.double())
     torch.testing.assert_close(fast(x).double(), wanted, rtol=0, atol=3e-4)
+
+
+class SharedHeads(nn.Module):
+    """Attention whose queries share keys and values, [B, T, 8] -> [B, T, 8]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(8, 8), nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (-1, 2)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True)
+
+
+def test_queries_that_share_keys_and_values(by_kernels, tmp_path: Path) -> None:
+    model = prune(SharedHeads().eval(), 0.5)
+    compiled = deploy.compile_sparse(model, torch.randn(2, 5, 8))
+    assert isinstance(compiled, deploy.SparseModel)
+    compiled.save(tmp_path / "net")
+    for network in (compiled, deploy.load_sparse(tmp_path / "net")):
+        for batch, steps in ((2, 5), (1, 9), (0, 3)):
+            same(model, network, torch.randn(batch, steps, 8))
+
+
+@pytest.mark.parametrize("layer", [nn.RNN(6, 4), nn.LSTM(6, 4, proj_size=2)], ids=["rnn", "projected"])
+def test_recurrent_layers_that_only_torch_has_are_saved_by_torch(by_kernels, tmp_path: Path, layer: nn.Module) -> None:
+    compiled = deploy.compile_sparse(layer, torch.randn(5, 2, 6))
+    torch.testing.assert_close(compiled(torch.ones(5, 2, 6))[0], layer(torch.ones(5, 2, 6))[0].detach())
+    with pytest.raises(ValueError, match=r"which a file cannot hold: torch\.save"):
+        compiled.save(tmp_path / "net")

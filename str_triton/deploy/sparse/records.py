@@ -108,7 +108,7 @@ def node_record(node: nodes.Node, tensors: dict[str, Tensor]) -> dict[str, Any]:
     fields = {field.name: getattr(node, field.name) for field in dataclasses.fields(node)}
     if isinstance(node, nodes.Call):
         name = operator_name(node.target)
-        if not allowed(name):
+        if not allowed(name) or wrong_argument(node.target, node.args, node.kwargs):
             where = f"{node.label} calls" if node.label else "it calls"
             called = name or getattr(node.target, "__name__", node.target)
             raise ValueError(f"{where} {called}, which a file cannot hold: torch.save keeps the network instead")

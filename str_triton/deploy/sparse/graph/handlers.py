@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from str_triton.deploy.sparse.graph.context import Context, bound, channels, dimensions, is_float, pair, same_shape
 from str_triton.deploy.sparse.graph.nodes import Call, Convolution, Linear, Node
 from str_triton.deploy.sparse.graph.pointwise import Activation, Add, Norm
 from str_triton.deploy.sparse.graph.pools import AvgPool, MaxPool, Mean
-from str_triton.deploy.sparse.graph.refs import references
+from str_triton.deploy.sparse.graph.refs import Ref, references
 
 aten = torch.ops.aten
 _ACTIVATIONS = ("hardswish", "hardsigmoid", "sigmoid", "silu", "gelu", "leaky_relu")
@@ -208,6 +209,27 @@ def _mean(context: Context, node: fx.Node) -> Node | None:
     return Mean(context.name(node), [context.value(x).name], keep) if wanted else None
 
 
+def _attention(context: Context, node: fx.Node) -> Node | None:
+    """Lower attention whose queries share keys and values: these are repeated, so that all have one number of heads."""
+    given = bound(node)
+    tensors = [given[name] for name in ("query", "key", "value")]
+    shapes = [part.meta["val"].shape for part in tensors]
+    heads = [shape[-3] if len(shape) > 3 else None for shape in shapes]
+    usual = given["enable_gqa"] and all(type(count) is int and count > 0 for count in heads)
+    if not usual or any(heads[0] % count or free_unbacked_symbols(shapes) for count in heads):
+        return None
+    values = [context.value(tensors[0])]
+    for tensor, count in zip(tensors[1:], heads[1:], strict=True):
+        value = context.value(tensor)
+        repeated = (value, heads[0] // count, -3)
+        name = f"{context.name(node)}.{len(values)}"
+        context.nodes.append(Call(name, references(repeated), aten.repeat_interleave.self_int, repeated))
+        values.append(Ref(name))
+    options = (context.arguments(given["attn_mask"]), given["dropout_p"], given["is_causal"])
+    args, scale = (*values, *options), {"scale": context.arguments(given["scale"])}
+    return Call(context.name(node), references((args, scale)), node.target, args, scale, context.label(node))
+
+
 Handler = Callable[[Context, fx.Node], Node | None]
 HANDLERS: dict[Any, Handler] = {
     **dict.fromkeys((aten.conv2d.default, aten.conv2d.padding, aten.convolution.default), _convolution),
@@ -223,4 +245,5 @@ HANDLERS: dict[Any, Handler] = {
     aten.max_pool2d.default: _max_pool,
     aten.avg_pool2d.default: _avg_pool,
     **dict.fromkeys((aten.mean.dim, aten.adaptive_avg_pool2d.default), _mean),
+    aten.scaled_dot_product_attention.default: _attention,
 }

@@ -10,9 +10,9 @@ from torch._ops import HigherOrderOperator, OpOverload
 
 # All functional overloads of these are allowed, but for those of TorchScript, which compute with numbers, lists and
 # strings: torch.export does not write them, and some of them end the process (the remainder of a division by zero) or
-# fill the memory (a list, repeated). Left out on purpose: operations that make uninitialized or random
-# tensors, that read memory by strides of the caller's choice, or that use files, backward passes, and _weight_norm,
-# whose kernel reads past the end of arguments of unlike shapes.
+# fill the memory (a list, repeated). Left out on purpose: operations that make uninitialized or random tensors, that
+# read memory by strides of the caller's choice, or that use files, backward passes, and _weight_norm, gru, lstm,
+# rnn_relu and rnn_tanh, which read past the end of arguments of unlike shapes.
 _ATEN = """
 __and__ __or__ __xor__ _adaptive_avg_pool2d _adaptive_avg_pool3d _assert_scalar _cdist_forward _conj
 _local_scalar_dense _log_softmax _safe_softmax _softmax _to_copy _unsafe_view abs absolute acos acosh
@@ -27,18 +27,18 @@ count_nonzero cross cummax cummin cumprod cumsum deg2rad det detach diag diag_em
 dropout dstack einsum elu embedding eq erf erfc erfinv exp exp2 expand expand_as expm1 eye feature_dropout fft_fft
 fft_fft2 fft_fftshift fft_ifft fft_ifft2 fft_ifftshift fft_irfft fft_irfft2 fft_rfft fft_rfft2 fill fix flatten flip
 fliplr flipud float_power floor floor_divide fmax fmin fmod frac full full_like gather ge gelu ger glu greater
-greater_equal grid_sampler grid_sampler_2d grid_sampler_3d group_norm gru gt hardshrink hardsigmoid hardswish hardtanh
+greater_equal grid_sampler grid_sampler_2d grid_sampler_3d group_norm gt hardshrink hardsigmoid hardswish hardtanh
 heaviside hstack hypot im2col imag index index_add index_copy index_fill index_put index_select inner instance_norm
 isclose isfinite isinf isnan isneginf isposinf isreal item kron l1_loss layer_norm le leaky_relu lerp less
 less_equal lgamma lift_fresh_copy linalg_matrix_norm linalg_multi_dot linalg_norm linalg_vector_norm linear linspace
 log log10 log1p log2 log_sigmoid log_softmax logaddexp logcumsumexp logical_and logical_not logical_or logical_xor
-logit logsumexp lstm lt mH mT masked_fill masked_scatter masked_select matmul matrix_H max max_pool1d max_pool2d
+logit logsumexp lt mH mT masked_fill masked_scatter masked_select matmul matrix_H max max_pool1d max_pool2d
 max_pool2d_with_indices max_pool3d maximum mean median meshgrid min minimum mish mm moveaxis movedim mse_loss msort mul
 multiply mv nan_to_num nanmean nansum narrow native_group_norm native_layer_norm ne neg negative new_full new_ones
 new_zeros nonzero norm normalize not_equal numpy_T one_hot ones ones_like outer pad pairwise_distance permute
 pixel_shuffle pixel_unshuffle polar positive pow prelu prod quantile rad2deg ravel real reciprocal reflection_pad1d
 reflection_pad2d reflection_pad3d relu relu6 remainder repeat repeat_interleave replication_pad1d replication_pad2d
-replication_pad3d reshape reshape_as resolve_conj rms_norm rnn_relu rnn_tanh roll rot90 round row_stack rsqrt rsub
+replication_pad3d reshape reshape_as resolve_conj rms_norm roll rot90 round row_stack rsqrt rsub
 scalar_tensor scaled_dot_product_attention scatter scatter_add scatter_reduce searchsorted select select_scatter selu
 sgn sigmoid sign signbit silu sin sinc sinh slice slice_scatter smooth_l1_loss softmax softplus softshrink sort
 special_erf special_expit special_log_softmax special_softmax split split_with_sizes sqrt square squeeze stack std
@@ -110,17 +110,15 @@ def allowed(name: Any) -> bool:
 def wrong_argument(target: Any, args: tuple, kwargs: dict[str, Any]) -> str | None:
     """Return the name of an argument that torch would take without a check, and that ends the process.
 
-    That is what must be a dtype, a memory format, a layout or a device, and is none of these; and the states of an LSTM
-    that are no pair. None: there is none. Torch itself checks all other types.
+    That is what must be a dtype, a memory format, a layout or a device, and is none of these; and the option of
+    attention that divides by the number of heads. None: there is none. Torch itself checks all other types.
     """
     if not isinstance(target, OpOverload):
         return None
     for place, argument in enumerate(target._schema.arguments):
         kind = _OPTIONS.get(str(argument.real_type).removeprefix("Optional[").removesuffix("]"))
         given = args[place] if place < len(args) and not argument.kwarg_only else kwargs.get(argument.name)
-        if kind is not None and given is not None and not isinstance(given, kind):
-            return argument.name
-        is_pair = isinstance(given, list | tuple) and len(given) == 2
-        if argument.name == "hx" and target._schema.name == "aten::lstm" and not is_pair:
+        is_option = kind is None or given is None or isinstance(given, kind)
+        if not is_option or (argument.name == "enable_gqa" and given not in (None, False)):
             return argument.name
     return None
