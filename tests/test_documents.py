@@ -14,6 +14,7 @@ from str_triton import deploy
 from tests.check_commands import DOCUMENTS, ELSEWHERE, ROOT, check_for, commands, run
 
 PYTHON = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCED = re.compile(r"^```\w*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 BLOCKS = [
     pytest.param(code, id=f"{document.relative_to(ROOT).with_suffix('')}-{number}")
     for document in DOCUMENTS
@@ -43,8 +44,8 @@ def path_in_reference(module: ModuleType, name: str) -> str:
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=lambda page: page.stem)
-def test_python_on_the_site_is_as_narrow_as_a_page(page: Path) -> None:
-    lines = [line for code in PYTHON.findall(page.read_text()) for line in code.splitlines()]
+def test_code_on_the_site_is_as_narrow_as_a_page(page: Path) -> None:
+    lines = [line for code in FENCED.findall(page.read_text()) for line in code.splitlines()]
     assert [line for line in lines if len(line) > 82] == []
 
 

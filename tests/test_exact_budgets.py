@@ -41,3 +41,4 @@ def test_the_picture_is_drawn_anew_alike(tmp_path: Path) -> None:
         exact_budgets.picture(lines, tmp_path / name)
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
     assert "global" in (tmp_path / "a.svg").read_text()
+    assert "prefers-color-scheme: dark" in (tmp_path / "a.svg").read_text()

@@ -76,17 +76,19 @@ def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: py
     programs.check_started_program()
 
 
-def test_a_reader_that_leaves_ends_the_program_quietly():
+@pytest.mark.parametrize("write", ["print", "ProgressBar(9).console.print"])
+def test_a_reader_that_leaves_ends_the_program_quietly(write: str):
     """As `| head` does. The reader closes its end before the program has written anything."""
-    code = """
+    code = f"""
 import sys
 from str_triton.training.errors import as_user_error, run_program
+from str_triton.training.progress import ProgressBar
 
 def program():
     sys.stdin.readline()
     with as_user_error(OSError):
         for _ in range(100_000):
-            print("line")
+            {write}("line")
 
 sys.exit(run_program(program))
 """

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks import charts
 from benchmarks.runs import RunFile
 from benchmarks.timing import RESULTS, machine
 from str_triton import SparsityController, Target, count, parameter_groups, sparsify
@@ -172,13 +173,7 @@ def train(method: str, target: float, seed: int, data, epochs: int) -> dict:
 
 def picture(lines: list[dict], path: Path) -> None:
     """Draw accuracy against FLOPs as SVG: a curve per method, a point per target, mean and deviation over the seeds."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams["svg.hashsalt"] = "exact_budgets"  # without a date, so that the same lines give the same file
-    figure, axes = plt.subplots(figsize=(7, 4.5), constrained_layout=True)
+    figure, (axes,) = charts.new("exact_budgets")
     for method in dict.fromkeys(line["method"] for line in lines):
         runs = [line for line in lines if line["method"] == method]
         points = [[run for run in runs if run["target"] == t] for t in sorted({run["target"] for run in runs})]
@@ -195,7 +190,7 @@ def picture(lines: list[dict], path: Path) -> None:
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, format="svg", metadata={"Date": None})
+    charts.save(figure, path)
 
 
 def main() -> None:

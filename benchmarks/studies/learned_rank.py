@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import charts
 from benchmarks.runs import RunFile
 from benchmarks.timing import RESULTS
 from str_triton.rnn.models import Architecture
@@ -138,15 +139,9 @@ def do(wanted: Iterable[dict], held: RunFile, count: int, keep_test: bool) -> No
 
 def picture(runs: list[dict], path: Path) -> None:
     """Draw test results against parameters as SVG: a part per data set, a curve per method, mean and deviation."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams["svg.hashsalt"] = "learned_rank"  # without a date, so that the same lines give the same file
     names = list(dict.fromkeys(run["data"] for run in runs))
-    figure, parts = plt.subplots(1, len(names), figsize=(4.5 * len(names), 4), constrained_layout=True, squeeze=False)
-    for name, axes in zip(names, parts[0], strict=True):
+    figure, parts = charts.new("learned_rank", len(names))
+    for name, axes in zip(names, parts, strict=True):
         own = [run for run in runs if run["data"] == name]
         key, scale, label = ("bits_per_character", 1, "bits per character") if name == "text" else FIGURE
         dense = [run for run in own if run["method"] == "dense"]
@@ -162,8 +157,8 @@ def picture(runs: list[dict], path: Path) -> None:
             )
         axes.set(xlim=(0, 40), xlabel="parameters, % of the dense network's", ylabel=label, title=name)
         axes.grid(alpha=0.3)
-    parts[0][0].legend()
-    figure.savefig(path, format="svg", metadata={"Date": None})
+    parts[0].legend()
+    charts.save(figure, path)
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from benchmarks import charts
 from benchmarks.runs import Run, RunFile
 from benchmarks.studies.exact_budgets import IMAGE, WEIGHT_DECAY, fit, measured, network, sgd
 from benchmarks.timing import RESULTS, machine
@@ -69,6 +70,8 @@ LINES: dict[str, dict] = {
         f"str-exact, fine-tuned 0.4, lr {lr:g}": {"method": "str-exact", "epochs": 0.4, "lr": lr} for lr in (0.1, 0.025)
     },
 }
+# The lines of docs/methods.svg.
+DRAWN = ("dense", "str-exact", "str-exact, FLOP-aware", "str", "gmp, global", "dnw, ERK", "rigl, ERK")
 RUNS = RunFile(RESULTS / "methods.jsonl", ("line", "target", "seed"))
 TRIALS = RunFile(RESULTS / "methods_lambda.jsonl", ("weight_decay",))
 LAMBDAS, TRIALS_AT_MOST = (1e-4, 1e-2), 6
@@ -170,13 +173,7 @@ def run_line(line: str, target: float, seed: int, data, dense: Callable[[int], d
 
 def picture(runs: list[dict], path: Path, shown: list[str]) -> None:
     """Draw accuracy against FLOPs, and the density of each layer at two sparsities, as SVG, as means over the seeds."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams["svg.hashsalt"] = "methods"  # without a date, so that the same lines give the same file
-    figure, (front, layers) = plt.subplots(1, 2, figsize=(12, 4.5), constrained_layout=True)
+    figure, (front, layers) = charts.new("methods", 2)
     names = names_of_layers()
     for line in shown:
         mine = [run for run in runs if run["line"] == line]
@@ -198,7 +195,7 @@ def picture(runs: list[dict], path: Path, shown: list[str]) -> None:
     for axes in (front, layers):
         axes.grid(alpha=0.3)
     front.legend(fontsize="small")
-    figure.savefig(path, format="svg", metadata={"Date": None})
+    charts.save(figure, path)
 
 
 def average(runs: list[dict], key: str) -> float:
@@ -208,7 +205,7 @@ def average(runs: list[dict], key: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", help="the four IDX files of Fashion-MNIST")
-    parser.add_argument("--lines", nargs="*", default=list(LINES), choices=list(LINES), metavar="LINE")
+    parser.add_argument("--lines", nargs="*", choices=list(LINES), metavar="LINE", help="all, or those that are drawn")
     parser.add_argument("--targets", nargs="*", type=float, default=[0.9, 0.95, 0.98, 0.99])
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=1)
@@ -216,7 +213,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.picture:
         runs = RUNS.read()
-        picture(runs, options.picture, [line for line in options.lines if any(run["line"] == line for run in runs)])
+        drawn = options.lines or DRAWN
+        picture(runs, options.picture, [line for line in drawn if any(run["line"] == line for run in runs)])
         return
     torch.set_num_threads(options.threads)
     data = load("fashion-mnist", options.data_dir)
@@ -229,7 +227,7 @@ def main() -> None:
         {"line": line, "target": 0.0 if line == "dense" else target, "seed": seed}
         for seed in options.seeds
         for target in options.targets
-        for line in options.lines
+        for line in options.lines or LINES
     )
     for job in RUNS.missing(wanted):
         run = run_line(**job, data=data, dense=dense)

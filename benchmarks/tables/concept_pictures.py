@@ -112,7 +112,7 @@ def rank() -> str:
             line("b", [(left - 4, cut), (left + 104, cut)], dashed=True),
             text(left, 170, name),
         ]
-    parts.append(text(14, 194, "singular values; below the threshold a component is removed"))
+    parts.append(text(14, 194, "below the threshold a component is removed"))
     return svg("The rank of a matrix while it trains", 206, parts)
 
 

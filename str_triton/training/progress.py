@@ -10,6 +10,13 @@ DRAW_SECONDS = 0.25
 PLAIN_SECONDS, PLAIN_SHARE = 5.0, 0.05  # the least time between plain lines, and the least share of the time so far
 
 
+class Output(Console):
+    """A console that leaves a closed pipe to `run_program`, as print does. rich would exit with code 1."""
+
+    def on_broken_pipe(self) -> None:
+        raise  # rich calls this while it handles the BrokenPipeError
+
+
 class ProgressBar:
     """A progress bar on a terminal; an occasional plain line if output goes to a file or a pipe.
 
@@ -17,7 +24,7 @@ class ProgressBar:
     """
 
     def __init__(self, total: int, start: int = 0, *, console: Console | None = None) -> None:
-        self.console = console or Console(file=sys.stdout, soft_wrap=True, highlight=False)
+        self.console = console or Output(file=sys.stdout, soft_wrap=True, highlight=False)
         self.total = total
         self._start, self._began = start, time.monotonic()
         self._drawn = float("-inf")
