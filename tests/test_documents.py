@@ -1,5 +1,6 @@
 """README and docs/ keep their word: tables, links, Python, and the script that runs their commands."""
 
+import inspect
 import re
 from pathlib import Path
 from types import ModuleType
@@ -41,6 +42,16 @@ def path_in_reference(module: ModuleType, name: str) -> str:
     """Return the path that shows a public name. A function with its module's name would show the module otherwise."""
     defined_in = getattr(getattr(module, name), "__module__", None) or ""
     return f"{defined_in if defined_in.endswith(f'.{name}') else module.__name__}.{name}"
+
+
+def test_attributes_in_the_reference_have_one_name_each() -> None:
+    """mkdocstrings takes what follows the first space of an attribute's name for its type."""
+    for module in (str_triton, deploy):
+        for name in module.__all__:
+            text = inspect.getdoc(getattr(module, name)) or ""
+            for section in re.findall(r"^Attributes:\n((?:    .*\n?)+)", text, re.MULTILINE):
+                names = re.findall(r"^    (\S.*?):", section, re.MULTILINE)
+                assert [found for found in names if not re.fullmatch(r"\w+( \(.+\))?", found)] == [], name
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=lambda page: page.stem)

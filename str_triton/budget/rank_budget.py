@@ -39,7 +39,8 @@ class MatrixBudget:
 
     Attributes:
         name: the name of the `LowRankWeight` in `model.named_modules()`.
-        rows, columns: shape of the matrix.
+        rows: number of rows of the matrix.
+        columns: number of columns of the matrix.
         max_rank: number of components.
         rank: number of components that the threshold leaves.
         threshold: in units of the singular values; None for a compact matrix, which has none.

@@ -32,8 +32,10 @@ class LowRankFastGRNN(LowRankRNN):
         max_rank, input_max_rank, factorize, ranks, g, gradient, raw_threshold_init: as in `LowRankGRU`.
 
     Attributes:
-        weight_ih_l0 [hidden_size, input_size], weight_hh_l0 [hidden_size, hidden_size]: LowRankWeight or Parameter.
-        bias_gate_l0, bias_update_l0, ...: Parameter [hidden_size]. zeta_l0, nu_l0, ...: Parameter [1].
+        weight_ih_l0: LowRankWeight or Parameter [hidden_size, input_size].
+        weight_hh_l0: LowRankWeight or Parameter [hidden_size, hidden_size].
+        bias_gate_l0: Parameter [hidden_size]; also bias_update_l0, ...
+        zeta_l0: Parameter [1]; also nu_l0, ...
 
     Inputs, outputs and errors are those of `LowRankGRU`.
 

@@ -25,8 +25,8 @@ class LowRankGRU(LowRankRNN):
         g, gradient, raw_threshold_init: arguments of `LowRankWeight`.
 
     Attributes:
-        weight_ih_l0, weight_hh_l0, weight_ih_l0_reverse, ...: LowRankWeight [3 * hidden_size, ...], or Parameter.
-        bias_ih_l0, bias_hh_l0, ...: Parameter [3 * hidden_size].
+        weight_ih_l0: LowRankWeight [3 * hidden_size, ...], or Parameter; also weight_hh_l0, weight_ih_l0_reverse, ...
+        bias_ih_l0: Parameter [3 * hidden_size]; also bias_hh_l0, ...
 
     Inputs and outputs are those of nn.GRU: input [T, B, input_size], [B, T, input_size] with batch_first,
     [T, input_size], or a PackedSequence; hx [num_layers * directions, B, hidden_size] or None. The layer returns output
@@ -73,8 +73,8 @@ class LowRankLSTM(LowRankRNN):
         max_rank, input_max_rank, factorize, ranks, g, gradient, raw_threshold_init: as in `LowRankGRU`.
 
     Attributes:
-        weight_ih_l0, weight_hh_l0, weight_ih_l0_reverse, ...: LowRankWeight [4 * hidden_size, ...], or Parameter.
-        bias_ih_l0, bias_hh_l0, ...: Parameter [4 * hidden_size].
+        weight_ih_l0: LowRankWeight [4 * hidden_size, ...], or Parameter; also weight_hh_l0, weight_ih_l0_reverse, ...
+        bias_ih_l0: Parameter [4 * hidden_size]; also bias_hh_l0, ...
 
     Inputs and outputs are those of `LowRankGRU`, but hx is (h, c) or None, and the layer returns (h, c).
 
