@@ -48,7 +48,7 @@ def sparse_time() -> str:
 
 
 NEIGHBOR = """One busy process of one thread beside the calls (`python -m benchmarks.speed.busy_neighbor`): the 95th
-percentile beside it is to stay below 2.5 times its median."""
+percentile should stay below 2.5 times the median."""
 
 
 @table("busy-neighbor")

@@ -25,7 +25,7 @@ def recurrent_inference() -> str:
             others |= {"ours_r8_int8": "rank H/8, int8", "torch_int8": "torch, int8"}
         cells = []
         for row in rows:
-            case = f"{row['cell'].upper()} {row['hidden']}, batch {row['batch']}, {row['threads']} threads"
+            case = f"{row['cell'].upper()} {row['hidden']}, batch {row['batch']}, {counted(row['threads'])}"
             ours = [f"{row['ms'][name]:.2f} ({_ratio(row, name, names):.2f}x)" for name in OURS]
             cells.append([case, *ours, *(f"{row['ms'][name]:.2f}" for name in others)])
         header = [f"{run['machine']['processor']}, ms", *OURS.values(), *others.values()]
@@ -48,9 +48,9 @@ def _summary(run: dict[str, Any], names: list[str]) -> str:
     text = f"In brackets: how many times as fast as the faster of {engines}, which multiply by the dense matrix. "
     if slower:
         share = f"by more than {100 * (1 - EQUAL):.0f} %"
-        text += f"Ours is slower {share} in {len(slower)} of {len(found)} cases: {'; '.join(map(_name, slower))}. "
+        text += f"str-triton is slower {share} in {len(slower)} of {len(found)} cases: {'; '.join(map(_name, slower))}. "
     else:
-        text += f"Ours is never slower in the {len(found)} cases (least: {_least(found)}). "
+        text += f"str-triton is never slower in the {len(found)} cases (least: {_least(found)}). "
     twice = sum(ratio >= 2 for ratio in large.values())
     text += (
         f"From {LARGE} hidden units on, it is at least {min(large.values()):.2f} times as fast ({_least(large)}), and "
@@ -65,9 +65,14 @@ def _least(found: dict[tuple, float]) -> str:
     return f"{_name(key)}: {found[key]:.2f}"
 
 
+def counted(threads: int) -> str:
+    """Return a number of threads for people."""
+    return "1 thread" if threads == 1 else f"{threads} threads"
+
+
 def _name(key: tuple) -> str:
     cell, hidden, batch, threads, ours = key
-    return f"{cell.upper()} {hidden}, {OURS[ours]}, batch {batch}, {threads} threads"
+    return f"{cell.upper()} {hidden}, {OURS[ours]}, batch {batch}, {counted(threads)}"
 
 
 @table("recurrent-execution")
