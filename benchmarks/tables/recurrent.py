@@ -48,7 +48,8 @@ def _summary(run: dict[str, Any], names: list[str]) -> str:
     text = f"In brackets: how many times as fast as the faster of {engines}, which multiply by the dense matrix. "
     if slower:
         share = f"by more than {100 * (1 - EQUAL):.0f} %"
-        text += f"str-triton is slower {share} in {len(slower)} of {len(found)} cases: {'; '.join(map(_name, slower))}. "
+        cases = "; ".join(map(_name, slower))
+        text += f"str-triton is slower {share} in {len(slower)} of {len(found)} cases: {cases}. "
     else:
         text += f"str-triton is never slower in the {len(found)} cases (least: {_least(found)}). "
     twice = sum(ratio >= 2 for ratio in large.values())
