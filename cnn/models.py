@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from str_triton.arguments import nearest
+from str_triton.arguments import unknown
 from str_triton.cnn.mobilenet import MobileNetV1
 from str_triton.cnn.resnet import resnet18, resnet20, resnet34, resnet50, resnet101
 
@@ -104,9 +104,7 @@ def build(name: str, *, num_classes: int = 1000, in_channels: int = 3) -> nn.Mod
     if kind in WITH_WIDTH and colon:
         return MODELS[kind](num_classes, in_channels, width=_width(name, detail))
     if name not in MODELS:
-        near, known = nearest(name, list(MODELS)), [*MODELS, *(f"{kind}:WIDTH" for kind in WITH_WIDTH), "timm:NAME"]
-        hint = f"did you mean {' or '.join(near)}?" if near else f"the models are {', '.join(known)}"
-        raise ValueError(f"there is no model {name!r}; {hint}")
+        raise ValueError(unknown("model", name, [*MODELS, *(f"{kind}:WIDTH" for kind in WITH_WIDTH), "timm:NAME"]))
     return MODELS[name](num_classes, in_channels)
 
 

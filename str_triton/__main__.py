@@ -131,7 +131,11 @@ def programs_to_explain(args: Sequence[str]) -> list[str]:
 def handle_file(args: Sequence[str]) -> str:
     """Run pack, unpack or inspect, and return the text to print. Raise ValueError for invalid arguments."""
     if not args or args[0] not in FILE_COMMANDS:
-        fault = unknown("command", args[0], [*STARTED, "export", *FILE_COMMANDS]) if args else "name a command"
+        fault = "name a command"
+        if args and args[0].startswith("-"):
+            fault = unknown("option", args[0], ["--help", "--version"])
+        elif args:
+            fault = unknown("command", args[0], [*STARTED, "export", *FILE_COMMANDS])
         raise ValueError(f"{fault} ({command('')} --help)")
     parser = FileParser(prog=command(args[0]))
     parser.add_argument("file", type=Path, metavar="FILE")

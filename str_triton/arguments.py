@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
+MOST_NAMED = 15  # a message names all choices if they are no more than these
 KINDS = {"int": "a whole number", "float": "a number"}
 
 
@@ -23,6 +24,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=Help, **options)
+        version = sys.modules[__package__].__version__
+        self.add_argument("--version", action="version", version=version, help="print the version and exit")
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(self.one_line(message))
@@ -38,7 +41,16 @@ class Parser(argparse.ArgumentParser):
         args = sys.argv[1:] if args is None else list(args)
         if self._subparsers is None:
             args = list(self._joined(args))
+        elif args:
+            (targets,) = self._subparsers._group_actions
+            self._check_option(args[0], [self, *vars(targets)["choices"].values()])
         return super().parse_known_args(args, namespace)
+
+    def _check_option(self, word: str, parsers: Sequence[argparse.ArgumentParser]) -> None:
+        """Refuse an option that none of the parsers has."""
+        known = [option for parser in parsers for option in parser._option_string_actions if option[:2] == "--"]
+        if re.match(r"--[A-Za-z]", word) and (name := word.partition("=")[0].replace("_", "-")) not in known:
+            self.error(unknown("option", name, list(dict.fromkeys(known))))
 
     def _joined(self, args: Sequence[str]) -> Iterator[str]:
         """Yield the arguments with ``--name value`` as ``--name=value``. Refuse options that do not exist."""
@@ -49,10 +61,7 @@ class Parser(argparse.ArgumentParser):
                 continue
             name, equals, value = word.partition("=")
             name = name.replace("_", "-")
-            if name not in self._option_string_actions:
-                self.error(
-                    unknown("option", name, [known for known in self._option_string_actions if known[:2] == "--"])
-                )
+            self._check_option(name, [self])
             if equals:
                 yield f"{name}={value}"
             elif self._option_string_actions[name].nargs == 0:
@@ -91,7 +100,9 @@ def suggestion(name: str, known: Sequence[str]) -> str:
     """Return the end of a message about a wrong name: the nearest ones, or all if none is near and they are few."""
     if near := nearest(name, known):
         return f"; did you mean {' or '.join(near)}?"
-    return f"; choose {' or '.join(known)}" if len(known) < 10 else ""
+    if len(known) > MOST_NAMED:
+        return ""
+    return f"; choose {' or '.join(known) if len(known) < 10 else ', '.join(known)}"
 
 
 def unknown_data(spec: str, forms: Sequence[str]) -> str:

@@ -105,7 +105,7 @@ class Harm:
     ("args", "message"),
     [
         ([], "name a command (python -m str_triton --help)"),
-        (["shrink", "a.pt"], "there is no command shrink (python -m str_triton --help)"),
+        (["shrink", "a.pt"], "there is no command shrink; "),
         (["pack"], "missing: FILE (python -m str_triton pack --help)"),
         (["pack", "a.pt", "--values", "int8"], "--values int8: there is no such value; choose float32"),
         (["pack", "a.pt", "--factors"], "there is no option --factors; "),

@@ -5,11 +5,13 @@ import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import str_triton
 from str_triton import __main__, programs
 from str_triton.programs import command, output_is_closed, recipes_elsewhere, trained_by
 
@@ -54,6 +56,24 @@ def test_a_run_tells_its_program(tmp_path: Path, config: object, program: str | 
     assert trained_by(tmp_path) == program
     expected = "export-rnn" if program == "train-rnn" else "export-cnn"
     assert __main__.export_program(["pack", "--values", "float16", str(tmp_path), "out"]) == expected
+
+
+@pytest.mark.parametrize("words", [[], *([name] for name in programs.PROGRAMS), ["pack"]], ids=str)
+def test_every_program_has_a_version_and_suggests_it(words: list[str], capsys: pytest.CaptureFixture[str]):
+    assert ended(*words, "--verson") == 2
+    assert "did you mean --version" in capsys.readouterr().err
+    assert ended(*words, "--version") == 0
+    assert str_triton.__version__ in capsys.readouterr().out
+
+
+def ended(*words: str) -> int:
+    """Return the exit code of a program."""
+    try:
+        if words[0] in programs.PROGRAMS:
+            return import_module(programs.PROGRAMS[words[0]].module).main(list(words[1:]))
+        return __main__.main(words)
+    except SystemExit as end:
+        return int(end.code or 0)
 
 
 def test_a_folder_without_a_run_tells_nothing(tmp_path: Path):

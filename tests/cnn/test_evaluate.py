@@ -167,7 +167,7 @@ def test_the_process_ends_with_the_exit_code():
         (["state.pth", "--model", "resnet-digits"], "state.pth does not belong to a run"),
         (["state.pth", "--model", "resnet20"], "state.pth, model resnet20: the model has no key 'stem.weight'"),
         (["run", "--model", "resnet-small"], "run, model resnet-small: key 'head.weight' has the shape [10, 64], the"),
-        (["run", "--model", "vgg"], "there is no model 'vgg'"),
+        (["run", "--model", "vgg"], "there is no model vgg"),
         (
             ["five.pth", "--data", "digits", "--model", "resnet-digits"],
             "digits has 10 classes, the network in five.pth 5",

@@ -183,10 +183,10 @@ def test_a_width_multiplies_every_layer_of_mobilenet():
     [
         (
             "vgg",
-            "no model 'vgg'; the models are resnet-digits, .*, mobilenetv1:WIDTH, tf_mobilenetv1:WIDTH, timm:NAME",
+            "model vgg; .*resnet-digits, .*, mobilenetv1:WIDTH, tf_mobilenetv1:WIDTH, timm:NAME",
         ),
-        ("timm:", "no model 'timm:'"),
-        ("resnet50:2", "no model 'resnet50:2'"),
+        ("timm:", "model timm:;"),
+        ("resnet50:2", "model resnet50:2;"),
         ("mobilenetv1:wide", "model 'mobilenetv1:wide': the width must be a number above 0"),
         ("mobilenetv1:-1", "the width must be a number above 0"),
         ("mobilenetv1:inf", "the width must be a number above 0"),

@@ -156,8 +156,8 @@ def test_other_thresholds_meet_the_target_too(
         (["--lr", "-1"], "--lr -1"),
         (["--seed", "-1"], "--seed -1"),
         (["--workers", "-1"], "--workers -1"),
-        (["--model", "vgg"], "there is no model 'vgg'; the models are resnet-digits"),
-        (["--model", "resnet21"], "there is no model 'resnet21'; did you mean resnet20"),
+        (["--model", "vgg"], "there is no model vgg; choose resnet-digits"),
+        (["--model", "resnet21"], "there is no model resnet21; did you mean resnet20"),
         (["--data", "cifar"], "'cifar'"),
         (["fashion-mnist", "--data-dir", "nowhere"], "nowhere"),
         (["fashion-mnist"], "--data-dir"),
@@ -185,7 +185,7 @@ def test_bad_input_is_one_message_and_exit_code_2(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model", "vgg"], "no model 'vgg'"),
+        (["--model", "vgg"], "no model vgg"),
         (["--pretrained", "gone.pth"], "gone.pth: No such file"),
         (["--pretrained", "notes"], "notes: not a file of weights"),
         (["--budget", "gone.json"], "gone.json"),
