@@ -111,6 +111,18 @@ def test_wrong_arguments(model, batches):
         pass
 
 
+def test_a_model_that_rounds_is_refused(model, batches):
+    with deploy.quantization_aware(model, batches):
+        copied = copy.deepcopy(model)
+        with pytest.raises(ValueError, match="quantization_aware"), deploy.quantization_aware(model, batches):
+            pass
+    for rounding in (lambda: deploy.quantize(copied, batches), deploy.quantization_aware(copied, batches).__enter__):
+        with pytest.raises(ValueError, match="quantization_aware"):
+            rounding()
+    model.load_state_dict(copied.state_dict())
+    deploy.quantize(model, batches)
+
+
 def test_names_and_optimizers_are_those_of_the_model(model, batches):
     """Checkpoints, moving averages and optimizers that are made in the block fit the model outside of it."""
     keys, parameters = list(model.state_dict()), [id(value) for value in model.parameters()]

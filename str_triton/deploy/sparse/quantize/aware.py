@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from str_triton.deploy.sparse.graph.quantized import LARGEST, SMALLEST, TOP, Grid
-from str_triton.deploy.sparse.quantize.quantize import calibration_calls, quantize
+from str_triton.deploy.sparse.quantize.quantize import ROUNDS, calibration_calls, quantize
 from str_triton.deploy.sparse.quantize.ranges import Range
 from str_triton.deploy.sparse.surroundings import plain_torch
 from str_triton.nn import thresholded_weights
@@ -46,7 +46,7 @@ def quantization_aware(
         The names of the layers that are rounded.
 
     Raises:
-        TypeError, ValueError: as `quantize`; or no layer of the model can run on integers.
+        TypeError, ValueError: as `quantize`; no layer of the model can run on integers; or its layers round already.
     """
     given = calibration_calls(batches)
     modes = {module: module.training for module in model.modules()}
@@ -96,9 +96,11 @@ def _rounded(layer: nn.Module, grid: Grid, is_thresholded: bool) -> Iterator[Non
     weight: Any = layer.weight
     kept = torch.ones_like(weight, dtype=torch.bool) if is_thresholded else weight.detach() != 0
     with _changed(layer, partial(_round, grid, kept)):
+        vars(layer)[ROUNDS] = True
         try:
             yield
         finally:
+            del vars(layer)[ROUNDS]
             if not is_thresholded and isinstance(layer.weight, nn.Parameter):
                 with torch.no_grad():  # An optimizer's momentum from before moves zeros without any gradient.
                     layer.weight.masked_fill_(~kept, 0.0)

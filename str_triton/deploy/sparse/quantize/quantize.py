@@ -23,6 +23,7 @@ from str_triton.deploy.sparse.surroundings import plain_torch
 from str_triton.native.build import library
 
 BOUND = 0.1  # a layer stays in float32 if the relative error of its output is above this
+ROUNDS = "_rounds_for_int8"  # an attribute of a layer inside `quantization_aware`, and of copies made there
 
 
 def quantize(
@@ -67,6 +68,11 @@ def quantize(
         raise ValueError(f"bound must be positive, got {bound}")
     if isinstance(model, CompiledModel | QuantizedModel):
         raise TypeError(f"quantize takes the model itself, got a {type(model).__name__}: quantize first, then compile")
+    if isinstance(model, nn.Module) and any(ROUNDS in vars(module) for module in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} rounds already: leave the block of quantization_aware first, and load the state "
+            "dict of a copy that was made in it into a model from outside"
+        )
     given = calibration_calls(batches)
     classes = None if labels is None else list(labels)
     if classes is not None and len(classes) != len(given):
