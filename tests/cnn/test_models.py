@@ -140,9 +140,7 @@ def test_published_points_are_counted(name: str, sparsity: float, params: int, m
 
 
 def test_layers_that_were_not_published_are_refused():
-    with pytest.raises(
-        ValueError, match=r"no layers were published for mobilenetv1 at 89.62 %; they were for resnet50 7"
-    ):
+    with pytest.raises(ValueError, match=r"mobilenetv1 at 89.62 %.* resnet50 7"):
         layer_sparsities("mobilenetv1", 89.62)
     with pytest.raises(ValueError, match="no layers were published for vgg"):
         layer_sparsities("vgg", 90.23)

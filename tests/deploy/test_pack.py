@@ -295,9 +295,7 @@ def test_equal_models_give_equal_bytes(tmp_path: Path):
 
 def test_a_model_without_zeros_is_stored_dense_and_this_is_said(tmp_path: Path):
     model = nn.Linear(100, 100)
-    with pytest.warns(
-        UserWarning, match="No tensor holds enough zeros to be stored without them: all are stored dense"
-    ):
+    with pytest.warns(UserWarning, match="all are stored dense"):
         summary = deploy.pack(model, tmp_path / "x")
     assert not summary.is_smaller
     assert "stored dense" in str(summary)
@@ -382,13 +380,13 @@ def test_what_cannot_be_packed_is_named(tmp_path: Path, model: object, message: 
 
 def test_wrong_arguments(tmp_path: Path):
     model = {"a": torch.ones(2)}
-    with pytest.raises(ValueError, match="values must be one of 'float32', 'float16', 'bfloat16', got 'int8'"):
+    with pytest.raises(ValueError, match=r"values .*'float32', 'float16', 'bfloat16', got 'int8'"):
         deploy.pack(model, tmp_path / "x", "int8")
-    with pytest.raises(TypeError, match="model must be a module or a mapping of names to tensors, got list"):
+    with pytest.raises(TypeError, match=r"model .*got list"):
         deploy.pack([1], tmp_path / "x")
     with pytest.raises(TypeError, match="budget must be a Budget or a RankBudget, got dict"):
         deploy.pack(model, tmp_path / "x", budget={})
-    with pytest.raises(TypeError, match=r"metadata must be a mapping of names to values of JSON's types: .*set"):
+    with pytest.raises(TypeError, match=r"metadata .*set"):
         deploy.pack(model, tmp_path / "x", metadata={"a": {1}})
     with pytest.raises(TypeError, match="metadata must be"):
         deploy.pack(model, tmp_path / "x", metadata={"a": float("nan")})

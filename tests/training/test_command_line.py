@@ -123,7 +123,7 @@ def test_help_wraps_at_the_width_of_the_terminal(
 def test_a_run_of_another_program_says_so(tmp_path: Path):
     run = saved_run(tmp_path / "run", small())
     (tmp_path / "run" / "config.json").write_text('{"cell": "gru"}')
-    with pytest.raises(UserError, match=r"run is a run of python rnn/train.py, not of python cnn/train.py"):
+    with pytest.raises(UserError, match=r"python rnn/train.py, not of python cnn/train.py"):
         COMMAND_LINE.read(["--resume", "--run-dir", run])
 
 

@@ -21,7 +21,5 @@ def test_accelerates_own_accumulation_does_not_scale_the_loss(fresh_state: None,
 def test_a_batch_has_equal_parts():
     config = TrainConfig(recipe="", batch_size=24, accumulate=3)
     check_parts(config, 4)
-    with pytest.raises(
-        UserError, match=r"^--batch-size 24 .* 5 processes with --accumulate 3: choose a multiple of 15$"
-    ):
+    with pytest.raises(UserError, match=r"^--batch-size 24 .* 5 processes with --accumulate 3: .*15$"):
         check_parts(config, 5)
