@@ -176,6 +176,28 @@ def test_a_condition_ends_where_its_value_is_known() -> None:
     assert not compile_guard("s != 0 and 6 // s > 2")({"s": 0})
 
 
+@pytest.mark.parametrize(
+    ("text", "sizes"),
+    [
+        ("2 * math.ceil((1 + (s - 1) // 8) / 2) == 1 + (s - 1) // 8", [9, 15, 16, 32]),
+        ("math.trunc(s / 16) == math.floor((s + 1) / 16)", [8, 9, 16, 17, 32]),
+        ("max(s, 16) - min(s, 9) == abs(s - 9)", [16, 17, 32]),
+        ("math.ceil(1e200 * 1e200 * s) > 0", []),
+    ],
+)
+def test_functions_in_conditions(text: str, sizes: list[int]) -> None:
+    check = compile_guard(text)
+    assert [s for s in (8, 9, 15, 16, 17, 32) if check({"s": s})] == sizes
+
+
+@pytest.mark.parametrize(
+    "text", ["math.exp(s)", "os.system(s)", "math.ceil(s, 2)", "(math.ceil)(*s)", "abs()", "f(s)(s)"]
+)
+def test_other_functions_are_no_conditions(text: str) -> None:
+    with pytest.raises(ValueError, match="is no condition on sizes"):
+        compile_guard(text)
+
+
 def test_masks_that_are_combined_by_signs(by_kernels, tmp_path: Path) -> None:
     """Attention masks of language models are: the operations are named after Python's methods."""
 

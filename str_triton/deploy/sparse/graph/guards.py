@@ -1,6 +1,7 @@
 """Conditions on the sizes of arguments, as texts that a file may hold."""
 
 import ast
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -21,11 +22,14 @@ _COMPARE = {
     ast.Gt: operator.gt,
     ast.GtE: operator.ge,
 }
-_CALLS: dict[str, Callable[..., Any]] = {"max": max, "min": min, "abs": abs}
+_SEVERAL: dict[str, Callable[..., Any]] = {"max": max, "min": min}
+_ONE: dict[str, Callable[[Any], Any]] = {
+    "abs": abs, "math.ceil": math.ceil, "math.floor": math.floor, "math.trunc": math.trunc
+}  # fmt: skip
 
 
 def compile_guard(text: str) -> Callable[[dict[str, int]], bool]:
-    """Return a function of the named sizes for an expression of numbers, comparisons, and, or, not, max and min.
+    """Return a function of the named sizes for an expression of numbers, comparisons, and, or, not, and few functions.
 
     A guard comes from a file: nothing else is evaluated.
 
@@ -40,7 +44,7 @@ def compile_guard(text: str) -> Callable[[dict[str, int]], bool]:
     def check(sizes: dict[str, int]) -> bool:
         try:
             return bool(_evaluate(tree, sizes))
-        except (ZeroDivisionError, KeyError):
+        except (ZeroDivisionError, OverflowError, ValueError, KeyError):
             return False
 
     return check
@@ -69,7 +73,10 @@ def _evaluate(node: ast.expr, sizes: dict[str, int] | None) -> Any:
             found = [_evaluate(left, sizes), *(_evaluate(other, sizes) for other in others)]
             pairs = zip(ops, found[:-1], found[1:], strict=True)
             return all(_COMPARE[type(op)](a, b) for op, a, b in pairs)
-        case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in _CALLS and args:
-            found = [_evaluate(arg, sizes) for arg in args]
-            return _CALLS[name](*found) if len(found) > 1 or name == "abs" else found[0]
+        case ast.Call(func=ast.Name() | ast.Attribute() as function, args=[first, *others], keywords=[]):
+            name, found = ast.unparse(function), [_evaluate(arg, sizes) for arg in (first, *others)]
+            if name in _ONE and not others:
+                return _ONE[name](found[0])
+            if name in _SEVERAL:
+                return _SEVERAL[name](found)
     raise ValueError(ast.dump(node)[:80])
