@@ -140,7 +140,5 @@ def test_wrong_lengths(cell):
 
 def test_a_rank_that_no_kernel_takes():
     case = example("gru", 2, 2, 4, 600, dtype=torch.float32)
-    with pytest.raises(
-        ValueError, match="rank 600 is more than the GPU kernels take \\(512\\): use fewer, or a dense layer"
-    ):
+    with pytest.raises(ValueError, match=r"rank 600 .*512"):
         case.call(op("gru"))
