@@ -13,11 +13,12 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from str_triton.deploy.pack import inspect, pack, unpack
+from str_triton.deploy.sparse.checks import Refused, require
 from str_triton.deploy.sparse.executions.choice import Choice
 from str_triton.deploy.sparse.graph.nodes import Graph, Input, State
 from str_triton.deploy.sparse.graph.refs import Ref
 from str_triton.deploy.sparse.graph.signature import Leaf, Signature
-from str_triton.deploy.sparse.records import Refused, choice_of, decode, encode, node_of, node_record
+from str_triton.deploy.sparse.records import choice_of, decode, encode, node_of, node_record
 from str_triton.deploy.sparse.runtime.limits import TooLarge, check_memory
 from str_triton.deploy.sparse.runtime.trial import dry_run
 from str_triton.machine import processor
@@ -115,11 +116,6 @@ def _one_line(error: Exception) -> str:
     return text if isinstance(error, Refused | TooLarge) else f"{type(error).__name__}: {text}"
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise Refused(message)
-
-
 def _content(record: dict[str, Any], tensors: dict[str, Tensor]) -> Content:
     graph = Graph([], decode(record["outputs"], tensors), decode(record["changes"], tensors))
     known: set[str] = set()
@@ -129,23 +125,23 @@ def _content(record: dict[str, Any], tensors: dict[str, Tensor]) -> Content:
         known.add(node.name)
     signature = _signature(record["signature"], tensors)
     scalars = (Ref, int, float, bool, str, type(None))
-    _require(
+    require(
         isinstance(graph.outputs, list) and all(isinstance(o, scalars) for o in graph.outputs), "an output is no value"
     )
-    _require(len(graph.outputs) == signature.returns.num_leaves, "the number of outputs is not that of its signature")
+    require(len(graph.outputs) == signature.returns.num_leaves, "the number of outputs is not that of its signature")
     changed = {node.name for node in graph.nodes if isinstance(node, Input | State)}
     changes = isinstance(graph.changes, dict) and graph.changes.keys() <= changed
-    _require(
+    require(
         changes and all(isinstance(value, Ref) for value in graph.changes.values()),
         "it changes a value that is no input or state",
     )
     missing = [name for name in graph.kept() if name not in known]
-    _require(not missing, f"{missing[:1]} is not among its nodes")
+    require(not missing, f"{missing[:1]} is not among its nodes")
     choices = {name: choice_of(entry) for name, entry in record["choices"].items()}
     layers = [node.name for node in graph.layers()]
-    _require(choices.keys() == set(layers), f"it names no execution for {set(layers) ^ choices.keys()}")
+    require(choices.keys() == set(layers), f"it names no execution for {set(layers) ^ choices.keys()}")
     example = [tuple(shape) for shape in record["example"]]
-    _require(
+    require(
         all(type(n) is int and 0 <= n < 2**31 for shape in example for n in shape),
         "a shape of the example has a wrong size",
     )
@@ -153,7 +149,7 @@ def _content(record: dict[str, Any], tensors: dict[str, Tensor]) -> Content:
         check_memory(f"an example of {list(shape)}", 4 * math.prod(shape), 0)
     left, notes = record["left"], record["notes"]
     texts = [*left, *left.values(), *notes, record["processor"]]
-    _require(
+    require(
         isinstance(left, dict) and isinstance(notes, list) and all(isinstance(t, str) for t in texts),
         "a note is no text",
     )
@@ -164,9 +160,9 @@ def _dry_run(content: Content) -> None:
     """Run the network on tensors without values, which raises where parts do not fit together."""
     leaves = [leaf for leaf in content.signature.leaves if leaf.dtype is not None]
     inputs = content.graph.inputs()
-    _require(len(leaves) == len(inputs) == len(content.example), "it has other inputs than its signature")
+    require(len(leaves) == len(inputs) == len(content.example), "it has other inputs than its signature")
     values = [leaf.value for leaf in content.signature.leaves if leaf.dtype is None]
-    _require(
+    require(
         all(isinstance(value, int | float | str | bool | None) for value in values),
         "a constant argument has a wrong type",
     )
@@ -176,9 +172,9 @@ def _dry_run(content: Content) -> None:
     kept |= {node.name: value for node, value in zip(inputs, given, strict=True)}
     for name, value in changes.items():
         same = isinstance(value, Tensor) and (value.shape, value.dtype) == (kept[name].shape, kept[name].dtype)
-        _require(same, f"{name} changes its shape")
+        require(same, f"{name} changes its shape")
     refs = [output for output, ref in zip(outputs, content.graph.outputs, strict=True) if isinstance(ref, Ref)]
-    _require(
+    require(
         all(isinstance(output, Tensor | int | float | bool | torch.SymInt) for output in refs),
         "an output is no tensor or number",
     )
@@ -215,18 +211,18 @@ def _signature(record: dict[str, Any], tensors: dict[str, Tensor]) -> Signature:
         sizes = entry["sizes"]
         known = sizes is None or all(type(size) is int or isinstance(size, str) for size in sizes)
         dtype = decode(entry["dtype"], tensors)
-        _require(known and (dtype is None or isinstance(dtype, torch.dtype)), "an argument has a wrong dtype or size")
+        require(known and (dtype is None or isinstance(dtype, torch.dtype)), "an argument has a wrong dtype or size")
         leaves.append(Leaf(dtype, None if sizes is None else tuple(sizes), entry["value"]))
     guards, names = record["guards"], record["names"]
     limits = [record.get(name, False) for name in ("contiguous", "detached")]
-    _require(all(isinstance(limit, bool) for limit in limits), "its signature is wrong about strides or gradients")
-    _require(all(isinstance(text, str) for text in (*guards, *names)), "a guard or a name is no text")
+    require(all(isinstance(limit, bool) for limit in limits), "its signature is wrong about strides or gradients")
+    require(all(isinstance(text, str) for text in (*guards, *names)), "a guard or a name is no text")
     structure, returns = _structure(record["structure"]), _structure(record["returns"])
-    _require(
+    require(
         structure.num_leaves == len(leaves) and structure.type is tuple, "it has other arguments than its signature"
     )
     pair = structure.children()
-    _require(len(pair) == 2 and pair[0].type is tuple and pair[1].type is dict, "its arguments are no (args, kwargs)")
+    require(len(pair) == 2 and pair[0].type is tuple and pair[1].type is dict, "its arguments are no (args, kwargs)")
     return Signature(structure, leaves, list(guards), returns, list(names), *limits)
 
 
