@@ -37,6 +37,7 @@ PACKED = ".packed.safetensors"
 TEXT_COLUMN = 16  # the column in which the texts of the help begin
 LONGEST = 4000  # the longest metadata to print, in characters of JSON
 FILE_COMMANDS = ("pack", "unpack", "inspect")
+ONLY = {"train-cnn": "sparse", "train-rnn": "c"}  # the export's target for the runs of one program alone
 STARTED = {name: program.purpose for name, program in PROGRAMS.items() if front_name(name) == name}
 HELP = """
   export TARGET RUN|FILE OUT
@@ -81,6 +82,9 @@ def _main(args: list[str]) -> int:
         print(__version__ if name == "--version" else help_text())
         return 0
     names = [name] if name != "export" else programs_to_explain(rest) or [export_program(rest)]
+    if name == "export" and (fault := other_target(rest)):
+        print(f"error: {printable(fault)}", file=sys.stderr)
+        return BAD_INPUT
     if names[0] in PROGRAMS:
         require_extra("train", command(names[0]))
         return max(import_module(PROGRAMS[name].module).main(rest) for name in names)
@@ -119,6 +123,15 @@ def export_program(args: Sequence[str]) -> str:
     if trained is None and args[:1] == ["c"]:
         trained = "train-rnn"
     return "export-rnn" if trained == "train-rnn" else "export-cnn"
+
+
+def other_target(args: Sequence[str]) -> str | None:
+    """Return one line about a run whose program does not have the target that ``args`` begin with, or None."""
+    for word in args[1:]:
+        program = trained_by(word)
+        if program is not None and args[0] in ONLY.values() and args[0] != ONLY[program]:
+            return f"{word} is a run of {command(program)}: export it as pack, onnx or {ONLY[program]}"
+    return None
 
 
 def programs_to_explain(args: Sequence[str]) -> list[str]:

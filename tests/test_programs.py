@@ -82,6 +82,20 @@ def test_a_folder_without_a_run_tells_nothing(tmp_path: Path):
     assert exports == ["export-rnn", "export-cnn", "export-cnn"]
 
 
+@pytest.mark.parametrize(
+    ("config", "target", "right"), [({"model": "resnet20"}, "c", "sparse"), ({"cell": "gru"}, "sparse", "c")]
+)
+def test_a_target_of_other_runs_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], config: dict[str, str], target: str, right: str
+):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert __main__.main(["export", target, str(tmp_path), "out"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {tmp_path} is a run of ")
+    assert line.endswith(f"export it as pack, onnx or {right}")
+    assert __main__.other_target([right, str(tmp_path), "out"]) is None
+
+
 def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     monkeypatch.setitem(programs.EXTRAS, "train", ("json", "no_such_package"))
     start(monkeypatch, "-m", "str_triton.cnn.train", script="-m")
