@@ -212,9 +212,9 @@ def _problem(
             network.take_only("contiguous", model)
         elif problem is not None:
             return problem
-    for prepared, is_inference in ((as_views, False), (clone, True)):
+    for prepared, mode in ((as_views, torch.no_grad), (clone, torch.inference_mode)):
         network.reset(dict(model.named_buffers()))
-        with torch.inference_mode(is_inference):
+        with mode():
             if problem := difference(model, network, [(args, kwargs)], prepared):
                 return problem
     for prepared in (as_parameters, as_results):
