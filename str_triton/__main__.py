@@ -81,10 +81,10 @@ def _main(args: list[str]) -> int:
     if name in ("-h", "--help", "--version"):
         print(__version__ if name == "--version" else help_text())
         return 0
-    names = [name] if name != "export" else programs_to_explain(rest) or [export_program(rest)]
-    if name == "export" and (fault := other_target(rest)):
-        print(f"error: {printable(fault)}", file=sys.stderr)
-        return BAD_INPUT
+    try:
+        names = [name] if name != "export" else programs_to_explain(rest) or [export_program(rest)]
+    except ValueError as error:
+        return _refused(str(error))
     if names[0] in PROGRAMS:
         require_extra("train", command(names[0]))
         return max(import_module(PROGRAMS[name].module).main(rest) for name in names)
@@ -99,6 +99,11 @@ def _main(args: list[str]) -> int:
     else:
         print(text)
         return 0
+    return _refused(text)
+
+
+def _refused(text: str) -> int:
+    """Print a message for bad input as one line, and return the exit code."""
     print(f"error: {printable(' '.join(text.split()))}", file=sys.stderr)
     return BAD_INPUT
 
@@ -118,20 +123,16 @@ def _wrapped(line: str, width: int) -> str:
 
 
 def export_program(args: Sequence[str]) -> str:
-    """Return the program that exports what ``args`` (TARGET RUN|FILE OUT ...) name."""
-    trained = next((program for word in args[1:] if (program := trained_by(word))), None)
-    if trained is None and args[:1] == ["c"]:
+    """Return the program that exports what ``args`` (TARGET RUN|FILE OUT ...) name.
+
+    Raises ValueError for a run whose program does not have the target.
+    """
+    run, trained = next(((word, program) for word in args[1:] if (program := trained_by(word))), ("", None))
+    if trained is not None and args[0] in ONLY.values() and args[0] != ONLY[trained]:
+        raise ValueError(f"{run} is a run of {command(trained)}: export it as pack, onnx or {ONLY[trained]}")
+    if trained is None and args[:1] == [ONLY["train-rnn"]]:
         trained = "train-rnn"
     return "export-rnn" if trained == "train-rnn" else "export-cnn"
-
-
-def other_target(args: Sequence[str]) -> str | None:
-    """Return one line about a run whose program does not have the target that ``args`` begin with, or None."""
-    for word in args[1:]:
-        program = trained_by(word)
-        if program is not None and args[0] in ONLY.values() and args[0] != ONLY[program]:
-            return f"{word} is a run of {command(program)}: export it as pack, onnx or {ONLY[program]}"
-    return None
 
 
 def programs_to_explain(args: Sequence[str]) -> list[str]:

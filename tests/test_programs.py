@@ -93,7 +93,8 @@ def test_a_target_of_other_runs_is_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {tmp_path} is a run of ")
     assert line.endswith(f"export it as pack, onnx or {right}")
-    assert __main__.other_target([right, str(tmp_path), "out"]) is None
+    program = {"sparse": "export-cnn", "c": "export-rnn"}[right]
+    assert __main__.export_program([right, str(tmp_path), "out"]) == program
 
 
 def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):

@@ -113,3 +113,8 @@ def fill(text: str, tables: dict[str, Callable[[], str]], document: str = "READM
             return f"{match[1]}{match[3]}"
 
     return MARKED.sub(made, text)
+
+
+def counted(threads: int) -> str:
+    """Return a number of threads for people."""
+    return "1 thread" if threads == 1 else f"{threads} threads"

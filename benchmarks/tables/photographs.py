@@ -4,7 +4,19 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.runs import RunFile
-from benchmarks.tables.documents import NONE, Run, behind, lines, markdown, paragraph, section, seeds, spread, table
+from benchmarks.tables.documents import (
+    NONE,
+    Run,
+    behind,
+    counted,
+    lines,
+    markdown,
+    paragraph,
+    section,
+    seeds,
+    spread,
+    table,
+)
 from benchmarks.timing import RESULTS
 
 CALTECH = """Google's MobileNetV1 for ImageNet, fine-tuned by the recipe `mobilenetv1-finetune` on a public copy of
@@ -111,7 +123,7 @@ def caltech() -> str:
             ]
         )
     use = next(iter(uses.values()), None)
-    text = f", on {use['threads']} thread{'s' * (use['threads'] > 1)} of {use['machine']['processor']}" if use else ""
+    text = f", on {counted(use['threads'])} of {use['machine']['processor']}" if use else ""
     header = ["method", "sparsity %", "accuracy %", "to dense", "MB", "ms", "FLOPs, % of dense", "rate", "seeds"]
     heading = "### Fine-tuning on Caltech-101: accuracy, MB, ms"
     return (

@@ -3,7 +3,7 @@
 from statistics import geometric_mean
 from typing import Any
 
-from benchmarks.tables.documents import markdown, paragraph, results, table
+from benchmarks.tables.documents import counted, markdown, paragraph, results, table
 
 DENSE = {"onnxruntime": "onnxruntime", "openvino": "OpenVINO"}
 OURS = {"ours_r8": "rank H/8", "ours_r16": "rank H/16"}
@@ -64,11 +64,6 @@ def _summary(run: dict[str, Any], names: list[str]) -> str:
 def _least(found: dict[tuple, float]) -> str:
     key = min(found, key=found.__getitem__)
     return f"{_name(key)}: {found[key]:.2f}"
-
-
-def counted(threads: int) -> str:
-    """Return a number of threads for people."""
-    return "1 thread" if threads == 1 else f"{threads} threads"
 
 
 def _name(key: tuple) -> str:

@@ -142,22 +142,24 @@ def _check_call(node: nodes.Call) -> None:
     pass
 
 
-KINDS: dict[str, tuple[type[nodes.Node], Callable[[Any], None]]] = {
-    "Input": (nodes.Input, _check_input),
-    "State": (nodes.State, _check_held),
-    "Constant": (nodes.Constant, _check_held),
-    "Call": (nodes.Call, _check_call),
-    "Convolution": (nodes.Convolution, _check_convolution),
-    "Linear": (nodes.Linear, _check_linear),
-    "Recurrent": (Recurrent, Recurrent.check_fields),
-    "QuantizedRecurrent": (QuantizedRecurrent, Recurrent.check_fields),
-    "Pointwise": (Pointwise, _check_pointwise),
-    "MaxPool": (pools.MaxPool, _check_pool),
-    "AvgPool": (pools.AvgPool, _check_pool),
-    "Mean": (pools.Mean, _check_mean),
-    **{kind.__name__: (kind, _check_coder) for kind in (quantized.Quantize, quantized.Dequantize)},
-    "QuantizedMean": (quantized.QuantizedMean, _check_quantized_mean),
-    "QuantizedGate": (quantized.QuantizedGate, _check_gate),
-    "QuantizedConvolution": (quantized.QuantizedConvolution, _check_quantized_convolution),
-    "QuantizedLinear": (quantized.QuantizedLinear, _check_quantized_linear),
-}
+_CHECKS: tuple[tuple[type[nodes.Node], Callable[[Any], None]], ...] = (
+    (nodes.Input, _check_input),
+    (nodes.State, _check_held),
+    (nodes.Constant, _check_held),
+    (nodes.Call, _check_call),
+    (nodes.Convolution, _check_convolution),
+    (nodes.Linear, _check_linear),
+    (Recurrent, Recurrent.check_fields),
+    (QuantizedRecurrent, Recurrent.check_fields),
+    (Pointwise, _check_pointwise),
+    (pools.MaxPool, _check_pool),
+    (pools.AvgPool, _check_pool),
+    (pools.Mean, _check_mean),
+    (quantized.Quantize, _check_coder),
+    (quantized.Dequantize, _check_coder),
+    (quantized.QuantizedMean, _check_quantized_mean),
+    (quantized.QuantizedGate, _check_gate),
+    (quantized.QuantizedConvolution, _check_quantized_convolution),
+    (quantized.QuantizedLinear, _check_quantized_linear),
+)
+KINDS = {kind.__name__: (kind, check) for kind, check in _CHECKS}

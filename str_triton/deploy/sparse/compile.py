@@ -3,7 +3,7 @@
 import copy
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -205,21 +205,23 @@ def _problem(
     is_safe = not any(layer.groups > 1 and layer.dilation != (1, 1) for layer in layers)
     strides = [(args, kwargs), *restrided(args, kwargs, channels_last=is_safe)]
     ones = calls_with_ones(signature, args, kwargs, exported.opened)
-    for sequence in (calls(signature, args, kwargs), *([(args, kwargs), call] for call in ones), strides):
+
+    def differs(sequence: Sequence[tuple[tuple, dict]], prepared: Callable[[Any], Any] = clone) -> str | None:
         network.reset(dict(model.named_buffers()))
-        problem = difference(model, network, sequence)
+        return difference(model, network, sequence, prepared)
+
+    for sequence in (calls(signature, args, kwargs), *([(args, kwargs), call] for call in ones), strides):
+        problem = differs(sequence)
         if problem is not None and sequence is strides and all(t.is_contiguous() for t in inputs):
             network.take_only("contiguous", model)
         elif problem is not None:
             return problem
     for prepared, mode in ((as_views, torch.no_grad), (clone, torch.inference_mode)):
-        network.reset(dict(model.named_buffers()))
         with mode():
-            if problem := difference(model, network, [(args, kwargs)], prepared):
+            if problem := differs([(args, kwargs)], prepared):
                 return problem
     for prepared in (as_parameters, as_results):
-        network.reset(dict(model.named_buffers()))
-        if difference(model, network, [(args, kwargs)], prepared) is not None:
+        if differs([(args, kwargs)], prepared) is not None:
             network.take_only("detached", model)
     return None
 
