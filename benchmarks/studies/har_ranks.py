@@ -50,21 +50,20 @@ def job(method: str, ranks: tuple[int, int], seed: int, rate: float, epochs: int
 
 
 def jobs(done: list[dict[str, Any]], epochs: int) -> Iterator[Job]:
-    """Yield all runs, the most informative first: the leaders' seeds, the methods and rates, all seeds, other ranks."""
+    """Yield all runs, the most informative first: all methods and rates, the leaders' seeds, other ranks, all seeds."""
     first, *others = RANKS
-    for seed in SEEDS:
-        for method in LEADERS:
-            yield job(method, first, seed, RATES[0], epochs)
     for rate in RATES:
         for method in METHODS:
             yield job(method, first, SEEDS[0], rate, epochs)
-    for seed in SEEDS[1:]:
-        for method in METHODS:
-            yield job(method, first, seed, tuned(method, done, epochs), epochs)
+
+    def runs(methods: tuple[str, ...], ranks: tuple[int, int], seeds: tuple[int, ...]) -> Iterator[Job]:
+        return (job(method, ranks, seed, tuned(method, done, epochs), epochs) for seed in seeds for method in methods)
+
+    yield from runs(LEADERS, first, SEEDS[1:])
     for ranks in others:
-        for seed in SEEDS:
-            for method in METHODS:
-                yield job(method, ranks, seed, tuned(method, done, epochs), epochs)
+        yield from runs(LEADERS, ranks, SEEDS[:1])
+    for ranks in RANKS:
+        yield from runs(METHODS, ranks, SEEDS)
 
 
 def tuned(method: str, done: list[dict[str, Any]], epochs: int) -> float:

@@ -20,18 +20,17 @@ def line(job: dict[str, Any], accuracy: float, **more: Any) -> dict[str, Any]:
 
 
 def test_every_job_of_a_study_is_another_run_or_one_that_is_done() -> None:
-    leaders, first = 9, list(har_ranks.jobs([], 60))
-    order = [(job["seed"], job["method"]) for job in first[:leaders]]
-    assert order == list(product(har_ranks.SEEDS, har_ranks.LEADERS))
-    assert first[0]["arguments"][-2:] == ["--target-params", "2324"]  # 80 x 9 dense, rank 8 (80 + 80), the other 324
-    assert first[1]["arguments"][-2:] == ["--ranks", "9,8"]
-    rated = first[leaders : leaders + 15]
-    assert [job["method"] for job in rated[:5]] == list(har_ranks.METHODS)
+    rated = list(har_ranks.jobs([], 60))[:15]
+    assert [(job["rate"], job["method"]) for job in rated] == list(product(har_ranks.RATES, har_ranks.METHODS))
+    assert rated[0]["arguments"][-2:] == ["--target-params", "2324"]  # 80 x 9 dense, rank 8 (80 + 80), the other 324
+    assert rated[1]["arguments"][-2:] == ["--ranks", "9,8"]
     done = [line(job, 0.9 if job["rate"] == 2e-2 and job["method"] == "fixed" else 0.5) for job in rated]
     later = list(har_ranks.jobs(done, 60))
     assert {key(job) for job in rated} < {key(job) for job in later}
-    rates = {job["method"]: job["rate"] for job in later[leaders + 15 : leaders + 20]}
-    assert rates == {**dict.fromkeys(har_ranks.METHODS, 1e-2), "fixed": 2e-2}
+    leaders = later[15:21]
+    assert [(job["seed"], job["method"]) for job in leaders] == list(product((1, 2), har_ranks.LEADERS))
+    for job in later[15:]:
+        assert job["rate"] == (2e-2 if job["method"] == "fixed" else 1e-2)
 
 
 def test_har_with_six_classes_has_runs_of_its_own() -> None:
