@@ -60,6 +60,13 @@ def test_code_on_the_site_is_as_narrow_as_a_page(page: Path) -> None:
     assert [line for line in lines if len(line) > 82] == []
 
 
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=lambda page: page.stem)
+def test_formulas_fit_a_phone(page: Path) -> None:
+    """A line of 42 characters is as wide as a page of 390 pixels. Formulas are the blocks without a fence."""
+    text = re.sub(r"^ *```.*?^ *```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    assert [line for line in re.findall(r"^    (.+)$", text, re.MULTILINE) if len(line) > 42] == []
+
+
 def test_the_reference_shows_the_asterisks_of_patterns() -> None:
     """Outside of backticks, Markdown takes two asterisks of a docstring for emphasis, which only words should have."""
     public = [getattr(module, name) for module in (str_triton, deploy) for name in module.__all__]
