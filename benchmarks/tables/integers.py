@@ -47,13 +47,13 @@ def int8_inference() -> str:
 
 
 PEERS = ("float32", "onnxruntime int8", "OpenVINO int8")
-WHOLE = """`benchmarks/speed/int8_inference.py` times whole networks with random weights at published sparsities, images
-of 224x224, two threads: milliseconds of a call of the compiled network on integers, of that in float32, and of other
-engines on the QDQ file of the same quantized network. All take turns. In brackets stands their time divided by that of
-the network on integers. The AMD EPYC has AVX2 without VNNI. There the other engines add pairs of products in 16 bits
-with saturation, which ours does not: with onnxruntime's option for exact sums, `session.x64quantprecision`, its outputs
-of MobileNetV1 equal ours. It is timed without that option. Engines also round ResNet50's residual sums in their own
-way."""
+WHOLE = """`benchmarks/speed/int8_inference.py` times whole networks with random weights at published sparsities, on images
+of 224x224 with two threads. The columns are the milliseconds of a call: of the compiled network on integers, of the
+compiled network in float32, and of other engines on the QDQ file of the same quantized network. All of them take turns.
+A number in brackets is the time divided by that of the network on integers. The AMD EPYC has AVX2 without VNNI. On such
+a processor the other engines add pairs of products in 16 bits with saturation; `compile_sparse` does not. With
+onnxruntime's option for exact sums, `session.x64quantprecision`, its outputs of MobileNetV1 equal ours. The table times
+it without that option. The other engines also round ResNet50's residual sums in their own way."""
 
 
 @table("kernel-limits", SPARSE_EXECUTION)
@@ -76,11 +76,12 @@ def kernel_limits() -> str:
 
 OTHER = "copies, means, linear"
 BOUNDS = ("peak", "near", "L2")
-LIMITS = """`benchmarks/speed/kernel_limits.py` times each layer on one thread and compares the time with three limits,
-in percent of it. "peak": its multiply-adds (with those of the padding) at the rate that the core reaches between
-registers. "instructions": the same kernel when all its inputs lie in the nearest cache, so that nothing waits for
-memory. "second cache": what its weights read, at the rate of the second cache, where the inputs of most layers lie. The
-larger of the two last is what this kind of kernel can reach at most."""
+LIMITS = """`benchmarks/speed/kernel_limits.py` times each layer on one thread. It compares the time with three lower
+limits, and the table gives each limit in percent of the time. "peak": the time of the layer's multiply-adds (with those
+of the padding) at the rate that the core reaches between registers. "instructions": the time of the same kernel when
+all its inputs lie in the first cache, so that nothing waits for memory. "second cache": the time to read the inputs of
+its weights at the rate of the second cache, where the inputs of most layers lie. The larger of the last two is what
+this kind of kernel can reach at most."""
 
 
 @table("int8-accuracy", SPARSE_EXECUTION)
