@@ -27,9 +27,10 @@ def test_every_job_of_a_study_is_another_run_or_one_that_is_done() -> None:
     done = [line(job, 0.9 if job["rate"] == 2e-2 and job["method"] == "fixed" else 0.5) for job in rated]
     later = list(har_ranks.jobs(done, 60))
     assert {key(job) for job in rated} < {key(job) for job in later}
-    leaders = later[15:21]
-    assert [(job["seed"], job["method"]) for job in leaders] == list(product((1, 2), har_ranks.LEADERS))
-    for job in later[15:]:
+    longer = list(har_ranks.jobs(done, 300))
+    for leaders in (later[15:24], longer[:9]):
+        assert [(job["seed"], job["method"]) for job in leaders] == list(product(har_ranks.SEEDS, har_ranks.LEADERS))
+    for job in (*later[15:], *longer):
         assert job["rate"] == (2e-2 if job["method"] == "fixed" else 1e-2)
 
 
@@ -95,3 +96,13 @@ def test_a_table_shows_the_runs_at_the_chosen_rate(name: str, monkeypatch: pytes
     assert "85.00 ± 7.07" in row
     assert "0.003 of 2" in row
     assert "not measured" in text
+
+
+def test_the_table_of_another_number_of_epochs_has_only_the_rows_that_were_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = [har_ranks.job("fixed", (9, 8), seed, 1e-2, epochs) for seed, epochs in ((0, 60), (1, 60), (0, 300))]
+    runs = [line(job, 0.8, ranks={"w": 9, "u": 8}) for job in jobs]
+    monkeypatch.setattr(tables_ranks, "lines", lambda file: runs)
+    first, second = tables_ranks.har_ranks().split("| method; 300 epochs")
+    assert "| method; 60 epochs" in first
+    assert "not measured" in first
+    assert second.count("size of") == second.count("one seed") == 1
