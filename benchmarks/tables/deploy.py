@@ -47,8 +47,9 @@ def sparse_time() -> str:
     return markdown(["network; share of time, %", "processor", *kinds], rows)
 
 
-NEIGHBOR = """One busy process of one thread beside the calls (`python -m benchmarks.speed.busy_neighbor`): the 95th
-percentile should stay below 2.5 times the median."""
+NEIGHBOR = """While the calls are timed, another process keeps one thread busy (`python -m
+benchmarks.speed.busy_neighbor`). "95 %" is the 95th percentile of the times; beside a busy process it should stay below
+2.5 times the median."""
 
 
 @table("busy-neighbor")

@@ -19,21 +19,21 @@ from benchmarks.tables.documents import (
 )
 from benchmarks.timing import RESULTS
 
-CALTECH = """Google's MobileNetV1 for ImageNet, fine-tuned by the recipe `mobilenetv1-finetune` on a public copy of
+CALTECH = """The recipe `mobilenetv1-finetune` fine-tunes Google's MobileNetV1 for ImageNet on a public copy of
 Caltech-101: 3,530 training and 1,763 test photographs of 101 classes at 128x128 pixels. **The data are a part of
-Caltech-101**, at most 40 training and 20 test photographs a class and no background class, so figures from elsewhere
-do not compare. Each run has {epochs} epochs where its name gives no number, also the dense one that all are compared
-with. "teacher": the network also learned the scores of the dense one with the same seed (`--teacher`). MB: the packed
-file in float32, in brackets in float16. Milliseconds: `compile_sparse` for one image; in brackets, how many times as
-fast that is as the dense network of the same study in plain PyTorch. MB and ms are those of the first seed{threads};
-"rate" is the learning rate. `python -m benchmarks.studies.caltech` runs what is missing; with `--deploy` it measures
-MB and ms."""
-CIFAR = """The recipe `cifar10` on a public copy of CIFAR-10 whose images were stored as JPEG of quality 75. **That
-loses detail**: the published ResNet20 has 91.8 % on the original images and about 82 % on these, so compare only the
-rows of this table. Each run has {epochs} epochs; the usual recipes have 200. "from dense": the run starts from the
-trained dense network of that seed, with half the learning rate. "teacher": it also learns that network's scores. "to
-dense" is the difference to the dense network of the same number of epochs in all. The minutes are those of one thread
-on a machine that did other work. `python -m benchmarks.studies.cifar` runs what is missing."""
+Caltech-101**: at most 40 training and 20 test photographs a class, and no background class. So do not compare with
+figures from elsewhere. A run has {epochs} epochs unless its name gives another number. "to dense" compares with the
+dense network of {epochs} epochs. "teacher": the network also learned the scores of the dense network with the same seed
+(`--teacher`). "MB": the packed file in float32, and in brackets in float16. "ms": milliseconds of `compile_sparse` for
+one image, and in brackets how many times as fast that is as the dense network of the same study in plain PyTorch. MB
+and ms are those of the first seed{threads}. "rate" is the learning rate. `python -m benchmarks.studies.caltech` runs
+what is missing; with `--deploy` it measures MB and ms."""
+CIFAR = """The recipe `cifar10` trains on a public copy of CIFAR-10 whose images were stored as JPEG of quality 75.
+**That loses detail**: the published ResNet20 has 91.8 % on the original images and about 82 % on these, so compare only
+the rows of this table. Each run has {epochs} epochs; the usual recipes have 200. "from dense": the run starts from the
+trained dense network of the same seed, with half the learning rate. "teacher": the run also learns the scores of that
+network. "to dense" compares with the dense network that was trained for the same number of epochs in all. The minutes
+are those of one thread on a machine that did other work. `python -m benchmarks.studies.cifar` runs what is missing."""
 
 
 def grouped(runs: list[Run], *names: str) -> list[tuple[tuple[Any, ...], list[Run]]]:

@@ -12,22 +12,24 @@ PAPER = {
     ("str-exact", "8,7"): "95.59 (STR)", ("fixed", "8,7"): "94.88",
 }  # fmt: skip
 SIZES = ("multiply_adds", "int8_weight_bytes")
-HAR_DATA = """**The data are a reconstruction** of UCI HAR: 7,415 / 2,996 windows, made from the raw recordings by the
-published recipe (published: 7,352 / 2,947). The epoch and the learning rate ("rate": the best of how many) are chosen
-on validation people who are not among the training people."""
-HAR_TWO = f"""FastGRNN of 80 units on motion data in two classes, the recipe `har2-fastgrnn`, whose 300 epochs are the
-paper's, and with fewer epochs. {HAR_DATA} Runs of 300 epochs take the rates that were chosen with 60. So the paper's
-figures beside them are a guide, not a comparison. "Size of (9,8)": as many parameters as ranks 9 and 8 of the input and
-recurrent matrix; str-exact divides them as it learns, fixed and svd-finetune have these ranks. FastGRNN's own tuned low
-rank has 96.81 in the paper. `python -m benchmarks.studies.har_ranks --data har:PATH` runs what is missing."""
-HAR_SIX = f"""Networks of 48 units on the six activities, the recipe `har6-gru`, at a third of the dense network's
+HAR_DATA = """**The data are a reconstruction** of UCI HAR, made from the raw recordings by the published recipe: 7,415
+training and 2,996 test windows (published: 7,352 and 2,947). The epoch and the learning rate ("rate": the best of how
+many) are chosen on validation people who are not among the training people."""
+HAR_TWO = f"""The recipe `har2-fastgrnn` trains a FastGRNN of 80 units on motion data in two classes, for the paper's
+300 epochs and for fewer. {HAR_DATA} Runs of 300 epochs take the rates that were chosen with 60. So the paper's figures
+are a guide, not a comparison. "size of (9,8)": the network has as many parameters as with rank 9 for the input matrix
+and rank 8 for the recurrent matrix. str-exact divides these parameters between the matrices as it learns; fixed and
+svd-finetune have exactly these ranks. FastGRNN's own tuned low rank has 96.81 in the paper. `python -m
+benchmarks.studies.har_ranks --data har:PATH` runs what is missing."""
+HAR_SIX = f"""The recipe `har6-gru` trains networks of 48 units on the six activities, at a third of the dense network's
 parameters. {HAR_DATA} `python -m benchmarks.studies.har_ranks --data har:PATH --classes 6` runs what is missing."""
-SPEECH = """Five words, silence and unknown of Speech Commands: 3,246 training, 383 validation and 2,474 test clips.
-**This is a part of the published data set**, whose task has ten words; no speaker is in two parts. Recurrent layers
-of 96 units, the recipe `speech5-gru`. Compression is the dense network's number of parameters over the run's.
-Multiply-adds are those of the matrices, a time step; bytes those of the weights in the int8 C export. The epoch and
-the learning rate ("rate": the best of how many) are chosen on validation data. `python -m
-benchmarks.studies.speech_ranks --data hub:DIR` runs what is missing."""
+SPEECH = """The recipe `speech5-gru` trains recurrent layers of 96 units on seven classes of Speech Commands: five
+words, silence and unknown. There are 3,246 training, 383 validation and 2,474 test clips, and no speaker is in two of
+these parts. **This is a part of the published data set**, whose task has ten words. "compression": the number of
+parameters of the dense network, divided by that of the run. "multiply-adds": those of the matrices in a time step.
+"int8 bytes": the weights in the int8 C export. "rate": the learning rate, and the number of rates from which it was
+chosen. Epoch and learning rate are chosen on validation data. `python -m benchmarks.studies.speech_ranks --data
+hub:DIR` runs what is missing."""
 
 
 def at_its_rate(runs: list[Run]) -> list[Run]:

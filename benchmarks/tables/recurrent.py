@@ -45,7 +45,7 @@ def _summary(run: dict[str, Any], names: list[str]) -> str:
     slower = [key for key, ratio in found.items() if ratio < EQUAL]
     large = {key: ratio for key, ratio in found.items() if key[1] >= LARGE}
     engines = " and ".join(DENSE[name] for name in names)
-    text = f"In brackets: how many times as fast as the faster of {engines}, which multiply by the dense matrix. "
+    text = f"In brackets: how many times as fast str-triton is as the faster of {engines}, which use the dense matrix. "
     if slower:
         share = f"by more than {100 * (1 - EQUAL):.0f} %"
         cases = "; ".join(map(_name, slower))
