@@ -80,7 +80,7 @@ def cifar_from_dense() -> list[str]:
     ends = (f"dense{FROM_DENSE}", FROM_DENSE + TEACHER)
     started = [run for run in cifar_runs() if run["line"].endswith(ends)]
     runs = [{**run, "line": run["line"].removesuffix(TEACHER).removesuffix(FROM_DENSE)} for run in started]
-    name = f"the same, all trained {epochs_of(runs)} epochs more from the dense one, the teacher of the sparse ones"
+    name = f"the same, {epochs_of(runs)} more epochs from the dense network, which also teaches the sparse ones"
     return cifar_row(name, runs)
 
 
