@@ -11,6 +11,7 @@ from torch import Tensor
 
 from str_triton import LowRankLinear, __main__, __version__, count_ranks, deploy
 from tests.deploy.packing import holed, same_bits
+from tests.messages import holds
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def test_a_file_that_exists_is_overwritten_only_by_name(
     exported = tmp_path / "net.packed.safetensors"
     exported.write_bytes(b"such as an exported network")
     assert run("pack", tmp_path / "net.pt") == 2
-    assert capsys.readouterr().err == f"error: {exported} exists: name the file to write with --to\n"
+    assert holds(capsys.readouterr().err, f"error: {exported} .. exists .. --to")
     assert exported.read_bytes() == b"such as an exported network"
     assert run("pack", tmp_path / "net.pt", "--to", exported) == 0
     assert same_bits(deploy.unpack(exported), state)
@@ -63,7 +64,7 @@ def test_options(tmp_path: Path, state: dict[str, Tensor], capsys: pytest.Captur
     state["same"] = state["weight"]
     safetensors.torch.save_file({"weight": state["weight"]}, tmp_path / "a.safetensors")
     assert run("pack", tmp_path / "a.safetensors", "--to", tmp_path / "b", "--values", "float16", "--plain-zeros") == 0
-    assert "weights are rounded to float16." in capsys.readouterr().out
+    assert "float16" in capsys.readouterr().out
     half = deploy.unpack(tmp_path / "b")["weight"]
     assert torch.equal(half, state["weight"].half().float())
     assert not half.signbit()[half == 0].any()
@@ -92,7 +93,7 @@ def test_a_model_without_zeros_is_said(tmp_path: Path, capsys: pytest.CaptureFix
     torch.save({"weight": torch.randn(30, 30)}, tmp_path / "a.pt")
     assert run("pack", tmp_path / "a.pt") == 0
     out, err = capsys.readouterr()
-    assert out.endswith("No tensor holds enough zeros to be stored without them: all are stored dense.\n")
+    assert "all are stored dense" in out
     assert err == ""
 
 
@@ -104,26 +105,26 @@ class Harm:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "name a command (python -m str_triton --help)"),
-        (["shrink", "a.pt"], "there is no command shrink; "),
-        (["pack"], "missing: FILE (python -m str_triton pack --help)"),
-        (["pack", "a.pt", "--values", "int8"], "--values int8: there is no such value; choose float32"),
-        (["pack", "a.pt", "--factors"], "there is no option --factors; "),
-        (["pack", "none"], "none: No such file or directory"),
+        ([], "command .. python -m str_triton --help"),
+        (["shrink", "a.pt"], "no command shrink"),
+        (["pack"], "missing: FILE .. python -m str_triton pack --help"),
+        (["pack", "a.pt", "--values", "int8"], "--values int8 .. float32"),
+        (["pack", "a.pt", "--factors"], "no option --factors"),
+        (["pack", "none"], "none: No such file"),
         (["pack", "."], ".: Is a directory"),
-        (["pack", "text"], "text: not a file of weights: "),
-        (["pack", "harm.pt"], "harm.pt: expected a state dict, got "),
-        (["pack", "list.pt"], "list.pt: expected a state dict, got list"),
-        (["pack", "mixed.pt"], "mixed.pt: no state dict: key 'epoch' is int, not a tensor"),
-        (["pack", "thresholds.pt"], "thresholds.pt: 'raw_threshold' is a raw threshold, and nothing says which g"),
-        (["pack", "packed"], "packed: it is already packed"),
-        (["pack", "a.pt", "--to", "a.pt"], "a.pt is the input: name another file with --to"),
-        (["pack", "a.pt", "--to", "none/b"], "none/b: No such file or directory"),
-        (["pack", "large.pt", "--values", "float16"], "tensor 'a' holds 1e+10, and float16 ends at 65504: choose"),
-        (["unpack", "a.pt"], "a.pt: not a packed file; python -m str_triton pack makes one"),
-        (["unpack", "packed", "--to", "b.bin"], "b.bin: the name must end in .safetensors, .pt, .pth"),
-        (["inspect", "cut"], "cut: tensor 'a' is cut off: the file has "),
-        (["inspect", "none"], "none: No such file or directory"),
+        (["pack", "text"], "text: .. weights"),
+        (["pack", "harm.pt"], "harm.pt: .. state dict"),
+        (["pack", "list.pt"], "list.pt: .. state dict .. got list"),
+        (["pack", "mixed.pt"], "mixed.pt: .. 'epoch' is int"),
+        (["pack", "thresholds.pt"], "thresholds.pt: .. 'raw_threshold' .. which g"),
+        (["pack", "packed"], "packed: .. already packed"),
+        (["pack", "a.pt", "--to", "a.pt"], "a.pt .. input .. --to"),
+        (["pack", "a.pt", "--to", "none/b"], "none/b: No such file"),
+        (["pack", "large.pt", "--values", "float16"], "'a' .. 1e+10 .. float16 .. 65504"),
+        (["unpack", "a.pt"], "a.pt: .. not a packed file .. python -m str_triton pack"),
+        (["unpack", "packed", "--to", "b.bin"], "b.bin: .. .safetensors, .pt, .pth"),
+        (["inspect", "cut"], "cut: .. 'a' .. cut off"),
+        (["inspect", "none"], "none: No such file"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -148,7 +149,8 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert run(*args) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith(f"error: {message}")
+    assert err.startswith("error: ")
+    assert holds(err, message)
     assert err.count("\n") == 1
     assert sorted(os.listdir()) == before
 

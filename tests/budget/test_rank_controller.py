@@ -539,13 +539,13 @@ def test_a_solve_does_not_wait_for_the_gpu(kind):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "exactly one of total_rank, params, recurrent_flops, compression; got none"),
+        ({}, "total_rank, params, recurrent_flops, compression.* none"),
         ({"total_rank": 3, "params": 4}, "exactly one"),
-        ({"total_rank": 0}, "target total_rank must be at least 1, got 0"),
-        ({"params": -1}, "target params must be at least 1, got -1"),
-        ({"recurrent_flops": 0.5}, "target recurrent_flops must be at least 1, got 0.5"),
-        ({"compression": 0.9}, "target compression must be at least 1, got 0.9"),
-        ({"compression": float("nan")}, "got nan"),
+        ({"total_rank": 0}, "total_rank .*at least 1.* 0"),
+        ({"params": -1}, "params .*at least 1.* -1"),
+        ({"recurrent_flops": 0.5}, "recurrent_flops .*at least 1.* 0.5"),
+        ({"compression": 0.9}, "compression .*at least 1.* 0.9"),
+        ({"compression": float("nan")}, "compression .*nan"),
     ],
 )
 def test_targets_out_of_range(options, message):
@@ -556,16 +556,16 @@ def test_targets_out_of_range(options, message):
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ({"total_rank": 33}, "rank target above the maximum: total_rank=33, possible are 5 to 32"),
-        ({"total_rank": 4}, "rank target below one component per matrix: total_rank=4, possible are 5 to 32"),
-        ({"params": 1002}, "rank target above the maximum: params=1002, possible are 405 to 989"),
-        ({"params": 404}, "below one component per matrix: params=404, possible are 405 to 989"),
-        ({"params": float("inf")}, "rank target above the maximum: params=inf, possible are 405 to 989"),
-        ({"recurrent_flops": 10**6}, "above the maximum: recurrent_flops=1000000, possible are 101 to 164"),
-        ({"recurrent_flops": 100}, "below one component per matrix: recurrent_flops=100, possible are 101 to 164"),
-        ({"compression": 1}, r"above the maximum: compression=1, possible are 1\.0203 to 2\.4913"),
-        ({"compression": 2.56}, r"below one component per matrix: compression=2.56, possible are 1\.0203 to 2\.4913"),
-        ({"compression": float("inf")}, "below one component per matrix: compression=inf"),
+        ({"total_rank": 33}, "above .*total_rank=33.* 5 to 32"),
+        ({"total_rank": 4}, "below .*total_rank=4.* 5 to 32"),
+        ({"params": 1002}, "above .*params=1002.* 405 to 989"),
+        ({"params": 404}, "below .*params=404.* 405 to 989"),
+        ({"params": float("inf")}, "above .*params=inf.* 405 to 989"),
+        ({"recurrent_flops": 10**6}, "above .*recurrent_flops=1000000.* 101 to 164"),
+        ({"recurrent_flops": 100}, "below .*recurrent_flops=100.* 101 to 164"),
+        ({"compression": 1}, r"above .*compression=1.* 1\.0203 to 2\.4913"),
+        ({"compression": 2.56}, r"below .*compression=2.56.* 1\.0203 to 2\.4913"),
+        ({"compression": float("inf")}, "below .*compression=inf"),
     ],
 )
 def test_targets_out_of_reach(target, message):
@@ -584,7 +584,7 @@ def test_the_bounds_that_a_message_names_are_possible(kind):
 
 def test_models_that_cannot_be_controlled():
     plain = nn.Sequential(nn.Linear(3, 3))
-    with pytest.raises(ValueError, match="no low-rank matrix with a threshold for RankTarget"):
+    with pytest.raises(ValueError, match=r"no low-rank matrix.* RankTarget"):
         RankController(plain, RankTarget(total_rank=3))
     with pytest.raises(ValueError, match="no recurrent low-rank matrix"):
         RankController(nn.Sequential(LowRankLinear(3, 3)), RankTarget(recurrent_flops=3))
@@ -600,10 +600,10 @@ def test_models_that_cannot_be_controlled():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"schedule": "quadratic"}, "'cubic', 'linear', 'constant', got 'quadratic'"),
-        ({"begin": 0.5, "end": 0.2}, "got 0.5 and 0.2"),
-        ({"distribution": "flop-aware"}, "'fixed', 'learned', got 'flop-aware'"),
-        ({"interval": 0}, "at least 1, got 0"),
+        ({"schedule": "quadratic"}, "'cubic', 'linear', 'constant'.* 'quadratic'"),
+        ({"begin": 0.5, "end": 0.2}, "0.5 and 0.2"),
+        ({"distribution": "flop-aware"}, "'fixed', 'learned'.* 'flop-aware'"),
+        ({"interval": 0}, "interval.* at least 1.* 0"),
     ],
 )
 def test_bad_options(options, message):
@@ -616,7 +616,7 @@ def test_a_matrix_without_a_rank_is_named(bad):
     model = random_model()
     controller = RankController(model, RankTarget(total_rank=10))
     matrices(model)[1].m.data[2] = bad
-    with pytest.raises(ValueError, match=r"'1\.weight' holds NaN or infinity"), controller.exact():
+    with pytest.raises(ValueError, match=r"'1\.weight' .*NaN or infinity"), controller.exact():
         pass
 
 

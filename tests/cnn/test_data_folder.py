@@ -13,6 +13,7 @@ import torch
 from str_triton.cnn.data import batches, load
 from str_triton.cnn.data.decoding import centre, decode
 from str_triton.cnn.data.encoded import IMAGENET
+from tests.messages import holding, holds
 
 
 def save(path: Path, size: tuple[int, int] = (20, 16), seed: int = 0, mode: str = "RGB", **options: object) -> None:
@@ -89,9 +90,9 @@ def test_large_images_are_cropped_to_224(tmp_path: Path):
         ([(20, 16)] * 6, (3, 16, 20), ""),
         ([(300, 200)] * 3 + [(500, 80)] * 3, (3, 224, 224), ""),
         ([(40, 30)] + [(400, 300)] * 5, (3, 224, 224), "1 are at most 64 pixels"),
-        ([(400, 300)] + [(64, 48)] * 5, (3, 48, 64), "5 are at most 64 pixels wide and high, and 5 are 64x48"),
-        ([(5, 5), (64, 48), (300, 10), (64, 48), (64, 48), (6, 6)], (3, 48, 64), "and 3 are 64x48"),
-        ([(40, 30)] * 3 + [(400, 300)] * 3, (3, 224, 224), "3 are at most 64"),
+        ([(400, 300)] + [(64, 48)] * 5, (3, 48, 64), "5 are at most 64 pixels .. 5 are 64x48"),
+        ([(5, 5), (64, 48), (300, 10), (64, 48), (64, 48), (6, 6)], (3, 48, 64), "3 are 64x48"),
+        ([(40, 30)] * 3 + [(400, 300)] * 3, (3, 224, 224), "3 are at most 64 pixels"),
     ],
 )
 def test_the_majority_decides_on_the_size(
@@ -102,7 +103,7 @@ def test_the_majority_decides_on_the_size(
     os.symlink("train", tmp_path / "val")
     assert load(spec(tmp_path), None).image_shape == expected
     warning = capsys.readouterr().err
-    assert said in warning
+    assert holds(warning, said)
     assert bool(said) == bool(warning)
 
 
@@ -150,22 +151,22 @@ def overwrite(content: bytes) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (remove("train"), r" has val but no train"),
-        (remove("val"), r" has train but neither val nor test: .* by naming .*/train"),
-        (remove("val", "bee"), r"val lacks the class 'bee'"),
-        (lambda root: save(root / "val" / "cow" / "1.png"), r"train lacks the class 'cow'"),
-        (lambda root: (root / "train" / "cow").mkdir(), r"cow: zero images \(files ending in \.png"),
+        (remove("train"), "val .*no train"),
+        (remove("val"), "train .*neither val nor test.* .*/train"),
+        (remove("val", "bee"), "val .*'bee'"),
+        (lambda root: save(root / "val" / "cow" / "1.png"), "train .*'cow'"),
+        (lambda root: (root / "train" / "cow").mkdir(), r"cow: .*images.* \.png"),
         (
             lambda root: [remove("train", name)(root) for name in ("bee", "cat")],
-            r"train: .* two classes, has only 'ant'",
+            "train: .* two classes.* 'ant'",
         ),
-        (lambda root: [remove("train", name)(root) for name in ("ant", "bee", "cat")], r"two classes, has none"),
-        (cut, r"train/bee/1\.png: not a readable image \(.*truncated.*\); replace or remove it"),
-        (overwrite(b""), r"bee/1\.png: not a readable image \(unknown format"),
-        (overwrite(b"GIF89a and no more"), r"bee/1\.png: not a readable image \("),
-        (overwrite(b"\x89PNG\r\n\x1a\n" + b"\x00" * 40), r"bee/1\.png: not a readable image \("),
-        (overwrite(b"\xff\xd8\xff\xe0" + b"\x11" * 99), r"bee/1\.png: not a readable image \("),
-        (lambda root: (root / "train" / "ant" / "0.png").write_bytes(b"first"), r"ant/0\.png: not a readable image"),
+        (lambda root: [remove("train", name)(root) for name in ("ant", "bee", "cat")], "two classes.* none"),
+        (cut, r"train/bee/1\.png: .*truncated"),
+        (overwrite(b""), r"bee/1\.png: .*unknown format"),
+        (overwrite(b"GIF89a and no more"), r"bee/1\.png: .*readable image"),
+        (overwrite(b"\x89PNG\r\n\x1a\n" + b"\x00" * 40), r"bee/1\.png: .*readable image"),
+        (overwrite(b"\xff\xd8\xff\xe0" + b"\x11" * 99), r"bee/1\.png: .*readable image"),
+        (lambda root: (root / "train" / "ant" / "0.png").write_bytes(b"first"), r"ant/0\.png: .*readable image"),
     ],
 )
 def test_a_wrong_folder_is_named_in_one_line(damage: Callable[[Path], object], message: str, tmp_path: Path):
@@ -193,10 +194,10 @@ def test_parts_are_not_taken_for_classes(tmp_path: Path, capsys: pytest.CaptureF
     for part in ("seg_train", "seg_test"):
         write_split(tmp_path / "a" / part, {"cat": 2, "ant": 2})
         write_split(tmp_path / "b" / part.replace("seg", "fold").replace("t", "x"), {"cat": 2, "ant": 2})
-    with pytest.raises(ValueError, match="'seg_test', 'seg_train' look like parts"):
+    with pytest.raises(ValueError, match="'seg_test', 'seg_train'"):
         load(spec(tmp_path / "a"), None)
     load(spec(tmp_path / "b"), None)
-    assert "each holds the folders 'ant', 'cat'" in capsys.readouterr().err
+    assert "'ant', 'cat'" in capsys.readouterr().err
     for part in ("train", "Train", "val"):
         write_split(tmp_path / "c" / part, {"cat": 2, "ant": 2})
     if len(list((tmp_path / "c").iterdir())) == 3:  # a file system that tells the two apart
@@ -256,12 +257,12 @@ def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path: Path, monkeyp
 
 
 def test_other_wrong_folders(tmp_path: Path):
-    with pytest.raises(FileNotFoundError, match="nowhere: no such directory"):
+    with pytest.raises(FileNotFoundError, match="nowhere: "):
         load(spec(tmp_path / "nowhere"), None)
-    with pytest.raises(ValueError, match="needs a folder for each of at least two classes, has none"):
+    with pytest.raises(ValueError, match=holding("at least two classes .. none")):
         load(spec(tmp_path), None)
     write_split(tmp_path, {"a": 1, "b": 3})
-    with pytest.raises(ValueError, match="class 'a' has one image"):
+    with pytest.raises(ValueError, match=holding("'a' .. one image")):
         load(spec(tmp_path), None)
 
 
@@ -272,7 +273,7 @@ def test_a_large_image_damaged_after_the_start_is_named(workers: int, tmp_path: 
     _, path = data.train.source.read(2)
     os.truncate(path, 500)
     stream = batches(data.train, batch_size=4, seed=0, epoch=0, augment=True, shuffle=False, workers=workers)
-    with pytest.raises(ValueError, match=r"\.png: not a readable image \(.*truncated") as caught:
+    with pytest.raises(ValueError, match=r"\.png: .*truncated") as caught:
         next(stream)
     assert str(caught.value).startswith(f"{path}: ")
     os.remove(path)

@@ -160,13 +160,13 @@ def test_what_the_library_says_becomes_one_line(monkeypatch: pytest.MonkeyPatch)
         raise RuntimeError("\n  no such thing\nsee the manual\n")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(ValueError, match=r"^hub:owner/name is no folder here, .*: no such thing$"):
+    with pytest.raises(ValueError, match=r"hub:owner/name .*no such thing"):
         load("hub:owner/name", None)
 
 
 def test_without_datasets_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match=r"needs the package datasets: pip install 'str-triton\[train\]'"):
+    with pytest.raises(ValueError, match=r"datasets: pip install 'str-triton\[train\]'"):
         load("hub:owner/name", None)
 
 
@@ -179,33 +179,33 @@ def broken_image() -> "datasets.Dataset":
 @pytest.mark.parametrize(
     ("splits", "message"),
     [
-        (lambda: {"test": rows(6)}, "has no split 'train', only 'test'"),
-        (lambda: {"train": rows(6).select([])}, "zero images in its split 'train'"),
+        (lambda: {"test": rows(6)}, "'train'.* 'test'"),
+        (lambda: {"train": rows(6).select([])}, "zero images .*'train'"),
         (
             lambda: {"train": rows(6).rename_column("image", "photo")},
-            "no column 'image' or 'img'; its columns are photo, label",
+            "'image' or 'img'.* photo, label",
         ),
-        (lambda: {"train": rows(6).remove_columns("label")}, "no column 'label' or 'labels' or 'fine_label'"),
-        (lambda: {"train": rows(6), "test": rows(6).remove_columns("label")}, "test has no column 'label'"),
-        (lambda: {"train": rows(6), "test": rows(6).remove_columns("image")}, "test has no column 'image'"),
-        (lambda: {"train": rows(6).cast_column("label", datasets.Value("string"))}, "column 'label' holds '0'"),
-        (lambda: {"train": rows(6).cast_column("label", datasets.Value("float32"))}, "column 'label' holds 0.0"),
+        (lambda: {"train": rows(6).remove_columns("label")}, "'label' or 'labels' or 'fine_label'"),
+        (lambda: {"train": rows(6), "test": rows(6).remove_columns("label")}, "test .*'label'"),
+        (lambda: {"train": rows(6), "test": rows(6).remove_columns("image")}, "test .*'image'"),
+        (lambda: {"train": rows(6).cast_column("label", datasets.Value("string"))}, "'label' .* '0'"),
+        (lambda: {"train": rows(6).cast_column("label", datasets.Value("float32"))}, "'label' .* 0.0"),
         (
             lambda: {"train": rows(6, classes=None), "test": wide()},
-            "test: labels run from 0 to 3, the classes from 0 to 2",
+            "test: .* 0 to 3.* 0 to 2",
         ),
-        (lambda: {"train": broken_image(), "test": rows(3)}, r"train\[4\]: not a readable image \(.*truncated"),
-        (lambda: {"train": rows(6), "test": broken_image()}, r"test\[4\]: not a readable image"),
-        (lambda: {"train": numbers()}, r"train\[\d\]: column 'image' has neither the bytes nor the path of an image"),
-        (lambda: {"train": nulls("image")}, r"train\[\d\]: column 'image' has neither"),
-        (lambda: {"train": nulls("label")}, "column 'label' holds None"),
+        (lambda: {"train": broken_image(), "test": rows(3)}, r"train\[4\]: .*truncated"),
+        (lambda: {"train": rows(6), "test": broken_image()}, r"test\[4\]: .*readable image"),
+        (lambda: {"train": numbers()}, r"train\[\d\]: .*'image' .*neither"),
+        (lambda: {"train": nulls("image")}, r"train\[\d\]: .*'image' .*neither"),
+        (lambda: {"train": nulls("label")}, "'label' .* None"),
         (lambda: {"train": labelled([0] * 6)}, "all labels are 0\\b"),
         (lambda: {"train": labelled([True] * 6)}, "all labels are 1"),
-        (lambda: {"train": labelled([0, 1, -1, 0, 1, -1])}, "2 of 6 labels .* -1\\b"),
-        (lambda: {"train": labelled([-1] * 6)}, "6 of 6 labels are negative"),
-        (lambda: {"train": labelled([7, 900_000] * 3)}, "run to 900,000, but only 2 different ones"),
-        (lambda: {"train": labelled([[0], [1]] * 3)}, r"column 'label' holds \[0\]"),
-        (lambda: {"train": labelled([{"fine": 1}] * 6)}, r"column 'label' holds \{'fine': 1\}"),
+        (lambda: {"train": labelled([0, 1, -1, 0, 1, -1])}, "2 of 6 .* -1\\b"),
+        (lambda: {"train": labelled([-1] * 6)}, "6 of 6 .*negative"),
+        (lambda: {"train": labelled([7, 900_000] * 3)}, "900,000.* 2 different"),
+        (lambda: {"train": labelled([[0], [1]] * 3)}, r"'label' .* \[0\]"),
+        (lambda: {"train": labelled([{"fine": 1}] * 6)}, r"'label' .* \{'fine': 1\}"),
     ],
 )
 def test_a_wrong_set_is_refused_in_one_line(splits: Callable[[], dict], message: str, monkeypatch: pytest.MonkeyPatch):
@@ -237,7 +237,7 @@ def test_a_class_without_images_is_said(tmp_path: Path, capsys: pytest.CaptureFi
 def test_an_empty_saved_split(image: str | None, tmp_path: Path):
     empty = rows(6).select([]) if image else datasets.Dataset.from_dict({"image": [], "label": []})
     datasets.DatasetDict(train=empty, test=rows(3)).save_to_disk(tmp_path / "empty")
-    with pytest.raises(ValueError, match="zero images in its split 'train'"):
+    with pytest.raises(ValueError, match=r"zero images .*'train'"):
         load(f"hub:{tmp_path / 'empty'}", None)
     datasets.DatasetDict(train=rows(12), test=empty, validation=rows(6, 100)).save_to_disk(folder(tmp_path))
     check(load(f"hub:{tmp_path / 'data'}", None))

@@ -17,6 +17,7 @@ from str_triton import Budget, sparsify
 from str_triton.cnn import data, evaluate, paper_checkpoint
 from str_triton.cnn.evaluate import main
 from str_triton.cnn.models import build
+from tests.messages import holds
 
 ROOT = Path(__file__).parents[2]
 
@@ -154,33 +155,33 @@ def test_the_process_ends_with_the_exit_code():
     command = [sys.executable, "cnn/evaluate.py", "nowhere"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == "error: nowhere: No such file or directory\n"
+    assert holds(result.stderr, "error: nowhere: No such file")
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["nowhere"], "nowhere: No such file or directory"),
-        (["empty"], "empty: not a run with weights"),
-        (["text"], "text: not a file of weights"),
-        (["state.pth", "--data", "digits"], "state.pth: neither a run nor the file names its network"),
-        (["state.pth", "--model", "resnet-digits"], "state.pth does not belong to a run"),
-        (["state.pth", "--model", "resnet20"], "state.pth, model resnet20: the model has no key 'stem.weight'"),
-        (["run", "--model", "resnet-small"], "run, model resnet-small: key 'head.weight' has the shape [10, 64], the"),
-        (["run", "--model", "vgg"], "there is no model vgg"),
+        (["nowhere"], "nowhere: No such file"),
+        (["empty"], "empty: .. weights"),
+        (["text"], "text: .. file of weights"),
+        (["state.pth", "--data", "digits"], "state.pth: .. network"),
+        (["state.pth", "--model", "resnet-digits"], "state.pth .. run"),
+        (["state.pth", "--model", "resnet20"], "state.pth .. resnet20 .. 'stem.weight'"),
+        (["run", "--model", "resnet-small"], "run .. resnet-small .. 'head.weight' .. [10, 64]"),
+        (["run", "--model", "vgg"], "no model vgg"),
         (
             ["five.pth", "--data", "digits", "--model", "resnet-digits"],
-            "digits has 10 classes, the network in five.pth 5",
+            "digits .. 10 classes .. five.pth 5",
         ),
-        (["color.pth", "--data", "digits", "--model", "resnet-digits"], "digits has 1 colour channels, the network in"),
+        (["color.pth", "--data", "digits", "--model", "resnet-digits"], "digits .. 1 colour .. color.pth 3"),
         (["run", "--data", "imagefolder:empty"], "empty"),
         (["run", "--data", "cifar"], "'cifar'"),
         (["run", "--data-dir", "there"], "--data-dir there"),
         (["run", "--batch-size", "0"], "--batch-size 0"),
         (["run", "--workers", "-1"], "--workers -1"),
         (["run", "--json", "nowhere/x.json"], "--json nowhere/x.json"),
-        (["run", "--json", "."], "--json . is a directory"),
-        (["damaged"], "config.json is not a configuration of python cnn/train.py"),
+        (["run", "--json", "."], "--json . .. directory"),
+        (["damaged"], "config.json .. python cnn/train.py"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -204,5 +205,5 @@ def test_bad_input_is_one_line_and_exit_code_2(
     output = capsys.readouterr()
     assert output.out == ""
     assert output.err.startswith("error: ")
-    assert message in output.err
+    assert holds(output.err, message)
     assert output.err.count("\n") == 1

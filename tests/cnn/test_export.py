@@ -18,6 +18,7 @@ from str_triton.cnn import evaluate
 from str_triton.cnn.export import main
 from str_triton.cnn.models import build
 from str_triton.cnn.weights import read_weights
+from tests.messages import holds
 from tests.runs import same_bits
 
 
@@ -159,22 +160,22 @@ def test_a_missing_package_is_named(
     monkeypatch.setitem(sys.modules, package, None)
     assert main(["onnx", str(whole_run), str(tmp_path / "digits.onnx")]) == 2
     error = capsys.readouterr().err
-    assert error == f"error: exporting to ONNX needs the package {package}: pip install 'str-triton[onnx]'\n"
+    assert holds(error, f"error: .. {package} .. pip install 'str-triton[onnx]'")
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["pack", "nowhere", "out"], "nowhere: No such file or directory"),
-        (["pack", "state.pth", "out"], "state.pth: neither a run nor the file names its network"),
-        (["onnx", "state.pth", "out", "--model", "resnet-digits"], "state.pth does not belong to a run"),
-        (["onnx", "state.pth", "out", "--model", "resnet20"], "model resnet20: the model has no key 'stem.weight'"),
-        (["sparse", "run", "nowhere/out"], "nowhere/out: there is no such directory"),
+        (["pack", "nowhere", "out"], "nowhere: No such file"),
+        (["pack", "state.pth", "out"], "state.pth: .. network"),
+        (["onnx", "state.pth", "out", "--model", "resnet-digits"], "state.pth .. run"),
+        (["onnx", "state.pth", "out", "--model", "resnet20"], "resnet20 .. 'stem.weight'"),
+        (["sparse", "run", "nowhere/out"], "nowhere/out .. no such directory"),
         (["sparse", "run", "run"], "run is a directory"),
-        (["sparse", "run", "/dev/full"], "error: /dev/full: exists and is no regular file\n"),
+        (["sparse", "run", "/dev/full"], "/dev/full .. no regular file"),
         (["sparse", "run", "out", "--batch-size", "0"], "--batch-size 0"),
         (["pack", "run", "out", "--image-size", "0"], "--image-size 0"),
-        (["pack", "run", "out.md"], "out.md: the model card takes this name"),
+        (["pack", "run", "out.md"], "out.md .. model card"),
         (["pack", "moved", "out"], "with --image-size"),
     ],
 )
@@ -197,6 +198,6 @@ def test_bad_input_is_one_line_and_exit_code_2(
     output = capsys.readouterr()
     assert output.out == ""
     assert output.err.startswith("error: ")
-    assert message in output.err
+    assert holds(output.err, message)
     assert output.err.count("\n") == 1
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("out")]

@@ -142,7 +142,7 @@ def test_published_points_are_counted(name: str, sparsity: float, params: int, m
 def test_layers_that_were_not_published_are_refused():
     with pytest.raises(ValueError, match=r"mobilenetv1 at 89.62 %.* resnet50 7"):
         layer_sparsities("mobilenetv1", 89.62)
-    with pytest.raises(ValueError, match="no layers were published for vgg"):
+    with pytest.raises(ValueError, match="vgg"):
         layer_sparsities("vgg", 90.23)
 
 
@@ -185,11 +185,11 @@ def test_a_width_multiplies_every_layer_of_mobilenet():
         ),
         ("timm:", "model timm:;"),
         ("resnet50:2", "model resnet50:2;"),
-        ("mobilenetv1:wide", "model 'mobilenetv1:wide': the width must be a number above 0"),
-        ("mobilenetv1:-1", "the width must be a number above 0"),
-        ("mobilenetv1:inf", "the width must be a number above 0"),
-        ("tf_mobilenetv1:0", "model 'tf_mobilenetv1:0': the width must"),
-        ("mobilenetv1:", "the width must be a number above 0"),
+        ("mobilenetv1:wide", "'mobilenetv1:wide': .*width.* above 0"),
+        ("mobilenetv1:-1", "'mobilenetv1:-1': .*width.* above 0"),
+        ("mobilenetv1:inf", "'mobilenetv1:inf': .*width.* above 0"),
+        ("tf_mobilenetv1:0", "'tf_mobilenetv1:0': .*width.* above 0"),
+        ("mobilenetv1:", "'mobilenetv1:': .*width.* above 0"),
     ],
 )
 def test_an_unknown_name_is_refused(name: str, message: str):
@@ -209,13 +209,13 @@ def test_a_network_of_timm(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "timm", timm)
     model = build("timm:some_net.some_tag", num_classes=5, in_channels=2)
     assert model(torch.zeros(3, 2, 9, 9)).shape == (3, 5)
-    with pytest.raises(ValueError, match=r"model 'timm:some_nat': Unknown model \(some_nat\); timm.list_models\(\)"):
+    with pytest.raises(ValueError, match=r"'timm:some_nat': .*some_nat.* timm\.list_models\(\)"):
         build("timm:some_nat")
 
 
 def test_timm_that_is_absent(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ValueError, match=r"model 'timm:resnet50d' needs timm \(.*\): pip install timm torchvision"):
+    with pytest.raises(ValueError, match=r"'timm:resnet50d' .*pip install timm torchvision"):
         build("timm:resnet50d")
 
 
@@ -223,5 +223,5 @@ def test_timm_with_a_torchvision_for_another_pytorch(monkeypatch: pytest.MonkeyP
     (tmp_path / "timm.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
     monkeypatch.delitem(sys.modules, "timm", raising=False)
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ValueError, match=r"needs timm \(operator torchvision::nms does not exist\): pip install timm"):
+    with pytest.raises(ValueError, match=r"torchvision::nms does not exist.* pip install timm"):
         build("timm:resnet50d")

@@ -2,7 +2,6 @@
 
 import argparse
 import copy
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from str_triton.cnn.models import build
 from str_triton.cnn.paper_checkpoint import load, main, save
 from tests import oracle
 from tests.cnn.original_networks import State, literal_mobilenet, literal_resnet50, mobilenet_state, resnet50_state
+from tests.messages import holding, holds
 
 METADATA = {
     "epoch": 100,
@@ -151,35 +151,35 @@ def with_(key: str, value: object) -> Callable[[State], object]:
 @pytest.mark.parametrize(
     ("change", "entries", "message"),
     [
-        (lambda state: None, {"arch": "ResNet50"}, "ResNet50 has no key 'model.0.0.weight'"),
-        (lambda state: None, {"arch": "ResNet18"}, "key 'arch' is 'ResNet18'; it must be 'ResNet50' or 'MobileNetV1'"),
-        (without("model.3.4.running_var"), {}, "MobileNetV1: key 'model.3.4.running_var' is missing"),
-        (without("model.2.3.sparseThreshold"), {}, "MobileNetV1: key 'model.2.3.sparseThreshold' is missing"),
-        (with_("fc.bias", torch.zeros(10)), {}, "MobileNetV1 has no key 'fc.bias'"),
-        (with_("fc.weight", torch.zeros(10, 1024)), {}, "key 'fc.weight' has the shape [10, 1024], expected"),
+        (lambda state: None, {"arch": "ResNet50"}, "ResNet50 .. no key 'model.0.0.weight'"),
+        (lambda state: None, {"arch": "ResNet18"}, "'arch' .. 'ResNet18' .. 'ResNet50' or 'MobileNetV1'"),
+        (without("model.3.4.running_var"), {}, "MobileNetV1 .. 'model.3.4.running_var' is missing"),
+        (without("model.2.3.sparseThreshold"), {}, "MobileNetV1 .. 'model.2.3.sparseThreshold' is missing"),
+        (with_("fc.bias", torch.zeros(10)), {}, "MobileNetV1 .. no key 'fc.bias'"),
+        (with_("fc.weight", torch.zeros(10, 1024)), {}, "'fc.weight' .. [10, 1024]"),
         (
             with_("model.5.0.sparseThreshold", torch.zeros(1)),
             {},
-            "'model.5.0.sparseThreshold' has the shape [1], expected [1, 1]",
+            "'model.5.0.sparseThreshold' .. shape [1] .. expected [1, 1]",
         ),
         (
             with_("model.0.1.bias", torch.zeros(32).half()),
             {},
-            "'model.0.1.bias' has the dtype torch.float16, expected torch.f",
+            "'model.0.1.bias' .. torch.float16 .. expected torch.float32",
         ),
-        (with_("model.0.1.bias", 3), {}, "key 'model.0.1.bias' must be a tensor, got int"),
+        (with_("model.0.1.bias", 3), {}, "'model.0.1.bias' .. tensor, got int"),
         (
             lambda state: {f"module.{k}" if "fc" not in k else k: v for k, v in state.items()},
             {},
             "has no key 'fc.weight'",
         ),
-        (lambda state: {**state, 3: torch.zeros(1)}, {}, "key 3 is not a text"),
+        (lambda state: {**state, 3: torch.zeros(1)}, {}, "key 3 .. text"),
         (lambda state: {"": torch.zeros(1)}, {}, "has no key ''"),
     ],
 )
 def test_what_does_not_fit_is_named(change, entries, message, tmp_path: Path, capsys: pytest.CaptureFixture):
     path = small_file(tmp_path, change, **entries)
-    with pytest.raises(ValueError, match=re.escape(message)) as refusal:
+    with pytest.raises(ValueError, match=holding(message)) as refusal:
         load(path)
     assert main([str(path)]) == 2
     assert capsys.readouterr() == ("", f"error: {refusal.value}\n")
@@ -188,14 +188,14 @@ def test_what_does_not_fit_is_named(change, entries, message, tmp_path: Path, ca
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"no torch file", "not a file of weights"),
-        (b"", "not a file of weights"),
-        ({"conv1.weight": torch.zeros(3)}, "no state dict under the key 'state_dict'; the first key is 'conv1.weight'"),
-        ({}, "no state dict under the key 'state_dict'; it is empty"),
-        ({"state_dict": {}}, "key 'arch' is None"),
-        ({"state_dict": {}, "arch": ["ResNet50"]}, "key 'arch' is ['ResNet50']"),
-        ({"state_dict": {}, "arch": "ResNet50"}, "ResNet50: key 'conv1.weight' is missing"),
-        (torch.zeros(3), "expected a dictionary with the key 'state_dict'"),
+        (b"no torch file", "file of weights"),
+        (b"", "file of weights"),
+        ({"conv1.weight": torch.zeros(3)}, "no state dict .. 'state_dict' .. 'conv1.weight'"),
+        ({}, "no state dict .. 'state_dict' .. empty"),
+        ({"state_dict": {}}, "'arch' .. None"),
+        ({"state_dict": {}, "arch": ["ResNet50"]}, "'arch' .. ['ResNet50']"),
+        ({"state_dict": {}, "arch": "ResNet50"}, "ResNet50 .. 'conv1.weight' is missing"),
+        (torch.zeros(3), "dictionary .. 'state_dict'"),
     ],
 )
 def test_another_file_is_refused(content, message, tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -207,7 +207,7 @@ def test_another_file_is_refused(content, message, tmp_path: Path, capsys: pytes
     assert main([str(path)]) == 2
     output = capsys.readouterr()
     assert output.err.startswith(f"error: {path}: ")
-    assert message in output.err
+    assert holds(output.err, message)
     assert (output.err.count("\n"), output.out) == (1, "")
 
 
@@ -217,8 +217,8 @@ def test_a_cut_file_and_none_at_all(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main([str(path)]) == 2
     assert main([str(tmp_path / "nothing.pth")]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert "not a file of weights" in lines[0]
-    assert lines[1:] == [f"error: {tmp_path / 'nothing.pth'}: No such file or directory"]
+    assert holds(lines[0], f"{path} .. file of weights")
+    assert [holds(line, f"error: {tmp_path / 'nothing.pth'} .. No such file") for line in lines[1:]] == [True]
 
 
 def test_other_objects_in_a_file_are_neither_run_nor_saved(tmp_path: Path):
@@ -258,7 +258,8 @@ def test_the_program_prints_and_converts(tmp_path: Path, capsys: pytest.CaptureF
     dense, csv, json = (tmp_path / name for name in ("dense.safetensors", "budget.csv", "budget.json"))
     assert main([str(path), "--to", str(dense), "--budget", str(csv)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"{path}: epoch 100, best_acc1 74.31, best_acc5 92.0, arch MobileNetV1, data_parallel False"
+    entries = "epoch 100 .. best_acc1 74.31 .. best_acc5 92.0 .. arch MobileNetV1 .. data_parallel False"
+    assert holds(lines[0], f"{path} .. {entries}")
     assert main([str(path), "--budget", str(json)]) == 0
     model, _ = load(path)
     budget = count(model, torch.zeros(1, 3, 224, 224))
@@ -273,5 +274,5 @@ def test_the_program_prints_and_converts(tmp_path: Path, capsys: pytest.CaptureF
     assert main([str(path), "--to", "dense.pt"]) == 2
     assert main([str(path), "--budget", str(tmp_path / "nowhere" / "x.csv")]) == 2
     errors = capsys.readouterr().err.splitlines()
-    assert errors[0] == "error: --to dense.pt: the name must end in .safetensors"
-    assert "No such file or directory" in errors[1]
+    assert holds(errors[0], "error: --to dense.pt .. .safetensors")
+    assert holds(errors[1], f"{tmp_path / 'nowhere'} .. No such file")

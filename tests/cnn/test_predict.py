@@ -24,6 +24,7 @@ from str_triton.cnn.predict import main
 from str_triton.cnn.predictor import Predictor
 from str_triton.cnn.rebuild import rebuild
 from str_triton.training.interface import ImageInput, Interface
+from tests.messages import holds
 
 ROOT = Path(__file__).parents[2]
 DIGITS = 12
@@ -145,7 +146,7 @@ def test_weights_without_an_interface_take_one_from_a_file(tmp_path: Path, capsy
     assert classes == pytest.approx(expected, abs=1e-5)
     (tmp_path / "i.json").write_text(Interface(names[:2], interface.standardisation, interface.images).text())
     assert main([*args, "--interface", str(tmp_path / "i.json")]) == 2
-    assert "gives 3 scores, but its interface names 2" in capsys.readouterr().err
+    assert holds(capsys.readouterr().err, "3 scores .. names 2")
 
 
 def test_the_files_hold_the_interface(whole_run: Path, exported: Path):
@@ -183,18 +184,18 @@ def test_a_corrupt_image_ends_it_or_is_left_out(
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["run", "nowhere.png"], "nowhere.png: no such file or folder"),
-        (["run", "empty"], "empty: there is no image in this folder"),
+        (["run", "nowhere.png"], "nowhere.png: no such file"),
+        (["run", "empty"], "empty: .. no image"),
         (["nowhere", "x.png"], "nowhere: No such file"),
-        (["text", "x.png"], "text: not a file of weights"),
-        (["text.onnx", "x.png"], "text.onnx is not an ONNX file"),
-        (["state.pth", "x.png"], "state.pth: neither a run nor the file names its network"),
+        (["text", "x.png"], "text: .. file of weights"),
+        (["text.onnx", "x.png"], "text.onnx .. ONNX"),
+        (["state.pth", "x.png"], "state.pth: .. network"),
         (["run", "x.png", "--top", "0"], "--top 0"),
         (["run", "x.png", "--batch-size", "0"], "--batch-size 0"),
         (["run", "x.png", "--interface", "text"], "text: "),
-        (["run", "x.png", "--interface", "sound.json"], "not that of a network for images"),
-        (["run", "x.png", "--interface", "colour.json"], "run does not take images of 3 x 8 x 8"),
-        (["odd", "x.png"], "odd: 10 scores, but 2 names"),
+        (["run", "x.png", "--interface", "sound.json"], "sound.json .. images"),
+        (["run", "x.png", "--interface", "colour.json"], "run .. images of 3 x 8 x 8"),
+        (["odd", "x.png"], "odd: .. 10 scores .. 2 names"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -224,7 +225,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     output = capsys.readouterr()
     assert output.out == ""
     assert output.err.startswith("error: ")
-    assert message in output.err
+    assert holds(output.err, message)
     assert output.err.count("\n") == 1
 
 

@@ -16,6 +16,7 @@ from str_triton.cnn import data, train
 from str_triton.cnn.models import build
 from str_triton.training.metrics import read_metrics
 from tests.cnn.train_runs import begin, run
+from tests.messages import holds
 from tests.runs import last_checkpoint
 
 SUMMARY = ["accuracy", "sparsity", "nonzeros", "params", "flops", "dense_flops", "epochs", "seconds", "seed", "recipe"]
@@ -137,33 +138,33 @@ def test_other_thresholds_meet_the_target_too(
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["cifar"], "there is no recipe cifar; did you mean cifar10?"),
+        (["cifar"], "no recipe cifar .. cifar10"),
         (["har6-gru"], "python rnn/train.py har6-gru"),
         (["--target-sparsity", "1.2"], "--target-sparsity 1.2"),
-        (["--distribution", "learned", "--method", "dense"], "--method dense has none to choose"),
+        (["--distribution", "learned", "--method", "dense"], "--distribution learned .. --method dense"),
         (["--target-sparsity", "-0.1"], "--target-sparsity -0.1"),
         (["--target-sparsity", "nan"], "--target-sparsity nan"),
         (["--target-flops", "1.2"], "--target-flops 1.2"),
         (["--target-flops", "0.00001"], "cannot be met"),
         (["--target-sparsity", "0.99999"], "cannot be met"),
         (["--target-flops", "0.1", "--target-sparsity", "0.9"], "choose one"),
-        (["--method", "str", "--target-sparsity", "0.9"], "--target-sparsity 0.9: --method str takes no target"),
-        (["--method", "dense", "--target-flops", "0.9"], "--target-flops 0.9: --method dense takes no target"),
-        (["--batch-size", "2000"], "batch size 2000 is larger than the 1438 training images"),
+        (["--method", "str", "--target-sparsity", "0.9"], "--target-sparsity 0.9 .. --method str .. no target"),
+        (["--method", "dense", "--target-flops", "0.9"], "--target-flops 0.9 .. --method dense .. no target"),
+        (["--batch-size", "2000"], "batch size 2000 .. 1438 training images"),
         (["--batch-size", "0"], "--batch-size 0"),
         (["--epochs", "0"], "--epochs 0"),
         (["--method", "str", "--raw-threshold-init", "nan"], "--raw-threshold-init nan"),
         (["--lr", "-1"], "--lr -1"),
         (["--seed", "-1"], "--seed -1"),
         (["--workers", "-1"], "--workers -1"),
-        (["--model", "vgg"], "there is no model vgg; choose resnet-digits"),
-        (["--model", "resnet21"], "there is no model resnet21; did you mean resnet20"),
+        (["--model", "vgg"], "no model vgg .. resnet-digits"),
+        (["--model", "resnet21"], "no model resnet21 .. resnet20"),
         (["--data", "cifar"], "'cifar'"),
         (["fashion-mnist", "--data-dir", "nowhere"], "nowhere"),
         (["fashion-mnist"], "--data-dir"),
         (["--data", "imagefolder:empty"], "empty"),
-        (["--amp", "fp16"], "--amp fp16 needs a GPU"),
-        (["--resume"], "there is no run in"),
+        (["--amp", "fp16"], "--amp fp16 .. GPU"),
+        (["--resume"], "no run in .. runs/run"),
         (["--device", "abacus"], "--device"),
         (["--colour", "red"], "--colour"),
     ],
@@ -176,7 +177,7 @@ def test_bad_input_is_one_message_and_exit_code_2(
     device = [] if "--device" in args else ["--device", "cpu"]
     assert run(*args, *device, "--run-dir", "runs/run") == 2
     output = capsys.readouterr()
-    assert message in output.err
+    assert holds(output.err, message)
     assert output.err.startswith("error: ") == (output.err.count("\n") == 1)  # else the parser's box
     assert "Traceback" not in output.err
     assert os.listdir() == ["empty"]
@@ -187,7 +188,7 @@ def test_bad_input_is_one_message_and_exit_code_2(
     [
         (["--model", "vgg"], "no model vgg"),
         (["--pretrained", "gone.pth"], "gone.pth: No such file"),
-        (["--pretrained", "notes"], "notes: not a file of weights"),
+        (["--pretrained", "notes"], "notes: .. file of weights"),
         (["--budget", "gone.json"], "gone.json"),
         (["resnet50-str-exact-90-finetune"], "name it with --pretrained"),
         (["--run-dir", "full"], "full is not empty"),
@@ -202,7 +203,7 @@ def test_what_is_wrong_is_said_before_the_images_are_read(
     Path("full/notes").write_text("")
     Path("notes").write_text("no weights")
     assert run(*options, "--device", "cpu") == 2
-    assert message in capsys.readouterr().err
+    assert holds(capsys.readouterr().err, message)
 
 
 @pytest.mark.parametrize("options", [("--batch-size", "1"), ("--batch-size", "8", "--accumulate", "8")])
@@ -233,23 +234,21 @@ def test_a_network_that_takes_no_such_images(
 
     monkeypatch.setattr(train, "build", build)
     assert begin(tmp_path / "run") == 2
-    assert capsys.readouterr().err.startswith("error: --model resnet-digits: images of 8x8 pixels: ")
+    assert capsys.readouterr().err.startswith("error: --model resnet-digits: images of 8x8")
 
 
 def test_the_process_ends_with_the_exit_code():
     command = [sys.executable, "cnn/train.py", "cifar"]
     result = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert result.returncode == 2
-    assert result.stderr.startswith(
-        "error: there is no recipe cifar; did you mean cifar10? (python cnn/train.py --help)"
-    )
+    assert holds(result.stderr, "no recipe cifar .. cifar10 .. python cnn/train.py --help")
     assert result.stderr.count("\n") == 1
 
 
 def test_a_run_dir_below_a_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture):
     (tmp_path / "file").write_text("mine")
     assert begin(tmp_path / "file" / "run") == 2
-    assert "cannot be made: Not a directory" in capsys.readouterr().err
+    assert "Not a directory" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["file"]
 
 
@@ -267,7 +266,7 @@ def test_a_loss_that_becomes_nan_keeps_the_last_good_checkpoint(
     monkeypatch.setattr(train, "learning_rate", lambda config, steps, step: float("nan") if step >= 7 else 0.01)
     assert begin(tmp_path / "run") == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: the loss became NaN or infinite by step 8; the last good checkpoint is ")
+    assert holds(error, "NaN or infinite by step 8 .. step-000000006.pt")
     assert error.count("\n") == 1
     assert torch.isfinite(last_checkpoint(tmp_path / "run")["model"]["head.weight"]).all()
     assert last_checkpoint(tmp_path / "run")["step"] == 6

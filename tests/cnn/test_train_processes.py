@@ -17,6 +17,7 @@ from torch import nn
 from str_triton.cnn import models, train
 from str_triton.training import job, run
 from tests.cnn.train_runs import TINY, begin, resume
+from tests.messages import holds
 from tests.processes import Job, free_port, rank, run_job
 from tests.runs import assert_same_result, last_checkpoint, same_bits
 
@@ -239,15 +240,15 @@ def test_when_a_process_dies_the_others_leave(tmp_path: Path, how: Callable[[], 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--epochs", "0"], "error: --epochs 0: it must be at least 1\n"),
-        (["--batch-size", "63"], "error: --batch-size 63 cannot be divided over 2 processes"),
+        (["--epochs", "0"], "--epochs 0 .. at least 1"),
+        (["--batch-size", "63"], "--batch-size 63 .. 2 processes"),
         (["--no-such-option"], "no-such-option"),
     ],
 )
 def test_bad_input_is_one_message_and_exit_code_2(tmp_path: Path, options: list[str], message: str):
     ended = train_together(tmp_path / "run", *options)
     assert ended.codes == [2, 2]
-    assert sum(message in text for text in ended.err) == 1
+    assert sum(holds(text, message) for text in ended.err) == 1
     assert sum(map(bool, ended.err)) == 1
     assert not (tmp_path / "run").exists()
 

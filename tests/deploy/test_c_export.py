@@ -170,9 +170,9 @@ def not_finite() -> nn.Module:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (Classifier(LowRankGRU(INPUTS, HIDDEN, 2, bidirectional=True)), "Classifier has 2 bidirectional layers"),
-        (not_finite(), "Classifier has weights that are NaN or infinite"),
-        (nn.Linear(3, 4), "Linear has 0 recurrent layers"),
+        (Classifier(LowRankGRU(INPUTS, HIDDEN, 2, bidirectional=True)), "Classifier .*2 bidirectional"),
+        (not_finite(), "Classifier .*NaN or infinite"),
+        (nn.Linear(3, 4), "Linear .*0 recurrent"),
         (nn.GRU(3, 4), "GRU has nothing beside"),
         (Classifier(nn.RNN(INPUTS, HIDDEN)), "rnn is an nn.RNN"),
         (WithNorm(nn.GRU(INPUTS, HIDDEN)), r"norm \(LayerNorm\)"),
@@ -188,11 +188,11 @@ def test_a_module_without_c_is_refused_by_name(model: nn.Module, message: str, t
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weights": "int4"}, "one of float32, int8, got 'int4'"),
-        ({"outputs": "abc"}, "3 names for 4 classes"),
+        ({"weights": "int4"}, "float32, int8.* 'int4'"),
+        ({"outputs": "abc"}, "3 names .*4 classes"),
         ({"mean": torch.zeros(INPUTS)}, "mean and std"),
-        ({"mean": [0.0] * INPUTS, "std": [1.0] * INPUTS}, "mean must be a tensor, got list"),
-        ({"mean": torch.zeros(3), "std": torch.ones(INPUTS)}, r"mean must have shape \[5\], got \[3\]"),
+        ({"mean": [0.0] * INPUTS, "std": [1.0] * INPUTS}, "mean .*tensor.* list"),
+        ({"mean": torch.zeros(3), "std": torch.ones(INPUTS)}, r"mean .*\[5\].* \[3\]"),
         ({"mean": torch.zeros(INPUTS), "std": torch.zeros(INPUTS)}, "std must be positive"),
     ],
 )

@@ -22,6 +22,7 @@ from str_triton.__main__ import main
 from str_triton.budget.budget import LayerBudget
 from str_triton.deploy import content as content_module
 from tests.deploy.packing import content_of, header_of, holed, same_bits, sealed, with_content
+from tests.messages import holds
 
 ESCAPES = "\x1b[2J\x1b]0;owned\x07\u202e\n"
 # What a mutation puts in the place of a value.
@@ -145,19 +146,19 @@ ROW = {"name": "a", "params": 6, "nonzeros": 3, "dense_flops": 0, "flops": 0, "t
     ("make", "message"),
     [
         (change(shape=[2**20, 2**20]), "would take 4,398"),
-        (change(shape=[2**40, 2**40]), "more elements than can be counted"),
-        (change(shape=[2**62] * 100_000), "more elements than can be counted"),
-        (change(shape=[2**32, 2**32, 0]), "more elements than can be counted"),
-        (change(shape=[-40, -50]), r"tensors\['gaps'\].shape\[0\]: expected a whole number"),
-        (change(shape=[3]), "200 values for 3 elements|values for 3 elements"),
-        (change(shape=["40", 50]), r"shape\[0\]: expected a whole number"),
+        (change(shape=[2**40, 2**40]), "more elements"),
+        (change(shape=[2**62] * 100_000), "more elements"),
+        (change(shape=[2**32, 2**32, 0]), "more elements"),
+        (change(shape=[-40, -50]), r"tensors\['gaps'\].shape\[0\].*whole number"),
+        (change(shape=[3]), "values .* 3 elements"),
+        (change(shape=["40", 50]), r"shape\[0\].*whole number"),
         (change(shape="40"), "shape: expected a list"),
-        (change(low_bits=10**9), "low_bits is 1000000000, too many"),
+        (change(low_bits=10**9), "low_bits.* 1000000000"),
         (change(low_bits=-1), "low_bits: expected"),
-        (change(low_bits=9), "do not hold the positions"),
-        (change(low_bits=None), "it is dense, but its arrays"),
+        (change(low_bits=9), "positions"),
+        (change(low_bits=None), "is dense.* arrays"),
         (change(dtype="F99"), "dtype: expected one of"),
-        (change(dtype="I32"), "is I32, its values are F16"),
+        (change(dtype="I32"), "I32.* F16"),
         (change(nonzeros=2001), "2001 of"),
         (change(nonzeros=-1), "nonzeros: expected"),
         (change(sha256=7), "sha256: expected a text"),
@@ -167,13 +168,13 @@ ROW = {"name": "a", "params": 6, "nonzeros": 3, "dense_flops": 0, "flops": 0, "t
         (lambda content: content["tensors"].update(a={"same_as": "b"}, b={"same_as": "a"}), "not stored before it"),
         (lambda content: content["tensors"].update(a={"same_as": "none"}), "not stored before it"),
         (lambda content: content["tensors"].update(a={"same_as": "shared"}), "not stored before it"),
-        (lambda content: content["tensors"].update(a=content["tensors"]["gaps"]), "it is sparse, but its arrays"),
-        (lambda content: content["tensors"].pop("dense"), "'dense' belongs to no tensor"),
+        (lambda content: content["tensors"].update(a=content["tensors"]["gaps"]), "is sparse.* arrays"),
+        (lambda content: content["tensors"].pop("dense"), "'dense' .*no tensor"),
         (lambda content: content.pop("tensors"), "'tensors' is missing"),
         (lambda content: content.clear(), "'values' is missing"),
         (lambda content: content.update(more=1), "'more' is unknown"),
-        (lambda content: content.update(values="float64"), "values: expected one of float32, float16, bfloat16"),
-        (lambda content: content.update(values="float32"), "its values are F16, rounded to float32"),
+        (lambda content: content.update(values="float64"), "values.*float32, float16, bfloat16"),
+        (lambda content: content.update(values="float32"), "F16.* float32"),
         (lambda content: content.update(metadata=[1]), "metadata: expected an object"),
         (lambda content: content.update(products={"p": ["none", "dense"]}), "its factor 'none' is"),
         (lambda content: content.update(products={"p": ["dense", "dense"]}), "its factor 'dense' is"),
@@ -182,12 +183,12 @@ ROW = {"name": "a", "params": 6, "nonzeros": 3, "dense_flops": 0, "flops": 0, "t
         (lambda content: content.update(products={"p": ["truth", "dense"]}), "factors of shapes"),
         (lambda content: content.update(products={"p": ["gaps"]}), "a list of 2"),
         (lambda content: content.update(products=[]), "products: expected an object"),
-        (budget(), "budget.kind: expected one of Budget, RankBudget"),
+        (budget(), "budget.kind.*Budget, RankBudget"),
         (budget(kind="dict", rows=[]), "budget.kind"),
         (budget(kind="Budget"), "'rows' is missing"),
         (budget(kind="Budget", rows=[{}]), r"rows\[0\]: 'name' is missing"),
         (budget(kind="Budget", rows=[ROW | {"params": "6"}]), r"rows\[0\].params"),
-        (budget(kind="Budget", rows=[ROW | {"nonzeros": 7}]), "nonzeros is 7, params 6"),
+        (budget(kind="Budget", rows=[ROW | {"nonzeros": 7}]), "nonzeros.* 7.* params.* 6"),
         (budget(kind="Budget", rows=[ROW | {"threshold": "x"}]), r"threshold: expected a number"),
         (budget(kind="RankBudget", rows=[ROW]), r"rows\[0\]: 'rows' is missing"),
         (lambda content: content.update(budget=[]), "budget: expected an object"),
@@ -210,7 +211,7 @@ def test_wrong_content_is_named(tmp_path: Path, whole: bytes, make: Callable[[di
         ("[" * 100_000 + "]" * 100_000, "not JSON"),
         ('{"metadata": {"x": %s}}' % ("[" * 500 + "]" * 500), "nested deeper"),
         ('{"tensors": {}, "tensors": {}}', "'tensors' occurs twice"),
-        ('{"metadata": {"x": NaN}}', "NaN is not a number"),
+        ('{"metadata": {"x": NaN}}', "NaN"),
         (r'{"metadata": {"\ud800": 1}}', "not Unicode"),
     ],
 )
@@ -232,23 +233,23 @@ def test_a_key_that_is_twice_in_the_header_is_refused(tmp_path: Path, whole: byt
 @pytest.mark.parametrize(
     ("name", "entry", "message"),
     [
-        ("dense", {"shape": [3, 7]}, "its shape is [7, 3], its array's [3, 7]"),
+        ("dense", {"shape": [3, 7]}, "[7, 3] .. [3, 7]"),
         ("dense", {"shape": [7]}, "bytes"),
         ("dense", {"data_offsets": [0, 42]}, "bytes"),
         ("dense", {"data_offsets": [10**18, 10**18 + 42]}, "bytes"),
         ("dense", {"data_offsets": [42, 0]}, "bytes"),
         ("dense", {"data_offsets": [0]}, "a list of 2"),
-        ("gaps|positions", {"dtype": "I8"}, "must be a list of U8"),
-        ("stray", {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}, "'stray' belongs to no tensor"),
-        ("dense|signs", {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}, "it is dense, but its arrays"),
-        ("gaps", {"dtype": "F16", "shape": [0], "data_offsets": [0, 0]}, "it is sparse, but its arrays"),
+        ("gaps|positions", {"dtype": "I8"}, "U8"),
+        ("stray", {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}, "'stray' .. no tensor"),
+        ("dense|signs", {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}, "is dense .. arrays"),
+        ("gaps", {"dtype": "F16", "shape": [0], "data_offsets": [0, 0]}, "is sparse .. arrays"),
     ],
 )
 def test_a_wrong_array_is_named(tmp_path: Path, whole: bytes, name: str, entry: dict, message: str):
     start, header = header_of(whole)
     header[name] = header.get(name, {}) | entry
     first, *others = refused(tmp_path / "x", sealed(header, whole[start:]))
-    assert message in first
+    assert holds(first, message)
     assert others == [first] * 2
 
 
@@ -270,10 +271,10 @@ def make_deep() -> list:
 @pytest.mark.parametrize(
     ("state", "options", "message"),
     [
-        ({"w": torch.zeros(10**6)}, {}, "its tensors would take 4,000,000 bytes"),
+        ({"w": torch.zeros(10**6)}, {}, "4,000,000 bytes"),
         ({"\ud800": torch.zeros(3)}, {}, "not Unicode"),
         ({"w": torch.zeros(3)}, {"budget": Budget([LayerBudget("w", 3, -1, 0, 0)])}, r"rows\[0\].nonzeros: expected"),
-        ({"w": torch.zeros(3)}, {"budget": Budget([LayerBudget("w", 3, 4, 0, 0)])}, "nonzeros is 4, params 3"),
+        ({"w": torch.zeros(3)}, {"budget": Budget([LayerBudget("w", 3, 4, 0, 0)])}, "nonzeros.* 4.* params.* 3"),
         ({"w": torch.zeros(3)}, {"metadata": {"deep": make_deep()}}, "nested deeper"),
     ],
 )
@@ -290,11 +291,15 @@ def test_positions_and_truth_values_that_are_none_are_named(tmp_path: Path):
     """The checksums of the data are right as well; the readers that read the data refuse them."""
     truth = torch.ones(200, dtype=torch.bool)
     file = pack_changed(tmp_path / "x", {"b": truth}, lambda data: data.__setitem__(7, 2))
-    assert refused(tmp_path / "x", file) == ["tensor 'b': a byte of 2 is neither true nor false"] * 2
+    first, *others = refused(tmp_path / "x", file)
+    assert holds(first, "'b' .. byte of 2")
+    assert others == [first]
     sparse = torch.zeros(4000)
     sparse[::100] = 1.5
     file = pack_changed(tmp_path / "x", {"b": sparse}, lambda data: data.__setitem__(slice(-3, None), b"\0\0\0"))
-    assert refused(tmp_path / "x", file) == ["tensor 'b': not the positions of 40 values"] * 2
+    first, *others = refused(tmp_path / "x", file)
+    assert holds(first, "'b' .. positions of 40 values")
+    assert others == [first]
 
 
 def pack_changed(path: Path, state: dict[str, torch.Tensor], spoil: Callable[[bytearray], object]) -> bytes:

@@ -250,17 +250,17 @@ def test_include_and_exclude_together_and_by_module():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"include": "stem"}, "'stem' in include matches no"),
-        ({"exclude": ["stem.*", "head"]}, "'head' in exclude matches no"),
-        ({"exclude": nn.Linear(2, 2)}, "Linear in exclude matches no"),
-        ({"include": []}, "nothing to sparsify: include and exclude leave none of 3 weights"),
-        ({"exclude": "*"}, "nothing to sparsify: include and exclude leave none of 3 weights"),
-        ({"include": lambda name, module: False}, "nothing to sparsify"),
-        ({"parameters": ["*.bias", "stem.*"]}, "'\\*.bias' in parameters matches no"),
+        ({"include": "stem"}, "'stem' .*include"),
+        ({"exclude": ["stem.*", "head"]}, "'head' .*exclude"),
+        ({"exclude": nn.Linear(2, 2)}, "Linear .*exclude"),
+        ({"include": []}, "include and exclude .*3 weights"),
+        ({"exclude": "*"}, "include and exclude .*3 weights"),
+        ({"include": lambda name, module: False}, "include .*3 weights"),
+        ({"parameters": ["*.bias", "stem.*"]}, r"'\*\.bias' .*parameters"),
         ({"granularity": "channel"}, "got 'channel'"),
         ({"g": "relu"}, "got 'relu'"),
         ({"gradient": "ste"}, "got 'ste'"),
-        ({"g": "sigmoid", "initial_threshold": 1.5}, "initial_threshold=1.5 is not a value of g='sigmoid'"),
+        ({"g": "sigmoid", "initial_threshold": 1.5}, "initial_threshold=1.5 .*g='sigmoid'"),
     ],
 )
 def test_errors_leave_the_model_as_it_was(options, message):
@@ -273,7 +273,7 @@ def test_errors_leave_the_model_as_it_was(options, message):
 
 
 def test_nothing_to_sparsify():
-    with pytest.raises(ValueError, match="nothing to sparsify: Sequential has no weight"):
+    with pytest.raises(ValueError, match="nothing to sparsify: Sequential"):
         sparsify(nn.Sequential(nn.ReLU(), nn.BatchNorm1d(2)))
 
 
@@ -336,7 +336,7 @@ def test_all_refusals_come_at_once():
     tied = TiedText()
     tied.other = nn.Linear(6, 9)
     tied.other.weight = tied.embedding.weight
-    with pytest.raises(ValueError, match=r"decoder shares .* embedding; other shares .*exclude=\['decoder', 'other'\]"):
+    with pytest.raises(ValueError, match=r"decoder .*embedding.* other .*exclude=\['decoder', 'other'\]"):
         sparsify(tied, exclude="embedding")
 
 
@@ -368,16 +368,16 @@ def test_modules_that_share_a_weight_share_one_threshold(granularity):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"exclude": "embedding"}, "decoder shares its weight with embedding"),
-        ({"exclude": "decoder"}, "embedding shares its weight with decoder"),
-        ({"include": "decoder"}, "decoder shares its weight with embedding"),
-        ({"exclude": "again"}, "middle shares its weight with again"),
-        ({"exclude": "middle"}, "again shares its weight with middle"),
+        ({"exclude": "embedding"}, "decoder .*embedding"),
+        ({"exclude": "decoder"}, "embedding .*decoder"),
+        ({"include": "decoder"}, "decoder .*embedding"),
+        ({"exclude": "again"}, "middle .*again"),
+        ({"exclude": "middle"}, "again .*middle"),
     ],
 )
 def test_a_shared_weight_is_thresholded_everywhere_or_nowhere(options, message):
     model = TiedText()
-    with pytest.raises(ValueError, match=f"{message}: include both or exclude both"):
+    with pytest.raises(ValueError, match=f"{message}: .*include.* exclude"):
         sparsify(model, **options)
     assert not str_layers(model)
 
@@ -385,7 +385,7 @@ def test_a_shared_weight_is_thresholded_everywhere_or_nowhere(options, message):
 def test_a_weight_shared_with_a_module_that_stays_dense_is_refused():
     model = nn.ModuleDict({"linear": nn.Linear(3, 4)})
     model.register_parameter("table", model["linear"].weight)
-    with pytest.raises(ValueError, match="linear shares its weight with table: include both"):
+    with pytest.raises(ValueError, match=r"linear .*table: .*include"):
         sparsify(model)
 
 

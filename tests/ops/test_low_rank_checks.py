@@ -22,15 +22,15 @@ def wrong(cell, name, tensor):
 @pytest.mark.parametrize(
     ("name", "tensor", "error", "message"),
     [
-        ("u", torch.zeros(3), ValueError, r"u must be a matrix \[\d+, r\], got shape \(3,\)"),
-        ("u", torch.zeros(7, 3), ValueError, r"u must have shape \(\d+, 3\) to fit gates_x .*, got \(7, 3\)"),
-        ("m", torch.zeros(4), ValueError, r"m must have shape \(3,\) to fit .* and u of shape .*, got \(4,\)"),
-        ("v", torch.zeros(3, 6), ValueError, r"v must have shape \(6, 3\) .*, got \(3, 6\)"),
-        ("h0", torch.zeros(6, 4).double(), ValueError, r"h0 must have shape \(4, 6\) .*, got \(6, 4\)"),
-        ("h0", torch.zeros(4, 6), TypeError, r"h0 is torch.float32, gates_x torch.float64: give both in one dtype"),
-        ("m", torch.zeros(3).long(), TypeError, r"m must be a tensor of float16, .*, got torch.int64"),
-        ("v", "factor", TypeError, r"v must be a tensor of float16, .*, got str"),
-        ("u", torch.zeros(1, 3, device="meta"), ValueError, r"u is on meta, gates_x on cpu: move them to one device"),
+        ("u", torch.zeros(3), ValueError, r"u .*\[\d+, r\].* \(3,\)"),
+        ("u", torch.zeros(7, 3), ValueError, r"u .*\(\d+, 3\).*gates_x .* \(7, 3\)"),
+        ("m", torch.zeros(4), ValueError, r"m .*\(3,\).* u .* \(4,\)"),
+        ("v", torch.zeros(3, 6), ValueError, r"v .*\(6, 3\).* \(3, 6\)"),
+        ("h0", torch.zeros(6, 4).double(), ValueError, r"h0 .*\(4, 6\).* \(6, 4\)"),
+        ("h0", torch.zeros(4, 6), TypeError, r"h0 .*float32.* gates_x .*float64"),
+        ("m", torch.zeros(3).long(), TypeError, r"m .*float16.* torch.int64"),
+        ("v", "factor", TypeError, r"v .*float16.* str"),
+        ("u", torch.zeros(1, 3, device="meta"), ValueError, r"u .*meta.* gates_x .*cpu"),
     ],
 )
 def test_a_wrong_tensor(cell, name, tensor, error, message):
@@ -57,12 +57,12 @@ def test_no_time_step(cell):
 @pytest.mark.parametrize(
     ("lengths", "error", "message"),
     [
-        (torch.tensor([5, 0, 1, 2]), ValueError, "lengths must be from 1 to 5, the steps of gates_x, got 0"),
-        (torch.tensor([5, 6, 1, 2]), ValueError, "lengths must be from 1 to 5, the steps of gates_x, got 6"),
-        (torch.tensor([5, 1]), ValueError, r"lengths must have shape \(4,\), one for each sequence, got \(2,\)"),
-        (torch.tensor([5.0, 1, 2, 3]), TypeError, "lengths must be a tensor of int64, got torch.float32"),
-        ([5, 1, 2, 3], TypeError, "lengths must be a tensor of int64, got list"),
-        (torch.ones(4, dtype=torch.int64, device="meta"), ValueError, "lengths is on meta, gates_x on cpu"),
+        (torch.tensor([5, 0, 1, 2]), ValueError, "lengths .*1 to 5.* 0"),
+        (torch.tensor([5, 6, 1, 2]), ValueError, "lengths .*1 to 5.* 6"),
+        (torch.tensor([5, 1]), ValueError, r"lengths .*\(4,\).* \(2,\)"),
+        (torch.tensor([5.0, 1, 2, 3]), TypeError, "lengths .*int64.* torch.float32"),
+        ([5, 1, 2, 3], TypeError, "lengths .*int64.* list"),
+        (torch.ones(4, dtype=torch.int64, device="meta"), ValueError, "lengths .*meta.* gates_x .*cpu"),
     ],
 )
 def test_wrong_lengths(cell, lengths, error, message):
@@ -73,7 +73,7 @@ def test_wrong_lengths(cell, lengths, error, message):
 @EVERY_CELL
 def test_an_unknown_precision(cell):
     case = example(cell)
-    with pytest.raises(ValueError, match=r"precision .*'ieee', 'tf32', 'tf32x3' or None, got 'high'"):
+    with pytest.raises(ValueError, match=r"precision .*'ieee', 'tf32', 'tf32x3' or None.* 'high'"):
         op(cell)(*case.tensors.values(), precision="high")
 
 

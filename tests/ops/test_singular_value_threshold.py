@@ -260,13 +260,13 @@ def test_torch_func(raw_shape):
 @pytest.mark.parametrize(
     ("w", "raw", "options", "error", "message"),
     [
-        (torch.ones(3), torch.ones(1), {}, ValueError, r"w must be a matrix or a batch of matrices, got shape \(3,\)"),
-        (torch.ones(3, 3).int(), torch.ones(1), {}, TypeError, "w must be a tensor of .*, got torch.int32"),
-        (torch.ones(3, 3), 0.5, {}, TypeError, "raw_threshold must be a tensor of .*, got float"),
-        (torch.ones(3, 3), torch.ones(1), {"g": "tanh"}, ValueError, "g must be one of 'sigmoid', .*, got 'tanh'"),
-        (torch.ones(3, 3), torch.ones(1, device="meta"), {}, ValueError, "raw_threshold is on meta, w on cpu"),
+        (torch.ones(3), torch.ones(1), {}, ValueError, r"w .*matrix .*\(3,\)"),
+        (torch.ones(3, 3).int(), torch.ones(1), {}, TypeError, "w .*tensor of .* torch.int32"),
+        (torch.ones(3, 3), 0.5, {}, TypeError, "raw_threshold .*tensor of .* float"),
+        (torch.ones(3, 3), torch.ones(1), {"g": "tanh"}, ValueError, "g .*'sigmoid', .* 'tanh'"),
+        (torch.ones(3, 3), torch.ones(1, device="meta"), {}, ValueError, "raw_threshold .*meta.* w .*cpu"),
         (torch.ones(5, 2, 3), torch.ones(2, 1, 1), {}, ValueError, r"\(2, 1, 1\) .* \(5, 2, 3\): .* shape \(5, 1, 1\)"),
-        (torch.ones(5, 2, 3), torch.ones(5), {}, ValueError, r"give one element, or shape \(5, 1, 1\) for one per mat"),
+        (torch.ones(5, 2, 3), torch.ones(5), {}, ValueError, r"one element.* \(5, 1, 1\)"),
     ],
 )
 def test_errors(w, raw, options, error, message):

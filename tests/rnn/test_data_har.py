@@ -129,50 +129,50 @@ def in_first_line(old: str, new: str) -> Callable[[str], str]:
         ("test/y_test.txt", None, r"test/y_test\.txt: missing$"),
         ("train/Inertial Signals/body_acc_y_train.txt", None, r"Inertial Signals/body_acc_y_train\.txt: missing$"),
         ("train/y_train.txt", lambda content: "", r"y_train\.txt: empty$"),
-        ("train/y_train.txt", in_first_line("3", "7"), r"y_train\.txt: label 7 in row 3; labels are 1 to 6$"),
-        ("train/y_train.txt", in_first_line("3", "2.5"), r"y_train\.txt: label 2.5 in row 3; labels are 1 to 6$"),
-        ("train/y_train.txt", in_first_line("1\n", ""), r"subject_train\.txt: 66 rows, but y_train\.txt has 65$"),
+        ("train/y_train.txt", in_first_line("3", "7"), r"y_train\.txt: label 7 .*row 3.* 1 to 6"),
+        ("train/y_train.txt", in_first_line("3", "2.5"), r"y_train\.txt: label 2\.5 .*row 3.* 1 to 6"),
+        ("train/y_train.txt", in_first_line("1\n", ""), r"subject_train\.txt.* 66 rows.*y_train\.txt.* 65"),
         (
             "test/Inertial Signals/body_gyro_z_test.txt",
             lambda content: content[content.index("\n") + 1 :],
-            r"body_gyro_z_test\.txt: 11 rows, but y_test\.txt has 12$",
+            r"body_gyro_z_test\.txt.* 11 rows.*y_test\.txt.* 12",
         ),
         (
             "train/Inertial Signals/total_acc_x_train.txt",
             lambda content: "".join(line.rsplit(" ", 1)[0] + "\n" for line in content.splitlines()),
-            r"total_acc_x_train\.txt: 127 numbers in a row; a file of this name has 128$",
+            r"total_acc_x_train\.txt.* 127 numbers.* 128",
         ),
         (
             "train/Inertial Signals/total_acc_x_train.txt",
             lambda content: content.replace("e+00 ", "e+00 \n", 1),
-            r"total_acc_x_train\.txt: not a table of numbers \(the number of columns changed from .*[0-9]\)$",
+            r"total_acc_x_train\.txt.*columns changed from .*[0-9]",
         ),
         (
             "train/Inertial Signals/total_acc_x_train.txt",
             in_first_line("e+00", "abc"),
-            r"total_acc_x_train\.txt: not a table of numbers \(could not convert string .*abc",
+            r"total_acc_x_train\.txt.*abc",
         ),
         (
             "train/Inertial Signals/total_acc_z_train.txt",
             lambda content: content[: content.rindex("\n", 0, -1)] + "\n" + "NaN " * 128 + "\n",
-            r"total_acc_z_train\.txt: NaN in column 1, row 66$",
+            r"total_acc_z_train\.txt.*NaN.* column 1, row 66",
         ),
         (
             "test/Inertial Signals/total_acc_z_test.txt",
             lambda content: "-inf " * 128 + content[content.index("\n") :],
-            r"total_acc_z_test\.txt: an infinite number in column 1, row 1$",
+            r"total_acc_z_test\.txt.*infinite.* column 1, row 1",
         ),
         (
             "test/Inertial Signals/total_acc_z_test.txt",
             lambda content: "1 " * 127 + "1e300" + content[content.index("\n") :],
-            r"total_acc_z_test\.txt: 1e\+300, too large for float32, in column 128, row 1$",
+            r"total_acc_z_test\.txt.*1e\+300.*float32.* column 128, row 1",
         ),
-        ("test/subject_test.txt", in_first_line("2", "2.5"), r"subject_test\.txt: subject 2\.5 in row 1"),
-        ("test/subject_test.txt", lambda content: "\0" + content, r"subject_test\.txt: not a table of numbers"),
+        ("test/subject_test.txt", in_first_line("2", "2.5"), r"subject_test\.txt.*subject 2\.5 .*row 1"),
+        ("test/subject_test.txt", lambda content: "\0" + content, r"subject_test\.txt: .*numbers"),
         (
             "train/subject_train.txt",
             lambda content: "1\n" * 66,
-            r"1 subjects for training; at least 5",
+            "1 subjects.* at least 5",
         ),
     ],
 )
@@ -190,16 +190,16 @@ def test_bad_files_are_named(name: str, change, message: str, published: Files, 
 
 
 def test_bad_places_are_named(published: Files, tmp_path: Path):
-    with pytest.raises(ValueError, match=r"^har:.*nowhere: no such folder or zip file$"):
+    with pytest.raises(ValueError, match=r"^har:.*nowhere: no such folder"):
         load(f"har:{tmp_path / 'nowhere'}")
-    with pytest.raises(ValueError, match='no "UCI HAR Dataset" in it'):
+    with pytest.raises(ValueError, match='no "UCI HAR Dataset"'):
         load(f"har:{tmp_path}")
     (tmp_path / "empty.zip").write_bytes(zipped({"readme": "x"}))
-    with pytest.raises(ValueError, match='no "UCI HAR Dataset" in it'):
+    with pytest.raises(ValueError, match='no "UCI HAR Dataset"'):
         load(f"har:{tmp_path / 'empty.zip'}")
     whole = zipped(published, "UCI HAR Dataset/")
     (tmp_path / "half.zip").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"half\.zip: neither a folder nor a complete zip file$"):
+    with pytest.raises(ValueError, match=r"half\.zip: .*zip file"):
         load(f"har:{tmp_path / 'half.zip'}")
     (tmp_path / "outer.zip").write_bytes(zipped({"UCI HAR Dataset.zip": whole[: len(whole) // 2]}))
     with pytest.raises(ValueError, match=r"outer\.zip/UCI HAR Dataset\.zip: "):
@@ -211,7 +211,7 @@ def test_a_damaged_member_is_named(published: Files, tmp_path: Path):
     place = content.index(b"body_acc_x_train.txt") + 1000
     content[place : place + 100] = bytes(100)
     (tmp_path / "har.zip").write_bytes(content)
-    with pytest.raises(ValueError, match=r"body_acc_x_train\.txt: damaged inside the zip file"):
+    with pytest.raises(ValueError, match=r"body_acc_x_train\.txt: damaged"):
         load(f"har:{tmp_path / 'har.zip'}")
 
 
@@ -232,9 +232,9 @@ def with_header(content: bytes, offset: int, value: int) -> bytes:
     ("offset", "value", "message"),
     [
         (6, 1, r"y_train\.txt: encrypted"),
-        (8, 99, r"y_train\.txt: .*unpack the zip file"),
-        (8, 12, r"y_train\.txt: damaged inside the zip file"),
-        (8, 14, r"y_train\.txt: damaged inside the zip file"),
+        (8, 99, r"y_train\.txt: .*unpack"),
+        (8, 12, r"y_train\.txt: damaged"),
+        (8, 14, r"y_train\.txt: damaged"),
     ],
 )
 def test_archives_of_another_kind_are_named(
@@ -252,7 +252,7 @@ def test_an_archive_that_blows_up_is_refused(
     monkeypatch.setattr("str_triton.rnn.data.har.LARGEST", 2**20)
     files = {f"UCI HAR Dataset/{path}": text for path, text in published.items()} if "/" in name else {}
     (tmp_path / "har.zip").write_bytes(zipped({**files, name: b"0 " * 2**20}))
-    with pytest.raises(ValueError, match=r": more than 1 MiB, which no file of this data set has$"):
+    with pytest.raises(ValueError, match="more than 1 MiB"):
         load(f"har:{tmp_path / 'har.zip'}")
 
 
@@ -265,5 +265,5 @@ def test_names_that_lead_out_of_an_archive_write_nothing(published: Files, data:
 
 
 def test_other_numbers_of_classes_are_refused(folder: Path):
-    with pytest.raises(ValueError, match=r"^har has 6 classes or 2, not 3$"):
+    with pytest.raises(ValueError, match=r"har .* 6 .* 2, not 3"):
         load(f"har:{folder}", classes=3)

@@ -174,12 +174,12 @@ def table(tmp_path: Path, labels: dict[str, list], kind: object) -> Path:
 @pytest.mark.parametrize(
     ("kind", "labels", "message"),
     [
-        ("bool", [True, False], r"train\[0\]: column 'label' holds True, not a word"),
-        ("int64", [3, 4], r"train\[0\]: column 'label' holds 3, not a word"),
-        ("float64", [0.5, 1.0], r"train\[0\]: column 'label' holds 0\.5, not a word"),
-        ("string", ["", "no"], r"train\[0\]: column 'label' holds '', not a word"),
+        ("bool", [True, False], r"train\[0\]: .*'label' .*True"),
+        ("int64", [3, 4], r"train\[0\]: .*'label' .* 3\b"),
+        ("float64", [0.5, 1.0], r"train\[0\]: .*'label' .* 0\.5"),
+        ("string", ["", "no"], r"train\[0\]: .*'label' .* ''"),
         ("string", ["yes", "yes"], "has one word, 'yes'"),
-        ("names", [0, -1], r"train\[1\]: column 'label' holds -1, not a number from 0 to 3"),
+        ("names", [0, -1], r"train\[1\]: .*'label' .* -1.* 0 to 3"),
     ],
 )
 def test_labels_that_are_no_words_are_refused_before_the_sound_is_read(

@@ -146,19 +146,19 @@ def test_a_long_word_is_spoken_faster_and_a_longer_one_refused(tmp_path: Path):
     samples, _ = read_wav(next(make_spoken(("no", "university"), **options).glob("university/*.wav")))
     assert len(samples) == RATE
     word = 3 * "supercalifragilistic"
-    with pytest.raises(ValueError, match=f"spoken: the word '{word}' takes longer than a second"):
+    with pytest.raises(ValueError, match=rf"'{word}' .*a second"):
         make_spoken(("no", word), **options)
 
 
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("yes,n0", "spoken: 'n0' is not a word of the letters a to z"),
-        ("yes,,no", "spoken: '' is not a word"),
-        ("yes,so so", "spoken: 'so so' is not a word"),
-        ("yes,ça", "spoken: 'ça' is not a word"),
-        ("yes,no,Yes", "spoken: 'yes' is named twice"),
-        ("yes", "spoken: 1 word is not enough"),
+        ("yes,n0", "'n0' .*a to z"),
+        ("yes,,no", "'' .*word"),
+        ("yes,so so", "'so so' .*word"),
+        ("yes,ça", "'ça' .*word"),
+        ("yes,no,Yes", "'yes' .*twice"),
+        ("yes", r"1 word\b"),
     ],
 )
 def test_words_that_cannot_be_made(spec: str, message: str, tmp_path: Path):
@@ -168,7 +168,7 @@ def test_words_that_cannot_be_made(spec: str, message: str, tmp_path: Path):
 
 
 def test_too_few_clips(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"spoken: 9 clips a word: at least 10"):
+    with pytest.raises(ValueError, match=r"9 clips .*at least 10"):
         make_spoken(("yes", "no"), cache_dir=str(tmp_path), clips_per_word=9)
 
 
@@ -198,9 +198,7 @@ def test_a_library_that_does_not_work_is_named(tmp_path: Path, monkeypatch: pyte
     broken = tmp_path / "libespeak-ng.so"
     broken.write_text("no library")
     monkeypatch.setattr("str_triton.rnn.data.espeak_worker.find_library", lambda: (str(broken), ""))
-    with pytest.raises(
-        ValueError, match=r"spoken: eSpeak NG \(.*libespeak-ng.so\) does not work here: .*OSError"
-    ) as caught:
+    with pytest.raises(ValueError, match=r"libespeak-ng\.so.* OSError") as caught:
         make_spoken(("yes", "no"), cache_dir=str(tmp_path))
     assert "\n" not in str(caught.value)
     assert list((tmp_path / "spoken").iterdir()) == []

@@ -7,6 +7,7 @@ import torch
 
 from str_triton.rnn.data import Data, Text, load
 from str_triton.rnn.data.text import REPLACEMENT, Vocabulary, python_topics, split_text
+from tests.messages import holds
 
 ENGLISH = "It was a bright cold day in April, and the clocks were striking thirteen.\n" * 50
 
@@ -76,9 +77,9 @@ def test_line_ends_and_byte_order_mark_leave_no_trace(tmp_path: Path):
     [
         (b"", r"some\.txt is empty$"),
         (b" \n\n", r"some\.txt is empty$"),
-        (b"caf\xe9 au lait", r"some\.txt is not UTF-8 text \(byte 3\)$"),
-        ("no mark".encode("utf-16-le"), r"some\.txt is not UTF-8 text: character 2 is a NUL$"),
-        (b"\xff\xfea", r"some\.txt is not UTF-8 text"),
+        (b"caf\xe9 au lait", r"some\.txt .*UTF-8 .*byte 3\b"),
+        ("no mark".encode("utf-16-le"), r"some\.txt .*UTF-8 .*character 2 .*NUL"),
+        (b"\xff\xfea", r"some\.txt .*UTF-8"),
     ],
 )
 def test_unreadable_files_are_refused(task: str, content: bytes, message: str, tmp_path: Path):
@@ -87,7 +88,7 @@ def test_unreadable_files_are_refused(task: str, content: bytes, message: str, t
 
 
 def test_a_short_text_is_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"some\.txt: 1,999 characters; .* at least 2,000$"):
+    with pytest.raises(ValueError, match=r"some\.txt: 1,999 .*2,000\b"):
         load(f"text:{write(tmp_path, ENGLISH[:1999])}", task="lm")
     assert load(f"text:{write(tmp_path, ENGLISH[:2000])}", task="lm")
 
@@ -103,7 +104,7 @@ def test_a_text_is_the_same_however_it_is_encoded(encoding: str, end: str, tmp_p
 
 def test_a_text_whose_characters_are_all_rare_is_refused(tmp_path: Path):
     rare = "".join(map(chr, range(0x4E00, 0x4E00 + 2500)))
-    with pytest.raises(ValueError, match="no character occurs 5 times in the training text"):
+    with pytest.raises(ValueError, match=r"character .*5 times"):
         load(f"text:{write(tmp_path, rare)}", task="lm")
 
 
@@ -112,10 +113,9 @@ def test_lines_that_are_cut_or_left_out_are_counted(tmp_path: Path, capsys: pyte
     file = write(tmp_path, "\n".join([*lines, lines[0]]))
     data = load(f"text:{file}")
     assert len(data.train) + len(data.validation) + len(data.test) == 51
-    assert capsys.readouterr().err.splitlines() == [
-        f"warning: text:{file}: 2 lines are longer than 512 characters and cut",
-        f"warning: text:{file}: 2 lines are repeated and skipped",
-    ]
+    cut, repeated = capsys.readouterr().err.splitlines()
+    assert holds(cut, f"warning: text:{file} .. 2 lines .. 512 characters .. cut")
+    assert holds(repeated, f"warning: text:{file} .. 2 lines .. repeated")
 
 
 def test_a_missing_file_is_an_os_error(tmp_path: Path):
@@ -217,13 +217,13 @@ def test_long_lines_are_cut(tmp_path: Path):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (["up\tone", "down two"], r"some\.txt: line 2 is not a label, a tab and a text$"),
-        (["up\tone", "", "\ttwo"], r"some\.txt: line 3 is not a label, a tab and a text$"),
-        (["up\t "], r"some\.txt: line 1 is not a label, a tab and a text$"),
-        (labelled({"up": 20}), r"some\.txt: all lines have the label 'up'"),
+        (["up\tone", "down two"], r"some\.txt: line 2 .*label, a tab"),
+        (["up\tone", "", "\ttwo"], r"some\.txt: line 3 .*label, a tab"),
+        (["up\t "], r"some\.txt: line 1 .*label, a tab"),
+        (labelled({"up": 20}), r"some\.txt: .*'up'"),
         (
             labelled({"up": 20, "down": 9}) + labelled({"down": 9}),
-            r"some\.txt: 9 different lines with the label 'down'; .* 10$",
+            r"some\.txt: 9 .*'down'.* 10\b",
         ),
     ],
 )

@@ -40,18 +40,18 @@ def vowels() -> Data:
         ("har:", {}, "'har:'; .*har:PATH"),
         ("text:", {}, "'text:'; .*text or text:FILE"),
         ("japanese-vowels:1", {}, "'japanese-vowels:1'; .*japanese-vowels"),
-        ("japanese-vowels", {"task": "tag"}, "unknown task 'tag'; known are classify, lm"),
+        ("japanese-vowels", {"task": "tag"}, "'tag'.* classify, lm"),
         ("japanese-vowels", {"task": "lm"}, "task 'lm' .*'japanese-vowels'"),
         ("har:x", {"task": "lm"}, "task 'lm' .*'har:x'"),
         ("hub:a/b", {"task": "lm"}, "task 'lm' .*'hub:a/b'"),
-        ("hub:a/b:text", {}, "'hub:a/b:text' is text without labels: use task 'lm'"),
-        ("japanese-vowels", {"words": ("yes",)}, "words .*speech-commands:DIR and hub:NAME, not for 'japanese-vowels'"),
-        ("hub:a/b:text", {"task": "lm", "words": ("yes",)}, "words .*not for 'hub:a/b:text'"),
-        ("spoken:yes,no", {"words": ("yes",)}, "words .*not for 'spoken:yes,no'"),
-        ("japanese-vowels", {"classes": 2}, "number of classes .*har:PATH, not for 'japanese-vowels'"),
-        ("text", {"noise": 0.1, "task": "lm"}, "noise 0.1 .*'text' is text"),
-        ("japanese-vowels", {"noise": -0.1}, "noise -0.1: a standard deviation is a number >= 0"),
-        ("japanese-vowels", {"noise": float("nan")}, "noise nan: a standard deviation is a number >= 0"),
+        ("hub:a/b:text", {}, "'hub:a/b:text' .*'lm'"),
+        ("japanese-vowels", {"words": ("yes",)}, "words .*speech-commands:DIR and hub:NAME.* 'japanese-vowels'"),
+        ("hub:a/b:text", {"task": "lm", "words": ("yes",)}, "words .*'hub:a/b:text'"),
+        ("spoken:yes,no", {"words": ("yes",)}, "words .*'spoken:yes,no'"),
+        ("japanese-vowels", {"classes": 2}, "classes .*har:PATH.* 'japanese-vowels'"),
+        ("text", {"noise": 0.1, "task": "lm"}, "noise 0.1 .*'text'"),
+        ("japanese-vowels", {"noise": -0.1}, "noise -0.1: .*>= 0"),
+        ("japanese-vowels", {"noise": float("nan")}, "noise nan: .*>= 0"),
     ],
 )
 def test_what_does_not_go_together_is_one_error(spec: str, options: dict, message: str):
@@ -198,7 +198,7 @@ def test_check_finite_names_the_place():
     rows = torch.zeros(3, 2)
     check_finite(rows, "x.txt")
     rows[2, 1] = float("inf")
-    with pytest.raises(ValueError, match=r"^x.txt: an infinite number in column 2, row 3$"):
+    with pytest.raises(ValueError, match=r"x\.txt: .*infinite .*column 2, row 3$"):
         check_finite(rows, "x.txt")
     rows[1, 0] = float("nan")
     with pytest.raises(ValueError, match=r"^x.txt: NaN in width, row 2$"):

@@ -8,6 +8,7 @@ from str_triton.rnn.recipes import PUBLISHED, RECIPES, Config, recipe_for, resol
 from str_triton.rnn.train import COMMAND_LINE, first_candidate, learning_rate
 from str_triton.training.errors import UserError
 from str_triton.training.options import field_docs
+from tests.messages import holds
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -69,22 +70,22 @@ def test_a_target_is_made_definite():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"method": "str", "target_rank": 9}, "--target-rank 9: --method str "),
-        ({"method": "str-exact", "ranks": "9,8"}, "--ranks 9,8: --method str-exact "),
-        ({"method": "fixed", "ranks": "9"}, "--ranks must be two whole numbers from 1, such as 9,8; got '9'"),
-        ({"method": "fixed", "ranks": "9,0"}, "--ranks must be two whole numbers from 1, such as 9,8; got '9,0'"),
-        ({"target_rank": 9, "target_compression": 2.0}, "--target-rank 9 and --target-compression 2.0 are both given"),
+        ({"method": "str", "target_rank": 9}, "--target-rank 9 .. --method str"),
+        ({"method": "str-exact", "ranks": "9,8"}, "--ranks 9,8 .. --method str-exact"),
+        ({"method": "fixed", "ranks": "9"}, "--ranks .. two whole numbers .. got '9'"),
+        ({"method": "fixed", "ranks": "9,0"}, "--ranks .. two whole numbers .. got '9,0'"),
+        ({"target_rank": 9, "target_compression": 2.0}, "--target-rank 9 .. --target-compression 2.0"),
         ({"task": "lm", "data": "text", "bidirectional": True}, "--bidirectional"),
-        ({"task": "lm", "data": "har:DIR", "bidirectional": True}, "--task lm needs text; for 'har:DIR'"),
-        ({"method": "svd-finetune", "epochs": 1}, "--epochs 1: it must be at least 2 with --method svd-finetune"),
-        ({"target_params": 0}, "--target-params 0: it must be at least 1"),
-        ({"max_norm": float("nan")}, "--max-norm nan: it must be 0 or more"),
+        ({"task": "lm", "data": "har:DIR", "bidirectional": True}, "--task lm .. 'har:DIR'"),
+        ({"method": "svd-finetune", "epochs": 1}, "--epochs 1 .. at least 2 .. --method svd-finetune"),
+        ({"target_params": 0}, "--target-params 0 .. at least 1"),
+        ({"max_norm": float("nan")}, "--max-norm nan .. 0 or more"),
     ],
 )
 def test_what_makes_no_sense_is_refused(fields: dict, message: str):
     with pytest.raises(UserError) as refusal:
         resolve(Config(recipe="spoken-gru", **fields))
-    assert str(refusal.value).startswith(message)
+    assert holds(str(refusal.value), message)
 
 
 def test_the_recipe_for_a_configuration_does_not_depend_on_its_recipe():

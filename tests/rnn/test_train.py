@@ -11,6 +11,7 @@ from str_triton import RankBudget
 from str_triton.rnn import data, train
 from str_triton.rnn.models import load_trained
 from str_triton.training.metrics import read_metrics
+from tests.messages import holds
 from tests.rnn.train_runs import RANK, begin, run, text_options
 from tests.runs import last_checkpoint
 
@@ -168,7 +169,7 @@ def test_a_language_model_is_measured_in_bits_per_character(tmp_path: Path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["vowels"], "there is no recipe vowels; did you mean japanese-vowels-gru?"),
+        (["vowels"], "no recipe vowels .. japanese-vowels-gru"),
         (["cifar10"], "python cnn/train.py cifar10"),
         (["resnet50"], "python cnn/train.py has resnet50-"),
         (["--target-rank", "1000"], "216"),
@@ -176,15 +177,15 @@ def test_a_language_model_is_measured_in_bits_per_character(tmp_path: Path):
         (["--target-rank", "3"], "4"),
         (["--method", "svd-finetune", "--target-rank", "3"], "4"),
         (["--target-rank", "0"], "--target-rank 0"),
-        (["--target-params", "10"], "possible are 4257 to 65097"),
+        (["--target-params", "10"], "4257 to 65097"),
         (["--target-compression", "0.5"], "--target-compression 0.5"),
         (["--target-compression", "nan"], "--target-compression nan"),
-        (["--target-compression", "1000"], "possible are 1.0 to 15.2917"),
+        (["--target-compression", "1000"], "1.0 to 15.2917"),
         (["--target-params", "9000", "--target-rank", "20"], "choose one"),
         (["--method", "str", "--target-rank", "20"], "--target-rank 20: --method str "),
         (["--method", "dense", "--target-params", "20"], "--target-params 20: --method dense "),
         (["--method", "svd-finetune", "--epochs", "1"], "--epochs 1"),
-        (["--batch-size", "2000"], "batch size 2000 is larger than the 270 training sequences"),
+        (["--batch-size", "2000"], "batch size 2000 .. 270 training sequences"),
         (["--batch-size", "0"], "--batch-size 0"),
         (["--dropout", "1"], "--dropout 1"),
         (["--noise", "-1"], "--noise -1"),
@@ -197,7 +198,7 @@ def test_a_language_model_is_measured_in_bits_per_character(tmp_path: Path):
         (["--data", "text:nowhere.txt"], "nowhere.txt"),
         (["--data", "text:latin.txt"], "latin.txt"),
         (["--data", "text:short.txt"], "short.txt"),
-        (["--data", "text", "--batch-size", "100000"], "is too short for a batch size of 100000"),
+        (["--data", "text", "--batch-size", "100000"], "batch size of 100000"),
         (["--data", "text", "--bidirectional"], "--bidirectional"),
         (["--data", "text", "--noise", "0.5"], "noise 0.5"),
         (["--task", "lm"], "--task lm"),
@@ -218,7 +219,7 @@ def test_bad_input_is_one_message_and_exit_code_2(
     Path("short.txt").write_text("too short")
     assert run(*args, "--device", "cpu", "--run-dir", "runs/run") == 2
     output = capsys.readouterr()
-    assert message in output.err
+    assert holds(output.err, message)
     assert output.err.startswith("error: ") == (output.err.count("\n") == 1)  # otherwise it is the parser's box
     assert "Traceback" not in output.err
     assert sorted(os.listdir()) == ["empty", "latin.txt", "short.txt"]

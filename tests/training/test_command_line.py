@@ -61,7 +61,7 @@ def test_without_a_word_the_options_choose_the_recipe():
 
 
 def test_an_unknown_recipe_lists_the_names():
-    with pytest.raises(UserError, match="no recipe huge; choose small or large"):
+    with pytest.raises(UserError, match=r"no recipe huge.* small or large"):
         COMMAND_LINE.read(["huge"])
 
 
@@ -75,16 +75,16 @@ def test_options_that_do_not_parse_are_one_line(args: list[str]):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--lr", "90%"], "--lr 90%: .* a number; write 90% as 0.9"),
-        (["--seed", "1.5"], "--seed 1.5: .* a whole number"),
-        (["--data-dri", "x"], "--data-dri; did you mean .*--data-dir"),
-        (["--device", "cup"], "--device cup: .* did you mean cpu"),
-        (["--lr"], "--lr: a value is missing"),
-        (["--lr", "--seed", "3"], "--lr: a value is missing"),
-        (["--describe=yes"], "--describe: it takes no value"),
-        (["smal"], "smal; did you mean small"),
-        (["--lr", "0.2", "large"], r"large belongs before the options: python cnn/train.py large"),
-        (["--describe", "yes"], "one word too many: yes"),
+        (["--lr", "90%"], "--lr 90%: .* number.* 0.9"),
+        (["--seed", "1.5"], "--seed 1.5: .*whole number"),
+        (["--data-dri", "x"], "--data-dri; .*--data-dir"),
+        (["--device", "cup"], "--device cup: .* cpu"),
+        (["--lr"], "--lr: .*value"),
+        (["--lr", "--seed", "3"], "--lr: .*value"),
+        (["--describe=yes"], "--describe: .*no value"),
+        (["smal"], "smal; .*small"),
+        (["--lr", "0.2", "large"], r"large .*options.* python cnn/train.py large"),
+        (["--describe", "yes"], "word.* yes"),
     ],
     ids=" ".join,
 )

@@ -77,18 +77,18 @@ def test_a_cell_of_more_components_than_its_matrix_has() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"W": (3, 5, 1)}, r"W must have 2 dimensions, got shape \[3, 5, 1\]"),
-        ({"U": (5, 4)}, r"U must have shape \[5, 5\], got \[5, 4\]"),
-        ({"W": (3, 4)}, r"U must have shape \[4, 4\], got \[5, 5\]"),
-        ({"U": None}, "parameter U is missing; .* bias_gate, bias_update, zeta, nu"),
-        ({"U": None, "U1": (5, 2)}, "parameter U2 is missing"),
-        ({"U": None, "U1": (5, 2), "U2": (3, 5)}, r"U2 must have shape \[2, 5\], got \[3, 5\]"),
-        ({"U": None, "U1": (5, 2), "U2": (2, 4)}, r"U2 must have shape \[2, 5\], got \[2, 4\]"),
-        ({"U": None, "U1": (4, 2), "U2": (2, 5)}, r"U1 must have shape \[5, 2\], got \[4, 2\]"),
-        ({"W": None, "W1": (3,), "W2": (2, 5)}, r"W1 must have 2 dimensions, got shape \[3\]"),
-        ({"bias_gate": (1, 4)}, r"bias_gate must have shape \[1, 5\], got \[1, 4\]"),
-        ({"bias_update": None}, "parameter bias_update is missing"),
-        ({"zeta": (1, 2)}, r"zeta must have shape \[1, 1\], got \[1, 2\]"),
+        ({"W": (3, 5, 1)}, r"W .*2 dimensions.* \[3, 5, 1\]"),
+        ({"U": (5, 4)}, r"U .*\[5, 5\].* \[5, 4\]"),
+        ({"W": (3, 4)}, r"U .*\[4, 4\].* \[5, 5\]"),
+        ({"U": None}, "U is missing.* bias_gate, bias_update, zeta, nu"),
+        ({"U": None, "U1": (5, 2)}, "U2 is missing"),
+        ({"U": None, "U1": (5, 2), "U2": (3, 5)}, r"U2 .*\[2, 5\].* \[3, 5\]"),
+        ({"U": None, "U1": (5, 2), "U2": (2, 4)}, r"U2 .*\[2, 5\].* \[2, 4\]"),
+        ({"U": None, "U1": (4, 2), "U2": (2, 5)}, r"U1 .*\[5, 2\].* \[4, 2\]"),
+        ({"W": None, "W1": (3,), "W2": (2, 5)}, r"W1 .*2 dimensions.* \[3\]"),
+        ({"bias_gate": (1, 4)}, r"bias_gate .*\[1, 5\].* \[1, 4\]"),
+        ({"bias_update": None}, "bias_update is missing"),
+        ({"zeta": (1, 2)}, r"zeta .*\[1, 1\].* \[1, 2\]"),
         ({"W1": (3, 2), "W2": (2, 5)}, "unknown parameters .*: W$"),
         ({"gain": (1,)}, "unknown parameters .*: gain$"),
     ],
@@ -104,7 +104,7 @@ def test_from_edgeml_names_the_key_that_does_not_fit(change: dict[str, tuple | N
 
 
 def test_from_edgeml_knows_two_layouts() -> None:
-    with pytest.raises(ValueError, match="layout must be 'cell' or 'cuda', got 'row'"):
+    with pytest.raises(ValueError, match=r"layout .*'cell' or 'cuda'.* 'row'"):
         LowRankFastGRNN.from_edgeml(parameters(None, None), layout="row")
 
 
