@@ -81,10 +81,12 @@ def load(
             from str_triton.rnn.data.spoken import load_spoken
 
             return load_spoken(tuple(place.split(",")), **audio)
-        case _:
+        case "speech-commands":
             from str_triton.rnn.data.speech_commands import load_speech_commands
 
             return load_speech_commands(place, words=words, **audio)
+        case _:
+            raise NotImplementedError(f"{kind} is in KNOWN, and load has no case for it")
 
 
 def _load_text(spec: str, kind: str, place: str, task: str) -> Data | Text:
