@@ -95,7 +95,7 @@ def open_predictor(
         where = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
         found = network.model.to(where), network.interface
     scores, held = found
-    predictor = Predictor(scores, _complete(given or held, path), where)
+    predictor = Predictor(scores, _complete(given or held, path if interface is None else interface), where)
     predictor.check(path)
     return predictor
 
@@ -108,7 +108,7 @@ def _complete(interface: Interface | None, path: str | os.PathLike[str]) -> Inte
             "run with --interface"
         )
     if interface.images is None or interface.standardisation is None:
-        raise UserError(f"{path}: its interface is not that of a network for images")
+        raise UserError(f"{path}: the interface is not that of a network for images")
     if len(interface.standardisation[0]) != interface.images.channels:
         raise UserError(
             f"{path}: its interface has {interface.images.channels} colour channels, but "
