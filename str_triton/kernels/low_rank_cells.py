@@ -48,6 +48,7 @@ def tanh(x, APPROX: tl.constexpr):
 
 @triton.jit
 def gru(x, q, bias, state, scale, APPROX: tl.constexpr):
+    """Return h, h, and the saved (r, z, a, n) of one step of a GRU, each [H, B]."""
     r = sigmoid(x[0] + (q[0] + bias[0]), APPROX)
     z = sigmoid(x[1] + (q[1] + bias[1]), APPROX)
     a = q[2] + bias[2]
@@ -58,6 +59,7 @@ def gru(x, q, bias, state, scale, APPROX: tl.constexpr):
 
 @triton.jit
 def gru_backward(d, carry, saved, before, scale, APPROX: tl.constexpr):
+    """Return the gradients of x (r, z, n), of q, of a, of the h before, and of no scalar, each [H, B]."""
     r, z, a, n = saved
     d_z = d * (before - n) * (z * (1 - z))
     d_n = d * (1 - z) * (1 - n * n)
@@ -68,6 +70,7 @@ def gru_backward(d, carry, saved, before, scale, APPROX: tl.constexpr):
 
 @triton.jit
 def lstm(x, q, bias, state, scale, APPROX: tl.constexpr):
+    """Return c, h, and the saved (i, f, g, o, c) of one step of an LSTM, each [H, B]."""
     i = sigmoid(x[0] + (q[0] + bias[0]), APPROX)
     f = sigmoid(x[1] + (q[1] + bias[1]), APPROX)
     g = tanh(x[2] + (q[2] + bias[2]), APPROX)
@@ -78,6 +81,7 @@ def lstm(x, q, bias, state, scale, APPROX: tl.constexpr):
 
 @triton.jit
 def lstm_backward(d, carry, saved, before, scale, APPROX: tl.constexpr):
+    """Return the gradients of x (i, f, g, o), of q, nothing more, of the c before, and of no scalar, each [H, B]."""
     i, f, g, o, c = saved
     tanh_c = tanh(c, APPROX)
     d_o = d * tanh_c * (o * (1 - o))
@@ -90,6 +94,7 @@ def lstm_backward(d, carry, saved, before, scale, APPROX: tl.constexpr):
 
 @triton.jit
 def fastgrnn(x, q, bias, state, scale, APPROX: tl.constexpr):
+    """Return h, h, and the saved (z, c) of one step of a FastGRNN, each [H, B]."""
     zeta, nu = scale
     a = x[0] + q[0]
     z = sigmoid(a + bias[0], APPROX)
@@ -100,6 +105,7 @@ def fastgrnn(x, q, bias, state, scale, APPROX: tl.constexpr):
 
 @triton.jit
 def fastgrnn_backward(d, carry, saved, before, scale, APPROX: tl.constexpr):
+    """Return the gradients of x, of q, of z, of the h before, and the parts of those of zeta and nu, each [H, B]."""
     zeta, nu = scale
     z, c = saved
     d_z = d * (before - zeta * c) * (z * (1 - z))
@@ -109,6 +115,7 @@ def fastgrnn_backward(d, carry, saved, before, scale, APPROX: tl.constexpr):
 
 @triton.jit
 def mgu(x, q, bias, state, scale, APPROX: tl.constexpr):
+    """Return h, h, and the saved (f, a, n) of one step of an MGU, each [H, B]."""
     f = sigmoid(x[0] + (q[0] + bias[0]), APPROX)
     a = q[1] + bias[1]
     n = tanh(x[1] + f * a, APPROX)
@@ -118,6 +125,7 @@ def mgu(x, q, bias, state, scale, APPROX: tl.constexpr):
 
 @triton.jit
 def mgu_backward(d, carry, saved, before, scale, APPROX: tl.constexpr):
+    """Return the gradients of x (f, n), of q, of a, of the h before, and of no scalar, each [H, B]."""
     f, a, n = saved
     d_n = d * f * (1 - n * n)
     d_f = (d * (n - before) + d_n * a) * (f * (1 - f))

@@ -145,6 +145,7 @@ def _backward(
     STEP: tl.constexpr, HAS_C: tl.constexpr, HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr,
     APPROX: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
+    """Do one step backward for a tile [BLOCK_H, BLOCK_B]: return the carry, the pieces of grad_p, and the sums."""
     # dL/dh' (d) = grad_outputs + V grad_p of the step after + what that hands back elementwise (carry). An LSTM's carry
     # is dL/dc, and its h gets grad_h after the last step. Where a sequence does not run, d = 0 and the others stay.
     grad_output, before, saved = loaded

@@ -23,6 +23,7 @@ def _place(block, cols, BLOCK: tl.constexpr):
 
 @triton.jit
 def _forward_block(p_x, p_alpha, p_out, block, cols, PER_WEIGHT: tl.constexpr, BLOCK: tl.constexpr):
+    """Write S of one block of BLOCK elements of a row. alpha is one value per row or one per weight."""
     row, offsets, mask = _place(block, cols, BLOCK)
     if PER_WEIGHT:
         alpha = tl.load(p_alpha + offsets, mask=mask, other=0)
@@ -40,6 +41,7 @@ def _backward_block(
     p_grad, p_out, p_slope, p_grad_x, p_grad_raw, p_partial, block, cols,
     MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Write the gradients of x and of raw thresholds per weight for one block, or the block's part of a row's sum."""
     # S = sign(x) relu(|x| - g(s)), so on the survivors (S != 0)  dS/dx = 1 and dS/ds = -g'(s) sign(x) = -g'(s) sign(S),
     # and both are 0 elsewhere. The sum over the weights that share s is left to the reduction, as is -g'(s).
     _, offsets, mask = _place(block, cols, BLOCK)
@@ -62,6 +64,7 @@ def _backward_block(
 # gets the same code, and the same order of summation, alone and in a list.
 @triton.jit
 def _forward(p_x, p_alpha, p_out, block, cols, PER_WEIGHT: tl.constexpr, BLOCK: tl.constexpr):
+    """Write S of one block."""
     if cols % 16 == 0:
         _forward_block(p_x, p_alpha, p_out, block, cols // 16 * 16, PER_WEIGHT, BLOCK)
     else:
@@ -73,6 +76,7 @@ def _backward(
     p_grad, p_out, p_slope, p_grad_x, p_grad_raw, p_partial, block, cols,
     MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Write the gradients of one block."""
     if cols % 16 == 0:
         _backward_block(
             p_grad, p_out, p_slope, p_grad_x, p_grad_raw, p_partial, block, cols // 16 * 16, MASKED, BLOCK
@@ -83,6 +87,7 @@ def _backward(
 
 @triton.jit
 def _reduce(p_partial, p_slope, p_grad_raw, row, cols, BLOCK: tl.constexpr):
+    """Write the gradient of one row's raw threshold: the sum of the row's blocks times -g'(s)."""
     blocks_per_row = tl.cdiv(cols, BLOCK)
     p_row = p_partial + row * blocks_per_row
     total = tl.zeros([BLOCK], p_partial.dtype.element_ty)

@@ -36,6 +36,7 @@ def load_tiles(pointers, stride, mask, COUNT: tl.constexpr):
 
 @triton.jit
 def to_compute(tiles, COMPUTE: tl.constexpr):
+    """Return the tiles in the dtype of the arithmetic; the shapes stay."""
     converted = ()
     for i in tl.static_range(len(tiles)):
         converted += (tiles[i].to(COMPUTE),)
@@ -44,6 +45,7 @@ def to_compute(tiles, COMPUTE: tl.constexpr):
 
 @triton.jit
 def store_tiles(pointers, stride, tiles, mask):
+    """Store tiles [BLOCK_H, BLOCK_B] in the dtype of the memory, `stride` apart."""
     for i in tl.static_range(len(tiles)):
         store(pointers + i * stride, tiles[i], mask)
 
@@ -106,6 +108,7 @@ def load_factor(p_w, i_h, hidden, rank, GATES: tl.constexpr, BLOCK_R: tl.constex
 
 @triton.jit
 def load_scalars(p_scale, COUNT: tl.constexpr):
+    """Load the cell's COUNT scalars, each of shape []."""
     scale = ()
     for i in tl.static_range(COUNT):
         scale += (tl.load(p_scale + i),)
