@@ -41,11 +41,6 @@ class Task(ABC):
     steps: int
 
     def __init__(self, config: Config, data: Data | Text, accelerator: Accelerator) -> None:
-        if config.batch_size % accelerator.num_processes:
-            raise ValueError(
-                f"batch size {config.batch_size} cannot be divided over {accelerator.num_processes} processes: "
-                "choose a multiple"
-            )
         self.config, self.data, self.accelerator = config, data, accelerator
 
     @abstractmethod

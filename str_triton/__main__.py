@@ -29,6 +29,7 @@ from str_triton.programs import (
     front_name,
     is_about_output,
     require_extra,
+    require_module,
     run_until_output_closes,
     trained_by,
 )
@@ -86,6 +87,7 @@ def _main(args: list[str]) -> int:
     except ValueError as error:
         return _refused(str(error))
     if names[0] in PROGRAMS:
+        require_module(names[0])
         require_extra("train", command(names[0]))
         return max(import_module(PROGRAMS[name].module).main(rest) for name in names)
     try:

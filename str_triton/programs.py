@@ -115,6 +115,13 @@ def recipes_elsewhere(name: str, program: str) -> str | None:
     return None
 
 
+def require_module(name: str) -> None:
+    """End the process with one line where the package lacks the folder of the program ``name``."""
+    folder, here = PROGRAMS[name].module.rpartition(".")[0], Path(__file__).parents[1]
+    if importlib.util.find_spec(folder) is None:
+        leave(f"{here} holds str_triton without {folder}: pip install -e {here}, or start {ENTRY} in another folder")
+
+
 def recipes_of(name: str) -> list[str]:
     """Return the names of a program's recipes."""
     return list(import_module(PROGRAMS[name].recipes).RECIPES) if PROGRAMS[name].recipes else []
@@ -195,10 +202,10 @@ def is_about_output(error: BaseException) -> bool:
     """Return whether ``error`` says that standard output cannot be written: its reader has gone or the disk is full."""
     if isinstance(error, BrokenPipeError):
         return output_is_closed()
-    if not isinstance(error, OSError) or error.errno not in DISK_FULL or sys.stdout is None:
+    if not isinstance(error, OSError) or error.errno not in DISK_FULL or error.filename or sys.stdout is None:
         return False
     try:
-        sys.stdout.flush()
+        print(flush=True)  # a flush alone is not enough: no buffer may hold the text that could not be written
     except OSError:
         return True
     return False

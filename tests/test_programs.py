@@ -14,6 +14,7 @@ import pytest
 import str_triton
 from str_triton import __main__, programs
 from str_triton.programs import command, output_is_closed, recipes_elsewhere, trained_by
+from tests.messages import holds
 
 ROOT = Path(__file__).parents[1]
 
@@ -166,8 +167,7 @@ def test_help_on_a_full_disk_is_one_line(words: list[str], unbuffered: str):
     with open("/dev/full", "wb", buffering=0) as full:
         process = front(words, unbuffered, full)
     assert process.returncode == 2
-    assert process.stderr.startswith(b"error: ")
-    assert process.stderr.endswith(b"No space left on device\n")
+    assert holds(process.stderr.decode(), "error: .. standard output .. No space left on device")
     assert process.stderr.count(b"\n") == 1
 
 
@@ -210,6 +210,16 @@ def test_recipes_of_another_program(monkeypatch: pytest.MonkeyPatch, name: str, 
     start(monkeypatch, "-m", "pytest", script="/s/pytest.py")
     assert line in (recipes_elsewhere(name, program) or "")
     assert bool(line) == (recipes_elsewhere(name, program) is not None)
+
+
+def test_a_package_without_its_programs_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """As in a clone's root with another copy installed: Python takes the clone's str_triton, without cnn and rnn."""
+    monkeypatch.setitem(programs.PROGRAMS, "train-cnn", programs.Program("str_triton.nowhere.train", ""))
+    assert __main__.main(["train-cnn"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert holds(line, f"error: .. str_triton.nowhere .. pip install -e {ROOT} .. str-triton")
 
 
 def test_output_that_is_no_pipe_is_open(monkeypatch: pytest.MonkeyPatch):

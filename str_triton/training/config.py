@@ -154,7 +154,7 @@ def check_parts(config: TrainConfig, processes: int) -> None:
     if config.batch_size % parts:
         raise UserError(
             f"--batch-size {config.batch_size} cannot be divided over {processes} processes with --accumulate "
-            f"{config.accumulate}: choose a multiple of {parts}"
+            f"{config.accumulate}: choose a multiple of {parts}, such as {-(-config.batch_size // parts) * parts}"
         )
 
 
