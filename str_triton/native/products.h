@@ -24,10 +24,11 @@ static inline __attribute__((always_inline)) void split_power(const vec *v, vec 
     UNROLLED(i, n) power[i] = (vec)(((bits)power[i] - (bits)magic + 127) << 23);
 }
 
-/* Right to 4 units in the last place down to -87. */
+/* Right to 4 units in the last place down to -87, and below that at most the value at -88, which is 6e-39. At 2^128 power
+   would be infinite, and infinity times q, which may be negative, is not a number after the sum. */
 static inline __attribute__((always_inline)) void sigmoids(vec *v, const int n) {
     vec q[8], power[8];
-    UNROLLED(i, n) v[i] = clamp(-v[i], splat(-87.0f), splat(89.0f));
+    UNROLLED(i, n) v[i] = clamp(-v[i], splat(-87.0f), splat(88.0f));
     split_power(v, q, power, n);
     UNROLLED(i, n) v[i] = 1.0f / (1.0f + (q[i] * power[i] + power[i]));
 }

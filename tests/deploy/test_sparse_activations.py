@@ -44,6 +44,22 @@ def test_fused_and_saved(name: str, tmp_path: Path):
     same(model, deploy.load_sparse(tmp_path / "network.sparse"), x)
 
 
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_arguments_of_every_size(name: str):
+    first = nn.Linear(2, 1)
+    with torch.no_grad():
+        first.weight.copy_(torch.tensor([[1.0, 0.0]]))
+        first.bias.zero_()
+    model = Two(ACTIVATIONS[name], first, nn.Identity())
+    ends = torch.linspace(80, 95, 50_000)  # where e^x leaves the range of float32
+    sizes = torch.logspace(-38, 37, 2_000)
+    x = torch.cat([torch.linspace(-200, 200, 50_000), ends, -ends, sizes, -sizes])
+    x = torch.stack([x, torch.zeros_like(x)], 1)
+    network = deploy.compile_sparse(model, x)
+    assert [layer.activation for layer in network.graph.layers()] == [name]
+    torch.testing.assert_close(network(x), model(x), rtol=2e-6, atol=2e-6, equal_nan=True)
+
+
 @pytest.mark.parametrize("shape", [(1, 20), (3, 5, 20)])
 def test_linear_layers(shape: tuple[int, ...]):
     model = prune(Two(F.gelu, nn.Linear(20, 30), nn.Linear(30, 7)), 0.5)
