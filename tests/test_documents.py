@@ -67,6 +67,17 @@ def test_formulas_fit_a_phone(page: Path) -> None:
     assert [line for line in re.findall(r"^    (.+)$", text, re.MULTILINE) if len(line) > 42] == []
 
 
+def test_code_in_the_reference_is_as_narrow_as_a_page() -> None:
+    """A block of code in a docstring is a paragraph that begins indented; the text of a section does not."""
+    public = [getattr(module, name) for module in (str_triton, deploy) for name in module.__all__]
+    members = [member for value in public if isinstance(value, type) for member in vars(value).values()]
+    for value in public + members:
+        if getattr(value, "__module__", "").startswith("str_triton"):
+            paragraphs = (inspect.getdoc(value) or "").split("\n\n")
+            code = [line for part in paragraphs if part.startswith("    ") for line in part.splitlines()]
+            assert [line for line in code if len(line) > 4 + 82] == [], value
+
+
 def test_the_reference_shows_the_asterisks_of_patterns() -> None:
     """Outside of backticks, Markdown takes two asterisks of a docstring for emphasis, which only words should have."""
     public = [getattr(module, name) for module in (str_triton, deploy) for name in module.__all__]
@@ -103,7 +114,7 @@ def test_markers_and_tables_must_correspond(text: str) -> None:
 
 
 def test_a_spread_is_the_mean_and_the_sample_deviation() -> None:
-    assert documents.spread([0.5, 0.6, 0.7], scale=100, digits=1) == "60.0 ± 10.0"
+    assert documents.spread([0.5, 0.6, 0.7], scale=100, digits=1) == "60.0\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}10.0"
     assert documents.spread([0.25]) == "0.25"
 
 

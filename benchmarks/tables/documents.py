@@ -72,10 +72,10 @@ def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def spread(values: Iterable[float], scale: float = 1, digits: int = 2) -> str:
-    """Return mean ± sample standard deviation as text; for a single value only the value."""
+    """Return mean ± sample standard deviation as text that no line breaks; for a single value only the value."""
     scaled = [value * scale for value in values]
     text = f"{mean(scaled):.{digits}f}"
-    return f"{text} ± {stdev(scaled):.{digits}f}" if len(scaled) > 1 else text
+    return f"{text}\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{stdev(scaled):.{digits}f}" if len(scaled) > 1 else text
 
 
 def behind(runs: list[Run], dense: list[Run]) -> str:

@@ -11,13 +11,14 @@ from str_triton.integrations.control import controller_for
 
 
 class BudgetCallback(Callback):
-    """A callback by which `lightning.Trainer` meets an exact budget; the arguments are those of the controllers.
+    """A callback with which `lightning.Trainer` meets an exact budget; the arguments are those of the controllers.
 
-        Trainer(max_epochs=10, callbacks=[BudgetCallback(Target(sparsity=0.9))]).fit(module, data)
+        callback = BudgetCallback(Target(sparsity=0.9))
+        Trainer(max_epochs=10, callbacks=[callback]).fit(module, data)
 
     The module sparsifies its layers in `__init__` or `configure_model`. A model that is validated or saved during
-    training costs exactly what the schedule says; at the end it costs what the target says. The controller's state is
-    in the checkpoint, so that a resumed training gives the same bits. "sparsity" or "total_rank" is logged.
+    training costs exactly what the schedule says. At the end it costs what the target says. The controller's state is
+    in the checkpoint, so a resumed training gives the same bits. "sparsity" or "total_rank" is logged.
     """
 
     def __init__(self, target: Target | RankTarget, **options: Any) -> None:

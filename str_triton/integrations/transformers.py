@@ -16,14 +16,15 @@ KEY = "str_triton"  # of the controller's state in trainer_state.json
 
 
 class BudgetCallback(TrainerCallback):
-    """A callback by which `transformers.Trainer` meets an exact budget; the arguments are those of the controllers.
+    """A callback with which `transformers.Trainer` meets an exact budget; the arguments are those of the controllers.
 
         sparsify(model)
-        Trainer(model, arguments, train_dataset=data, callbacks=[BudgetCallback(Target(sparsity=0.9))]).train()
+        callback = BudgetCallback(Target(sparsity=0.9))
+        Trainer(model, arguments, train_dataset=data, callbacks=[callback]).train()
 
-    A model that is evaluated or saved during training costs exactly what the schedule says; at the end it costs what
-    the target says. The controller's state is in the checkpoint's trainer_state.json, so that a resumed training gives
-    the same bits. The logs get "sparsity" or "total_rank".
+    A model that is evaluated or saved during training costs exactly what the schedule says. At the end it costs what
+    the target says. The controller's state is in the checkpoint's trainer_state.json, so a resumed training gives the
+    same bits. The logs get "sparsity" or "total_rank".
     """
 
     def __init__(self, target: Target | RankTarget, **options: Any) -> None:

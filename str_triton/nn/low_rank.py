@@ -32,11 +32,14 @@ class FactorOptions(TypedDict, total=False):
 class LowRankWeight(ThresholdHolder):
     """A matrix [rows, columns] as the sum of max_rank components; a learned threshold removes the small ones.
 
-        W = sum_k s_k u_k v_k^T      s_k = S(m_k n_k) / n_k,  n_k = ||u_k|| ||v_k||,  S(x) = sign(x) relu(|x| - g(raw))
+        W    = sum_k s_k u_k v_k^T
+        s_k  = S(m_k n_k) / n_k
+        n_k  = ||u_k|| ||v_k||
+        S(x) = sign(x) relu(|x| - g(raw))
 
-    so that a component is cut when its size |m_k| n_k is at most the threshold. A factor that is scaled against m_k
-    changes neither W nor what is cut. Where the columns of u and those of v are orthogonal, the sizes are the singular
-    values.
+    A component is cut when its size |m_k| n_k is at most the threshold. Scaling a factor and dividing m_k by the same
+    number changes neither W nor what is cut. If the columns of u and those of v are orthogonal, the sizes are the
+    singular values.
 
     Args:
         rows, columns: of the matrix.

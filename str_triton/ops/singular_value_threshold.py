@@ -163,12 +163,15 @@ def singular_value_threshold(w: Tensor, raw_threshold: Tensor, *, g: str = "exp"
     exact and finite wherever no singular value equals g(r), also where singular values coincide or are zero, and do
     not depend on which singular vectors were found. With M = U^T grad V,
 
-        dL/dw = U [ minus (M + M^T)/2 + plus (M - M^T)/2 ] V^T          (products inside the bracket are elementwise)
-                + (I - U U^T) grad V diag(s / sigma) V^T + U diag(s / sigma) U^T grad (I - V V^T)
-        dL/dr = -g'(r) sum of M_ii over the survivors, s_i > 0
+        dL/dw = U [ minus (M + M^T) / 2
+                    + plus (M - M^T) / 2 ] V^T
+                + (I - U U^T) grad V D V^T
+                + U D U^T grad (I - V V^T)
+        dL/dr = -g'(r) sum(M_ii where s_i > 0)
 
-    where minus_ij = (s_i - s_j)/(sigma_i - sigma_j) and plus_ij = (s_i + s_j)/(sigma_i + sigma_j), or their limits: all
-    of them, and s / sigma, lie in [0, 1]. At a tie sigma_i = g(r) the singular value counts as pruned.
+    Products inside the bracket are elementwise, and D = diag(s / sigma). minus_ij = (s_i - s_j)/(sigma_i - sigma_j) and
+    plus_ij = (s_i + s_j)/(sigma_i + sigma_j), or their limits. All of them, and s / sigma, lie in [0, 1]. At a tie
+    sigma_i = g(r) the singular value counts as pruned.
 
     A matrix that holds NaN or infinities has no singular values: its result and its dL/dw are NaN throughout, those of
     the other matrices of the batch are untouched. A raw threshold of NaN gives NaN too. Arithmetic is float64 if w or

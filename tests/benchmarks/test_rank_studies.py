@@ -91,7 +91,7 @@ def test_a_table_shows_the_runs_at_the_chosen_rate(name: str, monkeypatch: pytes
     more = {"ranks": {"w": 9, "u": 8}, "multiply_adds": 7, "int8_weight_bytes": 8}
     runs = [line(job, accuracy, **more) for job, accuracy in zip(jobs, (0.7, 0.8, 0.9), strict=True)]
     monkeypatch.setattr(tables_ranks, "lines", lambda file: runs)
-    text = getattr(tables_ranks, name)()
+    text = getattr(tables_ranks, name)().replace("\N{NO-BREAK SPACE}", " ")
     (row,) = [row for row in text.splitlines() if "75.00 ± 7.07" in row]
     assert "85.00 ± 7.07" in row
     assert "0.003 of 2" in row

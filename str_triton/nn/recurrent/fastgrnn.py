@@ -20,12 +20,15 @@ class RankOptions(ConversionOptions, total=False):
 class LowRankFastGRNN(LowRankRNN):
     """FastGRNN, a cell whose gate and candidate share the matrices W and R. The interface is that of nn.GRU.
 
-        a = W x_t + R h    z = sigmoid(a + b_gate)    c = tanh(a + b_update)
-        h' = (sigmoid(zeta) (1 - z) + sigmoid(nu)) c + z h        W and R each u diag(S(m)) v^T
+        a  = W x_t + R h
+        z  = sigmoid(a + b_gate)
+        c  = tanh(a + b_update)
+        k  = sigmoid(zeta) (1 - z) + sigmoid(nu)
+        h' = k c + z h
 
-    The initial values are 0.1 randn for W and R, 1 for the biases and zeta, and -4 for nu. torch has no kernel for this
-    cell, so a dense recurrent matrix (factorize="none", or after `compact`) runs through the same op, with the identity
-    as its second factor.
+    W and R are products u diag(S(m)) v^T. The initial values are 0.1 randn for W and R, 1 for the biases and zeta, and
+    -4 for nu. torch has no kernel for this cell, so a dense recurrent matrix (factorize="none", or after `compact`)
+    runs through the same op, with the identity as its second factor.
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional: as in nn.GRU.

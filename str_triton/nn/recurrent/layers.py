@@ -11,8 +11,13 @@ from str_triton.ops.cells.lstm import low_rank_lstm
 class LowRankGRU(LowRankRNN):
     """nn.GRU with matrices in factors and a learned rank. Arguments, inputs, outputs and messages are those of nn.GRU.
 
-        r = sigmoid(x_r + R_r h + b_r)    z = sigmoid(x_z + R_z h + b_z)    n = tanh(x_n + r (R_n h + b_n))
-        h' = (1 - z) n + z h              x = W x_t + b_ih,  b = b_hh,  W and R each u diag(S(m)) v^T over all gates
+        x  = W x_t + b_ih,  b = b_hh
+        r  = sigmoid(x_r + R_r h + b_r)
+        z  = sigmoid(x_z + R_z h + b_z)
+        n  = tanh(x_n + r (R_n h + b_n))
+        h' = (1 - z) n + z h
+
+    W and R, over all gates, are products u diag(S(m)) v^T.
 
     A new layer at full rank computes the same function as a new nn.GRU with the same seed.
 
@@ -61,9 +66,15 @@ class LowRankGRU(LowRankRNN):
 class LowRankLSTM(LowRankRNN):
     """nn.LSTM with matrices in factors and a learned rank. Arguments, inputs, outputs and messages are nn.LSTM's.
 
-        i = sigmoid(x_i + R_i h + b_i)    f = sigmoid(x_f + R_f h + b_f)    g = tanh(x_g + R_g h + b_g)
-        o = sigmoid(x_o + R_o h + b_o)    c' = f c + i g    h' = o tanh(c')
-        x = W x_t + b_ih,  b = b_hh,  W and R each u diag(S(m)) v^T over all gates
+        x  = W x_t + b_ih,  b = b_hh
+        i  = sigmoid(x_i + R_i h + b_i)
+        f  = sigmoid(x_f + R_f h + b_f)
+        g  = tanh(x_g + R_g h + b_g)
+        o  = sigmoid(x_o + R_o h + b_o)
+        c' = f c + i g
+        h' = o tanh(c')
+
+    W and R, over all gates, are products u diag(S(m)) v^T.
 
     A new layer at full rank computes the same function as a new nn.LSTM with the same seed. Projections (proj_size) are
     not supported.

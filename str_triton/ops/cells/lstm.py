@@ -98,7 +98,10 @@ def low_rank_lstm(
 
     With gates_x_t + R h + bias = (a_i | a_f | a_g | a_o), h and c from the step before:
 
-        i = sigmoid(a_i),  f = sigmoid(a_f),  g = tanh(a_g),  o = sigmoid(a_o)
+        i = sigmoid(a_i)
+        f = sigmoid(a_f)
+        g = tanh(a_g)
+        o = sigmoid(a_o)
         c' = f c + i g
         h' = o tanh(c')
 
