@@ -29,6 +29,7 @@ class ImageNetwork(nn.Module):
         self.inputs = draw.choice(("image", "image", "image", "pair", "dict", "class"))
         self.classes = nn.Embedding(4, 5)
         self.result = draw.choice(("tensor", "tuple", "dict"))
+        self.scale = draw.choice((1.0, 1.0, 1.0, 100.0, 1e4))  # of the images: e^x of some activations overflows
 
     def forward(self, given: Any, label: Tensor | None = None) -> Any:
         x = given["image"] * given["scale"] if isinstance(given, dict) else given
@@ -41,7 +42,7 @@ class ImageNetwork(nn.Module):
 
     def example(self, batch: int, height: int, width: int) -> tuple[Any, ...]:
         """Return arguments with so many images of this size."""
-        x = torch.randn(batch, 3, height, width)
+        x = self.scale * torch.randn(batch, 3, height, width)
         match self.inputs:
             case "pair":
                 return x, torch.randn(batch, 5)
