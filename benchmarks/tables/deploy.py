@@ -112,7 +112,7 @@ def c_export() -> str:
 def timm_networks() -> str:
     """Give timm's families by compile_sparse: layers by execution, differences, and times where there are some."""
     (networks,) = results("timm_networks.json")
-    rows = []
+    rows, processors = [], set()
     for name, steps in networks.items():
         check, timed = steps.get("check", {}), steps.get("time")
         executions = (timed or {}).get("timed_executions") or check.get("executions", {})
@@ -122,12 +122,13 @@ def timm_networks() -> str:
         cells = [f"{differences[key]:.1e}" if key in differences else "" for key in ("compiled", "eager")]
         saved = "yes" if check and not check["not_saved"] else "no"
         saved += ", for one image" if check.get("loaded_refuses") else ""
-        times = [""] * 4
+        times = [""] * 3
         if timed:
             ratios = timed["times_as_fast"]
             times = [f"{timed['milliseconds']['compile_sparse']:.1f}"]
             times += [f"{ratios[peer]:.2f}x" if peer in ratios else "" for peer in ("eager", "onnxruntime")]
-            times += [timed["machine"]["processor"]]
+            processors.add(timed["machine"]["processor"])
         rows.append([name, layers + (f", {left} by torch" if left else ""), *cells, saved, *times])
-    header = ["network", "layers", "difference", "eager's", "saved", "ms", "eager", "onnxruntime", "processor"]
+    header = ["network", "layers", "difference", "eager's", "saved", "ms", "eager", "onnxruntime"]
+    header[5] += f", {' or '.join(sorted(processors))}" if processors else ""
     return markdown(header, rows)
