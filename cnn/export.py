@@ -29,7 +29,8 @@ LOAD = """from str_triton.cnn.models import build
 from str_triton import deploy
 
 model = build({name!r}, num_classes={classes}, in_channels={channels})
-model.load_state_dict(deploy.unpack({file!r}))"""
+model.load_state_dict(deploy.unpack({file!r}))  # damaged bytes raise
+model.eval()"""
 
 
 @dataclass(frozen=True, kw_only=True)

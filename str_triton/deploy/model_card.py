@@ -12,7 +12,8 @@ from str_triton.files import printable, write_atomically
 LOAD = """from str_triton import deploy
 
 state_dict = deploy.unpack("{name}")  # plain dense tensors; damaged bytes raise
-model.load_state_dict(state_dict)  # model: the plain network, without thresholds"""
+model.load_state_dict(state_dict)  # model: the plain network, without thresholds
+model.eval()"""
 
 
 def model_card(

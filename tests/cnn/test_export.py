@@ -55,6 +55,7 @@ def test_a_packed_run_gives_back_every_bit_and_has_a_card(
     names: dict = {}
     exec(code, names)  # what the card tells people to run
     assert same_bits(dict(names["model"].state_dict()), read_weights(whole_run))
+    assert not names["model"].training
 
     # A packed file knows its network: it can be evaluated and packed again.
     assert evaluate.main([str(out), "--data", "digits", "--device", "cpu"]) == 0

@@ -14,6 +14,7 @@ from str_triton import deploy
 from str_triton.deploy.sparse.fallback import ModulewiseModel
 from str_triton.deploy.sparse.graph.limit import Limit
 from tests.deploy.sparse_networks import Excite, Two, prune, same
+from tests.messages import holds
 
 METADATA = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
 pytestmark = [pytest.mark.usefixtures("kernels", "quick"), pytest.mark.filterwarnings("ignore:Sparse CSR")]
@@ -132,14 +133,13 @@ def test_the_time_of_the_export_is_limited(monkeypatch, by_kernels):
         patch.setattr("str_triton.deploy.sparse.compile.SECONDS", 0.0)
         compiled = deploy.compile_sparse(model, x)
     assert isinstance(compiled, ModulewiseModel)
-    assert "torch.export: TimeoutError: it was stopped after 0 s" in str(compiled)
+    assert holds(str(compiled), "torch.export .. TimeoutError .. after 0 s")
     same(model, compiled, torch.randn(2, 6))
     with monkeypatch.context() as patch:
         patch.setattr(Limit, "share", lambda self, part: Limit(0.0))
         compiled = deploy.compile_sparse(model, x)
     assert isinstance(compiled, deploy.SparseModel)
-    assert "not all sizes are open" in str(compiled)
-    assert "TimeoutError" in str(compiled)
+    assert holds(str(compiled), "no size may differ .. TimeoutError")
     same(model, compiled, x)
     same(model, compiled, torch.randn(2, 6))  # by the model itself
     assert deploy.compile_sparse(model, x).notes == []

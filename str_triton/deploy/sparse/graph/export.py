@@ -49,7 +49,9 @@ def exports(model: nn.Module, args: tuple, kwargs: dict[str, Any], limit: Limit)
             except Exception as error:  # torch.export fails in as many ways as models do.
                 reason = reason or (TimeoutError(str(own)) if own.is_over() else error)
             else:
-                failed = f"not all sizes are open, since torch.export fails with them: {one_line(reason)}"
+                failed = (
+                    f"{_OPEN[sizes]} may differ from the example's: torch.export fails with more: {one_line(reason)}"
+                )
                 yield replace(found, notes=[failed] if reason else [], again=export)
                 reason = reason or ValueError("its exported graph gives other values")
                 break
@@ -81,6 +83,7 @@ def _none(tensor: Tensor) -> Any:
 
 
 _ATTEMPTS = ((_all, 2 / 3), (_first, 1), (_none, None))  # with the part of the time that is left for open sizes
+_OPEN = {_all: "all sizes", _first: "only the size of the first dimension (the batch)", _none: "no size"}
 
 
 def _export(model: nn.Module, args: tuple, kwargs: dict[str, Any], sizes: Any, strict: bool) -> ExportedProgram:
