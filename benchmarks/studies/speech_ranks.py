@@ -53,21 +53,19 @@ def small_hidden_size(cell: str, compression: float) -> int:
 
 
 def jobs(done: list[dict[str, Any]], cells: list[str], epochs: int) -> Iterator[Job]:
-    """Yield all runs, the most informative first: the leaders' seeds, all methods, rates and seeds, compressions."""
+    """Yield all runs, the most informative first: all leaders, the other methods, rates and seeds, compressions."""
     for cell in cells:
         for seed in SEEDS:
             for method in LEADERS:
                 yield job(cell, method, COMPRESSIONS[0], seed, RATES[0], epochs)
-        for rate in RATES:
+    for rate in RATES:
+        for cell in cells:
             for method in METHODS:
                 yield job(cell, method, COMPRESSIONS[0], SEEDS[0], rate, epochs)
-        for seed in SEEDS[1:]:
-            for method in METHODS:
-                yield job(cell, method, COMPRESSIONS[0], seed, tuned(cell, method, done, epochs), epochs)
-    for compression in COMPRESSIONS[1:]:
+    for compression in COMPRESSIONS:
         for cell in cells:
             for seed in SEEDS:
-                for method in METHODS[1:]:
+                for method in METHODS if compression == COMPRESSIONS[0] else METHODS[1:]:
                     yield job(cell, method, compression, seed, tuned(cell, method, done, epochs), epochs)
 
 
