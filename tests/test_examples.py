@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
@@ -54,6 +55,34 @@ def test_accelerate_loop() -> None:
     assert all(
         torch.equal(one, two) for one, two in zip(names["model"].parameters(), again["model"].parameters(), strict=True)
     )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_mobilenet_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scores are those of the published network for its own pixels, but where zeros pad the images."""
+    transformers = pytest.importorskip("transformers", reason="needs the extra transformers")
+    torch.manual_seed(0)
+    published = transformers.MobileNetV1ForImageClassification(transformers.MobileNetV1Config(num_labels=1001)).eval()
+    for module in published.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(module.running_mean, std=0.1)
+            torch.nn.init.uniform_(module.weight, 0.5, 2.0)
+            torch.nn.init.normal_(module.bias, std=0.5)
+    published.save_pretrained("published")
+    monkeypatch.setattr(sys, "argv", ["", "ours.safetensors", "--source", "published"])
+    network, mean, std = map(run("mobilenet_weights.py").get, ("network", "MEAN", "STD"))
+    pixels = torch.rand(2, 3, 64, 64) * 255
+    ours = network.eval().model[0]((pixels - mean[:, None, None]) / std[:, None, None])
+    theirs = published.mobilenet_v1.conv_stem(pixels / 127.5 - 1)
+    torch.testing.assert_close(ours[..., :-1, :-1], theirs[..., :-1, :-1], rtol=1e-4, atol=1e-4)
+    # With the published first layer all scores are equal: then both networks take the same pixels and zeros.
+    layer, norm = map(network.get_submodule, ("model.0.0", "model.0.1"))
+    layer.weight.data /= (std / 127.5)[:, None, None]
+    norm.running_mean.data = published.mobilenet_v1.conv_stem.normalization.running_mean
+    scores = published(pixels / 127.5 - 1).logits
+    torch.testing.assert_close(network(pixels / 127.5 - 1), scores[:, 1:], rtol=1e-4, atol=1e-4)
+    read = safetensors.torch.load_file("ours.safetensors")
+    assert read.keys() == network.state_dict().keys()
 
 
 @pytest.mark.filterwarnings("ignore")
