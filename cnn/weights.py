@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from str_triton import densify, deploy, plain_state_dict
 from str_triton.cnn import paper_checkpoint
 from str_triton.cnn.models import is_known
+from str_triton.programs import command
 from str_triton.training.checkpoints import Checkpoints
 from str_triton.training.interface import INTERFACE, Interface
 from str_triton.training.run_folder import CONFIG
@@ -61,6 +62,8 @@ def read_file(path: str | os.PathLike[str]) -> WeightFile:
         interface = Interface.read(path / INTERFACE) if (path / INTERFACE).is_file() else None
         return WeightFile(_from_run(path), _name_in_run(path), interface)
     checkpoint = deploy.read_checkpoint(path)
+    if isinstance(checkpoint.others.get("sparse"), dict):
+        raise ValueError(f"{path} is a compiled network, for {command('predict')} alone: name the run that it is from")
     arch = checkpoint.others.get("arch", checkpoint.others.get("model"))
     name = paper_checkpoint.ARCHITECTURES.get(arch, arch) if isinstance(arch, str) else None
     known = name if name is not None and is_known(name) else None

@@ -1,5 +1,7 @@
 """Reading of a data set by its name."""
 
+from pathlib import Path
+
 from str_triton.arguments import unknown_data
 from str_triton.cnn.data.common import Data, OnCorrupt
 from str_triton.cnn.data.digits import load_digits
@@ -25,17 +27,18 @@ def load(spec: str, data_dir: str | None = None, on_corrupt: OnCorrupt = None, i
     decoded are skipped, see `Images.batch`.
     """
     kind, _, place = spec.partition(":")
-    is_idx = spec in SETS or spec == "emnist"
+    is_idx, has_place = spec in SETS or spec == "emnist", kind in ("imagefolder", "hub") and place != ""
+    if not (is_idx or has_place or spec == "digits"):
+        folder = f"; for a folder of images, write imagefolder:{spec}" if Path(spec).is_dir() and spec else ""
+        raise ValueError(unknown_data(spec, KNOWN) + folder)
     if data_dir is not None and not is_idx:
         raise ValueError(f"--data-dir {data_dir} is for data sets of IDX files; --data {spec} does not take it")
-    if image_size is not None and kind not in ("imagefolder", "hub"):
+    if image_size is not None and not has_place:
         raise ValueError(f"--image-size {image_size}: the images of --data {spec} have a size of their own")
     if is_idx:
         return load_idx(spec, data_dir)
     if spec == "digits":
         return load_digits()
-    if kind == "imagefolder" and place:
+    if kind == "imagefolder":
         return load_folder(place, on_corrupt, image_size)
-    if kind == "hub" and place:
-        return load_hub(place, on_corrupt, image_size)
-    raise ValueError(unknown_data(spec, KNOWN))
+    return load_hub(place, on_corrupt, image_size)

@@ -1,9 +1,12 @@
 """Data sets by name, and the digits that come with the project."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from str_triton.cnn.data import load
+from tests.messages import holding
 
 
 @pytest.mark.parametrize(
@@ -24,6 +27,11 @@ from str_triton.cnn.data import load
 def test_an_unknown_set_is_refused(spec: str, data_dir: str | None, message: str):
     with pytest.raises(ValueError, match=message):
         load(spec, data_dir)
+
+
+def test_a_bare_folder_names_its_form(tmp_path: Path):
+    with pytest.raises(ValueError, match=holding(f"'{tmp_path}' .. imagefolder:{tmp_path}")):
+        load(str(tmp_path), image_size=64)
 
 
 @pytest.mark.parametrize("spec", ["digits", "fashion-mnist"])

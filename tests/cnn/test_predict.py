@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from str_triton import deploy
-from str_triton.cnn import data
+from str_triton.cnn import data, evaluate
 from str_triton.cnn.data.encoded import IMAGENET
 from str_triton.cnn.export import main as export
 from str_triton.cnn.models import build
@@ -147,6 +147,11 @@ def test_weights_without_an_interface_take_one_from_a_file(tmp_path: Path, capsy
     (tmp_path / "i.json").write_text(Interface(names[:2], interface.standardisation, interface.images).text())
     assert main([*args, "--interface", str(tmp_path / "i.json")]) == 2
     assert holds(capsys.readouterr().err, "3 scores .. names 2")
+
+
+def test_a_compiled_network_has_no_plain_weights(exported: Path, capsys: pytest.CaptureFixture):
+    assert evaluate.main([str(exported / FILES["sparse"]), "--data", "digits", "--device", "cpu"]) == 2
+    assert holds(capsys.readouterr().err, f"{exported / FILES['sparse']} .. compiled network .. predict")
 
 
 def test_the_files_hold_the_interface(whole_run: Path, exported: Path):
