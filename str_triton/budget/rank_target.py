@@ -53,8 +53,7 @@ class RankTarget(metaclass=Kinds):
         params: float | None = None,
         recurrent_flops: float | None = None,
         compression: float | None = None,
-    ) -> None:
-        """Show the keywords to type checkers and editors; the call makes an instance of a subclass instead."""
+    ) -> None: ...  # Only type checkers and editors read this signature: a call makes an instance of a subclass.
 
     def __repr__(self) -> str:
         return described(self, "RankTarget")

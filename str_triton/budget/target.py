@@ -59,8 +59,7 @@ class Target(metaclass=Kinds):
         flops: float | None = None,
         flops_share: float | None = None,
         layers: Mapping[str, float] | None = None,
-    ) -> None:
-        """Show the keywords to type checkers and editors; the call makes an instance of a subclass instead."""
+    ) -> None: ...  # Only type checkers and editors read this signature: a call makes an instance of a subclass.
 
     def __repr__(self) -> str:
         return described(self, "Target")
