@@ -45,10 +45,12 @@ def path_in_reference(module: ModuleType, name: str) -> str:
 
 
 def test_attributes_in_the_reference_have_one_name_each() -> None:
-    """mkdocstrings takes what follows the first space of an attribute's name for its type."""
+    """mkdocstrings takes what follows the first space of an attribute's name for its type, and a line for one name."""
     for module in (str_triton, deploy):
         for name in module.__all__:
             text = inspect.getdoc(getattr(module, name)) or ""
+            for section in re.findall(r"^(?:Attributes|Args):\n((?:    .*\n?)+)", text, re.MULTILINE):
+                assert re.findall(r"\. [a-z]\w*(?:, \w+)*: ", section) == [], name
             for section in re.findall(r"^Attributes:\n((?:    .*\n?)+)", text, re.MULTILINE):
                 names = re.findall(r"^    (\S.*?):", section, re.MULTILINE)
                 assert [found for found in names if not re.fullmatch(r"\w+( \(.+\))?", found)] == [], name

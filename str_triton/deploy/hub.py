@@ -16,6 +16,7 @@ from str_triton.deploy.summary import PackedSummary
 from str_triton.programs import extra_named
 
 FILE, CARD = "model.packed.safetensors", "README.md"
+DESCRIPTION = "A sparse or low-rank network, packed without its zeros by str-triton."
 LOAD = """from str_triton import deploy
 
 state_dict = deploy.from_pretrained("{name}")  # plain dense tensors; damaged bytes raise
@@ -27,7 +28,7 @@ def save_pretrained(
     folder: str | os.PathLike[str],
     *,
     name: str | None = None,
-    description: str = "A sparse or low-rank network, packed without its zeros by str-triton.",
+    description: str = DESCRIPTION,
     values: str = "float32",
     budget: Budget | RankBudget | None = None,
     metadata: Mapping[str, Any] | None = None,

@@ -37,9 +37,8 @@ class LowRankWeight(ThresholdHolder):
         n_k  = ||u_k|| ||v_k||
         S(x) = sign(x) relu(|x| - g(raw))
 
-    A component is cut when its size |m_k| n_k is at most the threshold. Scaling a factor and dividing m_k by the same
-    number changes neither W nor what is cut. If the columns of u and those of v are orthogonal, the sizes are the
-    singular values.
+    A component is cut when its size |m_k| n_k is at most the threshold. The sizes do not depend on how they are divided
+    among m_k, u_k and v_k. If the columns of u and those of v are orthogonal, they are the singular values.
 
     Args:
         rows, columns: of the matrix.
@@ -50,8 +49,10 @@ class LowRankWeight(ThresholdHolder):
         thresholded: False: components alone, without m and a threshold, as `compact` leaves them.
 
     Attributes:
-        u: Parameter [rows, max_rank]. v: Parameter [columns, max_rank].
-        m: Parameter [max_rank], or None. raw_threshold: Parameter [1], float32 (float64 if u is), or None.
+        u: Parameter [rows, max_rank].
+        v: Parameter [columns, max_rank].
+        m: Parameter [max_rank], or None.
+        raw_threshold: Parameter [1], float32 (float64 if u is), or None.
 
     A new one holds the singular value decomposition of a matrix drawn as in nn.Linear.
 

@@ -154,11 +154,11 @@ def soft_threshold(
 
     With grad = dL/dS the gradients are
 
-        dL/dx = grad 1{S != 0}       "masked"
-        dL/dx = grad                 "straight_through"
+        dL/dx = grad 1{S != 0}   (masked)
+        dL/dx = grad             (straight_through)
         dL/ds = -g'(s) sum(grad sign(x) 1{S != 0})
 
-    "masked" is the paper's. The sum is over the elements that share s.
+    The masked gradient is the paper's. The sum is over the elements that share s.
 
     At a tie |x| = g(s) the element counts as pruned (derivative 0). NaN in x or s gives NaN; infinities give the
     formula's values. Arithmetic is float64 if x or s is, else float32. The same inputs give the same bits. g(s) is

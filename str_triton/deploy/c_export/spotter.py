@@ -19,10 +19,16 @@ class KeywordSpotter:
     A feature is log(energy + floor) in one mel band of a Hann window of sound.
 
     Attributes:
-        rate: samples per second. window, hop: samples of a window of sound, and between two windows.
-        margin: zeros before the first sample. filters: float32 [window // 2 + 1, bands]. floor: added to the energy.
-        frames: the frames of a clip, as in training. stride: frames between the beginnings of two clips.
-        smoothing: clips whose probabilities are averaged. threshold: the average at which a word is detected.
+        rate: samples per second.
+        window: samples of a window of sound.
+        hop: samples from the beginning of a window to that of the next.
+        margin: zeros before the first sample.
+        filters: float32 [window // 2 + 1, bands].
+        floor: the number that is added to the energy.
+        frames: the frames of a clip, as in training.
+        stride: frames between the beginnings of two clips.
+        smoothing: clips whose probabilities are averaged.
+        threshold: the average at which a word is detected.
         longest: clips after which a word is reported although it still lasts.
         quiet: the energy, summed over the bands, of a quiet frame; nothing is reported in `frames` quiet frames.
         ignored: classes that are never reported.

@@ -60,7 +60,8 @@ def export_onnx(
     one step, because these operations are rounded in another order.
 
     Args:
-        module: the module. example: its inputs, on its device.
+        module: the module.
+        example: the module's inputs, on its device.
         inputs, outputs: names of the inputs and outputs.
         dynamic: the axes of every input whose sizes may differ from the example's, or a sequence of axes for each
             input. The first axis is the batch. For recurrent layers of this library (0, 1) also allows any number of

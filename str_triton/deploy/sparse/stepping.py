@@ -51,7 +51,8 @@ class CompiledStep:
     """One time step in C. The outputs of all steps differ from the module's on the whole sequence by rounding only.
 
     Attributes:
-        inputs: features of a frame. outputs: hidden units of a layer, or classes.
+        inputs: features of a frame.
+        outputs: hidden units of a layer, or classes.
         rows: the state is [rows, B, hidden], float32. It is zero at the beginning of a sequence, so
             `state[:, i] = 0` starts a new sequence in row i of a batch.
     """

@@ -100,7 +100,8 @@ def low_rank_fastgrnn(
 
         z = sigmoid(a + bias_gate)
         c = tanh(a + bias_update)
-        h' = (sigmoid(zeta) (1 - z) + sigmoid(nu)) c + z h
+        k = sigmoid(zeta) (1 - z) + sigmoid(nu)
+        h' = k c + z h
 
     The gate z and the candidate c share both matrices: gates_x and u have H columns and rows, no stack of gates.
 
