@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from str_triton.rnn.data import Data, load, with_validation
+from str_triton.rnn.data import KNOWN, Data, load, with_validation
 from str_triton.rnn.data import japanese_vowels as module
 from str_triton.rnn.data.vectors import Standardisation, VectorExamples, check_finite
 
@@ -60,18 +60,24 @@ def test_what_does_not_go_together_is_one_error(spec: str, options: dict, messag
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("spec", "options", "loader", "place", "passed"),
-    [
-        ("speech-commands:a/b:c", {"words": ("yes",)}, "speech_commands.load_speech_commands", "a/b:c", "words"),
-        ("hub:a/b", {"words": ("yes",)}, "hub.load_hub", "a/b", "words"),
-        ("spoken:yes,no", {"seed": 3}, "spoken.load_spoken", ("yes", "no"), "seed"),
-        ("har:x:y", {"classes": 2}, "har.load_har", "x:y", "classes"),
-        ("text:x:y", {}, "text.load_snippets", "x:y", None),
-        ("text:x", {"task": "lm"}, "text.load_text", "x", None),
-        ("text", {"task": "lm"}, "text.load_text", None, None),
-    ],
-)
+LOADERS = [
+    ("speech-commands:a/b:c", {"words": ("yes",)}, "speech_commands.load_speech_commands", "a/b:c", "words"),
+    ("hub:a/b", {"words": ("yes",)}, "hub.load_hub", "a/b", "words"),
+    ("spoken:yes,no", {"seed": 3}, "spoken.load_spoken", ("yes", "no"), "seed"),
+    ("har:x:y", {"classes": 2}, "har.load_har", "x:y", "classes"),
+    ("text:x:y", {}, "text.load_snippets", "x:y", None),
+    ("text:x", {"task": "lm"}, "text.load_text", "x", None),
+    ("text", {"task": "lm"}, "text.load_text", None, None),
+]
+
+
+def test_every_name_has_a_row():
+    """Japanese Vowels, which are in the repository, are read whole."""
+    rows = {spec.partition(":")[0] for spec, *_ in LOADERS}
+    assert rows | {"japanese-vowels"} == {form.partition(":")[0] for form in KNOWN}
+
+
+@pytest.mark.parametrize(("spec", "options", "loader", "place", "passed"), LOADERS)
 def test_a_name_reaches_its_loader(
     spec: str, options: dict, loader: str, place: object, passed: str | None, monkeypatch: pytest.MonkeyPatch
 ):
