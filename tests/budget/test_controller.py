@@ -581,11 +581,11 @@ def test_the_shares_hold_in_exact_and_after_a_resume():
 @pytest.mark.parametrize(
     ("shares", "options", "sparse", "message"),
     [
-        ({"0": 0.5}, {}, {}, "names no share for the thresholded layer '10'"),
-        (SHARES | {"9": 0.5}, {}, {}, "'9', which is no thresholded layer"),
+        ({"0": 0.5}, {}, {}, "no share .*'10'"),
+        (SHARES | {"9": 0.5}, {}, {}, "'9'.* no thresholded layer"),
         (SHARES, {"distribution": "learned"}, {}, "no distribution 'learned'"),
         (SHARES, {}, {"granularity": "global"}, "no target by layers"),
-        (SHARES | {"0": 1.01}, {}, {}, r"layer '0' must be in \[0, 1\], got 1.01"),
+        (SHARES | {"0": 1.01}, {}, {}, r"'0' .*\[0, 1\].* 1\.01"),
         (SHARES | {"0": float("nan")}, {}, {}, "got nan"),
     ],
 )

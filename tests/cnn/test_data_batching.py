@@ -160,8 +160,8 @@ def test_more_ranks_than_images_left_gives_an_empty_batch():
     ("options", "message"),
     [
         ({"batch_size": 0}, "batch size 0"),
-        ({"batch_size": 24, "drop_last": True}, "batch size 24 is larger than the 23 training images"),
-        ({"batch_size": 5, "world_size": 2}, "batch size 5 cannot be divided over 2 processes"),
+        ({"batch_size": 24, "drop_last": True}, "batch size 24 .*23 training images"),
+        ({"batch_size": 5, "world_size": 2}, "batch size 5 .*2 processes"),
         ({"rank": 1}, "rank 1"),
         ({"start": 6}, "start 6"),
         ({"start": -1}, "start -1"),

@@ -17,6 +17,7 @@ from torch import nn
 
 from str_triton import deploy
 from tests.deploy.packing import Everything, file_of_everything, header_of, holed, same_bits, sealed
+from tests.messages import holds
 
 Change = Callable[[bytes], bytes]
 
@@ -89,7 +90,7 @@ def test_the_damaged_tensor_is_named(tmp_path: Path, whole: bytes):
             changed = bytearray(whole)
             changed[start + place] ^= 1
             tensor = name.split("|")[0]
-            assert refusal(tmp_path / "x", changed) == f"tensor '{tensor}' is damaged: its bytes have another checksum"
+            assert holds(refusal(tmp_path / "x", changed), f"'{tensor}' .. damaged .. checksum")
             named.add(tensor)
     assert named == {"gaps", "mask", "dense", "signs", "linear.weight.u", "linear.weight.v", "linear.bias", "count"}
 
@@ -98,14 +99,14 @@ def test_swapped_and_missing_bytes(tmp_path: Path, whole: bytes):
     start, _ = header_of(whole)
     assert "is damaged" in refusal(tmp_path / "x", whole[:start] + whole[start:][::-1])
     assert "is damaged" in refusal(tmp_path / "x", whole[:start] + bytes(len(whole) - start))
-    assert refusal(tmp_path / "x", whole + b"ab") == "2 bytes follow the last tensor"
+    assert holds(refusal(tmp_path / "x", whole + b"ab"), "2 bytes .. last tensor")
 
 
 def test_a_file_that_is_cut_off_loads_nothing(tmp_path: Path, whole: bytes):
     start, header = header_of(whole)
     for length in (*range(0, start, 397), start - 1):
         message = refusal(tmp_path / "x", whole[:length])
-        assert message.startswith(("not a packed file", "the header is damaged or cut off: the file has "))
+        assert message.startswith("not a packed file") or holds(message, "header .. cut off")
     for length in (*range(start, len(whole), 97), len(whole) - 1):
         message = refusal(tmp_path / "x", whole[:length])
         name = re.fullmatch(rf"tensor '(.*)' is cut off: the file has {length:,} of {len(whole):,} bytes", message)[1]
@@ -116,8 +117,7 @@ def test_a_file_that_is_cut_off_loads_nothing(tmp_path: Path, whole: bytes):
 def test_another_version_says_which(tmp_path: Path, whole: bytes):
     start, header = header_of(whole)
     header["__metadata__"]["version"] = "7"
-    message = "packed format version '7'; this str_triton reads 1"
-    assert refusal(tmp_path / "x", sealed(header, whole[start:])) == message
+    assert holds(refusal(tmp_path / "x", sealed(header, whole[start:])), "version '7' .. reads 1")
     header["__metadata__"] |= {"version": "1"}
     (tmp_path / "x").write_bytes(sealed(header, whole[start:]))
     assert deploy.inspect(tmp_path / "x").version == "1"
@@ -138,12 +138,12 @@ def test_another_version_says_which(tmp_path: Path, whole: bytes):
     ids=range(8),
 )
 def test_other_files_are_no_packed_ones(tmp_path: Path, content: bytes):
-    assert refusal(tmp_path / "x", content) == "not a packed file; python -m str_triton pack makes one"
+    assert holds(refusal(tmp_path / "x", content), "not a packed file .. python -m str_triton pack")
 
 
 @pytest.mark.parametrize("text", [b"{" * 100_000, b'{"a":[' + b"[" * 100_000, b'{"\xff":1}', b'{"a"}'], ids=range(4))
 def test_a_header_that_is_no_json(tmp_path: Path, text: bytes):
-    assert refusal(tmp_path / "x", struct.pack("<Q", len(text)) + text) == "the header is damaged: it is not JSON"
+    assert holds(refusal(tmp_path / "x", struct.pack("<Q", len(text)) + text), "header .. not JSON")
 
 
 def test_a_missing_file_and_folder(tmp_path: Path):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from str_triton.rnn.data.audio import RATE, write_wav
+from tests.messages import holds
 from tests.rnn.speech_folder import make, read, refuse, sound
 
 
@@ -86,13 +87,14 @@ def test_what_is_left_out_is_counted(small: Path, capfd: pytest.CaptureFixture):
     data = read(small, ("bed", "cat"))
     assert data.class_names == ("bed", "cat", "silence", "unknown")
     assert len(data.train.background) == 16 * RATE
-    name = f"warning: speech-commands:{small}: "
-    assert capfd.readouterr().err.splitlines() == [
-        f"{name}recordings that are not .wav files are skipped: 3, for example stop/0.FLAC",
-        f"{name}folders without a .wav file are skipped: 3, for example LICENSES",
-        f"{name}folders inside the folders of words are skipped: 1, for example bed/more",
-        f"{name}background noise that is not a .wav file is skipped: hum.mp3",
-    ]
+    facts = (
+        "recordings .. 3 .. stop/0.FLAC",
+        "folders .. 3 .. LICENSES",
+        "folders .. 1 .. bed/more",
+        "noise .. hum.mp3",
+    )
+    for line, parts in zip(capfd.readouterr().err.splitlines(), facts, strict=True):
+        assert holds(line, f"warning: speech-commands:{small} .. skipped .. {parts}")
 
 
 def test_links_that_lead_astray(small: Path):

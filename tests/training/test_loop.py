@@ -17,9 +17,9 @@ def test_split_gives_equal_parts_in_order():
 @pytest.mark.parametrize(
     ("saved", "message"),
     [
-        ({"weight": (3, 2), "bias": (3,)}, r"the shape of weight is \[3, 2\] in it, \[2, 2\] here"),
-        ({"weight": (2, 2)}, r"the shape of bias is not there in it, \[2\] here"),
-        ({"weight": (2, 2), "bias": (2,), "more": ()}, r"the shape of more is \[\] in it, not there here"),
+        ({"weight": (3, 2), "bias": (3,)}, r"weight .*\[3, 2\] in it, \[2, 2\] here"),
+        ({"weight": (2, 2)}, r"bias .*not there in it, \[2\] here"),
+        ({"weight": (2, 2), "bias": (2,), "more": ()}, r"more .*\[\] in it, not there here"),
     ],
 )
 def test_the_first_tensor_of_another_network_is_named(saved: dict[str, tuple[int, ...]], message: str):

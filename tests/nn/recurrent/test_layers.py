@@ -205,11 +205,11 @@ def test_a_longer_state_than_the_packed_batch_is_refused(torch_class: type) -> N
 
 def test_states_of_the_wrong_kind_are_refused() -> None:
     x, state = torch.randn(STEPS, 2, INPUT), torch.zeros(1, 2, HIDDEN)
-    with pytest.raises(TypeError, match="LowRankGRU: hx must be a tensor, got tuple of 2"):
+    with pytest.raises(TypeError, match=r"LowRankGRU: hx .*tensor.* tuple of 2"):
         LowRankGRU(INPUT, HIDDEN)(x, (state, state))
-    with pytest.raises(TypeError, match=r"LowRankLSTM: hx .*\(h, c\), got Tensor of 1"):
+    with pytest.raises(TypeError, match=r"LowRankLSTM: hx .*\(h, c\), .*Tensor of 1"):
         LowRankLSTM(INPUT, HIDDEN)(x, state)
-    with pytest.raises(RuntimeError, match=r"hx must have the input's dtype torch.float32, got torch.float64"):
+    with pytest.raises(RuntimeError, match=r"hx .*torch.float32.* torch.float64"):
         LowRankLSTM(INPUT, HIDDEN)(x, (state, state.double()))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         LowRankLSTM(INPUT, HIDDEN)(x, (state, state.bfloat16()))
