@@ -1,6 +1,6 @@
 """Learned rank on HAR-2 beside fixed rank, SVD with fine-tuning and the dense network: the paper's table 3. And HAR-6.
 
-    python -m benchmarks.studies.har_ranks --data har:PATH [--epochs 300]
+    python -m benchmarks.studies.har_ranks --data har:PATH [--epochs 300] [--max-norm 1]
     python -m benchmarks.studies.har_ranks --data har:PATH --classes 6 [--cells gru lstm] [--epochs 30]
 
 PATH: UCI HAR as rnn/train.py takes it. Every run is the recipe har2-fastgrnn with one thread; only the number of epochs
@@ -8,7 +8,7 @@ PATH: UCI HAR as rnn/train.py takes it. Every run is the recipe har2-fastgrnn wi
 among the training people. The target of str-exact is the number of parameters of the fixed ranks; str has no target.
 With seed 0 and the first pair of ranks every method tries the rates of `RATES`; the rate with the highest validation
 accuracy is the method's rate for all other seeds and ranks. The test data choose nothing. With another number of epochs
-than 60 every method takes the rate that was chosen at 60 epochs.
+than 60, or with clipped gradients (--max-norm), every method takes the rate that was chosen at 60 epochs without.
 
 With `--classes 6` the runs are the recipe har6-gru with each cell, at a third of the dense network's parameters.
 
@@ -35,8 +35,8 @@ EPOCHS = {2: 60, 6: 30}  # by the number of classes
 ARCHITECTURE = Architecture("classify", "fastgrnn", inputs=9, outputs=2, hidden_size=80)
 
 
-def job(method: str, ranks: tuple[int, int], seed: int, rate: float, epochs: int) -> Job:
-    """Return the run of a method; dense and str do not depend on the ranks."""
+def job(method: str, ranks: tuple[int, int], seed: int, rate: float, epochs: int, max_norm: float = 0.0) -> Job:
+    """Return the run of a method; dense and str do not depend on the ranks. Gradients are clipped to `max_norm` > 0."""
     arguments = ["har2-fastgrnn", "--method", method, "--seed", str(seed), "--lr", str(rate), "--epochs", str(epochs)]
     pair = None if method in ("dense", "str") else ",".join(map(str, ranks))
     if method == "str-exact":
@@ -44,22 +44,25 @@ def job(method: str, ranks: tuple[int, int], seed: int, rate: float, epochs: int
         arguments += ["--target-params", str(params)]
     elif pair:
         arguments += ["--ranks", pair]
+    clipped = {"max_norm": max_norm} if max_norm else {}
+    if clipped:
+        arguments += ["--max-norm", str(max_norm)]
     return {
         "data": "har2", "method": method, "ranks": pair, "epochs": epochs, "rate": rate, "seed": seed,
-        "arguments": arguments,
+        **clipped, "arguments": arguments,
     }  # fmt: skip
 
 
-def jobs(done: list[dict[str, Any]], epochs: int) -> Iterator[Job]:
+def jobs(done: list[dict[str, Any]], epochs: int, max_norm: float = 0.0) -> Iterator[Job]:
     """Yield all runs, the most informative first: all methods and rates, the leaders' seeds, other ranks, all seeds."""
     first, *others = RANKS
-    if epochs == EPOCHS[2]:
+    if epochs == EPOCHS[2] and not max_norm:
         for rate in RATES:
             for method in METHODS:
                 yield job(method, first, SEEDS[0], rate, epochs)
 
     def runs(methods: tuple[str, ...], ranks: tuple[int, int], seeds: tuple[int, ...]) -> Iterator[Job]:
-        return (job(method, ranks, seed, tuned(method, done), epochs) for seed in seeds for method in methods)
+        return (job(method, ranks, seed, tuned(method, done), epochs, max_norm) for seed in seeds for method in methods)
 
     yield from runs(LEADERS, first, SEEDS)
     for ranks in others:
@@ -69,7 +72,7 @@ def jobs(done: list[dict[str, Any]], epochs: int) -> Iterator[Job]:
 
 
 def tuned(method: str, done: list[dict[str, Any]]) -> float:
-    """Return the method's rate, from its runs of 60 epochs with seed 0 and the first ranks."""
+    """Return the method's rate, from its runs of 60 epochs with seed 0, the first ranks and no clipping."""
     return best_rate(done, [job(method, RANKS[0], SEEDS[0], rate, EPOCHS[2]) for rate in RATES])
 
 
@@ -104,10 +107,14 @@ def main() -> None:
     options.add_argument("--classes", type=int, choices=EPOCHS, default=2, help="2: HAR-2, 6: HAR-6")
     options.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS), help="the cells of HAR-6")
     options.add_argument("--epochs", type=int, help="by default 60 for HAR-2 and 30 for HAR-6")
+    options.add_argument(
+        "--max-norm", type=float, default=0.0, help="clip the gradients of HAR-2 to this norm; 0: do not"
+    )
     args = options.parse_args()
     args.out = args.out or RESULTS / "har_ranks.jsonl"
     epochs = args.epochs or EPOCHS[args.classes]
-    do(lambda done: jobs(done, epochs) if args.classes == 2 else jobs_of_six(done, args.cells, epochs), args)
+    two = args.classes == 2
+    do(lambda done: jobs(done, epochs, args.max_norm) if two else jobs_of_six(done, args.cells, epochs), args)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from str_triton.training.metrics import read_metrics
 
 Job = dict[str, Any]
 # The values that tell one run from another.
-KEY = ("data", "cell", "method", "ranks", "compression", "hidden_size", "epochs", "rate", "seed")
+KEY = ("data", "cell", "method", "ranks", "compression", "hidden_size", "epochs", "max_norm", "rate", "seed")
 KEPT = ("accuracy", "validation_accuracy", "ranks", "params", "dense_params", "chosen_epoch", "seconds")
 
 
