@@ -478,7 +478,7 @@ def test_leaves_the_random_state_of_the_gpu():
 
 @pytest.mark.parametrize("bad", [[torch.zeros(1)], None, "x"])
 def test_example_input_of_another_kind_is_refused(bad):
-    with pytest.raises(TypeError, match=f"tuple of arguments or a dict of keywords, got {type(bad).__name__}"):
+    with pytest.raises(TypeError, match=f"tuple .*dict .*got {type(bad).__name__}"):
         count(small(), bad)
 
 

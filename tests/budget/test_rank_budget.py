@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from str_triton import LowRankLinear, LowRankWeight, MatrixBudget, RankBudget, count_ranks, sparsify
+from tests.messages import holding
 
 ROWS = [
     MatrixBudget("layer.weight_hh_l0, with a comma", 1536, 512, 512, 32, 0.1, True),
@@ -244,7 +245,7 @@ def test_json_total_that_is_missing_or_wrong_is_named(tmp_path, budget, key):
 
 def test_json_with_more_recurrent_than_other_parameters_is_refused(tmp_path):
     write(path := tmp_path / "b.json", "json", RankBudget([], 3, 4))
-    with pytest.raises(ValueError, match=r"b\.json, column 'other_recurrent_flops': 4, but other_params is 3"):
+    with pytest.raises(ValueError, match=r"b\.json.* 'other_recurrent_flops': 4.* other_params .*3"):
         read(path, "json")
 
 
@@ -287,5 +288,5 @@ def test_file_cut_at_any_byte_is_refused(tmp_path, budget, kind):
 def test_other_lines_of_a_csv_are_checked(tmp_path, budget):
     path = write(tmp_path / "b.csv", "csv", budget)
     path.write_text(path.read_text().replace("(other parameters),,,,,234", "(other parameters),,,,,-1"))
-    with pytest.raises(ValueError, match=r"b\.csv, row 6, column 'params': expected 0 or more, got -1"):
+    with pytest.raises(ValueError, match=holding("b.csv .. row 6 .. 'params' .. -1")):
         read(path, "csv")

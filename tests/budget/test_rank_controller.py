@@ -352,7 +352,7 @@ def test_compact_matrices_have_a_fixed_cost():
     solve(RankController(model, RankTarget(total_rank=fixed + 4)))
     assert count_ranks(model).total_rank == fixed + 4
     assert count_ranks(model).rows[1].rank == fixed
-    with pytest.raises(ValueError, match=f"possible are {fixed + 3} to {fixed + 9 + 1 + 6}"):
+    with pytest.raises(ValueError, match=f" {fixed + 3} to {fixed + 9 + 1 + 6}"):
         RankController(model, RankTarget(total_rank=2))
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from str_triton.cnn.data import load
 from str_triton.cnn.data.idx import read_idx
+from tests.messages import holding
 
 SIZES = {"train": 40, "t10k": 20}
 
@@ -84,7 +85,7 @@ def test_emnist_is_turned_upright_and_letters_count_from_0(tmp_path: Path):
         assert torch.equal(data.train.images[:, 0], images_of("train").mT)
         assert torch.equal(data.train.labels, torch.arange(40) % 26)
     write_emnist(tmp_path, "balanced", first_label=0, num_classes=47)
-    with pytest.raises(ValueError, match="--data emnist:balanced or emnist:letters"):
+    with pytest.raises(ValueError, match=holding("--data .. emnist:balanced .. emnist:letters")):
         load("emnist", str(tmp_path))
     assert load("emnist:balanced", str(tmp_path)).num_classes == 47
 
@@ -177,9 +178,9 @@ def test_letters_with_a_label_0_are_refused(tmp_path: Path):
 
 
 def test_a_missing_directory_is_named(tmp_path: Path):
-    with pytest.raises(FileNotFoundError, match="nowhere: no such directory; --data-dir"):
+    with pytest.raises(FileNotFoundError, match=holding("nowhere .. --data-dir")):
         load("mnist", str(tmp_path / "nowhere"))
-    with pytest.raises(FileNotFoundError, match="no emnist-SPLIT-train-images-idx3-ubyte"):
+    with pytest.raises(FileNotFoundError, match=holding("emnist-SPLIT-train-images-idx3-ubyte")):
         load("emnist", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="no train-images-idx3-ubyte or train-images-idx3-ubyte"):
+    with pytest.raises(FileNotFoundError, match=holding("train-images-idx3-ubyte")):
         load("mnist", str(tmp_path))

@@ -18,6 +18,7 @@ from str_triton.cnn.methods.keep_zeros import KeepZeros
 from str_triton.cnn.methods.rigl import RigL
 from str_triton.cnn.models import build
 from str_triton.cnn.recipes import digits, resolve
+from tests.messages import holding
 from tests.runs import same_bits
 
 IMAGE = torch.zeros(1, 1, 6, 6)
@@ -88,7 +89,7 @@ def test_a_published_point_is_a_budget():
     assert shares["conv1"] == pytest.approx(0.598)
     nonzeros = sum((1 - shares[name]) * weight.numel() for name, weight in weights.items())
     assert 1 - nonzeros / 25_502_912 == pytest.approx(0.9023, abs=1e-4)
-    with pytest.raises(ValueError, match="no layers were published for mobilenetv1 at 75"):
+    with pytest.raises(ValueError, match=holding("mobilenetv1 .. 75")):
         layer_sparsities("mobilenetv1-str-75.28", weights)
 
 

@@ -11,6 +11,7 @@ from str_triton.cnn.train import COMMAND_LINE
 from str_triton.cnn.training_schedule import announce_pruning, learning_rate, pruning_start
 from str_triton.training.errors import UserError
 from str_triton.training.options import field_docs
+from tests.messages import holding
 
 IMAGES = 1_281_167
 STEPS = IMAGES // 256
@@ -131,7 +132,7 @@ def test_the_recipe_where_none_is_named(data: str, recipe: str):
 
 @pytest.mark.parametrize("data", ["imagefolder:flowers", "hub:zh-plus/tiny-imagenet", "imagefolder:imagenet/val"])
 def test_images_of_unknown_size_need_a_recipe(data: str):
-    with pytest.raises(UserError, match=f"--data {data}: name a recipe in front of the options: fashion-mnist for"):
+    with pytest.raises(UserError, match=holding(f"--data {data} .. fashion-mnist")):
         COMMAND_LINE.read(["--data", data, "--target-flops", "0.1"])
     assert COMMAND_LINE.read(["fashion-mnist", "--data", data, "--target-flops", "0.1"]).target_flops == 0.1
 
@@ -151,7 +152,7 @@ def test_a_target_on_the_command_line_replaces_the_recipes():
     for more in (("--target-flops", "0.1"), ("--target-sparsity", "0.5")):
         with pytest.raises(UserError, match=r"and --budget are given: choose one$"):
             targets("resnet50-str-exact-95", *budget, *more)
-    with pytest.raises(UserError, match=r"--target-sparsity 0.5: --method dense .*; str-exact, gmp, dnw"):
+    with pytest.raises(UserError, match=holding("--target-sparsity 0.5 .. --method dense .. str-exact .. gmp .. dnw")):
         targets("resnet50-str-exact-95", "--method", "dense", "--target-sparsity", "0.5")
 
 

@@ -19,6 +19,7 @@ from str_triton.deploy.sparse.executions.choice import Choice
 from str_triton.deploy.sparse.runtime.plan import Plan
 from str_triton.nn import Control
 from tests.deploy.sparse_networks import prune, same
+from tests.messages import holding
 
 pytestmark = [pytest.mark.usefixtures("kernels", "quick"), pytest.mark.filterwarnings("ignore:Sparse CSR")]
 
@@ -128,15 +129,15 @@ def test_bad_input():
     model = nn.Sequential(nn.Conv2d(3, 4, 3))
     with pytest.raises(TypeError, match="takes a module, got dict"):
         deploy.compile_sparse({}, torch.randn(1, 3, 8, 8))
-    with pytest.raises(ValueError, match=r"Bilinear does not take an example of shape \(1, 3\): .* missing 1 required"):
+    with pytest.raises(ValueError, match=holding("Bilinear .. (1, 3)")):
         deploy.compile_sparse(nn.Bilinear(3, 3, 3), torch.randn(1, 3))
     with pytest.raises(TypeError, match="takes one tensor, got float"):
         deploy.compile_sparse(model, 1.0)
     with pytest.raises(ValueError, match=r"float32 on the CPU, got torch.float64"):
         deploy.compile_sparse(model, torch.randn(1, 3, 8, 8).double())
-    with pytest.raises(ValueError, match=r"Sequential does not take an example of shape \(1, 5, 8, 8\)"):
+    with pytest.raises(ValueError, match=holding("Sequential .. (1, 5, 8, 8)")):
         deploy.compile_sparse(model, torch.randn(1, 5, 8, 8))
-    with pytest.raises(ValueError, match=r"0.weight is torch.float16 on cpu: model.float"):
+    with pytest.raises(ValueError, match=holding("0.weight .. torch.float16 .. cpu .. model.float")):
         deploy.compile_sparse(copy.deepcopy(model).half(), torch.randn(1, 3, 8, 8))
     compiled = deploy.compile_sparse(model, torch.randn(1, 3, 8, 8))
     with pytest.raises(ValueError, match=r"float32 on the CPU, got torch\.int64"):

@@ -14,6 +14,7 @@ from str_triton import deploy
 from str_triton.cnn.models import build as build_network
 from str_triton.native import build
 from tests.deploy.sparse_networks import prune, same
+from tests.messages import holding
 
 pytestmark = [pytest.mark.usefixtures("kernels", "quick"), pytest.mark.filterwarnings("ignore:Sparse CSR")]
 
@@ -30,7 +31,7 @@ def test_without_a_compiler_torch_runs_all_and_says_so_once(no_library, tmp_path
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
-    with pytest.warns(UserWarning, match=r"torch runs alone.*no C compiler was found \(\$CC, cc, gcc, clang\)"):
+    with pytest.warns(UserWarning, match=holding("$CC .. cc .. gcc .. clang")):
         compiled = deploy.compile_sparse(model, x)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -57,7 +58,7 @@ def script(path: Path, text: str) -> str:
 def test_a_compiler_that_fails_leaves_nothing_and_is_quoted(tmp_path, monkeypatch):
     failing = script(tmp_path / "cc", '[ "$1" = --version ] && exit 0\necho "kernels.c:1: no such luck" >&2\nexit 1\n')
     monkeypatch.setenv("CC", failing)
-    with pytest.raises(build.BuildError, match=r"fails on kernels\.c: kernels\.c:1: no such luck"):
+    with pytest.raises(build.BuildError, match=holding("kernels.c:1: no such luck")):
         build.build(tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 

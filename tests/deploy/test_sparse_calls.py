@@ -83,9 +83,9 @@ def test_arguments_and_results_of_many_kinds(by_kernels, tmp_path):
         for network in (compiled, loaded):
             torch.testing.assert_close(network(ids, mask=mask, scale=0.5), wanted, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(network(ids, scale=0.5, mask=mask), wanted, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match=r"compiled for 0\.5 as argument 3, got 0\.25"):
+    with pytest.raises(ValueError, match=r"for 0\.5 .*argument 3.* got 0\.25"):
         loaded(ids, mask=mask, scale=0.25)
-    with pytest.raises(ValueError, match=r"torch\.int64 on the CPU, got torch\.float32"):
+    with pytest.raises(ValueError, match=r"torch\.int64.* got torch\.float32"):
         compiled(ids.float(), mask=mask, scale=0.5)
 
 
@@ -151,7 +151,7 @@ def _fails(*_: object) -> None:
 
 def test_a_wrong_shape_is_stated_without_symbols(tmp_path):
     deploy.compile_sparse(nn.Linear(20, 3).eval(), torch.randn(2, 20), tune=False).save(tmp_path / "net")
-    with pytest.raises(ValueError, match=r"the input of shape \[any, 20\], got \[1, 5\]"):
+    with pytest.raises(ValueError, match=r"\[any, 20\].* got \[1, 5\]"):
         deploy.load_sparse(tmp_path / "net")(torch.randn(1, 5))
 
 

@@ -13,6 +13,7 @@ from str_triton import deploy
 from str_triton.cnn.models import build as build_network
 from str_triton.machine import processor
 from tests.deploy.sparse_networks import prune
+from tests.messages import holding
 
 pytestmark = [pytest.mark.usefixtures("kernels", "quick"), pytest.mark.filterwarnings("ignore:Sparse CSR")]
 
@@ -149,7 +150,7 @@ def test_arguments_that_torch_does_not_check_are_refused(target: str, args: dict
     call["kwargs"] = {"dict": args} if isinstance(args, dict) else call["kwargs"]
     record = _record([INPUT, size, call]) | {"outputs": [{"ref": "y"}]}
     deploy.pack({"a": torch.zeros(100)}, tmp_path / "net", metadata={"sparse": record})
-    with pytest.raises(ValueError, match=f"describes no network: y calls {target} with a wrong {name}"):
+    with pytest.raises(ValueError, match=holding(f"y .. {target} .. {name}")):
         deploy.load_sparse(tmp_path / "net")
 
 
@@ -189,7 +190,7 @@ def test_saved_and_loaded(tmp_path: Path, by_kernels):
 
 def test_files_that_hold_no_network(tmp_path: Path, by_kernels):
     deploy.pack({"a": torch.zeros(100)}, tmp_path / "other")
-    with pytest.raises(ValueError, match=r"other holds no compiled network: compile_sparse\(...\).save"):
+    with pytest.raises(ValueError, match=holding("other .. compile_sparse(...).save")):
         deploy.load_sparse(tmp_path / "other")
     for record, message in (
         ({"format": "str_triton.sparse", "version": 7}, "version 7 of compiled networks, this is for version 3"),
@@ -204,7 +205,7 @@ def test_files_that_hold_no_network(tmp_path: Path, by_kernels):
     deploy.pack({"a": torch.zeros(100)}, tmp_path / "other", metadata={"sparse": _record([INPUT])})
     assert torch.equal(deploy.load_sparse(tmp_path / "other")(torch.ones(2, 3)), torch.ones(2, 3))
     deploy.pack({"a": torch.zeros(100)}, tmp_path / "other", metadata={"sparse": endless})
-    with pytest.raises(ValueError, match=r"describes no network: .*must be positive integers: .*width=0"):
+    with pytest.raises(ValueError, match=holding("width=0")):
         deploy.load_sparse(tmp_path / "other")
     deploy.compile_sparse(prune(build_network("resnet20")), torch.randn(1, 3, 32, 32)).save(tmp_path / "net")
     data = bytearray((tmp_path / "net").read_bytes())

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from str_triton import deploy
 from str_triton.deploy.sparse.fallback import ModulewiseModel
 from tests.deploy.sparse_networks import prune
+from tests.messages import holding
 
 pytestmark = [pytest.mark.usefixtures("kernels", "quick"), pytest.mark.filterwarnings("ignore:Sparse CSR")]
 
@@ -97,7 +98,7 @@ def test_any_number_of_arguments_of_open_sizes(by_kernels, tmp_path: Path) -> No
     for batch in (0, 1, 3, 5):
         a, b, more = torch.randn(3, batch, 4)
         torch.testing.assert_close(loaded(a, b, more=more), model(a, b, more=more).detach())
-    with pytest.raises(ValueError, match=r"arguments \(_, _, more=_\), got \(_, _, _, more=_\)$"):
+    with pytest.raises(ValueError, match=r"\(_, _, more=_\).* got \(_, _, _, more=_\)$"):
         loaded(a, b, a, more=more)
 
 
@@ -105,12 +106,12 @@ def test_another_constant_is_refused_in_one_line(by_kernels, tmp_path: Path) -> 
     x = torch.randn(3, 4)
     model = Forward(lambda self, x: self.layer(x), nn.Linear(4, 4)).eval()
     deploy.compile_sparse(model, (x, None)).save(tmp_path / "net")
-    with pytest.raises(ValueError, match=r"compiled for None as argument 2, got a Tensor$"):
+    with pytest.raises(ValueError, match=r"for None .*argument 2.* got a Tensor$"):
         deploy.load_sparse(tmp_path / "net")(x, torch.randn(20, 4))
 
 
 def test_a_layer_without_a_shape_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"0\.weight has no shape yet: call Sequential once"):
+    with pytest.raises(ValueError, match=holding("0.weight .. Sequential")):
         deploy.compile_sparse(nn.Sequential(nn.LazyLinear(3)), torch.randn(2, 4))
 
 
@@ -137,7 +138,7 @@ def test_arguments_that_share_memory_and_are_changed(by_kernels) -> None:
     x, other = torch.randn(2, 2, 4)
     compiled = deploy.compile_sparse(Doubles().eval(), (x, other))
     before = x.clone()
-    with pytest.raises(ValueError, match="changes its arguments, and two of them share memory"):
+    with pytest.raises(ValueError, match=holding("arguments .. share memory")):
         compiled(x, x)
     assert torch.equal(x, before)
     assert compiled(x[:0], x[:0]).shape == (0, 3)

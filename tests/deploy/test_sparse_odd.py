@@ -14,6 +14,7 @@ from torch._subclasses import FakeTensorMode
 from str_triton import deploy
 from str_triton.deploy.sparse.executions.choice import Choice
 from tests.deploy.sparse_networks import prune, same
+from tests.messages import holding
 
 pytestmark = [pytest.mark.usefixtures("kernels", "quick"), pytest.mark.filterwarnings("ignore:Sparse CSR")]
 
@@ -205,7 +206,7 @@ def test_what_a_file_cannot_hold_torch_saves(tmp_path: Path, by_kernels):
     model, x = prune(Noisy()), torch.randn(2, 3, 9, 9)
     compiled = deploy.compile_sparse(model, x)
     assert type(compiled(x)) is list
-    with pytest.raises(ValueError, match=r"rand_like.*, which a file cannot hold: torch.save keeps the network"):
+    with pytest.raises(ValueError, match=holding("rand_like .. torch.save")):
         compiled.save(tmp_path / "x")
     torch.save(compiled, tmp_path / "x")
     loaded = torch.load(tmp_path / "x", weights_only=False)
@@ -277,7 +278,7 @@ def test_a_tensor_without_memory_is_refused(by_kernels, tmp_path: Path, make: Ca
 def test_weights_without_memory_are_refused():
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
     freed(model[1].weight.data)
-    with pytest.raises(ValueError, match=r"the values of 1\.weight \[2, 3\] are not in memory"):
+    with pytest.raises(ValueError, match=holding("1.weight .. [2, 3]")):
         deploy.compile_sparse(model, torch.randn(1, 4))
 
 

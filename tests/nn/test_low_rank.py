@@ -251,7 +251,7 @@ def test_errors_name_what_is_wrong() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             LowRankWeight(7, 5, **options)
-    with pytest.raises(ValueError, match=r"weight must have shape \(7, 5\), got \(5, 7\)"):
+    with pytest.raises(ValueError, match=r"weight .*\(7, 5\).* \(5, 7\)"):
         LowRankWeight(7, 5).set_weight(torch.zeros(5, 7))
 
 

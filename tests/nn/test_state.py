@@ -114,9 +114,7 @@ def test_another_g_is_an_error(key, strict):
     state = model.state_dict() | {name: value for name, value in state.items() if name.startswith(key)}
     if key.startswith("low_rank"):
         state |= LowRankLinear(6, 6, g="softplus").state_dict(prefix="low_rank.")
-    with pytest.raises(
-        RuntimeError, match=f"'{key}raw_threshold' was saved with g='softplus', and the model has g='exp'"
-    ):
+    with pytest.raises(RuntimeError, match=f"'{key}raw_threshold' .*g='softplus'.* g='exp'"):
         model.load_state_dict(state, strict=strict)
 
 

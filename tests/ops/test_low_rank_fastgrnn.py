@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from str_triton import low_rank_fastgrnn
+from tests.messages import holding
 from tests.ops.low_rank_cases import TOLERANCE, assert_matches, differentiate, example, expected
 
 
@@ -34,5 +35,5 @@ def test_one_bias(missing):
 def test_not_one_element(name):
     case = example("fastgrnn")
     case = replace(case, tensors=case.tensors | {name: torch.zeros(6)})
-    with pytest.raises(ValueError, match=rf"{name} must have one element, got shape \(6,\)"):
+    with pytest.raises(ValueError, match=holding(f"{name} .. (6,)")):
         case.call(low_rank_fastgrnn)

@@ -11,6 +11,7 @@ import torch
 from str_triton.rnn.data import load
 from str_triton.rnn.data.audio import RATE, read_wav, write_wav
 from str_triton.rnn.data.hub import hub_text
+from tests.messages import holding
 
 datasets = pytest.importorskip("datasets")
 datasets.disable_progress_bars()
@@ -270,7 +271,7 @@ def test_text_is_the_column_of_all_splits(tmp_path: Path):
         rows = datasets.Dataset.from_dict({"text": texts, "number": list(range(len(texts)))})
         rows.to_parquet(root / f"{part}-00000-of-00001.parquet")
     assert hub_text(f"{root}:text") == "one\n\ntwo\nthree\nfour"
-    with pytest.raises(ValueError, match=r"train has no column 'words'; its columns are text, number"):
+    with pytest.raises(ValueError, match=holding("train .. 'words' .. text .. number")):
         hub_text(f"{root}:words")
     with pytest.raises(ValueError, match=r"train: column 'number' holds 0"):
         hub_text(f"{root}:number")

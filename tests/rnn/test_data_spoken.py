@@ -2,7 +2,6 @@
 
 import csv
 import hashlib
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from str_triton.rnn.data import load
 from str_triton.rnn.data.audio import RATE, read_wav
 from str_triton.rnn.data.espeak_worker import find_library
 from str_triton.rnn.data.spoken import ACCENTS, NOISES, SPEAKERS, Speaker, load_spoken, make_noise, make_spoken
+from tests.messages import holding
 
 needs_espeak = pytest.mark.skipif(
     find_library() is None, reason="needs eSpeak NG: pip install espeakng-loader, or the system's espeak-ng"
@@ -209,7 +209,7 @@ def test_an_espeak_that_ends_on_the_way_is_named(tmp_path: Path):
     with Speaker(*find_library(), 0) as speaker:
         assert len(speaker.say("yes", "en", 175, 50, 50)) > 0
         for voice in ("en+nobody", "en-nowhere+f1"):
-            with pytest.raises(ValueError, match=rf"has no voice '{re.escape(voice)}': it may be too old"):
+            with pytest.raises(ValueError, match=holding(f"'{voice}'")):
                 speaker.say("yes", voice, 175, 50, 50)
         speaker.process.kill()
         speaker.process.wait()

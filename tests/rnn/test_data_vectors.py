@@ -12,6 +12,7 @@ import torch
 from str_triton.rnn.data import KNOWN, Data, load, with_validation
 from str_triton.rnn.data import japanese_vowels as module
 from str_triton.rnn.data.vectors import Standardisation, VectorExamples, check_finite
+from tests.messages import holding
 
 CPU = torch.device("cpu")
 
@@ -138,10 +139,10 @@ def test_a_damaged_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     rows = gzip.decompress(module.FILE.read_bytes()).decode().splitlines()
     monkeypatch.setattr(module, "FILE", tmp_path / "vowels.csv.gz")
     module.FILE.write_bytes(gzip.compress("\n".join([rows[0], rows[1].replace("1.891651", "nan"), *rows[2:]]).encode()))
-    with pytest.raises(ValueError, match=r"vowels.csv.gz: NaN in column 3, row 2$"):
+    with pytest.raises(ValueError, match=r"vowels.csv.gz: NaN.* column 3, row 2$"):
         load("japanese-vowels")
     module.FILE.write_bytes(gzip.compress("\n".join(rows[100:]).encode()))
-    with pytest.raises(ValueError, match=r"vowels\.csv\.gz: the utterances are not numbered 1, 2, 3"):
+    with pytest.raises(ValueError, match=holding("vowels.csv.gz .. 1, 2, 3")):
         load("japanese-vowels")
 
 

@@ -10,6 +10,7 @@ from accelerate.state import AcceleratorState
 from str_triton.training.errors import UserError
 from str_triton.training.metrics import read_metrics
 from str_triton.training.run import Run
+from tests.messages import holding
 
 
 @pytest.fixture
@@ -62,7 +63,7 @@ def test_a_loss_that_is_not_finite_is_refused(accelerator: Accelerator, tmp_path
         with pytest.raises(UserError, match="by step 1; no checkpoint was made"):
             run.require_finite(1, loss)
         run.save(1, {})
-        with pytest.raises(UserError, match=r"the last good checkpoint is .*step-000000001\.pt"):
+        with pytest.raises(UserError, match=holding("step-000000001.pt")):
             run.require_finite(2, 0.5, [torch.zeros(3), torch.tensor([1.0, loss])])
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from str_triton import LowRankFastGRNN
+from tests.messages import holding
 
 INPUT, HIDDEN = 3, 5
 
@@ -163,9 +164,9 @@ def test_a_new_one_starts_as_the_paper_says() -> None:
 
 
 def test_messages_name_the_class() -> None:
-    with pytest.raises(ValueError, match="LowRankFastGRNN: Expected input to be 2D or 3D, got 1D instead"):
+    with pytest.raises(ValueError, match=holding("LowRankFastGRNN .. 2D .. 3D .. 1D")):
         LowRankFastGRNN(INPUT, HIDDEN)(torch.randn(INPUT))
     with pytest.raises(ValueError, match="hidden_size must be greater than zero"):
         LowRankFastGRNN(INPUT, 0)
-    with pytest.raises(RuntimeError, match=r"Expected hidden size \(1, 2, 5\), got \[1, 3, 5\]"):
+    with pytest.raises(RuntimeError, match=r"\(1, 2, 5\).* \[1, 3, 5\]"):
         LowRankFastGRNN(INPUT, HIDDEN)(torch.zeros(7, 2, INPUT), torch.zeros(1, 3, HIDDEN))

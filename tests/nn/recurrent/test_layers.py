@@ -199,7 +199,7 @@ def test_messages_of_the_constructor_are_torchs(torch_class: type) -> None:
 def test_a_longer_state_than_the_packed_batch_is_refused(torch_class: type) -> None:
     """Check for an error, because torch would silently use the first rows."""
     x = pack_padded_sequence(torch.randn(STEPS, 2, INPUT), torch.tensor([3, 5]), enforce_sorted=False)
-    with pytest.raises(RuntimeError, match=r"Expected hidden(\[0\])? size \(1, 2, 4\), got \[1, 3, 4\]"):
+    with pytest.raises(RuntimeError, match=r"\(1, 2, 4\).* \[1, 3, 4\]"):
         LOW_RANK[torch_class](INPUT, HIDDEN)(x, states_of(torch_class, 1, 3, HIDDEN))
 
 
