@@ -6,11 +6,11 @@ import safetensors.torch
 import torch
 from transformers import MobileNetV1ForImageClassification
 
+from str_triton.cnn.data.encoded import IMAGENET
 from str_triton.cnn.models import build
 
 # The mean and deviation that the training programs standardise pixels from 0 to 255 with.
-MEAN = torch.tensor([123.675, 116.28, 103.53])
-STD = torch.tensor([58.395, 57.12, 57.375])
+MEAN, STD = torch.tensor(IMAGENET.mean), torch.tensor(IMAGENET.std)
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("out", metavar="WEIGHTS", help="the file to write, such as mobilenetv1.safetensors")

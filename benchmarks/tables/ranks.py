@@ -16,12 +16,12 @@ HAR_DATA = """**The data are a reconstruction** of UCI HAR, made from the raw re
 training and 2,996 test windows (published: 7,352 and 2,947). The epoch and the learning rate ("rate": the best of how
 many) are chosen on validation people who are not among the training people."""
 HAR_TWO = f"""The recipe `har2-fastgrnn` trains a FastGRNN of 80 units on motion data in two classes, for the paper's
-300 epochs and for fewer. {HAR_DATA} Runs of 300 epochs, and runs whose gradients are clipped
-to the norm 1, take the rates that were chosen at 60 epochs without clipping. So the paper's figures
-are a guide, not a comparison. "size of (9,8)": the network has as many parameters as with rank 9 for the input matrix
-and rank 8 for the recurrent matrix. str-exact divides these parameters between the matrices as it learns; fixed and
-svd-finetune have exactly these ranks. FastGRNN's own tuned low rank has 96.81 in the paper. `python -m
-benchmarks.studies.har_ranks --data har:PATH` runs what is missing."""
+300 epochs and for fewer. {HAR_DATA} Runs of 300 epochs, and runs whose gradients are clipped to the norm 1, take the
+rates that were chosen at 60 epochs without clipping. So the paper's figures are a guide, not a comparison. "size of
+(9,8)": the network has as many parameters as with rank 9 for the input matrix and rank 8 for the recurrent matrix.
+str-exact divides these parameters between the matrices as it learns; fixed and svd-finetune have exactly these ranks.
+FastGRNN's own tuned low rank has 96.81 in the paper. `python -m benchmarks.studies.har_ranks --data har:PATH` runs what
+is missing."""
 HAR_SIX = f"""The recipe `har6-gru` trains networks of 48 units on the six activities, at a third of the dense network's
 parameters. {HAR_DATA} `python -m benchmarks.studies.har_ranks --data har:PATH --classes 6` runs what is missing."""
 SPEECH = """The recipe `speech5-gru` trains recurrent layers of 96 units on seven classes of Speech Commands: five
@@ -61,32 +61,36 @@ def variant(run: Run) -> tuple[int, float]:
     return run["job"]["epochs"], run["job"].get("max_norm", 0.0)
 
 
-def main_study(name: str, data: str) -> list[Run]:
-    """Return the runs of ``data`` in a result file that share the variant of most of them.
+def studies(name: str, data: str) -> list[list[Run]]:
+    """Return the runs of ``data`` in a result file by their variant, that of most runs first.
 
     Raise NotMeasured if there are none.
     """
-    runs = [run for run in lines(name) if run["job"]["data"] == data]
-    if not runs:
+    found: dict[tuple[int, float], list[Run]] = {}
+    for run in lines(name):
+        if run["job"]["data"] == data:
+            found.setdefault(variant(run), []).append(run)
+    if not found:
         raise NotMeasured(data)
-    variants = [variant(run) for run in runs]
-    most = max(sorted(set(variants)), key=variants.count)
-    return [run for run in runs if variant(run) == most]
+    first = max(sorted(found), key=lambda of: len(found[of]))
+    return [found.pop(first), *(found[of] for of in sorted(found))]
+
+
+def main_study(name: str, data: str) -> list[Run]:
+    """Return the runs of ``data`` in a result file that share the variant of most of them."""
+    return studies(name, data)[0]
 
 
 @table("har-ranks")
 def har_ranks() -> str:
-    """Return the section about HAR-2: for each number of epochs a table of accuracies by method and ranks."""
-    main = main_study("har_ranks.jsonl", "har2")
-    others = [run for run in lines("har_ranks.jsonl") if run["job"]["data"] == "har2" and run not in main]
-    tables = [har_table(main, complete=True)]
-    for other in sorted(set(map(variant, others))):
-        tables.append(har_table([run for run in others if variant(run) == other], complete=False))
+    """Return the section about HAR-2: for each variant a table of accuracies by method and ranks."""
+    main, *others = studies("har_ranks.jsonl", "har2")
+    tables = [har_table(main, complete=True), *(har_table(other, complete=False) for other in others)]
     return section("### Motion data: the paper's HAR-2", HAR_TWO, "\n\n".join(tables))
 
 
 def har_table(runs: list[Run], complete: bool) -> str:
-    """Return the table of the runs of one number of epochs, complete with rows for what the paper has and they lack."""
+    """Return the table of the runs of one variant, if complete with rows for what the paper has and they lack."""
     groups = [("dense", None), ("str", None)]
     groups += [(method, pair) for pair in ("9,8", "9,7", "8,7") for method in ("str-exact", "fixed", "svd-finetune")]
     rows = []

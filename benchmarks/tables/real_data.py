@@ -3,12 +3,11 @@
 from collections.abc import Callable
 from operator import itemgetter
 from statistics import mean
-from typing import Any
 
 from benchmarks.runs import RunFile
 from benchmarks.tables.documents import NONE, README, NotMeasured, Run, lines, markdown, seeds, spread, table
 from benchmarks.tables.photographs import deployed, epochs_of
-from benchmarks.tables.ranks import at_its_rate, main_study, variant
+from benchmarks.tables.ranks import at_its_rate, main_study, studies
 from benchmarks.timing import RESULTS
 
 OURS = "str-exact"
@@ -117,13 +116,15 @@ def ranks_row(name: str, runs: list[Run]) -> list[str]:
 
 def har_two() -> list[str]:
     """Return the row of FastGRNN on HAR-2, each method with clipped gradients or without: as validation data say."""
-    epochs = main_study("har_ranks.jsonl", "har2")[0]["job"]["epochs"]
-    jobs = [run for run in lines("har_ranks.jsonl") if run["job"]["data"] == "har2" and run["job"]["epochs"] == epochs]
-    runs = [run for run in jobs if run["job"]["ranks"] in (None, "9,8") and run["job"]["method"] != "str"]  # no target
+    main, *others = studies("har_ranks.jsonl", "har2")
     methods: Runs = {}
-    for own in by_method(runs, variant).values():
-        for method, found in tuned(own).items():
-            methods[method] = max(methods.get(method, found), found, key=validation)
+    for study in (main, *others):
+        if study[0]["job"]["epochs"] == main[0]["job"]["epochs"]:
+            own = [run for run in study if run["job"]["ranks"] in (None, "9,8")]
+            for method, found in tuned(
+                [run for run in own if run["job"]["method"] != "str"]
+            ).items():  # it has no target
+                methods[method] = max(methods.get(method, found), found, key=validation)
     return row("HAR-2 (reconstructed), FastGRNN, the size of ranks 9 and 8", methods, parameters(methods))
 
 
@@ -132,9 +133,9 @@ def validation(runs: list[Run]) -> float:
     return mean(run["validation_accuracy"] for run in runs)
 
 
-def by_method(runs: list[Run], method_of: Callable[[Run], Any]) -> dict[Any, list[Run]]:
-    """Return the runs by their method, or by another property."""
-    methods: dict[Any, list[Run]] = {}
+def by_method(runs: list[Run], method_of: Callable[[Run], str]) -> Runs:
+    """Return the runs by their method."""
+    methods: Runs = {}
     for run in runs:
         methods.setdefault(method_of(run), []).append(run)
     return methods
