@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from str_triton.budget.names import unwrapped_names
 from str_triton.budget.offset_controller import OffsetController
 from str_triton.budget.rank_budget import factored_matrices, other_costs
+from str_triton.budget.rank_room import filling_shifts
 from str_triton.budget.rank_target import RankCosts, RankTarget
 from str_triton.budget.target_kinds import require_kind
 from str_triton.nn import LowRankWeight, ThresholdHolder
@@ -41,9 +42,10 @@ class RankController(OffsetController):
     optimizer continues with the others (docs/learned-rank.md has the measurements).
 
     One common offset gives a family of models. After a solve the model is the largest of them that does not cost more
-    than the schedule says. A matrix's largest component and its equals survive in any case. Components whose offsets
-    are equal up to rounding, such as those of an orthogonal matrix, cannot be cut one by one: `solve` scales their m
-    apart, each by a few rounding errors. If that is too little (16 bits) or not allowed (`exact`), they go together.
+    than the schedule says. A matrix's largest component and its equals survive in any case. At `end`, components for
+    which the target still has room come back. Components whose offsets are equal up to rounding, such as those of an
+    orthogonal matrix, cannot be cut one by one: `solve` scales their m apart, each by a few rounding errors. If that is
+    too little (16 bits) or not allowed (`exact`), they go together.
 
     Args:
         model: a model with matrices in factors, on the device where it will train. Matrices without a threshold
@@ -204,8 +206,12 @@ class RankController(OffsetController):
         return self._matrices
 
     def _settle(self) -> None:
-        """Fix the ranks at their present values, for the rest of training."""
+        """Fix the ranks for the rest of training: the present ones, and components for which the target has room."""
         self.solve()
+        offsets = [matrix.pruning_offsets().sort(descending=True).values.tolist() for matrix in self._matrices]
+        costs = [[self.target.cost(matrix, rank) for rank in range(matrix.max_rank + 1)] for matrix in self._matrices]
+        shifts = filling_shifts(offsets, costs, self._keep, tie=float(self._critical_offsets()[1]))
+        self._thresholds.move([raw.new_tensor(shift) for raw, shift in zip(self._raws, shifts, strict=True)])
         for matrix, raw in zip(self._matrices, self._first, strict=True):
             matrix.settle(raw)
         self._survivors = [full(matrix.trained_spectrum()) != 0 for matrix in self._matrices]

@@ -229,17 +229,21 @@ class LowRankWeight(ThresholdHolder):
 
         The matrix stays the same up to rounding. The sizes of the survivors become its singular values plus the
         threshold, half of each in u and half in v, and their m becomes 1. Then an optimizer moves large components no
-        faster than small ones in proportion; with the whole size in m, large components would run away. Cut components
-        stay as they are. Reads the rank, which synchronizes with the GPU.
+        faster than small ones in proportion; with the whole size in m, large components would run away. The largest
+        component takes the place of the largest, and so on, with the sign that turns it least, so that the optimizer's
+        moments still belong to it. Cut components stay as they are. Reads the rank, which synchronizes with the GPU.
         """
         spectrum = self.spectrum()
         left = spectrum.nonzero().flatten()
+        left = left[self.singular_values()[left].argsort(descending=True, stable=True)]
         dtype = torch.promote_types(self.u.dtype, torch.float32)
         (qu, ru), (qv, rv) = (
             torch.linalg.qr(factor.to(dtype))
             for factor in (full(self.u)[:, left] * spectrum[left], full(self.v)[:, left])
         )
         p, sigma, qh = torch.linalg.svd(ru @ rv.mT)
+        turned = (p * ru).sum(0) < 0  # the new column of u looks away from the old one
+        p, qh = torch.where(turned, -p, p), torch.where(turned[:, None], -qh, qh)
         root = (sigma + self.threshold.to(dtype)).sqrt()
         for parameter, value in (
             (self.u, qu @ p * root),

@@ -468,6 +468,27 @@ def test_settling_does_not_change_the_function():
         torch.testing.assert_close(after.weight(), before.weight())
 
 
+def test_settled_ranks_leave_out_no_component_that_fits():
+    filled = 0
+    for seed in range(3):
+        model = random_model(seed)
+        full = [matrix.max_rank for matrix in matrices(model)]
+        for most in torch.randint(cost(model, [2] * 5, "params"), cost(model, full, "params"), (4,)).tolist():
+            tried, common = copy.deepcopy(model), copy.deepcopy(model)
+            RankController(tried, RankTarget(params=most)).step(0.5)
+            for matrix in matrices(common):
+                matrix.refactor()
+            solve(RankController(common, RankTarget(params=most)))
+            found, before = ranks(tried), ranks(common)
+            assert cost(tried, found, "params") <= most
+            assert all(rank >= least for rank, least in zip(found, before, strict=True))
+            filled += sum(found) - sum(before)
+            for i in range(len(found)):
+                one_more = [rank + (i == j) for j, rank in enumerate(found)]
+                assert found[i] == full[i] or cost(tried, one_more, "params") > most
+    assert filled > 3
+
+
 def test_survivors_are_factored_anew_before_every_fifth_solve(monkeypatch):
     model = random_model()
     controller = RankController(model, RankTarget(total_rank=15), interval=3)

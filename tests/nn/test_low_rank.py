@@ -325,9 +325,26 @@ def test_refactor_keeps_the_matrix_and_finds_its_singular_values():
     assert 0 < cut.sum() < 8
     matrix.refactor()
     torch.testing.assert_close(matrix.weight(), weight)
-    sizes = matrix.singular_values()[~cut] - matrix.threshold
+    sizes = (matrix.singular_values()[~cut] - matrix.threshold).sort(descending=True).values
     torch.testing.assert_close(sizes, torch.linalg.svdvals(weight)[: len(sizes)])
     assert torch.equal(matrix.u[:, cut], columns)
+
+
+def test_refactor_leaves_each_component_where_it_is_and_as_it_looks():
+    torch.manual_seed(0)
+    matrix = LowRankWeight(12, 9, raw_threshold_init=-1.2, dtype=torch.float64)
+    with torch.no_grad():
+        matrix.m.copy_(torch.rand(9) + 0.2)
+        matrix.refactor()
+        order, signs = torch.randperm(9), torch.randn(9).sign()
+        for factor in (matrix.u, matrix.v):  # the same matrix in another order, with pairs of signs
+            factor.copy_(factor[:, order] * signs)
+        matrix.m.copy_(matrix.m[order])
+    before = {name: value.clone() for name, value in matrix.state_dict().items()}
+    assert 3 < matrix.rank < 9
+    matrix.refactor()
+    for name, value in matrix.state_dict().items():
+        torch.testing.assert_close(value, before[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
