@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -51,10 +51,15 @@ BATCHES = {"mobilenetv1": (1, 8, 64), "resnet50": (1, 8)}
 def random_network(model_name: str, sparsity: float, example: Tensor) -> nn.Module:
     """Random weights and masks at the published per-layer budget, and batch norms that fit them."""
     torch.manual_seed(0)
-    model = build(model_name)
-    for layer, percent in layer_sparsities(model_name, sparsity).items():
+    zeros = {layer: percent / 100 for layer, percent in layer_sparsities(model_name, sparsity).items()}
+    return with_random_zeros(build(model_name), zeros, example)
+
+
+def with_random_zeros(model: nn.Module, zeros: Mapping[str, float], example: Tensor) -> nn.Module:
+    """Set a share of the weights of each named layer to 0, in random places; fit the batch norms to random images."""
+    for layer, share in zeros.items():
         weight = model.get_submodule(layer).weight.data
-        weight.view(-1)[torch.randperm(weight.numel())[: round(weight.numel() * percent / 100)]] = 0
+        weight.view(-1)[torch.randperm(weight.numel())[: round(weight.numel() * share)]] = 0
     # Without statistics of their own the layers' outputs would shrink to denormal numbers, which take longer.
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):

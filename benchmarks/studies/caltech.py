@@ -15,8 +15,9 @@ sparsities of str-exact with the same target and seed. A target that ends in "fl
 multiply-adds. "teacher": the network also learns the scores of the dense network with the same seed (--teacher).
 
 `--tune` compares learning rates on a fifth of the training images, which it holds out. The test images take no part.
-Its lines are in caltech_tuning.jsonl. `--deploy` packs and compiles the networks of the first seed, whose runs are kept
-below runs/caltech, and times them beside the dense network: caltech_deploy.jsonl.
+Its lines are in caltech_tuning.jsonl. `--deploy` packs and compiles, for each run of the first seed, a network with
+random weights and with zeros in random places, as many in each layer as the run has, and times it beside the dense
+network: caltech_deploy.jsonl. Neither size nor time depends on the weights' values.
 """
 
 import argparse
@@ -31,12 +32,13 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.runs import RunFile
+from benchmarks.speed.sparse_inference import with_random_zeros
 from benchmarks.studies.cnn_runs import METHODS, finished, without_test_images
 from benchmarks.timing import RESULTS, alternating, machine
 from str_triton import deploy
-from str_triton.cnn.rebuild import rebuild
+from str_triton.cnn.models import build
 
-RUNS, SIZE = Path("runs/caltech"), 128
+RUNS, SIZE, CLASSES = Path("runs/caltech"), 128, 101
 EPOCHS = 8
 TUNING_EPOCHS, LRS, TUNED = 2, (0.02, 0.01, 0.05, 0.005), ("str-exact", "gmp, global", "dense")
 ROUNDS = 100
@@ -154,23 +156,25 @@ def tune(data: str, pretrained: str, threads: int, runs: int | None) -> None:
 
 
 def deploy_all(threads: int) -> None:
-    """Pack and compile the first seed's networks, time them, and append a line for each.
-
-    Raises SystemExit, which names the folder, if a network is not below `RUNS`.
-    """
+    """Pack, compile and time a network with the layers' sparsities of each run of the first seed; append the lines."""
     torch.set_num_threads(threads)
     file = RunFile(RESULTS / "caltech_deploy.jsonl", ("line", "target", "threads"))
-    runs = [run for run in results().read() if run["seed"] == 0]
-    folders = [RUNS / _name(Key(run["line"], run["target"], 0)) for run in runs]
-    for folder in (RUNS / _name(Key(DENSE, "", 0)), *folders):
-        if not (folder / "model.safetensors").exists():
-            raise SystemExit(f"{folder}: no finished run; start --deploy in the folder in which the study has trained")
     image = torch.randn(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
-    dense = rebuild(RUNS / _name(Key(DENSE, "", 0))).model.to(memory_format=torch.channels_last)
-    for run in file.missing({**run, "threads": threads} for run in runs):
-        key = Key(run["line"], run["target"], 0)
-        model = rebuild(RUNS / _name(key)).model
-        file.append({**key._asdict(), "threads": threads, **measured(model, dense, image), "machine": machine()})
+    dense = network({}, image).to(memory_format=torch.channels_last)
+    runs = [{**run, "threads": threads} for run in results().read() if run["seed"] == 0]
+    for run in file.missing(runs):
+        own = {name: run[name] for name in file.key}
+        file.append({**own, **measured(network(run["density"], image), dense, image), "machine": machine()})
+
+
+def network(density: dict[str, float], image: torch.Tensor) -> torch.nn.Module:
+    """Return the study's network with random weights, of which each named layer keeps a share."""
+    torch.manual_seed(0)
+    model = build("tf_mobilenetv1", num_classes=CLASSES)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(module.bias, std=0.1)  # zeros would be packed as such
+    return with_random_zeros(model, {layer: 1 - share for layer, share in density.items()}, image)
 
 
 def measured(model: torch.nn.Module, dense: torch.nn.Module, image: torch.Tensor) -> dict[str, Any]:

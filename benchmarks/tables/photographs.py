@@ -25,9 +25,9 @@ Caltech-101**: at most 40 training and 20 test photographs a class, and no backg
 figures from elsewhere. A run has {epochs} epochs unless its name gives another number. "to dense" compares with the
 dense network of {epochs} epochs. "teacher": the network also learned the scores of the dense network with the same seed
 (`--teacher`). "MB": the packed file in float32, and in brackets in float16. "ms": milliseconds of `compile_sparse` for
-one image, and in brackets how many times as fast that is as the dense network of the same study in plain PyTorch. MB
-and ms are those of the first seed{threads}. "rate" is the learning rate. `python -m benchmarks.studies.caltech` runs
-what is missing; with `--deploy` it measures MB and ms."""
+one image, and in brackets how many times as fast that is as the dense network in plain PyTorch. MB and ms{threads} are
+those of a network with random weights and as many zeros in each layer as the run of the first seed has. "rate" is the
+learning rate. `python -m benchmarks.studies.caltech` runs what is missing; with `--deploy` it measures MB and ms."""
 CIFAR = """The recipe `cifar10` trains on a public copy of CIFAR-10 whose images were stored as JPEG of quality 75.
 **That loses detail**: the published ResNet20 has 91.8 % on the original images and about 82 % on these, so compare only
 the rows of this table. Each run has {epochs} epochs; the usual recipes have 200. "from dense": the run starts from the
@@ -123,7 +123,7 @@ def caltech() -> str:
             ]
         )
     use = next(iter(uses.values()), None)
-    text = f", on {counted(use['threads'])} of {use['machine']['processor']}" if use else ""
+    text = f" (on {counted(use['threads'])} of {use['machine']['processor']})" if use else ""
     header = ["method", "sparsity %", "accuracy %", "to dense", "MB", "ms", "FLOPs, % of dense", "rate", "seeds"]
     heading = "### Fine-tuning on Caltech-101: accuracy, MB, ms"
     return (

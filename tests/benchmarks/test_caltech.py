@@ -81,15 +81,27 @@ def test_a_network_is_packed_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["ms"] > 0 < found["dense_ms"]
 
 
-def test_deploying_names_the_run_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_run_of_the_first_seed_is_deployed_with_its_own_zeros(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(caltech, "RESULTS", tmp_path)
-    monkeypatch.setattr(caltech, "RUNS", tmp_path / "runs")
-    (tmp_path / "runs" / "dense-0").mkdir(parents=True)
-    (tmp_path / "runs" / "dense-0" / "model.safetensors").touch()
-    caltech.results().append(caltech.Key("dense", "", 0)._asdict())
-    caltech.results().append(caltech.Key("str-exact", "0.9", 0)._asdict())
-    with pytest.raises(SystemExit, match=r"str-exact-0\.9-0: .*--deploy"):
-        caltech.deploy_all(threads=torch.get_num_threads())
+    density = {"model.0.0": 0.5, "model.13.3": 0.1, "fc": 0.25}
+    for line, target, seed in (("dense", "", 0), ("str-exact", "0.9", 0), ("str-exact", "0.9", 1)):
+        key = caltech.Key(line, target, seed)
+        caltech.results().append(key._asdict() | {"density": density if target else {}})
+    found: list[list[float]] = []
+
+    def measured(model: torch.nn.Module, dense: torch.nn.Module, image: torch.Tensor) -> dict[str, int]:
+        weights = [model.get_submodule(name).weight for name in density]
+        found.append([round(int(weight.count_nonzero()) / weight.numel(), 3) for weight in weights])
+        assert torch.isfinite(model(image)).all()
+        return {"bytes": 1}
+
+    monkeypatch.setattr(caltech, "measured", measured)
+    caltech.deploy_all(threads=torch.get_num_threads())
+    assert found == [[1.0, 1.0, 1.0], [0.5, 0.1, 0.25]]
+    lines = [json.loads(line) for line in (tmp_path / "caltech_deploy.jsonl").read_text().splitlines()]
+    assert [(line["line"], line["target"]) for line in lines] == [("dense", ""), ("str-exact", "0.9")]
 
 
 def test_the_recipe_needs_data_and_weights() -> None:
