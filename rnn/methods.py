@@ -56,6 +56,6 @@ def target_text(config: Config) -> str:
 
 def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Adam:
     """Return Adam. Weight decay is a part of the gradient, as in the paper's formula."""
-    thresholds = config.spectrum_decay if config.method == "str" else None
-    groups = parameter_groups(model, config.weight_decay, thresholds, spectrum_weight_decay=config.spectrum_decay)
+    decay = config.spectrum_decay if config.method == "str" else None
+    groups = parameter_groups(model, config.weight_decay, decay, spectrum_weight_decay=decay)
     return torch.optim.Adam(groups, lr=config.lr)

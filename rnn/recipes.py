@@ -72,7 +72,7 @@ class Config(TrainConfig):
     ranks: str | None = None
     """Ranks of the input matrices and of the recurrent matrices, such as 9,8, with --method fixed or svd-finetune."""
     spectrum_decay: float = 0.0
-    """Weight decay of the spectra, and with --method str also of the raw thresholds (the paper's lambda)."""
+    """Weight decay of the spectra and of the raw thresholds with --method str (the paper's lambda)."""
     raw_threshold_init: float = -10.0
     """Initial raw threshold of --method str; the threshold is its exponential."""
     choose: Literal["validation", "last"] = "validation"

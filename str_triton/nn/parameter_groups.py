@@ -26,8 +26,9 @@ def parameter_groups(
         threshold_weight_decay: for the raw thresholds. None: the weights' decay, as in the paper; 0 for thresholds
             that a controller holds.
         norm_weight_decay: for the parameters of normalization layers, and for vectors: biases and the like.
-        spectrum_weight_decay: for the spectra m of factored matrices. None: the weights' decay. The paper reaches a
-            low rank by decay on m and on the raw thresholds, without a controller.
+        spectrum_weight_decay: for the spectra m of factored matrices. None: the weights' decay; 0 for matrices whose
+            rank a controller sets. The paper reaches a low rank by decay on m and on the raw thresholds, without a
+            controller; with Adam such a decay drives the m of a component that has small gradients to 0.
 
     Returns:
         The non-empty groups {"params", "weight_decay", "name"}, in the order "weights", "thresholds", "spectra",
@@ -37,7 +38,8 @@ def parameter_groups(
     held: set[int] = set()
     for module in model.modules():
         if isinstance(module, LowRankWeight) and module.m is not None:
-            decay = weight_decay if spectrum_weight_decay is None else spectrum_weight_decay
+            decay = 0.0 if module.control else weight_decay
+            decay = decay if spectrum_weight_decay is None else spectrum_weight_decay
             special[id(module.m)] = ("spectra", decay)
         if isinstance(module, ThresholdHolder) and module.raw_threshold is not None:
             decay = 0.0 if module.control else weight_decay

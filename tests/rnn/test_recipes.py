@@ -3,7 +3,8 @@ import dataclasses
 import pytest
 
 from str_triton.rnn.data import KNOWN
-from str_triton.rnn.methods import target_text
+from str_triton.rnn.methods import build, make_optimizer, target_text
+from str_triton.rnn.models import Architecture
 from str_triton.rnn.recipes import PUBLISHED, RECIPES, Config, recipe_for, resolve
 from str_triton.rnn.train import COMMAND_LINE, first_candidate, learning_rate
 from str_triton.training.errors import UserError
@@ -44,6 +45,15 @@ def test_the_papers_recipes_have_its_settings():
         assert (config.epochs, config.batch_size, config.lr, config.hidden_size) == (300, 100, 1e-2, hidden)
         assert (config.method, config.cell, config.raw_threshold_init) == ("str", "fastgrnn", -10.0)
         assert [learning_rate(config, 10, step) for step in (0, 1999, 2000, 2999)] == [1e-2, 1e-2, 1e-3, 1e-3]
+
+
+@pytest.mark.parametrize(("method", "decay"), [("str", 1e-3), ("str-exact", 0.0)])
+def test_the_papers_decay_of_spectra_is_for_its_own_method(method: str, decay: float):
+    config = resolve(dataclasses.replace(RECIPES["har2-fastgrnn"](), method=method))
+    model, _ = build(config, Architecture("classify", "fastgrnn", inputs=9, outputs=2, hidden_size=16))
+    groups = {group["name"]: group["weight_decay"] for group in make_optimizer(config, model).param_groups}
+    assert groups["spectra"] == decay
+    assert groups.get("thresholds", 0.0) == decay
 
 
 def test_describe_prints_everything_and_trains_nothing(capsys: pytest.CaptureFixture):
