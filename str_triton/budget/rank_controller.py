@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from str_triton.budget.names import unwrapped_names
 from str_triton.budget.offset_controller import OffsetController
 from str_triton.budget.rank_budget import factored_matrices, other_costs
-from str_triton.budget.rank_room import filling_shifts
+from str_triton.budget.rank_offsets import filling_shifts, keep_largest
 from str_triton.budget.rank_target import RankCosts, RankTarget
 from str_triton.budget.target_kinds import require_kind
 from str_triton.nn import LowRankWeight, ThresholdHolder
@@ -253,7 +253,7 @@ class RankController(OffsetController):
 
     def _cut(self, done: float) -> tuple[Tensor, Tensor, list[Tensor]]:
         critical, tie = self._critical_offsets()
-        values, caps = zip(*(_keep_largest(offsets.sort().values, tie) for offsets in critical), strict=True)
+        values, caps = zip(*(keep_largest(offsets.sort().values, tie) for offsets in critical), strict=True)
         ordered, order = torch.cat(values).sort(stable=True)
         infinity = ordered.new_full((1,), torch.inf)
         # At place n the first n are cut: their offsets go up to below[n]. The others, from above[n] on, are kept.
@@ -293,14 +293,3 @@ class RankController(OffsetController):
         """Return the budget of the controlled matrices at this point of the schedule, as int64 on their device."""
         keep = self._full - round(done * (self._full - self._keep))
         return torch.full((), keep, device=self._savings.device)
-
-
-def _keep_largest(offsets: Tensor, tie: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a matrix's sorted offsets, inf for the largest and its equals; and the offset that keeps these."""
-    largest = offsets[-1]
-    kept = offsets > largest - tie
-    kept[-1:].fill_(True)  # The comparison of infinities is false.
-    lowest = torch.where(kept, offsets, torch.inf).amin()
-    below = torch.where(kept, -torch.inf, offsets).amax()
-    cap = torch.where(below.isinf(), lowest - 1, (lowest + below) / 2)
-    return torch.where(kept, torch.inf, offsets), torch.where(largest.isinf(), torch.inf, cap)

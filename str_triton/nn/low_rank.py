@@ -228,10 +228,10 @@ class LowRankWeight(ThresholdHolder):
         """Replace the surviving components by their singular value decomposition, in place.
 
         The matrix stays the same up to rounding. The sizes of the survivors become its singular values plus the
-        threshold, half of each in u and half in v, and their m becomes 1. Then an optimizer moves large components no
-        faster than small ones in proportion; with the whole size in m, large components would run away. The largest
-        component takes the place of the largest, and so on, with the sign that turns it least, so that the optimizer's
-        moments still belong to it. Cut components stay as they are. Reads the rank, which synchronizes with the GPU.
+        threshold, half of each in u and half in v, and their m becomes 1: with the whole size in m, an optimizer would
+        let large components run away. The largest component takes the place of the largest, and so on, with the sign
+        that turns it least: an optimizer's moments still belong to it. Cut components stay as they are. Reads the rank,
+        which synchronizes with the GPU.
         """
         spectrum = self.spectrum()
         left = spectrum.nonzero().flatten()
@@ -242,18 +242,15 @@ class LowRankWeight(ThresholdHolder):
             for factor in (full(self.u)[:, left] * spectrum[left], full(self.v)[:, left])
         )
         p, sigma, qh = torch.linalg.svd(ru @ rv.mT)
-        turned = (p * ru).sum(0) < 0  # the new column of u looks away from the old one
-        p, qh = torch.where(turned, -p, p), torch.where(turned[:, None], -qh, qh)
-        root = (sigma + self.threshold.to(dtype)).sqrt()
+        signs = torch.where((p * ru).sum(0) < 0, -1, 1)  # -1: the new column of u looks away from the old one
+        root = (sigma + self.threshold.to(dtype)).sqrt() * signs
         for parameter, value in (
             (self.u, qu @ p * root),
             (self.v, qv @ qh.mT * root),
             (self.trained_spectrum(), torch.ones_like(sigma)),
         ):
             whole = full(parameter)
-            whole.index_copy_(whole.dim() - 1, left, value.to(whole.dtype))
-            if whole is not parameter:
-                store(parameter, whole)
+            store(parameter, whole.index_copy_(whole.dim() - 1, left, value.to(whole.dtype)))
 
     def trained_spectrum(self) -> nn.Parameter:
         """Return m. Raises ValueError in a matrix without a threshold."""

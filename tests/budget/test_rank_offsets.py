@@ -4,7 +4,7 @@ from math import inf
 
 import pytest
 
-from str_triton.budget.rank_room import filling_shifts
+from str_triton.budget.rank_offsets import filling_shifts
 
 COSTS = [[0, 10, 20, 30], [0, 4, 8, 9]]
 

@@ -1,4 +1,18 @@
-"""Which components still fit into a budget after one common offset has cut the others."""
+"""Which components one common offset does not decide: each matrix's largest one, and those for which there is room."""
+
+import torch
+from torch import Tensor
+
+
+def keep_largest(offsets: Tensor, tie: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a matrix's sorted offsets, inf for the largest and its equals; and the offset that keeps these."""
+    largest = offsets[-1]
+    kept = offsets > largest - tie
+    kept[-1:].fill_(True)  # The comparison of infinities is false.
+    lowest = torch.where(kept, offsets, torch.inf).amin()
+    below = torch.where(kept, -torch.inf, offsets).amax()
+    cap = torch.where(below.isinf(), lowest - 1, (lowest + below) / 2)
+    return torch.where(kept, torch.inf, offsets), torch.where(largest.isinf(), torch.inf, cap)
 
 
 def filling_shifts(offsets: list[list[float]], costs: list[list[int]], budget: int, tie: float) -> list[float]:
