@@ -146,7 +146,8 @@ def builds(target: str, launches: Iterable[Launch]) -> list[tuple[str, CompiledK
 # ---- what the code takes ------------------------------------------------------------------------------------------
 
 
-def resources(target: str, variant: str, kernel: CompiledKernel) -> Resources:
+def resources(target: str, variant: str, kernel: CompiledKernel, loop: bool = True) -> Resources:
+    """Measure a kernel. Without `loop`, whose instructions take half a second to disassemble, its length is 0."""
     registers, spills = _amd_registers(kernel) if "amdgcn" in kernel.asm else _nvidia_registers(kernel)
     return Resources(
         kernel.metadata.name,
@@ -158,7 +159,7 @@ def resources(target: str, variant: str, kernel: CompiledKernel) -> Resources:
         kernel.metadata.shared,
         max(access_bits(kernel, "load"), default=0),
         max(access_bits(kernel, "store"), default=0),
-        longest_loop(kernel),
+        longest_loop(kernel) if loop else 0,
         *(len(re.findall(pattern, _code(kernel))) for pattern in (r"ex2\.|v_exp_f32", r"bar\.sync|s_barrier\b")),
         ", ".join(dots(kernel)),
     )
