@@ -1,13 +1,15 @@
 """Learned ranks beside fixed ranks, the SVD of a dense network, and smaller dense networks, at equal parameters.
 
-    python -m benchmarks.studies.learned_rank DATA [--tune] [--compressions 2 4 8] [--seeds 0 1 2] [--jobs 2]
+    python -m benchmarks.studies.learned_rank DATA [--compressions 2 4 8] [--seeds 0 1 2] [--jobs 2]
+    python -m benchmarks.studies.learned_rank DATA --tune --compressions 4 --seeds 5 6 7 [--jobs 2]
     python -m benchmarks.studies.learned_rank DATA --picture FILE
 
 DATA is a key of `DATA_SETS`. Every run is one of rnn/train.py, with one thread and the recipe of the data set. A line
 per run is appended to benchmarks/results/learned_rank.jsonl; runs that it already holds are skipped. `--tune` tries
-the learning rates of `RATES` with every method on the seeds 5 to 7, and writes the validation results, never those of
-the test data, to benchmarks/results/learned_rank_tuning.jsonl. The runs then use the best rate of each method. A data
-set that was not tuned takes the multiple of its rate that was best on the tuned one.
+the learning rates of `RATES` with every method, at the first compression, and writes the validation results, never
+those of the test data, to benchmarks/results/learned_rank_tuning.jsonl; take other seeds for it than for the runs. The
+runs then use the best rate of each method. A data set that was not tuned takes the multiples of its rate that were best
+on `TUNED`.
 """
 
 import argparse
@@ -37,7 +39,6 @@ RUNS = RunFile(RESULTS / "learned_rank.jsonl", KEY)
 TUNING = RunFile(RESULTS / "learned_rank_tuning.jsonl", KEY)
 METHODS = ("str-exact", "fixed", "svd-finetune", "small dense")
 RATES = (0.5, 1.0, 2.0, 4.0)
-TUNING_SEEDS = (5, 6, 7)
 TUNED = "japanese-vowels"
 FIGURE = ("accuracy", 100, "test accuracy, %")
 # The data's recipes, with the learning rates that `RATES` multiplies (the recipes' own follow from the tuning); that of
@@ -111,17 +112,19 @@ def jobs(data: str, compressions: Iterable[float], seeds: Iterable[int]) -> list
     return found
 
 
-def best_rate(method: str) -> float:
+def best_rate(data: str, method: str) -> float:
     """Return the rate with the least validation loss in tuning. Smaller dense networks take the rate of "dense"."""
+    lines = TUNING.read()
+    data = data if any(line["data"] == data for line in lines) else TUNED
     losses: dict[float, list[float]] = {}
-    for line in TUNING.read():
-        if line["method"] == ("dense" if "dense" in method else method):
+    for line in lines:
+        if line["data"] == data and line["method"] == ("dense" if "dense" in method else method):
             losses.setdefault(line["rate"], []).append(line["validation_loss"])
     return min(losses, key=lambda rate: mean(losses[rate]), default=1.0)
 
 
-def tuning_jobs(compression: float) -> list[dict]:
-    own = jobs(TUNED, [compression], TUNING_SEEDS)
+def tuning_jobs(data: str, compression: float, seeds: Iterable[int]) -> list[dict]:
+    own = jobs(data, [compression], seeds)
     return [
         job | {"choose": "validation", "rate": rate} for job in own if job["method"] != "small dense" for rate in RATES
     ]
@@ -164,7 +167,7 @@ def picture(runs: list[dict], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", choices=DATA_SETS)
-    parser.add_argument("--tune", action="store_true", help=f"find each method's learning rate, on {TUNED}")
+    parser.add_argument("--tune", action="store_true", help="find each method's learning rate")
     parser.add_argument("--compressions", nargs="+", type=float, default=[2.0, 4.0, 8.0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
@@ -174,10 +177,10 @@ def main() -> None:
         picture(RUNS.read(), args.picture)
         return
     if args.tune:
-        do(tuning_jobs(args.compressions[0]), TUNING, args.jobs, keep_test=False)
+        do(tuning_jobs(args.data, args.compressions[0], args.seeds), TUNING, args.jobs, keep_test=False)
         return
     todo = jobs(args.data, args.compressions, args.seeds)
-    do([job | {"rate": best_rate(job["method"])} for job in todo], RUNS, args.jobs, keep_test=True)
+    do([job | {"rate": best_rate(args.data, job["method"])} for job in todo], RUNS, args.jobs, keep_test=True)
 
 
 if __name__ == "__main__":
