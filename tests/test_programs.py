@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -137,41 +138,59 @@ sys.exit(run_program(program))
         assert process.wait(60) == 141
 
 
-def front(words: list[str], unbuffered: str, output: Any) -> subprocess.CompletedProcess:
-    """Run the front with its standard output in a file."""
-    return subprocess.run(
-        [sys.executable, "-m", "str_triton", *words],
+HELPS = ("--help", "pack --help", "train-cnn --help")
+FULL = Path("/dev/full")
+needs_full = pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full, a device that is always full")
+
+# The reader of a pipe closes its end before the program writes.
+FRONT = """
+import json, os, runpy, sys
+import str_triton.cnn.train  # which takes seconds
+
+codes = []
+for number, (output, words) in enumerate(json.loads(sys.argv[1])):
+    if (child := os.fork()) == 0:
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(os.open(output, os.O_WRONLY) if output else writer, 1)
+        os.dup2(os.open(f"{sys.argv[2]}/{number}", os.O_WRONLY | os.O_CREAT), 2)
+        sys.argv, sys.orig_argv = ["-m", *words.split()], ["python", "-m", "str_triton", *words.split()]
+        runpy.run_module("str_triton", run_name="__main__", alter_sys=True)
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(json.dumps(codes))
+"""
+
+
+@pytest.fixture(scope="module", params=["", "1"], ids=["buffered", "unbuffered"])
+def helped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Any]:
+    """Run the front for each output and help, and return exit codes and errors. The programs share one import."""
+    cases, folder = list(product(["", str(FULL)] if FULL.exists() else [""], HELPS)), tmp_path_factory.mktemp("errors")
+    process = subprocess.run(
+        [sys.executable, "-c", FRONT, json.dumps(cases), folder],
         cwd=ROOT,
-        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
-        stdout=output,
-        stderr=subprocess.PIPE,
-        timeout=60,
+        env={**os.environ, "PYTHONUNBUFFERED": request.param},
+        stdout=subprocess.PIPE,
+        timeout=300,
     )
+    ends = enumerate(json.loads(process.stdout))
+    return {case: (code, (folder / str(i)).read_text()) for case, (i, code) in zip(cases, ends, strict=True)}
 
 
-@pytest.mark.parametrize("words", [["--help"], ["pack", "--help"], ["train-cnn", "--help"]], ids=" ".join)
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_help_that_nobody_reads_ends_quietly(words: list[str], unbuffered: str):
-    """The reader has closed its end before the program writes."""
-    reader, writer = os.pipe()
-    os.close(reader)
-    process = front(words, unbuffered, writer)
-    os.close(writer)
-    assert (process.returncode, process.stderr) == (141, b"")
+@pytest.mark.parametrize("words", HELPS)
+def test_help_that_nobody_reads_ends_quietly(helped: dict[tuple[str, str], Any], words: str):
+    assert helped["", words] == (141, "")
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full")
-@pytest.mark.parametrize("words", [["--help"], ["pack", "--help"], ["train-cnn", "--help"]], ids=" ".join)
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_help_on_a_full_disk_is_one_line(words: list[str], unbuffered: str):
-    with open("/dev/full", "wb", buffering=0) as full:
-        process = front(words, unbuffered, full)
-    assert process.returncode == 2
-    assert holds(process.stderr.decode(), "error: .. standard output .. No space left on device")
-    assert process.stderr.count(b"\n") == 1
+@needs_full
+@pytest.mark.parametrize("words", HELPS)
+def test_help_on_a_full_disk_is_one_line(helped: dict[tuple[str, str], Any], words: str):
+    code, error = helped[str(FULL), words]
+    assert code == 2
+    assert holds(error, "error: .. standard output .. No space left on device")
+    assert error.count("\n") == 1
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full")
+@needs_full
 def test_a_fault_on_a_full_disk_keeps_its_code():
     """Neither the message nor the rest of the output can be written."""
     code = """
