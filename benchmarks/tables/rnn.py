@@ -2,7 +2,7 @@
 
 from statistics import mean
 
-from benchmarks.tables.documents import LEARNED_RANK, lines, markdown, results, spread, table
+from benchmarks.tables.documents import LEARNED_RANK, NONE, lines, markdown, results, spread, table
 
 
 @table("rank-demo")
@@ -67,14 +67,14 @@ def learned_rank_screen() -> str:
 
 @table("learned-rank-tuning", LEARNED_RANK)
 def learned_rank_tuning() -> str:
-    """Return the validation loss of every method at every learning rate."""
+    """Return the validation loss of every method at every learning rate, on each data set that was tuned."""
     runs = lines("learned_rank_tuning.jsonl")
     rates = sorted({run["rate"] for run in runs})
-
-    def cell(method: str, rate: float) -> str:
-        losses = [run["validation_loss"] for run in runs if (run["method"], run["rate"]) == (method, rate)]
-        return spread(losses, digits=3)
-
-    methods = dict.fromkeys(run["method"] for run in runs)
-    rows = [[method, *(cell(method, rate) for rate in rates)] for method in methods]
-    return markdown(["method; rate", *(f"x {rate:g}" for rate in rates)], rows)
+    losses: dict[tuple[str, str], dict[float, list[float]]] = {}
+    for run in runs:
+        losses.setdefault((run["data"], run["method"]), {}).setdefault(run["rate"], []).append(run["validation_loss"])
+    rows = [
+        [f"{data}, {method}", *(spread(found[rate], digits=3) if rate in found else NONE for rate in rates)]
+        for (data, method), found in losses.items()
+    ]
+    return markdown(["data, method; rate", *(f"x {rate:g}" for rate in rates)], rows)
