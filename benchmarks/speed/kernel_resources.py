@@ -69,7 +69,7 @@ class Resources:
     shared: int
     load_bits: int
     store_bits: int
-    loop: int  # instructions of a time loop's step (NVIDIA)
+    loop: int | None  # instructions of a time loop's step (NVIDIA); None: not counted
     exponentials: int
     barriers: int
     dots: str  # the kinds of matrix instructions
@@ -147,7 +147,7 @@ def builds(target: str, launches: Iterable[Launch]) -> list[tuple[str, CompiledK
 
 
 def resources(target: str, variant: str, kernel: CompiledKernel, loop: bool = True) -> Resources:
-    """Measure a kernel. Without `loop`, whose instructions take half a second to disassemble, its length is 0."""
+    """Measure a kernel, without the length of its time loop unless `loop`: to disassemble it takes half a second."""
     registers, spills = _amd_registers(kernel) if "amdgcn" in kernel.asm else _nvidia_registers(kernel)
     return Resources(
         kernel.metadata.name,
@@ -159,7 +159,7 @@ def resources(target: str, variant: str, kernel: CompiledKernel, loop: bool = Tr
         kernel.metadata.shared,
         max(access_bits(kernel, "load"), default=0),
         max(access_bits(kernel, "store"), default=0),
-        longest_loop(kernel) if loop else 0,
+        longest_loop(kernel) if loop else None,
         *(len(re.findall(pattern, _code(kernel))) for pattern in (r"ex2\.|v_exp_f32", r"bar\.sync|s_barrier\b")),
         ", ".join(dots(kernel)),
     )

@@ -17,7 +17,7 @@ multiply-adds. "teacher": the network also learns the scores of the dense networ
 `--tune` compares learning rates on a fifth of the training images, which it holds out. The test images take no part.
 Its lines are in caltech_tuning.jsonl. `--deploy` packs and compiles, for each run of the first seed, a network with
 random weights and with zeros in random places, as many in each layer as the run has, and times it beside the dense
-network: caltech_deploy.jsonl. Neither size nor time depends on the weights' values.
+network: caltech_deploy.jsonl. Size and time depend on the zeros only, not on the other values.
 """
 
 import argparse

@@ -37,13 +37,12 @@ def parameter_groups(
     special: dict[int, tuple[str, float]] = {}
     held: set[int] = set()
     for module in model.modules():
-        if isinstance(module, LowRankWeight) and module.m is not None:
-            decay = 0.0 if module.control else weight_decay
-            decay = decay if spectrum_weight_decay is None else spectrum_weight_decay
-            special[id(module.m)] = ("spectra", decay)
         if isinstance(module, ThresholdHolder) and module.raw_threshold is not None:
-            decay = 0.0 if module.control else weight_decay
-            decay = decay if threshold_weight_decay is None else threshold_weight_decay
+            usual = 0.0 if module.control else weight_decay
+            if isinstance(module, LowRankWeight) and module.m is not None:
+                decay = usual if spectrum_weight_decay is None else spectrum_weight_decay
+                special[id(module.m)] = ("spectra", decay)
+            decay = usual if threshold_weight_decay is None else threshold_weight_decay
             special[id(module.raw_threshold)] = ("thresholds", decay)
             if not module.learns_threshold:
                 held.add(id(module.raw_threshold))
