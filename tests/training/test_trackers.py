@@ -124,16 +124,17 @@ def test_a_missing_package_is_one_line(accelerator: Accelerator, tmp_path: Path,
 
 
 def test_wandb(accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    pytest.importorskip("wandb", reason="needs the package wandb")
+    wandb = pytest.importorskip("wandb", reason="needs the package wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     run(accelerator, tmp_path / "run", "wandb", RECORD)
     name = json.loads((tmp_path / "run" / trackers.FILE).read_text())["wandb"]
-    (written,) = (tmp_path / "run" / "wandb").glob(f"offline-run-*/run-{name}.wandb")
-    content = written.read_bytes()
-    for word in (b"epoch/accuracy", b"sparsity/conv1", b"log_with"):
-        assert word in content
     run(accelerator, tmp_path / "run", "wandb", resume=True)
     assert json.loads((tmp_path / "run" / trackers.FILE).read_text())["wandb"] == name
+    wandb.teardown()  # finish() only tells wandb's process to close the file; this waits until that process has ended
+    written = (tmp_path / "run" / "wandb").glob(f"offline-run-*/run-{name}.wandb")
+    content = b"".join(path.read_bytes() for path in written)
+    for word in (b"epoch/accuracy", b"sparsity/conv1", b"log_with"):
+        assert word in content
 
 
 def test_mlflow(accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
