@@ -45,5 +45,5 @@ def svd_ranks(model: nn.Module, architecture: Architecture, target: RankTarget) 
     """Return the ranks at which the SVD of a dense ``model`` meets ``target``, with one threshold for all matrices."""
     factored = architecture.build()
     copy_weights(model, factored)
-    RankController(factored, target, schedule="constant", end=0.0).solve()
+    RankController(factored, target, schedule="constant", end=0.0, distribution="fixed").solve()
     return factored.rnn.ranks()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from str_triton.budget.names import unwrapped_names
 from str_triton.budget.offset_controller import OffsetController
 from str_triton.budget.rank_budget import factored_matrices, other_costs
-from str_triton.budget.rank_offsets import filling_shifts, keep_largest
+from str_triton.budget.rank_offsets import balancing_shifts, filling_shifts, keep_largest, separating_moves
 from str_triton.budget.rank_target import RankCosts, RankTarget
 from str_triton.budget.target_kinds import require_kind
 from str_triton.nn import LowRankWeight, ThresholdHolder
@@ -52,10 +52,12 @@ class RankController(OffsetController):
             (compact ones) have a fixed cost, and a matrix that several modules share counts once.
         target: the highest cost at the end. Matrices count as compact ones, or as dense ones if the factors are no
             smaller. A target in recurrent FLOPs controls the recurrent matrices; other thresholds do not move.
-        schedule: "cubic" (fast first), "linear" or "constant" from progress `begin` to `end`, in the target's unit. It
+        schedule: "linear", "cubic" (fast first) or "constant" from progress `begin` to `end`, in the target's unit. It
             begins at the cost of all components. Before `begin` all components survive; after `end` the target holds.
-        distribution: "fixed": the thresholds keep their present ratios (g = "exp") and need no gradients. "learned":
-            the optimizer moves them, slowly and within bounds, in the first third of training.
+        distribution: "relative": the thresholds are proportional to the norms of their matrices, measured now and at
+            every factoring, so that a component is cut if its share of its matrix is small. "fixed": the thresholds
+            keep their present ratios. "learned": the optimizer moves the thresholds, slowly and within bounds, in the
+            first third of training.
         interval: steps between solves.
 
     With g = "sigmoid", whose thresholds stay below 1, components of size 1 and more are never cut.
@@ -63,26 +65,27 @@ class RankController(OffsetController):
     Raises:
         ValueError: a model without thresholded matrices (for a target in recurrent FLOPs: without recurrent ones), a
             target above the cost of all components or below the cost of one per matrix, several matrices with one raw
-            threshold, or arguments out of range.
+            threshold, "relative" with another g than "exp", or arguments out of range.
     """
+
+    DISTRIBUTIONS = ("relative", "fixed", "learned")
 
     def __init__(
         self,
         model: nn.Module,
         target: RankTarget,
         *,
-        schedule: str = "cubic",
+        schedule: str = "linear",
         begin: float = 0.0,
-        end: float = 0.5,
-        distribution: str = "fixed",
+        end: float = 0.3,
+        distribution: str = "relative",
         interval: int = 20,
     ) -> None:
         require_kind(target, RankTarget)
         super().__init__(schedule=schedule, begin=begin, end=end, distribution=distribution, interval=interval)
         self.target = target
         named = {n: m for n, m in factored_matrices(model).items() if m.raw_threshold is not None}
-        thresholded = list(named.values())
-        self._matrices = [matrix for matrix in thresholded if matrix.recurrent or not target.recurrent_only]
+        self._matrices = [matrix for matrix in named.values() if matrix.recurrent or not target.recurrent_only]
         if not self._matrices:
             kind = "recurrent low-rank matrix" if target.recurrent_only else "low-rank matrix"
             raise ValueError(f"the model has no {kind} with a threshold for {target}")
@@ -90,6 +93,9 @@ class RankController(OffsetController):
             raise ValueError(
                 "one raw threshold for several matrices cannot keep a component in each: give each its own"
             )
+        others = {matrix.g for matrix in self._matrices} - {"exp"}
+        if distribution == "relative" and others:
+            raise ValueError(f'distribution="relative" needs g="exp", not {min(others)!r}: use distribution="fixed"')
         self._names = [name for name, matrix in named.items() if any(matrix is m for m in self._matrices)]
         self._kept: list[Tensor] = []  # The values of m that exact() restores.
         self._full = sum(target.cost(matrix, matrix.max_rank) for matrix in self._matrices)
@@ -108,6 +114,7 @@ class RankController(OffsetController):
         self._take(model, self._matrices, modules)
         self._first = self._thresholds.whole()
         self._survivors: list[Tensor] | None = None  # The components that are left, once the ranks are fixed.
+        self._balance()
 
     def _weights(self) -> list[Tensor]:
         return [p for matrix in self._matrices for p in (matrix.u, matrix.v, matrix.trained_spectrum())]
@@ -143,6 +150,7 @@ class RankController(OffsetController):
         if ends or self.steps % (self.interval * REFACTOR) == 0:
             for matrix in self._matrices:
                 matrix.refactor()
+            self._balance()
         super().step(progress)
         if ends:
             self._settle()
@@ -275,17 +283,15 @@ class RankController(OffsetController):
         rounding = max(torch.finfo(raw.dtype).eps for raw in self._raws)
         return critical, TIE * rounding * finite.abs().amax().clamp(min=1)
 
+    def _balance(self) -> None:
+        """Make the thresholds proportional to the norms of their matrices, if the distribution is "relative"."""
+        if self.distribution == "relative":
+            raws = [raw + held for raw, held in zip(self._thresholds.whole(), self._held_back, strict=True)]
+            self._thresholds.move(balancing_shifts(raws, [matrix.singular_values() for matrix in self._matrices]))
+
     def _separate(self) -> None:
         """Scale m of the components whose offsets are equal up to rounding, so that a threshold separates them."""
-        critical, tie = self._critical_offsets()
-        ordered, order = torch.cat(critical).sort(stable=True)
-        steps = 2 * tie * torch.arange(len(ordered), device=ordered.device)
-        moves = (ordered - steps).cummax(0).values + steps - ordered
-        moves = torch.where((ordered.diff() <= tie).any() & (moves > tie / 4), moves, 0)
-        moves = torch.empty_like(moves).scatter_(0, order, moves)
-        for matrix, move in zip(
-            self._matrices, moves.split([matrix.max_rank for matrix in self._matrices]), strict=True
-        ):
+        for matrix, move in zip(self._matrices, separating_moves(*self._critical_offsets()), strict=True):
             m = matrix.trained_spectrum()
             local(m).mul_(move.exp()[rows_here(m)])
 

@@ -1,4 +1,6 @@
-"""Which components one common offset does not decide: each matrix's largest one, and those for which there is room."""
+"""How the offsets of a `RankController` are prepared: equal norms, no ties, a component in each matrix, unused room."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -44,3 +46,27 @@ def filling_shifts(offsets: list[list[float]], costs: list[list[int]], budget: i
         room -= costs[i][ranks[i] + 1] - costs[i][ranks[i]]
         ranks[i] += 1
         shifts[i] = (offset + max(ended[i][ranks[i]], offset - 2)) / 2
+
+
+def separating_moves(offsets: Sequence[Tensor], tie: Tensor) -> list[Tensor]:
+    """Return for each offset of each matrix how far to raise it, so that all lie further apart than `tie`.
+
+    Zeros where they do already.
+    """
+    ordered, order = torch.cat(list(offsets)).sort(stable=True)
+    steps = 2 * tie * torch.arange(len(ordered), device=ordered.device)
+    moves = (ordered - steps).cummax(0).values + steps - ordered
+    moves = torch.where((ordered.diff() <= tie).any() & (moves > tie / 4), moves, 0)
+    moves = torch.empty_like(moves).scatter_(0, order, moves)
+    return list(moves.split([len(of_one) for of_one in offsets]))
+
+
+@torch.no_grad()
+def balancing_shifts(raws: Sequence[Tensor], sizes: Sequence[Tensor]) -> list[Tensor]:
+    """Return how far to move each raw threshold [1], so that exp(raw) is proportional to the norm of the sizes.
+
+    The mean of the raw thresholds stays the same. A matrix without a norm (zeros, NaN) counts as one of norm 1.
+    """
+    norms = torch.stack([of_one.norm().log() for of_one in sizes]).nan_to_num(0.0, 0.0, 0.0)
+    shifts = norms - torch.stack([raw.squeeze() for raw in raws])
+    return list(shifts - shifts.mean())

@@ -80,8 +80,11 @@ def brute_force(model, kind, most):
 
 
 @pytest.mark.parametrize("kind", ["total_rank", "params", "recurrent_flops", "compression"])
-@pytest.mark.parametrize("g", ["exp", "sigmoid", "softplus", "identity"])
-def test_the_result_is_the_largest_model_not_above_the_target(kind, g):
+@pytest.mark.parametrize(
+    ("g", "distribution"),
+    [("exp", "relative"), ("exp", "fixed"), ("sigmoid", "fixed"), ("softplus", "fixed"), ("identity", "fixed")],
+)
+def test_the_result_is_the_largest_model_not_above_the_target(kind, g, distribution):
     for seed in range(3):
         model = random_model(seed, g)
         full, ones = [m.max_rank for m in matrices(model)], [1] * len(SHAPES)
@@ -90,10 +93,11 @@ def test_the_result_is_the_largest_model_not_above_the_target(kind, g):
         dense = cost(model, [10**6] * len(SHAPES), "params")
         targets = [least, largest, largest - 1, *torch.randint(least, largest, (3,)).tolist()]
         for most in targets:
-            expected = brute_force(model, kind, most)
             value = dense / most if kind == "compression" else most
             tried = copy.deepcopy(model)
-            solve(RankController(tried, RankTarget(**{kind: value})))
+            controller = RankController(tried, RankTarget(**{kind: value}), distribution=distribution)
+            expected = brute_force(tried, kind, most)
+            solve(controller)
             assert ranks(tried) == expected, (seed, most)
             for before, after in zip(matrices(model), matrices(tried), strict=True):
                 assert torch.equal(before.m, after.m)
@@ -102,9 +106,40 @@ def test_the_result_is_the_largest_model_not_above_the_target(kind, g):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_dtypes(dtype):
     model = random_model(1).to(dtype)
+    controller = RankController(model, RankTarget(params=700))
     expected = brute_force(model, "params", 700)
-    solve(RankController(model, RankTarget(params=700)))
+    solve(controller)
     assert ranks(model) == expected
+
+
+def test_relative_thresholds_are_shares_of_the_norms_of_the_matrices():
+    model = random_model()
+    solve(RankController(model, RankTarget(total_rank=15)))
+    shares = [matrix.threshold / matrix.singular_values().norm() for matrix in matrices(model)]
+    torch.testing.assert_close(torch.stack(shares), shares[0].expand(len(shares), 1))
+
+
+@pytest.mark.parametrize("settled", [False, True])
+def test_the_scale_of_a_matrix_does_not_change_relative_ranks(settled):
+    found = {}
+    for distribution in ("relative", "fixed"):
+        for scale in (1.0, 30.0):
+            model = random_model()
+            controller = RankController(model, RankTarget(total_rank=15), distribution=distribution)
+            matrices(model)[1].u.data.mul_(scale)
+            if settled:
+                controller.step(0.3)
+            else:
+                controller.step(0.0)
+                solve(controller)
+            found[distribution, scale] = ranks(model)
+    assert found["relative", 1.0] == found["relative", 30.0]
+    assert found["fixed", 1.0] != found["fixed", 30.0]
+
+
+def test_relative_thresholds_need_exp():
+    with pytest.raises(ValueError, match=r"g=\"exp\".*not 'sigmoid': use distribution=\"fixed\""):
+        RankController(random_model(g="sigmoid"), RankTarget(total_rank=15))
 
 
 def test_the_parameters_are_those_of_the_compact_model():
@@ -137,7 +172,7 @@ def test_a_full_matrix_costs_no_more_than_the_dense_one():
 def test_one_offset_moves_all_thresholds():
     model = random_model()
     before = torch.cat([matrix.raw_threshold.detach() for matrix in matrices(model)])
-    solve(RankController(model, RankTarget(total_rank=25)))
+    solve(RankController(model, RankTarget(total_rank=25), distribution="fixed"))
     after = torch.cat([matrix.raw_threshold.detach() for matrix in matrices(model)])
     assert (after - before).std() < 1e-6 < (after - before).mean()
 
@@ -157,7 +192,7 @@ def test_schedules(schedule, expected):
 
 def test_the_schedule_begins_at_the_cost_of_all_components():
     model, untouched = random_model(), random_model()
-    controller = RankController(model, RankTarget(params=500), schedule="linear", end=1.0)
+    controller = RankController(model, RankTarget(params=500), distribution="fixed", begin=0.0, end=1.0)
     full = count_ranks(model).params
     for progress in (0.25, 0.5, 0.75):
         controller.progress = progress
@@ -171,7 +206,7 @@ def test_no_matrix_is_emptied():
     set_sizes(matrices(model)[-1], torch.rand(20) * 1e-4)
     for total in (6, 7, 40):
         tried = copy.deepcopy(model)
-        solve(RankController(tried, RankTarget(total_rank=total)))
+        solve(RankController(tried, RankTarget(total_rank=total), distribution="fixed"))
         assert sum(ranks(tried)) == total
         assert min(ranks(tried)) == ranks(tried)[-1] == 1
 
@@ -179,7 +214,7 @@ def test_no_matrix_is_emptied():
 def test_the_bounds_of_learned_thresholds_empty_no_matrix():
     model = random_model(shapes=[(20, 20, None)] * 3)
     set_sizes(matrices(model)[-1], torch.rand(20) * 1e-3)
-    options = {"distribution": "learned", "schedule": "constant", "interval": 5, "end": 1.0}
+    options = {"distribution": "learned", "schedule": "constant", "interval": 5, "begin": 0.0, "end": 1.0}
     controller = RankController(model, RankTarget(total_rank=20), **options)
     for progress in (0.1, 0.2, 0.3, 0.4, 0.5):  # One solve, at the first.
         controller.step(progress)
@@ -196,7 +231,9 @@ def test_a_threshold_is_held_back_no_longer_than_it_must():
     for matrix in matrices(model):
         matrix.raw_threshold.data.fill_(-5.0)
     set_sizes(matrices(model)[-1], torch.rand(20) * 1e-2)
-    controller = RankController(model, RankTarget(total_rank=3), schedule="linear", end=1.0, begin=0.0)
+    controller = RankController(
+        model, RankTarget(total_rank=3), distribution="fixed", schedule="linear", end=1.0, begin=0.0
+    )
     solve(controller)
     assert ranks(model) == [1, 1, 1]
     assert raw_thresholds(model).diff().abs().max() > 1
@@ -222,7 +259,7 @@ def test_equal_components_are_cut_one_by_one(g, twins):
     weights = [matrix.weight().detach() for matrix in matrices(model)]
     for total in range(16 * twins, twins - 1, -1):
         tried = copy.deepcopy(model)
-        controller = RankController(tried, RankTarget(total_rank=total))
+        controller = RankController(tried, RankTarget(total_rank=total), distribution="fixed")
         solve(controller)
         assert sum(ranks(tried)) == total
         assert min(ranks(tried)) >= 1
@@ -274,7 +311,7 @@ def test_equal_components_inside_exact_go_together_and_m_stays():
 def test_from_which_distance_offsets_differ():
     """8 units of rounding, of float32 at 1."""
     model = nn.Sequential(LowRankLinear(3, 3, g="identity", raw_threshold_init=0.0))
-    controller = RankController(model, RankTarget(total_rank=2))
+    controller = RankController(model, RankTarget(total_rank=2), distribution="fixed")
     controller.progress = 1.0
     for units, rank in ((8, 1), (9, 2)):
         with torch.no_grad():
@@ -304,7 +341,7 @@ def test_components_of_size_zero_do_not_confuse_the_solve():
 def test_nothing_to_cut():
     model = nn.Sequential(LowRankLinear(8, 8, max_rank=1), LowRankLinear(8, 8, max_rank=1))
     before = raw_thresholds(model)
-    solve(RankController(model, RankTarget(total_rank=2)))
+    solve(RankController(model, RankTarget(total_rank=2), distribution="fixed"))
     assert ranks(model) == [1, 1]
     assert torch.equal(raw_thresholds(model), before)
 
@@ -315,14 +352,14 @@ def test_rounding_is_that_of_the_largest_offset():
     set_sizes(matrices(model)[1], torch.tensor([1.0, 1 + 1e-6]) * matrices(model)[1].threshold.detach())
     for total in range(31, 2, -7):
         tried = copy.deepcopy(model)
-        solve(RankController(tried, RankTarget(total_rank=total)))
+        solve(RankController(tried, RankTarget(total_rank=total), distribution="fixed"))
         assert ranks(tried) == [total - 1, 1]
 
 
 def test_components_that_no_threshold_reaches_are_kept():
     model = random_model(g="sigmoid")
     set_sizes(matrices(model)[0], torch.arange(9) + 0.5)
-    solve(RankController(model, RankTarget(total_rank=5)))
+    solve(RankController(model, RankTarget(total_rank=5), distribution="fixed"))
     assert ranks(model) == [8, 1, 1, 1, 1]
     assert raw_thresholds(model).isfinite().all()
 
@@ -491,7 +528,7 @@ def test_settled_ranks_leave_out_no_component_that_fits():
 
 def test_survivors_are_factored_anew_before_every_fifth_solve(monkeypatch):
     model = random_model()
-    controller = RankController(model, RankTarget(total_rank=15), interval=3)
+    controller = RankController(model, RankTarget(total_rank=15), end=0.6, interval=3)
     steps, refactor = [], LowRankWeight.refactor
     monkeypatch.setattr(LowRankWeight, "refactor", lambda self: (steps.append(controller.steps), refactor(self)))
     for i in range(40):

@@ -105,9 +105,9 @@ def test_the_recipe_for_a_configuration_does_not_depend_on_its_recipe():
 @pytest.mark.parametrize(
     ("method", "epochs", "first"),
     [
-        ("str-exact", 10, 5),
+        ("str-exact", 10, 3),
         ("str-exact", 1, 1),
-        ("str-exact", 31, 16),
+        ("str-exact", 31, 10),
         ("str", 300, 270),
         ("dense", 5, 0),
         ("fixed", 5, 0),
