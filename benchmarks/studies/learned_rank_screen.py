@@ -90,21 +90,28 @@ class Unfactored(RankController):
             LowRankWeight.refactor = refactor
 
 
-# name: class of the matrices, their gradient, class of the controller, its end, other
+OPTIONS = ("schedule", "begin", "end", "distribution")  # of the controller
+UNSETTLED = {"schedule": "cubic", "end": 0.7, "distribution": "fixed"}
+# name: class of the matrices, their gradient, class of the controller, its options, other
 VARIANTS = {
     "default": {},
     "default, the size in m": {"matrix": Unbalanced},
-    "no fix": {"matrix": Unscaled, "controller": Drifting, "end": 0.7},
-    "norm-scaled": {"controller": Drifting, "end": 0.7},
-    "norm-scaled, straight-through": {"controller": Drifting, "end": 0.7, "gradient": "straight_through"},
-    "orthogonality penalty": {"controller": Drifting, "end": 0.7, "penalty": PENALTY},
-    "factored anew": {"controller": Unsettled, "end": 0.7},
-    "factored anew, straight-through": {"controller": Unsettled, "end": 0.7, "gradient": "straight_through"},
+    "no fix": {"matrix": Unscaled, "controller": Drifting, **UNSETTLED},
+    "norm-scaled": {"controller": Drifting, **UNSETTLED},
+    "norm-scaled, straight-through": {"controller": Drifting, "gradient": "straight_through", **UNSETTLED},
+    "orthogonality penalty": {"controller": Drifting, "penalty": PENALTY, **UNSETTLED},
+    "factored anew": {"controller": Unsettled, **UNSETTLED},
+    "factored anew, straight-through": {"controller": Unsettled, "gradient": "straight_through", **UNSETTLED},
     "settled, never factored anew": {"controller": Unfactored},
     "settled, factored anew at each solve": {"controller": EachSolve},
     "default, straight-through": {"gradient": "straight_through"},
-    "default, settled at 0.3": {"end": 0.3},
-    "default, settled at 0.7": {"end": 0.7},
+    "default, fixed ratios": {"distribution": "fixed"},
+    "default, fixed ratios, cubic until 0.5": {"distribution": "fixed", "schedule": "cubic", "end": 0.5},
+    "default, cubic until 0.5": {"schedule": "cubic", "end": 0.5},
+    "default, from 0.15": {"begin": 0.15},
+    "default, at once at 0.3": {"begin": 0.3, "schedule": "constant"},
+    "default, until 0.5": {"end": 0.5},
+    "default, until 0.7": {"end": 0.7},
     "default, learned distribution": {"distribution": "learned"},
     "default, factors per gate": {"gates": 3},
     "fixed rank": {"fixed": True},
@@ -163,7 +170,7 @@ def run(name: str, total_rank: int, seed: int) -> dict:
     controller = None
     if not variant.keys() & {"fixed", "dense"}:
         target = total_rank * variant.get("gates", 1) * 2 // 3 if "gates" in variant else total_rank
-        options = {key: variant[key] for key in ("end", "distribution") if key in variant}
+        options = {key: variant[key] for key in OPTIONS if key in variant}
         controller = variant.get("controller", RankController)(network, RankTarget(total_rank=target), **options)
     elif "fixed" in variant:
         for matrix in network.matrices.values():
