@@ -78,3 +78,22 @@ def learned_rank_tuning() -> str:
         for (data, method), found in losses.items()
     ]
     return markdown(["data, method; rate", *(f"x {rate:g}" for rate in rates)], rows)
+
+
+@table("rank-schedules", LEARNED_RANK)
+def rank_schedules() -> str:
+    """Return the validation loss on text and the ranks of the first seed, by schedule and distribution."""
+    runs = lines("rank_schedules.jsonl")
+    rows = []
+    for schedule, begin, end in dict.fromkeys((run["schedule"], run["begin"], run["end"]) for run in runs):
+        cells = []
+        for distribution in ("relative", "fixed"):
+            key = (schedule, begin, end, distribution)
+            own = [r for r in runs if (r["schedule"], r["begin"], r["end"], r["distribution"]) == key]
+            cells += [
+                spread((run["validation_loss"] for run in own), digits=3),
+                ", ".join(str(rank) for rank in own[0]["ranks"].values()) if own else NONE,
+            ]
+        name = f"at once at {end:g}" if schedule == "constant" else f"{schedule}, {begin:g} to {end:g}"
+        rows.append([name, *cells])
+    return markdown(["ranks fall", "relative: loss", "relative: ranks", "fixed: loss", "fixed: ranks"], rows)
