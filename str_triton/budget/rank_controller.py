@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from str_triton.budget.names import unwrapped_names
 from str_triton.budget.offset_controller import OffsetController
-from str_triton.budget.rank_budget import factored_matrices, other_costs
+from str_triton.budget.rank_budget import factored_matrices
 from str_triton.budget.rank_offsets import balancing_shifts, filling_shifts, keep_largest, separating_moves
-from str_triton.budget.rank_target import RankCosts, RankTarget
+from str_triton.budget.rank_target import RankTarget, rank_costs
 from str_triton.budget.target_kinds import require_kind
 from str_triton.nn import LowRankWeight, ThresholdHolder
 from str_triton.nn.shards import full, local, rows_here
@@ -99,7 +99,7 @@ class RankController(OffsetController):
         self._names = [name for name, matrix in named.items() if any(matrix is m for m in self._matrices)]
         self._kept: list[Tensor] = []  # The values of m that exact() restores.
         self._full = sum(target.cost(matrix, matrix.max_rank) for matrix in self._matrices)
-        self._keep = self._final_cost(model)
+        self._keep = target.keep(rank_costs(model, target, self._matrices))
         savings = [
             target.cost(matrix, rank) - target.cost(matrix, rank - 1)
             for matrix in self._matrices
@@ -119,41 +119,25 @@ class RankController(OffsetController):
     def _weights(self) -> list[Tensor]:
         return [p for matrix in self._matrices for p in (matrix.u, matrix.v, matrix.trained_spectrum())]
 
-    def _final_cost(self, model: nn.Module) -> int:
-        """Return the budget of the controlled matrices at the end."""
-        target, controlled = self.target, set(map(id, self._matrices))
-        matrices = [m for m in factored_matrices(model).values() if m.recurrent or not target.recurrent_only]
-        others, other_recurrent = other_costs(model)
-        return target.keep(
-            RankCosts(
-                full=self._full,
-                least=sum(target.cost(matrix, 1) for matrix in self._matrices),
-                uncontrolled=sum(target.cost(m, m.max_rank) for m in matrices if id(m) not in controlled),
-                dense_matrices=sum(matrix.rows * matrix.columns for matrix in matrices),
-                others=others,
-                other_recurrent=other_recurrent,
-            )
-        )
-
     def step(self, progress: float) -> None:
         """Call after `optimizer.step()`, with the share of training that is done, 0 to 1; from `end` the target is met.
 
         A solve does not wait for the GPU; factoring again does.
         """
-        self._meet()
-        if self._survivors is not None:
-            self._advance(progress)
-            self._hold(self._survivors)
-            self._control.reached = True  # The ranks meet the target and are fixed: the optimizer cannot change them.
+        if self._survivors is None:
+            super().step(progress)
+            if self.progress >= self.end:
+                self._settle()
             return
-        ends = progress >= self.end
-        if ends or self.steps % (self.interval * REFACTOR) == 0:
-            for matrix in self._matrices:
-                matrix.refactor()
-            self._balance()
-        super().step(progress)
-        if ends:
-            self._settle()
+        self._meet()
+        self._advance(progress)
+        self._hold(self._survivors)
+        self._control.reached = True  # The ranks meet the target and are fixed: the optimizer cannot change them.
+
+    def _follow(self) -> None:
+        if self.progress >= self.end or self.steps % (self.interval * REFACTOR) == 0:
+            self._factor()
+        super()._follow()
 
     def finish(self, model: nn.Module | None = None) -> None:
         if self._survivors is None or model is not None:
@@ -182,18 +166,32 @@ class RankController(OffsetController):
         with super().exact(model):
             yield
 
+    def _factor(self) -> None:
+        """Make the sizes singular values, and the thresholds proportional to their norms."""
+        self._require_finite()
+        for matrix in self._matrices:
+            matrix.refactor()
+        self._balance()
+
     def _make_exact(self, done: float) -> None:
+        if self._survivors is None:
+            if self._training is None:  # by finish(), for good
+                self._factor()
+                self._separate()
+            self._require_finite()
+            super()._make_exact(done)
+            return
+        self._require_finite()
+        self._kept = [local(matrix.trained_spectrum()).clone() for matrix in self._matrices]
+        self._hold(self._survivors)
+
+    def _require_finite(self) -> None:
         for name, matrix in zip(self._names, self._matrices, strict=True):
             if not bool(torch.isfinite(matrix.singular_values()).all()):
                 raise ValueError(
                     f"matrix {name!r} holds NaN or infinity, so that it has no rank: training has diverged; go back to "
                     "an earlier checkpoint"
                 )
-        if self._survivors is None:
-            super()._make_exact(done)
-            return
-        self._kept = [local(matrix.trained_spectrum()).clone() for matrix in self._matrices]
-        self._hold(self._survivors)
 
     @torch.no_grad()
     def _undo_exact(self) -> None:
@@ -287,7 +285,8 @@ class RankController(OffsetController):
         """Make the thresholds proportional to the norms of their matrices, if the distribution is "relative"."""
         if self.distribution == "relative":
             raws = [raw + held for raw, held in zip(self._thresholds.whole(), self._held_back, strict=True)]
-            self._thresholds.move(balancing_shifts(raws, [matrix.singular_values() for matrix in self._matrices]))
+            sizes = [matrix.singular_values() * matrix.spectrum().any() for matrix in self._matrices]
+            self._thresholds.move(balancing_shifts(raws, sizes))
 
     def _separate(self) -> None:
         """Scale m of the components whose offsets are equal up to rounding, so that a threshold separates them."""

@@ -65,8 +65,8 @@ def separating_moves(offsets: Sequence[Tensor], tie: Tensor) -> list[Tensor]:
 def balancing_shifts(raws: Sequence[Tensor], sizes: Sequence[Tensor]) -> list[Tensor]:
     """Return how far to move each raw threshold [1], so that exp(raw) is proportional to the norm of the sizes.
 
-    The mean of the raw thresholds stays the same. A matrix without a norm (zeros, NaN) counts as one of norm 1.
+    No move is above 0, so that none cuts a component. A matrix without a norm (zeros, NaN) counts as one of norm 1.
     """
     norms = torch.stack([of_one.norm().log() for of_one in sizes]).nan_to_num(0.0, 0.0, 0.0)
     shifts = norms - torch.stack([raw.squeeze() for raw in raws])
-    return list(shifts - shifts.mean())
+    return list(shifts - shifts.amax())

@@ -1,9 +1,13 @@
 """Targets of ranks: the cost of a model with factored matrices at the end of training, a class for each kind."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import nn
+
+from str_triton.budget.rank_budget import factored_matrices, other_costs
 from str_triton.budget.target_kinds import Kinds, described, require_at_least_1
 from str_triton.nn import LowRankWeight
 
@@ -136,3 +140,18 @@ class CompressionTarget(RankTarget):
         final = math.floor(dense / self.compression * (1 + 1e-12))  # so that a RankBudget's own compression can be met
         bounds = f"{math.ceil(dense / largest * 1e4) / 1e4} to {math.floor(dense / least * 1e4) / 1e4}"
         return self._within(final, least, largest, bounds) - fixed
+
+
+def rank_costs(model: nn.Module, target: RankTarget, controlled: Sequence[LowRankWeight]) -> RankCosts:
+    """Return what a model costs in the target's unit; `controlled`: the matrices whose ranks may fall."""
+    counted = [m for m in factored_matrices(model).values() if m.recurrent or not target.recurrent_only]
+    known = set(map(id, controlled))
+    others, other_recurrent = other_costs(model)
+    return RankCosts(
+        full=sum(target.cost(m, m.max_rank) for m in controlled),
+        least=sum(target.cost(m, 1) for m in controlled),
+        uncontrolled=sum(target.cost(m, m.max_rank) for m in counted if id(m) not in known),
+        dense_matrices=sum(m.rows * m.columns for m in counted),
+        others=others,
+        other_recurrent=other_recurrent,
+    )

@@ -137,6 +137,37 @@ def test_the_scale_of_a_matrix_does_not_change_relative_ranks(settled):
     assert found["fixed", 1.0] != found["fixed", 30.0]
 
 
+def test_relative_thresholds_follow_weights_that_are_loaded_later():
+    """Thresholds that a state dict brings are undone by a step, as those of an optimizer are, before it measures."""
+    model = random_model()
+    controller = RankController(model, RankTarget(total_rank=15))
+    model.load_state_dict(random_model(seed=1).state_dict())
+    controller.step(0.0)
+    shares = torch.stack([matrix.threshold / matrix.singular_values().norm() for matrix in matrices(model)])
+    torch.testing.assert_close(shares, shares[:1].expand(len(shares), 1))
+
+
+@pytest.mark.parametrize("zeros", ["u", "v", "m"])
+def test_a_matrix_of_zeros_takes_no_rank_from_the_others(zeros):
+    model = random_model(shapes=[(20, 20, None)] * 3)
+    getattr(matrices(model)[1], zeros).data.zero_()
+    controller = RankController(model, RankTarget(total_rank=20))
+    assert ranks(model) == [20, 0, 20]
+    controller.finish()
+    assert ranks(model)[1] <= 1
+    assert 19 <= sum(ranks(model)) <= 20
+
+
+def test_a_new_controller_cuts_nothing():
+    model = random_model(shapes=[(20, 20, None)] * 6)
+    for matrix in matrices(model)[1:]:
+        set_sizes(matrix, torch.rand(20) * 1e-8 + 1e-8)
+        matrix.raw_threshold.data.fill_(-18.5)  # hardly below them
+    matrices(model)[0].raw_threshold.data.fill_(-3.2)  # 0.04; the sizes are 0.05 and more
+    RankController(model, RankTarget(total_rank=60))
+    assert ranks(model) == [20] * 6
+
+
 def test_relative_thresholds_need_exp():
     with pytest.raises(ValueError, match=r"g=\"exp\".*not 'sigmoid': use distribution=\"fixed\""):
         RankController(random_model(g="sigmoid"), RankTarget(total_rank=15))
@@ -308,6 +339,19 @@ def test_equal_components_inside_exact_go_together_and_m_stays():
     assert sum(ranks(model)) == 11
 
 
+@pytest.mark.parametrize("distribution", ["relative", "fixed"])
+@pytest.mark.parametrize("of_an_average", [False, True])
+def test_finish_cuts_equal_components_one_by_one(of_an_average, distribution):
+    """Also without a step before it; the exact model keeps its m, a finished one need not."""
+    orthogonal = 0.5 * nn.init.orthogonal_(torch.empty(16, 16))
+    model = nn.Sequential(*[LowRankLinear.from_dense(linear(orthogonal)) for _ in range(2)])
+    for total in (2, 8, 31):
+        tried, average = copy.deepcopy(model), torch.optim.swa_utils.AveragedModel(model)
+        controller = RankController(tried, RankTarget(total_rank=total), distribution=distribution)
+        controller.finish(average if of_an_average else None)
+        assert sum(ranks(average if of_an_average else tried)) == total
+
+
 def test_from_which_distance_offsets_differ():
     """8 units of rounding, of float32 at 1."""
     model = nn.Sequential(LowRankLinear(3, 3, g="identity", raw_threshold_init=0.0))
@@ -427,7 +471,7 @@ def make_run(distribution="learned", **options):
 
 @pytest.mark.parametrize("inside_exact", [True, False])
 @pytest.mark.parametrize("at", [14, 20])  # before the ranks are settled, and after
-@pytest.mark.parametrize("distribution", ["fixed", "learned"])
+@pytest.mark.parametrize("distribution", ["relative", "fixed", "learned"])
 def test_state_dict_resumes_bit_for_bit(distribution, at, inside_exact):
     model, controller, optimizer = make_run(distribution)
     train(model, controller, optimizer, 0, at)
@@ -466,6 +510,16 @@ def test_exact_leaves_training_as_it_was():
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     for raw, matrix in zip(state["raw_thresholds"], matrices(model), strict=True):
         assert torch.equal(raw, matrix.raw_threshold)
+
+
+def test_a_step_that_is_refused_changes_nothing():
+    model = random_model()
+    controller = RankController(model, RankTarget(total_rank=15))
+    with controller.exact():
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(ValueError, match=r"step\(\) inside exact"):
+            controller.step(0.5)
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 def test_settled_ranks_stay_while_the_rest_trains():
@@ -676,6 +730,9 @@ def test_a_matrix_without_a_rank_is_named(bad):
     matrices(model)[1].m.data[2] = bad
     with pytest.raises(ValueError, match=r"'1\.weight' .*NaN or infinity"), controller.exact():
         pass
+    for progress in (0.1, 0.5):
+        with pytest.raises(ValueError, match=r"'1\.weight' .*NaN or infinity"):
+            controller.step(progress)
 
 
 def test_steps_out_of_range_and_foreign_states_are_refused():
