@@ -36,16 +36,16 @@ class RankController(OffsetController):
             controller.step((i + 1) / steps)
 
     The solve runs every `interval` steps until progress reaches `end`. Between solves the survivors drift a little:
-    evaluate and write checkpoints inside `with controller.exact()` or after `solve()`. Before every fifth solve the
-    survivors are factored again (`LowRankWeight.refactor`), so that their sizes are singular values. At `end` the ranks
-    are fixed: the thresholds return to their first values, m takes up the difference, cut components stay cut, and the
-    optimizer continues with the others (docs/learned-rank.md has the measurements).
+    evaluate and write checkpoints inside `with controller.exact()` or after `solve()`. Before every fifth solve, and
+    in `finish()`, the survivors are factored again (`LowRankWeight.refactor`), so that their sizes are singular values.
+    At `end` the ranks are fixed: the thresholds return to their first values, m takes up the difference, cut components
+    stay cut, and the optimizer continues with the others (docs/learned-rank.md has the measurements).
 
     One common offset gives a family of models. After a solve the model is the largest of them that does not cost more
     than the schedule says. A matrix's largest component and its equals survive in any case. At `end`, components for
     which the target still has room come back. Components whose offsets are equal up to rounding, such as those of an
-    orthogonal matrix, cannot be cut one by one: `solve` scales their m apart, each by a few rounding errors. If that is
-    too little (16 bits) or not allowed (`exact`), they go together.
+    orthogonal matrix, cannot be cut one by one: `solve` and `finish` scale their m apart, each by a few rounding
+    errors. If that is too little (16 bits) or not allowed (`exact`), they go together.
 
     Args:
         model: a model with matrices in factors, on the device where it will train. Matrices without a threshold

@@ -75,7 +75,7 @@ def check_sparsity(distribution: str, **options: bool) -> None:
 
 
 def check_rank(distribution: str) -> None:
-    """From the middle of training on, where the ranks are settled, no threshold learns."""
+    """Once the ranks are settled, no threshold learns."""
 
     def control(model: nn.Module) -> RankController:
         return RankController(model, RankTarget(total_rank=6), distribution=distribution, interval=2)
@@ -92,6 +92,7 @@ def checks() -> dict[str, Check]:
         "fixed, gradient_as_bucket_view": lambda *_: check_sparsity("fixed", gradient_as_bucket_view=True),
         "fixed, static_graph": lambda *_: check_sparsity("fixed", static_graph=True),
         "learned": lambda *_: check_sparsity("learned"),
+        "rank, relative": lambda *_: check_rank("relative"),
         "rank, fixed": lambda *_: check_rank("fixed"),
         "rank, learned": lambda *_: check_rank("learned"),
     }

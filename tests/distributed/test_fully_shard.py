@@ -396,6 +396,7 @@ def checks() -> dict[str, Check]:
         "training": check_training,
         "checkpoint": check_checkpoint,
         "ranks": lambda *_: check_ranks("fixed", controller_first=True),
+        "relative ranks": lambda *_: check_ranks("relative", controller_first=True),
         "learned ranks": lambda *_: check_ranks("learned", controller_first=False),
         "ranks after a forward": lambda *_: check_ranks_after_a_forward(),
         "op": check_op,
