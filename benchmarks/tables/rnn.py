@@ -90,10 +90,8 @@ def rank_schedules() -> str:
         for distribution in ("relative", "fixed"):
             key = (schedule, begin, end, distribution)
             own = [r for r in runs if (r["schedule"], r["begin"], r["end"], r["distribution"]) == key]
-            cells += [
-                spread((run["validation_loss"] for run in own), digits=3),
-                ", ".join(str(rank) for rank in own[0]["ranks"].values()) if own else NONE,
-            ]
+            ranks = ", ".join(str(rank) for rank in own[0]["ranks"].values()) if own else NONE
+            cells += [spread((run["validation_loss"] for run in own), digits=3) if own else NONE, ranks]
         name = f"at once at {end:g}" if schedule == "constant" else f"{schedule}, {begin:g} to {end:g}"
         rows.append([name, *cells])
     return markdown(["ranks fall", "relative: loss", "relative: ranks", "fixed: loss", "fixed: ranks"], rows)
