@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from str_triton.budget.errors import DivergedError
 from str_triton.budget.names import unwrapped_names
 from str_triton.budget.offset_controller import OffsetController
 from str_triton.budget.rank_budget import factored_matrices
@@ -188,10 +189,8 @@ class RankController(OffsetController):
     def _require_finite(self) -> None:
         for name, matrix in zip(self._names, self._matrices, strict=True):
             if not bool(torch.isfinite(matrix.singular_values()).all()):
-                raise ValueError(
-                    f"matrix {name!r} holds NaN or infinity, so that it has no rank: training has diverged; go back to "
-                    "an earlier checkpoint"
-                )
+                reason = "holds NaN or infinity, or values too large for its singular values: training has diverged"
+                raise DivergedError(f"matrix {name!r} {reason}; go back to an earlier checkpoint")
 
     @torch.no_grad()
     def _undo_exact(self) -> None:

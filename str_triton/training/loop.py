@@ -15,6 +15,7 @@ from accelerate.utils import broadcast, gather_object
 from torch import Tensor, nn
 from torch.linalg import LinAlgError
 
+from str_triton.budget.errors import DivergedError
 from str_triton.training.checkpoints import require_same_shapes
 from str_triton.training.command_line import CommandLine
 from str_triton.training.config import TrainConfig, check_parts, make_accelerator
@@ -193,7 +194,7 @@ class Loop(ABC):
             yield
         except (ArithmeticError, RuntimeError, ValueError) as error:
             run.require_finite(step, 0.0, self.model.state_dict().values())
-            if isinstance(error, LinAlgError):
+            if isinstance(error, (LinAlgError, DivergedError)):
                 raise run.diverged(step, "the weights became too large for their singular values") from error
             raise
 
