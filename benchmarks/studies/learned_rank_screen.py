@@ -62,6 +62,9 @@ class Unsettled(RankController):
                 matrix.refactor()
         super(RankController, self).step(progress)
 
+    def _factor(self) -> None:
+        """Do nothing where the library's controller computes new factors."""
+
 
 class Drifting(Unsettled):
     """A variant that neither settles its thresholds nor computes new factors."""

@@ -48,8 +48,9 @@ def main() -> None:
         for seed in seeds
     ]
     for key in RUNS.missing(wanted):
-        RUNS.append(run(key))
-        print(RUNS.read()[-1], flush=True)
+        result = run(key)
+        RUNS.append(result)
+        print(result, flush=True)
 
 
 if __name__ == "__main__":

@@ -175,14 +175,13 @@ class RankController(OffsetController):
         self._balance()
 
     def _make_exact(self, done: float) -> None:
+        if self._survivors is None and self._training is None:  # by finish(), for good
+            self._factor()
+            self._separate()
+        self._require_finite()
         if self._survivors is None:
-            if self._training is None:  # by finish(), for good
-                self._factor()
-                self._separate()
-            self._require_finite()
             super()._make_exact(done)
             return
-        self._require_finite()
         self._kept = [local(matrix.trained_spectrum()).clone() for matrix in self._matrices]
         self._hold(self._survivors)
 

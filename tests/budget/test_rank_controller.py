@@ -223,7 +223,7 @@ def test_schedules(schedule, expected):
 
 def test_the_schedule_begins_at_the_cost_of_all_components():
     model, untouched = random_model(), random_model()
-    controller = RankController(model, RankTarget(params=500), distribution="fixed", begin=0.0, end=1.0)
+    controller = RankController(model, RankTarget(params=500), distribution="fixed", schedule="linear", end=1.0)
     full = count_ranks(model).params
     for progress in (0.25, 0.5, 0.75):
         controller.progress = progress
@@ -245,7 +245,7 @@ def test_no_matrix_is_emptied():
 def test_the_bounds_of_learned_thresholds_empty_no_matrix():
     model = random_model(shapes=[(20, 20, None)] * 3)
     set_sizes(matrices(model)[-1], torch.rand(20) * 1e-3)
-    options = {"distribution": "learned", "schedule": "constant", "interval": 5, "begin": 0.0, "end": 1.0}
+    options = {"distribution": "learned", "schedule": "constant", "interval": 5, "end": 1.0}
     controller = RankController(model, RankTarget(total_rank=20), **options)
     for progress in (0.1, 0.2, 0.3, 0.4, 0.5):  # One solve, at the first.
         controller.step(progress)
