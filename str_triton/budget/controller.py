@@ -94,7 +94,7 @@ class SparsityController(OffsetController):
         straight_through_until: float = 0.5,
     ) -> None:
         require_kind(target, Target)
-        super().__init__(schedule=schedule, begin=begin, end=end, distribution=distribution, interval=interval)
+        super().__init__(model, schedule=schedule, begin=begin, end=end, distribution=distribution, interval=interval)
         if not 0 <= straight_through_until <= 1:
             raise ValueError(f"straight_through_until must be in [0, 1], got {straight_through_until}")
         self.straight_through_until = straight_through_until

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from str_triton.budget.allocate import NotANumberError, Source, allocate
+from str_triton.budget.errors import DivergedError
 from str_triton.budget.inventory import Layer
 from str_triton.budget.processes import Processes
 from str_triton.budget.select import select
@@ -92,12 +93,12 @@ def critical_offsets(layer: Layer, held_back: Tensor) -> tuple[Tensor, Tensor]:
     return values, torch.where(below.isinf(), last - 1, (last + below) / 2)
 
 
-def diverged(layers: Sequence[Layer], error: NotANumberError) -> ValueError:
+def diverged(layers: Sequence[Layer], error: NotANumberError) -> DivergedError:
     """Return the error that names the weight or the threshold that is not a number."""
     bad = [layer for layer in layers if not bool(layer.weight.local_raw.isfinite().all())]
     what = f"the raw threshold of {bad[0].name!r}" if bad else f"weight {layers[error.index].name!r}"
     value = "NaN" if not bad or bool(bad[0].weight.local_raw.isnan().any()) else "an infinity"
-    return ValueError(
+    return DivergedError(
         f"{what} holds {value}, so that no share of the weights can be pruned: training has diverged; go back "
         "to an earlier checkpoint"
     )

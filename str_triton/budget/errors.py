@@ -2,4 +2,4 @@
 
 
 class DivergedError(ValueError):
-    """A matrix has no finite singular values: its weights are NaN, infinite or too large."""
+    """No budget can be met: weights or thresholds are NaN or infinite, or too large for their singular values."""

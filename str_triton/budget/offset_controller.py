@@ -25,12 +25,14 @@ class OffsetController:
     """Solves for the offset, steps, gives exact models for evaluation, and resumes.
 
     Raises:
-        ValueError: options that are unknown or out of range.
+        ValueError: options that are unknown or out of range, or a model without values, on the meta device.
     """
 
     DISTRIBUTIONS: tuple[str, ...] = ("fixed", "learned")
 
-    def __init__(self, *, schedule: str, begin: float, end: float, distribution: str, interval: int) -> None:
+    def __init__(
+        self, model: nn.Module, *, schedule: str, begin: float, end: float, distribution: str, interval: int
+    ) -> None:
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(map(repr, SCHEDULES))}, got {schedule!r}")
         if not 0 <= begin <= end <= 1:
@@ -40,6 +42,11 @@ class OffsetController:
             raise ValueError(f"distribution must be one of {names}, got {distribution!r}")
         if interval < 1:
             raise ValueError(f"interval must be at least 1, got {interval}")
+        if empty := next((name for name, parameter in model.named_parameters() if parameter.is_meta), None):
+            raise ValueError(
+                f"parameter {empty!r} is on the meta device and has no values: first model.to_empty(device=...) and "
+                "load or initialize the weights, then make the controller"
+            )
         self.schedule, self.begin, self.end = schedule, begin, end
         self.distribution = distribution
         self.interval = interval

@@ -83,7 +83,7 @@ class RankController(OffsetController):
         interval: int = 20,
     ) -> None:
         require_kind(target, RankTarget)
-        super().__init__(schedule=schedule, begin=begin, end=end, distribution=distribution, interval=interval)
+        super().__init__(model, schedule=schedule, begin=begin, end=end, distribution=distribution, interval=interval)
         self.target = target
         named = {n: m for n, m in factored_matrices(model).items() if m.raw_threshold is not None}
         self._matrices = [matrix for matrix in named.values() if matrix.recurrent or not target.recurrent_only]

@@ -511,6 +511,12 @@ def test_a_plain_model_is_refused():
         SparsityController(convolutional_net(), Target(sparsity=0.9))
 
 
+def test_a_model_without_values_is_refused():
+    model = sparsify(convolutional_net()).to("meta")
+    with pytest.raises(ValueError, match=r"meta device .*to_empty"):
+        SparsityController(model, Target(sparsity=0.9))
+
+
 @pytest.mark.parametrize("target", [0.9, RankTarget(compression=2)])
 def test_a_target_of_another_kind_is_refused(target):
     with pytest.raises(TypeError, match=re.escape(f"Target(sparsity=0.9), got {target!r}")):

@@ -703,6 +703,8 @@ def test_models_that_cannot_be_controlled():
     for target in (4, Target(sparsity=0.9)):
         with pytest.raises(TypeError, match=r"RankTarget\(compression=4\), got"):
             RankController(random_model(), target)
+    with pytest.raises(ValueError, match=r"meta device .*to_empty"):
+        RankController(random_model().to("meta"), RankTarget(total_rank=10))
     model = random_model()
     matrices(model)[0].raw_threshold = matrices(model)[1].raw_threshold
     with pytest.raises(ValueError, match="give each its own"):
