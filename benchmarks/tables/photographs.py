@@ -80,9 +80,9 @@ def cifar_tuning() -> str:
     runs = sorted(RunFile(RESULTS / "cifar_tuning.jsonl").read(), key=lambda run: (run["model"], run["lr"]))
     rows = [[run["model"], f"{run['lr']:g}", f"{100 * run['accuracy']:.2f}"] for run in runs]
     return tuning(
-        """The learning rate was chosen for the dense network by two epochs on four fifths of the training images, with
-        the last fifth as validation data, one seed. All methods take it, and
-        half of it from the dense network on.""",
+        """Each network's learning rate was chosen for its dense form by two epochs on four fifths of the training
+        images, with the last fifth as validation data, one seed. All methods take it, and half of it from the dense
+        network on.""",
         ["network", "learning rate", "validation accuracy %"],
         rows,
     )

@@ -45,6 +45,12 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cnn_runs.train, "main", lambda args: run_main(main, args))
 
 
+@pytest.fixture
+def tuned(small: None) -> None:
+    for model, lr, accuracy in (("resnet20", 0.1, 0.5), ("resnet20", 0.2, 0.6), ("resnet-medium", 0.4, 0.7)):
+        cifar.TUNING.append({"model": model, "lr": lr, "accuracy": accuracy})
+
+
 def test_every_line_can_be_run_again() -> None:
     assert {run["line"] for run in cifar.RUNS.read()} <= set(cifar.LINES)
 
@@ -55,7 +61,7 @@ def test_the_leaders_at_90_percent_come_first() -> None:
     assert all(target == 0 for line, target, _ in keys if line.startswith(("dense", "str, ")))
 
 
-def test_a_run_meets_its_target_and_is_not_repeated(photographs: str, small: None) -> None:
+def test_a_run_meets_its_target_and_is_not_repeated(photographs: str, tuned: None) -> None:
     key = {"model": "resnet20", "line": "str-exact", "target": 0.9, "seed": 1}
     unfinished = cifar.FOLDERS / "resnet20-str-exact-0.9-1"
     unfinished.mkdir(parents=True)
@@ -63,7 +69,7 @@ def test_a_run_meets_its_target_and_is_not_repeated(photographs: str, small: Non
     cifar.train_line(key, photographs, threads=1)
     (line,) = cifar.RUNS.read()
     assert line["sparsity"] == pytest.approx(0.9, abs=1e-4)
-    assert (line["lr"], line["epochs"], len(line["density"])) == (cifar.LR, 1, 22)
+    assert (line["lr"], line["epochs"], len(line["density"])) == (0.2, 1, 22)
     assert 0 < line["flops"] < 1
     assert not list(cifar.RUNS.missing([key]))
     assert not any(cifar.FOLDERS.iterdir())
@@ -79,7 +85,7 @@ def test_tuning_does_not_see_the_test_images(photographs: str, small: None, monk
     assert (line["model"], line["lr"], line["sparsity"]) == ("resnet20", 0.2, 0.0)
 
 
-def test_a_network_starts_from_the_dense_one_and_learns_from_it(photographs: str, small: None) -> None:
+def test_a_network_starts_from_the_dense_one_and_learns_from_it(photographs: str, tuned: None) -> None:
     key = {"model": "resnet20", "line": "str-exact, from dense, teacher", "target": 0.9, "seed": 0}
     cifar.train_line(key, photographs, threads=1)
     (kept,) = cifar.FOLDERS.iterdir()
@@ -87,4 +93,4 @@ def test_a_network_starts_from_the_dense_one_and_learns_from_it(photographs: str
     options = cifar.options_of(key)
     assert options[options.index("--pretrained") + 1] == options[options.index("--teacher") + 1] == str(kept)
     (line,) = cifar.RUNS.read()
-    assert (line["line"], line["lr"]) == (key["line"], cifar.LR / 2)
+    assert (line["line"], line["lr"]) == (key["line"], 0.1)
