@@ -40,10 +40,11 @@ def at_its_rate(runs: list[Run]) -> list[Run]:
     return [run for run in runs if run["job"]["rate"] == rate]
 
 
-def rates_tried(runs: list[Run]) -> str:
-    """Return the chosen learning rate and the number of rates that were tried."""
-    count = len({run["job"]["rate"] for run in runs})
-    return f"{at_its_rate(runs)[0]['job']['rate']:g} of {count}"
+def rates_tried(chosen: list[Run], runs: list[Run]) -> str:
+    """Return the learning rate of a row and the number of rates that its method tried among ``runs``, at any size."""
+    job = chosen[0]["job"]
+    count = len({run["job"]["rate"] for run in runs if run["job"]["method"] == job["method"]})
+    return f"{job['rate']:g} of {count}"
 
 
 def accuracies(method: str, chosen: list[Run], runs: list[Run]) -> list[str]:
@@ -110,7 +111,7 @@ def har_table(runs: list[Run], complete: bool) -> str:
                 "full" if method == "dense" else " ".join(learned),
                 f"{mean(run['params'] for run in chosen):,.0f}",
                 *accuracies(method, chosen, runs),
-                rates_tried(own) if complete else f"{chosen[0]['job']['rate']:g}",
+                rates_tried(chosen, runs) if complete else f"{chosen[0]['job']['rate']:g}",
                 seeds(len(chosen)),
                 paper,
             ]
@@ -150,7 +151,7 @@ def by_cell(runs: list[Run], cells: tuple[str, ...]) -> str:
                     f"{compression:g}",
                     *accuracies(method, chosen, of_cell),
                     *(f"{mean(run[key] for run in chosen):,.0f}" for key in ("params", *SIZES)),
-                    rates_tried(own),
+                    rates_tried(chosen, of_cell),
                     seeds(len(chosen)),
                 ]
             )
