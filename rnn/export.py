@@ -12,7 +12,6 @@ from str_triton.programs import command
 from str_triton.rnn import listen, onnx_export
 from str_triton.rnn.data import audio
 from str_triton.rnn.finished_run import FinishedRun, open_run
-from str_triton.rnn.listen import is_speech
 from str_triton.training.errors import UserError, as_user_error, run_program, warn
 from str_triton.training.interface import INTERFACE, Interface
 from str_triton.training.options import OptionParser
@@ -79,6 +78,7 @@ def export_c(options: argparse.Namespace) -> None:
     run = open_run(options.run)
     if run.config["task"] == "lm":
         raise UserError(f"{run.folder} is a language model; only classifiers of feature vectors can be exported to C")
+    reason = listen.refusal(run)
     sizes = deploy.export_c(
         run.model,
         options.out,
@@ -87,16 +87,16 @@ def export_c(options: argparse.Namespace) -> None:
         mean=run.mean,
         std=run.std,
         title=run.name,
-        spotter=keyword_spotter(run),
+        spotter=keyword_spotter() if reason is None else None,
     )
     print(f"{options.out}: C99, {options.weights} weights")
     print(sizes)
+    if reason is not None:
+        print(f"without a keyword spotter: {reason}")
 
 
-def keyword_spotter(run: FinishedRun) -> deploy.KeywordSpotter | None:
-    """Return how rnn/listen.py listens with this network; None for a network that it refuses."""
-    if not is_speech(run) or run.mean is None or run.model.rnn.bidirectional:
-        return None
+def keyword_spotter() -> deploy.KeywordSpotter:
+    """Return how rnn/listen.py listens."""
     return deploy.KeywordSpotter(
         rate=audio.RATE,
         window=audio.WINDOW,

@@ -29,9 +29,15 @@ IGNORED = (SILENCE, UNKNOWN)  # classes that are never reported
 QUIET = 0.03  # energy of a frame of noise at -60 dB of full scale; a window of quieter frames only is silent
 
 
-def is_speech(run: FinishedRun) -> bool:
-    """Return whether a run classifies the log-mel features of speech."""
-    return run.config["task"] == "classify" and run.config["data"].partition(":")[0] in SPEECH
+def refusal(run: FinishedRun) -> str | None:
+    """Return why a run's network cannot listen; None if it can."""
+    if run.config["task"] != "classify" or run.config["data"].partition(":")[0] not in SPEECH:
+        return f"trained on {run.config['data']}, which is not speech"
+    if run.mean is None:
+        return "its interface.json has no standardisation, which sound needs"
+    if run.model.rnn.bidirectional:
+        return "a bidirectional network needs the end of the sound before it can start"
+    return None
 
 
 class Detection(NamedTuple):
@@ -59,12 +65,8 @@ class Listener:
     """
 
     def __init__(self, run: FinishedRun) -> None:
-        if not is_speech(run):
-            raise ValueError(f"{run.folder}: trained on {run.config['data']}, which is not speech")
-        if run.mean is None:
-            raise ValueError(f"{run.folder}: its interface.json has no standardisation, which sound needs")
-        if run.model.rnn.bidirectional:
-            raise ValueError(f"{run.folder}: a bidirectional network needs the end of the sound before it can start")
+        if (reason := refusal(run)) is not None:
+            raise ValueError(f"{run.folder}: {reason}")
         self.run, self.model = run, run.model
         self.windows = -(-FRAMES // STRIDE)
         self._features = LogMelStream()

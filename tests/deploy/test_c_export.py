@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from str_triton import LowRankGRU, LowRankRNN, LowRankWeight, deploy
-from str_triton.deploy.c_export import Sizes
+from str_triton.deploy.c_export import Sizes, demo_template, spotter_template, template
+from str_triton.deploy.c_export.export import identifier
 from str_triton.deploy.c_export.stored import StoredMatrix, StoredVector, quantize
+from str_triton.deploy.c_export.text import comment
 from str_triton.deploy.recurrent_classifier import RecurrentClassifier
 from tests.deploy.c_program import COMPILER, SANITIZE, compiled, scores
 from tests.deploy.recurrent_networks import CASES, HIDDEN, INPUTS, OUTPUTS, SUMMED, Case, Classifier, projected
@@ -216,3 +218,24 @@ def test_a_layer_is_compacted_for_the_program(tmp_path: Path) -> None:
     logits, _, _ = scores(compiled(tmp_path / "x"), frames, OUTPUTS)
     np.testing.assert_allclose(logits, torch_scores(Case(model, None, None), model.eval(), frames), rtol=0, atol=1e-5)
     assert "MAX_RANK = 2" in (tmp_path / "x" / "x.c").read_text()
+
+
+def test_a_network_without_a_spotter_refuses_the_folder_of_one_with_a_spotter(tmp_path: Path) -> None:
+    """The old spotter would compile with the new network."""
+    exported(CASES["nn.LSTM"], tmp_path / "x")
+    before = (tmp_path / "x" / "x.c").read_text()
+    (tmp_path / "x" / "x_spotter.c").write_text("")
+    with pytest.raises(FileExistsError, match=r"x_spotter\.c.*remove"):
+        exported(CASES["nn.GRU, no bias"], tmp_path / "x")
+    assert (tmp_path / "x" / "x.c").read_text() == before
+
+
+def test_no_header_of_ours_has_the_name_of_one_that_the_programs_include() -> None:
+    files = (template.HEADER, template.SOURCE, spotter_template.HEADER, spotter_template.SOURCE, demo_template.DEMO)
+    included = {name for file in files for name in re.findall(r"#include <(\w+)\.h>", file.template)}
+    assert {"math", "stdio"} <= included
+    assert {identifier(Path(name)) for name in included} == {f"rnn_{name}" for name in included}
+
+
+def test_a_comment_has_no_trigraphs_and_does_not_end_early() -> None:
+    assert comment("a ???/ /*/ \u00e9?") == "a ? ? ?/ / * / _?"

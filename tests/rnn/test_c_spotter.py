@@ -1,5 +1,6 @@
 """The C keyword spotter: torch's features, and the detections of rnn/listen.py."""
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -16,6 +17,7 @@ from str_triton.rnn.export import keyword_spotter, main
 from str_triton.rnn.finished_run import FinishedRun
 from str_triton.rnn.listen import Listener, print_detections
 from tests.deploy.c_program import COMPILER, SANITIZE, STRICT
+from tests.messages import holds
 from tests.rnn.test_listen import made_run, tone, tones_run
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C compiler")
@@ -52,14 +54,14 @@ def exported(run: FinishedRun, folder: Path, weights: str = "float32") -> Spotte
         outputs=run.outputs,
         mean=run.mean,
         std=run.std,
-        spotter=keyword_spotter(run),
+        spotter=keyword_spotter(),
     )
 
 
 def ran(folder: Path, main_file: str, content: bytes) -> tuple[bytes, str]:
     """Compile a main file with the spotter under the sanitizers; return what it writes and its messages."""
     sources = [main_file, "spot.c", "spot_spotter.c"]
-    command = [COMPILER, *STRICT, *SANITIZE, "-I.", "-o", "program", *sources, "-lm"]
+    command = [COMPILER, *STRICT, *SANITIZE, "-o", "program", *sources, "-lm"]
     done = subprocess.run(command, cwd=folder / "spot", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
@@ -121,15 +123,32 @@ def test_the_program_writes_a_spotter_and_its_sizes(
     assert re.search(r"RAM: [\d,]+ bytes .*; [\d,]+ multiply-adds a second", capsys.readouterr().out)
     files = {str(path.relative_to(tmp_path / "words")) for path in (tmp_path / "words").rglob("*.*")}
     assert files == {"words.h", "words.c", "words_spotter.h", "words_spotter.c", "demo/main.c"}
-    monkeypatch.setattr("str_triton.rnn.export.open_run", lambda folder: made_run("gru", bidirectional=True))
-    assert main(["c", "run", str(tmp_path / "both")]) == 0
-    assert sorted(path.name for path in (tmp_path / "both").iterdir()) == ["both.c", "both.h"]
+
+
+@pytest.mark.parametrize(
+    ("run", "reason"),
+    [
+        (made_run("gru", bidirectional=True), "a bidirectional network needs the end of the sound"),
+        (dataclasses.replace(made_run("gru"), mean=None, std=None), "no standardisation"),
+        (
+            dataclasses.replace(made_run("gru"), config={"data": "har:x", "task": "classify"}),
+            "har:x, which is not speech",
+        ),
+    ],
+)
+def test_a_network_that_cannot_listen_has_no_spotter_and_the_program_says_why(
+    run: FinishedRun, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("str_triton.rnn.export.open_run", lambda folder: run)
+    assert main(["c", "run", str(tmp_path / "x")]) == 0
+    assert holds(capsys.readouterr().out, f"without a keyword spotter: .. {reason}")
+    assert sorted(path.name for path in (tmp_path / "x").iterdir()) == ["x.c", "x.h"]
 
 
 @pytest.mark.parametrize(
     ("options", "message"), [({"window": WINDOW + 2}, "window 402"), ({"hop": 0}, "hop 0"), ({"longest": 1}, "longest")]
 )
 def test_wrong_sizes_are_refused(options: dict, message: str) -> None:
-    given = vars(keyword_spotter(made_run()))
+    given = vars(keyword_spotter())
     with pytest.raises(ValueError, match=message):
         deploy.KeywordSpotter(**given | options)

@@ -4,8 +4,8 @@ from string import Template
 
 DEMO = Template("""\
 /* Print the words in a WAV file on standard input:
- * cc -std=c99 -O2 -I. -o spot demo/main.c ${name}.c ${name}_spotter.c -lm && ./spot < FILE.wav */
-#include "${name}_spotter.h"
+ * cc -std=c99 -O2 -o spot demo/main.c ${name}.c ${name}_spotter.c -lm && ./spot < FILE.wav */
+#include "../${name}_spotter.h"
 
 #include <limits.h>
 #include <stdio.h>

@@ -12,7 +12,11 @@ from str_triton.deploy.recurrent_classifier import RecurrentClassifier
 from str_triton.files import write_atomically
 
 WEIGHTS = ("float32", "int8")
-RESERVED = ("math", "stddef", "stdint")  # a header of ours with one of these names would hide C's own
+# A header of ours with the name of one of C's would hide it from programs that search the folder (-I).
+RESERVED = (
+    "assert complex ctype errno fenv float inttypes iso646 limits locale math setjmp signal stdarg stdbool stddef "
+    "stdint stdio stdlib string tgmath time wchar wctype"
+)
 
 
 def export_c(
@@ -38,11 +42,12 @@ def export_c(
         mean, std: [inputs]; the program standardises its inputs, (frame - mean) / std. None: it does not.
         title: a line about the network for the files.
         spotter: for a classifier of sound, how it listens: NAME_spotter.h and NAME_spotter.c find words in samples, and
-            demo/main.c finds them in a WAV file.
+            demo/main.c finds them in a WAV file. Without it a folder that holds such files is refused.
 
     Raises:
         ValueError: another module (the message names it), several bidirectional layers, unknown `weights`, weights
             that are not finite, names or a standardisation of the wrong size.
+        FileExistsError: the folder holds the spotter of another network, and this one has none.
         OSError: the folder cannot be written.
     """
     if weights not in WEIGHTS:
@@ -65,10 +70,16 @@ def export_c(
     program = Program(classifier, name, int8=weights == "int8", outputs=names, mean=mean, std=std, title=title)
     files = {f"{name}.h": program.header(), f"{name}.c": program.source()}
     sizes: Sizes | SpotterSizes = program.sizes()
+    ears = f"{name}_spotter.h", f"{name}_spotter.c"
     if spotter is not None:
         ear = SpotterProgram(spotter, program)
-        files |= {f"{name}_spotter.h": ear.header(), f"{name}_spotter.c": ear.source(), "demo/main.c": ear.demo()}
+        files |= {ears[0]: ear.header(), ears[1]: ear.source(), "demo/main.c": ear.demo()}
         sizes = ear.sizes()
+    elif old := [file for file in ears if (folder / file).exists()]:
+        raise FileExistsError(
+            f"{folder} holds the spotter of another network ({', '.join(old)}), and this network has none: remove the "
+            "files of that export, or name another folder"
+        )
     for file, content in files.items():
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / file, content)
@@ -91,4 +102,4 @@ def _check_standardisation(mean: Tensor | None, std: Tensor | None, inputs: int)
 def identifier(folder: Path) -> str:
     """Return a C identifier from a folder's name, the prefix of the program's functions and files."""
     name = re.sub(r"[^0-9A-Za-z]+", "_", folder.resolve().name).strip("_").lower()
-    return name if name[:1].isalpha() and name not in RESERVED else f"rnn_{name}".rstrip("_")
+    return name if name[:1].isalpha() and name not in RESERVED.split() else f"rnn_{name}".rstrip("_")

@@ -29,7 +29,7 @@ class Sizes:
         weights: matrices and biases.
         tables: scales, means, deviations and the records of the layers.
         state: the state of one sequence.
-        stack: the arrays of the deepest call.
+        stack: the arrays of the deepest call. The compiler's frames, which hold them, are larger.
     """
 
     weights: int
@@ -45,8 +45,13 @@ class Sizes:
     def __str__(self) -> str:
         return (
             f"flash: {self.flash:,} bytes ({self.weights:,} of weights, {self.tables:,} of scales and tables) and the "
-            f"code; RAM: {self.state:,} bytes of state, {self.stack:,} on the stack"
+            f"code; RAM: {self.state:,} bytes of state, {stack_text(self.stack)}"
         )
+
+
+def stack_text(arrays: int) -> str:
+    """Return what is known of the stack, for people."""
+    return f"{arrays:,} of arrays in the deepest call (its frames are larger: measure with -fstack-usage)"
 
 
 class Program:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from str_triton.deploy.c_export import demo_template
 from str_triton.deploy.c_export import spotter_template as template
-from str_triton.deploy.c_export.program import POINTER, Program, Sizes
+from str_triton.deploy.c_export.program import POINTER, Program, Sizes, stack_text
 from str_triton.deploy.c_export.text import array, comment, constant, string
 
 
@@ -75,7 +75,7 @@ class SpotterSizes:
     Attributes:
         network: the sizes of the classifier's program.
         tables: the front end's tables. state: the spotter's state, the states of the network included.
-        stack: the arrays of the deepest call. operations: multiply-adds a second, those of the front end included.
+        stack: as in `Sizes`. operations: multiply-adds a second, those of the front end included.
         front_end: multiply-adds a second of the front end.
     """
 
@@ -94,7 +94,7 @@ class SpotterSizes:
     def __str__(self) -> str:
         return (
             f"keyword spotter: flash {self.flash:,} bytes ({self.network.flash:,} of the network, {self.tables:,} of "
-            f"the front end) and the code; RAM: {self.state:,} bytes of state, {self.stack:,} on the stack; "
+            f"the front end) and the code; RAM: {self.state:,} bytes of state, {stack_text(self.stack)}; "
             f"{self.operations:,} multiply-adds a second ({self.front_end:,} of the front end)"
         )
 

@@ -28,7 +28,8 @@ def constant(value: float) -> str:
 
 def comment(text: str) -> str:
     """Return text that is safe inside a C comment."""
-    return re.sub(r"[^ -~]", "_", text).replace("*/", "* /").replace("/*", "/ *")
+    text = re.sub(r"[^ -~]", "_", text).replace("*/", "* /").replace("/*", "/ *")
+    return re.sub(r"\?(?=\?)", "? ", text)  # ??/ and others are trigraphs
 
 
 def string(text: str) -> str:
