@@ -4,7 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from str_triton import Budget, count
 from str_triton.cnn.data import Data, batches, load
 from str_triton.cnn.data.common import OnCorrupt
-from str_triton.cnn.rebuild import Network, rebuild
+from str_triton.cnn.rebuild import Network, rebuild, require_classes
 from str_triton.files import percent, write_atomically
 from str_triton.programs import command
 from str_triton.training.environment import describe_environment
@@ -46,13 +46,13 @@ class Options:
     data_dir: str | None = None
     """Directory of IDX files, as for training."""
     image_size: int | None = None
-    """Height and width that images are scaled to, as for training; by default that of the run."""
+    """Height and width that images are scaled to; by default those of the images that the network was trained with."""
     batch_size: int = 64
     """Images in a batch."""
     workers: int = 0
     """Processes that read images; with 0 the program itself reads them."""
     skip_corrupt: bool = False
-    """Leave out images that cannot be decoded, and count them."""
+    """Leave out images that cannot be decoded, and count them; on a run's own data, what the run did is the default."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device; auto takes a GPU if there is one."""
     json: str | None = None
@@ -85,8 +85,8 @@ def program(args: Sequence[str] | None) -> None:
     device = check(options)
     with as_user_error(ValueError, OSError):
         network = rebuild(options.path, options.model)
-        ignored: list[str] = []  # Corrupt training images do not matter here. `left_out` holds the corrupt test images.
-        name, data = read_data(options, network, ignored.append if options.skip_corrupt else None)
+        options = completed(options, network)
+        data = read_data(options, network)
     corrupt = list(data.left_out)
     on_corrupt = corrupt.append if options.skip_corrupt else None
     model = network.model.to(device)
@@ -95,10 +95,10 @@ def program(args: Sequence[str] | None) -> None:
     accuracy = measure(model, partial(examples, data, options, device, on_corrupt), device, data.num_classes > TOP)
     for line in sorted(set(corrupt)):
         warn(f"left out: {line}")
-    print(f"{options.path}: {network.name} on {name}, {accuracy.images:,} images\n\n{budget}\n")
+    print(f"{options.path}: {network.name} on {options.data}, {accuracy.images:,} images\n\n{budget}\n")
     print("\n".join(lines(accuracy, alone, budget, options.batch_size, device)))
     if options.json is not None:
-        content = {"path": options.path, "model": network.name, "data": name, **asdict(accuracy)}
+        content = {"path": options.path, "model": network.name, "data": options.data, **asdict(accuracy)}
         content |= {"corrupt": len(set(corrupt))}
         content |= {"model_images_per_second": alone, "batch_size": options.batch_size}
         content |= {"budget": totals(budget), "environment": describe_environment(device)}
@@ -124,24 +124,52 @@ def check(options: Options) -> torch.device:
     return torch.device("cuda" if gpu else "cpu")
 
 
-def read_data(options: Options, network: Network, on_corrupt: OnCorrupt) -> tuple[str, Data]:
-    """Read the data set of the options or of the network's run. Raise `UserError` if it does not fit the network."""
+def completed(options: Options, network: Network) -> Options:
+    """Return the options with the data set of the network's run where they name none.
+
+    On the run's own data, its directory and --skip-corrupt apply too. Raise `UserError` if there is no data set.
+    """
     config = network.config
-    if options.data is not None:
-        own = config is not None and options.data == config.data
-        name, data_dir = options.data, options.data_dir or (config.data_dir if config and own else None)
-    elif config is not None:
-        name, data_dir = config.data, options.data_dir or config.data_dir
-    else:
+    if options.data is None and config is None:
         raise UserError(f"{options.path} does not belong to a run, so its data set is unknown: name one with --data")
-    data = load(name, data_dir, on_corrupt, options.image_size or (config.image_size if config else None))
-    for what, of_data, of_model in (
-        ("classes", data.num_classes, network.num_classes),
-        ("colour channels", data.image_shape[0], network.in_channels),
-    ):
-        if of_data != of_model:
-            raise UserError(f"--data {name} has {of_data} {what}, the network in {options.path} {of_model}")
-    return name, data
+    if config is None or options.data not in (None, config.data):
+        return options
+    return replace(
+        options,
+        data=config.data,
+        data_dir=options.data_dir or config.data_dir,
+        skip_corrupt=options.skip_corrupt or config.skip_corrupt,
+    )
+
+
+def read_data(options: Options, network: Network) -> Data:
+    """Read the data set, with the test images as the network takes them.
+
+    Without an interface of the network the data decide, as for training. Raise `UserError` for data of other classes or
+    channels than the network's.
+    """
+    assert options.data is not None
+    interface, image_size = network.interface, options.image_size
+    if interface is None or interface.images is None or interface.standardisation is None:
+        interface = None
+        image_size = image_size or (network.config.image_size if network.config else None)
+    elif image_size is not None:
+        own = interface.images
+        if (own.height, own.width) != (image_size, image_size):
+            warn(f"--image-size {image_size}: {options.path} was trained with images of {own.width}x{own.height}")
+        interface = replace(interface, images=replace(own, height=image_size, width=image_size))
+    ignored: list[str] = []  # Corrupt training images do not matter here. `left_out` holds the corrupt test images.
+    on_corrupt = ignored.append if options.skip_corrupt else None
+    data = load(options.data, options.data_dir, on_corrupt, image_size, interface)
+    unnamed = data.name.startswith("hub:") and data.class_names == tuple(map(str, range(data.num_classes)))
+    where = f"{options.path}, --data {options.data}"
+    require_classes(replace(network, interface=None) if unnamed else network, data.class_names, where)
+    if data.image_shape[0] != network.in_channels:
+        raise UserError(
+            f"--data {options.data} has {data.image_shape[0]} colour channels, the network in {options.path} "
+            f"{network.in_channels}"
+        )
+    return data
 
 
 def examples(

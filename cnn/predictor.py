@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from str_triton import deploy
-from str_triton.cnn.data.decoding import centre, decode, whole
+from str_triton.cnn.data.decoding import crop_of, decode
 from str_triton.cnn.data.normalisation import Normalisation
 from str_triton.cnn.rebuild import rebuild
 from str_triton.training.errors import UserError, one_line
@@ -50,8 +49,7 @@ class Predictor:
     def pixels(self, name: str, content: str | bytes) -> Tensor:
         """Decode an image file, by its path or bytes, to uint8 [C, H, W]. Raise ValueError, which names the image."""
         images = self.images
-        choose = whole if images.crop is None else partial(centre, share=images.crop)
-        rgb = decode(name, content, (images.height, images.width), choose)
+        rgb = decode(name, content, (images.height, images.width), crop_of(images.crop))
         return torch.from_numpy(_grey(rgb) if images.channels == 1 else rgb).permute(2, 0, 1)
 
     @torch.inference_mode()
@@ -109,11 +107,6 @@ def _complete(interface: Interface | None, path: str | os.PathLike[str]) -> Inte
         )
     if interface.images is None or interface.standardisation is None:
         raise UserError(f"{path}: the interface is not that of a network for images")
-    if len(interface.standardisation[0]) != interface.images.channels:
-        raise UserError(
-            f"{path}: its interface has {interface.images.channels} colour channels, but "
-            f"{len(interface.standardisation[0])} means"
-        )
     return interface
 
 

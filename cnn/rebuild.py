@@ -1,7 +1,7 @@
 """Building of a trained network from a run folder, one of its files, or a weight file and the network's name."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +34,24 @@ class Network:
     in_channels: int
     config: Config | None
     interface: Interface | None
+
+
+def require_classes(network: Network, class_names: Sequence[str], where: object) -> None:
+    """Raise ValueError, which names ``where``, unless a network was trained for these classes in this order.
+
+    Of a network without an interface only the number of classes is known.
+    """
+    if network.num_classes != len(class_names):
+        raise ValueError(
+            f"{where}: its network has {network.num_classes} classes, the data have {len(class_names)} classes"
+        )
+    if network.interface is None:
+        return
+    for theirs, ours in zip(network.interface.outputs, class_names, strict=True):
+        if theirs != ours:
+            raise ValueError(
+                f"{where}: its class {theirs!r} is {ours!r} in the data: the classes and their order must match"
+            )
 
 
 def rebuild(path: str | os.PathLike[str], name: str | None = None) -> Network:

@@ -5,7 +5,7 @@ import os
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from str_triton.cnn.rebuild import rebuild
+from str_triton.cnn.rebuild import rebuild, require_classes
 from str_triton.training.interface import Interface
 
 TEMPERATURE = 2.0  # divides all scores, so that the teacher's small probabilities count too
@@ -20,19 +20,11 @@ def read_teacher(path: str | os.PathLike[str], interface: Interface) -> nn.Modul
         UserError: the run's configuration or all its checkpoints are damaged.
     """
     network, where = rebuild(path), f"--teacher {path}"
-    theirs, ours = network.num_classes, len(interface.outputs)
-    if theirs != ours:
-        raise ValueError(f"{where}: its network has {theirs} classes, the data have {ours}")
+    require_classes(network, interface.outputs, where)
     if interface.images is not None and network.in_channels != interface.images.channels:
         raise ValueError(f"{where}: its images have {network.in_channels} channels, not {interface.images.channels}")
-    if network.interface is not None:
-        pairs = zip(network.interface.outputs, interface.outputs, strict=True)
-        if different := next(((a, b) for a, b in pairs if a != b), None):
-            raise ValueError(
-                f"{where}: its class {different[0]!r} is {different[1]!r} in the data: the order must match"
-            )
-        if network.interface.standardisation != interface.standardisation:
-            raise ValueError(f"{where}: it standardises images with another mean or deviation than the data")
+    if network.interface is not None and network.interface.standardisation != interface.standardisation:
+        raise ValueError(f"{where}: it standardises images with another mean or deviation than the data")
     return network.model.requires_grad_(False)
 
 

@@ -27,6 +27,7 @@ import torch
 from benchmarks.timing import alternating, median_ratio, write
 from str_triton.cnn.data import batches
 from str_triton.cnn.data.arrays import Augmentation
+from str_triton.cnn.data.decoding import TEST_SHARE_OF_SIDE
 from str_triton.cnn.data.encoded import EncodedImages
 from str_triton.cnn.data.folder import Files
 from str_triton.cnn.data.hub import Column
@@ -46,7 +47,7 @@ def encoded(number: int) -> bytes:
 
 def loader(paths: list[str]) -> EncodedImages:
     labels = torch.zeros(len(paths), dtype=torch.int64)
-    return EncodedImages(Files.of(Path("/"), paths), labels, (224, 224), True, Augmentation(flip=True))
+    return EncodedImages(Files.of(Path("/"), paths), labels, (224, 224), TEST_SHARE_OF_SIDE, Augmentation(flip=True))
 
 
 def one_core(paths: list[str]) -> dict[str, Any]:

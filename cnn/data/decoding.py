@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from io import BytesIO
 from typing import TYPE_CHECKING
 
@@ -153,6 +154,11 @@ def centre(width: int, height: int, share: float = TEST_SHARE_OF_SIDE) -> Box:
     """
     side = max(1, round(share * min(width, height)))
     return _middle(width, height, side, side)
+
+
+def crop_of(share: float | None) -> Callable[[int, int], Box]:
+    """Return the choice of what to see of a test image: the central square of a share, or the whole image for None."""
+    return whole if share is None else partial(centre, share=share)
 
 
 def random_crop(width: int, height: int, draws: Sequence[float]) -> Box:

@@ -16,14 +16,14 @@ from str_triton.cnn.data.counter_random import uniforms
 from str_triton.cnn.data.decoding import (
     CROP_DRAWS,
     TEST_SHARE_OF_SIDE,
-    centre,
+    crop_of,
     decode,
     opened,
     random_crop,
     upright_size,
-    whole,
 )
 from str_triton.training.errors import warn
+from str_triton.training.interface import Interface
 
 SMALL = 64
 """A data set of small images, most at most this wide and high, keeps its size and is held in memory if it fits."""
@@ -53,17 +53,18 @@ class Source(Protocol):
 class EncodedImages:
     """Images decoded on demand: RGB of `size` (height, width), `labels` int64 [N]. See `common.Images`.
 
-    With `crop`, for large images, training takes random crops and testing the central one. Small images are used whole.
+    With `crop`, for large images, training takes random crops, and testing the central one of that share. Small images
+    are used whole.
     """
 
     source: Source
     labels: Tensor
     size: tuple[int, int]
-    crop: bool
+    crop: float | None
     augmentation: Augmentation
+    normalisation: Normalisation = IMAGENET
 
     in_memory = False
-    normalisation = IMAGENET
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -86,10 +87,8 @@ class EncodedImages:
 
     def _decode_into(self, image: np.ndarray, index: int, draws: Sequence[float] | None, on_corrupt: OnCorrupt) -> int:
         """Decode image number `index`, or the next one that is not corrupt, into `image`, and return its number."""
-        choose, mirror = whole, False
-        if self.crop and draws is None:
-            choose = centre
-        elif self.crop:
+        choose, mirror = crop_of(self.crop), False
+        if self.crop and draws is not None:
             choose = partial(random_crop, draws=draws[Augmentation.DRAWS :])
             mirror = self.augmentation.mirrors(draws)
 
@@ -116,8 +115,12 @@ def encoded_data(
     name: str,
     on_corrupt: OnCorrupt = None,
     image_size: int | None = None,
+    interface: Interface | None = None,
 ) -> Data:
     """Return the data set of two sources of encoded images.
+
+    With the `interface` of a network, which has images and a standardisation, it decides on size, crop and
+    normalisation, and no image is read. Otherwise the images decide as follows.
 
     The majority of the training images decides on the size, unless `image_size` gives it. Small images are shifted at
     random by up to an eighth of their height, large ones are cropped at random. Images are mirrored if the majority has
@@ -125,11 +128,22 @@ def encoded_data(
     or size from the majority. With `on_corrupt`, images that cannot be decoded do not count in the majority and are
     left out of images held in memory.
     """
+    if interface is not None:
+        assert interface.images is not None
+        assert interface.standardisation is not None
+        size, crop = (interface.images.height, interface.images.width), interface.images.crop
+        normalisation = Normalisation(*interface.standardisation)
+        decoded = [
+            EncodedImages(source, labels, size, crop, Augmentation(), normalisation)
+            for source, labels in ((train, train_labels), (test, test_labels))
+        ]
+        return Data(*decoded, class_names, (3, *size), name, crop)
     small, size, coloured = _majority(train, name, on_corrupt, image_size)
     height, width = size
+    crop = None if small else TEST_SHARE_OF_SIDE
     augmentation = Augmentation(padding=height // 8 if small else 0, flip=coloured)
     sets = [
-        EncodedImages(source, labels, size, not small, augmentation)
+        EncodedImages(source, labels, size, crop, augmentation)
         for source, labels in ((train, train_labels), (test, test_labels))
     ]
     left_out: tuple[str, ...] = ()
@@ -146,7 +160,6 @@ def encoded_data(
         left_out = tuple(dict.fromkeys(corrupt[1]))
         normalisation = Normalisation.of(parts[0][0])
         sets = [ArrayImages(pixels.contiguous(), labels, normalisation, augmentation) for pixels, labels in parts]
-    crop = None if small else TEST_SHARE_OF_SIDE
     return Data(sets[0], sets[1], class_names, (3, *size), name, crop, left_out)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from str_triton.cnn.data.common import Data, OnCorrupt, stratified_split
 from str_triton.cnn.data.encoded import encoded_data
 from str_triton.training.errors import warn
+from str_triton.training.interface import Interface
 
 ENDINGS = (
     *(".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
@@ -57,13 +58,16 @@ class Files:
         return path, path
 
 
-def load_folder(place: str, on_corrupt: OnCorrupt = None, image_size: int | None = None) -> Data:
+def load_folder(
+    place: str, on_corrupt: OnCorrupt = None, image_size: int | None = None, interface: Interface | None = None
+) -> Data:
     """Read DIR/train/CLASS/ and DIR/val/CLASS/ (or test), or split DIR/CLASS/ 80/20 by name.
 
     Images may lie at any depth below their class. Classes are the folders' names in alphabetical order. Links are
     followed, except those that lead back to a folder above. Hidden files and folders are skipped, and so are those of
     `LEFTOVERS`. A warning gives the number of skipped files that do not end like an image, and of circular links. The
     split sorts each class by a hash of the path below DIR, so it is the same everywhere, whatever the training's seed.
+    For `interface` see `load`.
 
     Raises FileNotFoundError or ValueError for another layout of the folder, and for unreadable images.
     """
@@ -76,7 +80,7 @@ def load_folder(place: str, on_corrupt: OnCorrupt = None, image_size: int | None
     if skipped:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in skipped.most_common(8))
         warn(f"{name}: skipped, not images: {kinds}")
-    return encoded_data(*train, *test, tuple(classes), name, on_corrupt, image_size)
+    return encoded_data(*train, *test, tuple(classes), name, on_corrupt, image_size, interface)
 
 
 Part = tuple[Files, Tensor]

@@ -13,6 +13,7 @@ from str_triton.cnn.data.counter_random import order_keys
 from str_triton.cnn.data.encoded import encoded_data
 from str_triton.training.errors import warn
 from str_triton.training.hub import read_splits
+from str_triton.training.interface import Interface
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -53,7 +54,9 @@ class Column:
         return name, value
 
 
-def load_hub(place: str, on_corrupt: OnCorrupt = None, image_size: int | None = None) -> Data:
+def load_hub(
+    place: str, on_corrupt: OnCorrupt = None, image_size: int | None = None, interface: Interface | None = None
+) -> Data:
     """Read `NAME` or `NAME:CONFIGURATION` of the hub, or a local folder of parquet or arrow files or of `save_to_disk`.
 
     The columns are image (or img) and label (or labels, fine_label). The splits are train and test, or validation where
@@ -62,6 +65,7 @@ def load_hub(place: str, on_corrupt: OnCorrupt = None, image_size: int | None = 
 
     Parquet files are converted once to Arrow files below HF_DATASETS_CACHE, which need about as much disk space again.
     Folders of `save_to_disk` are memory-mapped in place. Images are read in random order: keep them on a fast disk.
+    For `interface` see `load`.
 
     Raises ValueError, in one line, also for errors of the `datasets` library.
     """
@@ -94,7 +98,9 @@ def load_hub(place: str, on_corrupt: OnCorrupt = None, image_size: int | None = 
     sources = [
         Column(_encoded(rows, image), part, root) for rows, part in ((train, f"{name} train"), (test, test_name))
     ]
-    return encoded_data(sources[0], labels, sources[1], test_labels, tuple(classes), name, on_corrupt, image_size)
+    return encoded_data(
+        sources[0], labels, sources[1], test_labels, tuple(classes), name, on_corrupt, image_size, interface
+    )
 
 
 def _one_of(names: tuple[str, ...], columns: list[str], place: str) -> str:

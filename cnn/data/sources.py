@@ -1,18 +1,31 @@
 """Reading of a data set by its name."""
 
+from dataclasses import replace
 from pathlib import Path
 
+from torch.nn import functional as F
+
 from str_triton.arguments import unknown_data
+from str_triton.cnn.data.arrays import ArrayImages
 from str_triton.cnn.data.common import Data, OnCorrupt
+from str_triton.cnn.data.decoding import crop_of
 from str_triton.cnn.data.digits import load_digits
 from str_triton.cnn.data.folder import load_folder
 from str_triton.cnn.data.hub import load_hub
 from str_triton.cnn.data.idx import SETS, load_idx
+from str_triton.cnn.data.normalisation import Normalisation
+from str_triton.training.interface import Interface
 
 KNOWN = ("digits", "mnist", "fashion-mnist", "kmnist", "emnist[:SPLIT]", "imagefolder:DIR", "hub:NAME")
 
 
-def load(spec: str, data_dir: str | None = None, on_corrupt: OnCorrupt = None, image_size: int | None = None) -> Data:
+def load(
+    spec: str,
+    data_dir: str | None = None,
+    on_corrupt: OnCorrupt = None,
+    image_size: int | None = None,
+    interface: Interface | None = None,
+) -> Data:
     """Read the data set that `spec` names.
 
     - "digits": the bundled handwritten digits;
@@ -21,7 +34,8 @@ def load(spec: str, data_dir: str | None = None, on_corrupt: OnCorrupt = None, i
     - "hub:NAME": a data set of the Hugging Face hub or a local folder in its format, see `load_hub`.
 
     `image_size` is the height and width that the images of a folder or of the hub are scaled to, by default 224 or the
-    size of small images.
+    size of small images. With `interface`, that of a trained network with images and a standardisation, the test images
+    are cropped, scaled and normalised as the network takes them, and the training images need not be readable.
 
     Raises ValueError or FileNotFoundError with one line that names the fault. With `on_corrupt` images that cannot be
     decoded are skipped, see `Images.batch`.
@@ -36,9 +50,26 @@ def load(spec: str, data_dir: str | None = None, on_corrupt: OnCorrupt = None, i
     if image_size is not None and not has_place:
         raise ValueError(f"--image-size {image_size}: the images of --data {spec} have a size of their own")
     if is_idx:
-        return load_idx(spec, data_dir)
+        return _as_taken(load_idx(spec, data_dir), interface)
     if spec == "digits":
-        return load_digits()
+        return _as_taken(load_digits(), interface)
     if kind == "imagefolder":
-        return load_folder(place, on_corrupt, image_size)
-    return load_hub(place, on_corrupt, image_size)
+        return load_folder(place, on_corrupt, image_size, interface)
+    return load_hub(place, on_corrupt, image_size, interface)
+
+
+def _as_taken(data: Data, interface: Interface | None) -> Data:
+    """Return data in memory with the test images as a network takes them."""
+    if interface is None:
+        return data
+    assert interface.images is not None
+    assert interface.standardisation is not None
+    assert isinstance(data.test, ArrayImages)
+    channels, *size = data.image_shape
+    left, top, right, bottom = crop_of(interface.images.crop)(size[1], size[0])
+    height, width = interface.images.height, interface.images.width
+    pixels = data.test.images[:, :, top:bottom, left:right]
+    if pixels.shape[2:] != (height, width):
+        pixels = F.interpolate(pixels, (height, width), mode="bilinear", antialias=True)
+    test = replace(data.test, images=pixels, normalisation=Normalisation(*interface.standardisation))
+    return replace(data, test=test, image_shape=(channels, height, width), crop=interface.images.crop)

@@ -91,7 +91,10 @@ class Interface:
             raise ValueError("the names of its scores are not strings")
         numbers, images = record["standardisation"], record.get("images")
         standardisation = None if numbers is None else _standardisation(numbers)
-        return cls(tuple(outputs), standardisation, None if images is None else _image_input(images))
+        taken = None if images is None else _image_input(images)
+        if taken is not None and standardisation is not None and len(standardisation[0]) != taken.channels:
+            raise ValueError(f"its images have {taken.channels} colour channels, but {len(standardisation[0])} means")
+        return cls(tuple(outputs), standardisation, taken)
 
 
 def _standardisation(numbers: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:

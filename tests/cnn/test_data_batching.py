@@ -40,7 +40,7 @@ class Pictures:
         return f"picture {index}", content[: len(content) // 2] if index == self.broken else content
 
 
-def encoded(broken: int | None = None, crop: bool = False) -> EncodedImages:
+def encoded(broken: int | None = None, crop: float | None = None) -> EncodedImages:
     labels = torch.arange(COUNT) % 3
     return EncodedImages(Pictures(broken), labels, (8, 9), crop, Augmentation(padding=2, flip=True))
 
@@ -62,8 +62,8 @@ def assert_same(first: list, second: list) -> None:
         assert torch.equal(one[1], other[1])
 
 
-@pytest.mark.parametrize("crop", [False, True])
-def test_workers_change_no_bit(crop: bool):
+@pytest.mark.parametrize("crop", [None, 0.875])
+def test_workers_change_no_bit(crop: float | None):
     alone = run(encoded(crop=crop))
     assert [len(labels) for _, labels in alone] == [5, 5, 5, 5, 3]
     assert alone[0][0].shape == (5, 3, 8, 9)

@@ -112,7 +112,7 @@ def test_each_image_is_read_once_over_all_ranks_and_workers(
 ):
     images = request.getfixturevalue(layout).test
     noting = EncodedImages(
-        Noting(images.source, tmp_path / "log"), images.labels, (8, 8), True, Augmentation(flip=True)
+        Noting(images.source, tmp_path / "log"), images.labels, (8, 8), 0.875, Augmentation(flip=True)
     )
     for rank in range(2):
         run(noting, augment=True, workers=workers, rank=rank, world_size=2)
@@ -225,7 +225,7 @@ class Nothing:
 
 def test_a_set_that_is_gone_is_not_skipped_image_by_image():
     images, lines = (
-        EncodedImages(Nothing(), torch.zeros(1_000_000, dtype=torch.int64), (8, 8), True, Augmentation()),
+        EncodedImages(Nothing(), torch.zeros(1_000_000, dtype=torch.int64), (8, 8), 0.875, Augmentation()),
         [],
     )
     with pytest.raises(ValueError, match=f"^{MAX_CORRUPT_IN_A_ROW} .* image {MAX_CORRUPT_IN_A_ROW + 4}: "):

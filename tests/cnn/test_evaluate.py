@@ -17,6 +17,8 @@ from str_triton import Budget, sparsify
 from str_triton.cnn import data, evaluate, paper_checkpoint
 from str_triton.cnn.evaluate import main
 from str_triton.cnn.models import build
+from str_triton.cnn.predictor import Predictor
+from str_triton.training.interface import ImageInput, Interface
 from tests.messages import holds
 
 ROOT = Path(__file__).parents[2]
@@ -131,6 +133,64 @@ def test_images_are_seen_as_they_are(tmp_path: Path, pictures: Path):
     assert result["loss"] == pytest.approx(loss.item(), rel=1e-4)
 
 
+def with_interface(path: Path, interface: Interface, model: str = "resnet20") -> torch.nn.Module:
+    """Write the weights of a new network with its interface, and return it."""
+    assert interface.images is not None
+    network = build(model, num_classes=len(interface.outputs), in_channels=interface.images.channels).eval()
+    safetensors.torch.save_file(dict(network.state_dict()), path, {"model": model, **interface.texts()})
+    return network
+
+
+@pytest.mark.parametrize("crop", [0.5, None])
+def test_images_are_seen_as_the_network_was_trained(
+    tmp_path: Path, pictures: Path, crop: float | None, capsys: pytest.CaptureFixture
+):
+    """The data alone would be 50x40 and normalised by their own statistics, for which a training image is missing."""
+    shutil.copytree(pictures, tmp_path / "train")
+    shutil.copytree(pictures, tmp_path / "val")
+    (tmp_path / "train" / "cats" / "0.png").write_bytes(b"")
+    file, given = tmp_path / "x.safetensors", [f"imagefolder:{tmp_path}", "--batch-size", "3"]
+    for size in (24, 20):
+        taken = ImageInput(3, size, size, crop)
+        interface = Interface(("cats", "dogs"), ((99.0, 120.0, 90.0), (30.0, 50.0, 70.0)), taken)
+        if size == 24:
+            network = with_interface(file, interface)
+        result = evaluated(tmp_path, str(file), "--data", *given, *(["--image-size", "20"] if size == 20 else []))
+        own = Predictor(network, interface)
+        paths = sorted((tmp_path / "val").glob("*/*.png"))
+        pixels = own.normalise(torch.stack([own.pixels(str(path), str(path)) for path in paths]))
+        labels = torch.tensor([interface.outputs.index(path.parent.name) for path in paths])
+        with torch.inference_mode():
+            expected = torch.nn.functional.cross_entropy(network(pixels), labels).item()
+        assert result["loss"] == pytest.approx(expected, rel=1e-4)
+        said = capsys.readouterr().err
+        assert said == ("" if size == 24 else f"warning: --image-size 20: {file} was trained with images of 24x24\n")
+
+
+def test_images_in_memory_too_are_seen_as_the_network_was_trained(whole_run: Path, tmp_path: Path):
+    own = Interface.read(whole_run / "interface.json")
+    other = Interface(own.outputs, ((1.0,), (2.0,)), ImageInput(1, 16, 16, None))
+    network = with_interface(tmp_path / "x.safetensors", other, "resnet-digits")
+    result = evaluated(tmp_path, str(tmp_path / "x.safetensors"), "--data", "digits")
+    test = data.load("digits").test
+    images = torch.nn.functional.interpolate(test.images, (16, 16), mode="bilinear", antialias=True)
+    with torch.inference_mode():
+        loss = torch.nn.functional.cross_entropy(network((images - 1.0) / 2), test.labels)
+    assert result["loss"] == pytest.approx(loss.item(), rel=1e-4)
+
+
+def test_other_classes_or_another_order_are_refused(tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture):
+    numbers = ((99.0, 120.0, 90.0), (30.0, 50.0, 70.0))
+    for names in (("dogs", "cats"), ("cats", "mice")):
+        with_interface(tmp_path / "x.safetensors", Interface(names, numbers, ImageInput(3, 16, 16, None)))
+        args = [str(tmp_path / "x.safetensors"), "--data", f"imagefolder:{pictures}", "--device", "cpu"]
+        assert main(args) == 2
+        ours, theirs = next((a, b) for a, b in zip(names, ("cats", "dogs"), strict=True) if a != b)
+        error = capsys.readouterr().err
+        assert holds(error, f"its class '{ours}' is '{theirs}' in the data .. order must match")
+        assert error.count("\n") == 1
+
+
 def test_corrupt_images_end_it_or_are_counted(
     whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture, pictures: Path
 ):
@@ -171,7 +231,7 @@ def test_the_process_ends_with_the_exit_code():
         (["run", "--model", "vgg"], "no model vgg"),
         (
             ["five.pth", "--data", "digits", "--model", "resnet-digits"],
-            "digits .. 10 classes .. five.pth 5",
+            "five.pth .. digits .. 5 classes .. 10 classes",
         ),
         (["color.pth", "--data", "digits", "--model", "resnet-digits"], "digits .. 1 colour .. color.pth 3"),
         (["run", "--data", "imagefolder:empty"], "empty"),

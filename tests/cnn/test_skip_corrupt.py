@@ -6,6 +6,7 @@ from pathlib import Path
 import PIL.Image
 import pytest
 
+from str_triton.cnn import evaluate
 from str_triton.training.metrics import read_metrics
 from tests.cnn.train_runs import resume, run
 
@@ -45,6 +46,11 @@ def test_with_it_corrupt_images_are_named_and_counted(
     said = capsys.readouterr().out.splitlines()
     named = [line for line in said if line.startswith("skipped in epoch ")]
     assert [line.split(": ")[1] for line in named] == [str(damaged)] * 2
+    evaluated = [str(tmp_path / "run"), "--device", "cpu"]
+    assert evaluate.main(evaluated) == 0
+    (damaged.parents[2] / "val" / "a" / "00.png").write_bytes(b"")
+    assert evaluate.main(evaluated) == 0  # by the run's own option
+    assert "00.png" in capsys.readouterr().err
 
 
 def test_a_run_that_ended_so_can_go_on_with_it(damaged: Path, tmp_path: Path, quick: None):
