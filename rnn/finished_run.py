@@ -59,7 +59,7 @@ def interface_of(data: Data | Text) -> Interface:
 
 def open_run(folder: str | Path) -> FinishedRun:
     """Read the folder of a finished run; raise `UserError` for a folder that is missing, unfinished or damaged."""
-    from safetensors import SafetensorError
+    from safetensors import SafetensorError, safe_open
 
     folder, training = Path(folder), command("train-rnn")
     if not folder.is_dir():
@@ -67,7 +67,8 @@ def open_run(folder: str | Path) -> FinishedRun:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is not a run of {training}: it has no config.json")
     require_trained_by(folder, "train-rnn")
-    for name in ("model.safetensors", INTERFACE):
+    weights = folder / "model.safetensors"
+    for name in (weights.name, INTERFACE):
         if not (folder / name).is_file():
             raise UserError(f"{folder} has no {name}: the run is not finished, or an older version made it")
     try:
@@ -79,6 +80,10 @@ def open_run(folder: str | Path) -> FinishedRun:
         scores = (model.decoder if isinstance(model, LanguageModel) else model.classifier).out_features
         if scores != len(interface.outputs):
             raise ValueError(f"{scores} scores, but {len(interface.outputs)} names for them")
+        with safe_open(weights, "pt") as file:
+            stored = Interface.in_metadata(file.metadata(), weights)
+        if stored not in (None, interface):  # None: a run of an older version
+            raise ValueError(f"{INTERFACE} contradicts the interface in {weights.name}: one of them is another run's")
         return FinishedRun(folder, config, model, interface.outputs, mean, std)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder} is not a run of {training}, or damaged: {one_line(error)}") from error

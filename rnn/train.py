@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from str_triton import LowRankWeight, RankBudget, count_ranks
+from str_triton.files import with_sorted_header
 from str_triton.rnn.baselines import given_ranks, svd_ranks
 from str_triton.rnn.data import load
 from str_triton.rnn.finished_run import interface_of
@@ -21,7 +22,7 @@ from str_triton.rnn.recipes import PUBLISHED, RECIPES, RESUME_MAY_CHANGE, Config
 from str_triton.rnn.tasks import Task, make_task
 from str_triton.training.command_line import CommandLine
 from str_triton.training.errors import as_user_error
-from str_triton.training.interface import INTERFACE
+from str_triton.training.interface import INTERFACE, Interface
 from str_triton.training.loop import Accelerator, Loop, StepOutput
 from str_triton.training.meter import Means
 from str_triton.training.metrics import Record
@@ -212,8 +213,9 @@ class Experiment(Loop):
         }
         run.write("summary.json", json.dumps(summary, indent=2) + "\n")
         run.write("data.json", json.dumps({"name": self.task.data.name, **self.task.data.notes}, indent=2) + "\n")
-        run.write(INTERFACE, interface_of(self.task.data).text())
-        run.write("model.safetensors", to_safetensors(small, self.architecture))
+        interface = interface_of(self.task.data)
+        run.write(INTERFACE, interface.text())
+        run.write("model.safetensors", to_safetensors(small, self.architecture, interface))
         run.write("report.html", report(run.path))
         run.say(str(budget))
         run.say(
@@ -263,13 +265,12 @@ def downsample(values: Tensor) -> list[float]:
     return [float(f"{value:.4g}") for value in ordered.cpu()[indices].tolist()]
 
 
-def to_safetensors(model: nn.Module, architecture: Architecture) -> bytes:
-    """Return the compact model's weights as safetensors, with the sizes that `load_trained` needs."""
+def to_safetensors(model: nn.Module, architecture: Architecture, interface: Interface) -> bytes:
+    """Return the compact model's weights as safetensors, with the sizes that `load_trained` needs and the interface."""
     sizes = {"inputs": architecture.inputs, "outputs": architecture.outputs, "ranks": model.rnn.ranks()}
     weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
-    return safetensors.torch.save(
-        weights, {"network": json.dumps(sizes)}
-    )  # one entry, because the order of several is not defined
+    metadata = {"network": json.dumps(sizes), **interface.texts()}
+    return with_sorted_header(safetensors.torch.save(weights, metadata))
 
 
 if __name__ == "__main__":

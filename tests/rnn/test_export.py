@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from str_triton import deploy
 from str_triton.rnn import onnx_export
@@ -147,3 +148,17 @@ def test_a_damaged_run_is_one_line(whole_run: Path, tmp_path: Path, capsys: pyte
     (run / "config.json").write_text(config)
     save_file({"x": torch.zeros(1)}, run / "model.safetensors")
     assert "damaged" in refused(capsys, "c", run, tmp_path / "out")
+
+
+def test_an_interface_that_is_not_the_weights_own_is_refused(
+    whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole_run, run, ignore=shutil.ignore_patterns("checkpoints", "events"))
+    record = json.loads((run / "interface.json").read_text())
+    (run / "interface.json").write_text(json.dumps(record | {"outputs": record["outputs"][::-1]}))
+    assert holds(refused(capsys, "c", run, tmp_path / "out"), f"{run} .. interface.json .. model.safetensors")
+    with safe_open(run / "model.safetensors", "pt") as file:
+        network = {"network": file.metadata()["network"]}
+    save_file(load_file(run / "model.safetensors"), run / "model.safetensors", network)  # as older versions did
+    assert open_run(run).outputs == tuple(record["outputs"][::-1])
