@@ -37,7 +37,7 @@ class Options:
     """The options of the program."""
 
     path: str = positional("RUN|FILE")
-    """A run's folder, one of its checkpoints, a checkpoint of the paper's original code, or a file of weights
+    """A finished run's folder, one of its checkpoints, a checkpoint of the paper's original code, or a file of weights
     (safetensors, or a state dict that torch.save wrote)."""
     model: str | None = None
     """The network's name, as for training; needed for a file that does not hold it."""

@@ -38,7 +38,7 @@ class Options:
     """The options of every command."""
 
     path: str = positional("RUN|FILE")
-    """A run's folder, one of its checkpoints, or a file of weights."""
+    """A finished run's folder, one of its checkpoints, or a file of weights."""
     out: str = positional("OUT")
     """The file to write."""
     model: str | None = None

@@ -36,10 +36,9 @@ def start_from(
         new_classifier: keep the model's own classifier instead of the file's.
 
     Raises:
-        ValueError: not a file of weights, weights of another network (the message names the first key that does not
-            fit), or another number of classes.
+        ValueError: an unfinished run, not a file of weights, weights of another network (the message names the first
+            key that does not fit), or another number of classes.
         OSError: the file cannot be read.
-        UserError: ``path`` is a run without an undamaged checkpoint.
     """
     where = f"--pretrained {path}, model {name}"
     file, own = read_file(path), model.state_dict()

@@ -64,10 +64,10 @@ def rebuild(path: str | os.PathLike[str], name: str | None = None) -> Network:
         name: the network's name in `str_triton.cnn.models`; by default the one in the run or the file.
 
     Raises:
-        ValueError: not a file of weights, or weights of another network (the message names the first key that does not
-            fit).
+        ValueError: an unfinished run, not a file of weights, or weights of another network (the message names the first
+            key that does not fit).
         OSError: the file cannot be read.
-        UserError: the run's configuration or all its checkpoints are damaged.
+        UserError: the run's configuration is damaged.
     """
     path = Path(path)
     folder = _run_of(path)
@@ -81,16 +81,24 @@ def rebuild(path: str | os.PathLike[str], name: str | None = None) -> Network:
     model = build(name, num_classes=num_classes, in_channels=in_channels)
     fill(model, weights, f"{path}, model {name}")
     warn_of_arithmetic(path, name, said, weights)
-    interface = _interface(file.interface, folder, path, num_classes, in_channels)
+    interface = _interface(file.interface, path if path.is_dir() else folder, path, num_classes, in_channels)
     return Network(model.eval(), name, num_classes, in_channels, config, interface)
 
 
 def _interface(
-    found: Interface | None, folder: Path | None, path: Path, num_classes: int, in_channels: int
+    held: Interface | None, folder: Path | None, path: Path, num_classes: int, in_channels: int
 ) -> Interface | None:
-    """Return the interface in the file or in its run's folder; raise ValueError if it does not fit the network."""
-    if found is None and folder is not None and (folder / INTERFACE).is_file():
+    """Return the interface in the weights' file or in its run's folder.
+
+    Raises ValueError if the two contradict each other, or do not fit the network.
+    """
+    found = held
+    if folder is not None and (folder / INTERFACE).is_file():
         found = Interface.read(folder / INTERFACE)
+        if held is not None and held != found:
+            raise ValueError(
+                f"{folder / INTERFACE} contradicts the metadata of the run's model.safetensors: remove or restore it"
+            )
     if found is None:
         return None
     if len(found.outputs) != num_classes:

@@ -17,7 +17,7 @@ def read_teacher(path: str | os.PathLike[str], interface: Interface) -> nn.Modul
     Raises:
         ValueError: other classes, channels or standardisation than ``interface``, or as `rebuild` does.
         OSError: the file cannot be read.
-        UserError: the run's configuration or all its checkpoints are damaged.
+        UserError: the run's configuration is damaged.
     """
     network, where = rebuild(path), f"--teacher {path}"
     require_classes(network, interface.outputs, where)

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,8 +13,7 @@ from str_triton import densify, deploy, plain_state_dict
 from str_triton.cnn import paper_checkpoint
 from str_triton.cnn.models import is_known
 from str_triton.programs import command
-from str_triton.training.checkpoints import Checkpoints
-from str_triton.training.interface import INTERFACE, Interface
+from str_triton.training.interface import Interface
 from str_triton.training.run_folder import CONFIG
 
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
@@ -28,14 +27,14 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     all keys (`PREFIXES`) are removed.
 
     Args:
-        path: a run folder of `python cnn/train.py` (its model.safetensors, or the newest checkpoint of an unfinished
-            run), a checkpoint of the paper's original code, or any file that `deploy.read_checkpoint` reads:
-            checkpoints of this program and of other training scripts, packed files, safetensors.
+        path: the folder of a finished run of `python cnn/train.py`, a checkpoint of the paper's original code, or any
+            file that `deploy.read_checkpoint` reads: checkpoints of this program, also those in a run's folder, and of
+            other training scripts, packed files, safetensors.
 
     Raises:
-        ValueError: another kind of file; the message names the file, and the first key that does not fit.
+        ValueError: the folder of an unfinished run, or another kind of file; the message names the file, and the first
+            key that does not fit.
         OSError: the file cannot be read.
-        UserError: all checkpoints of the run are damaged.
     """
     return read_file(path).weights
 
@@ -59,8 +58,8 @@ def read_file(path: str | os.PathLike[str]) -> WeightFile:
     """Read weights and what else is known of the network. Raise as `read_weights`, also for a damaged interface."""
     path = Path(path)
     if path.is_dir():
-        interface = Interface.read(path / INTERFACE) if (path / INTERFACE).is_file() else None
-        return WeightFile(_from_run(path), _name_in_run(path), interface)
+        file = read_file(_weights_of_run(path))
+        return replace(file, name=file.name or _name_in_run(path))
     checkpoint = deploy.read_checkpoint(path)
     if isinstance(checkpoint.others.get("sparse"), dict):
         raise ValueError(f"{path} is a compiled network, for {command('predict')} alone: name the run that it is from")
@@ -119,14 +118,17 @@ def _converted(tensor: Tensor, dtype: torch.dtype, where: str) -> Tensor:
     return converted
 
 
-def _from_run(folder: Path) -> dict[str, Tensor]:
-    finished = folder / "model.safetensors"
-    if finished.exists():
-        return read_weights(finished)
-    state = Checkpoints(folder / "checkpoints").load(owner=False)
-    if state is None:
-        raise ValueError(f"{folder}: not a run with weights (neither {finished.name} nor a checkpoint)")
-    return _weights(folder, deploy.Checkpoint.of(state, folder))
+def _weights_of_run(folder: Path) -> Path:
+    """Return the file of weights of a finished run; raise ValueError for another folder."""
+    weights = folder / "model.safetensors"
+    if weights.is_file():
+        return weights
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"{folder}: not a run with weights (no {weights.name})")
+    raise ValueError(
+        f"{folder} has no {weights.name}: the run is not finished; {command('train-cnn')} --resume --run-dir {folder} "
+        "continues it"
+    )
 
 
 def _name_in_run(folder: Path) -> str | None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +90,8 @@ class Interface:
         outputs = record["outputs"]
         if not isinstance(outputs, list) or not outputs or not all(isinstance(name, str) for name in outputs):
             raise ValueError("the names of its scores are not strings")
+        if doubled := [name for name, number in Counter(outputs).items() if number > 1]:
+            raise ValueError(f"two of its scores have the name {doubled[0]!r}")
         numbers, images = record["standardisation"], record.get("images")
         standardisation = None if numbers is None else _standardisation(numbers)
         taken = None if images is None else _image_input(images)

@@ -1,12 +1,16 @@
 """Networks from their weights: of which size they are is seen from the weights alone."""
 
+import shutil
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from str_triton.cnn.models import build
 from str_triton.cnn.rebuild import rebuild
+from str_triton.training.interface import Interface
+from tests.messages import holding
 from tests.runs import same_bits
 
 
@@ -37,3 +41,20 @@ def test_a_run_says_its_network_and_its_files_do_so_too(whole_run: Path):
         network = rebuild(path)
         assert (network.name, network.num_classes, network.in_channels) == ("resnet-digits", 10, 1)
         assert network.config.data == "digits"
+
+
+def test_the_interface_is_in_the_run_and_in_its_weights(whole_run: Path, tmp_path: Path):
+    """One of the two is enough, and two that contradict each other are refused."""
+    run, own = shutil.copytree(whole_run, tmp_path / "run"), Interface.read(whole_run / "interface.json")
+    other = Interface(own.outputs[::-1], own.standardisation, own.images)
+    (run / "interface.json").write_text(other.text())
+    for path in (run, run / "model.safetensors"):
+        with pytest.raises(ValueError, match=holding(f"{run / 'interface.json'} .. model.safetensors .. remove")):
+            rebuild(path)
+    (run / "interface.json").unlink()
+    assert rebuild(run).interface == own
+    (run / "config.json").unlink()
+    assert (rebuild(run).interface, rebuild(run).name) == (own, "resnet-digits")
+    safetensors.torch.save_file(dict(rebuild(run).model.state_dict()), run / "model.safetensors")
+    (run / "interface.json").write_text(other.text())
+    assert rebuild(run, "resnet-digits").interface == other

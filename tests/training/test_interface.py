@@ -26,6 +26,7 @@ def test_all_forms_are_read_again(interface: Interface, tmp_path: Path) -> None:
         ({"outputs": {"a": 1}}, "names of its scores"),
         ({"outputs": []}, "names of its scores"),
         ({"outputs": ["a", 1]}, "names of its scores"),
+        ({"outputs": ["a", "b", "a"]}, "two of its scores .* 'a'"),
         ({"standardisation": {"mean": [1.0]}}, "no std"),
         ({"standardisation": {"mean": [1.0], "std": [0.0]}}, "its deviations are not 1 numbers"),
         ({"standardisation": {"mean": [float("nan")], "std": [1.0]}}, "its means are not 1 numbers"),
