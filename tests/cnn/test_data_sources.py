@@ -50,4 +50,6 @@ def test_digits_are_all_there_in_a_fixed_stratified_split():
     seen = {tuple(image.flatten().tolist()) for image in data.train.images}
     assert not any(tuple(image.flatten().tolist()) in seen for image in data.test.images)
     zero = data.train.images[0, 0] if data.train.labels[0] == 0 else data.test.images[0, 0]
-    assert zero[0].tolist() == [0, 0, 5, 13, 9, 1, 0, 0]  # the file's first row, upright
+    levels = [0, 0, 5, 13, 9, 1, 0, 0]  # the file's first row, upright
+    assert zero[0].tolist() == [round(level * 255 / 16) for level in levels]
+    assert (int(data.train.images.min()), int(data.train.images.max())) == (0, 255)
