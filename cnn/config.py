@@ -43,10 +43,11 @@ class Config(TrainConfig):
     }
 
     data: str = "digits"
-    """Data set: digits, mnist, fashion-mnist, kmnist, emnist[:SPLIT], imagefolder:DIR, hub:NAME, or hub:DIR for a
-    local copy of a data set of the hub."""
+    """Data set: digits, cifar10, mnist, fashion-mnist, kmnist, emnist[:SPLIT], imagefolder:DIR, hub:NAME, or hub:DIR
+    for a local copy of a data set of the hub."""
     data_dir: str | None = None
-    """Directory of the IDX files of mnist, fashion-mnist, kmnist and emnist, as published, gzipped or not."""
+    """Directory of the published files: the binary version of cifar10, or the IDX files of mnist, fashion-mnist, kmnist
+    and emnist, gzipped or not."""
     skip_corrupt: bool = False
     """Skip images that cannot be decoded, and count them: in training the next image takes the place, in testing there
     is one image less. Without this option such an image ends the run with its name."""

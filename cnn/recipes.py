@@ -130,7 +130,7 @@ def recipe_for(config: Config) -> str:
     """Return the recipe to use if none is named, by the data set's name. Raise `UserError` if that is ambiguous."""
     kind, _, place = config.data.partition(":")
     if kind not in ("imagefolder", "hub"):
-        return "digits" if config.data == "digits" else "fashion-mnist"
+        return config.data if config.data in ("digits", "cifar10") else "fashion-mnist"
     name = place.rstrip("/").rpartition("/")[2].lower()
     if name in CIFAR:
         return "cifar10"

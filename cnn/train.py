@@ -113,6 +113,8 @@ class Experiment(Loop):
         return {
             "data": f"{self.config.data}: {train}, {test}, {shape}, {self.data.num_classes} classes",
             "model": f"{self.config.model}: {number(self.budget.params, 'weight')}",
+            **({"weights": f"from {self.config.pretrained}"} if self.config.pretrained else {}),
+            **({"teacher": self.config.teacher} if self.config.teacher else {}),
             "target": target_text(self.config),
         }
 

@@ -7,8 +7,9 @@ import argparse
 import re
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, NoReturn
 
 MOST_NAMED = 15  # a message names all choices if they are no more than these
@@ -105,8 +106,18 @@ def suggestion(name: str, known: Sequence[str]) -> str:
     return f"; choose {' or '.join(known) if len(known) < 10 else ', '.join(known)}"
 
 
-def unknown_data(spec: str, forms: Sequence[str]) -> str:
-    """Return the message for data that do not exist. ``forms`` are the known ones, such as har:PATH."""
+def unknown_data(spec: str, forms: Sequence[str], layouts: Mapping[str, str]) -> str:
+    """Return the message for data that do not exist.
+
+    Args:
+        spec: what was given.
+        forms: the known data, such as har:PATH.
+        layouts: what to write for a folder, DIR, that holds files of a pattern. The first pattern that fits counts.
+    """
+    if spec and Path(spec).is_dir():
+        for pattern, form in layouts.items():
+            if next(Path(spec).glob(pattern), None):
+                return f"unknown data {spec!r}; for this folder {form.replace('DIR', spec)}"
     near = nearest(re.split(r"[:\[]", spec)[0], [re.split(r"[:\[]", form)[0] for form in forms])
     chosen = [form for form in forms if re.split(r"[:\[]", form)[0] in near]
     return f"unknown data {spec!r}; " + (

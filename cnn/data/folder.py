@@ -144,7 +144,9 @@ def _listing(root: Path, skipped: Counter[str]) -> tuple[list[str], list[str], T
     classes = sorted(_folders(root))
     if len(classes) < 2:
         found = f"only {classes[0]!r}" if classes else "none"
-        raise ValueError(f"{root}: needs a folder for each of at least two classes, has {found}")
+        inner = len(classes) == 1 and len(_folders(root / classes[0])) > 1
+        advice = f"; if its folders are the classes, name {root / classes[0]}" if inner else ""
+        raise ValueError(f"{root}: needs a folder for each of at least two classes, has {found}{advice}")
     if all(PARTS.keys() & re.findall("[a-z]+", name.lower()) for name in classes):
         names = ", ".join(map(repr, classes))
         raise ValueError(

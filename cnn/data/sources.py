@@ -1,12 +1,12 @@
 """Reading of a data set by its name."""
 
 from dataclasses import replace
-from pathlib import Path
 
 from torch.nn import functional as F
 
 from str_triton.arguments import unknown_data
 from str_triton.cnn.data.arrays import ArrayImages
+from str_triton.cnn.data.cifar10 import load_cifar10
 from str_triton.cnn.data.common import Data, OnCorrupt
 from str_triton.cnn.data.decoding import crop_of
 from str_triton.cnn.data.digits import load_digits
@@ -16,7 +16,18 @@ from str_triton.cnn.data.idx import SETS, load_idx
 from str_triton.cnn.data.normalisation import Normalisation
 from str_triton.training.interface import Interface
 
-KNOWN = ("digits", "mnist", "fashion-mnist", "kmnist", "emnist[:SPLIT]", "imagefolder:DIR", "hub:NAME")
+KNOWN = ("digits", "cifar10", "mnist", "fashion-mnist", "kmnist", "emnist[:SPLIT]", "imagefolder:DIR", "hub:NAME")
+LAYOUTS = {
+    "*-idx3-ubyte*": "write the name of its data set, such as mnist or fashion-mnist, and --data-dir DIR",
+    "data_batch_1.bin": "write cifar10 and --data-dir DIR",
+    "data_batch_1": "take CIFAR-10's binary version (this one is of pickles, which can run code), unpack it, and write "
+    "cifar10 and --data-dir with its folder",
+    "dataset_dict.json": "write hub:DIR",
+    "*.parquet": "write hub:DIR",
+    "*/*.parquet": "write hub:DIR",
+    "*": "of images, write imagefolder:DIR",
+}
+"""What to write for a folder whose files are like the pattern."""
 
 
 def load(
@@ -29,6 +40,7 @@ def load(
     """Read the data set that `spec` names.
 
     - "digits": the bundled handwritten digits;
+    - "cifar10": CIFAR-10's binary version in `data_dir`, see `load_cifar10`;
     - "mnist", "fashion-mnist", "kmnist", "emnist" or "emnist:letters" and other splits: IDX files in `data_dir`;
     - "imagefolder:DIR": a folder per class, see `load_folder`;
     - "hub:NAME": a data set of the Hugging Face hub or a local folder in its format, see `load_hub`.
@@ -42,17 +54,18 @@ def load(
     """
     kind, _, place = spec.partition(":")
     is_idx, has_place = spec in SETS or spec == "emnist", kind in ("imagefolder", "hub") and place != ""
-    if not (is_idx or has_place or spec == "digits"):
-        folder = f"; for a folder of images, write imagefolder:{spec}" if Path(spec).is_dir() and spec else ""
-        raise ValueError(unknown_data(spec, KNOWN) + folder)
-    if data_dir is not None and not is_idx:
-        raise ValueError(f"--data-dir {data_dir} is for data sets of IDX files; --data {spec} does not take it")
+    if not (is_idx or has_place or spec in ("digits", "cifar10")):
+        raise ValueError(unknown_data(spec, KNOWN, LAYOUTS))
+    if data_dir is not None and not (is_idx or spec == "cifar10"):
+        raise ValueError(f"--data-dir {data_dir} is for cifar10 and IDX files; --data {spec} does not take it")
     if image_size is not None and not has_place:
         raise ValueError(f"--image-size {image_size}: the images of --data {spec} have a size of their own")
     if is_idx:
         return _as_taken(load_idx(spec, data_dir), interface)
     if spec == "digits":
         return _as_taken(load_digits(), interface)
+    if spec == "cifar10":
+        return _as_taken(load_cifar10(data_dir), interface)
     if kind == "imagefolder":
         return load_folder(place, on_corrupt, image_size, interface)
     return load_hub(place, on_corrupt, image_size, interface)

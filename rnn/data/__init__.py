@@ -3,6 +3,7 @@
 `load` imports a data set's module only when it is asked for, so a data set needs no other data set's libraries.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,15 @@ KNOWN = (
     "text",
     "text:FILE",
 )
+LAYOUTS = {
+    "train/Inertial Signals": "write har:DIR",
+    "UCI HAR Dataset": "write har:DIR",
+    "testing_list.txt": "write speech-commands:DIR",
+    "_background_noise_": "write speech-commands:DIR",
+    "*.parquet": "write hub:DIR",
+    "*/*.parquet": "write hub:DIR",
+}
+"""What to write for a folder whose files are like the pattern."""
 WITHOUT_ARGUMENT = {form for form in KNOWN if ":" not in form}
 WITH_ARGUMENT = {form.partition(":")[0] for form in KNOWN if ":" in form}
 TASKS = ("classify", "lm")
@@ -58,7 +68,9 @@ def load(
     """
     kind, _, place = spec.partition(":")
     if spec not in WITHOUT_ARGUMENT and not (kind in WITH_ARGUMENT and place):
-        raise ValueError(unknown_data(spec, KNOWN))
+        raise ValueError(unknown_data(spec, KNOWN, LAYOUTS))
+    if place == "DIR" and not Path(place).exists():  # what recipes have where the user's folder belongs
+        raise ValueError(f"--data is missing: write --data {spec} with your folder as DIR")
     is_text = kind == "text" or (kind == "hub" and ":" in place)
     _check(spec, kind, is_text, task, words, classes, noise)
     audio: dict[str, Any] = {"seed": seed, "noise": noise, "device": device, "cache_dir": cache_dir}
@@ -113,6 +125,6 @@ def _check(
     if words is not None and (is_text or kind not in ("speech-commands", "hub")):
         raise ValueError(f"words can be chosen only for speech-commands:DIR and hub:NAME, not for {spec!r}")
     if classes is not None and kind != "har":
-        raise ValueError(f"the number of classes can be chosen only for har:PATH, not for {spec!r}")
+        raise ValueError(f"--classes {classes}, of an option or the recipe, is only for har:PATH, not for {spec!r}")
     if noise and is_text:
         raise ValueError(f"noise {noise} can be added only to vectors, and {spec!r} is text")

@@ -104,6 +104,8 @@ def _find_root(path: Path) -> Path | zipfile.Path:
     for place in places:
         if (place / "train").is_dir():
             return place
+    if (path / "Inertial Signals").is_dir():
+        raise ValueError(f"har:{path}: this is one part of the data; name the folder above it, {path.parent}")
     raise ValueError(f'har:{path}: no "{FOLDER}" in it (a folder with "train" and "test")')
 
 

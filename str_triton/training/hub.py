@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -60,13 +61,14 @@ def _read(place: str, separator: str, datasets: ModuleType) -> "DatasetDict | di
         if folder.is_dir():
             return datasets.load_dataset(place)
     except Exception as error:  # errors of the library and of damaged files have no common base class
-        raise ValueError(f"hub:{place}: {_first_line(error)}") from error
+        raise ValueError(f"hub:{place}: {_first_line(error)}{_configurations(place, separator, error)}") from error
     name, _, configuration = place.partition(separator)
     try:
         return datasets.load_dataset(name, configuration or None)
     except Exception as error:
         if "scripts are no longer supported" not in str(error):
-            raise ValueError(f"hub:{place} is no folder here, and on the hub: {_first_line(error)}") from error
+            reason = f"{_first_line(error)}{_configurations(place, separator, error)}"
+            raise ValueError(f"hub:{place} is no folder here, and on the hub: {reason}") from error
     try:
         if not configuration:
             known = sorted(datasets.get_dataset_config_names(name, revision=PARQUET))
@@ -92,3 +94,9 @@ def _saved(folder: Path, datasets: ModuleType) -> "Dataset":
 
 def _first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _configurations(place: str, separator: str, error: Exception) -> str:
+    """Return how to choose a configuration if the error says that one must be chosen: "" if it does not."""
+    found = re.search(r"available configs: \[(.*?)\]", str(error))
+    return f" Write hub:{place}{separator}NAME, with a NAME of {found[1]}" if found else ""

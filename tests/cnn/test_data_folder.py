@@ -261,6 +261,9 @@ def test_other_wrong_folders(tmp_path: Path):
         load(spec(tmp_path / "nowhere"), None)
     with pytest.raises(ValueError, match=holding("at least two classes .. none")):
         load(spec(tmp_path), None)
+    write_split(tmp_path / "101_ObjectCategories", {"a": 1, "b": 3})
+    with pytest.raises(ValueError, match=holding(f"name {tmp_path / '101_ObjectCategories'}")):
+        load(spec(tmp_path), None)
     write_split(tmp_path, {"a": 1, "b": 3})
     with pytest.raises(ValueError, match=holding("'a' .. one image")):
         load(spec(tmp_path), None)

@@ -266,3 +266,15 @@ def test_a_folder_without_data_is_refused(tmp_path: Path):
     with pytest.raises(ValueError, match=f"^hub:{folder(tmp_path)}: ") as caught:
         load(f"hub:{folder(tmp_path)}", None)
     assert "\n" not in str(caught.value)
+
+
+def test_the_configurations_of_a_folder_are_named(tmp_path: Path):
+    names = ("plain", "small")
+    lines = [f"- config_name: {name}\n  data_files: {name}/*.parquet" for name in names]
+    (tmp_path / "README.md").write_text("---\nconfigs:\n" + "\n".join(lines) + "\n---\n")
+    for name in names:
+        (tmp_path / name).mkdir()
+        datasets.Dataset.from_dict({"label": [0]}).to_parquet(tmp_path / name / "train.parquet")
+    with pytest.raises(ValueError, match=holding(f"hub:{tmp_path}:NAME .. 'plain', 'small'")) as caught:
+        load(f"hub:{tmp_path}", None)
+    assert "\n" not in str(caught.value)

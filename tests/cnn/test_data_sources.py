@@ -12,7 +12,7 @@ from tests.messages import holding
 @pytest.mark.parametrize(
     ("spec", "data_dir", "message"),
     [
-        ("cifar", None, r"'cifar'; .*digits, mnist, .*, hub:NAME$"),
+        ("flowers", None, r"'flowers'; .*digits, cifar10, mnist, .*, hub:NAME$"),
         ("digts", None, r"'digts'; did you mean digits\?$"),
         ("fashionmnist", None, r"'fashionmnist'; .*fashion-mnist"),
         ("imagefodler:x", None, r"'imagefodler:x'; .* imagefolder:DIR\?$"),
@@ -29,8 +29,20 @@ def test_an_unknown_set_is_refused(spec: str, data_dir: str | None, message: str
         load(spec, data_dir)
 
 
-def test_a_bare_folder_names_its_form(tmp_path: Path):
-    with pytest.raises(ValueError, match=holding(f"'{tmp_path}' .. imagefolder:{tmp_path}")):
+@pytest.mark.parametrize(
+    ("file", "form"),
+    [
+        ("cat/1.png", "imagefolder:{}"),
+        ("data/train-0.parquet", "hub:{}"),
+        ("train-images-idx3-ubyte.gz", "fashion-mnist .. --data-dir {}"),
+        ("data_batch_1.bin", "cifar10 .. --data-dir {}"),
+        ("data_batch_1", "binary version .. pickles"),
+    ],
+)
+def test_a_bare_folder_names_its_form(file: str, form: str, tmp_path: Path):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).touch()
+    with pytest.raises(ValueError, match=holding(f"'{tmp_path}' .. " + form.format(tmp_path))):
         load(str(tmp_path), image_size=64)
 
 

@@ -68,12 +68,13 @@ def test_every_method_starts_from_the_trained_weights(method: str, tmp_path: Pat
 
 
 def test_a_run_that_starts_from_a_trained_network_is_better_from_the_start(
-    tmp_path: Path, quick: None, whole_run: Path
+    tmp_path: Path, quick: None, whole_run: Path, capsys: pytest.CaptureFixture[str]
 ):
     """And starts from the folder of another, whose state dict is that of the file in it."""
     options = ["--method", "dense", "--epochs", "1", "--lr", "0.01"]
     assert begin(tmp_path / "dense", "--method", "dense", "--epochs", "6", "--lr", "0.3") == 0
     assert begin(tmp_path / "more", *options, "--pretrained", str(tmp_path / "dense")) == 0
+    assert f"weights  from {tmp_path / 'dense'}\n" in capsys.readouterr().out
     assert begin(tmp_path / "file", *options, "--pretrained", str(tmp_path / "dense" / "model.safetensors")) == 0
     assert begin(tmp_path / "fresh", *options) == 0
     accuracy = {

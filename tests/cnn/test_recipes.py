@@ -118,6 +118,7 @@ def test_help_names_every_data_set_and_method():
     ("data", "recipe"),
     [
         ("digits", "digits"),
+        ("cifar10", "cifar10"),
         ("mnist", "fashion-mnist"),
         ("emnist:letters", "fashion-mnist"),
         ("hub:uoft-cs/cifar10", "cifar10"),

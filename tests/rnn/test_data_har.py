@@ -11,6 +11,7 @@ import torch
 
 from str_triton.rnn.data import Data, load
 from str_triton.rnn.data.har import SIGNALS
+from tests.messages import holding
 
 SUBJECTS = {"train": [1, 3, 5, 6, 7, 8, 11, 14, 15, 16, 17], "test": [2, 4]}
 Files = dict[str, str]
@@ -194,6 +195,11 @@ def test_bad_places_are_named(published: Files, tmp_path: Path):
         load(f"har:{tmp_path / 'nowhere'}")
     with pytest.raises(ValueError, match='no "UCI HAR Dataset"'):
         load(f"har:{tmp_path}")
+    (tmp_path / "train" / "Inertial Signals").mkdir(parents=True)
+    with pytest.raises(ValueError, match=holding(f"one part .. {tmp_path}")):
+        load(f"har:{tmp_path / 'train'}")
+    with pytest.raises(ValueError, match=f"har:{tmp_path}$"):
+        load(str(tmp_path))
     (tmp_path / "empty.zip").write_bytes(zipped({"readme": "x"}))
     with pytest.raises(ValueError, match='no "UCI HAR Dataset"'):
         load(f"har:{tmp_path / 'empty.zip'}")
