@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 INTERFACE = "interface.json"
+RESIZE = "bilinear, antialiased"  # the way in which every network of the programs has its images scaled
 ENTRIES = ("outputs", "standardisation", "images")
 
 
@@ -20,7 +21,7 @@ class ImageInput:
         channels: 3 for RGB, 1 for grey.
         height, width: the size in pixels.
         crop: the central square to cut out of an image before scaling, as a share of the image's shorter side; None:
-            the whole image is scaled. Images are scaled by bilinear interpolation with antialiasing.
+            the whole image is scaled. Images are scaled as `RESIZE` says.
     """
 
     channels: int
@@ -48,7 +49,7 @@ class Interface:
         """Return the interface as plain values for JSON. `Interface.of` reads them."""
         numbers = self.standardisation and dict(zip(("mean", "std"), map(list, self.standardisation), strict=True))
         record = {"outputs": list(self.outputs), "standardisation": numbers}
-        return record | ({} if self.images is None else {"images": vars(self.images)})
+        return record | ({} if self.images is None else {"images": {**vars(self.images), "resize": RESIZE}})
 
     def text(self) -> str:
         """Return the content of interface.json."""
@@ -126,4 +127,6 @@ def _image_input(record: Any) -> ImageInput:
         raise ValueError(f"its images are {channels} x {height} x {width}: channels must be 1 or 3")
     if crop is not None and not (isinstance(crop, int | float) and 0 < crop <= 1):
         raise ValueError(f"its images are cropped to {crop!r}, which is not a share above 0 and up to 1")
+    if record.get("resize", RESIZE) != RESIZE:
+        raise ValueError(f"its images are resized by {record['resize']!r}, but this program does it by {RESIZE!r}")
     return ImageInput(channels, height, width, crop)

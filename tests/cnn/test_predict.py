@@ -157,7 +157,8 @@ def test_a_compiled_network_has_no_plain_weights(exported: Path, capsys: pytest.
 def test_the_files_hold_the_interface(whole_run: Path, exported: Path):
     expected = json.loads((whole_run / "interface.json").read_text())
     assert expected["outputs"] == list("0123456789")
-    assert expected["images"] == {"channels": 1, "height": 8, "width": 8, "crop": None}
+    size = {"channels": 1, "height": 8, "width": 8}
+    assert expected["images"] == {**size, "crop": None, "resize": "bilinear, antialiased"}
     for name in (FILES["pack"], FILES["sparse"]):
         metadata = deploy.inspect(exported / name).metadata
         assert {key: metadata[key] for key in expected} == expected

@@ -37,6 +37,7 @@ def test_all_forms_are_read_again(interface: Interface, tmp_path: Path) -> None:
         ({"images": {"channels": 3, "height": 0, "width": 20}}, "3 x 0 x 20"),
         ({"images": {"channels": 3, "height": 20, "width": 10**6}}, "1000000"),
         ({"images": {"channels": 3, "height": 20, "width": 20, "crop": 1.5}}, "1.5"),
+        ({"images": {"channels": 3, "height": 20, "width": 20, "resize": "bicubic"}}, "'bicubic'"),
     ],
 )
 def test_a_damaged_interface_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
