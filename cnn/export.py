@@ -120,7 +120,7 @@ def image_shape(options: Options, network: Network) -> tuple[int, int, int]:
 def pack(options: Pack, network: Network, example: Tensor) -> None:
     """Write the packed file and its model card, and print a table of its tensors."""
     budget = count(network.model, example)
-    facts = known_facts(options, network)
+    facts = known_facts(options, network, example)
     with as_user_error(ValueError, OSError):
         metadata = {"model": network.name, "num_classes": network.num_classes, "image_shape": list(example.shape[1:])}
         metadata |= described(network, example)
@@ -179,15 +179,26 @@ def input_facts(network: Network) -> dict[str, str]:
     return facts | {"classes": f"{len(names)}: {shown}; all in the file's metadata, `outputs`"}
 
 
-def known_facts(options: Pack, network: Network) -> dict[str, str]:
-    """Return the facts for the model card that the folder of a finished run holds."""
+def known_facts(options: Pack, network: Network, example: Tensor) -> dict[str, str]:
+    """Return the facts for the model card that the folder of a finished run holds.
+
+    The accuracy is left out if the card is for images of another size than the run's.
+    """
     summary = Path(options.path) / "summary.json"
     if network.config is None or not summary.is_file():
         return {}
-    with as_user_error(ValueError, OSError):
-        accuracy = json.loads(summary.read_text())["accuracy"]
+    facts, images = {"data": network.config.data}, network.interface and network.interface.images
+    measured = images and (images.height, images.width)
+    if options.image_size is not None and measured != example.shape[2:]:
+        return facts
+    with as_user_error(OSError):
+        text = summary.read_text(encoding="utf-8", errors="replace")
+    try:
+        accuracy = float(json.loads(text)["accuracy"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{summary} is damaged, it holds no accuracy: restore it, or remove it to do without") from None
     rounded = "" if options.values == "float32" else ", before rounding"
-    return {"data": network.config.data, f"accuracy on the test images{rounded}": f"{100 * accuracy:.2f} %"}
+    return facts | {f"accuracy on the test images{rounded}": f"{100 * accuracy:.2f} %"}
 
 
 def onnx(options: Onnx, network: Network, example: Tensor) -> None:

@@ -154,6 +154,28 @@ def test_the_size_of_the_images_is_known_without_the_data(whole_run: Path, tmp_p
     assert deploy.inspect(tmp_path / "x.safetensors").metadata["image_shape"] == [1, 8, 8]
 
 
+def test_the_card_says_no_accuracy_of_images_of_another_size(whole_run: Path, tmp_path: Path):
+    for size in ("8", "12"):
+        exported("pack", whole_run, tmp_path / size, "--image-size", size)
+        card = (tmp_path / f"{size}.md").read_text()
+        assert f"images of 1x{size}x{size}" in card
+        assert "| data | digits |" in card
+        assert ("accuracy" in card) == (size == "8")
+
+
+@pytest.mark.parametrize("content", ["{}", "", '{"accuracy": null}', "[1]"])
+def test_a_damaged_summary_is_named(whole_run: Path, tmp_path: Path, content: str, capsys: pytest.CaptureFixture):
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("model.safetensors", "config.json"):
+        (run / name).symlink_to(whole_run / name)
+    (run / "summary.json").write_text(content)
+    assert main(["pack", str(run), str(tmp_path / "x")]) == 2
+    error = capsys.readouterr().err
+    assert holds(error, f"{run / 'summary.json'} .. damaged .. accuracy")
+    assert error.count("\n") == 1
+
+
 @pytest.mark.parametrize("package", ["onnx", "onnxruntime"])
 def test_a_missing_package_is_named(
     whole_run: Path, tmp_path: Path, package: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
