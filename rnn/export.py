@@ -12,7 +12,7 @@ from str_triton.programs import command
 from str_triton.rnn import listen, onnx_export
 from str_triton.rnn.data import audio
 from str_triton.rnn.finished_run import FinishedRun, open_run
-from str_triton.training.errors import UserError, as_user_error, run_program, warn
+from str_triton.training.errors import UserError, as_user_error, one_line, run_program, warn
 from str_triton.training.interface import INTERFACE, Interface
 from str_triton.training.options import OptionParser
 
@@ -155,14 +155,18 @@ def export_pack(options: argparse.Namespace) -> None:
 
 
 def run_facts(run: FinishedRun) -> dict[str, str]:
-    """Return the facts about the run for the model card."""
-    summary = json.loads((run.folder / "summary.json").read_text())
-    facts = {"data": run.config["data"], "recipe": summary["recipe"], "epochs": str(summary["epochs"])}
-    if "accuracy" in summary:
-        facts["accuracy"] = f"{100 * summary['accuracy']:.2f} % on the test set"
-    if "bits_per_character" in summary:
-        facts["bits per character"] = f"{summary['bits_per_character']:.4f} on the test set"
-    return facts | {"parameters": f"{summary['params']:,} of {summary['dense_params']:,}"}
+    """Return the facts about the run for the model card; raise `UserError` if its summary.json is damaged."""
+    path = run.folder / "summary.json"
+    try:
+        summary = json.loads(path.read_text())
+        facts = {"data": run.config["data"], "recipe": summary["recipe"], "epochs": str(summary["epochs"])}
+        if "accuracy" in summary:
+            facts["accuracy"] = f"{100 * summary['accuracy']:.2f} % on the test set"
+        if "bits_per_character" in summary:
+            facts["bits per character"] = f"{summary['bits_per_character']:.4f} on the test set"
+        return facts | {"parameters": f"{summary['params']:,} of {summary['dense_params']:,}"}
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged: {one_line(error)}") from error
 
 
 def card_code(run: FinishedRun, name: str) -> str:

@@ -80,6 +80,8 @@ def open_run(folder: str | Path) -> FinishedRun:
         scores = (model.decoder if isinstance(model, LanguageModel) else model.classifier).out_features
         if scores != len(interface.outputs):
             raise ValueError(f"{scores} scores, but {len(interface.outputs)} names for them")
+        if isinstance(model, LanguageModel) and (long := [text for text in interface.outputs if len(text) != 1]):
+            raise ValueError(f"{INTERFACE}: {long[0]!r} is not one character, as each output of a language model is")
         with safe_open(weights, "pt") as file:
             stored = Interface.in_metadata(file.metadata(), weights)
         if stored not in (None, interface):  # None: a run of an older version

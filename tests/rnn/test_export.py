@@ -131,6 +131,11 @@ def test_bad_input_is_one_line(whole_run: Path, tmp_path: Path, capsys: pytest.C
 def test_a_damaged_run_is_one_line(whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     shutil.copytree(whole_run, run, ignore=shutil.ignore_patterns("checkpoints", "events"))
+    summary = json.loads((run / "summary.json").read_text())
+    for content, fault in (("{}", "'recipe'"), ("[]", "list"), (json.dumps(summary | {"params": "x"}), "'s'")):
+        (run / "summary.json").write_text(content)
+        line = refused(capsys, "pack", run, tmp_path / "x.safetensors")
+        assert holds(line, f"{run / 'summary.json'} .. damaged .. {fault}")
     (run / "interface.json").unlink()
     assert holds(refused(capsys, "c", run, tmp_path / "out"), f"{run} .. interface.json .. not finished")
     (run / "interface.json").write_text(json.dumps({"outputs": ["a"]}))

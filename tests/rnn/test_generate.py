@@ -1,5 +1,6 @@
 """Text of a language model: the most likely characters, samples with the model's probabilities, and errors."""
 
+import json
 import math
 from collections import Counter
 from itertools import islice
@@ -10,8 +11,10 @@ import torch
 
 from str_triton.rnn.finished_run import FinishedRun
 from str_triton.rnn.generate import generate, main
-from str_triton.rnn.models import CELLS, Architecture
+from str_triton.rnn.models import CELLS, Architecture, architecture_of, compact
+from str_triton.rnn.train import to_safetensors
 from str_triton.training.errors import UserError
+from str_triton.training.interface import Interface
 
 SYMBOLS = ("\ufffd", "\n", "a", "b", "c")
 
@@ -95,3 +98,19 @@ def test_a_classifier_writes_no_text() -> None:
     run = FinishedRun(Path("made"), {"data": "har:x", "task": "classify"}, model, ("x", "y"), None, None)
     with pytest.raises(UserError, match=r"^made: .*har:x.*--task lm$"):
         generate(run, "a", 1.0, 0)
+
+
+def test_an_output_that_is_not_one_character_is_refused(
+    whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((whole_run / "config.json").read_text())
+    config |= {"task": "lm", "data": "text", "bidirectional": False, "hidden_size": 6}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    architecture = architecture_of(config, len(SYMBOLS), len(SYMBOLS))
+    model = compact(architecture.build())
+    for symbols in (SYMBOLS, (*SYMBOLS[:-1], "cd"), (*SYMBOLS[:-1], "")):
+        interface = Interface(symbols)
+        (tmp_path / "interface.json").write_text(interface.text())
+        (tmp_path / "model.safetensors").write_bytes(to_safetensors(model, architecture, interface))
+        assert main([str(tmp_path), "--length", "1"]) == (0 if symbols == SYMBOLS else 2)
+        assert (f"{symbols[-1]!r} is not one character" in capsys.readouterr().err) == (symbols != SYMBOLS)
