@@ -78,7 +78,10 @@ def named_images(arguments: Sequence[str]) -> list[tuple[str, str | bytes]]:
         if argument == STDIN:
             if sys.stdin.isatty():
                 raise UserError("no image on standard input: name image files or a folder, or pipe an image in")
-            found.append(("standard input", sys.stdin.buffer.read()))
+            content = sys.stdin.buffer.read()
+            if not content:
+                raise UserError("standard input is empty: name image files or a folder, or pipe an image in")
+            found.append(("standard input", content))
         elif Path(argument).is_dir():
             paths = images_below(Path(argument))
             if not paths:

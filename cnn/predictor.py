@@ -12,6 +12,7 @@ from str_triton import deploy
 from str_triton.cnn.data.decoding import crop_of, decode
 from str_triton.cnn.data.normalisation import Normalisation
 from str_triton.cnn.rebuild import rebuild
+from str_triton.cnn.weights import recurrent
 from str_triton.training.errors import UserError, one_line
 from str_triton.training.interface import ImageInput, Interface
 
@@ -74,7 +75,7 @@ def open_predictor(
     """Open a run's folder or a file that holds a network.
 
     Args:
-        path: a run, an ONNX file (its name ends in .onnx), a compiled sparse network, or a file for `rebuild`.
+        path: a run, an ONNX file, a compiled sparse network, or a file for `rebuild`.
         model: the network's name, for a file of weights that does not hold it.
         interface: a file like interface.json, in place of the one in the run or file.
         device: "auto", "cpu" or "cuda"; ONNX files and compiled networks run on the CPU.
@@ -87,7 +88,7 @@ def open_predictor(
         raise UserError("--device cuda: PyTorch finds no GPU here")
     given = None if interface is None else Interface.read(Path(interface))
     where = torch.device("cpu")
-    found = _onnx(Path(path)) if Path(path).suffix == ".onnx" else _compiled(Path(path))
+    found = _onnx(Path(path)) if _is_onnx(Path(path)) else _compiled(Path(path))
     if found is None:
         network = rebuild(path, model)
         where = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
@@ -110,6 +111,17 @@ def _complete(interface: Interface | None, path: str | os.PathLike[str]) -> Inte
     return interface
 
 
+def _is_onnx(path: Path) -> bool:
+    """Return whether a file is ONNX by its name, or by its first bytes: a version and the name of what wrote it."""
+    if path.suffix.lower() == ".onnx":
+        return True
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        begin = file.read(9)
+    return begin[:1] == b"\x08" and begin[2:3] == b"\x12" and begin[8:] != b"{"  # safetensors' ninth byte
+
+
 def _onnx(path: Path) -> tuple[Scores, Interface | None]:
     try:
         import onnxruntime
@@ -122,6 +134,8 @@ def _onnx(path: Path) -> tuple[Scores, Interface | None]:
         raise ValueError(f"{path} is not an ONNX file: {str(error).splitlines()[0]}") from None
     names = [value.name for value in session.get_inputs()]
     metadata = session.get_modelmeta().custom_metadata_map
+    if "outputs" in metadata and "images" not in metadata:
+        raise ValueError(recurrent(path))
     if len(names) != 1:
         raise ValueError(f"{path}: the network has {len(names)} inputs, not one for images")
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from str_triton.cnn.arithmetic import warn_of_arithmetic
 from str_triton.cnn.config import Config
 from str_triton.cnn.models import build, state_shapes
-from str_triton.cnn.weights import fill, read_file
+from str_triton.cnn.weights import fill, read_file, recurrent
+from str_triton.programs import trained_by
 from str_triton.training.command_line import saved_config
 from str_triton.training.interface import INTERFACE, Interface
 from str_triton.training.run_folder import CONFIG
@@ -71,6 +72,8 @@ def rebuild(path: str | os.PathLike[str], name: str | None = None) -> Network:
     """
     path = Path(path)
     folder = _run_of(path)
+    if folder is not None and trained_by(folder) == "train-rnn":
+        raise ValueError(recurrent(path))
     config = None if folder is None else saved_config(folder, Config, "train-cnn")
     file = read_file(path)
     said, weights = file.name if config is None else config.model, file.weights

@@ -66,7 +66,18 @@ def read_file(path: str | os.PathLike[str]) -> WeightFile:
     arch = checkpoint.others.get("arch", checkpoint.others.get("model"))
     name = paper_checkpoint.ARCHITECTURES.get(arch, arch) if isinstance(arch, str) else None
     known = name if name is not None and is_known(name) else None
-    return WeightFile(_weights(path, checkpoint), known, Interface.in_metadata(checkpoint.others, path))
+    interface = Interface.in_metadata(checkpoint.others, path)
+    if known is None and interface is not None and interface.images is None:
+        raise ValueError(recurrent(path))
+    return WeightFile(_weights(path, checkpoint), known, interface)
+
+
+def recurrent(path: object) -> str:
+    """Return the message about a recurrent network, which the programs for images do not take."""
+    return (
+        f"{path} is a recurrent network, not one for images: {command('listen')} takes the run of one for speech, "
+        f"{command('generate')} of a language model"
+    )
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:

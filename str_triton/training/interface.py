@@ -10,6 +10,7 @@ from typing import Any
 
 INTERFACE = "interface.json"
 RESIZE = "bilinear, antialiased"  # the way in which every network of the programs has its images scaled
+LONGEST = 2**12  # the largest height and width of images to believe; a network would compute for minutes on one image
 ENTRIES = ("outputs", "standardisation", "images")
 
 
@@ -63,7 +64,11 @@ class Interface:
     def read(cls, path: Path) -> "Interface":
         """Read interface.json; raise ValueError, which names the file, if it is damaged, and OSError."""
         try:
-            return cls.of(json.loads(path.read_text(encoding="utf-8")))
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except (RecursionError, ValueError):
+            raise ValueError(f"{path}: it is empty, cut short or no JSON: restore it, or name a whole one") from None
+        try:
+            return cls.of(record)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
@@ -123,8 +128,10 @@ def _image_input(record: Any) -> ImageInput:
         raise ValueError("its images have no channels, height and width")
     channels, height, width = (record[name] for name in fields)
     crop = record.get("crop")
-    if channels not in (1, 3) or not (0 < height <= 2**14 and 0 < width <= 2**14):
-        raise ValueError(f"its images are {channels} x {height} x {width}: channels must be 1 or 3")
+    if channels not in (1, 3) or not (0 < height <= LONGEST and 0 < width <= LONGEST):
+        raise ValueError(
+            f"its images are {channels} x {height} x {width}: channels must be 1 or 3, height and width 1 to {LONGEST}"
+        )
     if crop is not None and not (isinstance(crop, int | float) and 0 < crop <= 1):
         raise ValueError(f"its images are cropped to {crop!r}, which is not a share above 0 and up to 1")
     if record.get("resize", RESIZE) != RESIZE:

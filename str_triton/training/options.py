@@ -81,8 +81,8 @@ def add_options(parser: argparse.ArgumentParser, source: Any) -> None:
         default = field.default if source is kind else getattr(source, field.name)
         target = groups[titles[field.name]] if field.name in titles else parser
         if "positional" in field.metadata:
-            count, metavar = "*" if field.metadata["many"] else None, field.metadata["positional"]
-            target.add_argument(field.name, nargs=count, metavar=metavar, help=texts.get(field.name))
+            given: dict[str, Any] = {"nargs": "*", "default": []} if field.metadata["many"] else {}
+            target.add_argument(field.name, metavar=field.metadata["positional"], help=texts.get(field.name), **given)
         else:
             _add_option(target, field.name, types[field.name], default, texts.get(field.name, ""))
 

@@ -104,6 +104,41 @@ def test_an_image_on_standard_input(
         assert predicted(capsys, whole_run, *arguments) == {"standard input": expected}
 
 
+def test_an_empty_standard_input_and_a_missing_run_are_named(
+    whole_run: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    assert main([str(whole_run)]) == 2
+    assert holds(capsys.readouterr().err, "standard input is empty")
+    assert main([]) == 2
+    assert "missing: RUN|FILE (" in capsys.readouterr().err
+
+
+def test_an_onnx_file_of_another_name(exported: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    expected = predicted(capsys, exported / FILES["onnx"], digits)
+    for name in ("x.ONNX", "x"):
+        shutil.copy(exported / FILES["onnx"], tmp_path / name)
+        assert predicted(capsys, tmp_path / name, digits) == expected
+
+
+@pytest.mark.filterwarnings("ignore:pack")
+def test_a_recurrent_network_is_named(tmp_path: Path, digits: Path, capsys: pytest.CaptureFixture):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text('{"cell": "gru"}')
+    sound = Interface(("yes", "no"), ((0.0,), (1.0,)))
+    safetensors.torch.save_file({"x": torch.zeros(2)}, tmp_path / "x.safetensors", sound.texts())
+    deploy.pack({"x": torch.zeros(2)}, tmp_path / "x.packed", metadata={"run": {}, **sound.record()})
+    metadata = {"network": "GRU", "outputs": '["yes", "no"]'}
+    deploy.export_onnx(
+        torch.nn.Linear(1, 2), torch.zeros(1, 1), inputs=["frames"], outputs=["scores"], metadata=metadata
+    ).save(tmp_path / "x.onnx")
+    for name in ("run", "x.safetensors", "x.packed", "x.onnx"):
+        assert main([str(tmp_path / name), str(digits)]) == 2
+        error = capsys.readouterr().err
+        assert holds(error, f"{tmp_path / name} is a recurrent network .. rnn/listen.py .. rnn/generate.py")
+        assert error.count("\n") == 1
+
+
 @pytest.mark.parametrize(("crop", "size"), [(0.875, None), (None, 40), (0.875, 48)])
 def test_photographs_are_cropped_and_scaled_as_in_testing(crop: float | None, size: int | None, tmp_path: Path):
     pixels = np.random.default_rng(0).integers(0, 256, (8, 90, 110, 3), dtype=np.uint8)

@@ -35,7 +35,7 @@ def test_all_forms_are_read_again(interface: Interface, tmp_path: Path) -> None:
         ({"images": {"channels": 3, "height": 20}}, "channels, height and width"),
         ({"images": {"channels": 2, "height": 20, "width": 20}}, "2 x 20 x 20"),
         ({"images": {"channels": 3, "height": 0, "width": 20}}, "3 x 0 x 20"),
-        ({"images": {"channels": 3, "height": 20, "width": 10**6}}, "1000000"),
+        ({"images": {"channels": 3, "height": 20, "width": 16000}}, "16000.* 1 to 4096"),
         ({"images": {"channels": 3, "height": 20, "width": 20, "crop": 1.5}}, "1.5"),
         ({"images": {"channels": 3, "height": 20, "width": 20, "resize": "bicubic"}}, "'bicubic'"),
     ],
@@ -51,8 +51,9 @@ def test_other_values_are_refused(tmp_path: Path) -> None:
     for value in (None, [], "x", {"outputs": ["a"]}):
         with pytest.raises(ValueError, match="outputs"):
             Interface.of(value)
-    (tmp_path / "i.json").write_text("{")
-    with pytest.raises(ValueError, match=r"i\.json"):
-        Interface.read(tmp_path / "i.json")
+    for text in ("", "{", "[" * 100_000):
+        (tmp_path / "i.json").write_text(text)
+        with pytest.raises(ValueError, match=r"i\.json: it is empty, cut short .* restore"):
+            Interface.read(tmp_path / "i.json")
     with pytest.raises(ValueError, match="x: "):
         Interface.in_metadata({"outputs": "no JSON"}, "x")
