@@ -53,4 +53,5 @@ for step in range(1, steps + 1):
 with torch.no_grad():
     correct = float((model((features(test) - mean) / std).argmax(1) == expected).float().mean())
 print(f"{100 * correct:.1f} % correct\n{count_ranks(model)}")
-print(deploy.export_c(model, "spotter", weights="int8", outputs=WORDS, mean=mean, std=std))  # spotter.h, spotter.c
+# Writes spotter.h and spotter.c.
+print(deploy.export_c(model, "build/spotter", weights="int8", outputs=WORDS, mean=mean, std=std))

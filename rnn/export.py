@@ -141,11 +141,12 @@ def export_pack(options: argparse.Namespace) -> None:
         summary = deploy.pack(run.model, options.out, options.values, budget=budget, metadata=metadata)
     for remark in remarks:
         warn(str(remark.message))
+    standardisation = ", and the mean and deviation of the inputs' standardisation"
     card = deploy.model_card(
         options.out,
         title=run.name,
         description="A recurrent network whose ranks were learned in training. The file's metadata hold the names of "
-        "the outputs, and the mean and deviation of the inputs' standardisation.",
+        f"the outputs{'' if run.mean is None else standardisation}.",
         facts=facts,
         code=card_code(run, options.out.name),
         pipeline_tag="text-generation" if run.config["task"] == "lm" else None,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from str_triton.programs import command
-from str_triton.rnn.data.audio import FRAMES, HOP, RATE
+from str_triton.rnn.data.audio import FRAMES, HOP, MARGIN, RATE, WINDOW
 from str_triton.rnn.data.clips import SILENCE, UNKNOWN
 from str_triton.rnn.data.sound_stream import LogMelStream, pieces
 from str_triton.rnn.finished_run import FinishedRun, open_run
@@ -21,6 +21,7 @@ from str_triton.training.errors import UserError, as_user_error, run_program
 from str_triton.training.options import OptionParser
 
 SPEECH = ("speech-commands", "hub", "spoken")  # the kinds of data with log-mel features
+SHORTEST = (FRAMES - 1) * HOP + WINDOW - MARGIN  # samples of a window
 STRIDE = 10  # frames between the beginnings of two windows
 SMOOTHING = 5  # windows whose probabilities are averaged
 THRESHOLD = 0.6  # the averaged probability at which a word is detected
@@ -60,6 +61,9 @@ class Listener:
     Args:
         run: a run of a speech classifier that is not bidirectional.
 
+    Attributes:
+        frames: the frames of features so far.
+
     Raises:
         ValueError: a run of another kind.
     """
@@ -70,7 +74,7 @@ class Listener:
         self.run, self.model = run, run.model
         self.windows = -(-FRAMES // STRIDE)
         self._features = LogMelStream()
-        self._frames = 0
+        self.frames = 0
         self._state: Tensor | tuple[Tensor, Tensor] | None = None
         self._total = torch.zeros(self.windows, run.model.rnn.hidden_size)
         self._loud: deque[bool] = deque(maxlen=FRAMES)
@@ -94,14 +98,14 @@ class Listener:
     def _advance(self, frame: Tensor) -> Tensor | None:
         """Process a frame of features [32]; return the probabilities [classes] if it ends a window, else None."""
         self._loud.append(bool(frame.exp().sum() > QUIET))
-        window, rest = divmod(self._frames, STRIDE)
+        window, rest = divmod(self.frames, STRIDE)
         if rest == 0:
             self._begin_window(window % self.windows)
         x = ((frame - self.run.mean) / self.run.std).expand(self.windows, -1)
         output, self._state = self.model.rnn.step(x, self._state)
         self._total += output
-        self._frames += 1
-        window, rest = divmod(self._frames - FRAMES, STRIDE)
+        self.frames += 1
+        window, rest = divmod(self.frames - FRAMES, STRIDE)
         if window < 0 or rest != 0:
             return None
         row = window % self.windows
@@ -126,7 +130,7 @@ class Listener:
             yield from self.end()
             self._word, self._word_windows = word, []
         if word is not None:
-            middle = self._frames - (FRAMES + (SMOOTHING - 1) * STRIDE) / 2
+            middle = self.frames - (FRAMES + (SMOOTHING - 1) * STRIDE) / 2
             self._word_windows.append((middle * HOP / RATE, float(probability)))
             if len(self._word_windows) == LONGEST:
                 yield self._detection()
@@ -141,7 +145,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run the program with ``args`` (default: the command line's) and return its exit code."""
 
     def program() -> None:
-        options = parser().parse_args(args)
+        options = parser().parse_intermixed_args(args)
         with as_user_error(OSError, ValueError), open_sound(options.file) as (stream, name):
             listen(Listener(open_run(options.run)), pieces(stream, name, options.rate))
 
@@ -197,6 +201,9 @@ def listen(listener: Listener, sound: Iterator[Tensor]) -> None:
             samples += len(chunk)
             print_detections(detections)
     print_detections(listener.end())
+    if listener.frames < FRAMES:
+        print(f"{samples / RATE:.4f} s of sound: too short for a word, as a window takes {SHORTEST / RATE:.4f} s")
+        return
     factor = busy * RATE / max(samples, 1)
     print(
         f"{samples / RATE:.1f} s of sound; a window of 1 s takes {1000 * factor:.0f} ms: real-time factor {factor:.3f}"

@@ -6,7 +6,7 @@ from torch import nn
 from str_triton import RankController, RankTarget, parameter_groups
 from str_triton.rnn.baselines import equal_ranks, given_ranks
 from str_triton.rnn.models import Architecture
-from str_triton.rnn.recipes import TARGETED, Config
+from str_triton.rnn.recipes import TARGETED, TARGETS, Config
 
 END = 0.3  # fraction of training after which the target holds (docs/learned-rank.md)
 
@@ -23,7 +23,10 @@ def build(config: Config, architecture: Architecture) -> tuple[nn.Module, RankCo
     random = torch.get_rng_state()
     model = architecture.build()
     if config.ranks is None:
-        controller = RankController(model, rank_target(config), end=END)  # checks the target
+        try:
+            controller = RankController(model, rank_target(config), end=END)  # checks the target
+        except ValueError as error:
+            raise ValueError(f"{target_option(config)}: {error}") from None
         if config.method == "str-exact":
             return model, controller
         ranks = equal_ranks(model, rank_target(config))
@@ -38,6 +41,11 @@ def build(config: Config, architecture: Architecture) -> tuple[nn.Module, RankCo
 def rank_target(config: Config) -> RankTarget:
     """Return the target of the configuration."""
     return RankTarget(total_rank=config.target_rank, params=config.target_params, compression=config.target_compression)
+
+
+def target_option(config: Config) -> str:
+    """Return the option of the command line that gives the target."""
+    return next(f"--{name.replace('_', '-')}" for name in TARGETS if getattr(config, name) is not None)
 
 
 def target_text(config: Config) -> str:

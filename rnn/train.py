@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from str_triton import LowRankWeight, RankBudget, count_ranks
 from str_triton.files import with_sorted_header
 from str_triton.rnn.baselines import given_ranks, svd_ranks
-from str_triton.rnn.data import load
+from str_triton.rnn.data import load, words_of
 from str_triton.rnn.finished_run import interface_of
 from str_triton.rnn.methods import END, build, make_optimizer, rank_target, target_text
 from str_triton.rnn.models import Architecture, architecture_of, compact, copy_weights
@@ -69,7 +69,7 @@ class Experiment(Loop):
                 config.data,
                 task=config.task,
                 seed=config.data_seed,
-                words=None if config.words is None else tuple(config.words.split(",")),
+                words=None if config.words is None else words_of(config.words),
                 classes=config.classes,
                 noise=config.noise,
                 device=accelerator.device,

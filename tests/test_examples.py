@@ -122,7 +122,7 @@ def test_timm_finetune() -> None:
 def test_keyword_spotter() -> None:
     names = run("keyword_spotter.py")
     assert names["correct"] > 0.9
-    assert all(Path("spotter", file).read_text() for file in ("spotter.h", "spotter.c"))
+    assert all(Path("build/spotter", file).read_text() for file in ("spotter.h", "spotter.c"))
 
 
 def notebook_cells(kind: str, notebook: dict[str, Any]) -> list[dict[str, Any]]:

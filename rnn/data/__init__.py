@@ -11,7 +11,7 @@ import torch
 from str_triton.arguments import unknown_data
 from str_triton.rnn.data.common import Data, Examples, Merged, Text, with_validation
 
-__all__ = ["Data", "Examples", "Merged", "Text", "load", "with_validation"]
+__all__ = ["Data", "Examples", "Merged", "Text", "load", "with_validation", "words_of"]
 
 KNOWN = (
     "japanese-vowels",
@@ -35,6 +35,11 @@ LAYOUTS = {
 WITHOUT_ARGUMENT = {form for form in KNOWN if ":" not in form}
 WITH_ARGUMENT = {form.partition(":")[0] for form in KNOWN if ":" in form}
 TASKS = ("classify", "lm")
+
+
+def words_of(text: str) -> tuple[str, ...]:
+    """Return the words of a list with commas, such as "up, down"."""
+    return tuple(word.strip() for word in text.split(","))
 
 
 def load(
@@ -92,7 +97,7 @@ def load(
         case "spoken":
             from str_triton.rnn.data.spoken import load_spoken
 
-            return load_spoken(tuple(place.split(",")), **audio)
+            return load_spoken(words_of(place), **audio)
         case "speech-commands":
             from str_triton.rnn.data.speech_commands import load_speech_commands
 

@@ -41,6 +41,11 @@ def pieces(stream: BinaryIO, name: str, rate: int | None) -> Iterator[Tensor]:
     ValueError, naming ``name``, for an empty stream and for a stream of another kind.
     """
     header = _wav_header(stream, name) if rate is None else _raw_header(name, rate)
+    if header.rate < RATE:
+        warn(
+            f"{name} has {header.rate:,} Hz, the network's features {RATE:,} Hz: the bands above "
+            f"{header.rate // 2:,} Hz are empty, so words may be wrong or missing"
+        )
     resampler = None if header.rate == RATE else StreamResampler(header.rate, RATE)
     empty = True
     for content in _frames(stream, name, header, check_wav=rate is not None):

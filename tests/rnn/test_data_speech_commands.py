@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from str_triton.rnn.data import words_of
 from str_triton.rnn.data.audio import RATE, LogMel, write_wav
 from str_triton.rnn.data.clips import SHIFT
 from tests.messages import holds
@@ -234,3 +235,7 @@ def test_a_gpu_computes_the_same_features(small: Path):
         )
         assert (x.device.type, labels.device.type, lengths) == ("cuda", "cuda", None)
         torch.testing.assert_close(x.cpu(), expected, atol=1e-3, rtol=1e-3)
+
+
+def test_spaces_around_words_are_left_out() -> None:
+    assert words_of("up, down ,no") == ("up", "down", "no")

@@ -105,6 +105,7 @@ def test_pack(whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert all(torch.equal(state[name], trained[name]) for name in trained)
     card = (tmp_path / "speakers.md").read_text()
     assert "rnn.weight_hh_l0_reverse" in card
+    assert "the inputs' standardisation" in card
     code = re.search(r"```python\n(.*?)```", card, re.S)[1].replace(
         "speakers.safetensors", f"{tmp_path}/speakers.safetensors"
     )
@@ -112,6 +113,15 @@ def test_pack(whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     exec(code, names)
     x = torch.randn(2, 5, 12)
     assert torch.equal(names["model"](x), load_trained(whole_run)(x))
+
+
+def test_the_card_names_no_standardisation_where_there_is_none(
+    whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = dataclasses.replace(open_run(whole_run), mean=None, std=None)
+    monkeypatch.setattr("str_triton.rnn.export.open_run", lambda folder: run)
+    assert main(["pack", str(whole_run), str(tmp_path / "x.safetensors")]) == 0
+    assert "standardisation" not in (tmp_path / "x.md").read_text()
 
 
 def test_bad_input_is_one_line(whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

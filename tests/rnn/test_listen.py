@@ -16,6 +16,7 @@ from str_triton.rnn.data.audio import RATE, LogMel, resample, to_int16, write_wa
 from str_triton.rnn.finished_run import FinishedRun
 from str_triton.rnn.listen import Detection, Listener, main
 from str_triton.rnn.models import Architecture
+from tests.messages import holds
 
 WORDS = ("low", "high", "silence", "unknown")
 
@@ -109,7 +110,7 @@ def test_the_program_reads_files_and_standard_input(
     write_wav(tmp_path / "fast.wav", to_int16(resample(sound / 32768, RATE, 44_100)), 44_100)
     outputs = []
     for source, options in (("x.wav", []), ("x.raw", ["--rate", "16000"]), ("fast.wav", [])):
-        assert main(["run", str(tmp_path / source), *options]) == 0
+        assert main(["run", *options, str(tmp_path / source)]) == 0
         outputs.append(capsys.readouterr().out)
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO((tmp_path / source).read_bytes())))
         assert main(["run", *options]) == 0
@@ -118,6 +119,16 @@ def test_the_program_reads_files_and_standard_input(
         first, last = out.splitlines()
         assert re.fullmatch(r" +1\.\d s  low  \d+%", first)
         assert re.fullmatch(r"3\.0 s of sound; a window of 1 s takes \d+ ms: real-time factor \d+\.\d{3}", last)
+
+
+@pytest.mark.usefixtures("saved")
+def test_a_sound_shorter_than_a_window_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_wav(tmp_path / "x.wav", tone(300, 1))
+    assert main(["run", str(tmp_path / "x.wav")]) == 0
+    assert holds(capsys.readouterr().out, "1.0000 s .. too short .. 1.0025 s")
+    write_wav(tmp_path / "x.wav", tone(300, 1.0025))
+    assert main(["run", str(tmp_path / "x.wav")]) == 0
+    assert "real-time factor" in capsys.readouterr().out
 
 
 def test_bad_input_is_one_line(

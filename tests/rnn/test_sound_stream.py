@@ -52,6 +52,14 @@ def test_a_truncated_file_is_heard_and_said(tmp_path: Path, capsys: pytest.Captu
     assert holds(capsys.readouterr().err, "warning: x.wav .. truncated .. 2000 bytes")
 
 
+def test_a_rate_below_the_networks_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for rate, said in ((8000, "warning: x .. 8,000 Hz .. 16,000 Hz .. above 4,000 Hz"), (RATE, ""), (48_000, "")):
+        assert list(pieces(io.BytesIO(noise(5000).numpy().tobytes()), "x", rate))
+        error = capsys.readouterr().err
+        assert holds(error, said)
+        assert error.count("\n") == bool(said)
+
+
 def wav(channels: int = 1, rate: int = RATE, bits: int = 16, code: int = 1) -> bytes:
     form = struct.pack(
         "<HHIIHH", code, channels, rate, rate * channels * bits // 8 & 0xFFFFFFFF, channels * bits // 8 & 0xFFFF, bits
