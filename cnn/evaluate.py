@@ -22,6 +22,7 @@ from str_triton.files import percent, write_atomically
 from str_triton.programs import command
 from str_triton.training.environment import describe_environment
 from str_triton.training.errors import UserError, as_user_error, run_program, warn
+from str_triton.training.interface import LONGEST
 from str_triton.training.meter import Meter
 from str_triton.training.options import positional, read_options
 
@@ -110,8 +111,8 @@ def check(options: Options) -> torch.device:
     """Return the device to compute on. Raise `UserError` for options out of range, before any file is read."""
     if options.batch_size < 1:
         raise UserError(f"--batch-size {options.batch_size}: it must be at least 1")
-    if options.image_size is not None and options.image_size < 1:
-        raise UserError(f"--image-size {options.image_size}: it must be at least 1")
+    if options.image_size is not None and not 1 <= options.image_size <= LONGEST:
+        raise UserError(f"--image-size {options.image_size}: it must be 1 to {LONGEST}")
     if options.workers < 0:
         raise UserError(f"--workers {options.workers}: it must be 0 or more")
     if options.json is not None and not Path(options.json).parent.is_dir():

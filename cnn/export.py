@@ -18,6 +18,7 @@ from str_triton.cnn.rebuild import Network, rebuild
 from str_triton.files import percent
 from str_triton.programs import command
 from str_triton.training.errors import UserError, as_user_error, one_line, run_program, tell
+from str_triton.training.interface import LONGEST
 from str_triton.training.options import positional, read_command
 
 NAMES_SHOWN = 20  # class names in the model card
@@ -94,10 +95,10 @@ def check(options: Options) -> None:
         raise UserError(f"{options.out} is a directory: name the file to write")
     if Path(options.out).exists() and not Path(options.out).is_file():
         raise UserError(f"{options.out}: exists and is no regular file")
-    for name in ("image_size", "batch_size"):
+    for name, highest in (("image_size", LONGEST), ("batch_size", 2**31)):
         value = getattr(options, name, None)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: it must be at least 1")
+        if value is not None and not 1 <= value <= highest:
+            raise UserError(f"--{name.replace('_', '-')} {value}: it must be 1 to {highest}")
 
 
 def image_shape(options: Options, network: Network) -> tuple[int, int, int]:

@@ -10,6 +10,7 @@ from str_triton.cnn.config import DEFAULT_SPARSITY, DEFAULT_TEACHER_SHARE, METHO
 from str_triton.cnn.published import BASELINES, DENSE, DENSE_WEIGHT_DECAY, POINTS, Dense, Point
 from str_triton.training.config import check_ranges, require
 from str_triton.training.errors import UserError
+from str_triton.training.interface import LONGEST
 
 FINETUNING_LR = 0.128  # half of the learning rate from scratch: docs/methods.md
 
@@ -226,7 +227,7 @@ def _resolve_options(config: Config, recipe: Config) -> Config:
 def _check_ranges(config: Config) -> None:
     check_ranges(config)
     if config.image_size is not None:
-        require(config, "image_size", config.image_size >= 1, "at least 1")
+        require(config, "image_size", 1 <= config.image_size <= LONGEST, f"1 to {LONGEST}")
     if config.teacher_share is not None:
         require(config, "teacher_share", 0.0 <= config.teacher_share <= 1.0, "in 0..1")
     require(config, "momentum", 0.0 <= config.momentum < 1.0, "in 0..1, below 1")

@@ -198,6 +198,7 @@ def test_a_missing_package_is_named(
         (["sparse", "run", "/dev/full"], "/dev/full .. no regular file"),
         (["sparse", "run", "out", "--batch-size", "0"], "--batch-size 0"),
         (["pack", "run", "out", "--image-size", "0"], "--image-size 0"),
+        (["pack", "run", "out", "--image-size", "5000"], "--image-size 5000 .. 4096"),
         (["pack", "run", "out.md"], "out.md .. model card"),
         (["pack", "moved", "out"], "with --image-size"),
     ],
