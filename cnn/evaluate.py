@@ -45,7 +45,7 @@ class Options:
     data: str | None = None
     """Data set, as for training; by default that of the run."""
     data_dir: str | None = None
-    """Directory of IDX files, as for training."""
+    """Directory of the published files, as for training."""
     image_size: int | None = None
     """Height and width that images are scaled to; by default those of the images that the network was trained with."""
     batch_size: int = 64

@@ -241,7 +241,8 @@ class Experiment(Loop):
         }
         run.write("summary.json", json.dumps(summary, indent=2) + "\n")
         self.accelerator.unwrap_model(self.network, keep_fp32_wrapper=False)  # otherwise the copy contains autocast
-        weights = densify(copy.deepcopy(self.model)).state_dict()
+        with self.exact():  # the network that was measured, and that the last checkpoint holds
+            weights = densify(copy.deepcopy(self.model)).state_dict()
         interface = self.data.interface()
         run.write(INTERFACE, interface.text())
         content = {key: tensor.cpu().contiguous() for key, tensor in weights.items()}

@@ -30,8 +30,7 @@ these parts. **This is a part of the published data set**, whose task has ten wo
 parameters of the dense network, divided by that of the run. "multiply-adds": those of the matrices in a time step.
 "int8 bytes": the weights in the int8 C export. "rate": the learning rate, and the number of rates from which it was
 chosen. Epoch and learning rate are chosen on validation data, the rate with the first seed; where two rates are equal
-there, all their seeds decide. `python -m benchmarks.studies.speech_ranks --data
-hub:DIR` runs what is missing."""
+there, all their seeds decide. `python -m benchmarks.studies.speech_ranks --data hub:DIR` runs what is missing."""
 
 
 def at_its_rate(runs: list[Run]) -> list[Run]:

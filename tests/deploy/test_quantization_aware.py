@@ -72,7 +72,7 @@ def test_training_lowers_the_error_and_keeps_zeros(model, batches):
                 optimizer.step()
                 optimizer.zero_grad()
     after = sum(error(deploy.quantize(model, batches)(x), teacher(x)) for x in batches)
-    assert after < 0.9 * before  # four seeds gave 0.44 to 0.73; with a larger rate the ratio depends on the processor
+    assert after < 0.8 * before  # four seeds gave 0.44 to 0.73; with a larger rate the ratio depends on the processor
     for name, value in model.named_parameters():
         if name in zeros:
             assert torch.equal(value == 0, zeros[name])
