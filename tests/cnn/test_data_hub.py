@@ -70,6 +70,23 @@ def test_parquet_files_in_a_folder(image: str, label: str, test_split: str, tmp_
     assert data.name == f"hub:{path}"
 
 
+@pytest.mark.parametrize("where", [".", "data"])
+def test_numbered_files_are_of_one_version_and_complete(where: str, tmp_path: Path):
+    path = folder(tmp_path) / where
+    path.mkdir(exist_ok=True)
+    rows(6, 100).to_parquet(path / "test-00000-of-00001.parquet")
+    rows(6).to_parquet(path / "train-00000-of-00002-0a1b.parquet")
+    with pytest.raises(ValueError, match=holding("missing .. train-00001-of-00002")):
+        load(f"hub:{folder(tmp_path)}")
+    rows(6, 6).to_parquet(path / "train-00001-of-00002-2c3d.parquet")
+    check(load(f"hub:{folder(tmp_path)}"))
+    for other in ("train-00000-of-00001.parquet", "train-00001-of-00002.parquet"):
+        rows(6).to_parquet(path / other)
+        with pytest.raises(ValueError, match=holding(f"{other} .. two versions")):
+            load(f"hub:{folder(tmp_path)}")
+        (path / other).unlink()
+
+
 def test_a_saved_set_and_its_arrow_files(tmp_path: Path):
     splits = datasets.DatasetDict(train=rows(12), test=rows(6, 100))
     splits.save_to_disk(folder(tmp_path))
