@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from str_triton import Budget, count
 from str_triton.cnn.data import Data, batches, load
-from str_triton.cnn.data.common import OnCorrupt
+from str_triton.cnn.data.common import NetworkInput, OnCorrupt
 from str_triton.cnn.rebuild import Network, rebuild, require_classes
 from str_triton.files import percent, write_atomically
 from str_triton.programs import command
@@ -150,18 +150,17 @@ def read_data(options: Options, network: Network) -> Data:
     channels than the network's.
     """
     assert options.data is not None
-    interface, image_size = network.interface, options.image_size
-    if interface is None or interface.images is None or interface.standardisation is None:
-        interface = None
+    taken_by, image_size = NetworkInput.of(network.interface), options.image_size
+    if taken_by is None:
         image_size = image_size or (network.config.image_size if network.config else None)
     elif image_size is not None:
-        own = interface.images
+        own = taken_by.images
         if (own.height, own.width) != (image_size, image_size):
             warn(f"--image-size {image_size}: {options.path} was trained with images of {own.width}x{own.height}")
-        interface = replace(interface, images=replace(own, height=image_size, width=image_size))
+        taken_by = replace(taken_by, images=replace(own, height=image_size, width=image_size))
     ignored: list[str] = []  # Corrupt training images do not matter here. `left_out` holds the corrupt test images.
     on_corrupt = ignored.append if options.skip_corrupt else None
-    data = load(options.data, options.data_dir, on_corrupt, image_size, interface)
+    data = load(options.data, options.data_dir, on_corrupt, image_size, taken_by)
     unnamed = data.name.startswith("hub:") and data.class_names == tuple(map(str, range(data.num_classes)))
     where = f"{options.path}, --data {options.data}"
     require_classes(replace(network, interface=None) if unnamed else network, data.class_names, where)

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from str_triton import deploy
+from str_triton.cnn.data.common import NetworkInput
 from str_triton.cnn.data.decoding import crop_of, decode
-from str_triton.cnn.data.normalisation import Normalisation
 from str_triton.cnn.rebuild import rebuild
 from str_triton.cnn.weights import recurrent
 from str_triton.training.errors import UserError, one_line
-from str_triton.training.interface import ImageInput, Interface
+from str_triton.training.interface import Interface
 
 Scores = Callable[[Tensor], Tensor]
 """A network: normalised images, float32 [B, C, H, W], to scores [B, classes]."""
@@ -29,11 +29,10 @@ class Predictor:
     """
 
     def __init__(self, scores: Scores, interface: Interface, device: torch.device | str = "cpu") -> None:
-        assert interface.images is not None
-        assert interface.standardisation is not None
+        taken = NetworkInput.of(interface)
+        assert taken is not None
         self.scores, self.names, self.device = scores, interface.outputs, torch.device(device)
-        self.images: ImageInput = interface.images
-        self.normalise = Normalisation(*interface.standardisation)
+        self.images, self.normalise = taken.images, taken.normalisation
 
     @torch.inference_mode()
     def check(self, path: str | os.PathLike[str]) -> None:
@@ -106,7 +105,7 @@ def _complete(interface: Interface | None, path: str | os.PathLike[str]) -> Inte
             f"{path} does not hold class names, image size and normalisation: name a file like the interface.json of a "
             "run with --interface"
         )
-    if interface.images is None or interface.standardisation is None:
+    if NetworkInput.of(interface) is None:
         raise UserError(f"{path}: the interface is not that of a network for images")
     return interface
 

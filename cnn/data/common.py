@@ -72,6 +72,21 @@ class Data:
         return Interface(self.class_names, (normalisation.mean, normalisation.std), images)
 
 
+@dataclass(frozen=True)
+class NetworkInput:
+    """How a trained network takes images: their channels, size and crop, and their normalisation."""
+
+    images: ImageInput
+    normalisation: Normalisation
+
+    @classmethod
+    def of(cls, interface: Interface | None) -> "NetworkInput | None":
+        """Return what `interface` says of images; None if it lacks a part of it."""
+        if interface is None or interface.images is None or interface.standardisation is None:
+            return None
+        return cls(interface.images, Normalisation(*interface.standardisation))
+
+
 TEST_SHARE = 0.2
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from str_triton.cnn.data.arrays import ArrayImages, Augmentation, Normalisation
-from str_triton.cnn.data.common import Data, OnCorrupt
+from str_triton.cnn.data.common import Data, NetworkInput, OnCorrupt
 from str_triton.cnn.data.counter_random import uniforms
 from str_triton.cnn.data.decoding import (
     CROP_DRAWS,
@@ -23,7 +23,6 @@ from str_triton.cnn.data.decoding import (
     upright_size,
 )
 from str_triton.training.errors import warn
-from str_triton.training.interface import Interface
 
 SMALL = 64
 """A data set of small images, most at most this wide and high, keeps its size and is held in memory if it fits."""
@@ -115,12 +114,12 @@ def encoded_data(
     name: str,
     on_corrupt: OnCorrupt = None,
     image_size: int | None = None,
-    interface: Interface | None = None,
+    taken_by: NetworkInput | None = None,
 ) -> Data:
     """Return the data set of two sources of encoded images.
 
-    With the `interface` of a network, which has images and a standardisation, it decides on size, crop and
-    normalisation, and no image is read. Otherwise the images decide as follows.
+    With `taken_by` that network decides on size, crop and normalisation, and no image is read. Otherwise the images
+    decide as follows.
 
     The majority of the training images decides on the size, unless `image_size` gives it. Small images are shifted at
     random by up to an eighth of their height, large ones are cropped at random. Images are mirrored if the majority has
@@ -128,26 +127,21 @@ def encoded_data(
     or size from the majority. With `on_corrupt`, images that cannot be decoded do not count in the majority and are
     left out of images held in memory.
     """
-    if interface is not None:
-        assert interface.images is not None
-        assert interface.standardisation is not None
-        size, crop = (interface.images.height, interface.images.width), interface.images.crop
-        normalisation = Normalisation(*interface.standardisation)
-        decoded = [
-            EncodedImages(source, labels, size, crop, Augmentation(), normalisation)
-            for source, labels in ((train, train_labels), (test, test_labels))
-        ]
-        return Data(*decoded, class_names, (3, *size), name, crop)
-    small, size, coloured = _majority(train, name, on_corrupt, image_size)
-    height, width = size
-    crop = None if small else TEST_SHARE_OF_SIDE
-    augmentation = Augmentation(padding=height // 8 if small else 0, flip=coloured)
+    if taken_by is not None:
+        size, crop = (taken_by.images.height, taken_by.images.width), taken_by.images.crop
+        hold, augmentation, normalisation = False, Augmentation(), taken_by.normalisation
+    else:
+        small, size, coloured = _majority(train, name, on_corrupt, image_size)
+        crop = None if small else TEST_SHARE_OF_SIDE
+        augmentation = Augmentation(padding=size[0] // 8 if small else 0, flip=coloured)
+        hold = small and (len(train_labels) + len(test_labels)) * 3 * size[0] * size[1] <= MEMORY
+        normalisation = IMAGENET
     sets = [
-        EncodedImages(source, labels, size, crop, augmentation)
+        EncodedImages(source, labels, size, crop, augmentation, normalisation)
         for source, labels in ((train, train_labels), (test, test_labels))
     ]
     left_out: tuple[str, ...] = ()
-    if small and sum(map(len, sets)) * 3 * height * width <= MEMORY:
+    if hold:
         corrupt: tuple[list[str], list[str]] = [], []
         parts = [
             images.batch(

@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from str_triton.cnn.data.common import Data, OnCorrupt, stratified_split
+from str_triton.cnn.data.common import Data, NetworkInput, OnCorrupt, stratified_split
 from str_triton.cnn.data.encoded import encoded_data
 from str_triton.training.errors import warn
-from str_triton.training.interface import Interface
 
 ENDINGS = (
     *(".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
@@ -59,7 +58,7 @@ class Files:
 
 
 def load_folder(
-    place: str, on_corrupt: OnCorrupt = None, image_size: int | None = None, interface: Interface | None = None
+    place: str, on_corrupt: OnCorrupt = None, image_size: int | None = None, taken_by: NetworkInput | None = None
 ) -> Data:
     """Read DIR/train/CLASS/ and DIR/val/CLASS/ (or test), or split DIR/CLASS/ 80/20 by name.
 
@@ -67,7 +66,7 @@ def load_folder(
     followed, except those that lead back to a folder above. Hidden files and folders are skipped, and so are those of
     `LEFTOVERS`. A warning gives the number of skipped files that do not end like an image, and of circular links. The
     split sorts each class by a hash of the path below DIR, so it is the same everywhere, whatever the training's seed.
-    For `interface` see `load`.
+    For `taken_by` see `load`.
 
     Raises FileNotFoundError or ValueError for another layout of the folder, and for unreadable images.
     """
@@ -80,7 +79,7 @@ def load_folder(
     if skipped:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in skipped.most_common(8))
         warn(f"{name}: skipped, not images: {kinds}")
-    return encoded_data(*train, *test, tuple(classes), name, on_corrupt, image_size, interface)
+    return encoded_data(*train, *test, tuple(classes), name, on_corrupt, image_size, taken_by)
 
 
 Part = tuple[Files, Tensor]

@@ -8,12 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from str_triton.cnn.data.common import Data, OnCorrupt, stratified_split
+from str_triton.cnn.data.common import Data, NetworkInput, OnCorrupt, stratified_split
 from str_triton.cnn.data.counter_random import order_keys
 from str_triton.cnn.data.encoded import encoded_data
 from str_triton.training.errors import warn
 from str_triton.training.hub import read_splits
-from str_triton.training.interface import Interface
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -55,7 +54,7 @@ class Column:
 
 
 def load_hub(
-    place: str, on_corrupt: OnCorrupt = None, image_size: int | None = None, interface: Interface | None = None
+    place: str, on_corrupt: OnCorrupt = None, image_size: int | None = None, taken_by: NetworkInput | None = None
 ) -> Data:
     """Read `NAME` or `NAME:CONFIGURATION` of the hub, or a local folder of parquet or arrow files or of `save_to_disk`.
 
@@ -65,7 +64,7 @@ def load_hub(
 
     Parquet files are converted once to Arrow files below HF_DATASETS_CACHE, which need about as much disk space again.
     Folders of `save_to_disk` are memory-mapped in place. Images are read in random order: keep them on a fast disk.
-    For `interface` see `load`.
+    For `taken_by` see `load`.
 
     Raises ValueError, in one line, also for errors of the `datasets` library.
     """
@@ -99,7 +98,7 @@ def load_hub(
         Column(_encoded(rows, image), part, root) for rows, part in ((train, f"{name} train"), (test, test_name))
     ]
     return encoded_data(
-        sources[0], labels, sources[1], test_labels, tuple(classes), name, on_corrupt, image_size, interface
+        sources[0], labels, sources[1], test_labels, tuple(classes), name, on_corrupt, image_size, taken_by
     )
 
 

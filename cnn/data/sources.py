@@ -7,14 +7,12 @@ from torch.nn import functional as F
 from str_triton.arguments import unknown_data
 from str_triton.cnn.data.arrays import ArrayImages
 from str_triton.cnn.data.cifar10 import load_cifar10
-from str_triton.cnn.data.common import Data, OnCorrupt
+from str_triton.cnn.data.common import Data, NetworkInput, OnCorrupt
 from str_triton.cnn.data.decoding import crop_of
 from str_triton.cnn.data.digits import load_digits
 from str_triton.cnn.data.folder import load_folder
 from str_triton.cnn.data.hub import load_hub
 from str_triton.cnn.data.idx import SETS, load_idx
-from str_triton.cnn.data.normalisation import Normalisation
-from str_triton.training.interface import Interface
 
 KNOWN = ("digits", "cifar10", "mnist", "fashion-mnist", "kmnist", "emnist[:SPLIT]", "imagefolder:DIR", "hub:NAME")
 LAYOUTS = {
@@ -35,7 +33,7 @@ def load(
     data_dir: str | None = None,
     on_corrupt: OnCorrupt = None,
     image_size: int | None = None,
-    interface: Interface | None = None,
+    taken_by: NetworkInput | None = None,
 ) -> Data:
     """Read the data set that `spec` names.
 
@@ -46,8 +44,8 @@ def load(
     - "hub:NAME": a data set of the Hugging Face hub or a local folder in its format, see `load_hub`.
 
     `image_size` is the height and width that the images of a folder or of the hub are scaled to, by default 224 or the
-    size of small images. With `interface`, that of a trained network with images and a standardisation, the test images
-    are cropped, scaled and normalised as the network takes them, and the training images need not be readable.
+    size of small images. With `taken_by` the test images are cropped, scaled and normalised as that
+    network takes them, and the training images need not be readable.
 
     Raises ValueError or FileNotFoundError with one line that names the fault. With `on_corrupt` images that cannot be
     decoded are skipped, see `Images.batch`.
@@ -61,28 +59,26 @@ def load(
     if image_size is not None and not has_place:
         raise ValueError(f"--image-size {image_size}: the images of --data {spec} have a size of their own")
     if is_idx:
-        return _as_taken(load_idx(spec, data_dir), interface)
+        return _as_taken(load_idx(spec, data_dir), taken_by)
     if spec == "digits":
-        return _as_taken(load_digits(), interface)
+        return _as_taken(load_digits(), taken_by)
     if spec == "cifar10":
-        return _as_taken(load_cifar10(data_dir), interface)
+        return _as_taken(load_cifar10(data_dir), taken_by)
     if kind == "imagefolder":
-        return load_folder(place, on_corrupt, image_size, interface)
-    return load_hub(place, on_corrupt, image_size, interface)
+        return load_folder(place, on_corrupt, image_size, taken_by)
+    return load_hub(place, on_corrupt, image_size, taken_by)
 
 
-def _as_taken(data: Data, interface: Interface | None) -> Data:
+def _as_taken(data: Data, network: NetworkInput | None) -> Data:
     """Return data in memory with the test images as a network takes them."""
-    if interface is None:
+    if network is None:
         return data
-    assert interface.images is not None
-    assert interface.standardisation is not None
     assert isinstance(data.test, ArrayImages)
     channels, *size = data.image_shape
-    left, top, right, bottom = crop_of(interface.images.crop)(size[1], size[0])
-    height, width = interface.images.height, interface.images.width
+    left, top, right, bottom = crop_of(network.images.crop)(size[1], size[0])
+    height, width = network.images.height, network.images.width
     pixels = data.test.images[:, :, top:bottom, left:right]
     if pixels.shape[2:] != (height, width):
         pixels = F.interpolate(pixels, (height, width), mode="bilinear", antialias=True)
-    test = replace(data.test, images=pixels, normalisation=Normalisation(*interface.standardisation))
-    return replace(data, test=test, image_shape=(channels, height, width), crop=interface.images.crop)
+    test = replace(data.test, images=pixels, normalisation=network.normalisation)
+    return replace(data, test=test, image_shape=(channels, height, width), crop=network.images.crop)
