@@ -176,8 +176,8 @@ def input_facts(network: Network) -> dict[str, str]:
         mean, std = (", ".join(f"{number:g}" for number in numbers) for numbers in interface.standardisation)
         facts["normalisation"] = f"(pixel - mean) / deviation, pixels 0 to 255, mean {mean}, deviation {std}"
     names = interface.outputs
-    shown = ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
-    return facts | {"classes": f"{len(names)}: {shown}; all in the file's metadata, `outputs`"}
+    shown = "; ".join(names[:NAMES_SHOWN]) + ("; ..." if len(names) > NAMES_SHOWN else "")
+    return facts | {"classes": f"{len(names)}: {shown} (all in the file's metadata, `outputs`)"}
 
 
 def known_facts(options: Pack, network: Network, example: Tensor) -> dict[str, str]:
