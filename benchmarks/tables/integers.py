@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from benchmarks.tables.documents import NONE, SPARSE_EXECUTION, markdown, results, section, table
+from benchmarks.tables.documents import NONE, SPARSE_EXECUTION, counted, markdown, results, section, table
 
 
 @table("int8-kernels", SPARSE_EXECUTION)
@@ -100,7 +100,8 @@ def int8_accuracy() -> str:
                     "" if error is None else f"{100 * error:.2f}",
                     f"{run['bytes'][kind]:,}",
                     f"{run['milliseconds'][kind]:.3f}",
+                    f"{run['machine']['processor']}, {counted(run['machine']['threads'])}",
                 ]
             )
-    header = ["run, network", "numbers", "accuracy, %", "error of the outputs, %", "bytes saved", "ms"]
+    header = ["run, network", "numbers", "accuracy, %", "error of the outputs, %", "bytes saved", "ms", "processor"]
     return markdown(header, rows)
