@@ -21,7 +21,6 @@ network: caltech_deploy.jsonl. Size and time depend on the zeros only, not on th
 """
 
 import argparse
-import json
 import tempfile
 from collections.abc import Iterator
 from itertools import product
@@ -33,7 +32,7 @@ import torch
 
 from benchmarks.runs import RunFile
 from benchmarks.speed.sparse_inference import with_random_zeros
-from benchmarks.studies.cnn_runs import METHODS, finished, without_test_images
+from benchmarks.studies.cnn_runs import METHODS, finished, without_test_images, write_budget
 from benchmarks.timing import RESULTS, alternating, machine
 from str_triton import deploy
 from str_triton.cnn.models import build
@@ -111,12 +110,8 @@ def options_of(key: Key) -> list[str]:
         return options
     if key.line.endswith(BUDGET):
         source = Key("str-exact", key.target, key.seed)
-        found = [run for run in results().read() if all(run[name] == value for name, value in source._asdict().items())]
-        if not found:
-            raise ValueError(f"{key}: run {source} first")
-        RUNS.mkdir(parents=True, exist_ok=True)
         budget = RUNS / f"budget-{_name(source)}.json"
-        budget.write_text(json.dumps({name: 100 * (1 - share) for name, share in found[0]["density"].items()}))
+        write_budget(budget, results().read(), source._asdict())
         return [*options, "--budget", str(budget)]
     share, _, flops = key.target.partition(" ")
     return [*options, "--target-flops" if flops else "--target-sparsity", share]

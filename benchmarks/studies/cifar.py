@@ -18,7 +18,8 @@ runs/cifar.
 last fifth; the test images take no part. Its lines are in cifar_tuning.jsonl, and the runs take each network's best.
 
 `str`, the paper's method, has no target. Its lines name lambda, the weight decay of the weights and thresholds, and the
-table gives the sparsity that each one reached.
+table gives the sparsity that each one reached. "budget of": the run gets the sparsity of each layer from that run of
+the same seed. "weight decay": that in place of the recipe's 0.0005.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from itertools import islice, product
 from pathlib import Path
 
 from benchmarks.runs import Run, RunFile
-from benchmarks.studies.cnn_runs import METHODS, finished, without_test_images
+from benchmarks.studies.cnn_runs import METHODS, finished, without_test_images, write_budget
 from benchmarks.timing import RESULTS, machine
 
 RUNS = RunFile(RESULTS / "cifar.jsonl", ("model", "line", "target", "seed"))
@@ -37,7 +38,9 @@ TUNING = RunFile(RESULTS / "cifar_tuning.jsonl", ("model", "lr"))
 FOLDERS = Path("runs/cifar")
 EPOCHS = 5
 LRS, TUNING_EPOCHS = (0.1, 0.2, 0.4, 0.05), 2
-DENSE, FROM_DENSE, TEACHER = "dense", ", from dense", ", teacher"
+DENSE, FROM_DENSE, TEACHER, BUDGET = "dense", ", from dense", ", teacher", ", budget of "
+STR = {f"str, lambda {value:g}": ["--method", "str", "--weight-decay", str(value)] for value in (1e-3, 2e-3, 4e-3)}
+DECAY = ("--weight-decay", str(1e-3))  # twice the recipe's, and that of the first line of `STR`
 LINES: dict[str, list[str]] = {
     **METHODS,
     f"{DENSE}{FROM_DENSE}": METHODS[DENSE],
@@ -46,9 +49,11 @@ LINES: dict[str, list[str]] = {
         for line in ("str-exact", "gmp, global")
         for start in (TEACHER, FROM_DENSE, f"{FROM_DENSE}{TEACHER}")
     },
-    **{f"str, lambda {value:g}": ["--method", "str", "--weight-decay", str(value)] for value in (1e-3, 2e-3, 4e-3)},
+    **STR,
+    **{f"{method}{BUDGET}{next(iter(STR))}": ["--method", method] for method in ("str-exact", "gmp")},
+    **{f"{line}, weight decay {DECAY[1]}": [*METHODS[line], *DECAY] for line in ("str-exact", "gmp, global", DENSE)},
 }
-WITHOUT_TARGET = tuple(line for line in LINES if line.startswith((DENSE, "str, ")))
+WITHOUT_TARGET = tuple(line for line in LINES if line.startswith((DENSE, "str, ")) or BUDGET in line)
 LEADERS = tuple(METHODS)[:5]
 TAUGHT = tuple(f"{line}{FROM_DENSE}{TEACHER}" for line in ("str-exact", "gmp, global"))
 
@@ -99,6 +104,11 @@ def options_of(key: Run) -> list[str]:
         options += ["--pretrained", dense]
     if TEACHER in line:
         options += ["--teacher", dense]
+    if BUDGET in line:
+        source = {**key, "line": line.partition(BUDGET)[2]}
+        budget = FOLDERS / f"budget-{_folder(source).name}.json"
+        write_budget(budget, RUNS.read(), source)
+        options += ["--budget", str(budget)]
     if key["target"]:
         options += ["--target-sparsity", str(key["target"])]
     return options

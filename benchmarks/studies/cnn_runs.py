@@ -47,6 +47,18 @@ def finished(folder: Path, options: list[str]) -> Run:
     }
 
 
+def write_budget(path: Path, runs: list[Run], source: Run) -> None:
+    """Write the layers' sparsities of the one of `runs` that has the fields of `source`, as a file for --budget.
+
+    Raises ValueError if there is no such run.
+    """
+    found = [run for run in runs if source.items() <= run.items()]
+    if not found:
+        raise ValueError(f"the run {source} must come first, because another takes its budget")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({name: 100 * (1 - share) for name, share in found[0]["density"].items()}))
+
+
 @contextmanager
 def without_test_images(data: str) -> Iterator[str]:
     """Yield data like `data`, hub:DIR, without its test images: the program then holds out a fifth of each class."""
