@@ -13,6 +13,7 @@ from str_triton.cnn.data.counter_random import order_keys
 from str_triton.cnn.data.encoded import encoded_data
 from str_triton.training.errors import warn
 from str_triton.training.hub import read_splits
+from str_triton.training.hub_files import check_names
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -88,6 +89,9 @@ def load_hub(
         train, labels = train.select(kept.tolist()), labels[kept]
     else:
         test, test_labels, test_name = splits[held_out[0]], held_out[1], f"{name} {held_out[0]}"
+        named = getattr(test.features[label], "names", None)
+        if named is not None:
+            check_names(f"{name} train", classes, test_name, named)
         _one_of((image,), test.column_names, test_name)
     for part, numbers in ((f"{name} train", labels), (test_name, test_labels)):
         if numbers.min() < 0 or numbers.max() >= len(classes):

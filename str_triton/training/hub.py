@@ -10,11 +10,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from str_triton.training.errors import is_first_process, warn
+from str_triton.training.hub_files import check_files
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
-SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(-[0-9a-f]+)?\.(parquet|arrow)")
 PARQUET = "refs/convert/parquet"  # the revision in which the hub keeps its conversion of a data set made by a script
 
 
@@ -60,7 +60,7 @@ def _read(place: str, separator: str, datasets: ModuleType) -> "DatasetDict | di
         if (folder / "state.json").is_file():
             return {"train": _saved(folder, datasets)}
         if folder.is_dir():
-            _check_shards(folder)
+            check_files(folder, datasets.load_dataset_builder(place).config.data_files or {})
             return datasets.load_dataset(place)
     except Exception as error:  # errors of the library and of damaged files have no common base class
         raise ValueError(f"hub:{place}: {_first_line(error)}{_configurations(place, separator, error)}") from error
@@ -84,25 +84,6 @@ def _read(place: str, separator: str, datasets: ModuleType) -> "DatasetDict | di
             f"hub:{place} is made by a script, which is never run, and its revision {PARQUET} cannot be read: "
             f"{_first_line(error)}"
         ) from error
-
-
-def _check_shards(folder: Path) -> None:
-    """Raise ValueError if the numbered files of a split are not one whole set: the library joins whatever is there."""
-    splits: dict[Path, dict[tuple[int, int], Path]] = {}
-    for path in sorted(folder.rglob("*-of-*")):
-        if shard := SHARD.fullmatch(path.name):
-            own, place = path.relative_to(folder), (int(shard["count"]), int(shard["number"]))
-            others = splits.setdefault(own.with_name(shard["split"]), {})
-            rival = others.get(place) or next((others[other] for other in others if other[0] != place[0]), None)
-            if rival is not None:
-                raise ValueError(f"{rival} and {own} are of two versions of the data set: remove one version")
-            others[place] = own
-    for split, shards in splits.items():
-        (count, _), first = next(iter(shards.items()))
-        for number in range(count):
-            if (count, number) not in shards:
-                name = f"{split}-{number:05}-of-{count:05}"
-                raise ValueError(f"there is {first}, but no {name}: copy the missing files")
 
 
 def _saved(folder: Path, datasets: ModuleType) -> "Dataset":

@@ -1,5 +1,6 @@
 """Hugging Face data sets, from local files only."""
 
+import re
 import sys
 from collections.abc import Callable
 from io import BytesIO
@@ -70,21 +71,59 @@ def test_parquet_files_in_a_folder(image: str, label: str, test_split: str, tmp_
     assert data.name == f"hub:{path}"
 
 
-@pytest.mark.parametrize("where", [".", "data"])
-def test_numbered_files_are_of_one_version_and_complete(where: str, tmp_path: Path):
-    path = folder(tmp_path) / where
-    path.mkdir(exist_ok=True)
-    rows(6, 100).to_parquet(path / "test-00000-of-00001.parquet")
-    rows(6).to_parquet(path / "train-00000-of-00002-0a1b.parquet")
-    with pytest.raises(ValueError, match=holding("missing .. train-00001-of-00002")):
-        load(f"hub:{folder(tmp_path)}")
-    rows(6, 6).to_parquet(path / "train-00001-of-00002-2c3d.parquet")
-    check(load(f"hub:{folder(tmp_path)}"))
-    for other in ("train-00000-of-00001.parquet", "train-00001-of-00002.parquet"):
-        rows(6).to_parquet(path / other)
-        with pytest.raises(ValueError, match=holding(f"{other} .. two versions")):
+PARTS = "data/train-00000-of-00002-0a1b data/train-00001-of-00002-2c3d"
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (PARTS, None),
+        ("train/0000 train/0001", None),
+        ("train-0-of-1", None),
+        ("data/train-00000-of-00001", None),
+        ("train-00000-of-00002", "number 1 of 2 .. missing"),
+        (f"{PARTS} data/train-00000-of-00001", "train-00000-of-00001.parquet .. two versions"),
+        (f"{PARTS} data/train-00001-of-00002", "train-00001-of-00002.parquet .. two versions"),
+        ("train-00000-of-00001 train-00000-of-00001 (1)", "two versions"),
+        ("a/train-00000-of-00001 b/train-00000-of-00001", "b/train-00000-of-00001.parquet .. two versions"),
+        ("train/0000 train/0001 train/0003", "train/0001.parquet .. train/0003.parquet .. missing"),
+    ],
+)
+def test_numbered_files_are_of_one_version_and_complete(names: str, message: str | None, tmp_path: Path):
+    files = [folder(tmp_path) / f"{name}.parquet" for name in re.split(r" (?!\()", names)]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        rows(6).to_parquet(file)
+    test = files[0].with_name("test-00000-of-00001.parquet") if "-of-" in names else folder(tmp_path) / "test/0.parquet"
+    test.parent.mkdir(exist_ok=True)
+    rows(6, 100).to_parquet(test)
+    if message is None:
+        assert len(load(f"hub:{folder(tmp_path)}").train) == 6 * len(files)
+    else:
+        with pytest.raises(ValueError, match=holding(message)):
             load(f"hub:{folder(tmp_path)}")
-        (path / other).unlink()
+
+
+def test_declared_folders_have_numbers_of_their_own(tmp_path: Path):
+    for name in ("2020/train", "2021/train", "2020/test"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        rows(6).to_parquet(tmp_path / f"{name}-00000-of-00001.parquet")
+    splits = "".join(f"  - split: {part}\n    path: '*/{part}-*'\n" for part in ("train", "test"))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n- config_name: all\n  data_files:\n{splits}---\n")
+    assert len(load(f"hub:{tmp_path}").train) == 12
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_all_splits_number_their_classes_alike(saved: bool, tmp_path: Path):
+    swapped = rows(6).cast_column("label", datasets.ClassLabel(names=NAMES[::-1]))
+    splits = datasets.DatasetDict(train=rows(6), test=swapped)
+    if saved:
+        splits.save_to_disk(folder(tmp_path))
+    else:
+        for name, part in splits.items():
+            part.to_parquet(folder(tmp_path) / f"{name}.parquet")
+    with pytest.raises(ValueError, match=holding("train .. test .. ant, bee, cat .. cat, bee, ant")):
+        load(f"hub:{folder(tmp_path)}")
 
 
 def test_a_saved_set_and_its_arrow_files(tmp_path: Path):
