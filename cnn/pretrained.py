@@ -6,7 +6,7 @@ from torch import nn
 
 from str_triton.cnn.arithmetic import warn_of_arithmetic
 from str_triton.cnn.models import state_shapes
-from str_triton.cnn.weights import fill, read_file, read_weights
+from str_triton.cnn.weights import fill, read_file, read_weights, without_prefix
 
 
 def check_start(path: str | os.PathLike[str], *, needs_zeros: bool) -> None:
@@ -42,7 +42,7 @@ def start_from(
     """
     where = f"--pretrained {path}, model {name}"
     file, own = read_file(path), model.state_dict()
-    weights = file.weights
+    weights = without_prefix(file.weights, own.keys())
     classifier = {key: own[key] for key in classifier_keys(name, in_channels)}
     fill(model, weights | classifier, where)  # first without the classifier: another network is not an error of classes
     warn_of_arithmetic(f"--pretrained {path}", name, file.name, weights)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from str_triton.cnn.arithmetic import warn_of_arithmetic
 from str_triton.cnn.config import Config
 from str_triton.cnn.models import build, state_shapes
-from str_triton.cnn.weights import fill, read_file, recurrent
+from str_triton.cnn.weights import fill, read_file, recurrent, without_prefix
 from str_triton.programs import trained_by
 from str_triton.training.command_line import saved_config
 from str_triton.training.interface import INTERFACE, Interface
@@ -80,6 +80,7 @@ def rebuild(path: str | os.PathLike[str], name: str | None = None) -> Network:
     name = name or said
     if name is None:
         raise ValueError(f"{path}: neither a run nor the file names its network: give --model")
+    weights = without_prefix(weights, state_shapes(name, 2, 3).keys())
     num_classes, in_channels = _size(name, weights)
     model = build(name, num_classes=num_classes, in_channels=in_channels)
     fill(model, weights, f"{path}, model {name}")

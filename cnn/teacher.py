@@ -6,13 +6,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from str_triton.cnn.rebuild import rebuild, require_classes
-from str_triton.training.interface import Interface
+from str_triton.files import percent
+from str_triton.training.errors import warn
+from str_triton.training.interface import ImageInput, Interface
 
 TEMPERATURE = 2.0  # divides all scores, so that the teacher's small probabilities count too
 
 
 def read_teacher(path: str | os.PathLike[str], interface: Interface) -> nn.Module:
     """Return the trained network in a run folder or file, in evaluation mode and without gradients, on the CPU.
+
+    Warns of images of another size or crop than ``interface``.
 
     Raises:
         ValueError: other classes, channels or standardisation than ``interface``, or as `rebuild` does.
@@ -25,7 +29,16 @@ def read_teacher(path: str | os.PathLike[str], interface: Interface) -> nn.Modul
         raise ValueError(f"{where}: its images have {network.in_channels} channels, not {interface.images.channels}")
     if network.interface is not None and network.interface.standardisation != interface.standardisation:
         raise ValueError(f"{where}: it standardises images with another mean or deviation than the data")
+    theirs = None if network.interface is None else network.interface.images
+    if theirs is not None and interface.images is not None and theirs != interface.images:
+        warn(f"{where} was trained with images of {described(theirs)}, these are of {described(interface.images)}")
     return network.model.requires_grad_(False)
+
+
+def described(images: ImageInput) -> str:
+    """Return size and crop in words."""
+    crop = "" if images.crop is None else f", cropped to {percent(images.crop)} of the shorter side"
+    return f"{images.width}x{images.height}{crop}"
 
 
 def divergence(outputs: Tensor, teacher_outputs: Tensor) -> Tensor:

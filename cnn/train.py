@@ -26,7 +26,7 @@ from str_triton.cnn.teacher import divergence, read_teacher
 from str_triton.cnn.training_schedule import announce_pruning, learning_rate
 from str_triton.files import percent, printable, with_sorted_header
 from str_triton.training.command_line import CommandLine
-from str_triton.training.errors import as_user_error
+from str_triton.training.errors import as_too_large, as_user_error
 from str_triton.training.interface import INTERFACE
 from str_triton.training.loop import Accelerator, Loop, StepOutput
 from str_triton.training.meter import Means, Meter
@@ -276,7 +276,8 @@ def initial_model(config: Config, data: Data) -> nn.Module:
     Raises as `build` and `start_from` do.
     """
     in_channels = data.image_shape[0]
-    model = build(config.model, num_classes=data.num_classes, in_channels=in_channels)
+    with as_too_large(f"--model {config.model}"):
+        model = build(config.model, num_classes=data.num_classes, in_channels=in_channels)
     if config.pretrained is not None and not has_checkpoint(config):
         start_from(config.pretrained, model, config.model, in_channels, new_classifier=config.new_classifier)
     return model

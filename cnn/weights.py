@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -88,7 +88,18 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises as `read_weights` does, and ValueError for weights of another network or of a dtype that the model's dtype
     cannot represent. The message names the first such key.
     """
-    fill(model, read_weights(path), path)
+    fill(model, without_prefix(read_weights(path), model.state_dict().keys()), path)
+
+
+def without_prefix(weights: dict[str, Tensor], expected: Set[str]) -> dict[str, Tensor]:
+    """Remove the part that all keys begin with, such as "backbone.", if only then a key is among the expected ones."""
+    shorter = weights
+    while not expected & shorter.keys():
+        prefix, dot, _ = next(iter(shorter), "").partition(".")
+        if not dot or not all(key.startswith(prefix + dot) for key in shorter):
+            return weights
+        shorter = {key.removeprefix(prefix + dot): tensor for key, tensor in shorter.items()}
+    return shorter
 
 
 def fill(model: nn.Module, weights: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:

@@ -7,6 +7,7 @@ from str_triton import RankController, RankTarget, parameter_groups
 from str_triton.rnn.baselines import equal_ranks, given_ranks
 from str_triton.rnn.models import Architecture
 from str_triton.rnn.recipes import TARGETED, TARGETS, Config
+from str_triton.training.errors import warn
 
 END = 0.3  # fraction of training after which the target holds (docs/learned-rank.md)
 
@@ -30,6 +31,12 @@ def build(config: Config, architecture: Architecture) -> tuple[nn.Module, RankCo
         if config.method == "str-exact":
             return model, controller
         ranks = equal_ranks(model, rank_target(config))
+        total = sum(ranks.values())
+        if config.method == "fixed" and config.target_rank not in (None, total):
+            warn(
+                f"--target-rank {config.target_rank}: fixed ranks are equal in all matrices, and the total rank is "
+                f"{total}; --ranks gives the input and the recurrent matrices different ranks"
+            )
     else:
         ranks = given_ranks(model, config.ranks)
     torch.set_rng_state(random)  # the model above only served the checks

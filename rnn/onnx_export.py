@@ -106,4 +106,5 @@ def _example(run: FinishedRun, *sizes: int) -> Tensor:
 
 
 def _metadata(run: FinishedRun) -> dict[str, str]:
-    return {"network": run.name, "outputs": json.dumps(run.outputs)}
+    standardised = {} if run.mean is None else {"inputs": "features as they are; this file standardises them"}
+    return {"network": run.name, "outputs": json.dumps(run.outputs), **standardised}

@@ -21,7 +21,7 @@ from str_triton.rnn.models import Architecture, architecture_of, compact, copy_w
 from str_triton.rnn.recipes import PUBLISHED, RECIPES, RESUME_MAY_CHANGE, Config, recipe_for, resolve
 from str_triton.rnn.tasks import Task, make_task
 from str_triton.training.command_line import CommandLine
-from str_triton.training.errors import as_user_error
+from str_triton.training.errors import as_too_large, as_user_error
 from str_triton.training.interface import INTERFACE, Interface
 from str_triton.training.loop import Accelerator, Loop, StepOutput
 from str_triton.training.meter import Means
@@ -78,7 +78,8 @@ class Experiment(Loop):
             task = make_task(config, data, accelerator)
             architecture = architecture_of(dataclasses.asdict(config), task.inputs, task.outputs)
             torch.manual_seed(config.seed)
-            model, controller = build(config, architecture)
+            with as_too_large(f"--hidden-size {config.hidden_size}"):
+                model, controller = build(config, architecture)
         model.to(accelerator.device)
         network, optimizer = accelerator.prepare(model, make_optimizer(config, model))
         return cls(

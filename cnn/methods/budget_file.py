@@ -63,7 +63,7 @@ def _from_json(path: Path, text: str) -> dict[str, float]:
         raise ValueError(f"--budget {path}: expected an object of layers and their sparsities in %")
     if isinstance(dict(pairs).get("rows"), list):
         return _from_budget(path, Budget.from_json(path))
-    return _collect(path, ((name, _share(path, name, value)) for name, value in pairs))
+    return _from_percent(path, pairs)
 
 
 def _from_csv(path: Path, text: str) -> dict[str, float]:
@@ -79,11 +79,22 @@ def _from_csv(path: Path, text: str) -> dict[str, float]:
         raise ValueError(f"--budget {path}: expected two columns, layer and sparsity in %, got {given}")
     if not _is_number(lines[0][1]):
         del lines[0]  # the heading
-    return _collect(path, ((name, _share(path, name, value)) for name, value in lines))
+    return _from_percent(path, ((name, value) for name, value in lines))
 
 
 def _from_budget(path: Path, budget: Budget) -> dict[str, float]:
     return _collect(path, ((row.name, row.sparsity) for row in budget.covered_rows))
+
+
+def _from_percent(path: Path, percents: Iterable[tuple[str, Any]]) -> dict[str, float]:
+    found = _collect(path, ((name, _share(path, name, value)) for name, value in percents))
+    largest = max(found.values(), default=0.0)
+    if 0 < largest <= 0.01:
+        raise ValueError(
+            f"--budget {path}: no layer has a sparsity of more than {100 * largest:g} %; the numbers are percent: "
+            "write 90, not 0.9"
+        )
+    return found
 
 
 def _collect(path: Path, shares: Iterable[tuple[str, float]]) -> dict[str, float]:

@@ -1,12 +1,16 @@
 """Errors of programs: a mistake that a user can fix is one line and exit code 2; a bug keeps its traceback."""
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from str_triton.files import printable
 from str_triton.programs import BAD_INPUT, is_about_output, run_until_output_closes
+
+TOO_LARGE = re.compile("can't allocate memory|out of memory|size calculation overflowed", re.IGNORECASE)
+"""What PyTorch says about memory."""
 
 
 class UserError(Exception):
@@ -30,6 +34,17 @@ def as_user_error(*kinds: type[Exception]) -> Iterator[None]:
         if is_about_output(error):
             raise
         raise UserError(one_line(error)) from error
+
+
+@contextmanager
+def as_too_large(option: str) -> Iterator[None]:
+    """Turn the errors of a network that does not fit into memory into `UserError`, which names the option."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not TOO_LARGE.search(str(error)):
+            raise
+        raise UserError(f"{option}: this network does not fit into memory") from error
 
 
 def one_line(error: BaseException) -> str:

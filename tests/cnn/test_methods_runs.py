@@ -132,6 +132,10 @@ BUDGETS = {
     "unknown.json": (json.dumps(table(tail=10)), "the model has no layer 'tail'"),
     "above.json": (json.dumps(table(head=100.5)), "layer 'head': a sparsity of 100.5 % is outside 0 to 100"),
     "below.csv": ("\n".join(f"{k},{v}" for k, v in table(stem=-1).items()), "a sparsity of -1 % is outside 0 to 100"),
+    "shares.json": (
+        json.dumps(table(**dict.fromkeys(LAYERS, 0.9))),
+        "no layer .. more than 0.9 % .. write 90, not 0.9",
+    ),
     "nan.json": (json.dumps(table(head=float("nan"))), "a sparsity of nan % is outside 0 to 100"),
     "word.json": (json.dumps(table() | {"head": "most"}), "layer 'head': expected a sparsity in %, got 'most'"),
     "true.json": (json.dumps(table() | {"head": True}), "expected a sparsity in %, got True"),

@@ -1,5 +1,6 @@
 """Knowledge distillation: the loss, what a teacher must be, and runs with one."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from str_triton.cnn.teacher import divergence, read_teacher
 from str_triton.training.interface import Interface
 from str_triton.training.metrics import read_metrics
 from tests.cnn.train_runs import begin, resume
+from tests.messages import holds
 from tests.runs import Killed, after_calls, assert_same_result, kill
 
 
@@ -68,6 +70,15 @@ def test_a_teacher_of_other_classes_or_another_standardisation_is_refused(teache
     for other, words in ((swapped, "order"), (shifted, "standardises"), (Interface(("a", "b")), "10 classes")):
         with pytest.raises(ValueError, match=words):
             read_teacher(teacher, other)
+
+
+def test_a_teacher_for_images_of_another_size_is_taken_with_a_warning(teacher: Path, capsys: pytest.CaptureFixture):
+    own = Interface.read(teacher / "interface.json")
+    capsys.readouterr()
+    read_teacher(teacher, own)
+    assert capsys.readouterr().err == ""
+    read_teacher(teacher, replace(own, images=replace(own.images, width=10, crop=0.875)))
+    assert holds(capsys.readouterr().err, "8x8 .. 10x8, cropped to 87.5 %")
 
 
 @pytest.mark.parametrize(

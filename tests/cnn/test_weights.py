@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from str_triton import densify, sparsify
 from str_triton.cnn import paper_checkpoint
 from str_triton.cnn.models import build
+from str_triton.cnn.pretrained import start_from
 from str_triton.cnn.rebuild import rebuild
 from str_triton.cnn.weights import load_weights, read_weights
 from tests.cnn.train_runs import begin
@@ -73,6 +74,18 @@ def test_torch_files(tmp_path: Path, state: State, wrap: Callable[[State], objec
     weights = read_weights(saved(tmp_path / "file.pth", wrap(state)))
     assert same_bits(weights, dict(state))
     assert not any(tensor.requires_grad for tensor in weights.values())
+
+
+@pytest.mark.parametrize("prefix", ["backbone.", "encoder.backbone.", "blocks."])
+def test_any_prefix_of_all_keys_is_removed_where_the_network_is_known(prefix: str, tmp_path: Path, state: State):
+    path = saved(tmp_path / "file.pth", prefixed(prefix)(state))
+    model = build("resnet20")
+    load_weights(model, path)
+    assert same_bits(dict(model.state_dict()), dict(state))
+    assert same_bits(dict(rebuild(path, "resnet20").model.state_dict()), dict(state))
+    model = build("resnet20", num_classes=7)
+    start_from(path, model, "resnet20", 3, new_classifier=True)
+    assert torch.equal(model.conv1.weight, state["conv1.weight"])
 
 
 def test_safetensors_whatever_the_name_and_without_the_counts_of_batches(tmp_path: Path, state: State):

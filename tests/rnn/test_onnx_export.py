@@ -49,7 +49,9 @@ def test_the_module_that_is_exported_is_the_network(name: str, monkeypatch: pyte
     assert (shown.shape[1:], shown.dtype) == (fed.shape[1:], fed.dtype)
     torch.testing.assert_close(module(fed), wanted, rtol=1e-6, atol=1e-6)
     assert (options["inputs"], options["outputs"]) == (["characters" if lm else "frames"], ["scores"])
-    assert options["metadata"] == {"network": run.name, "outputs": json.dumps(run.outputs)}
+    about = options["metadata"]
+    assert ("standardises" in about.pop("inputs", "")) == (run.mean is not None)
+    assert about == {"network": run.name, "outputs": json.dumps(run.outputs)}
     if run.model.rnn.bidirectional:
         return
     module, (shown, *state), options = one_step(run)

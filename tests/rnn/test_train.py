@@ -73,12 +73,13 @@ def test_other_targets_are_met(tmp_path: Path, quick: None, method: str, target:
 
 
 @pytest.mark.parametrize("method", ["fixed", "svd-finetune"])
-def test_baselines_meet_a_rank(tmp_path: Path, quick: None, method: str):
+def test_baselines_meet_a_rank(tmp_path: Path, quick: None, method: str, capsys: pytest.CaptureFixture):
     folder = tmp_path / "run"
     assert begin(folder, "--method", method, *RANK) == 0
     ranks = summary_of(folder)["ranks"]
     if method == "fixed":
         assert list(ranks.values()) == [2, 2, 2, 2]
+        assert holds(capsys.readouterr().err, "--target-rank 10 .. total rank is 8")
     else:
         assert sum(ranks.values()) == 10
         first, second = (record for record in read_metrics(folder) if record["kind"] == "epoch")
@@ -189,6 +190,7 @@ def test_a_language_model_is_measured_in_bits_per_character(tmp_path: Path):
         (["--dropout", "1"], "--dropout 1"),
         (["--noise", "-1"], "--noise -1"),
         (["--hidden-size", "0"], "--hidden-size 0"),
+        (["--hidden-size", str(10**17)], f"--hidden-size {10**17} .. memory"),
         (["--data", "japanese"], "did you mean japanese-vowels?"),
         (["--data", "har:nowhere"], "nowhere"),
         (["har2-fastgrnn"], "--data is missing: .. har:DIR"),
