@@ -172,6 +172,7 @@ class OffsetController:
         if controller._control is self._control:
             self._refuse("finish")
         controller.progress = 1.0
+        controller._thresholds.require_present()
         controller._meet()
         controller._adopt(self._thresholds)
         controller._make_exact(done=1.0)
@@ -249,6 +250,7 @@ class OffsetController:
             return
         if controller._control is self._control:
             self._refuse("exact")
+        controller._thresholds.require_present()
         controller._meet()
         held_back, saved = controller._held_back, controller._thresholds.save()
         controller._training = saved[0], held_back

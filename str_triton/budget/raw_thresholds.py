@@ -26,9 +26,10 @@ class RawThresholds:
 
     def __init__(self, model: nn.Module, holders: Iterable[ThresholdHolder], others: Iterable[Tensor] = ()) -> None:
         first: dict[int, ThresholdHolder] = {}
-        for holder in holders:
+        self._model, self._users = model, list(holders)
+        for holder in self._users:
             first.setdefault(id(holder.raw_threshold), holder)
-        self._model, self._holders = model, list(first.values())
+        self._holders = list(first.values())
         self.before: list[Tensor] = []
         self.meet(others)
 
@@ -53,6 +54,15 @@ class RawThresholds:
         if [(raw.shape, raw.device) for raw in own] != [(raw.shape, raw.device) for raw in self.before]:
             self.before = [raw.clone() for raw in own]
         self.processes = Processes.of([*self.parameters, *others])
+
+    def require_present(self) -> None:
+        """Raise ValueError if one of the modules is no longer in the model: what replaced it would not be counted."""
+        present = {id(module) for module in self._model.modules()}
+        if lost := next((holder for holder in self._users if id(holder) not in present), None):
+            raise ValueError(
+                f"a {type(lost).__name__} that the controller was made for is no longer in the model: make a new "
+                "controller after replacing layers"
+            )
 
     def mean(self) -> Tensor:
         """Return the mean of all elements, in their dtype; the same bits in every process."""

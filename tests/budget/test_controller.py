@@ -540,6 +540,17 @@ def test_steps_out_of_range_and_foreign_states_are_refused():
         controller.load_state_dict(other.state_dict())
 
 
+@pytest.mark.parametrize("granularity", ["layer", "global"])
+def test_a_layer_that_was_replaced_is_noticed(granularity):
+    model = sparsify(convolutional_net(), granularity=granularity)
+    controller = SparsityController(model, Target(sparsity=0.9), floor=0.0)
+    model[-1] = nn.Linear(64, 7)
+    controller.step(0.5)
+    for use in (controller.finish, lambda: controller.step(1.0), lambda: controller.exact().__enter__()):
+        with pytest.raises(ValueError, match=holding("no longer in the model .. new controller")):
+            use()
+
+
 def test_a_single_weight_and_a_bare_layer():
     layer = STRLinear(1, 1)
     controller = SparsityController(layer, Target(sparsity=0.5))
