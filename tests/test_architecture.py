@@ -45,7 +45,7 @@ ROOMS = {
         {"torch", "numpy", "safetensors"},
     ),
     "str_triton.deploy.onnx_export.loops": (set(), {"onnxscript"}),
-    "str_triton.training": ({"str_triton.budget"}, {"torch", "numpy"} | TRAINING_EXTRAS),
+    "str_triton.training": ({"str_triton.budget"}, {"torch", "numpy", "pyarrow"} | TRAINING_EXTRAS),  # of datasets
     "str_triton.integrations": ({"str_triton"}, {"torch", "transformers", "lightning"}),
     "str_triton.cnn": (
         {"str_triton", "str_triton.deploy", "str_triton.training"},
