@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,8 +48,8 @@ class Predictor:
     def pixels(self, name: str, content: str | bytes) -> Tensor:
         """Decode an image file, by its path or bytes, to uint8 [C, H, W]. Raise ValueError, which names the image."""
         images = self.images
-        rgb = decode(name, content, (images.height, images.width), crop_of(images.crop))
-        return torch.from_numpy(_grey(rgb) if images.channels == 1 else rgb).permute(2, 0, 1)
+        size, crop = (images.height, images.width), crop_of(images.crop)
+        return torch.from_numpy(decode(name, content, size, crop, channels=images.channels)).permute(2, 0, 1)
 
     @torch.inference_mode()
     def __call__(self, pixels: Sequence[Tensor], top: int) -> list[list[tuple[str, float]]]:
@@ -59,13 +58,6 @@ class Predictor:
         best = self.scores(images).float().softmax(1).topk(min(top, len(self.names)))
         rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         return [[(self.names[index], value) for index, value in zip(*row, strict=True)] for row in rows]
-
-
-def _grey(rgb: np.ndarray) -> np.ndarray:
-    """Return uint8 [H, W, 1] for uint8 [H, W, 3], by Pillow's weights; a grey image keeps its values."""
-    import PIL.Image
-
-    return np.array(PIL.Image.fromarray(rgb).convert("L"))[:, :, None]
 
 
 def open_predictor(

@@ -69,12 +69,19 @@ def upright_size(image: "Image") -> tuple[int, int]:
 
 
 def decode(
-    name: str, content: str | bytes, size: tuple[int, int], choose: Callable[[int, int], Box], *, mirror: bool = False
+    name: str,
+    content: str | bytes,
+    size: tuple[int, int],
+    choose: Callable[[int, int], Box],
+    *,
+    mirror: bool = False,
+    channels: int = 3,
 ) -> np.ndarray:
     """Decode an image, turn it upright, crop it to `choose(width, height)`, and scale that to `size` (height, width).
 
-    Returns uint8 [height, width, 3], mirrored with `mirror`. Grey (of 1 to 16 bits), palette and CMYK images become
-    RGB. Alpha is dropped. The first of several frames or pages is taken. A JPEG at least twice as large as needed is
+    Returns uint8 [height, width, channels], mirrored with `mirror`. Grey (of 1 to 16 bits), palette and CMYK images
+    become RGB. With one channel RGB becomes grey by Pillow's weights, and a grey image keeps its values. Alpha is
+    dropped. The first of several frames or pages is taken. A JPEG at least twice as large as needed is
     decoded at a half, a quarter or an eighth of its size.
 
     Raises ValueError with `name` if the image cannot be decoded, or if the range of its pixels is unknown (32 bits,
@@ -98,7 +105,8 @@ def decode(
         if mirror:
             part = part.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT)
         pixels = torch.from_numpy(np.array(part))[None].permute(0, 3, 1, 2)
-        return F.interpolate(pixels, size, mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
+        scaled = F.interpolate(pixels, size, mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
+        return scaled if channels == 3 else np.array(PIL.Image.fromarray(scaled).convert("L"))[:, :, None]
 
 
 def _orientation(image: "Image") -> int:

@@ -50,10 +50,10 @@ class Source(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class EncodedImages:
-    """Images decoded on demand: RGB of `size` (height, width), `labels` int64 [N]. See `common.Images`.
+    """Images decoded on demand: RGB or, with one channel, grey, of `size` (height, width); `labels` int64 [N].
 
-    With `crop`, for large images, training takes random crops, and testing the central one of that share. Small images
-    are used whole.
+    See `common.Images`. With `crop`, for large images, training takes random crops, and testing the central one of that
+    share. Small images are used whole.
     """
 
     source: Source
@@ -62,6 +62,7 @@ class EncodedImages:
     crop: float | None
     augmentation: Augmentation
     normalisation: Normalisation = IMAGENET
+    channels: int = 3
 
     in_memory = False
 
@@ -72,7 +73,7 @@ class EncodedImages:
         self, indices: Tensor, *, seed: int, epoch: int, augment: bool, on_corrupt: OnCorrupt = None
     ) -> tuple[Tensor, Tensor]:
         draws = uniforms(seed, epoch, indices, Augmentation.DRAWS + CROP_DRAWS if self.crop else Augmentation.DRAWS)
-        images = np.empty((len(indices), *self.size, 3), np.uint8)
+        images = np.empty((len(indices), *self.size, self.channels), np.uint8)
         taken = indices.clone()
         for place, (index, own) in enumerate(zip(indices.tolist(), draws.T.tolist(), strict=True)):
             taken[place] = self._decode_into(images[place], index, own if augment else None, on_corrupt)
@@ -95,7 +96,7 @@ class EncodedImages:
         for number in range(index, index + tries):
             number %= len(self)
             try:
-                image[:] = decode(*self.source.read(number), self.size, choose, mirror=mirror)
+                image[:] = decode(*self.source.read(number), self.size, choose, mirror=mirror, channels=self.channels)
                 return number
             except ValueError as error:
                 if on_corrupt is None:
@@ -118,8 +119,8 @@ def encoded_data(
 ) -> Data:
     """Return the data set of two sources of encoded images.
 
-    With `taken_by` that network decides on size, crop and normalisation, and no image is read. Otherwise the images
-    decide as follows.
+    With `taken_by` that network decides on size, crop, channels and normalisation, and no image is read. Otherwise the
+    images decide as follows.
 
     The majority of the training images decides on the size, unless `image_size` gives it. Small images are shifted at
     random by up to an eighth of their height, large ones are cropped at random. Images are mirrored if the majority has
@@ -129,15 +130,16 @@ def encoded_data(
     """
     if taken_by is not None:
         size, crop = (taken_by.images.height, taken_by.images.width), taken_by.images.crop
-        hold, augmentation, normalisation = False, Augmentation(), taken_by.normalisation
+        channels, normalisation = taken_by.images.channels, taken_by.normalisation
+        augmentation, hold = Augmentation(), False
     else:
         small, size, coloured = _majority(train, name, on_corrupt, image_size)
         crop = None if small else TEST_SHARE_OF_SIDE
         augmentation = Augmentation(padding=size[0] // 8 if small else 0, flip=coloured)
         hold = small and (len(train_labels) + len(test_labels)) * 3 * size[0] * size[1] <= MEMORY
-        normalisation = IMAGENET
+        channels, normalisation = 3, IMAGENET
     sets = [
-        EncodedImages(source, labels, size, crop, augmentation, normalisation)
+        EncodedImages(source, labels, size, crop, augmentation, normalisation, channels)
         for source, labels in ((train, train_labels), (test, test_labels))
     ]
     left_out: tuple[str, ...] = ()
@@ -154,7 +156,7 @@ def encoded_data(
         left_out = tuple(dict.fromkeys(corrupt[1]))
         normalisation = Normalisation.of(parts[0][0])
         sets = [ArrayImages(pixels.contiguous(), labels, normalisation, augmentation) for pixels, labels in parts]
-    return Data(sets[0], sets[1], class_names, (3, *size), name, crop, left_out)
+    return Data(sets[0], sets[1], class_names, (channels, *size), name, crop, left_out)
 
 
 def _majority(

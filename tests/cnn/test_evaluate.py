@@ -141,9 +141,9 @@ def with_interface(path: Path, interface: Interface, model: str = "resnet20") ->
     return network
 
 
-@pytest.mark.parametrize("crop", [0.5, None])
+@pytest.mark.parametrize(("crop", "channels"), [(0.5, 3), (None, 3), (None, 1)])
 def test_images_are_seen_as_the_network_was_trained(
-    tmp_path: Path, pictures: Path, crop: float | None, capsys: pytest.CaptureFixture
+    tmp_path: Path, pictures: Path, crop: float | None, channels: int, capsys: pytest.CaptureFixture
 ):
     """The data alone would be 50x40 and normalised by their own statistics, for which a training image is missing."""
     shutil.copytree(pictures, tmp_path / "train")
@@ -151,8 +151,9 @@ def test_images_are_seen_as_the_network_was_trained(
     (tmp_path / "train" / "cats" / "0.png").write_bytes(b"")
     file, given = tmp_path / "x.safetensors", [f"imagefolder:{tmp_path}", "--batch-size", "3"]
     for size in (24, 20):
-        taken = ImageInput(3, size, size, crop)
-        interface = Interface(("cats", "dogs"), ((99.0, 120.0, 90.0), (30.0, 50.0, 70.0)), taken)
+        taken = ImageInput(channels, size, size, crop)
+        numbers = ((99.0, 120.0, 90.0)[:channels], (30.0, 50.0, 70.0)[:channels])
+        interface = Interface(("cats", "dogs"), numbers, taken)
         if size == 24:
             network = with_interface(file, interface)
         result = evaluated(tmp_path, str(file), "--data", *given, *(["--image-size", "20"] if size == 20 else []))
