@@ -32,8 +32,10 @@ CIFAR = """The recipe `cifar10` trains on a public copy of CIFAR-10 whose images
 **That loses detail**: the published ResNet20 has 91.8 % on the original images and about 82 % on these, so compare only
 the rows of this table. Each run has {epochs} epochs; the usual recipes have 200. "from dense": the run starts from the
 trained dense network of the same seed, with half the learning rate. "teacher": the run also learns the scores of that
-network. "to dense" compares with the dense network that was trained for the same number of epochs in all. The minutes
-are those of one thread on a machine that did other work. `python -m benchmarks.studies.cifar` runs what is missing."""
+network. "str, lambda": the paper's method, whose weight decay decides on the sparsity. "budget of": every layer has the
+sparsity that it has in that run. "weight decay": that in place of the recipe's 0.0005. "to dense" compares with the
+dense network that was trained for the same number of epochs in all. The minutes are those of one thread on a machine
+that did other work. `python -m benchmarks.studies.cifar` runs what is missing."""
 
 
 def grouped(runs: list[Run], *names: str) -> list[tuple[tuple[Any, ...], list[Run]]]:

@@ -159,7 +159,7 @@ def row(name: str, methods: Runs, gain: str) -> list[str]:
     """Return the cells of a study. Raise NotMeasured unless it has runs of str-exact and of the dense network."""
     if not {OURS, "dense"} <= methods.keys():
         raise NotMeasured(name)
-    others = {method: runs for method, runs in methods.items() if method != "dense" and not method.startswith(OURS)}
+    others = {method: runs for method, runs in methods.items() if not method.startswith(("dense", OURS))}
     best = max(others, key=lambda method: mean(run["accuracy"] for run in others[method]), default=None)
     shown = [methods["dense"], methods[OURS], others.get(best, [])]
     cells = [spread((run["accuracy"] for run in runs), 100) if runs else NONE for runs in shown]
