@@ -6,13 +6,15 @@ Each seed is a graph of convolutions of every option (strides, dilation, groups,
 pools, concatenations, slices, zeros around images, gates by channel, means and a linear layer on codes with random zero
 points. Every layer's work is cut at random.
 A path is the same source for another instruction: "vnni-emulated" replaces the one instruction by a C function of its
-meaning, "portable" has no instruction at all, "plain" is compiled for the oldest processor of its kind. Results go
-to benchmarks/results/int8_fuzz.json. Under AddressSanitizer and UBSan: the environment of sparse_fuzz.py.
+meaning, "portable" has no instruction at all, "plain" is compiled for the oldest processor of its kind, and "256 bits"
+has no AVX-512: it is AVX-VNNI where the processor has that. Results go to benchmarks/results/int8_fuzz_PROCESSOR.json.
+Under AddressSanitizer and UBSan: the environment of sparse_fuzz.py.
 """
 
 import argparse
 import ctypes
 import math
+import platform
 import random
 import tempfile
 from pathlib import Path
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.studies.sparse_fuzz import sanitizers
-from benchmarks.timing import write
+from benchmarks.timing import in_file_names, machine, write
 from str_triton.deploy.sparse.executions.choice import Choice
 from str_triton.deploy.sparse.graph.nodes import Call, Graph, Input, Node
 from str_triton.deploy.sparse.graph.pools import MaxPool
@@ -48,6 +50,7 @@ PATHS = {
     "16-bit products": ("-march=native", "-DSTR_TRITON_WIDE_DOT"),
     "portable": ("-march=native", "-DSTR_TRITON_PORTABLE_DOT"),
     "plain": (),
+    **({"256 bits": ("-march=native", "-mno-avx512f")} if platform.machine() == "x86_64" else {}),
 }
 
 
@@ -228,7 +231,7 @@ def main() -> None:
             wrong = [seed for seed in range(options.first, options.first + options.count) if check(seed, library)]
             run["paths"][path] = {"networks": options.count, "wrong": wrong}
             print(f"{path}: {options.count} networks, {len(wrong)} wrong {wrong[:5]}", flush=True)
-    write("int8_fuzz", run)
+    write(f"int8_fuzz_{in_file_names(machine()['processor'])}", run)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -105,9 +106,20 @@ def sizes(folder: Path) -> dict[str, int]:
 
 
 def best_rate(done: list[dict[str, Any]], candidates: list[Job]) -> float:
-    """Return the learning rate of the candidate with the highest validation accuracy, the first one's by default."""
-    accuracies = {key(run["job"]): run["validation_accuracy"] for run in done}
-    return max(candidates, key=lambda job: accuracies.get(key(job), -1.0))["rate"]
+    """Return the learning rate of the candidate with the highest validation accuracy, the first one's by default.
+
+    Of candidates that are equal there, it is the one with the higher mean over all its seeds, as in the tables.
+    """
+
+    def seedless(job: Job) -> Job:
+        return {name: value for name, value in job.items() if name not in ("seed", "arguments")}
+
+    def accuracies(job: Job) -> tuple[float, float]:
+        seeds = [run for run in done if seedless(run["job"]) == seedless(job)]
+        own = next((run["validation_accuracy"] for run in seeds if run["job"]["seed"] == job["seed"]), -1.0)
+        return own, mean(run["validation_accuracy"] for run in seeds) if seeds else -1.0
+
+    return max(candidates, key=accuracies)["rate"]
 
 
 @cache

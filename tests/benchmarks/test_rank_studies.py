@@ -58,6 +58,13 @@ def test_the_rate_is_the_best_on_validation_data_and_the_first_without_any() -> 
     jobs = [har_ranks.job("fixed", (9, 8), 0, rate, 60) for rate in (1e-2, 3e-3)]
     assert best_rate([], jobs) == 1e-2
     assert best_rate([line(jobs[0], 0.7), line(jobs[1], 0.8)], jobs) == 3e-3
+    equal = [line(job, 0.8) for job in jobs]
+    other = [
+        line(har_ranks.job("fixed", (9, 8), 1, rate, 60), accuracy) for rate, accuracy in ((1e-2, 0.6), (3e-3, 0.7))
+    ]
+    clipped = line(har_ranks.job("fixed", (9, 8), 1, 1e-2, 60, 1.0), 0.9)
+    assert best_rate(equal, jobs) == 1e-2
+    assert best_rate([*equal, *other, clipped], jobs) == 3e-3
 
 
 def test_a_study_goes_on_where_a_kill_has_cut_it_off(tmp_path: Path) -> None:
