@@ -50,10 +50,11 @@ PEERS = ("float32", "onnxruntime int8", "OpenVINO int8")
 WHOLE = """`benchmarks/speed/int8_inference.py` times whole networks with random weights at published sparsities, on
 images of 224x224 with two threads. The columns are the milliseconds of a call: of the compiled network on integers, of
 the compiled network in float32, and of other engines on the QDQ file of the same quantized network. All of them take
-turns. A number in brackets is the time divided by that of the network on integers. The AMD EPYC has AVX2 without VNNI.
-On such a processor the other engines add pairs of products in 16 bits with saturation; `compile_sparse` does not. With
-onnxruntime's option for exact sums, `session.x64quantprecision`, its outputs of MobileNetV1 equal ours. The table times
-it without that option. The other engines also round ResNet50's residual sums in their own way."""
+turns. A number in brackets is the time divided by that of the network on integers. The Intel Xeon has VNNI, the AMD
+EPYC AVX2 without VNNI. Without VNNI the other engines add pairs of products in 16 bits with saturation;
+`compile_sparse` does not. With onnxruntime's option for exact sums, `session.x64quantprecision`, its outputs of
+MobileNetV1 equal ours. The table times it without that option. The other engines also round ResNet50's residual sums in
+their own way."""
 
 
 @table("kernel-limits", SPARSE_EXECUTION)
