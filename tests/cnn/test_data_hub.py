@@ -79,6 +79,8 @@ PARTS = "data/train-00000-of-00002-0a1b data/train-00001-of-00002-2c3d"
     [
         (PARTS, None),
         ("train/0000 train/0001", None),
+        (" ".join(f"train/{number}" for number in range(1, 12)), None),
+        ("train/2019 train/2021", None),
         ("train-0-of-1", None),
         ("data/train-00000-of-00001", None),
         ("train-00000-of-00002", "number 1 of 2 .. missing"),
