@@ -171,8 +171,8 @@ class OffsetController:
         controller = self if model is None else self._for(model)
         if controller._control is self._control:
             self._refuse("finish")
-        controller.progress = 1.0
         controller._thresholds.require_present()
+        controller.progress = 1.0
         controller._meet()
         controller._adopt(self._thresholds)
         controller._make_exact(done=1.0)
