@@ -7,6 +7,7 @@ when the file is read, and removed by the next run.
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 Run = dict[str, Any]
@@ -58,3 +59,18 @@ class RunFile:
 
     def _identity(self, run: Run) -> tuple:
         return tuple(run[field] for field in self.key)
+
+
+def at_its_rate(runs: list[Run]) -> list[Run]:
+    """Return the runs at the learning rate with the highest validation accuracy at the first seed, one run or more.
+
+    Of rates that are equal there, it is the one with the higher mean over all its seeds. The rate and the seed of a run
+    are those of its `job`.
+    """
+    rated: dict[float, list[Run]] = {}
+    for run in sorted(runs, key=lambda run: run["job"]["seed"]):
+        rated.setdefault(run["job"]["rate"], []).append(run)
+    seed = min(run["job"]["seed"] for run in runs)
+    tried = [own for own in rated.values() if own[0]["job"]["seed"] == seed]
+    chosen = max(tried, key=lambda own: (own[0]["validation_accuracy"], mean(r["validation_accuracy"] for r in own)))
+    return [run for run in runs if run in chosen]

@@ -166,12 +166,7 @@ def input_facts(network: Network) -> dict[str, str]:
         return {}
     facts = {}
     if interface.images is not None:
-        share = interface.images.crop
-        facts["images"] = (
-            "the whole image, scaled"
-            if share is None
-            else f"the central square of {percent(share)} of the shorter side, scaled"
-        ) + " by bilinear interpolation with antialiasing"
+        facts["images"] = f"{interface.images.part()}, scaled by bilinear interpolation with antialiasing"
     if interface.standardisation is not None:
         mean, std = (", ".join(f"{number:g}" for number in numbers) for numbers in interface.standardisation)
         facts["normalisation"] = f"(pixel - mean) / deviation, pixels 0 to 255, mean {mean}, deviation {std}"

@@ -6,9 +6,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from str_triton.cnn.rebuild import rebuild, require_classes
-from str_triton.files import percent
 from str_triton.training.errors import warn
-from str_triton.training.interface import ImageInput, Interface
+from str_triton.training.interface import Interface
 
 TEMPERATURE = 2.0  # divides all scores, so that the teacher's small probabilities count too
 
@@ -31,14 +30,9 @@ def read_teacher(path: str | os.PathLike[str], interface: Interface) -> nn.Modul
         raise ValueError(f"{where}: it standardises images with another mean or deviation than the data")
     theirs = None if network.interface is None else network.interface.images
     if theirs is not None and interface.images is not None and theirs != interface.images:
-        warn(f"{where} was trained with images of {described(theirs)}, these are of {described(interface.images)}")
+        ways = [f"{images.width}x{images.height} of {images.part()}" for images in (theirs, interface.images)]
+        warn(f"{where} was trained with images of {ways[0]}; those of the data have {ways[1]}")
     return network.model.requires_grad_(False)
-
-
-def described(images: ImageInput) -> str:
-    """Return size and crop in words."""
-    crop = "" if images.crop is None else f", cropped to {percent(images.crop)} of the shorter side"
-    return f"{images.width}x{images.height}{crop}"
 
 
 def divergence(outputs: Tensor, teacher_outputs: Tensor) -> Tensor:

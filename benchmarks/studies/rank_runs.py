@@ -9,12 +9,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
 
-from benchmarks.runs import RunFile
+from benchmarks.runs import RunFile, at_its_rate
 from str_triton import count_ranks, deploy
 from str_triton.rnn.finished_run import open_run
 from str_triton.rnn.models import Architecture
@@ -106,20 +105,17 @@ def sizes(folder: Path) -> dict[str, int]:
 
 
 def best_rate(done: list[dict[str, Any]], candidates: list[Job]) -> float:
-    """Return the learning rate of the candidate with the highest validation accuracy, the first one's by default.
+    """Return the learning rate of the candidate that `at_its_rate` chooses, the first one's if none has run.
 
-    Of candidates that are equal there, it is the one with the higher mean over all its seeds, as in the tables.
+    candidates: jobs that differ in their rates alone. Their runs with other seeds count too.
     """
 
     def seedless(job: Job) -> Job:
         return {name: value for name, value in job.items() if name not in ("seed", "arguments")}
 
-    def accuracies(job: Job) -> tuple[float, float]:
-        seeds = [run for run in done if seedless(run["job"]) == seedless(job)]
-        own = next((run["validation_accuracy"] for run in seeds if run["job"]["seed"] == job["seed"]), -1.0)
-        return own, mean(run["validation_accuracy"] for run in seeds) if seeds else -1.0
-
-    return max(candidates, key=accuracies)["rate"]
+    tried = [seedless(job) for job in candidates]
+    runs = [run for run in done if seedless(run["job"]) in tried]
+    return (at_its_rate(runs)[0]["job"] if runs else candidates[0])["rate"]
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from statistics import mean
 
+from benchmarks.runs import at_its_rate
 from benchmarks.tables.documents import NONE, NotMeasured, Run, behind, lines, markdown, section, seeds, spread, table
 
 # The paper's accuracies at (rank of W, rank of U): Kusupati et al., ICML 2020, table 3.
@@ -31,20 +32,6 @@ parameters of the dense network, divided by that of the run. "multiply-adds": th
 "int8 bytes": the weights in the int8 C export. "rate": the learning rate, and the number of rates from which it was
 chosen. Epoch and learning rate are chosen on validation data, the rate with the first seed; where two rates are equal
 there, all their seeds decide. `python -m benchmarks.studies.speech_ranks --data hub:DIR` runs what is missing."""
-
-
-def at_its_rate(runs: list[Run]) -> list[Run]:
-    """Return the runs at the learning rate with the highest validation accuracy at the first seed.
-
-    Of rates that are equal there, it is the one with the higher mean over all its seeds.
-    """
-    rated: dict[float, list[Run]] = {}
-    for run in sorted(runs, key=lambda run: run["job"]["seed"]):
-        rated.setdefault(run["job"]["rate"], []).append(run)
-    seed = min(run["job"]["seed"] for run in runs)
-    tried = [own for own in rated.values() if own[0]["job"]["seed"] == seed]
-    chosen = max(tried, key=lambda own: (own[0]["validation_accuracy"], mean(r["validation_accuracy"] for r in own)))
-    return [run for run in runs if run in chosen]
 
 
 def rates_tried(chosen: list[Run], runs: list[Run]) -> str:

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from operator import itemgetter
 from statistics import mean
 
-from benchmarks.runs import RunFile
+from benchmarks.runs import RunFile, at_its_rate
 from benchmarks.tables.documents import NONE, README, NotMeasured, Run, lines, markdown, seeds, spread, table
 from benchmarks.tables.photographs import deployed, epochs_of
-from benchmarks.tables.ranks import at_its_rate, main_study, studies
+from benchmarks.tables.ranks import main_study, studies
 from benchmarks.timing import RESULTS
 
 OURS = "str-exact"

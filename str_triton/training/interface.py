@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from str_triton.files import percent
+
 INTERFACE = "interface.json"
 RESIZE = "bilinear, antialiased"  # the way in which every network of the programs has its images scaled
 LONGEST = 2**12  # the largest height and width of images to believe; a network would compute for minutes on one image
@@ -29,6 +31,12 @@ class ImageInput:
     height: int
     width: int
     crop: float | None
+
+    def part(self) -> str:
+        """Return in words which part of an image is scaled."""
+        if self.crop is None:
+            return "the whole image"
+        return f"the central square of {percent(self.crop)} of the shorter side"
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.runs import RunFile
+from benchmarks.runs import RunFile, at_its_rate
 from benchmarks.studies import har_ranks, rank_runs, speech_ranks
 from benchmarks.studies.rank_runs import best_rate, key
 from benchmarks.tables import ranks as tables_ranks
@@ -110,7 +110,7 @@ def test_a_table_shows_the_runs_at_the_chosen_rate(name: str, monkeypatch: pytes
 def test_equal_rates_are_told_apart_by_all_their_seeds() -> None:
     jobs = [speech_ranks.job("gru", "fixed", 3.0, seed, rate, 30) for seed in (0, 1) for rate in (1e-2, 5e-3)]
     runs = [line(job, accuracy) for job, accuracy in zip(jobs, (0.8, 0.8, 0.9, 0.91), strict=True)]
-    assert tables_ranks.at_its_rate(runs) == [runs[1], runs[3]]
+    assert at_its_rate(runs) == [runs[1], runs[3]]
 
 
 def test_the_table_of_another_number_of_epochs_has_only_the_rows_that_were_run(monkeypatch: pytest.MonkeyPatch) -> None:

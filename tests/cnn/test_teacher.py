@@ -78,7 +78,7 @@ def test_a_teacher_for_images_of_another_size_is_taken_with_a_warning(teacher: P
     read_teacher(teacher, own)
     assert capsys.readouterr().err == ""
     read_teacher(teacher, replace(own, images=replace(own.images, width=10, crop=0.875)))
-    assert holds(capsys.readouterr().err, "8x8 .. 10x8, cropped to 87.50 %")
+    assert holds(capsys.readouterr().err, "8x8 of the whole image; .. 10x8 of the central square of 87.50 %")
 
 
 @pytest.mark.parametrize(
