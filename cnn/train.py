@@ -99,6 +99,7 @@ class Experiment(Loop):
             model=model,
             network=network,
             optimizer=optimizer,
+            interface=data.interface(),
             controller=controller,
             data=data,
             corrupt=corrupt,
@@ -243,10 +244,9 @@ class Experiment(Loop):
         self.accelerator.unwrap_model(self.network, keep_fp32_wrapper=False)  # otherwise the copy contains autocast
         with self.exact():  # the network that was measured, and that the last checkpoint holds
             weights = densify(copy.deepcopy(self.model)).state_dict()
-        interface = self.data.interface()
-        run.write(INTERFACE, interface.text())
+        run.write(INTERFACE, self.interface.text())
         content = {key: tensor.cpu().contiguous() for key, tensor in weights.items()}
-        metadata = {"format": "pt", "model": self.config.model, **interface.texts()}
+        metadata = {"format": "pt", "model": self.config.model, **self.interface.texts()}
         run.write("model.safetensors", with_sorted_header(safetensors.torch.save(content, metadata)))
         run.write("report.html", report(run.path))
         run.say(str(budget))

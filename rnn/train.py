@@ -89,6 +89,7 @@ class Experiment(Loop):
             model=model,
             network=network,
             optimizer=optimizer,
+            interface=interface_of(task.data),
             controller=controller,
             max_norm=config.max_norm or None,
             task=task,
@@ -214,9 +215,8 @@ class Experiment(Loop):
         }
         run.write("summary.json", json.dumps(summary, indent=2) + "\n")
         run.write("data.json", json.dumps({"name": self.task.data.name, **self.task.data.notes}, indent=2) + "\n")
-        interface = interface_of(self.task.data)
-        run.write(INTERFACE, interface.text())
-        run.write("model.safetensors", to_safetensors(small, self.architecture, interface))
+        run.write(INTERFACE, self.interface.text())
+        run.write("model.safetensors", to_safetensors(small, self.architecture, self.interface))
         run.write("report.html", report(run.path))
         run.say(str(budget))
         run.say(

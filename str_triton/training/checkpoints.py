@@ -15,6 +15,7 @@ from torch import Tensor
 
 from str_triton.files import replacing
 from str_triton.training.errors import UserError, as_user_error, one_line, warn
+from str_triton.training.interface import INTERFACE, Interface
 
 KEEP = 2
 _NAME = re.compile(r"step-(\d+)\.pt")
@@ -148,6 +149,25 @@ def set_random_state_of(process: int, states: Sequence[dict[str, Any]]) -> None:
     random.seed(seeds[0])
     np.random.seed(seeds[1])
     torch.manual_seed(seeds[2])  # the GPUs' too
+
+
+def require_same_interface(own: Interface, state: Mapping[str, Any], folder: Path) -> Interface:
+    """Return the interface that a run began with. Raise `UserError`, which names the first difference from ``own``.
+
+    The interface is in the checkpoint ``state``. Checkpoints of older versions lack it: then that in the run's
+    ``folder`` counts, which only finished runs have, and otherwise ``own``.
+    """
+    if "interface" in state:
+        began = Interface.of(state["interface"])
+    elif (folder / INTERFACE).is_file():
+        with as_user_error(ValueError, OSError):
+            began = Interface.read(folder / INTERFACE)
+    else:
+        return own
+    change = began.change(own)
+    if change is not None:
+        raise UserError(f"{folder} was trained on other data: {change}; resume it with the data that it began with")
+    return began
 
 
 def require_same_shapes(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:

@@ -5,6 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ INTERFACE = "interface.json"
 RESIZE = "bilinear, antialiased"  # the way in which every network of the programs has its images scaled
 LONGEST = 2**12  # the largest height and width of images to believe; a network would compute for minutes on one image
 ENTRIES = ("outputs", "standardisation", "images")
+TOLERANCE = 1e-3  # differences of means and deviations to ignore, in deviations: other machines round differently
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,9 @@ class ImageInput:
         if self.crop is None:
             return "the whole image"
         return f"the central square of {percent(self.crop)} of the shorter side"
+
+    def __str__(self) -> str:
+        return f"{self.channels} x {self.height} x {self.width}, of {self.part()}"
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,26 @@ class Interface:
     def texts(self) -> dict[str, str]:
         """Return the entries of `record`, each as JSON, for files whose metadata are texts: safetensors and ONNX."""
         return {name: json.dumps(value) for name, value in self.record().items()}
+
+    def change(self, now: "Interface") -> str | None:
+        """Return in words the first difference of ``now`` from this interface; None if a network can go on with it.
+
+        Differences of means and deviations up to `TOLERANCE` count as rounding.
+        """
+        for number, (old, new) in enumerate(zip_longest(self.outputs, now.outputs)):
+            if old != new:
+                return f"output {number} was {_or_missing(old)}, and is {_or_missing(new)} now"
+        for number, (old, new) in enumerate(zip_longest(self._features(), now._features())):
+            if not _is_close(old, new):
+                old, new = _or_missing(old), _or_missing(new)
+                return f"the mean and deviation of feature {number} were {old}, and are {new} now"
+        if self.images != now.images:
+            return f"the images were {self.images}, and are {now.images} now"
+        return None
+
+    def _features(self) -> list[tuple[float, float]]:
+        """Return the mean and deviation of each feature."""
+        return [] if self.standardisation is None else list(zip(*self.standardisation, strict=True))
 
     @classmethod
     def read(cls, path: Path) -> "Interface":
@@ -112,6 +137,18 @@ class Interface:
         if taken is not None and standardisation is not None and len(standardisation[0]) != taken.channels:
             raise ValueError(f"its images have {taken.channels} colour channels, but {len(standardisation[0])} means")
         return cls(tuple(outputs), standardisation, taken)
+
+
+def _or_missing(value: object) -> str:
+    return "missing" if value is None else repr(value)
+
+
+def _is_close(old: tuple[float, float] | None, new: tuple[float, float] | None) -> bool:
+    """Return whether the mean and deviation of a feature differ only by rounding."""
+    if old is None or new is None:
+        return False
+    near = TOLERANCE * old[1]
+    return all(math.isclose(a, b, rel_tol=1e-6, abs_tol=near) for a, b in zip(old, new, strict=True))
 
 
 def _standardisation(numbers: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:

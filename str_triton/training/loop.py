@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.linalg import LinAlgError
 
 from str_triton.budget.errors import DivergedError
-from str_triton.training.checkpoints import require_same_shapes
+from str_triton.training.checkpoints import require_same_interface, require_same_shapes
 from str_triton.training.command_line import CommandLine
 from str_triton.training.config import TrainConfig, check_parts, make_accelerator
 from str_triton.training.errors import as_user_error
+from str_triton.training.interface import Interface
 from str_triton.training.job import only_first_process_prints, run_job
 from str_triton.training.meter import Means, Meter, Throughput
 from str_triton.training.metrics import Record
@@ -65,6 +66,7 @@ class Loop(ABC):
         model: the model.
         network: the model as wrapped for several processes and precisions.
         optimizer: the model's optimizer.
+        interface: the model's inputs and outputs. A resumed run keeps those that it began with.
         controller: the object that moves the model to its target; None if there is no target.
         max_norm: the gradient's norm is clipped to this; None: no clipping.
         record: the metrics of the last epoch; None in the first epoch.
@@ -76,6 +78,7 @@ class Loop(ABC):
     model: nn.Module
     network: nn.Module
     optimizer: AcceleratedOptimizer
+    interface: Interface
     controller: Controller | None
     max_norm: float | None = None
     record: Record | None = None
@@ -249,7 +252,7 @@ class Loop(ABC):
     def save(self, run: Run, step: int, meter: Meter) -> None:
         """Write a checkpoint. Call it inside `exact()`: the file then holds the schedule's exact value."""
         own = {"meter": meter.reduced(self.accelerator), "steps": self.steps, "record": self.record}
-        run.save(step, {**self.state(), **own})
+        run.save(step, {**self.state(), **own, "interface": self.interface.record()})
 
     def restore(self, run: Run, meter: Meter) -> int:
         """Load the state of the run's last checkpoint and return its step; 0 if there is none."""
@@ -258,6 +261,7 @@ class Loop(ABC):
             return 0
         step = state["step"]
         with run.as_damaged_checkpoint(step):
+            self.interface = require_same_interface(self.interface, state, run.path)
             if state.get("steps", self.steps) != self.steps:
                 raise ValueError(f"an epoch has {state['steps']} steps in it, {self.steps} now: the data differ")
             self.load_state(state)

@@ -4,17 +4,24 @@ import dataclasses
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from str_triton.cnn import train
+from str_triton.cnn.data import Data
+from str_triton.cnn.data.normalisation import Normalisation
 from str_triton.training.checkpoints import Checkpoints
+from str_triton.training.interface import INTERFACE
 from tests.cnn.train_runs import TINY, begin, resume
+from tests.messages import holds
 from tests.runs import Killed, after_calls, assert_same_result, kill, last_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -131,21 +138,83 @@ def test_resume_of_a_finished_run_writes_the_end_again(whole_run: Path, quick: N
     assert len(json.loads((whole_run / "environment.json").read_text())["resumed"]) == 1
 
 
-def test_data_with_other_classes_than_before_are_refused(
-    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+@pytest.fixture
+def finished(whole_run: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(whole_run, tmp_path / "run")
+
+
+@pytest.fixture
+def unfinished(finished: Path) -> Path:
+    """Return a run that was killed two steps before its end."""
+    for path in (max((finished / "checkpoints").glob("*.pt")), finished / INTERFACE, finished / "model.safetensors"):
+        path.unlink()
+    return finished
+
+
+def with_data(monkeypatch: pytest.MonkeyPatch, change: Callable[[Data], Data]) -> None:
+    load = train.load
+    monkeypatch.setattr(train, "load", lambda *args: change(load(*args)))
+
+
+def renamed(data: Data) -> Data:
+    return dataclasses.replace(data, class_names=tuple("0132456789"))
+
+
+@pytest.mark.parametrize("run", ["finished", "unfinished"])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (renamed, "output 2 was '2', and is '3' now"),
+        (lambda data: dataclasses.replace(data, class_names=(*data.class_names, "x")), "output 10 was missing .. 'x'"),
+        (lambda data: dataclasses.replace(data, crop=0.875), "1 x 8 x 8, of the whole image .. 87.50 %"),
+    ],
+)
+def test_data_of_another_interface_are_refused(
+    run: str,
+    change: Callable[[Data], Data],
+    words: str,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ):
-    folder, load = tmp_path / "run", train.load
-    with monkeypatch.context() as patch:
-        after_calls(patch, train, "learning_rate", 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        assert begin(folder) == 143
-    capsys.readouterr()
-    monkeypatch.setattr(train, "load", lambda *args: dataclasses.replace(load(*args), class_names=tuple("0123456789x")))
+    folder = request.getfixturevalue(run)
+    files = [path for path in (folder / INTERFACE, folder / "model.safetensors") if path.exists()]
+    before = [path.read_bytes() for path in files]
+    with_data(monkeypatch, change)
     assert resume(folder) == 2
     error = capsys.readouterr().err
-    assert error.startswith(
-        "error: the checkpoint belongs to another network: the shape of head.weight is [1, 10, 64] in it"
-    )
+    assert holds(error, f"error: {folder} .. {words}")
     assert error.count("\n") == 1
+    assert before == [path.read_bytes() for path in files]
+
+
+def test_another_rounding_of_the_standardisation_changes_nothing(
+    unfinished: Path, quick: None, whole_run: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def rounded(data: Data) -> Data:
+        mean, std = data.test.normalisation.mean, data.test.normalisation.std
+        normalisation = Normalisation((mean[0] * (1 + 1e-7),), std)
+        return dataclasses.replace(data, test=dataclasses.replace(data.test, normalisation=normalisation))
+
+    with_data(monkeypatch, rounded)
+    assert resume(unfinished) == 0
+    assert (unfinished / INTERFACE).read_text() == (whole_run / INTERFACE).read_text()
+
+
+def test_a_checkpoint_without_an_interface_is_compared_with_the_one_of_the_finished_run(
+    finished: Path, quick: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """As older versions wrote it."""
+    path = max((finished / "checkpoints").glob("*.pt"))
+    state = torch.load(path, weights_only=True)
+    del state["interface"]
+    torch.save(state, path)
+    assert resume(finished) == 0
+    with_data(monkeypatch, renamed)
+    assert resume(finished) == 2
+    assert "output 2 was '2', and is '3' now" in capsys.readouterr().err
+    (finished / INTERFACE).unlink()
+    assert resume(finished) == 0
 
 
 def test_workers_and_checkpoints_do_not_change_the_result(tmp_path: Path, quick: None, whole_run: Path):

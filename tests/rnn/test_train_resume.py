@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from str_triton.rnn import train
+from tests.messages import holds
 from tests.rnn.train_runs import RANK, TINY, begin, resume, text_options
 from tests.runs import Killed, after_calls, assert_same_result, kill, last_checkpoint
 
@@ -104,6 +105,21 @@ def test_a_language_model_goes_on_with_the_state_that_it_had(
     assert h.abs().min() > 0
     assert resume(tmp_path / "run") == 0
     assert_same_result(tmp_path / "run", whole)
+
+
+def test_a_text_of_another_alphabet_than_before_is_refused(
+    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    options = text_options(tmp_path)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        assert begin(tmp_path / "run", *options) == 143
+    (tmp_path / "text.txt").write_text((tmp_path / "text.txt").read_text().replace("e", "é"))
+    capsys.readouterr()
+    assert resume(tmp_path / "run") == 2
+    error = capsys.readouterr().err
+    assert holds(error, f"error: {tmp_path / 'run'} .. was 'e', and is 'f' now")
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize("step", [2, 4, 6])

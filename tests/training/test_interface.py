@@ -1,5 +1,6 @@
 """interface.json: what is written is read again, and everything else is refused."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,30 @@ def test_a_damaged_interface_is_refused(change: dict[str, Any], message: str, tm
         Interface.of(FULL.record() | change)
     with pytest.raises(ValueError, match=rf"^file\.bin: .*{message}"):
         Interface.in_metadata(FULL.record() | change, "file.bin")
+
+
+@pytest.mark.parametrize(
+    ("now", "message"),
+    [
+        (Interface(("b", "a"), FULL.standardisation, FULL.images), "output 0 was 'a', and is 'b' now"),
+        (Interface(("a",), FULL.standardisation, FULL.images), "output 1 was 'b', and is missing now"),
+        (Interface(("a", "b", "c"), FULL.standardisation, FULL.images), "output 2 was missing, and is 'c' now"),
+        (Interface(("a", "b")), r"feature 0 were \(1.0, 1.0\), and are missing"),
+        (Interface(("a", "b"), ((1.0, 2.51, 3.0), (1.0, 0.5, 2.0)), FULL.images), "feature 1"),
+        (Interface(("a", "b"), ((1.0, 2.5, 3.0), (1.0, 0.5, 2.1)), FULL.images), "feature 2"),
+        (Interface(("a", "b"), FULL.standardisation, ImageInput(3, 20, 30, None)), "30, of the central .* whole image"),
+    ],
+)
+def test_the_first_change_is_named(now: Interface, message: str) -> None:
+    assert FULL.change(FULL) is None
+    assert re.search(message, FULL.change(now))
+
+
+def test_rounding_is_no_change() -> None:
+    means, deviations = (1.0001, 2.5001, 3.0001), (1.0001, 0.5001, 2.0001)
+    assert FULL.change(Interface(FULL.outputs, (means, deviations), FULL.images)) is None
+    stamps = Interface(("a",), ((1e9,), (1.0,)))  # float32 has steps of 64 there
+    assert stamps.change(Interface(("a",), ((1e9 + 64,), (1.0,)))) is None
 
 
 def test_other_values_are_refused(tmp_path: Path) -> None:
