@@ -1,6 +1,7 @@
 """Measure accuracy, budget and throughput of a trained network: python cnn/evaluate.py RUN|FILE [OPTIONS]."""
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -208,6 +209,8 @@ def measure(
     if images == 0:
         raise UserError("none of the test images can be decoded")
     means = meter.means()  # synchronizes with the device
+    if not math.isfinite(means.loss):
+        raise UserError("the network's scores of the test images are NaN or infinite")
     seconds = time.perf_counter() - begin
     top5 = among_first.item() / images if with_top5 else None
     return Accuracy(images, means.loss, means.accuracy, top5, images / seconds)

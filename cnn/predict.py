@@ -1,6 +1,7 @@
 """Classify images with a trained network: python cnn/predict.py RUN|FILE IMAGE... [OPTIONS]."""
 
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -110,6 +111,8 @@ def predictions(
                 warn(f"left out: {one_line(error)}")
         if names:
             for name, classes in zip(names, predictor(pixels, options.top), strict=True):
+                if not math.isfinite(classes[0][1]):
+                    raise UserError(f"{options.path}: the network's scores of {name} are NaN or infinite")
                 yield Prediction(name, classes)
 
 

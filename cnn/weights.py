@@ -85,8 +85,8 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Counts of batches (num_batches_tracked), which old files lack, may be missing.
 
-    Raises as `read_weights` does, and ValueError for weights of another network or of a dtype that the model's dtype
-    cannot represent. The message names the first such key.
+    Raises as `read_weights` does, and ValueError for weights of another network, of a dtype that the model's dtype
+    cannot represent, or that are NaN or infinite. The message names the first such key.
     """
     fill(model, without_prefix(read_weights(path), model.state_dict().keys()), path)
 
@@ -124,7 +124,7 @@ def _converted(tensor: Tensor, dtype: torch.dtype, where: str) -> Tensor:
     """Return the tensor in the model's dtype. Raise ValueError if that would change its values by more than rounding.
 
     Floating-point numbers of 16, 32 and 64 bits are converted by rounding. Integers and float8, which only encode
-    weights, are refused, and so are values outside the range of the model's dtype.
+    weights, are refused, and so are values outside the range of the model's dtype, NaN and infinity.
     """
     if tensor.layout != torch.strided or tensor.is_quantized:
         kind = "quantized" if tensor.is_quantized else f"of layout {tensor.layout}"
@@ -132,8 +132,10 @@ def _converted(tensor: Tensor, dtype: torch.dtype, where: str) -> Tensor:
     floats = dtype.is_floating_point and tensor.dtype.is_floating_point
     if dtype.is_floating_point and not (floats and tensor.dtype.itemsize > 1):
         raise ValueError(f"{where} is of {tensor.dtype}, the model of {dtype}; save floating-point weights")
+    if floats and not tensor.isfinite().all():
+        raise ValueError(f"{where} holds NaN or infinite numbers")
     converted = tensor.to(dtype)
-    if floats and not torch.equal(converted.isfinite(), tensor.isfinite()):
+    if floats and not converted.isfinite().all():
         raise ValueError(f"{where} holds values too large for the model's {dtype}")
     if not floats and (tensor.is_complex() or not torch.equal(converted.to(tensor.dtype), tensor)):
         raise ValueError(f"{where} is of {tensor.dtype} and cannot be converted to {dtype} without a loss")

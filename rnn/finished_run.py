@@ -76,6 +76,9 @@ def open_run(folder: str | Path) -> FinishedRun:
         from_plain(Config, config)
         interface = Interface.read(folder / INTERFACE)
         model = load_trained(folder)
+        for key, tensor in model.state_dict().items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"{weights.name}: key {key!r} holds NaN or infinite numbers")
         mean, std = _standardisation(interface, model.rnn.input_size)
         scores = (model.decoder if isinstance(model, LanguageModel) else model.classifier).out_features
         if scores != len(interface.outputs):

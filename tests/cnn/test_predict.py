@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -182,6 +183,30 @@ def test_weights_without_an_interface_take_one_from_a_file(tmp_path: Path, capsy
     (tmp_path / "i.json").write_text(Interface(names[:2], interface.standardisation, interface.images).text())
     assert main([*args, "--interface", str(tmp_path / "i.json")]) == 2
     assert holds(capsys.readouterr().err, "3 scores .. names 2")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("head.weight", math.nan, "key 'head.weight' holds NaN or infinite numbers"),
+        ("norm.running_var", -1.0, "the network's scores of .. NaN"),
+    ],
+)
+def test_a_network_of_no_numbers_is_refused(
+    key: str, value: float, message: str, whole_run: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    file, run = tmp_path / "x.safetensors", whole_run / "model.safetensors"
+    with safetensors.safe_open(run, "pt") as content:
+        metadata = content.metadata()
+    weights = safetensors.torch.load_file(run)
+    weights[key][0] = value
+    safetensors.torch.save_file(weights, file, metadata)
+    for program, args in ((main, [digits / "00.png", "--json"]), (evaluate.main, ["--data", "digits"])):
+        assert program([str(file), *map(str, args), "--device", "cpu"]) == 2
+        output = capsys.readouterr()
+        assert output.out == ""
+        assert holds(output.err, message)
+        assert output.err.count("\n") == 1
 
 
 def test_a_compiled_network_has_no_plain_weights(exported: Path, capsys: pytest.CaptureFixture):

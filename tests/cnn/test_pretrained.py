@@ -1,6 +1,7 @@
 """--pretrained: what training starts from, in which it is resumed, and what does not fit."""
 
 import json
+import math
 import os
 import signal
 from pathlib import Path
@@ -185,6 +186,7 @@ FILES = {
         lambda: {k: v for k, v in changed().items() if k != "norm.running_var"},
         "key 'norm.running_var' is missing",
     ),
+    "nan": (lambda: changed(stem__weight=torch.full((32, 1, 3, 3), math.nan)), "key 'stem.weight' holds NaN"),
     "text": (b"not weights", "text: not a file of weights"),
 }
 

@@ -1,6 +1,7 @@
 """Weight files of every kind, read as the plain network's tensors."""
 
 import argparse
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -233,6 +234,8 @@ def coded(tensor: Tensor) -> Tensor:
         ("fc.weight", lambda tensor: tensor.to_sparse_csr(), "torch.sparse_csr"),
         ("fc.weight", coded, "quantized"),
         ("fc.weight", lambda tensor: tensor.double() * 1e60, "too large"),
+        ("fc.weight", lambda tensor: tensor * math.nan, "NaN"),
+        ("bn1.running_var", lambda tensor: tensor.half() * math.inf, "infinite"),
         ("bn1.num_batches_tracked", lambda tensor: tensor + 0.5, "torch.float32"),
         ("bn1.num_batches_tracked", lambda tensor: tensor + 1j, "torch.complex64"),
     ],

@@ -165,6 +165,19 @@ def test_a_damaged_run_is_one_line(whole_run: Path, tmp_path: Path, capsys: pyte
     assert "damaged" in refused(capsys, "c", run, tmp_path / "out")
 
 
+def test_weights_that_are_no_numbers_are_refused(
+    whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole_run, run, ignore=shutil.ignore_patterns("checkpoints", "events"))
+    with safe_open(run / "model.safetensors", "pt") as file:
+        metadata = file.metadata()
+    weights = load_file(run / "model.safetensors")
+    weights["classifier.bias"][0] = torch.inf
+    save_file(weights, run / "model.safetensors", metadata)
+    assert holds(refused(capsys, "c", run, tmp_path / "out"), f"{run} .. 'classifier.bias' .. infinite")
+
+
 def test_an_interface_that_is_not_the_weights_own_is_refused(
     whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
