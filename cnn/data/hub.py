@@ -12,7 +12,7 @@ from str_triton.cnn.data.common import Data, NetworkInput, OnCorrupt, stratified
 from str_triton.cnn.data.counter_random import order_keys
 from str_triton.cnn.data.encoded import encoded_data
 from str_triton.training.errors import warn
-from str_triton.training.hub import read_splits
+from str_triton.training.hub import local_folder, read_splits
 from str_triton.training.hub_files import check_names
 
 if TYPE_CHECKING:
@@ -57,7 +57,9 @@ class Column:
 def load_hub(
     place: str, on_corrupt: OnCorrupt = None, image_size: int | None = None, taken_by: NetworkInput | None = None
 ) -> Data:
-    """Read `NAME` or `NAME:CONFIGURATION` of the hub, or a local folder of parquet or arrow files or of `save_to_disk`.
+    """Read `NAME` or `NAME:CONFIGURATION`, where NAME is a data set of the hub or a local folder.
+
+    A local folder holds parquet or arrow files, or the output of `save_to_disk`.
 
     The columns are image (or img) and label (or labels, fine_label). The splits are train and test, or validation where
     test is missing or hides its labels. Without either, a fifth of each class of train is held out, always the same.
@@ -97,9 +99,9 @@ def load_hub(
         if numbers.min() < 0 or numbers.max() >= len(classes):
             low, high = int(numbers.min()), int(numbers.max())
             raise ValueError(f"{part}: labels run from {low} to {high}, the classes from 0 to {len(classes) - 1}")
-    root = place if os.path.isdir(place) else ""
+    root, _ = local_folder(place, ":") or ("", "")
     sources = [
-        Column(_encoded(rows, image), part, root) for rows, part in ((train, f"{name} train"), (test, test_name))
+        Column(_encoded(rows, image), part, str(root)) for rows, part in ((train, f"{name} train"), (test, test_name))
     ]
     return encoded_data(
         sources[0], labels, sources[1], test_labels, tuple(classes), name, on_corrupt, image_size, taken_by

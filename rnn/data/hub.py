@@ -14,7 +14,7 @@ from str_triton.rnn.data.clips import PARTS, Recordings, speech_data
 from str_triton.rnn.data.common import Data
 from str_triton.rnn.data.wav import CHANNELS, RATES, is_wav, parse_wav
 from str_triton.training.errors import one_line
-from str_triton.training.hub import read_splits
+from str_triton.training.hub import local_folder, read_splits
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -33,7 +33,7 @@ def load_hub(
     device: torch.device | str = "cpu",
     cache_dir: str | None = None,
 ) -> Data:
-    """Read the speech data set `place`: NAME or NAME@CONFIGURATION of the hub, or a local folder.
+    """Read the speech data set `place`: NAME or NAME@CONFIGURATION, where NAME is of the hub or a local folder.
 
     An example is google/speech_commands. A local folder holds parquet or arrow files, or the output of `save_to_disk`.
     The data set must have the splits train, validation and test with the columns audio and label (or labels, or word; a
@@ -44,10 +44,11 @@ def load_hub(
     Raises ValueError with a message of one line, also for errors of the `datasets` library.
     """
     name = f"hub:{place}"
+    root, _ = local_folder(place, "@") or (None, "")
     try:
         splits = read_splits(place, "@")
     except ValueError as error:
-        if any(Path(place).glob("*/*.wav")):
+        if root and any(root.glob("*/*.wav")):
             raise ValueError(f"{error}; folders of WAV files are --data speech-commands:{place}") from error
         raise
     missing = [part for part in PARTS if part not in splits]
@@ -65,7 +66,7 @@ def load_hub(
 
     def read(item: tuple[str, int]) -> tuple[np.ndarray, int]:
         part, row = item
-        return _decode(sounds[part][row][AUDIO_COLUMN], f"{name} {part}[{row}]", place)
+        return _decode(sounds[part][row][AUDIO_COLUMN], f"{name} {part}[{row}]", root or Path())
 
     identity = repr((place, [(part, len(said[part]), splits[part]._fingerprint) for part in PARTS]))
     known = tuple(sorted({said[part][row] for part, row in items}))
@@ -129,13 +130,13 @@ def _audio_column(rows: "Dataset", place: str) -> "Dataset":
     return rows
 
 
-def _decode(value: object, name: str, place: str) -> tuple[np.ndarray, int]:
-    """Decode a recording (bytes, or a file in folder `place`) to samples, int16 [frames, channels], and their rate."""
+def _decode(value: object, name: str, root: Path) -> tuple[np.ndarray, int]:
+    """Decode a recording (bytes, or a file below `root`) to samples, int16 [frames, channels], and their rate."""
     if isinstance(value, dict):
         path, value = value.get("path"), value.get("bytes")
         if value is None and path:
             name = f"{name} ({path})"
-            value = (Path(place) / path).read_bytes()
+            value = (root / path).read_bytes()
     if not isinstance(value, bytes):
         raise ValueError(f"{name}: column {AUDIO_COLUMN!r} has neither the bytes nor the path of a recording")
     if not value or is_wav(value):

@@ -3,8 +3,11 @@
 import contextlib
 import json
 import logging
+import os
 import re
+import textwrap
 from collections.abc import Iterator
+from glob import has_magic
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -13,7 +16,7 @@ from str_triton.training.errors import is_first_process, warn
 from str_triton.training.hub_files import check_files
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict
+    from datasets import Dataset, DatasetDict, Features
 
 PARQUET = "refs/convert/parquet"  # the revision in which the hub keeps its conversion of a data set made by a script
 
@@ -22,8 +25,9 @@ def read_splits(place: str, separator: str) -> "DatasetDict | dict[str, Dataset]
     """Return the splits of a data set.
 
     Args:
-        place: NAME or NAME + separator + CONFIGURATION of the hub, or a local folder of parquet or arrow files or of
-            `save_to_disk`. If a script makes the data set, the hub's own conversion is read.
+        place: NAME or NAME + separator + CONFIGURATION, where NAME is a data set of the hub, or a local folder of
+            parquet or arrow files or of `save_to_disk`. If a script makes the data set, the hub's own conversion is
+            read.
         separator: the character between NAME and CONFIGURATION.
 
     Raises:
@@ -35,41 +39,71 @@ def read_splits(place: str, separator: str) -> "DatasetDict | dict[str, Dataset]
         raise ValueError(f"hub:{place} needs the package datasets: pip install 'str-triton[train]'") from None
     if not is_first_process():
         datasets.disable_progress_bars()
-    with _without_its_warnings():
-        return _read(place, separator, datasets)
+    local = local_folder(place, separator)
+    with _without_its_messages():
+        if local is None:
+            return _read_hub(place, separator, datasets)
+        try:
+            return _read_folder(*local, datasets)
+        except Exception as error:  # errors of the library and of damaged files have no common base class
+            raise ValueError(f"hub:{place}: {_reason(error)}{_configurations(place, separator, error)}") from error
+
+
+def local_folder(place: str, separator: str) -> tuple[Path, str] | None:
+    """Return the folder and the configuration that `place` names, or None if no such folder is on this machine."""
+    name, _, configuration = place.rpartition(separator)
+    for folder, chosen in ((place, ""), (name, configuration)):
+        if folder and os.path.isdir(os.path.expanduser(folder)):
+            return Path(folder).expanduser().resolve(), chosen
+    return None
 
 
 @contextlib.contextmanager
-def _without_its_warnings() -> Iterator[None]:
-    """Silence the hub library's warnings of each failed attempt to connect; an error follows after the last."""
-    logger = logging.getLogger("huggingface_hub")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+def _without_its_messages() -> Iterator[None]:
+    """Silence the libraries' messages of failed attempts to connect and of unreadable files: an error follows them."""
+    levels = {"huggingface_hub": logging.ERROR, "datasets.packaged_modules": logging.CRITICAL}
+    before = {name: logging.getLogger(name).level for name in levels}
     try:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
         yield
     finally:
-        logger.setLevel(before)
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
 
 
-def _read(place: str, separator: str, datasets: ModuleType) -> "DatasetDict | dict[str, Dataset]":
-    folder = Path(place)
-    try:
-        if (folder / "dataset_dict.json").is_file():
-            names = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
-            return {name: _saved(folder / name, datasets) for name in names}
-        if (folder / "state.json").is_file():
+def _read_folder(folder: Path, configuration: str, datasets: ModuleType) -> "dict[str, Dataset]":
+    in_parts, whole = ((folder / name).is_file() for name in ("dataset_dict.json", "dataset_info.json"))
+    if in_parts or (whole and (folder / "state.json").is_file()):
+        if configuration:
+            raise ValueError(f"a folder of save_to_disk has no configuration {configuration!r}")
+        if not in_parts:
             return {"train": _saved(folder, datasets)}
-        if folder.is_dir():
-            check_files(folder, datasets.load_dataset_builder(place).config.data_files or {})
-            return datasets.load_dataset(place)
-    except Exception as error:  # errors of the library and of damaged files have no common base class
-        raise ValueError(f"hub:{place}: {_first_line(error)}{_configurations(place, separator, error)}") from error
-    name, _, configuration = place.partition(separator)
+        names = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        return {name: _saved(folder / name, datasets) for name in names}
+    if has_magic(str(folder)):
+        raise ValueError("the datasets library cannot read a folder with *, ? or [ in its path: rename it")
+    builder = datasets.load_dataset_builder(str(folder), configuration or None)
+    check_files(folder, builder.config.data_files or {})
+    try:
+        builder.download_and_prepare()
+    except datasets.exceptions.SplitsVerificationError as error:
+        raise ValueError(f"its splits are not those that README.md or dataset_infos.json names: {error}") from error
+    return {
+        name: builder.as_dataset(name) if split.num_examples else _empty(builder.info.features, datasets)
+        for name, split in builder.info.splits.items()
+    }
+
+
+def _read_hub(place: str, separator: str, datasets: ModuleType) -> "DatasetDict":
+    if os.path.isfile(os.path.expanduser(place)):
+        raise ValueError(f"hub:{place} is a file: name its folder, hub:{os.path.dirname(place) or '.'}")
+    name, _, configuration = os.path.expanduser(place).partition(separator)
     try:
         return datasets.load_dataset(name, configuration or None)
     except Exception as error:
         if "scripts are no longer supported" not in str(error):
-            reason = f"{_first_line(error)}{_configurations(place, separator, error)}"
+            reason = f"{_reason(error)}{_configurations(place, separator, error)}"
             raise ValueError(f"hub:{place} is no folder here, and on the hub: {reason}") from error
     try:
         if not configuration:
@@ -82,7 +116,7 @@ def _read(place: str, separator: str, datasets: ModuleType) -> "DatasetDict | di
     except Exception as error:
         raise ValueError(
             f"hub:{place} is made by a script, which is never run, and its revision {PARQUET} cannot be read: "
-            f"{_first_line(error)}"
+            f"{_reason(error)}"
         ) from error
 
 
@@ -90,12 +124,20 @@ def _saved(folder: Path, datasets: ModuleType) -> "Dataset":
     """Read a split that `save_to_disk` wrote. `load_from_disk` cannot read an empty one, which has no files."""
     if json.loads((folder / "state.json").read_text(encoding="utf-8")).get("_data_files"):
         return datasets.load_from_disk(str(folder))
-    features = datasets.DatasetInfo.from_directory(str(folder)).features
+    return _empty(datasets.DatasetInfo.from_directory(str(folder)).features, datasets)
+
+
+def _empty(features: "Features", datasets: ModuleType) -> "Dataset":
     return datasets.Dataset.from_dict({name: [] for name in features}, features=features)
 
 
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def _reason(error: BaseException) -> str:
+    """Return the first line of the message that says what is wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines[:1] == ["An error occurred while generating the dataset"]:
+        cause = lines[1:4] or str(error.__cause__).split()
+        return textwrap.shorten(" ".join(cause), 400, placeholder=" ...")
+    return lines[0] if lines else type(error).__name__
 
 
 def _configurations(place: str, separator: str, error: Exception) -> str:

@@ -1,5 +1,6 @@
 """Hugging Face data sets, from local files only."""
 
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -336,3 +337,60 @@ def test_the_configurations_of_a_folder_are_named(tmp_path: Path):
     with pytest.raises(ValueError, match=holding(f"hub:{tmp_path}:NAME .. 'plain', 'small'")) as caught:
         load(f"hub:{tmp_path}", None)
     assert "\n" not in str(caught.value)
+
+
+def write(root: Path, **splits: "datasets.Dataset") -> Path:
+    root.mkdir(parents=True, exist_ok=True)
+    for name, part in splits.items():
+        part.to_parquet(root / f"{name}.parquet")
+    return root
+
+
+def refused(place: object, message: str) -> None:
+    with pytest.raises(ValueError, match=holding(message)) as caught:
+        load(f"hub:{place}", None)
+    assert "\n" not in str(caught.value)
+    assert "on the hub" not in str(caught.value)
+
+
+def configurations(root: Path, *names: str) -> None:
+    lines = [f"- config_name: {name}\n  data_dir: {name}" for name in names]
+    (root / "README.md").write_text("---\nconfigs:\n" + "\n".join(lines) + "\n---\n")
+
+
+def test_a_configuration_of_a_folder_is_checked_like_a_folder(tmp_path: Path):
+    configurations(tmp_path, "good", "bad")
+    (tmp_path / "picture.png").write_bytes(png(0))
+    paths = datasets.Dataset.from_dict({"image": ["picture.png"] * 4, "label": [0, 1, 0, 1]})
+    write(tmp_path / "good", train=paths, test=paths)
+    rows(6).to_parquet(write(tmp_path / "bad", test=rows(3)) / "train-00000-of-00002.parquet")
+    assert np.array_equal(load(f"hub:{tmp_path}:good", None).test.images[0].permute(1, 2, 0), np.asarray(picture(0)))
+    refused(f"{tmp_path}:bad", "bad/train-00000-of-00002.parquet .. number 1 of 2")
+    refused(f"{tmp_path}:new", "'new' .. 'good', 'bad'")
+
+
+def test_the_name_of_a_folder_may_be_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(write(folder(tmp_path), train=rows(12), test=rows(6, 100)))
+    for place in (".", "~/data", "../data:default"):
+        check(load(f"hub:{place}", None))
+    refused("train.parquet", "is a file .. hub:.")
+    refused("~/data/test.parquet", "is a file .. hub:~/data")
+    write(tmp_path / "my [v2]", train=rows(12))
+    refused(tmp_path / "my [v2]", "rename")
+
+
+def test_an_empty_split_of_a_folder_of_parquet_files(tmp_path: Path):
+    write(folder(tmp_path), train=rows(12), test=rows(6).select([]), validation=rows(6, 100))
+    (tmp_path / "data" / "state.json").write_text('{"step": 3}')  # of another tool
+    check(load(f"hub:{folder(tmp_path)}", None))
+
+
+def test_files_that_do_not_fit_are_named(tmp_path: Path, capfd: pytest.CaptureFixture):
+    write(folder(tmp_path), train=rows(12), test=rows(6).add_column("id", list(range(6))))
+    refused(folder(tmp_path), "Couldn't cast .. id")
+    infos = {"default": {"splits": {name: {"name": name, "num_examples": 12} for name in ("train", "dev")}}}
+    write(folder(tmp_path), test=rows(6))
+    (tmp_path / "data" / "dataset_infos.json").write_text(json.dumps(infos))
+    refused(folder(tmp_path), "splits .. dataset_infos.json .. 'dev'")
+    assert "Failed to read file" not in capfd.readouterr().err

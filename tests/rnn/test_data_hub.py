@@ -258,7 +258,7 @@ def test_a_folder_of_wav_files_is_led_to_the_right_reader(tmp_path: Path, monkey
     def fail(*_: object) -> None:
         raise RuntimeError("no data")
 
-    monkeypatch.setattr(datasets, "load_dataset", fail)
+    monkeypatch.setattr(datasets, "load_dataset_builder", fail)
     (tmp_path / "yes").mkdir()
     (tmp_path / "yes" / "a.wav").touch()
     refuse(tmp_path, f"no data; .*--data speech-commands:{tmp_path}$")
@@ -283,3 +283,25 @@ def test_text_goes_to_the_language_model(tmp_path: Path):
     datasets.Dataset.from_dict({"text": [text]}).to_parquet(tmp_path / "set" / "train-00000-of-00001.parquet")
     data = load(f"hub:{tmp_path / 'set'}:text", task="lm")
     assert sum(map(len, (data.train, data.validation, data.test))) == len(text)
+
+
+def test_a_configuration_of_a_folder_is_checked_like_a_folder(tmp_path: Path):
+    root = folder(tmp_path)
+    (root / "README.md").write_text("---\nconfigs:\n- config_name: all\n---\n")
+    assert read(f"{root}@all").class_names == ("bed", "cat", "dog")
+    (root / "train-00000-of-00001.parquet").rename(root / "train-00000-of-00002.parquet")
+    refuse(f"{root}@all", "train-00000-of-00002.parquet, but number 1 of 2 is missing")
+
+
+def test_paths_of_recordings_begin_in_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    splits = {}
+    audio = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+    features = datasets.Features({"audio": audio, "label": datasets.Value("string")})
+    for part in COUNTS:
+        for number, word in enumerate(("bed", "cat")):
+            write_wav(tmp_path / f"{part}-{word}.wav", sound(first_of(part) + number))
+        sounds = [{"bytes": None, "path": f"{part}-{word}.wav"} for word in ("bed", "cat")]
+        splits[part] = datasets.Dataset.from_dict({"audio": sounds, "label": ["bed", "cat"]}, features=features)
+    monkeypatch.setattr("str_triton.rnn.data.hub.read_splits", lambda place, separator: splits)
+    clips = read(f"{tmp_path}@all").test.clips
+    assert torch.equal(clips(torch.tensor([1]))[0], torch.from_numpy(sound(201)))
