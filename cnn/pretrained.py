@@ -1,12 +1,14 @@
 """Training that starts from a trained network: --pretrained."""
 
 import os
+from collections.abc import Sequence
 
 from torch import nn
 
 from str_triton.cnn.arithmetic import warn_of_arithmetic
 from str_triton.cnn.models import state_shapes
 from str_triton.cnn.weights import fill, read_file, read_weights, without_prefix
+from str_triton.training.errors import warn
 
 
 def check_start(path: str | os.PathLike[str], *, needs_zeros: bool) -> None:
@@ -25,19 +27,21 @@ def start_from(
     name: str,
     in_channels: int,
     *,
-    new_classifier: bool,
+    class_names: Sequence[str] | None,
 ) -> None:
     """Give a plain network the weights and buffers of a trained one, in place. See also `warn_of_arithmetic`.
+
+    Warns if the file names other classes than the data's.
 
     Args:
         path: a file or run folder of any kind that `str_triton.cnn.weights.read_weights` takes. All entries of the
             network must be there, except the counts of batches (num_batches_tracked), which old files lack.
         model: `build(name, in_channels=in_channels)` with any number of classes.
-        new_classifier: keep the model's own classifier instead of the file's.
+        class_names: the classes of the data; None: keep the model's own classifier instead of the file's.
 
     Raises:
         ValueError: an unfinished run, not a file of weights, weights of another network (the message names the first
-            key that does not fit), or another number of classes.
+            key that does not fit), another number of classes, or the same classes in another order.
         OSError: the file cannot be read.
     """
     where = f"--pretrained {path}, model {name}"
@@ -46,7 +50,7 @@ def start_from(
     classifier = {key: own[key] for key in classifier_keys(name, in_channels)}
     fill(model, weights | classifier, where)  # first without the classifier: another network is not an error of classes
     warn_of_arithmetic(f"--pretrained {path}", name, file.name, weights)
-    if new_classifier:
+    if class_names is None:
         return
     for key, ours in classifier.items():
         theirs = weights.get(key, ours)
@@ -56,6 +60,21 @@ def start_from(
                 "--new-classifier starts with a new classifier"
             )
     fill(model, weights, where)
+    if file.interface is not None:
+        _compare_classes(file.interface.outputs, class_names, f"--pretrained {path}")
+
+
+def _compare_classes(theirs: Sequence[str], ours: Sequence[str], where: str) -> None:
+    """Raise ValueError for the same classes in another order, and warn of other classes."""
+    if len(theirs) != len(ours):
+        raise ValueError(f"{where}: {len(ours)} scores, but {len(theirs)} names for them")
+    for old, new in zip(theirs, ours, strict=True):
+        if old != new:
+            change = f"{where}: its class {old!r} is {new!r} in the data"
+            if set(theirs) == set(ours):
+                raise ValueError(f"{change}: the order of the classes must match, or take --new-classifier")
+            warn(f"{change}, and its classifier is kept; --new-classifier starts with a new one")
+            return
 
 
 def classifier_keys(name: str, in_channels: int) -> list[str]:

@@ -279,7 +279,8 @@ def initial_model(config: Config, data: Data) -> nn.Module:
     with as_too_large(f"--model {config.model}"):
         model = build(config.model, num_classes=data.num_classes, in_channels=in_channels)
     if config.pretrained is not None and not has_checkpoint(config):
-        start_from(config.pretrained, model, config.model, in_channels, new_classifier=config.new_classifier)
+        class_names = None if config.new_classifier else data.class_names
+        start_from(config.pretrained, model, config.model, in_channels, class_names=class_names)
     return model
 
 

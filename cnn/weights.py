@@ -66,7 +66,8 @@ def read_file(path: str | os.PathLike[str]) -> WeightFile:
     arch = checkpoint.others.get("arch", checkpoint.others.get("model"))
     name = paper_checkpoint.ARCHITECTURES.get(arch, arch) if isinstance(arch, str) else None
     known = name if name is not None and is_known(name) else None
-    interface = Interface.in_metadata(checkpoint.others, path)
+    held = checkpoint.others.get("interface")  # in the checkpoints of this program; other files have it in the metadata
+    interface = Interface.in_metadata(held if isinstance(held, dict) else checkpoint.others, path)
     if known is None and interface is not None and interface.images is None:
         raise ValueError(recurrent(path))
     return WeightFile(_weights(path, checkpoint), known, interface)

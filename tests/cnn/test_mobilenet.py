@@ -139,10 +139,10 @@ def test_weights_for_the_other_arithmetic_are_warned_of(
 ):
     file = tmp_path / "weights.pt"
     torch.save(made_up(activation), file)
-    start_from(file, build(other, num_classes=3), other, 3, new_classifier=False)
+    start_from(file, build(other, num_classes=3), other, 3, class_names="abc")
     rebuild(file, other)
     assert capsys.readouterr().err == ""
-    start_from(file, build(name, num_classes=3), name, 3, new_classifier=False)
+    start_from(file, build(name, num_classes=3), name, 3, class_names="abc")
     rebuild(file, name)
     for line in capsys.readouterr().err.splitlines():
         assert line.startswith("warning: ")

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from str_triton.cnn.models import build
 from str_triton.cnn.pretrained import classifier_keys, start_from
 from str_triton.training.config import make_accelerator
 from tests.cnn.train_runs import TINY, begin, resume, run
+from tests.messages import holding, holds
 from tests.runs import Killed, after_calls, assert_same_result, kill, last_checkpoint
 
 LAYERS = ["stem", "blocks.0.conv1", "blocks.0.conv2", "blocks.1.conv1", "blocks.1.conv2", "blocks.1.shortcut.0", "head"]
@@ -92,7 +94,7 @@ def test_a_checkpoint_of_the_papers_code_is_a_start(tmp_path: Path):
     theirs = sparsify(build("mobilenetv1", num_classes=10), g="sigmoid", gradient="masked", raw_threshold_init=-5.0)
     paper_checkpoint.save(theirs, tmp_path / "model_best.pth", epoch=100, data_parallel=True)
     ours = build("mobilenetv1", num_classes=10)
-    start_from(tmp_path / "model_best.pth", ours, "mobilenetv1", 3, new_classifier=False)
+    start_from(tmp_path / "model_best.pth", ours, "mobilenetv1", 3, class_names="abcdefghij")
     dense = densify(theirs).state_dict()
     assert (dense["model.3.3.weight"] == 0).any()
     assert all(torch.equal(ours.state_dict()[key], tensor) for key, tensor in dense.items())
@@ -117,7 +119,7 @@ def test_a_new_classifier_for_as_many_classes_or_for_a_file_without_one(tmp_path
         torch.manual_seed(0)
         model = build("resnet-digits", num_classes=10, in_channels=1)
         before = model.head.weight.clone()
-        start_from(tmp_path / name, model, "resnet-digits", 1, new_classifier=True)
+        start_from(tmp_path / name, model, "resnet-digits", 1, class_names=None)
         assert torch.equal(model.head.weight, before)
         assert torch.equal(model.stem.weight, trained.stem.weight)
 
@@ -157,6 +159,34 @@ def test_a_run_killed_before_its_first_checkpoint_still_starts_from_the_file(
     assert resume(folder) == 0
     weight = last_checkpoint(folder)["model"]["stem.weight"]
     torch.testing.assert_close(weight[0], state["stem.weight"], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (tuple("0123456789"), ""),
+        (tuple("01234abcde"), "warning: .. its class '5' is 'a' in the data .. classifier is kept; --new-classifier"),
+    ],
+)
+def test_other_classes_with_the_old_classifier_are_a_warning(
+    names: tuple[str, ...], said: str, whole_run: Path, capsys: pytest.CaptureFixture
+):
+    model = build("resnet-digits", num_classes=10, in_channels=1)
+    capsys.readouterr()
+    start_from(whole_run, model, "resnet-digits", 1, class_names=names)
+    error = capsys.readouterr().err
+    assert error.count("\n") == bool(said)
+    assert holds(error, said)
+
+
+def test_the_same_classes_in_another_order_are_refused(whole_run: Path, tmp_path: Path):
+    """Also by a checkpoint alone."""
+    checkpoint = shutil.copy(max((whole_run / "checkpoints").iterdir()), tmp_path / "x.pt")
+    for path in (whole_run, whole_run / "model.safetensors", checkpoint):
+        model = build("resnet-digits", num_classes=10, in_channels=1)
+        with pytest.raises(ValueError, match=holding("its class '8' is '9' in the data .. order .. --new-classifier")):
+            start_from(path, model, "resnet-digits", 1, class_names="0123456798")
+        start_from(path, model, "resnet-digits", 1, class_names=None)
 
 
 # What a person can get wrong.
