@@ -55,7 +55,7 @@ def require_classes(network: Network, class_names: Sequence[str], where: object)
             )
 
 
-def rebuild(path: str | os.PathLike[str], name: str | None = None) -> Network:
+def rebuild(path: str | os.PathLike[str], name: str | None = None, *, unnamed: str = "give --model") -> Network:
     """Build the network in a run folder or in a file of any kind that `str_triton.cnn.weights.read_weights` takes.
 
     The numbers of classes and channels are read off the weights.
@@ -63,6 +63,7 @@ def rebuild(path: str | os.PathLike[str], name: str | None = None) -> Network:
     Args:
         path: the run folder or the file.
         name: the network's name in `str_triton.cnn.models`; by default the one in the run or the file.
+        unnamed: the advice in the message for a file without a name.
 
     Raises:
         ValueError: an unfinished run, not a file of weights, or weights of another network (the message names the first
@@ -79,7 +80,7 @@ def rebuild(path: str | os.PathLike[str], name: str | None = None) -> Network:
     said, weights = file.name if config is None else config.model, file.weights
     name = name or said
     if name is None:
-        raise ValueError(f"{path}: neither a run nor the file names its network: give --model")
+        raise ValueError(f"{path}: neither a run nor the file names its network: {unnamed}")
     weights = without_prefix(weights, state_shapes(name, 2, 3).keys())
     num_classes, in_channels = _size(name, weights)
     model = build(name, num_classes=num_classes, in_channels=in_channels)

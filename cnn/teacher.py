@@ -22,7 +22,8 @@ def read_teacher(path: str | os.PathLike[str], interface: Interface) -> nn.Modul
         OSError: the file cannot be read.
         UserError: the run's configuration is damaged.
     """
-    network, where = rebuild(path), f"--teacher {path}"
+    where = f"--teacher {path}"
+    network = rebuild(path, unnamed="a teacher must be a run, or a file that this program or its export has written")
     require_classes(network, interface.outputs, where)
     if interface.images is not None and network.in_channels != interface.images.channels:
         raise ValueError(f"{where}: its images have {network.in_channels} channels, not {interface.images.channels}")

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -93,13 +94,17 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def without_prefix(weights: dict[str, Tensor], expected: Set[str]) -> dict[str, Tensor]:
-    """Remove the part that all keys begin with, such as "backbone.", if only then a key is among the expected ones."""
+    """Remove the part that most keys begin with, such as "backbone.", if only then a key is among the expected ones.
+
+    Keys without it stay as they are: they belong to something else than the network, such as a loss with weights.
+    """
     shorter = weights
     while not expected & shorter.keys():
-        prefix, dot, _ = next(iter(shorter), "").partition(".")
-        if not dot or not all(key.startswith(prefix + dot) for key in shorter):
+        counts = Counter(key.partition(".")[0] + "." for key in shorter if "." in key)
+        prefix, count = next(iter(counts.most_common(1)), ("", 0))
+        shorter = {key.removeprefix(prefix): tensor for key, tensor in shorter.items()}
+        if 2 * count <= len(weights) or len(shorter) < len(weights):  # no such part, or two keys have become one
             return weights
-        shorter = {key.removeprefix(prefix + dot): tensor for key, tensor in shorter.items()}
     return shorter
 
 

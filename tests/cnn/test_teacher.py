@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from str_triton.cnn import train
+from str_triton.cnn.models import build
 from str_triton.cnn.teacher import divergence, read_teacher
 from str_triton.training.interface import Interface
 from str_triton.training.metrics import read_metrics
@@ -70,6 +71,14 @@ def test_a_teacher_of_other_classes_or_another_standardisation_is_refused(teache
     for other, words in ((swapped, "order"), (shifted, "standardises"), (Interface(("a", "b")), "10 classes")):
         with pytest.raises(ValueError, match=words):
             read_teacher(teacher, other)
+
+
+def test_weights_alone_are_no_teacher(tmp_path: Path, capsys: pytest.CaptureFixture):
+    torch.save(build("resnet-digits", num_classes=10, in_channels=1).state_dict(), tmp_path / "x.pt")
+    assert begin(tmp_path / "run", "--model", "resnet-digits", "--teacher", str(tmp_path / "x.pt")) == 2
+    error = capsys.readouterr().err
+    assert holds(error, f"{tmp_path / 'x.pt'} .. a teacher must be a run")
+    assert "--model" not in error
 
 
 def test_a_teacher_for_images_of_another_size_is_taken_with_a_warning(teacher: Path, capsys: pytest.CaptureFixture):

@@ -191,6 +191,8 @@ def without(key: str) -> Callable[[State], object]:
     [
         (without("layer2.0.bn1.bias"), "'layer2.0.bn1.bias' is missing"),
         (lambda state: {"extra": torch.zeros(1), **state}, "no key 'extra'"),
+        (lambda state: {"loss.weight": torch.zeros(1), **prefixed("net.model.")(state)}, "no key 'loss.weight'"),
+        (lambda state: {"model.fc.bias": torch.zeros(1), **prefixed("net.model.")(state)}, "no key 'model.fc.bias'"),
         (
             lambda state: state | {"fc.weight": torch.zeros(10, 64), "fc.bias": torch.zeros(10)},
             "'fc.weight' .. has the shape [10, 64] .. model's is [1000, 64]",
