@@ -115,6 +115,7 @@ class SparsityController(OffsetController):
             inventory.set_floors(self._layers, floor, self._keep, target)
             keep = [int(self._budget(1.0))]
         inventory.warn_of_zeros(self._layers, keep)
+        self._size = self._counted(model)
         uses = list(thresholded_weights(model))
         self._straight_through = [use.holder for use in uses if use.holder.gradient == "straight_through"]
         self._take(model, [layer.weight.holder for layer in self._layers], [use.holder for use in uses])
@@ -209,6 +210,22 @@ class SparsityController(OffsetController):
 
     def _undo_exact(self) -> None:
         self._moved.put_back()
+
+    def _require_unchanged(self) -> None:
+        super()._require_unchanged()
+        inventory.require_own_weights(layer.weight for layer in self._layers)
+
+    def _counted(self, model: nn.Module) -> int:
+        return inventory.covered_size(model)
+
+    def still_meets(self) -> bool:
+        self._meet()
+        if self._processes.group is not None or any(layer.weight.dense.is_meta for layer in self._layers):
+            return True  # not every process may be here, or there are no values
+        left = inventory.survivors(self._layers).tolist()
+        if self.target.by_layer:
+            return all(number <= keep for number, keep in zip(left, self._keep_each(1.0), strict=True))
+        return sum(layer.cost * number for layer, number in zip(self._layers, left, strict=True)) <= self._budget(1.0)
 
     def finish(self, model: nn.Module | None = None) -> None:
         super().finish(model)

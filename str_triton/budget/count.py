@@ -55,8 +55,8 @@ def count(model: nn.Module, example_input: Tensor | tuple | Mapping[str, Any]) -
 
     Warns:
         UserWarning: weights that contain NaN; a weight that an operator of another library uses, whose FLOPs are not
-            known; a thresholded layer whose dense weight the forward reads; a model whose controller has not reached
-            its target.
+            known; a thresholded layer whose dense weight the forward reads; a model that does not meet its
+            controller's target.
     """
     inputs = _arguments(example_input)
     warn_if_unfinished(model)

@@ -1,12 +1,12 @@
 """The inventory of a sparsity controller: the weights that it controls, the other weights, and their costs."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from str_triton.budget.count import count, counted_weights, some
 from str_triton.budget.processes import Processes, nonzeros
@@ -52,6 +52,7 @@ def take_inventory(
             first.setdefault(id(use.dense), use)
     if not first:
         raise ValueError("the model has no thresholded layers: call sparsify(model) first")
+    require_own_weights(first.values())
     raws = [use.raw for use in first.values()]
     infinities = Processes.of(raws).sum_once([local(raw).isinf().sum() for raw in raws], raws)
     for use, infinite in zip(first.values(), infinities, strict=True):
@@ -81,6 +82,20 @@ def take_inventory(
         )
     _warn_of_uncovered(weights)
     return layers, others, Costs(dense, sum(other.value.numel() for other in others), total)
+
+
+def require_own_weights(uses: Iterable[ThresholdedWeight]) -> None:
+    """Raise ValueError if other code computes a thresholded weight, because it then changes after a solve."""
+    if computed := next((use.name for use in uses if use.is_computed), None):
+        raise ValueError(
+            f"the weight of {computed!r} is no plain Parameter any more (weight_norm, spectral_norm, pruning, tied by "
+            "hand): remove what computes it before sparsify"
+        )
+
+
+def covered_size(model: nn.Module) -> int:
+    """Return how many weights of a model targets count."""
+    return sum(source.numel() for weight in counted_weights(model) if weight.covered for source in weight.sources)
 
 
 def require_own_thresholds(layers: list[Layer]) -> None:
@@ -127,13 +142,20 @@ def check_shares(layers: list[Layer], shares: Mapping[str, float], distribution:
 @torch.no_grad()
 def present_sparsity(layers: list[Layer], others: list[Matrix]) -> float:
     """Return the share of zeros in all these weights, as the thresholds are now. Synchronizes with the GPU."""
-    uses, values = [layer.weight for layer in layers], [other.value for other in others]
-    weights = [use.dense for use in uses] + values
+    values = [other.value for other in others]
+    left = survivors(layers).sum() + nonzeros(values).sum()
+    return 1 - int(left) / (sum(layer.size for layer in layers) + sum(value.numel() for value in values))
+
+
+@torch.no_grad()
+def survivors(layers: list[Layer]) -> Tensor:
+    """Return how many elements of each layer are left, as the thresholds are now; int64 [layers]."""
+    uses = [layer.weight for layer in layers]
+    weights = [use.dense for use in uses]
     processes = Processes.of(weights)
     raws = raws_for_rows(uses, processes)
     own = [use.holder.apply_threshold(local(use.dense), raw) for use, raw in zip(uses, raws, strict=True)]
-    left = processes.sum_once([part.count_nonzero() for part in own + [local(value) for value in values]], weights)
-    return 1 - int(left.sum()) / sum(weight.numel() for weight in weights)
+    return processes.sum_once([part.count_nonzero() for part in own], weights)
 
 
 def warn_of_zeros(layers: list[Layer], keep: list[int]) -> None:

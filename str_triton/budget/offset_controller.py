@@ -29,6 +29,7 @@ class OffsetController:
     """
 
     DISTRIBUTIONS: tuple[str, ...] = ("fixed", "learned")
+    _size: int  # of the parts of the model that `_counted` returned when the controller was made
 
     def __init__(
         self, model: nn.Module, *, schedule: str, begin: float, end: float, distribution: str, interval: int
@@ -171,7 +172,7 @@ class OffsetController:
         controller = self if model is None else self._for(model)
         if controller._control is self._control:
             self._refuse("finish")
-        controller._thresholds.require_present()
+        controller._require_unchanged()
         controller.progress = 1.0
         controller._meet()
         controller._adopt(self._thresholds)
@@ -185,6 +186,24 @@ class OffsetController:
         if self._training is not None:
             raise ValueError(f"{method}() inside exact() would be undone on leaving it: call {method}() afterwards")
 
+    def _require_unchanged(self) -> None:
+        """Raise ValueError if the model has lost or gained weights since the controller was made."""
+        self._thresholds.require_present()
+        now, then = self._counted(self._thresholds.model), self._size
+        if now != then:
+            raise ValueError(
+                f"weights were added or removed since the controller was made: its target counted {then:,} then and "
+                f"counts {now:,} now; make a new controller"
+            )
+
+    def _counted(self, model: nn.Module) -> int:
+        """Return the size of what the target counts in a model, the same whatever the thresholds are."""
+        raise NotImplementedError
+
+    def still_meets(self) -> bool:
+        """Check whether the model costs no more than the target, as its weights are now. Synchronizes with the GPU."""
+        raise NotImplementedError
+
     def _make_exact(self, done: float) -> None:
         """Make the model's cost exact: move raw thresholds, and weights if needed."""
         shifts, self._held_back = self._shifts(done)
@@ -196,6 +215,8 @@ class OffsetController:
 
     def _for(self, model: nn.Module) -> Self:
         """Return a controller like this one for another model of the same structure."""
+        if self._control.densified:
+            raise ValueError("the controller's own model was densified and has no thresholds to give to another one")
         self._meet()
         twin = copy.copy(self)
         twin._training = None
@@ -250,7 +271,7 @@ class OffsetController:
             return
         if controller._control is self._control:
             self._refuse("exact")
-        controller._thresholds.require_present()
+        controller._require_unchanged()
         controller._meet()
         held_back, saved = controller._held_back, controller._thresholds.save()
         controller._training = saved[0], held_back

@@ -101,6 +101,7 @@ class RankController(OffsetController):
         self._kept: list[Tensor] = []  # The values of m that exact() restores.
         self._full = sum(target.cost(matrix, matrix.max_rank) for matrix in self._matrices)
         self._keep = target.keep(rank_costs(model, target, self._matrices))
+        self._size = self._counted(model)
         savings = [
             target.cost(matrix, rank) - target.cost(matrix, rank - 1)
             for matrix in self._matrices
@@ -130,6 +131,8 @@ class RankController(OffsetController):
             if self.progress >= self.end:
                 self._settle()
             return
+        if progress == 1:
+            self._require_unchanged()
         self._meet()
         self._advance(progress)
         self._hold(self._survivors)
@@ -144,6 +147,7 @@ class RankController(OffsetController):
         if self._survivors is None or model is not None:
             super().finish(model)
             return
+        self._require_unchanged()
         self.progress = 1.0
         self._meet()
         self._hold(self._survivors)
@@ -162,6 +166,7 @@ class RankController(OffsetController):
     @contextmanager
     def exact(self, model: nn.Module | None = None) -> Iterator[None]:
         if self._survivors is not None and model is None:
+            self._require_unchanged()
             yield
             return
         with super().exact(model):
@@ -228,6 +233,15 @@ class RankController(OffsetController):
         for matrix, mask in zip(self._matrices, survivors, strict=True):
             m = matrix.trained_spectrum()
             local(m).mul_(mask[rows_here(m)])
+
+    def _counted(self, model: nn.Module) -> int:
+        return self.target.fixed(rank_costs(model, self.target, self._matrices))
+
+    def still_meets(self) -> bool:
+        self._meet()
+        if self._processes.group is not None or any(matrix.u.is_meta for matrix in self._matrices):
+            return True  # not every process may be here, or there are no values
+        return sum(self.target.cost(matrix, matrix.rank) for matrix in self._matrices) <= self._keep
 
     def measure(self) -> dict[str, float]:
         return {"total_rank": sum(matrix.rank for matrix in self._matrices)}

@@ -26,7 +26,7 @@ class RawThresholds:
 
     def __init__(self, model: nn.Module, holders: Iterable[ThresholdHolder], others: Iterable[Tensor] = ()) -> None:
         first: dict[int, ThresholdHolder] = {}
-        self._model, self._users = model, list(holders)
+        self.model, self._users = model, list(holders)
         for holder in self._users:
             first.setdefault(id(holder.raw_threshold), holder)
         self._holders = list(first.values())
@@ -49,7 +49,7 @@ class RawThresholds:
         Raises:
             ValueError: parameters that are sharded in a way that controllers do not support.
         """
-        reshard(self._model)
+        reshard(self.model)
         own = self.own
         if [(raw.shape, raw.device) for raw in own] != [(raw.shape, raw.device) for raw in self.before]:
             self.before = [raw.clone() for raw in own]
@@ -57,7 +57,7 @@ class RawThresholds:
 
     def require_present(self) -> None:
         """Raise ValueError if one of the modules is no longer in the model: what replaced it would not be counted."""
-        present = {id(module) for module in self._model.modules()}
+        present = {id(module) for module in self.model.modules()}
         if lost := next((holder for holder in self._users if id(holder) not in present), None):
             raise ValueError(
                 f"a {type(lost).__name__} that the controller was made for is no longer in the model: make a new "

@@ -69,7 +69,7 @@ def pack(
             left behind.
 
     Warns:
-        UserWarning: no tensor got smaller, so all are stored dense; or the model's controller has not reached its
+        UserWarning: no tensor got smaller, so all are stored dense; or the model does not meet its controller's
             target. The file is complete in both cases.
     """
     if values not in VALUES:

@@ -35,6 +35,15 @@ class Control:
         return type(self), (self.reached, self.exact, self.status)
 
     @property
+    def is_met(self) -> bool:
+        """Check whether the model meets the target, or inside `exact()` the schedule's value.
+
+        A controller that still exists counts: an optimizer or a state dict may have changed the weights since.
+        """
+        owner = None if self.owner is None else self.owner()
+        return self.exact or (self.reached and (owner is None or owner.still_meets()))
+
+    @property
     def is_held(self) -> bool:
         """Check whether a controller that still exists holds the thresholds."""
         return self.owner is not None and self.owner() is not None
@@ -47,12 +56,14 @@ def controls(model: nn.Module) -> list[Control]:
 
 
 def warn_if_unfinished(model: nn.Module, stacklevel: int = 3) -> None:
-    """Warn, once for each controller, that the model has not reached its controller's target."""
+    """Warn, once for each controller, that the model does not meet its controller's target."""
     for control in controls(model):
-        if not (control.reached or control.exact or control.warned):
-            control.warned = True
-            warnings.warn(
-                f"the model has not reached its controller's target ({control.status}): call controller.finish() "
-                "first, or measure inside controller.exact()",
-                stacklevel=stacklevel,
-            )
+        if control.warned or control.is_met:
+            continue
+        control.warned = True
+        status = "its weights have changed since" if control.reached else control.status
+        warnings.warn(
+            f"the model does not meet its controller's target ({status}): call controller.finish() first, or measure "
+            "inside controller.exact()",
+            stacklevel=stacklevel,
+        )

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from str_triton.nn.control import warn_if_unfinished
 from str_triton.nn.low_rank import FactorOptions, LowRankWeight
 
 
@@ -101,7 +102,12 @@ class LowRankLinear(nn.Module):
         return dense.train(self.training)
 
     def compact(self) -> "LowRankLinear":
-        """Return a new layer of the surviving components, without a threshold; dense where that is not larger."""
+        """Return a new layer of the surviving components, without a threshold; dense where that is not larger.
+
+        Warns:
+            UserWarning: the model does not meet its controller's target.
+        """
+        warn_if_unfinished(self)
         weight = self.weight.compact() if isinstance(self.weight, LowRankWeight) else None
         bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone())
         dense = nn.Parameter(self._dense_weight()) if weight is None else weight

@@ -36,6 +36,13 @@ class ThresholdedWeight:
         return self.module.originals()[self.attribute]
 
     @property
+    def is_computed(self) -> bool:
+        """Whether more than the threshold computes the weight since `sparsify`, such as weight_norm or pruning."""
+        if isinstance(self.module, STRLayer):
+            return self.attribute not in self.module._parameters
+        return len(self.module.parametrizations[self.attribute]) > 1  # type: ignore[arg-type]  # a ParametrizationList
+
+    @property
     def sparse(self) -> Tensor:
         """The weight after the threshold, as the forward uses it; differentiable."""
         return self.holder.sparse_weight if isinstance(self.holder, STRLayer) else getattr(self.module, self.attribute)

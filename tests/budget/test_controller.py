@@ -3,11 +3,13 @@
 import copy
 import inspect
 import re
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from str_triton import RankTarget, SparsityController, Target, count, densify, parameter_groups, sparsify
 from str_triton.nn import STRLinear, str_layers
@@ -548,6 +550,96 @@ def test_a_layer_that_was_replaced_is_noticed(granularity):
     controller.step(0.5)
     for use in (controller.finish, lambda: controller.step(1.0), lambda: controller.exact().__enter__()):
         with pytest.raises(ValueError, match=holding("no longer in the model .. new controller")):
+            use()
+
+
+def add_a_layer(model):
+    model.append(nn.Linear(10, 10))
+
+
+def untie(model):
+    model[1].weight = nn.Parameter(model[0].weight.detach().clone())
+
+
+def adapt(model):
+    model[1] = nn.Sequential(model[1], nn.Linear(8, 8))
+
+
+@pytest.mark.parametrize("change", [add_a_layer, untie, adapt])
+def test_weights_that_were_added_are_noticed(change):
+    """The budget was computed without them."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight = model[0].weight
+    controller = SparsityController(sparsify(model), Target(sparsity=0.5))
+    controller.step(0.5)
+    change(model)
+    for use in (controller.finish, lambda: controller.step(1.0), lambda: controller.exact().__enter__()):
+        with pytest.raises(ValueError, match=holding("weights were added or removed .. make a new controller")):
+            use()
+
+
+COMPUTING = [
+    lambda module: prune.l1_unstructured(module, "weight", 0.3),
+    nn.utils.spectral_norm,
+    nn.utils.parametrizations.spectral_norm,
+    nn.utils.parametrizations.orthogonal,
+]
+
+
+@pytest.mark.parametrize("compute", COMPUTING, ids=["prune", "spectral_norm", "new spectral_norm", "orthogonal"])
+def test_weights_that_other_code_computes_are_refused(compute):
+    """They change after a solve, so that the target would be missed in silence."""
+    model = sparsify(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)))
+    controller = SparsityController(model, Target(sparsity=0.5))
+    compute(model[0])
+    with pytest.raises(ValueError, match="'0' is no plain Parameter any more"):
+        controller.step(1.0)
+    del controller
+    with pytest.raises(ValueError, match="'0' is no plain Parameter any more"):
+        SparsityController(model, Target(sparsity=0.5))
+
+
+def test_a_second_parametrization_is_refused():
+    model = sparsify(nn.LSTM(4, 8))
+    nn.utils.parametrizations.spectral_norm(model, "weight_hh_l0")
+    with pytest.raises(ValueError, match="'weight_hh_l0' is no plain Parameter any more"):
+        SparsityController(model, Target(sparsity=0.5))
+
+
+@pytest.mark.parametrize("target", [{"sparsity": 0.9}, {"flops_share": 0.2}, {"layers": ...}])
+def test_weights_that_changed_after_the_end_are_noticed(target):
+    """By an optimizer that goes on, or by an earlier checkpoint; weights that meet the target raise no warning."""
+    model = sparsify(convolutional_net())
+    if "layers" in target:
+        target = {"layers": dict.fromkeys(str_layers(model), 0.9)}
+    controller = SparsityController(model, Target(**target), example_input=IMAGES)
+    controller.step(0.2)
+    with controller.exact():
+        early = copy.deepcopy(model.state_dict())
+    controller.step(1.0)
+    final = copy.deepcopy(model.state_dict())
+    model.load_state_dict(early)
+    with pytest.warns(UserWarning, match="does not meet .* changed since"):
+        count(model, IMAGES)
+    controller.finish()
+    model.load_state_dict(final)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        controller._control.warned = False
+        count(model, IMAGES)
+    with torch.no_grad():
+        model[0].weight.mul_(10)
+    with pytest.warns(UserWarning, match="does not meet .* changed since"):
+        densify(model)
+
+
+def test_an_average_is_finished_before_the_model_is_densified():
+    model = sparsify(nn.LSTM(4, 8))
+    controller, average = SparsityController(model, Target(sparsity=0.5)), copy.deepcopy(model)
+    controller.step(1.0)
+    densify(model)
+    for use in (lambda: controller.finish(average), lambda: controller.exact(average).__enter__()):
+        with pytest.raises(ValueError, match="own model was densified"):
             use()
 
 

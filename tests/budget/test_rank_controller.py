@@ -1,6 +1,7 @@
 """The rank controller: the largest model not above the target, schedules, ties, and a training left undisturbed."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -541,6 +542,33 @@ def test_settled_ranks_stay_while_the_rest_trains():
     assert not torch.allclose(matrices(model)[0].weight(), cut)
     controller.finish()
     assert controller._control.reached
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda model: model.__setitem__(0, LowRankLinear(9, 12)), lambda model: model.append(LowRankLinear(6, 6))],
+)
+def test_layers_that_were_replaced_or_added_after_the_ranks_are_fixed_are_noticed(change):
+    model = random_model()
+    controller = RankController(model, RankTarget(total_rank=15), end=0.4)
+    controller.step(0.5)
+    change(model)
+    for use in (controller.finish, lambda: controller.step(1.0), lambda: controller.exact().__enter__()):
+        with pytest.raises(ValueError, match="make a new controller"):
+            use()
+
+
+def test_ranks_that_changed_after_the_end_are_noticed():
+    model = random_model()
+    controller = RankController(model, RankTarget(total_rank=15))
+    early = copy.deepcopy(model.state_dict())
+    controller.step(1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model[0].compact()
+    model.load_state_dict(early)
+    with pytest.warns(UserWarning, match="does not meet .* changed since"):
+        model[0].compact()
 
 
 def test_settling_does_not_change_the_function():

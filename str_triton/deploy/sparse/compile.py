@@ -82,7 +82,7 @@ def compile_sparse(
             or does not take the example; or the example is not on the CPU or not float32.
 
     Warns:
-        UserWarning: a model whose controller has not reached its target; a thresholded layer whose dense weight the
+        UserWarning: a model that does not meet its controller's target; a thresholded layer whose dense weight the
             forward reads.
     """
     if not isinstance(model, nn.Module):

@@ -50,7 +50,6 @@ class LowRankFastGRNN(LowRankRNN):
     biases = ("bias_gate", "bias_update")
     scalars = ("zeta", "nu")
     torch_class = nn.RNN
-    has_dense = False
 
     def _initial(self, name: str, value: Tensor) -> Tensor:
         if name.startswith("weight"):

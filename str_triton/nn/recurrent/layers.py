@@ -44,6 +44,7 @@ class LowRankGRU(LowRankRNN):
     cell = "gru"
     gates = 3
     torch_class = nn.GRU
+    has_dense = True
 
     def _loop(
         self, suffix: str, gates_x: Tensor, states: list[Tensor], lengths: Tensor | None, *, reverse: bool, native: bool
@@ -97,6 +98,7 @@ class LowRankLSTM(LowRankRNN):
     gates = 4
     states = 2
     torch_class = nn.LSTM
+    has_dense = True
 
     def _loop(
         self, suffix: str, gates_x: Tensor, states: list[Tensor], lengths: Tensor | None, *, reverse: bool, native: bool

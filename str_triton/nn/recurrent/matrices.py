@@ -6,6 +6,7 @@ from typing import ClassVar, Self, TypedDict, Unpack
 import torch
 from torch import Tensor, nn
 
+from str_triton.nn.control import warn_if_unfinished
 from str_triton.nn.low_rank import FactorOptions, LowRankWeight
 
 FACTORIZE = ("both", "recurrent", "none")
@@ -46,7 +47,7 @@ class LowRankMatrices(nn.Module):
     scalars: ClassVar[tuple[str, ...]] = ()
     # The torch layer with the same arguments, and whether it computes the same function.
     torch_class: ClassVar[type[nn.GRU | nn.LSTM | nn.RNN]]
-    has_dense: ClassVar[bool] = True
+    has_dense: ClassVar[bool] = False
     weight_hh_l0: LowRankWeight | nn.Parameter
 
     def __init__(
@@ -177,7 +178,7 @@ class LowRankMatrices(nn.Module):
             max_rank, options: the keyword-only arguments of the class, except device and dtype.
 
         Raises:
-            TypeError: dense is of another type.
+            TypeError: dense is of another type, or of one with a forward of its own.
             ValueError: dense has proj_size, or unknown options.
         """
         if not cls.has_dense:
@@ -186,6 +187,8 @@ class LowRankMatrices(nn.Module):
             raise TypeError(
                 f"{cls.__name__}.from_dense needs nn.{cls.torch_class.__name__}, got {type(dense).__name__}"
             )
+        if type(dense).forward is not cls.torch_class.forward:
+            raise TypeError(f"{type(dense).__name__} has a forward of its own, which {cls.__name__} would not keep")
         if dense.proj_size:
             raise ValueError(
                 f"{cls.__name__} has no projections: proj_size must be 0, got {dense.proj_size}. "
@@ -220,7 +223,11 @@ class LowRankMatrices(nn.Module):
 
         A matrix becomes a dense Parameter where its factors would not be smaller. The new layer's state dict fits a
         layer made with `ranks=compact.ranks()` and the same sizes.
+
+        Warns:
+            UserWarning: the model does not meet its controller's target.
         """
+        warn_if_unfinished(self)
         compacted = {name: factor.compact() for name, factor in self.factors().items()}
         matrices = {name: matrix for name, matrix in compacted.items() if matrix is not None}
         layer = self._like(ranks={name: matrix.max_rank for name, matrix in matrices.items()})

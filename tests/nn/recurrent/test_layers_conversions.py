@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.rnn import pack_sequence
 
-from str_triton import LowRankFastGRNN, LowRankGRU, LowRankLSTM, LowRankWeight
+from str_triton import LowRankFastGRNN, LowRankGRU, LowRankLSTM, LowRankRNN, LowRankWeight
 from str_triton.rnn.models import CELLS
 
 LOW_RANK = {nn.GRU: LowRankGRU, nn.LSTM: LowRankLSTM}
@@ -66,10 +66,17 @@ def test_from_dense_with_fewer_components(torch_class: type) -> None:
     assert recurrent.weight_ih_l0 is not dense.weight_ih_l0
 
 
+class OwnGRU(nn.GRU):
+    def forward(self, x, h=None):
+        return super().forward(2 * x, h)
+
+
 def test_from_dense_refuses_what_it_is_not() -> None:
     for layer_class, dense, error, message in (
         (LowRankGRU, nn.LSTM(3, 4), TypeError, "LowRankGRU.from_dense needs nn.GRU, got LSTM"),
         (LowRankLSTM, nn.GRU(3, 4), TypeError, "LowRankLSTM.from_dense needs nn.LSTM, got GRU"),
+        (LowRankRNN, nn.RNN(3, 4), TypeError, "torch has no dense form of LowRankRNN"),
+        (LowRankGRU, OwnGRU(3, 4), TypeError, "OwnGRU has a forward of its own"),
         (LowRankGRU, LowRankGRU(3, 4), TypeError, "LowRankGRU.from_dense needs nn.GRU, got LowRankGRU"),
         (LowRankLSTM, nn.LSTM(3, 4, proj_size=2), ValueError, "proj_size must be 0, got 2. `sparsify` prunes"),
         (LowRankFastGRNN, nn.RNN(3, 4), TypeError, "torch has no dense form of LowRankFastGRNN"),
