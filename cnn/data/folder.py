@@ -76,10 +76,11 @@ def load_folder(
     parts, name = _parts(root), f"imagefolder:{place}"
     skipped = Counter[str]()
     classes, train, test = _read_parts(root, parts, skipped) if parts else _split(root, skipped)
+    data = encoded_data(*train, *test, tuple(classes), name, on_corrupt, image_size, taken_by)
     if skipped:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in skipped.most_common(8))
         warn(f"{name}: skipped, not images: {kinds}")
-    return encoded_data(*train, *test, tuple(classes), name, on_corrupt, image_size, taken_by)
+    return data
 
 
 Part = tuple[Files, Tensor]

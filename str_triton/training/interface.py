@@ -139,8 +139,10 @@ class Interface:
         return cls(tuple(outputs), standardisation, taken)
 
 
-def _or_missing(value: object) -> str:
-    return "missing" if value is None else repr(value)
+def _or_missing(value: str | tuple[float, float] | None) -> str:
+    if value is None:
+        return "missing"
+    return repr(value) if isinstance(value, str) else "{:.6g} and {:.6g}".format(*value)
 
 
 def _is_close(old: tuple[float, float] | None, new: tuple[float, float] | None) -> bool:

@@ -32,6 +32,18 @@ def spec(root: Path) -> str:
     return f"imagefolder:{root}"
 
 
+def test_an_error_comes_without_the_warning_of_skipped_files(tmp_path: Path, capsys: pytest.CaptureFixture):
+    write_split(tmp_path, {"ant": 2, "bee": 2})
+    (tmp_path / "ant" / "notes.txt").write_text("no image")
+    load(spec(tmp_path))
+    assert holds(capsys.readouterr().err, "skipped .. 1 .txt")
+    for path in tmp_path.glob("*/*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="png"):
+        load(spec(tmp_path))
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("held_out", ["val", "test"])
 def test_a_folder_per_split_and_class(held_out: str, tmp_path: Path):
     write_split(tmp_path / "train", {"cat": 3, "ant": 2, "bee": 4})

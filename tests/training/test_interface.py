@@ -54,7 +54,7 @@ def test_a_damaged_interface_is_refused(change: dict[str, Any], message: str, tm
         (Interface(("b", "a"), FULL.standardisation, FULL.images), "output 0 was 'a', and is 'b' now"),
         (Interface(("a",), FULL.standardisation, FULL.images), "output 1 was 'b', and is missing now"),
         (Interface(("a", "b", "c"), FULL.standardisation, FULL.images), "output 2 was missing, and is 'c' now"),
-        (Interface(("a", "b")), r"feature 0 were \(1.0, 1.0\), and are missing"),
+        (Interface(("a", "b")), r"feature 0 were 1 and 1, and are missing"),
         (Interface(("a", "b"), ((1.0, 2.51, 3.0), (1.0, 0.5, 2.0)), FULL.images), "feature 1"),
         (Interface(("a", "b"), ((1.0, 2.5, 3.0), (1.0, 0.5, 2.1)), FULL.images), "feature 2"),
         (Interface(("a", "b"), FULL.standardisation, ImageInput(3, 20, 30, None)), "30, of the central .* whole image"),
