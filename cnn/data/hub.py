@@ -71,7 +71,7 @@ def load_hub(
 
     Raises ValueError, in one line, also for errors of the `datasets` library.
     """
-    splits = read_splits(place, ":")
+    splits = read_splits(place, ":", ("train", *TEST_SPLITS), LABEL_COLUMNS)
     name = f"hub:{place}"
     if "train" not in splits:
         raise ValueError(f"{name} has no split 'train', only {', '.join(map(repr, splits)) or 'none'}")
@@ -86,6 +86,9 @@ def load_hub(
         raise ValueError(f"{name} train: all labels are {int(labels[0])}; training needs at least two classes")
     held_out = _held_out(splits, label, name)
     if held_out is None:
+        others = [part for part in splits if part != "train" and len(splits[part])]
+        if others:
+            warn(f"{name}: a fifth of 'train' is held out as the test; not read: {', '.join(map(repr, others))}")
         kept, taken = stratified_split(labels, order_keys(len(labels), 0, 0), classes)
         test, test_labels, test_name = train.select(taken.tolist()), labels[taken], f"{name} train, held out"
         train, labels = train.select(kept.tolist()), labels[kept]

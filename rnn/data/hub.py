@@ -46,7 +46,7 @@ def load_hub(
     name = f"hub:{place}"
     root, _ = local_folder(place, "@") or (None, "")
     try:
-        splits = read_splits(place, "@")
+        splits = read_splits(place, "@", PARTS, LABEL_COLUMNS)
     except ValueError as error:
         if root and any(root.glob("*/*.wav")):
             raise ValueError(f"{error}; folders of WAV files are --data speech-commands:{place}") from error

@@ -6,22 +6,24 @@ import logging
 import os
 import re
 import textwrap
-from collections.abc import Iterator
-from glob import has_magic
+from collections.abc import Collection, Iterable, Iterator
+from glob import glob
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 from str_triton.training.errors import is_first_process, warn
-from str_triton.training.hub_files import check_files
+from str_triton.training.hub_files import check_features, check_files, read_features
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict, Features
+    from datasets import Dataset, DatasetBuilder, DatasetDict, Features
 
 PARQUET = "refs/convert/parquet"  # the revision in which the hub keeps its conversion of a data set made by a script
 
 
-def read_splits(place: str, separator: str) -> "DatasetDict | dict[str, Dataset]":
+def read_splits(
+    place: str, separator: str, splits: Collection[str] = (), labels: Iterable[str] = ()
+) -> "DatasetDict | dict[str, Dataset]":
     """Return the splits of a data set.
 
     Args:
@@ -29,6 +31,8 @@ def read_splits(place: str, separator: str) -> "DatasetDict | dict[str, Dataset]
             parquet or arrow files or of `save_to_disk`. If a script makes the data set, the hub's own conversion is
             read.
         separator: the character between NAME and CONFIGURATION.
+        splits: the splits whose files are checked; by default all.
+        labels: the names that the column of labels may have.
 
     Raises:
         ValueError: one line, also for errors of the library.
@@ -44,7 +48,7 @@ def read_splits(place: str, separator: str) -> "DatasetDict | dict[str, Dataset]
         if local is None:
             return _read_hub(place, separator, datasets)
         try:
-            return _read_folder(*local, datasets)
+            return _read_folder(*local, splits, labels, datasets)
         except Exception as error:  # errors of the library and of damaged files have no common base class
             raise ValueError(f"hub:{place}: {_reason(error)}{_configurations(place, separator, error)}") from error
 
@@ -72,19 +76,21 @@ def _without_its_messages() -> Iterator[None]:
             logging.getLogger(name).setLevel(level)
 
 
-def _read_folder(folder: Path, configuration: str, datasets: ModuleType) -> "dict[str, Dataset]":
+def _read_folder(
+    folder: Path, configuration: str, splits: Collection[str], labels: Iterable[str], datasets: ModuleType
+) -> "dict[str, Dataset]":
     in_parts, whole = ((folder / name).is_file() for name in ("dataset_dict.json", "dataset_info.json"))
     if in_parts or (whole and (folder / "state.json").is_file()):
         if configuration:
             raise ValueError(f"a folder of save_to_disk has no configuration {configuration!r}")
         if not in_parts:
-            return {"train": _saved(folder, datasets)}
+            return {"train": _saved(folder, labels, datasets)}
         names = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
-        return {name: _saved(folder / name, datasets) for name in names}
-    if has_magic(str(folder)):
-        raise ValueError("the datasets library cannot read a folder with *, ? or [ in its path: rename it")
+        return {name: _saved(folder / name, labels, datasets) for name in names}
+    if glob(str(folder)) != [str(folder)]:
+        raise ValueError("*, ? and [ in the path of a folder are patterns to the datasets library: rename the folder")
     builder = datasets.load_dataset_builder(str(folder), configuration or None)
-    check_files(folder, builder.config.data_files or {})
+    check_files(folder, builder, _declared(folder, builder, datasets), splits, labels)
     try:
         builder.download_and_prepare()
     except datasets.exceptions.SplitsVerificationError as error:
@@ -120,11 +126,25 @@ def _read_hub(place: str, separator: str, datasets: ModuleType) -> "DatasetDict"
         ) from error
 
 
-def _saved(folder: Path, datasets: ModuleType) -> "Dataset":
+def _declared(folder: Path, builder: "DatasetBuilder", datasets: ModuleType) -> dict[str, list[str]] | None:
+    """Return the files by split that README.md gives the configuration, or {} for a folder, or None for neither."""
+    module = datasets.load.dataset_module_factory(str(folder))
+    options = (module.builder_configs_parameters.metadata_configs or {}).get(builder.config.name, {})
+    if "data_files" in options:
+        return datasets.data_files.sanitize_patterns(options["data_files"])
+    return {} if "data_dir" in options else None
+
+
+def _saved(folder: Path, labels: Iterable[str], datasets: ModuleType) -> "Dataset":
     """Read a split that `save_to_disk` wrote. `load_from_disk` cannot read an empty one, which has no files."""
-    if json.loads((folder / "state.json").read_text(encoding="utf-8")).get("_data_files"):
-        return datasets.load_from_disk(str(folder))
-    return _empty(datasets.DatasetInfo.from_directory(str(folder)).features, datasets)
+    features = datasets.DatasetInfo.from_directory(str(folder)).features
+    files = json.loads((folder / "state.json").read_text(encoding="utf-8")).get("_data_files")
+    if not files:
+        return _empty(features, datasets)
+    paths = [Path(folder.name, file["filename"]) for file in files]
+    tables = {str(path): read_features(folder.parent, path) for path in paths}
+    check_features({f"{folder.name}/dataset_info.json": features, **tables}, labels)
+    return datasets.load_from_disk(str(folder))
 
 
 def _empty(features: "Features", datasets: ModuleType) -> "Dataset":

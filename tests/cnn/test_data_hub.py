@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from io import BytesIO
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from str_triton.cnn.data import batches, load
-from tests.messages import holding
+from tests.messages import holding, holds
 
 datasets = pytest.importorskip("datasets")
 datasets.disable_progress_bars()
@@ -50,6 +51,20 @@ def folder(tmp_path: Path) -> Path:
     path = tmp_path / "data"
     path.mkdir(exist_ok=True)
     return path
+
+
+def write(root: Path, **splits: "datasets.Dataset") -> Path:
+    root.mkdir(parents=True, exist_ok=True)
+    for name, part in splits.items():
+        part.to_parquet(root / f"{name}.parquet")
+    return root
+
+
+def refused(place: object, message: str) -> None:
+    with pytest.raises(ValueError, match=holding(message)) as caught:
+        load(f"hub:{place}", None)
+    assert "\n" not in str(caught.value)
+    assert "on the hub" not in str(caught.value)
 
 
 def check(data: object, train: int = 12, test: int = 6, first_test: int = 100) -> None:
@@ -90,6 +105,11 @@ PARTS = "data/train-00000-of-00002-0a1b data/train-00001-of-00002-2c3d"
         ("train-00000-of-00001 train-00000-of-00001 (1)", "two versions"),
         ("a/train-00000-of-00001 b/train-00000-of-00001", "b/train-00000-of-00001.parquet .. two versions"),
         ("train/0000 train/0001 train/0003", "train/0001.parquet .. train/0003.parquet .. missing"),
+        ("train/1 train/2 train/5", None),  # days
+        ("train/0001 train/84729", None),  # identifiers
+        ("train/0000 train/0001 train/9000", None),
+        ("train/my-train/a", "train/my-train/a.parquet .. twice"),
+        ("train/test/a", "train/test/a.parquet .. twice"),
     ],
 )
 def test_numbered_files_are_of_one_version_and_complete(names: str, message: str | None, tmp_path: Path):
@@ -107,13 +127,101 @@ def test_numbered_files_are_of_one_version_and_complete(names: str, message: str
             load(f"hub:{folder(tmp_path)}")
 
 
-def test_declared_folders_have_numbers_of_their_own(tmp_path: Path):
-    for name in ("2020/train", "2021/train", "2020/test"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        rows(6).to_parquet(tmp_path / f"{name}-00000-of-00001.parquet")
-    splits = "".join(f"  - split: {part}\n    path: '*/{part}-*'\n" for part in ("train", "test"))
-    (tmp_path / "README.md").write_text(f"---\nconfigs:\n- config_name: all\n  data_files:\n{splits}---\n")
-    assert len(load(f"hub:{tmp_path}").train) == 12
+DECLARED = "{{config_name: all, data_files: [{{split: train, path: {}}}, {{split: test, path: '*/test-*'}}]}}"
+
+
+@pytest.mark.parametrize(
+    ("names", "card", "text", "message"),
+    [
+        ("0/train-0-of-1 1/train-0-of-1", "README.md", DECLARED.format("'*/train-*'"), None),
+        ("0/train-0-of-1 1/train-0-of-1", ".huggingface.yaml", DECLARED.format("'*/train-*'"), None),
+        ("0/train-0-of-1 1/train-0-of-1", "README.md", "{config_name: all, data_dir: .}", None),
+        ("0/train-0-of-2 1/train-1-of-2", "README.md", DECLARED.format("'*/train-*'"), None),
+        ("0/train-0-of-2 0/train-1-of-2", "README.md", DECLARED.format("[0/train-0-of-2.parquet]"), None),
+        ("0/train-0-of-2", "README.md", DECLARED.format("[0/train-0-of-2.parquet]"), None),
+        ("0/train-0-of-2", "README.md", DECLARED.format("'*/train-*'"), "number 1 of 2"),
+        ("0/train-0-of-1 1/train-0-of-1", "README.md", "", "two versions"),
+    ],
+)
+def test_files_that_the_card_declares_may_be_in_folders_or_a_part(
+    names: str, card: str, text: str, message: str | None, tmp_path: Path
+):
+    parts = {name: rows(6) for name in names.split()}
+    for name, part in {**parts, "0/test-0-of-1": rows(3)}.items():
+        write((folder(tmp_path) / name).parent, **{Path(name).name: part})
+    line = "" if card.endswith("yaml") else "---\n"
+    (folder(tmp_path) / card).write_text(f"{line}configs: [{text}]\n{line}data_files:\n")
+    if message:
+        refused(folder(tmp_path), message)
+    else:
+        assert len(load(f"hub:{folder(tmp_path)}").train) == 6 * (1 if "[0" in text else len(parts))
+
+
+SWAPPED = datasets.ClassLabel(names=NAMES[::-1])
+
+
+@pytest.mark.parametrize("card", ["README.md", "dataset_infos.json"])
+def test_the_card_names_the_classes_of_the_files(card: str, tmp_path: Path):
+    write(folder(tmp_path), train=rows(6), test=rows(3))
+    for label, message in ((rows(1).features["label"], None), (SWAPPED, f"{card} .. cat, bee, ant .. train.parquet")):
+        info = datasets.DatasetInfo(features=datasets.Features({"image": datasets.Image(), "label": label}))
+        (folder(tmp_path) / "README.md").unlink(missing_ok=True)
+        if card == "README.md":
+            datasets.info.DatasetInfosDict({"default": info}).write_to_directory(str(folder(tmp_path)))
+        else:
+            (folder(tmp_path) / card).write_text(json.dumps({"default": {"features": info.features.to_dict()}}))
+        if message:
+            refused(folder(tmp_path), message)
+        else:
+            assert load(f"hub:{folder(tmp_path)}").class_names == tuple(NAMES)
+
+
+def test_saved_files_name_the_classes_of_their_split(tmp_path: Path):
+    datasets.DatasetDict(train=rows(6), test=rows(3)).save_to_disk(folder(tmp_path), num_shards={"train": 2, "test": 1})
+    rows(6).cast_column("label", SWAPPED).save_to_disk(tmp_path / "other", num_shards=2)
+    part = "data-00001-of-00002.arrow"
+    shutil.copy(tmp_path / "other" / part, folder(tmp_path) / "train" / part)
+    refused(folder(tmp_path), f"train/dataset_info.json .. train/{part} .. cat, bee, ant")
+
+
+@pytest.mark.parametrize("name", ["train.parquet.bak", "train-0-of-1.parquet.orig", "train.geoparquet"])
+def test_copies_of_files_are_not_read_unchecked(name: str, tmp_path: Path):
+    write(folder(tmp_path), train=rows(6), test=rows(3))
+    rows(6).cast_column("label", SWAPPED).to_parquet(folder(tmp_path) / name)
+    refused(folder(tmp_path), name)
+
+
+def test_only_columns_and_splits_that_are_read_are_compared(tmp_path: Path):
+    def part(names: list[str]) -> "datasets.Dataset":
+        return rows(6).add_column("coarse_label", [0] * 6).cast_column("coarse_label", datasets.ClassLabel(names=names))
+
+    write(folder(tmp_path), train=part(["a", "b"]), test=part(["b", "a"]))
+    assert len(load(f"hub:{folder(tmp_path)}").train) == 6
+    write(tmp_path / "more/data", **{f"{name}-00000-of-00001": rows(6) for name in ("train", "test")})
+    rows(6).cast_column("label", SWAPPED).to_parquet(tmp_path / "more/data/extra-00000-of-00002.parquet")
+    assert len(load(f"hub:{tmp_path / 'more'}").train) == 6
+
+
+def test_splits_that_are_not_read_are_named(tmp_path: Path, capfd: pytest.CaptureFixture):
+    write(folder(tmp_path) / "train", a=rows(30))
+    write(folder(tmp_path) / "Validation", a=rows(6))
+    assert len(load(f"hub:{folder(tmp_path)}").test) == 6
+    assert holds(capfd.readouterr().err, "'train' .. Validation/a.parquet .. lower case")
+    (folder(tmp_path) / "train").rename(folder(tmp_path) / "Train")
+    refused(folder(tmp_path), "Validation/a.parquet .. 'train' .. lower case")
+    write(tmp_path / "named" / "data", **{f"{name}-00000-of-00001": rows(30) for name in ("train", "dev")})
+    load(f"hub:{tmp_path / 'named'}")
+    assert holds(capfd.readouterr().err, "fifth of 'train' .. 'dev'")
+
+
+def test_arrow_files_may_have_a_footer(tmp_path: Path):
+    import pyarrow
+
+    for name, part in (("train", rows(12)), ("test", rows(6, 100))):
+        table = part.with_format("arrow")[:]
+        with pyarrow.ipc.new_file(folder(tmp_path) / f"{name}.arrow", table.schema) as file:
+            file.write_table(table)
+    check(load(f"hub:{folder(tmp_path)}", None))
 
 
 @pytest.mark.parametrize("saved", [True, False])
@@ -339,34 +447,21 @@ def test_the_configurations_of_a_folder_are_named(tmp_path: Path):
     assert "\n" not in str(caught.value)
 
 
-def write(root: Path, **splits: "datasets.Dataset") -> Path:
-    root.mkdir(parents=True, exist_ok=True)
-    for name, part in splits.items():
-        part.to_parquet(root / f"{name}.parquet")
-    return root
-
-
-def refused(place: object, message: str) -> None:
-    with pytest.raises(ValueError, match=holding(message)) as caught:
-        load(f"hub:{place}", None)
-    assert "\n" not in str(caught.value)
-    assert "on the hub" not in str(caught.value)
-
-
 def configurations(root: Path, *names: str) -> None:
     lines = [f"- config_name: {name}\n  data_dir: {name}" for name in names]
     (root / "README.md").write_text("---\nconfigs:\n" + "\n".join(lines) + "\n---\n")
 
 
 def test_a_configuration_of_a_folder_is_checked_like_a_folder(tmp_path: Path):
-    configurations(tmp_path, "good", "bad")
-    (tmp_path / "picture.png").write_bytes(png(0))
+    root = folder(tmp_path)
+    configurations(root, "good", "bad")
+    (root / "picture.png").write_bytes(png(0))
     paths = datasets.Dataset.from_dict({"image": ["picture.png"] * 4, "label": [0, 1, 0, 1]})
-    write(tmp_path / "good", train=paths, test=paths)
-    rows(6).to_parquet(write(tmp_path / "bad", test=rows(3)) / "train-00000-of-00002.parquet")
-    assert np.array_equal(load(f"hub:{tmp_path}:good", None).test.images[0].permute(1, 2, 0), np.asarray(picture(0)))
-    refused(f"{tmp_path}:bad", "bad/train-00000-of-00002.parquet .. number 1 of 2")
-    refused(f"{tmp_path}:new", "'new' .. 'good', 'bad'")
+    write(root / "good", train=paths, test=paths)
+    rows(6).to_parquet(write(root / "bad", test=rows(3)) / "train-00000-of-00002.parquet")
+    assert np.array_equal(load(f"hub:{root}:good", None).test.images[0].permute(1, 2, 0), np.asarray(picture(0)))
+    refused(f"{root}:bad", "bad/train-00000-of-00002.parquet .. number 1 of 2")
+    refused(f"{root}:new", "'new' .. 'good', 'bad'")
 
 
 def test_the_name_of_a_folder_may_be_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -388,9 +483,17 @@ def test_an_empty_split_of_a_folder_of_parquet_files(tmp_path: Path):
 
 def test_files_that_do_not_fit_are_named(tmp_path: Path, capfd: pytest.CaptureFixture):
     write(folder(tmp_path), train=rows(12), test=rows(6).add_column("id", list(range(6))))
-    refused(folder(tmp_path), "Couldn't cast .. id")
+    refused(folder(tmp_path), "test.parquet .. 'id' .. train.parquet")
     infos = {"default": {"splits": {name: {"name": name, "num_examples": 12} for name in ("train", "dev")}}}
     write(folder(tmp_path), test=rows(6))
     (tmp_path / "data" / "dataset_infos.json").write_text(json.dumps(infos))
     refused(folder(tmp_path), "splits .. dataset_infos.json .. 'dev'")
+    content = (folder(tmp_path) / "test.parquet").read_bytes()
+    for damaged, message in (
+        (b"", "empty"),
+        (content[:-9], "again"),
+        (b"version https://git-lfs.github.com", "lfs pull"),
+    ):
+        (folder(tmp_path) / "test.parquet").write_bytes(damaged)
+        refused(folder(tmp_path), f"test.parquet .. {message}")
     assert "Failed to read file" not in capfd.readouterr().err

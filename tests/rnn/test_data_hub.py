@@ -302,6 +302,21 @@ def test_paths_of_recordings_begin_in_the_folder(tmp_path: Path, monkeypatch: py
             write_wav(tmp_path / f"{part}-{word}.wav", sound(first_of(part) + number))
         sounds = [{"bytes": None, "path": f"{part}-{word}.wav"} for word in ("bed", "cat")]
         splits[part] = datasets.Dataset.from_dict({"audio": sounds, "label": ["bed", "cat"]}, features=features)
-    monkeypatch.setattr("str_triton.rnn.data.hub.read_splits", lambda place, separator: splits)
+    monkeypatch.setattr("str_triton.rnn.data.hub.read_splits", lambda *_: splits)
     clips = read(f"{tmp_path}@all").test.clips
     assert torch.equal(clips(torch.tensor([1]))[0], torch.from_numpy(sound(201)))
+
+
+def test_words_are_text_in_all_files_or_in_none(tmp_path: Path):
+    root = folder(tmp_path, strings=True)
+    part = datasets.load_dataset("parquet", data_files=str(root / "test-00000-of-00001.parquet"), split="train")
+    part.class_encode_column("label").to_parquet(root / "test-00000-of-00001.parquet")
+    refuse(root, "'label' is text in train-00000-of-00001.parquet, but numbers in test-00000-of-00001.parquet")
+
+
+def test_labels_of_a_text_do_not_matter(tmp_path: Path):
+    for part, names in (("train", ["x", "y"]), ("test", ["y", "x"])):
+        features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
+        rows = datasets.Dataset.from_dict({"text": [part], "label": [0]}, features=features)
+        rows.to_parquet(tmp_path / f"{part}.parquet")
+    assert hub_text(f"{tmp_path}:text") == "train\ntest"
