@@ -66,6 +66,7 @@ def load_hub(
     Images are stored as bytes, or as paths below the local folder. Labels are whole numbers from 0, or booleans.
 
     Parquet files are converted once to Arrow files below HF_DATASETS_CACHE, which need about as much disk space again.
+    Files that have changed or moved are converted anew: old conversions in its folder str_triton may be deleted.
     Folders of `save_to_disk` are memory-mapped in place. Images are read in random order: keep them on a fast disk.
     For `taken_by` see `load`.
 

@@ -15,6 +15,7 @@ from str_triton.rnn.data.common import Data
 from str_triton.rnn.data.wav import CHANNELS, RATES, is_wav, parse_wav
 from str_triton.training.errors import one_line
 from str_triton.training.hub import local_folder, read_splits
+from str_triton.training.hub_files import stamps
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -68,7 +69,8 @@ def load_hub(
         part, row = item
         return _decode(sounds[part][row][AUDIO_COLUMN], f"{name} {part}[{row}]", root or Path())
 
-    identity = repr((place, [(part, len(said[part]), splits[part]._fingerprint) for part in PARTS]))
+    files = {part: stamps(_files(sounds[part], root or Path())) for part in PARTS}
+    identity = repr((place, [(part, len(said[part]), splits[part]._fingerprint, files[part]) for part in PARTS]))
     known = tuple(sorted({said[part][row] for part, row in items}))
     numbers = {word: number for number, word in enumerate(known)}
     labels = torch.tensor([numbers[said[part][row]] for part, row in items])
@@ -128,6 +130,16 @@ def _audio_column(rows: "Dataset", place: str) -> "Dataset":
     if isinstance(rows.features[AUDIO_COLUMN], datasets.Audio):
         rows = rows.cast_column(AUDIO_COLUMN, datasets.Audio(decode=False))
     return rows
+
+
+def _files(rows: "Dataset", root: Path) -> list[Path]:
+    """Return the files that hold the recordings: tables, and files below `root` that the tables name."""
+    table, paths, content = rows.with_format("arrow")[:].flatten(), f"{AUDIO_COLUMN}.path", f"{AUDIO_COLUMN}.bytes"
+    named = []
+    if paths in table.column_names:
+        apart = table[content].is_null() if content in table.column_names else table[paths].is_valid()
+        named = [root / path for path in table[paths].filter(apart).to_pylist() if path]
+    return [*(Path(file["filename"]) for file in rows.cache_files), *named]
 
 
 def _decode(value: object, name: str, root: Path) -> tuple[np.ndarray, int]:

@@ -1,6 +1,7 @@
 """Reading of data sets of the Hugging Face hub, and of local folders in its format, with the `datasets` library."""
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -13,7 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from str_triton.training.errors import is_first_process, warn
-from str_triton.training.hub_files import check_features, check_files, read_features
+from str_triton.training.hub_files import check_features, check_files, read_features, stamps
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetBuilder, DatasetDict, Features
@@ -89,16 +90,34 @@ def _read_folder(
         return {name: _saved(folder / name, labels, datasets) for name in names}
     if glob(str(folder)) != [str(folder)]:
         raise ValueError("*, ? and [ in the path of a folder are patterns to the datasets library: rename the folder")
-    builder = datasets.load_dataset_builder(str(folder), configuration or None)
+    builder = datasets.load_dataset_builder(str(folder), configuration or None, cache_dir=_cache(datasets))
     check_files(folder, builder, _declared(folder, builder, datasets), splits, labels)
     try:
-        builder.download_and_prepare()
+        _prepare(folder, builder, datasets)
     except datasets.exceptions.SplitsVerificationError as error:
         raise ValueError(f"its splits are not those that README.md or dataset_infos.json names: {error}") from error
     return {
         name: builder.as_dataset(name) if split.num_examples else _empty(builder.info.features, datasets)
         for name, split in builder.info.splits.items()
     }
+
+
+def _cache(datasets: ModuleType) -> str:
+    """Return the folder for conversions of local data. The library's own cache may hold outdated ones."""
+    return os.path.join(os.path.expanduser(datasets.config.HF_DATASETS_CACHE), "str_triton")
+
+
+def _prepare(folder: Path, builder: "DatasetBuilder", datasets: ModuleType) -> None:
+    """Convert the files, unless these files were converted before.
+
+    The library knows a conversion by the name of the folder and README.md alone. Here its path also depends on the
+    folder and on the names, sizes and times of the files. The library locks the path while it writes.
+    """
+    files = [(split, stamps(paths)) for split, paths in (builder.config.data_files or {}).items()]
+    key = hashlib.sha256(repr((str(folder), files)).encode()).hexdigest()[:24]
+    place = f"{builder.cache_dir}/{key}"
+    extracted = datasets.DownloadConfig(cache_dir=f"{place}.downloads", use_etag=False)
+    builder.download_and_prepare(place, download_config=extracted)
 
 
 def _read_hub(place: str, separator: str, datasets: ModuleType) -> "DatasetDict":

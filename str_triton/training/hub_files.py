@@ -22,7 +22,13 @@ OTHER_SPLIT = re.compile(r"(?<![a-z])(test|testing|eval|evaluation|validation|va
 HIDDEN = re.compile(r"\.|__")
 NUMERIC = re.compile("u?int|float|bool")
 POINTER = b"version https://git-lfs"  # the first bytes of a file that Git LFS has not fetched
-CARD = "README.md, dataset_infos.json or an outdated copy in HF_DATASETS_CACHE"  # from where a builder has features
+CARD = "README.md or dataset_infos.json"  # from where a builder has features
+
+
+def stamps(paths: Iterable[str | Path]) -> list[tuple[str, int, int]]:
+    """Return the path, size and time of change of each file, by which a cache knows its content; 0 for no file."""
+    found = ((str(path), os.stat(path) if os.path.exists(path) else None) for path in paths)
+    return [(path, about.st_size, about.st_mtime_ns) if about else (path, 0, 0) for path, about in found]
 
 
 def check_files(

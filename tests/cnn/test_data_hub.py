@@ -1,6 +1,7 @@
 """Hugging Face data sets, from local files only."""
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -155,6 +156,17 @@ def test_files_that_the_card_declares_may_be_in_folders_or_a_part(
         refused(folder(tmp_path), message)
     else:
         assert len(load(f"hub:{folder(tmp_path)}").train) == 6 * (1 if "[0" in text else len(parts))
+
+
+@pytest.mark.parametrize("card", ["", "configs: [{config_name: default, data_files: [{split: train, path: train*}]}]"])
+def test_changed_files_and_folders_of_the_same_name_are_read_anew(card: str, tmp_path: Path):
+    for number, root in enumerate((tmp_path / "a/data", tmp_path / "b/data", tmp_path / "b/data")):
+        write(root, train=rows(30 + 3 * number, 100 * number))
+        (root / "README.md").write_text(f"---\n{card}\n---\n")
+        os.utime(root / "train.parquet", ns=(1, 10**9 + number * bool(card)))
+        train = load(f"hub:{root}").train
+        kept = {image.numpy().tobytes() for image in train.images.permute(0, 2, 3, 1)}
+        assert kept < {np.asarray(picture(100 * number + i)).tobytes() for i in range(40)}
 
 
 SWAPPED = datasets.ClassLabel(names=NAMES[::-1])

@@ -255,7 +255,7 @@ def test_a_hub_that_cannot_be_reached_is_one_message(monkeypatch: pytest.MonkeyP
 
 
 def test_a_folder_of_wav_files_is_led_to_the_right_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError("no data")
 
     monkeypatch.setattr(datasets, "load_dataset_builder", fail)
@@ -320,3 +320,24 @@ def test_labels_of_a_text_do_not_matter(tmp_path: Path):
         rows = datasets.Dataset.from_dict({"text": [part], "label": [0]}, features=features)
         rows.to_parquet(tmp_path / f"{part}.parquet")
     assert hub_text(f"{tmp_path}:text") == "train\ntest"
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_changed_recordings_are_read_anew(apart: bool, tmp_path: Path):
+    """Recordings in the tables, or in WAV files that the tables name, behind a README.md that stays the same."""
+    import pyarrow
+    import pyarrow.parquet
+
+    files = ", ".join(f"{{split: {part}, path: {part}.parquet}}" for part in COUNTS)
+    (tmp_path / "README.md").write_text(f"---\nconfigs: [{{config_name: default, data_files: [{files}]}}]\n---\n")
+    for first in (0, 1000):
+        for part in COUNTS:
+            paths = [f"{part}-{word}.wav" for word in ("bed", "cat")]
+            for number, path in enumerate(paths):
+                write_wav(tmp_path / path, sound(first + first_of(part) + number))
+            sounds = [{"bytes": None if apart else (tmp_path / path).read_bytes(), "path": path} for path in paths]
+            if not (apart and first):
+                table = pyarrow.table({"audio": sounds, "word": ["bed", "cat"]})
+                pyarrow.parquet.write_table(table, tmp_path / f"{part}.parquet")
+        clips = read(tmp_path).test.clips
+        assert torch.equal(clips(torch.tensor([1]))[0], torch.from_numpy(sound(first + 201)))
