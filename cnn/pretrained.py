@@ -9,6 +9,7 @@ from str_triton.cnn.arithmetic import warn_of_arithmetic
 from str_triton.cnn.models import state_shapes
 from str_triton.cnn.weights import fill, read_file, read_weights, without_prefix
 from str_triton.training.errors import warn
+from str_triton.training.interface import same_name
 
 
 def check_start(path: str | os.PathLike[str], *, needs_zeros: bool) -> None:
@@ -69,7 +70,7 @@ def _compare_classes(theirs: Sequence[str], ours: Sequence[str], where: str) -> 
     if len(theirs) != len(ours):
         raise ValueError(f"{where}: {len(ours)} scores, but {len(theirs)} names for them")
     for old, new in zip(theirs, ours, strict=True):
-        if old != new:
+        if not same_name(old, new):
             change = f"{where}: its class {old!r} is {new!r} in the data"
             if set(theirs) == set(ours):
                 raise ValueError(f"{change}: the order of the classes must match, or take --new-classifier")

@@ -19,7 +19,8 @@ last fifth; the test images take no part. Its lines are in cifar_tuning.jsonl, a
 
 `str`, the paper's method, has no target. Its lines name lambda, the weight decay of the weights and thresholds, and the
 table gives the sparsity that each one reached. "budget of": the run gets the sparsity of each layer from that run of
-the same seed. "weight decay": that in place of the recipe's 0.0005.
+the same seed. "weight decay": that in place of the recipe's 0.0005. "straight-through": the gradient that trains
+pruned weights too, for the whole run; the default has it for the first half.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from itertools import islice, product
 from pathlib import Path
 
 from benchmarks.runs import Run, RunFile
-from benchmarks.studies.cnn_runs import METHODS, finished, without_test_images, write_budget
+from benchmarks.studies.cnn_runs import METHODS, THROUGHOUT, finished, without_test_images, write_budget
 from benchmarks.timing import RESULTS, machine
 
 RUNS = RunFile(RESULTS / "cifar.jsonl", ("model", "line", "target", "seed"))
@@ -52,6 +53,7 @@ LINES: dict[str, list[str]] = {
     **STR,
     **{f"{method}{BUDGET}{next(iter(STR))}": ["--method", method] for method in ("str-exact", "gmp")},
     **{f"{line}, weight decay {DECAY[1]}": [*METHODS[line], *DECAY] for line in ("str-exact", "gmp, global", DENSE)},
+    f"{THROUGHOUT}{TEACHER}": METHODS[THROUGHOUT],
 }
 WITHOUT_TARGET = tuple(line for line in LINES if line.startswith((DENSE, "str, ")) or BUDGET in line)
 LEADERS = tuple(METHODS)[:5]

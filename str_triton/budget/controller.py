@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from str_triton.budget import inventory
 from str_triton.budget.allocate import NotANumberError
-from str_triton.budget.count import counted_weights
 from str_triton.budget.cuts import common_cut, diverged, exact_cut, separate_cuts
 from str_triton.budget.names import unwrapped_names
 from str_triton.budget.offset_controller import OffsetController
@@ -115,7 +114,7 @@ class SparsityController(OffsetController):
             inventory.set_floors(self._layers, floor, self._keep, target)
             keep = [int(self._budget(1.0))]
         inventory.warn_of_zeros(self._layers, keep)
-        self._size = self._counted(model)
+        self._others_then = self._counted(model)
         uses = list(thresholded_weights(model))
         self._straight_through = [use.holder for use in uses if use.holder.gradient == "straight_through"]
         self._take(model, [layer.weight.holder for layer in self._layers], [use.holder for use in uses])
@@ -211,17 +210,15 @@ class SparsityController(OffsetController):
     def _undo_exact(self) -> None:
         self._moved.put_back()
 
-    def _require_unchanged(self) -> None:
-        super()._require_unchanged()
+    def _check_unchanged(self) -> None:
+        super()._check_unchanged()
         inventory.require_own_weights(layer.weight for layer in self._layers)
+        self._others = inventory.present(self._thresholds.model, self._others)
 
-    def _counted(self, model: nn.Module) -> int:
-        return inventory.covered_size(model)
+    def _counted(self, model: nn.Module) -> list[tuple[int, ...]]:
+        return inventory.covered_shapes(model)
 
-    def still_meets(self) -> bool:
-        self._meet()
-        if self._processes.group is not None or any(layer.weight.dense.is_meta for layer in self._layers):
-            return True  # not every process may be here, or there are no values
+    def _is_within(self) -> bool:
         left = inventory.survivors(self._layers).tolist()
         if self.target.by_layer:
             return all(number <= keep for number, keep in zip(left, self._keep_each(1.0), strict=True))
@@ -243,8 +240,7 @@ class SparsityController(OffsetController):
                     "give a copy or an average of the controller's own model"
                 )
         self._layers = [replace(layer, weight=uses[layer.name]) for layer in self._layers]
-        weights = unwrapped_names({weight.name: weight for weight in counted_weights(model)})
-        self._others = [weights.get(other.name, other) for other in self._others]
+        self._others = inventory.present(model, self._others)
         self._moved = Moved([layer.weight for layer in self._layers])
         return [layer.weight.holder for layer in self._layers]
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from str_triton.budget.count import count, counted_weights, some
+from str_triton.budget.names import unwrapped_names
 from str_triton.budget.processes import Processes, nonzeros
 from str_triton.budget.raw_thresholds import raws_for_rows
 from str_triton.budget.target import Costs, Target
@@ -93,9 +94,17 @@ def require_own_weights(uses: Iterable[ThresholdedWeight]) -> None:
         )
 
 
-def covered_size(model: nn.Module) -> int:
-    """Return how many weights of a model targets count."""
-    return sum(source.numel() for weight in counted_weights(model) if weight.covered for source in weight.sources)
+def covered_shapes(model: nn.Module) -> list[tuple[int, ...]]:
+    """Return the shapes of the weights of a model that targets count, in the order of the shapes."""
+    weights = [weight for weight in counted_weights(model) if weight.covered]
+    # A weight's own shape needs no computation of its value.
+    return sorted(tuple((w.sources[0] if len(w.sources) == 1 else w.value).shape) for w in weights)
+
+
+def present(model: nn.Module, weights: list[Matrix]) -> list[Matrix]:
+    """Return the weights of a model that have the names of the given ones."""
+    now = unwrapped_names({weight.name: weight for weight in counted_weights(model)})
+    return [now[name] for name in unwrapped_names({weight.name: weight for weight in weights}) if name in now]
 
 
 def require_own_thresholds(layers: list[Layer]) -> None:

@@ -5,6 +5,7 @@ defines the offset in `_cut`, and how far it may move a threshold.
 """
 
 import copy
+import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ class OffsetController:
     """
 
     DISTRIBUTIONS: tuple[str, ...] = ("fixed", "learned")
-    _size: int  # of the parts of the model that `_counted` returned when the controller was made
+    _others_then: Any  # what `_counted` returned when the controller was made
 
     def __init__(
         self, model: nn.Module, *, schedule: str, begin: float, end: float, distribution: str, interval: int
@@ -172,12 +173,12 @@ class OffsetController:
         controller = self if model is None else self._for(model)
         if controller._control is self._control:
             self._refuse("finish")
-        controller._require_unchanged()
+        controller._check_unchanged()
         controller.progress = 1.0
         controller._meet()
         controller._adopt(self._thresholds)
         controller._make_exact(done=1.0)
-        controller._control.reached = True
+        controller._control.reach()
 
     def _refuse(self, method: str) -> None:
         """Raise ValueError after `densify`, and inside `exact()`, which would undo the method's changes."""
@@ -186,22 +187,36 @@ class OffsetController:
         if self._training is not None:
             raise ValueError(f"{method}() inside exact() would be undone on leaving it: call {method}() afterwards")
 
-    def _require_unchanged(self) -> None:
-        """Raise ValueError if the model has lost or gained weights since the controller was made."""
+    def _check_unchanged(self) -> None:
+        """Raise ValueError if the model has lost controlled layers; warn, once, if other weights came or went."""
         self._thresholds.require_present()
-        now, then = self._counted(self._thresholds.model), self._size
-        if now != then:
-            raise ValueError(
-                f"weights were added or removed since the controller was made: its target counted {then:,} then and "
-                f"counts {now:,} now; make a new controller"
+        now = self._counted(self._thresholds.model)
+        if now != self._others_then:
+            self._others_then = now
+            warnings.warn(
+                "weights were added to the model, removed or tied otherwise since the controller was made: the target "
+                "holds for the weights that were there then; to count the present ones, make a new controller",
+                stacklevel=4,
             )
 
-    def _counted(self, model: nn.Module) -> int:
-        """Return the size of what the target counts in a model, the same whatever the thresholds are."""
+    def _counted(self, model: nn.Module) -> Any:
+        """Return what the target counts in a model whatever the thresholds are, in a form that can be compared."""
         raise NotImplementedError
 
     def still_meets(self) -> bool:
-        """Check whether the model costs no more than the target, as its weights are now. Synchronizes with the GPU."""
+        """Check whether the model costs no more than the target, as it is now. Synchronizes with the GPU.
+
+        Models that are spread over processes, or have no values, are not checked.
+        """
+        if self._thresholds.lost or self._counted(self._thresholds.model) != self._others_then:
+            return False
+        self._meet()
+        if self._processes.group is not None or any(raw.is_meta for raw in self._raws):
+            return True
+        return self._is_within()
+
+    def _is_within(self) -> bool:
+        """Check whether the controlled weights cost no more than the target."""
         raise NotImplementedError
 
     def _make_exact(self, done: float) -> None:
@@ -271,7 +286,7 @@ class OffsetController:
             return
         if controller._control is self._control:
             self._refuse("exact")
-        controller._require_unchanged()
+        controller._check_unchanged()
         controller._meet()
         held_back, saved = controller._held_back, controller._thresholds.save()
         controller._training = saved[0], held_back

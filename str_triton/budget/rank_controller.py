@@ -101,7 +101,7 @@ class RankController(OffsetController):
         self._kept: list[Tensor] = []  # The values of m that exact() restores.
         self._full = sum(target.cost(matrix, matrix.max_rank) for matrix in self._matrices)
         self._keep = target.keep(rank_costs(model, target, self._matrices))
-        self._size = self._counted(model)
+        self._others_then = self._counted(model)
         savings = [
             target.cost(matrix, rank) - target.cost(matrix, rank - 1)
             for matrix in self._matrices
@@ -132,11 +132,11 @@ class RankController(OffsetController):
                 self._settle()
             return
         if progress == 1:
-            self._require_unchanged()
+            self._check_unchanged()
         self._meet()
         self._advance(progress)
         self._hold(self._survivors)
-        self._control.reached = True  # The ranks meet the target and are fixed: the optimizer cannot change them.
+        self._control.reach()  # The ranks meet the target and are fixed: the optimizer cannot change them.
 
     def _follow(self) -> None:
         if self.progress >= self.end or self.steps % (self.interval * REFACTOR) == 0:
@@ -147,11 +147,11 @@ class RankController(OffsetController):
         if self._survivors is None or model is not None:
             super().finish(model)
             return
-        self._require_unchanged()
+        self._check_unchanged()
         self.progress = 1.0
         self._meet()
         self._hold(self._survivors)
-        self._control.reached = True
+        self._control.reach()
 
     @torch.no_grad()
     def solve(self) -> None:
@@ -166,7 +166,7 @@ class RankController(OffsetController):
     @contextmanager
     def exact(self, model: nn.Module | None = None) -> Iterator[None]:
         if self._survivors is not None and model is None:
-            self._require_unchanged()
+            self._check_unchanged()
             yield
             return
         with super().exact(model):
@@ -224,7 +224,7 @@ class RankController(OffsetController):
         for matrix, raw in zip(self._matrices, self._first, strict=True):
             matrix.settle(raw)
         self._survivors = [full(matrix.trained_spectrum()) != 0 for matrix in self._matrices]
-        self._control.reached = True
+        self._control.reach()
         self._let_learn(False)
 
     @torch.no_grad()
@@ -237,10 +237,7 @@ class RankController(OffsetController):
     def _counted(self, model: nn.Module) -> int:
         return self.target.fixed(rank_costs(model, self.target, self._matrices))
 
-    def still_meets(self) -> bool:
-        self._meet()
-        if self._processes.group is not None or any(matrix.u.is_meta for matrix in self._matrices):
-            return True  # not every process may be here, or there are no values
+    def _is_within(self) -> bool:
         return sum(self.target.cost(matrix, matrix.rank) for matrix in self._matrices) <= self._keep
 
     def measure(self) -> dict[str, float]:

@@ -55,10 +55,15 @@ class RawThresholds:
             self.before = [raw.clone() for raw in own]
         self.processes = Processes.of([*self.parameters, *others])
 
+    @property
+    def lost(self) -> ThresholdHolder | None:
+        """One of the modules that is no longer in the model; None if all are."""
+        present = {id(module) for module in self.model.modules()}
+        return next((holder for holder in self._users if id(holder) not in present), None)
+
     def require_present(self) -> None:
         """Raise ValueError if one of the modules is no longer in the model: what replaced it would not be counted."""
-        present = {id(module) for module in self.model.modules()}
-        if lost := next((holder for holder in self._users if id(holder) not in present), None):
+        if lost := self.lost:
             raise ValueError(
                 f"a {type(lost).__name__} that the controller was made for is no longer in the model: make a new "
                 "controller after replacing layers"

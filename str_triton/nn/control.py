@@ -2,6 +2,7 @@
 
 import warnings
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -38,10 +39,14 @@ class Control:
     def is_met(self) -> bool:
         """Check whether the model meets the target, or inside `exact()` the schedule's value.
 
-        A controller that still exists counts: an optimizer or a state dict may have changed the weights since.
+        A controller that still exists counts: an optimizer, a state dict or a cast may have changed the weights since.
         """
-        owner = None if self.owner is None else self.owner()
+        owner = None if self.owner is None or self.densified else self.owner()
         return self.exact or (self.reached and (owner is None or owner.still_meets()))
+
+    def reach(self) -> None:
+        """Note that the model meets the target now."""
+        self.reached, self.warned = True, False
 
     @property
     def is_held(self) -> bool:
@@ -57,13 +62,18 @@ def controls(model: nn.Module) -> list[Control]:
 
 def warn_if_unfinished(model: nn.Module, stacklevel: int = 3) -> None:
     """Warn, once for each controller, that the model does not meet its controller's target."""
-    for control in controls(model):
+    warn_of_unfinished(controls(model), stacklevel + 1)
+
+
+def warn_of_unfinished(marks: Iterable[Control], stacklevel: int = 3) -> None:
+    """Warn, once for each of the controllers, that the model does not meet its target."""
+    for control in marks:
         if control.warned or control.is_met:
             continue
         control.warned = True
-        status = "its weights have changed since" if control.reached else control.status
+        status = "its weights have changed since finish()" if control.reached else control.status
         warnings.warn(
-            f"the model does not meet its controller's target ({status}): call controller.finish() first, or measure "
-            "inside controller.exact()",
+            f"the model does not meet its controller's target ({status}): call controller.finish(), or measure inside "
+            "controller.exact()",
             stacklevel=stacklevel,
         )

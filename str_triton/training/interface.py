@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 from str_triton.files import percent
 
@@ -15,7 +16,7 @@ INTERFACE = "interface.json"
 RESIZE = "bilinear, antialiased"  # the way in which every network of the programs has its images scaled
 LONGEST = 2**12  # the largest height and width of images to believe; a network would compute for minutes on one image
 ENTRIES = ("outputs", "standardisation", "images")
-TOLERANCE = 1e-3  # differences of means and deviations to ignore, in deviations: other machines round differently
+TOLERANCE = 1e-2  # differences of means and deviations to ignore, in deviations: rounding, and images left out
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,11 @@ class Interface:
     def change(self, now: "Interface") -> str | None:
         """Return in words the first difference of ``now`` from this interface; None if a network can go on with it.
 
-        Differences of means and deviations up to `TOLERANCE` count as rounding.
+        Differences of means and deviations up to `TOLERANCE` are ignored, and those of accents, which file systems
+        write in two ways.
         """
         for number, (old, new) in enumerate(zip_longest(self.outputs, now.outputs)):
-            if old != new:
+            if not same_name(old, new):
                 return f"output {number} was {_or_missing(old)}, and is {_or_missing(new)} now"
         for number, (old, new) in enumerate(zip_longest(self._features(), now._features())):
             if not _is_close(old, new):
@@ -137,6 +139,11 @@ class Interface:
         if taken is not None and standardisation is not None and len(standardisation[0]) != taken.channels:
             raise ValueError(f"its images have {taken.channels} colour channels, but {len(standardisation[0])} means")
         return cls(tuple(outputs), standardisation, taken)
+
+
+def same_name(one: str | None, other: str | None) -> bool:
+    """Return whether two names are equal, whichever way their accents are written."""
+    return one == other or (None not in (one, other) and normalize("NFC", str(one)) == normalize("NFC", str(other)))
 
 
 def _or_missing(value: str | tuple[float, float] | None) -> str:

@@ -554,7 +554,7 @@ def test_a_layer_that_was_replaced_is_noticed(granularity):
 
 
 def add_a_layer(model):
-    model.append(nn.Linear(10, 10))
+    model.append(nn.Linear(model[-1].out_features, 10))
 
 
 def untie(model):
@@ -566,16 +566,53 @@ def adapt(model):
 
 
 @pytest.mark.parametrize("change", [add_a_layer, untie, adapt])
-def test_weights_that_were_added_are_noticed(change):
-    """The budget was computed without them."""
+def test_weights_that_were_added_are_named_in_a_warning(change):
+    """The budget was computed without them; the weights that were there meet it."""
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     model[1].weight = model[0].weight
     controller = SparsityController(sparsify(model), Target(sparsity=0.5))
     controller.step(0.5)
     change(model)
-    for use in (controller.finish, lambda: controller.step(1.0), lambda: controller.exact().__enter__()):
-        with pytest.raises(ValueError, match=holding("weights were added or removed .. make a new controller")):
-            use()
+    with pytest.warns(UserWarning, match="were there then"), controller.exact():
+        pass
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        controller.finish()
+        assert (model[0].sparse_weight == 0).sum() == 32
+        count(model, torch.zeros(1, 8))
+
+
+def test_a_normalization_that_is_removed_from_an_excluded_layer_is_no_change():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), nn.Linear(8, 8))
+    controller = SparsityController(sparsify(model, exclude="0"), Target(sparsity=0.25))
+    nn.utils.parametrize.remove_parametrizations(model[0], "weight")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        controller.finish()
+    assert count(model, torch.zeros(1, 8)).nonzeros == 96
+
+
+def test_an_excluded_layer_that_was_replaced_counts_as_it_is_now():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    with torch.no_grad():
+        model[1].weight[:4] = 0
+    controller = SparsityController(sparsify(model, exclude="1"), Target(sparsity=0.4))
+    model[1] = nn.Linear(8, 8)
+    controller.finish()
+    assert count(model, torch.zeros(1, 8)).nonzeros == 77
+
+
+@pytest.mark.parametrize("change", [add_a_layer, lambda model: model.__setitem__(0, nn.Conv2d(3, 16, 3))])
+def test_layers_that_came_or_went_after_the_end_are_noticed(change):
+    """Although a warning was given before training, when the model was counted."""
+    model = sparsify(convolutional_net())
+    controller = SparsityController(model, Target(sparsity=0.9))
+    with pytest.warns(UserWarning, match="no step was made"):
+        count(model, IMAGES)
+    controller.step(1.0)
+    change(model)
+    with pytest.warns(UserWarning, match="does not meet .* changed since"):
+        count(model, IMAGES)
 
 
 COMPUTING = [

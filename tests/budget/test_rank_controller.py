@@ -8,7 +8,17 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from str_triton import LowRankLinear, LowRankWeight, RankController, RankTarget, Target, count_ranks, parameter_groups
+from str_triton import (
+    LowRankLinear,
+    LowRankWeight,
+    RankController,
+    RankTarget,
+    Target,
+    count_ranks,
+    densify,
+    parameter_groups,
+    sparsify,
+)
 
 SHAPES = [(12, 9, None), (9, 9, None), (30, 10, 7), (8, 1, None), (6, 40, 6)]
 
@@ -544,18 +554,37 @@ def test_settled_ranks_stay_while_the_rest_trains():
     assert controller._control.reached
 
 
-@pytest.mark.parametrize(
-    "change",
-    [lambda model: model.__setitem__(0, LowRankLinear(9, 12)), lambda model: model.append(LowRankLinear(6, 6))],
-)
-def test_layers_that_were_replaced_or_added_after_the_ranks_are_fixed_are_noticed(change):
+def test_a_layer_that_was_replaced_after_the_ranks_are_fixed_is_noticed():
     model = random_model()
     controller = RankController(model, RankTarget(total_rank=15), end=0.4)
     controller.step(0.5)
-    change(model)
+    model[0] = LowRankLinear(9, 12)
     for use in (controller.finish, lambda: controller.step(1.0), lambda: controller.exact().__enter__()):
         with pytest.raises(ValueError, match="make a new controller"):
             use()
+    with pytest.warns(UserWarning, match="does not meet .* changed since"):
+        model[1].compact()
+
+
+def test_a_matrix_that_was_added_is_named_in_a_warning():
+    model = random_model()
+    controller = RankController(model, RankTarget(total_rank=15), end=0.4)
+    controller.step(0.5)
+    model.append(LowRankLinear(6, 6))
+    with pytest.warns(UserWarning, match="were there then"):
+        controller.step(1.0)
+    assert sum(ranks(model)) == 15 + 6
+
+
+def test_densify_leaves_the_rank_controller_of_the_same_model_alone():
+    model = sparsify(nn.Sequential(LowRankLinear(9, 9), nn.Linear(9, 9)))
+    controller = RankController(model, RankTarget(total_rank=4))
+    controller.step(0.2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        densify(model)
+    controller.step(1.0)
+    assert model[0].weight.rank == 4
 
 
 def test_ranks_that_changed_after_the_end_are_noticed():

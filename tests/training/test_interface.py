@@ -65,6 +65,11 @@ def test_the_first_change_is_named(now: Interface, message: str) -> None:
     assert re.search(message, FULL.change(now))
 
 
+def test_accents_in_either_form_are_no_change() -> None:
+    assert Interface(("caf\u00e9",)).change(Interface(("cafe\u0301",))) is None
+    assert Interface(("caf\u00e9",)).change(Interface(("cafe",))) is not None
+
+
 def test_rounding_is_no_change() -> None:
     means, deviations = (1.0001, 2.5001, 3.0001), (1.0001, 0.5001, 2.0001)
     assert FULL.change(Interface(FULL.outputs, (means, deviations), FULL.images)) is None
