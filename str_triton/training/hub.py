@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from str_triton.training.errors import is_first_process, warn
-from str_triton.training.hub_files import check_features, check_files, read_features, stamps
+from str_triton.training.hub_files import Declared, check_features, check_files, read_features, stamps
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetBuilder, DatasetDict, Features
@@ -80,14 +80,15 @@ def _without_its_messages() -> Iterator[None]:
 def _read_folder(
     folder: Path, configuration: str, splits: Collection[str], labels: Iterable[str], datasets: ModuleType
 ) -> "dict[str, Dataset]":
-    in_parts, whole = ((folder / name).is_file() for name in ("dataset_dict.json", "dataset_info.json"))
-    if in_parts or (whole and (folder / "state.json").is_file()):
-        if configuration:
-            raise ValueError(f"a folder of save_to_disk has no configuration {configuration!r}")
-        if not in_parts:
-            return {"train": _saved(folder, labels, datasets)}
-        names = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
-        return {name: _saved(folder / name, labels, datasets) for name in names}
+    parts = [part.name for part in sorted(folder.iterdir()) if _is_saved(part)]
+    if (folder / "dataset_dict.json").is_file():
+        parts = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+    elif _is_saved(folder):
+        parts = ["."]
+    if parts and configuration:
+        raise ValueError(f"a folder of save_to_disk has no configuration {configuration!r}")
+    if parts:
+        return {"train" if name == "." else name: _saved(folder / name, labels, datasets) for name in parts}
     if glob(str(folder)) != [str(folder)]:
         raise ValueError("*, ? and [ in the path of a folder are patterns to the datasets library: rename the folder")
     builder = datasets.load_dataset_builder(str(folder), configuration or None, cache_dir=_cache(datasets))
@@ -145,13 +146,18 @@ def _read_hub(place: str, separator: str, datasets: ModuleType) -> "DatasetDict"
         ) from error
 
 
-def _declared(folder: Path, builder: "DatasetBuilder", datasets: ModuleType) -> dict[str, list[str]] | None:
-    """Return the files by split that README.md gives the configuration, or {} for a folder, or None for neither."""
+def _declared(folder: Path, builder: "DatasetBuilder", datasets: ModuleType) -> Declared:
+    """Return the files, or the folder of the files, that README.md gives the configuration."""
     module = datasets.load.dataset_module_factory(str(folder))
     options = (module.builder_configs_parameters.metadata_configs or {}).get(builder.config.name, {})
     if "data_files" in options:
-        return datasets.data_files.sanitize_patterns(options["data_files"])
-    return {} if "data_dir" in options else None
+        return Declared(datasets.data_files.sanitize_patterns(options["data_files"]), None)
+    return Declared(None, options.get("data_dir"))
+
+
+def _is_saved(folder: Path) -> bool:
+    """Return whether `save_to_disk` wrote the folder as one split."""
+    return all((folder / name).is_file() for name in ("dataset_info.json", "state.json"))
 
 
 def _saved(folder: Path, labels: Iterable[str], datasets: ModuleType) -> "Dataset":
@@ -163,7 +169,7 @@ def _saved(folder: Path, labels: Iterable[str], datasets: ModuleType) -> "Datase
     paths = [Path(folder.name, file["filename"]) for file in files]
     tables = {str(path): read_features(folder.parent, path) for path in paths}
     check_features({f"{folder.name}/dataset_info.json": features, **tables}, labels)
-    return datasets.load_from_disk(str(folder))
+    return datasets.load_from_disk(str(folder)).with_format(None)
 
 
 def _empty(features: "Features", datasets: ModuleType) -> "Dataset":

@@ -4,8 +4,9 @@ import os
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
-from glob import has_magic
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from glob import glob, has_magic
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,10 +20,19 @@ ENDINGS = {"parquet": (".parquet", ".geoparquet", ".gpq"), "arrow": (".arrow",)}
 SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d+)-of-(?P<count>\d+)(\D.*)?")
 NUMBER = re.compile(r"\d{4,}")
 OTHER_SPLIT = re.compile(r"(?<![a-z])(test|testing|eval|evaluation|validation|valid|val|dev)(?![a-z])", re.IGNORECASE)
+TABLES = (".parquet", ".arrow", ".csv", ".tsv", ".json", ".jsonl")
 HIDDEN = re.compile(r"\.|__")
 NUMERIC = re.compile("u?int|float|bool")
 POINTER = b"version https://git-lfs"  # the first bytes of a file that Git LFS has not fetched
 CARD = "README.md or dataset_infos.json"  # from where a builder has features
+
+
+@dataclass(frozen=True)
+class Declared:
+    """Options of README.md: the patterns of the files by split, or the folder of the files, or neither."""
+
+    files: Mapping[str, list[str]] | None
+    folder: str | None
 
 
 def stamps(paths: Iterable[str | Path]) -> list[tuple[str, int, int]]:
@@ -34,7 +44,7 @@ def stamps(paths: Iterable[str | Path]) -> list[tuple[str, int, int]]:
 def check_files(
     folder: Path,
     builder: "DatasetBuilder",
-    patterns: Mapping[str, Iterable[str]] | None,
+    declared: Declared,
     splits: Collection[str] = (),
     labels: Iterable[str] = (),
 ) -> None:
@@ -43,7 +53,7 @@ def check_files(
     Args:
         folder: the data set's folder.
         builder: the library's builder of the configuration that is read.
-        patterns: the files of each split, if README.md says them; None if the library finds them by their names.
+        declared: the options of README.md. Without declared files the library finds them by their names.
         splits: the splits that are read; by default all.
         labels: the names that the column of labels may have; the first that exists is read.
 
@@ -56,17 +66,27 @@ def check_files(
         for name, paths in found.items()
     }
     read = {name: files[name] for name in splits or files if name in files}
+    by_name, by_folder = declared.files is None, kind.endswith("folder")
     repeated = [path for path, count in Counter(chain(*read.values())).items() if count > 1]
-    if repeated and patterns is None:
+    if repeated and by_name:
         raise ValueError(f"{repeated[0]} would be read twice, as its path names splits twice: rename it")
-    if patterns is None and list(read) == ["train"] != list(splits or read):
-        _check_lone_train(folder, read["train"], set(chain(*files.values())), kind.endswith("folder"))
+    known = set(chain(*files.values()))
+    unread = [path for path in _listed(folder, declared) if path not in known]
+    if by_folder and by_name:
+        _check_tables(folder, unread, labels)
+    endings = {path.suffix.lower() for path in known}
+    unread = [path for path in unread if path.suffix.lower() in endings]
+    _check_links(folder, unread, known)
+    if by_name and list(read) == ["train"] != list(splits or read):
+        _check_lone_train(folder, read["train"], unread, by_folder)
     if kind not in ENDINGS:
         return
     for name, paths in read.items():
         _check_endings(paths, ENDINGS[kind])
-        if any(map(has_magic, (patterns or {}).get(name, ["*"]))):  # files that README.md names one by one are complete
-            _check_shards(paths, declared=patterns is not None)
+        if any(
+            map(has_magic, (declared.files or {}).get(name, ["*"]))
+        ):  # files that README.md names one by one suffice
+            _check_shards(paths, declared != Declared(None, None))
             _check_numbers(paths)
     tables = {path: read_features(folder, path) for path in chain(*files.values())}
     first = next(iter(tables.values()), None)
@@ -76,16 +96,58 @@ def check_files(
     check_features(chosen, labels)
 
 
-def _check_lone_train(folder: Path, paths: list[Path], known: set[Path], by_folder: bool) -> None:
+def _listed(folder: Path, declared: Declared) -> Iterator[Path]:
+    """Yield the files that belong to the data set, relative to its folder. Follow links, which the library may not."""
+    if declared.files is not None:
+        for pattern in chain(*declared.files.values()):
+            yield from map(Path, sorted(glob(pattern, root_dir=folder, recursive=True)))
+        return
+    seen = set()
+    for root, folders, files in os.walk(folder / (declared.folder or ""), followlinks=True):
+        if (real := os.path.realpath(root)) in seen:  # links may form a circle
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not HIDDEN.match(name))
+        place = Path(os.path.relpath(root, folder))
+        yield from (place / name for name in sorted(files) if not HIDDEN.match(name))
+
+
+def _check_tables(folder: Path, unread: list[Path], labels: Iterable[str]) -> None:
+    """Check that no table with labels lies beside the images or sounds, as the library would not read it."""
+    for path in unread:
+        if path.suffix.lower() in (".parquet", ".arrow"):
+            columns = " ".join(read_features(folder, path))
+        elif path.suffix.lower() in TABLES:
+            with open(folder / path, encoding="utf-8", errors="replace") as file:
+                columns = file.read(4096)
+        else:
+            continue
+        if any(re.search(rf"\b{name}\b", columns) for name in labels):
+            raise ValueError(
+                f"the names of folders would be the labels, not those in {path}: move it away, or declare the tables "
+                "of all splits in README.md as data_files"
+            )
+
+
+def _check_links(folder: Path, unread: list[Path], known: set[Path]) -> None:
+    """Check that no link leads to data that are not read: the library does not follow links to folders."""
+    if gone := next((path for path in unread if not os.path.exists(folder / path)), None):
+        raise ValueError(f"{gone} is a link to a file that is not there: fetch the file or remove the link")
+    links = {path: next((up for up in path.parents if os.path.islink(folder / up)), None) for path in unread}
+    read = {os.path.realpath(folder / path) for path in known} if any(links.values()) else set()
+    for path, link in links.items():
+        if link and os.path.realpath(folder / path) not in read:
+            raise ValueError(f"{link} is a link to a folder, which would not be read: copy or move the folder there")
+
+
+def _check_lone_train(folder: Path, paths: list[Path], unread: list[Path], by_folder: bool) -> None:
     """Check that no file of another split is among those of train; warn of files that are in no split."""
     rule = "name the files or folders of splits train, validation or test, in lower case"
     for path in paths:
         words = (path.parent if by_folder else path).as_posix()
         if OTHER_SPLIT.search(words) and "train" not in words.lower():
             raise ValueError(f"{path} would be a part of the split 'train': {rule}")
-    endings = {path.suffix.lower() for path in paths}
-    here = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.suffix.lower() in endings]
-    unread = [path for path in here if path not in known and not any(HIDDEN.match(part) for part in path.parts)]
     if unread:
         more = f" and {len(unread) - 1:,} more" if len(unread) > 1 else ""
         warn(f"hub:{folder} has no split but 'train'; not read: {unread[0]}{more}; {rule}")

@@ -509,3 +509,81 @@ def test_files_that_do_not_fit_are_named(tmp_path: Path, capfd: pytest.CaptureFi
         (folder(tmp_path) / "test.parquet").write_bytes(damaged)
         refused(folder(tmp_path), f"test.parquet .. {message}")
     assert "Failed to read file" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "json"])
+def test_labels_of_tables_beside_images_are_not_replaced_by_folders(kind: str, tmp_path: Path):
+    import pandas
+
+    root = folder(tmp_path)
+    for split, count, first in (("train", 12, 0), ("test", 6, 100)):
+        names = [f"{split}/batch{i % 2}/{i}.png" for i in range(count)]
+        for i, name in enumerate(names):
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            picture(first + i).save(root / name)
+        table = pandas.DataFrame({"image": names, "label": [i % 3 for i in range(count)]})
+        {"csv": table.to_csv, "json": table.to_json, "parquet": table.to_parquet}[kind](root / f"{split}.{kind}")
+    refused(root, f"folders .. labels .. test.{kind} .. README.md .. data_files")
+    (root / "classes.json").write_text('["batch0", "batch1"]')
+    files = ", ".join(f"{{split: {split}, path: {split}.{kind}}}" for split in ("train", "test"))
+    (root / "README.md").write_text(f"---\nconfigs: [{{config_name: default, data_files: [{files}]}}]\n---\n")
+    if kind == "parquet":
+        check(load(f"hub:{root}"))
+    for split in ("train", "test"):
+        (root / f"{split}.{kind}").unlink()
+    (root / "README.md").unlink()
+    assert load(f"hub:{root}").class_names == ("batch0", "batch1")
+
+
+@pytest.mark.parametrize(
+    "link", ["test", "train/more", "train/b.parquet", "hidden/.link", "train/up", "declared/0", "declared/c.parquet"]
+)
+def test_links_to_data_are_not_passed_over(link: str, tmp_path: Path):
+    write(tmp_path / "store", a=rows(6, 100))
+    root = folder(tmp_path)
+    write(root / "train", a=rows(12))
+    (root / link).parent.mkdir(exist_ok=True)
+    if link.startswith("declared"):
+        files = "{split: train, path: train/a.parquet}, {split: test, path: declared/**}"
+        (root / "README.md").write_text(f"---\nconfigs: [{{config_name: all, data_files: [{files}]}}]\n---\n")
+        write(root / "declared", b=rows(6, 200))
+    elif link != "test":
+        write(root / "test", a=rows(6, 100))
+    target = "gone" if link.endswith(".parquet") else root if link == "train/up" else tmp_path / "store"
+    (root / link).symlink_to(target)
+    if link in ("hidden/.link", "train/up"):
+        check(load(f"hub:{root}"))
+    else:
+        refused(root, f"{link} is a link")
+
+
+def test_splits_that_were_saved_one_by_one(tmp_path: Path):
+    root = folder(tmp_path)
+    for name, part in (("train", rows(12)), ("test", rows(6, 100))):
+        part.with_format("numpy").save_to_disk(root / name)
+        datasets.load_from_disk(root / name).map(lambda row: {"label": 0})  # leaves cache-*.arrow beside the data
+    check(load(f"hub:{root}"))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ("train/a Test/a", None),
+        ("Train Test", "Test.parquet .. 'train' .. lower case"),
+        ("train/a train/test/a", "twice"),
+    ],
+)
+def test_a_declared_folder_is_checked_like_any(
+    names: str, message: str | None, tmp_path: Path, capfd: pytest.CaptureFixture
+):
+    root = folder(tmp_path)
+    configurations(root, "part")
+    write(root / "other", extra=rows(3))
+    for number, name in enumerate(names.split()):
+        path = root / "part" / name
+        write(path.parent, **{path.name: rows(30, 100 * number)})
+    if message:
+        refused(root, message)
+    else:
+        assert len(load(f"hub:{root}").test) == 6
+        assert holds(capfd.readouterr().err, "not read: part/Test/a.parquet;")
