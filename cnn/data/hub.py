@@ -13,7 +13,7 @@ from str_triton.cnn.data.counter_random import order_keys
 from str_triton.cnn.data.encoded import encoded_data
 from str_triton.training.errors import warn
 from str_triton.training.hub import local_folder, read_splits
-from str_triton.training.hub_files import check_names
+from str_triton.training.hub_features import check_names, class_names
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -82,7 +82,7 @@ def load_hub(
     image = _one_of(IMAGE_COLUMNS, train.column_names, f"{name} train")
     label = _one_of(LABEL_COLUMNS, train.column_names, f"{name} train")
     labels = _labels(train, label, f"{name} train")
-    classes = getattr(train.features[label], "names", None) or _numbered(labels, f"{name} train")
+    classes = class_names(train.features[label]) or _numbered(labels, f"{name} train")
     if len(classes) < 2 or int(labels.min()) == int(labels.max()):
         raise ValueError(f"{name} train: all labels are {int(labels[0])}; training needs at least two classes")
     held_out = _held_out(splits, label, name)
@@ -95,7 +95,7 @@ def load_hub(
         train, labels = train.select(kept.tolist()), labels[kept]
     else:
         test, test_labels, test_name = splits[held_out[0]], held_out[1], f"{name} {held_out[0]}"
-        named = getattr(test.features[label], "names", None)
+        named = class_names(test.features[label])
         if named is not None:
             check_names(f"{name} train", classes, test_name, named)
         _one_of((image,), test.column_names, test_name)
@@ -152,14 +152,19 @@ def _numbered(labels: Tensor, place: str) -> list[str]:
 
 
 def _held_out(splits: "DatasetDict | dict[str, Dataset]", label: str, name: str) -> tuple[str, Tensor] | None:
-    """Return the split to test on and its labels. Skip splits whose labels are all -1, as those of competitions."""
-    for split in TEST_SPLITS:
-        if split in splits and len(splits[split]):
-            _one_of((label,), splits[split].column_names, f"{name} {split}")
-            labels = _labels(splits[split], label, f"{name} {split}")
-            if (labels != -1).any():
-                return split, labels
+    """Return the split to test on and its labels. Skip splits without labels or with -1 alone, as of competitions."""
+    parts = [split for split in TEST_SPLITS if split in splits and len(splits[split])]
+    labelled = [split for split in parts if _has_values(splits[split], label)]
+    for split in labelled or parts:
+        _one_of((label,), splits[split].column_names, f"{name} {split}")
+        labels = _labels(splits[split], label, f"{name} {split}")
+        if (labels != -1).any():
+            return split, labels
     return None
+
+
+def _has_values(rows: "Dataset", column: str) -> bool:
+    return column in rows.column_names and rows.data.column(column).null_count < len(rows.data)
 
 
 def _encoded(rows: "Dataset", column: str) -> "Dataset":

@@ -15,6 +15,7 @@ from str_triton.rnn.data.common import Data
 from str_triton.rnn.data.wav import CHANNELS, RATES, is_wav, parse_wav
 from str_triton.training.errors import one_line
 from str_triton.training.hub import local_folder, read_splits
+from str_triton.training.hub_features import class_names
 from str_triton.training.hub_files import stamps
 
 if TYPE_CHECKING:
@@ -90,7 +91,8 @@ def hub_text(place: str) -> str:
     source, _, column = place.rpartition(":")
     splits = read_splits(source, "@")
     texts = []
-    for part in sorted(splits, key=lambda part: (PARTS.index(part) if part in PARTS else len(PARTS), part)):
+    places = {part: place for place, part in enumerate(PARTS)}
+    for part in sorted(splits, key=lambda part: (places.get(part.lower(), len(PARTS)), part)):
         rows, where = splits[part], f"hub:{source} {part}"
         if column not in rows.column_names:
             raise ValueError(f"{where} has no column {column!r}; its columns are {', '.join(rows.column_names)}")
@@ -107,7 +109,7 @@ def _labels(rows: "Dataset", place: str) -> list[str]:
     if column is None:
         expected = " or ".join(map(repr, LABEL_COLUMNS))
         raise ValueError(f"{place} has no column {expected}; its columns are {', '.join(rows.column_names)}")
-    names = getattr(rows.features[column], "names", None)
+    names = class_names(rows.features[column])
     said = []
     for row, value in enumerate(rows.select_columns([column])[:][column]):
         if names and type(value) is int and 0 <= value < len(names):

@@ -14,7 +14,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from str_triton.training.errors import is_first_process, warn
-from str_triton.training.hub_files import Declared, check_features, check_files, read_features, stamps
+from str_triton.training.hub_features import check_features, read_features
+from str_triton.training.hub_files import Declared, check_files, stamps
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetBuilder, DatasetDict, Features

@@ -1,8 +1,8 @@
 """Checks of the files of a local data set, because the `datasets` library joins whatever files it finds."""
 
+import filecmp
 import os
 import re
-import textwrap
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,19 +11,21 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from str_triton.training.errors import one_line, warn
+from str_triton.training.errors import warn
+from str_triton.training.hub_features import check_features, read_features
 
 if TYPE_CHECKING:
-    from datasets import DatasetBuilder, Features
+    from datasets import DatasetBuilder
 
 ENDINGS = {"parquet": (".parquet", ".geoparquet", ".gpq"), "arrow": (".arrow",)}  # by the name of the builder
 SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d+)-of-(?P<count>\d+)(\D.*)?")
 NUMBER = re.compile(r"\d{4,}")
-OTHER_SPLIT = re.compile(r"(?<![a-z])(test|testing|eval|evaluation|validation|valid|val|dev)(?![a-z])", re.IGNORECASE)
+OTHER_SPLIT = re.compile(
+    r"(?<![a-z])(test|testing|eval|evaluation|validation|valid|val|dev)(set|data)?(?![a-z])", re.IGNORECASE
+)
 TABLES = (".parquet", ".arrow", ".csv", ".tsv", ".json", ".jsonl")
-HIDDEN = re.compile(r"\.|__")
-NUMERIC = re.compile("u?int|float|bool")
-POINTER = b"version https://git-lfs"  # the first bytes of a file that Git LFS has not fetched
+HIDDEN = re.compile(r"\.|__|cache-\w+\.arrow")
+COPY = re.compile(r"(.+?)( - Copy)?( \(\d+\))?")  # of names that desktops give
 CARD = "README.md or dataset_infos.json"  # from where a builder has features
 
 
@@ -67,9 +69,11 @@ def check_files(
     }
     read = {name: files[name] for name in splits or files if name in files}
     by_name, by_folder = declared.files is None, kind.endswith("folder")
-    repeated = [path for path, count in Counter(chain(*read.values())).items() if count > 1]
-    if repeated and by_name:
-        raise ValueError(f"{repeated[0]} would be read twice, as its path names splits twice: rename it")
+    together = [list(chain(*read.values()))] if by_name else list(read.values())
+    repeated = [path for paths in together for path, count in Counter(paths).items() if count > 1]
+    if repeated:
+        reason = "its path names splits twice: rename it" if by_name else "patterns in README.md overlap"
+        raise ValueError(f"{repeated[0]} would be read twice, as {reason}")
     known = set(chain(*files.values()))
     unread = [path for path in _listed(folder, declared) if path not in known]
     if by_folder and by_name:
@@ -81,14 +85,14 @@ def check_files(
         _check_lone_train(folder, read["train"], unread, by_folder)
     if kind not in ENDINGS:
         return
-    for name, paths in read.items():
+    for paths in read.values():
         _check_endings(paths, ENDINGS[kind])
-        if any(
-            map(has_magic, (declared.files or {}).get(name, ["*"]))
-        ):  # files that README.md names one by one suffice
-            _check_shards(paths, declared != Declared(None, None))
-            _check_numbers(paths)
     tables = {path: read_features(folder, path) for path in chain(*files.values())}
+    for name, paths in read.items():
+        if any(map(has_magic, (declared.files or {}).get(name, ["*"]))):  # not if README.md names files one by one
+            _check_shards(paths, declared != Declared(None, None))
+            _check_numbers(paths, known)
+            _check_copies(folder, paths)
     first = next(iter(tables.values()), None)
     chosen = {str(path): tables[path] for path in chain(list(tables)[:1], *read.values())}
     if builder.info.features not in (None, first):
@@ -145,7 +149,10 @@ def _check_lone_train(folder: Path, paths: list[Path], unread: list[Path], by_fo
     """Check that no file of another split is among those of train; warn of files that are in no split."""
     rule = "name the files or folders of splits train, validation or test, in lower case"
     for path in paths:
-        words = (path.parent if by_folder else path).as_posix()
+        place = path.parent if by_folder else path
+        if by_folder and not OTHER_SPLIT.fullmatch(place.name):  # the name of a class
+            place = place.parent
+        words = place.as_posix()
         if OTHER_SPLIT.search(words) and "train" not in words.lower():
             raise ValueError(f"{path} would be a part of the split 'train': {rule}")
     if unread:
@@ -154,10 +161,27 @@ def _check_lone_train(folder: Path, paths: list[Path], unread: list[Path], by_fo
 
 
 def _check_endings(paths: list[Path], endings: tuple[str, ...]) -> None:
-    """Check that no copy of a file, such as train.parquet.bak, is read as one more file."""
+    """Check that no other file is read as one more table, such as train.parquet.bak or a cache of `map`."""
     for path in paths:
-        if path.suffix not in endings:
-            raise ValueError(f"{path} would be read with the other files: move it away, or let it end in {endings[0]}")
+        if path.suffix not in endings or (path.suffix == ".arrow" and HIDDEN.match(path.name)):
+            raise ValueError(f"{path} would be read with the other files: move it away")
+
+
+def _check_copies(folder: Path, paths: list[Path]) -> None:
+    """Check that no file is a copy of another, by its name or its content. Files without rows may be equal."""
+    import pyarrow.parquet
+
+    sizes: dict[int, list[Path]] = {}
+    for path in paths:
+        name = COPY.fullmatch(path.stem)
+        original = path.with_stem(name[1]) if name else path
+        rivals = [original] if original != path and original in paths else []
+        if path.suffix == ".arrow" or pyarrow.parquet.read_metadata(folder / path).num_rows:
+            same_size = sizes.setdefault(os.path.getsize(folder / path), [])
+            rivals += [other for other in same_size if filecmp.cmp(folder / other, folder / path, shallow=False)]
+            same_size.append(path)
+        if rivals:
+            raise ValueError(f"{path} is a copy of {rivals[0]}, and both would be read: remove one of them")
 
 
 def _check_shards(paths: list[Path], declared: bool) -> None:
@@ -182,93 +206,36 @@ def _fault_of_shards(paths: list[Path], group: Callable[[Path, str], str]) -> st
             if rival is not None:
                 return f"{rival} and {path} are of two versions of the data set: remove one of them"
             others[place] = path
+    for path in paths:
+        if shards := groups.get(group(path, path.stem)):
+            return f"{path} and {next(iter(shards.values()))} are of two versions of the data set: remove one of them"
     for shards in groups.values():
         (count, _), first = next(iter(shards.items()))
-        missing = next((number for number in range(count) if (count, number) not in shards), None)
+        start = int((count, count) in shards)  # some count from 1
+        missing = next((number for number in range(start, start + count) if (count, number) not in shards), None)
         if missing is not None:
             return f"there is {first}, but number {missing} of {count} is missing: copy all files"
     return None
 
 
-def _check_numbers(paths: list[Path]) -> None:
+def _check_numbers(paths: list[Path], known: Collection[Path]) -> None:
     """Check names like 0003.parquet, the names of the hub's own conversion: none may be missing between two others.
 
     That is asked of names with equally many digits, four or more, from 0 or 1, if most of the numbers are there. Other
-    numbers are days, years or identifiers.
+    numbers are days, years or identifiers. Folders side by side may share one count.
     """
     folders: dict[Path, list[Path]] = {}
-    for path in paths:
+    for path in known:
         if NUMBER.fullmatch(path.stem):
             folders.setdefault(path.parent, []).append(path)
-    for own in folders.values():
-        own.sort(key=lambda path: int(path.stem))
-        low, high = int(own[0].stem), int(own[-1].stem)
-        if low > 1 or len({len(path.stem) for path in own}) > 1 or high - low + 1 >= 2 * len(own):
+    for place in sorted({path.parent for path in paths} & set(folders)):
+        own = {int(path.stem): path for path in folders[place]}
+        beside = chain(*(folders[other] for other in folders if other != place and other.parent == place.parent))
+        elsewhere = {int(path.stem) for path in beside}
+        low, high = min(own), max(own)
+        if low > 1 or len({len(path.stem) for path in own.values()}) > 1 or high - low + 1 >= 2 * len(own):
             continue
-        for before, after in pairwise(own):
-            if int(after.stem) > int(before.stem) + 1:
-                raise ValueError(f"between {before} and {after} files are missing: copy all files")
-
-
-def check_features(tables: Mapping[str, "Features"], labels: Iterable[str]) -> None:
-    """Check that the columns of the tables fit those of the first, because the library casts all tables to it.
-
-    Labels with names must have the same names everywhere, because the library keeps the numbers of the labels.
-    """
-    first, expected = next(iter(tables.items()), ("", {}))
-    for place, features in tables.items():
-        if new := [name for name in features if name not in expected]:
-            raise ValueError(f"{place} has a column {new[0]!r}, which {first} lacks: all files need the same columns")
-    label = next((name for name in labels if name in expected), None)
-    kinds = {place: features[label] for place, features in tables.items() if label in features}
-    for place, kind in kinds.items():
-        if _dtype(kinds[first]).endswith("string") and NUMERIC.match(_dtype(kind)):
-            raise ValueError(f"column {label!r} is text in {first}, but numbers in {place}: all files need one kind")
-    names = [(place, kind.names) for place, kind in kinds.items() if getattr(kind, "names", None)]
-    for other in names[1:]:
-        check_names(*names[0], *other)
-
-
-def _dtype(feature: object) -> str:
-    return getattr(feature, "dtype", None) or ""
-
-
-def check_names(one: str, names: list[str], other: str, others: list[str]) -> None:
-    """Raise ValueError unless the classes of two parts of a data set have the same names in the same order."""
-    if names != others:
-        ours, theirs = (textwrap.shorten(", ".join(some), 60, placeholder=" ...") for some in (names, others))
-        raise ValueError(
-            f"the classes of {one} are {ours}, those of {other} {theirs}: all parts need the same classes in one order"
-        )
-
-
-def read_features(folder: Path, path: Path) -> "Features":
-    """Return the columns of a parquet or arrow file, from its schema. Raise ValueError if the file is damaged."""
-    import datasets
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        if ".arrow" not in path.suffixes:
-            return datasets.Features.from_arrow_schema(pyarrow.parquet.read_schema(folder / path))
-        with pyarrow.memory_map(str(folder / path)) as file:
-            try:
-                reader = pyarrow.ipc.open_stream(file)
-            except (OSError, pyarrow.ArrowInvalid):
-                reader = pyarrow.ipc.open_file(file)
-            else:
-                for _ in reader:  # a truncated stream ends in an error
-                    pass
-            return datasets.Features.from_arrow_schema(reader.schema)
-    except Exception as error:  # errors of the libraries for damaged files have no common base class
-        raise ValueError(f"{path} {_fault_of_content(folder / path, error)}") from error
-
-
-def _fault_of_content(path: Path, error: Exception) -> str:
-    start = b"?"
-    if path.is_file():
-        with open(path, "rb") as file:
-            start = file.read(len(POINTER))
-    if start == POINTER:
-        return "is a pointer of Git LFS without the data: run git lfs pull"
-    return f"cannot be read, copy it again: {one_line(error)}" if start else "is empty: copy it again"
+        for before, after in pairwise(sorted(own)):
+            gap = set(range(before + 1, after))
+            if gap and (own.keys() & elsewhere or not gap <= elsewhere):
+                raise ValueError(f"between {own[before]} and {own[after]} files are missing: copy all files")

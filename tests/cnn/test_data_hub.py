@@ -99,6 +99,10 @@ PARTS = "data/train-00000-of-00002-0a1b data/train-00001-of-00002-2c3d"
         (" ".join(f"train/{number}" for number in range(1, 12)), None),
         ("train/2019 train/2021", None),
         ("train-0-of-1", None),
+        ("train-1-of-2 train-2-of-2", None),
+        ("train/train-0-of-1 train/train", "train/train.parquet .. two versions"),
+        ("train/a train/a (2)", "a (2).parquet is a copy of train/a.parquet"),
+        ("train/0001 train/0003 train/0004", "missing"),
         ("data/train-00000-of-00001", None),
         ("train-00000-of-00002", "number 1 of 2 .. missing"),
         (f"{PARTS} data/train-00000-of-00001", "train-00000-of-00001.parquet .. two versions"),
@@ -115,9 +119,9 @@ PARTS = "data/train-00000-of-00002-0a1b data/train-00001-of-00002-2c3d"
 )
 def test_numbered_files_are_of_one_version_and_complete(names: str, message: str | None, tmp_path: Path):
     files = [folder(tmp_path) / f"{name}.parquet" for name in re.split(r" (?!\()", names)]
-    for file in files:
+    for number, file in enumerate(files):
         file.parent.mkdir(parents=True, exist_ok=True)
-        rows(6).to_parquet(file)
+        rows(6, 10 * number).to_parquet(file)
     test = files[0].with_name("test-00000-of-00001.parquet") if "-of-" in names else folder(tmp_path) / "test/0.parquet"
     test.parent.mkdir(exist_ok=True)
     rows(6, 100).to_parquet(test)
@@ -147,7 +151,7 @@ DECLARED = "{{config_name: all, data_files: [{{split: train, path: {}}}, {{split
 def test_files_that_the_card_declares_may_be_in_folders_or_a_part(
     names: str, card: str, text: str, message: str | None, tmp_path: Path
 ):
-    parts = {name: rows(6) for name in names.split()}
+    parts = {name: rows(6, 10 * number) for number, name in enumerate(names.split())}
     for name, part in {**parts, "0/test-0-of-1": rows(3)}.items():
         write((folder(tmp_path) / name).parent, **{Path(name).name: part})
     line = "" if card.endswith("yaml") else "---\n"
@@ -587,3 +591,79 @@ def test_a_declared_folder_is_checked_like_any(
     else:
         assert len(load(f"hub:{root}").test) == 6
         assert holds(capfd.readouterr().err, "not read: part/Test/a.parquet;")
+
+
+def test_files_of_the_same_content_are_refused_unless_they_are_empty(tmp_path: Path):
+    root = folder(tmp_path)
+    write(root / "train", a=rows(6), b=rows(6, 20), c=rows(6).select([]), d=rows(6).select([]))
+    write(root / "test", a=rows(3, 100))
+    assert len(load(f"hub:{root}").train) == 12
+    write(root / "train/old", x=rows(6))
+    refused(root, "train/old/x.parquet is a copy of train/a.parquet")
+
+
+def test_a_file_is_in_a_declared_split_once(tmp_path: Path):
+    files = "{split: train, path: ['train*', '*.parquet']}"
+    write(folder(tmp_path), train=rows(30))
+    (tmp_path / "data/README.md").write_text(f"---\nconfigs: [{{config_name: all, data_files: [{files}]}}]\n---\n")
+    refused(folder(tmp_path), "train.parquet .. twice .. README.md")
+
+
+def test_booleans_and_numbers_are_not_joined(tmp_path: Path):
+    write(folder(tmp_path) / "train", a=labelled([True, False] * 3), b=labelled([0, 1, 2] * 2))
+    write(folder(tmp_path) / "test", a=labelled([0, 1, 2]))
+    refused(folder(tmp_path), "'label' is bool in train/a.parquet, but numbers in train/b.parquet")
+
+
+@pytest.mark.parametrize("missing", [True, False])
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_test_split_without_labels_is_passed_over(saved: bool, missing: bool, tmp_path: Path):
+    bare = rows(6, 200).remove_columns("label")
+    hidden = bare if missing else bare.add_column("label", [None] * 6).cast_column("label", rows(1).features["label"])
+    splits = datasets.DatasetDict(train=rows(12), test=hidden, validation=rows(6, 100))
+    if saved:
+        splits.save_to_disk(folder(tmp_path))
+    else:
+        write(folder(tmp_path), **splits)
+    check(load(f"hub:{folder(tmp_path)}"))
+
+
+def test_names_of_classes_may_be_numbers_to_yaml(tmp_path: Path):
+    write(folder(tmp_path), train=rows(6, classes=None), test=rows(3, classes=None))
+    names = "names: {'0': 10, '1': 11, '2': 12}"
+    label = f"{{name: label, dtype: {{class_label: {{{names}}}}}}}"
+    (tmp_path / "data/README.md").write_text(
+        f"---\ndataset_info: {{features: [{{name: image, dtype: image}}, {label}]}}\n---\n"
+    )
+    assert load(f"hub:{folder(tmp_path)}").class_names == ("10", "11", "12")
+    write(folder(tmp_path), train=rows(6).cast_column("label", datasets.ClassLabel(names=["10", "11", "12"])))
+    assert load(f"hub:{folder(tmp_path)}").class_names == ("10", "11", "12")
+
+
+def test_splits_may_share_the_numbers_of_their_files(tmp_path: Path):
+    parts = {f"{number:04}": rows(6, 10 * number) for number in range(1, 6)}
+    test = {name: parts.pop(name) for name in ("0002", "0004")}
+    write(folder(tmp_path) / "train", **parts)
+    write(folder(tmp_path) / "test", **test)
+    assert len(load(f"hub:{folder(tmp_path)}").train) == 18
+    write(folder(tmp_path) / "test", **{"0003": rows(6, 90)})
+    refused(folder(tmp_path), "train/0001.parquet .. train/0003.parquet .. missing")
+
+
+def test_names_of_classes_are_not_names_of_splits(tmp_path: Path):
+    for i in range(15):
+        path = folder(tmp_path) / ("Dev Patel", "Tom Hanks", "Val Kilmer")[i % 3] / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        picture(i).save(path)
+    assert load(f"hub:{folder(tmp_path)}").num_classes == 3
+    (folder(tmp_path) / "Val Kilmer").rename(folder(tmp_path) / "Val")
+    refused(folder(tmp_path), "Val/11.png .. 'train' .. lower case")
+
+
+@pytest.mark.parametrize("name", ["trainset testset", "data cache-1a2b"])
+def test_files_that_are_no_part_of_train_are_refused(name: str, tmp_path: Path):
+    first, second = (folder(tmp_path) / f"{part}.arrow" for part in name.split())
+    for path, part in ((first, rows(30)), (second, rows(6, 100))):
+        part.save_to_disk(tmp_path / "saved" / path.stem)
+        shutil.copy(tmp_path / "saved" / path.stem / "data-00000-of-00001.arrow", path)
+    refused(folder(tmp_path), f"{second.name} would be")

@@ -314,6 +314,15 @@ def test_words_are_text_in_all_files_or_in_none(tmp_path: Path):
     refuse(root, "'label' is text in train-00000-of-00001.parquet, but numbers in test-00000-of-00001.parquet")
 
 
+def test_saved_splits_may_have_a_format_and_names_in_capitals(tmp_path: Path):
+    splits = {name: datasets.Dataset.from_dict({"text": [name]}) for name in ("Test", "Train", "Validation")}
+    datasets.DatasetDict(splits).with_format("pandas").save_to_disk(tmp_path / "text")
+    assert hub_text(f"{tmp_path}/text:text") == "Train\nValidation\nTest"
+    root = table(tmp_path, {part: [0, 1] for part in COUNTS}, datasets.ClassLabel(names=NAMES))
+    datasets.load_dataset(str(root)).with_format("numpy").save_to_disk(tmp_path / "saved")
+    assert read(tmp_path / "saved").class_names == ("bed", "cat")
+
+
 def test_labels_of_a_text_do_not_matter(tmp_path: Path):
     for part, names in (("train", ["x", "y"]), ("test", ["y", "x"])):
         features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})

@@ -1,0 +1,87 @@
+"""Checks of the columns of a local data set, because the `datasets` library casts all tables to the first."""
+
+import re
+import textwrap
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from str_triton.training.errors import one_line
+
+if TYPE_CHECKING:
+    from datasets import Features
+
+NUMERIC = re.compile("u?int|float|bool")
+POINTER = b"version https://git-lfs"  # the first bytes of a file that Git LFS has not fetched
+
+
+def check_features(tables: Mapping[str, "Features"], labels: Iterable[str]) -> None:
+    """Check that the columns of the tables fit those of the first, because the library casts all tables to it.
+
+    Labels with names must have the same names everywhere, because the library keeps the numbers of the labels.
+    """
+    first, expected = next(iter(tables.items()), ("", {}))
+    for place, features in tables.items():
+        if new := [name for name in features if name not in expected]:
+            raise ValueError(f"{place} has a column {new[0]!r}, which {first} lacks: all files need the same columns")
+    label = next((name for name in labels if name in expected), None)
+    kinds = {place: features[label] for place, features in tables.items() if label in features}
+    for place, kind in kinds.items():
+        ours, theirs = _dtype(kinds[first]), _dtype(kind)
+        if NUMERIC.match(theirs) and (ours.endswith("string") or ours == "bool" != theirs):
+            ours = "bool" if ours == "bool" else "text"
+            raise ValueError(f"column {label!r} is {ours} in {first}, but numbers in {place}: all files need one kind")
+    names = [(place, found) for place, kind in kinds.items() if (found := class_names(kind))]
+    for other in names[1:]:
+        check_names(*names[0], *other)
+
+
+def class_names(feature: object) -> list[str] | None:
+    """Return the names of a ClassLabel as text, as README.md may have numbers, or None for another feature."""
+    names = getattr(feature, "names", None)
+    return names and [str(name) for name in names]
+
+
+def _dtype(feature: object) -> str:
+    return getattr(feature, "dtype", None) or ""
+
+
+def check_names(one: str, names: list[str], other: str, others: list[str]) -> None:
+    """Raise ValueError unless the classes of two parts of a data set have the same names in the same order."""
+    if names != others:
+        ours, theirs = (textwrap.shorten(", ".join(some), 60, placeholder=" ...") for some in (names, others))
+        raise ValueError(
+            f"the classes of {one} are {ours}, those of {other} {theirs}: all parts need the same classes in one order"
+        )
+
+
+def read_features(folder: Path, path: Path) -> "Features":
+    """Return the columns of a parquet or arrow file, from its schema. Raise ValueError if the file is damaged."""
+    import datasets
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        if ".arrow" not in path.suffixes:
+            return datasets.Features.from_arrow_schema(pyarrow.parquet.read_schema(folder / path))
+        with pyarrow.memory_map(str(folder / path)) as file:
+            try:
+                reader = pyarrow.ipc.open_stream(file)
+            except (OSError, pyarrow.ArrowInvalid):
+                reader = pyarrow.ipc.open_file(file)
+            else:
+                for _ in reader:  # a truncated stream ends in an error
+                    pass
+            return datasets.Features.from_arrow_schema(reader.schema)
+    except Exception as error:  # errors of the libraries for damaged files have no common base class
+        raise ValueError(f"{path} {_fault_of_content(folder / path, error)}") from error
+
+
+def _fault_of_content(path: Path, error: Exception) -> str:
+    start = b"?"
+    if path.is_file():
+        with open(path, "rb") as file:
+            start = file.read(len(POINTER))
+    if start == POINTER:
+        return "is a pointer of Git LFS without the data: run git lfs pull"
+    return f"cannot be read, copy it again: {one_line(error)}" if start else "is empty: copy it again"
