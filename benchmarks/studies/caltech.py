@@ -10,9 +10,10 @@ appends its result to benchmarks/results/caltech.jsonl. A killed run is resumed 
 
 All lines share the batches and their augmentation, and the number of epochs where their names give none. Each has the
 learning rate that was best for it, or for str-exact or global GMP, to which it is akin, in `--tune`. Sparsity counts
-all weights, including those of the first and the last layer. "budget of str-exact" gives another method the layers'
-sparsities of str-exact with the same target and seed. A target that ends in "flops" is a share of the dense network's
-multiply-adds. "teacher": the network also learns the scores of the dense network with the same seed (--teacher).
+all weights, including those of the first and the last layer. "straight-through": pruned weights are trained for the
+whole run, not for its first half. "budget of str-exact" gives another method the layers' sparsities of str-exact with
+the same target and seed. A target that ends in "flops" is a share of the dense network's multiply-adds. "teacher": the
+network also learns the scores of the dense network with the same seed (--teacher).
 
 `--tune` compares learning rates on a fifth of the training images, which it holds out. The test images take no part.
 Its lines are in caltech_tuning.jsonl. `--deploy` packs and compiles, for each run of the first seed, a network with
@@ -32,7 +33,7 @@ import torch
 
 from benchmarks.runs import RunFile
 from benchmarks.speed.sparse_inference import with_random_zeros
-from benchmarks.studies.cnn_runs import METHODS, finished, without_test_images, write_budget
+from benchmarks.studies.cnn_runs import METHODS, THROUGHOUT, finished, without_test_images, write_budget
 from benchmarks.timing import RESULTS, alternating, machine
 from str_triton import deploy
 from str_triton.cnn.models import build
@@ -79,7 +80,7 @@ def wanted() -> Iterator[Key]:
         yield Key(line, THIRD, 0)
     for seed in (1, 2):
         yield Key(DENSE, "", seed)
-        yield from (Key(line, "0.9", seed) for line in LEADERS[:2])
+        yield from (Key(line, "0.9", seed) for line in (*LEADERS[:2], THROUGHOUT))
     yield from (Key(line, "0.9", 0) for line in LINES if not line.startswith(DENSE))
     for target, seed in product(("0.95", "0.75"), (1, 2)):
         yield from (Key(line, target, seed) for line in LEADERS)

@@ -77,7 +77,7 @@ def wanted(model: str) -> Iterator[Run]:
     for seed in (1, 2):  # a dense run of this seed is the teacher of the lines that follow it
         yield from at(0.9, (*LEADERS[:3], f"str-exact{TEACHER}", f"gmp, global{TEACHER}"), (seed,))
     yield from at(0.9, tuple(LINES), (0,))
-    yield from at(0.9, LEADERS, (1, 2))
+    yield from at(0.9, (*LEADERS, THROUGHOUT, "dnw, ERK"), (1, 2))
     for target in (0.95, 0.98, 0.8):
         yield from at(target, tuple(LINES), (0,))
     for target in (0.95, 0.98, 0.8):
