@@ -219,6 +219,8 @@ class SparsityController(OffsetController):
         return inventory.covered_shapes(model)
 
     def _is_within(self) -> bool:
+        if self._thresholds.lost or self._counted(self._thresholds.model) != self._others_then:
+            return False
         left = inventory.survivors(self._layers).tolist()
         if self.target.by_layer:
             return all(number <= keep for number, keep in zip(left, self._keep_each(1.0), strict=True))

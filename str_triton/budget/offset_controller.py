@@ -208,15 +208,13 @@ class OffsetController:
 
         Models that are spread over processes, or have no values, are not checked.
         """
-        if self._thresholds.lost or self._counted(self._thresholds.model) != self._others_then:
-            return False
         self._meet()
         if self._processes.group is not None or any(raw.is_meta for raw in self._raws):
             return True
         return self._is_within()
 
     def _is_within(self) -> bool:
-        """Check whether the controlled weights cost no more than the target."""
+        """Check whether the model costs no more than the target."""
         raise NotImplementedError
 
     def _make_exact(self, done: float) -> None:

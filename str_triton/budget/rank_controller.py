@@ -238,7 +238,12 @@ class RankController(OffsetController):
         return self.target.fixed(rank_costs(model, self.target, self._matrices))
 
     def _is_within(self) -> bool:
-        return sum(self.target.cost(matrix, matrix.rank) for matrix in self._matrices) <= self._keep
+        model = self._thresholds.model  # where compact layers may have replaced some of the matrices
+        modules = {id(module) for module in model.modules()}
+        left = [matrix for matrix in self._matrices if id(matrix) in modules]
+        others = self.target.fixed(rank_costs(model, self.target, left))
+        cost = others + sum(self.target.cost(matrix, matrix.rank) for matrix in left)
+        return cost <= self._others_then + self._keep
 
     def measure(self) -> dict[str, float]:
         return {"total_rank": sum(matrix.rank for matrix in self._matrices)}

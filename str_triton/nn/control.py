@@ -54,15 +54,15 @@ class Control:
         return self.owner is not None and self.owner() is not None
 
 
-def controls(model: nn.Module) -> list[Control]:
-    """Return the marks on the modules of a model."""
-    marks = (getattr(module, "control", None) for module in model.modules())
-    return [mark for mark in marks if isinstance(mark, Control)]
+def controls(modules: Iterable[nn.Module]) -> list[Control]:
+    """Return the marks on some modules, each once: all modules of a controller share its mark."""
+    marks = (getattr(module, "control", None) for module in modules)
+    return list({id(mark): mark for mark in marks if isinstance(mark, Control)}.values())
 
 
 def warn_if_unfinished(model: nn.Module, stacklevel: int = 3) -> None:
     """Warn, once for each controller, that the model does not meet its controller's target."""
-    warn_of_unfinished(controls(model), stacklevel + 1)
+    warn_of_unfinished(controls(model.modules()), stacklevel + 1)
 
 
 def warn_of_unfinished(marks: Iterable[Control], stacklevel: int = 3) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from str_triton.nn.control import warn_of_unfinished
+from str_triton.nn.control import controls, warn_of_unfinished
 from str_triton.nn.layers import STRLayer, str_class
 from str_triton.nn.parametrization import SoftThreshold, ThresholdedModule, parametrize_weights, unparametrized
 from str_triton.nn.raw_threshold import initial_raw, new_raw_threshold, zeros_kept
@@ -165,7 +165,7 @@ def densify(model: nn.Module) -> nn.Module:
         ValueError: other code has added parametrizations to a module since `sparsify`, or the model's controller is
             inside `exact()`.
     """
-    marks = [mark for use in thresholded_weights(model) if (mark := use.holder.control) is not None]
+    marks = controls(use.holder for use in thresholded_weights(model))
     if any(mark.is_held and mark.exact for mark in marks):
         raise ValueError("densify inside exact() would leave nothing to go on with: densify a copy.deepcopy(model)")
     warn_of_unfinished(marks)

@@ -37,7 +37,7 @@ class ThresholdedWeight:
 
     @property
     def is_computed(self) -> bool:
-        """Whether more than the threshold computes the weight since `sparsify`, such as weight_norm or pruning."""
+        """Check whether other code computes the weight too since `sparsify`, such as weight_norm or pruning."""
         if isinstance(self.module, STRLayer):
             return self.attribute not in self.module._parameters
         return len(self.module.parametrizations[self.attribute]) > 1  # type: ignore[arg-type]  # a ParametrizationList

@@ -670,6 +670,17 @@ def test_weights_that_changed_after_the_end_are_noticed(target):
         densify(model)
 
 
+def test_the_weights_of_a_model_are_checked_once(monkeypatch):
+    """And not once for each of its layers."""
+    model = sparsify(convolutional_net())
+    controller, checks = SparsityController(model, Target(sparsity=0.9)), []
+    monkeypatch.setattr(type(controller), "still_meets", lambda self: checks.append(self) or True)
+    controller.step(1.0)
+    count(model, IMAGES)
+    densify(model)
+    assert checks == [controller, controller]
+
+
 def test_an_average_is_finished_before_the_model_is_densified():
     model = sparsify(nn.LSTM(4, 8))
     controller, average = SparsityController(model, Target(sparsity=0.5)), copy.deepcopy(model)

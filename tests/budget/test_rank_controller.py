@@ -587,6 +587,19 @@ def test_densify_leaves_the_rank_controller_of_the_same_model_alone():
     assert model[0].weight.rank == 4
 
 
+@pytest.mark.parametrize("target", [{"total_rank": 15}, {"compression": 2}, {"recurrent_flops": 130}])
+def test_layers_that_are_replaced_by_their_compact_forms_meet_the_target(target):
+    model = random_model()
+    controller = RankController(model, RankTarget(**target))
+    controller.step(1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for number, layer in enumerate(list(model)):
+            if isinstance(layer, LowRankLinear):
+                model[number] = layer.compact()
+        assert controller.still_meets()
+
+
 def test_ranks_that_changed_after_the_end_are_noticed():
     model = random_model()
     controller = RankController(model, RankTarget(total_rank=15))
