@@ -69,11 +69,7 @@ def check_files(
     }
     read = {name: files[name] for name in splits or files if name in files}
     by_name, by_folder = declared.files is None, kind.endswith("folder")
-    together = [list(chain(*read.values()))] if by_name else list(read.values())
-    repeated = [path for paths in together for path, count in Counter(paths).items() if count > 1]
-    if repeated:
-        reason = "its path names splits twice: rename it" if by_name else "patterns in README.md overlap"
-        raise ValueError(f"{repeated[0]} would be read twice, as {reason}")
+    _check_owners(read, by_name)
     known = set(chain(*files.values()))
     unread = [path for path in _listed(folder, declared) if path not in known]
     if by_folder and by_name:
@@ -98,6 +94,18 @@ def check_files(
     if builder.info.features not in (None, first):
         chosen = {CARD: builder.info.features, **chosen}
     check_features(chosen, labels)
+
+
+def _check_owners(read: Mapping[str, list[Path]], by_name: bool) -> None:
+    """Check that no file is read twice: a split also gets the rows of a table of metadata for images of another."""
+    for path in (path for path, count in Counter(chain(*read.values())).items() if count > 1):
+        owners = [repr(name) for name, paths in read.items() if path in paths]
+        reason = "patterns in README.md overlap: name each file once"
+        if by_name:
+            reason = "its path names splits twice: rename it"
+        elif len(owners) > 1:
+            reason = f"README.md gives it to the splits {' and '.join(owners)}: give each split files of its own"
+        raise ValueError(f"{path} would be read twice, as {reason}")
 
 
 def _listed(folder: Path, declared: Declared) -> Iterator[Path]:

@@ -602,11 +602,36 @@ def test_files_of_the_same_content_are_refused_unless_they_are_empty(tmp_path: P
     refused(root, "train/old/x.parquet is a copy of train/a.parquet")
 
 
-def test_a_file_is_in_a_declared_split_once(tmp_path: Path):
-    files = "{split: train, path: ['train*', '*.parquet']}"
-    write(folder(tmp_path), train=rows(30))
-    (tmp_path / "data/README.md").write_text(f"---\nconfigs: [{{config_name: all, data_files: [{files}]}}]\n---\n")
-    refused(folder(tmp_path), "train.parquet .. twice .. README.md")
+def declare(root: Path, files: str) -> None:
+    (root / "README.md").write_text(f"---\nconfigs: [{{config_name: all, data_files: [{files}]}}]\n---\n")
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [
+        ("[data/train*, data/*0.parquet]", "data/test*", "train0.parquet .. twice .. README.md"),
+        ("data/*.parquet", "data/test*", "test0.parquet .. README.md .. 'train' and 'test'"),
+        ("data/train0.parquet", "data/*", "train0.parquet .. README.md .. 'train' and 'test'"),
+        ("data/train*", "data/test*", None),
+    ],
+)
+def test_a_declared_file_is_in_one_split_once(train: str, test: str, message: str | None, tmp_path: Path):
+    write(folder(tmp_path) / "data", train0=rows(12), test0=rows(6, 100))
+    declare(folder(tmp_path), f"{{split: train, path: {train}}}, {{split: test, path: {test}}}")
+    if message:
+        refused(folder(tmp_path), message)
+    else:
+        check(load(f"hub:{folder(tmp_path)}"))
+
+
+def test_declared_splits_of_images_share_no_table(tmp_path: Path):
+    root = folder(tmp_path)
+    for split in ("train", "test"):
+        (root / split).mkdir()
+        picture(0).save(root / split / "0.png")
+    (root / "metadata.csv").write_text("file_name,label\ntrain/0.png,0\ntest/0.png,1")
+    declare(root, ", ".join(f"{{split: {split}, path: [{split}/*, metadata.csv]}}" for split in ("train", "test")))
+    refused(root, "metadata.csv .. README.md .. 'train' and 'test'")
 
 
 def test_booleans_and_numbers_are_not_joined(tmp_path: Path):
