@@ -1,16 +1,18 @@
 """Checks of the columns of a local data set, because the `datasets` library casts all tables to the first."""
 
+import copy
 import re
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from str_triton.training.errors import one_line
 
 if TYPE_CHECKING:
-    from datasets import Features
+    from datasets import DatasetBuilder, Features
 
+FIRST_ROWS = 1_000  # of a table as text, by which its types are known
 NUMERIC = re.compile("u?int|float|bool")
 POINTER = b"version https://git-lfs"  # the first bytes of a file that Git LFS has not fetched
 
@@ -75,6 +77,30 @@ def read_features(folder: Path, path: Path) -> "Features":
             return datasets.Features.from_arrow_schema(reader.schema)
     except Exception as error:  # errors of the libraries for damaged files have no common base class
         raise ValueError(f"{path} {_fault_of_content(folder / path, error)}") from error
+
+
+def first_features(folder: Path, path: Path, builder: "DatasetBuilder", columns: Collection[str]) -> "Features":
+    """Return the types that `builder` would give those columns of a file without a schema, from its first rows.
+
+    Columns without values have no type. Raise ValueError if the file cannot be read.
+    """
+    import datasets
+
+    alone = copy.copy(builder)
+    alone.config, alone.info = copy.copy(builder.config), copy.copy(builder.info)
+    alone.config.data_files = datasets.data_files.DataFilesDict(
+        {"train": datasets.data_files.DataFilesList([str(folder / path)], [()])}
+    )
+    alone.config.features = alone.info.features = None
+    try:
+        rows = alone.as_streaming_dataset("train").with_format("arrow")
+        table = next(iter(rows.iter(FIRST_ROWS)), None)
+    except Exception as error:  # errors of the libraries for damaged files have no common base class
+        raise ValueError(f"{path} {_fault_of_content(folder / path, error)}") from error
+    if table is None:
+        return datasets.Features()
+    filled = [name for name in table.column_names if name in columns and table[name].null_count < len(table)]
+    return datasets.Features.from_arrow_schema(table.select(filled).schema)
 
 
 def _fault_of_content(path: Path, error: Exception) -> str:

@@ -1,31 +1,26 @@
 """Checks of the files of a local data set, because the `datasets` library joins whatever files it finds."""
 
-import filecmp
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from glob import glob, has_magic
-from itertools import chain, pairwise
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from str_triton.training.errors import warn
-from str_triton.training.hub_features import check_features, read_features
+from str_triton.training.hub_features import check_features, first_features, read_features
+from str_triton.training.hub_tables import ENDINGS, HIDDEN, check_endings, check_split
 
 if TYPE_CHECKING:
-    from datasets import DatasetBuilder
+    from datasets import DatasetBuilder, Features
 
-ENDINGS = {"parquet": (".parquet", ".geoparquet", ".gpq"), "arrow": (".arrow",)}  # by the name of the builder
-SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d+)-of-(?P<count>\d+)(\D.*)?")
-NUMBER = re.compile(r"\d{4,}")
 OTHER_SPLIT = re.compile(
     r"(?<![a-z])(test|testing|eval|evaluation|validation|valid|val|dev)(set|data)?(?![a-z])", re.IGNORECASE
 )
 TABLES = (".parquet", ".arrow", ".csv", ".tsv", ".json", ".jsonl")
-HIDDEN = re.compile(r"\.|__|cache-\w+\.arrow")
-COPY = re.compile(r"(.+?)( - Copy)?( \(\d+\))?")  # of names that desktops give
 CARD = "README.md or dataset_infos.json"  # from where a builder has features
 
 
@@ -81,19 +76,33 @@ def check_files(
         _check_lone_train(folder, read["train"], unread, by_folder)
     if kind not in ENDINGS:
         return
-    for paths in read.values():
-        _check_endings(paths, ENDINGS[kind])
-    tables = {path: read_features(folder, path) for path in chain(*files.values())}
-    for name, paths in read.items():
-        if any(map(has_magic, (declared.files or {}).get(name, ["*"]))):  # not if README.md names files one by one
-            _check_shards(paths, declared != Declared(None, None))
-            _check_numbers(paths, known)
-            _check_copies(folder, paths)
-    first = next(iter(tables.values()), None)
-    chosen = {str(path): tables[path] for path in chain(list(tables)[:1], *read.values())}
-    if builder.info.features not in (None, first):
-        chosen = {CARD: builder.info.features, **chosen}
-    check_features(chosen, labels)
+    patterns = declared.files or {}
+    found = [paths for name, paths in read.items() if any(map(has_magic, patterns.get(name, ["*"])))]
+    check_endings(kind, chain(*found))
+    tables = _schemas(folder, builder, list(chain(*files.values())), list(chain(*read.values())), tuple(labels))
+    for paths in found:
+        check_split(folder, kind, paths, known, declared != Declared(None, None))
+    check_features(tables, labels)
+
+
+def _schemas(
+    folder: Path, builder: "DatasetBuilder", known: list[Path], read: list[Path], labels: tuple[str, ...]
+) -> "dict[str, Features]":
+    """Return the columns to compare: of README.md, of the first file, to which the library casts all, and of `read`.
+
+    Tables as text have the types of their first rows, and of their labels alone: the library compares the names of all
+    columns. It casts labels for which README.md has a type of text.
+    """
+    card, some = builder.info.features, dict.fromkeys((*known[:1], *read))
+    if builder.name in ("parquet", "arrow"):
+        tables = {path: read_features(folder, path) for path in known}
+        chosen = {str(path): tables[path] for path in some}
+        return chosen if card in (None, *list(tables.values())[:1]) else {CARD: card, **chosen}
+    label = next((name for name in labels if card and name in card), None)
+    if builder.name == "text" or not labels or (label and getattr(card[label], "dtype", None) == "string"):
+        return {}
+    chosen = {str(path): first_features(folder, path, builder, labels) for path in some}
+    return {place: features for place, features in chosen.items() if features}
 
 
 def _check_owners(read: Mapping[str, list[Path]], by_name: bool) -> None:
@@ -166,84 +175,3 @@ def _check_lone_train(folder: Path, paths: list[Path], unread: list[Path], by_fo
     if unread:
         more = f" and {len(unread) - 1:,} more" if len(unread) > 1 else ""
         warn(f"hub:{folder} has no split but 'train'; not read: {unread[0]}{more}; {rule}")
-
-
-def _check_endings(paths: list[Path], endings: tuple[str, ...]) -> None:
-    """Check that no other file is read as one more table, such as train.parquet.bak or a cache of `map`."""
-    for path in paths:
-        if path.suffix not in endings or (path.suffix == ".arrow" and HIDDEN.match(path.name)):
-            raise ValueError(f"{path} would be read with the other files: move it away")
-
-
-def _check_copies(folder: Path, paths: list[Path]) -> None:
-    """Check that no file is a copy of another, by its name or its content. Files without rows may be equal."""
-    import pyarrow.parquet
-
-    sizes: dict[int, list[Path]] = {}
-    for path in paths:
-        name = COPY.fullmatch(path.stem)
-        original = path.with_stem(name[1]) if name else path
-        rivals = [original] if original != path and original in paths else []
-        if path.suffix == ".arrow" or pyarrow.parquet.read_metadata(folder / path).num_rows:
-            same_size = sizes.setdefault(os.path.getsize(folder / path), [])
-            rivals += [other for other in same_size if filecmp.cmp(folder / other, folder / path, shallow=False)]
-            same_size.append(path)
-        if rivals:
-            raise ValueError(f"{path} is a copy of {rivals[0]}, and both would be read: remove one of them")
-
-
-def _check_shards(paths: list[Path], declared: bool) -> None:
-    """Check names like train-00000-of-00002.parquet: all parts must be there.
-
-    Parts in other folders belong together. If README.md declares the files, each folder may also have its own parts.
-    """
-    faults = [_fault_of_shards(paths, lambda path, split: split)]
-    if declared:
-        faults.insert(0, _fault_of_shards(paths, lambda path, split: f"{path.parent}/{split}"))
-    if all(faults):
-        raise ValueError(faults[0])
-
-
-def _fault_of_shards(paths: list[Path], group: Callable[[Path, str], str]) -> str | None:
-    groups: dict[str, dict[tuple[int, int], Path]] = {}
-    for path in paths:
-        if shard := SHARD.fullmatch(path.name):
-            place = int(shard["count"]), int(shard["number"])
-            others = groups.setdefault(group(path, shard["split"]), {})
-            rival = others.get(place) or next((others[other] for other in others if other[0] != place[0]), None)
-            if rival is not None:
-                return f"{rival} and {path} are of two versions of the data set: remove one of them"
-            others[place] = path
-    for path in paths:
-        if shards := groups.get(group(path, path.stem)):
-            return f"{path} and {next(iter(shards.values()))} are of two versions of the data set: remove one of them"
-    for shards in groups.values():
-        (count, _), first = next(iter(shards.items()))
-        start = int((count, count) in shards)  # some count from 1
-        missing = next((number for number in range(start, start + count) if (count, number) not in shards), None)
-        if missing is not None:
-            return f"there is {first}, but number {missing} of {count} is missing: copy all files"
-    return None
-
-
-def _check_numbers(paths: list[Path], known: Collection[Path]) -> None:
-    """Check names like 0003.parquet, the names of the hub's own conversion: none may be missing between two others.
-
-    That is asked of names with equally many digits, four or more, from 0 or 1, if most of the numbers are there. Other
-    numbers are days, years or identifiers. Folders side by side may share one count.
-    """
-    folders: dict[Path, list[Path]] = {}
-    for path in known:
-        if NUMBER.fullmatch(path.stem):
-            folders.setdefault(path.parent, []).append(path)
-    for place in sorted({path.parent for path in paths} & set(folders)):
-        own = {int(path.stem): path for path in folders[place]}
-        beside = chain(*(folders[other] for other in folders if other != place and other.parent == place.parent))
-        elsewhere = {int(path.stem) for path in beside}
-        low, high = min(own), max(own)
-        if low > 1 or len({len(path.stem) for path in own.values()}) > 1 or high - low + 1 >= 2 * len(own):
-            continue
-        for before, after in pairwise(sorted(own)):
-            gap = set(range(before + 1, after))
-            if gap and (own.keys() & elsewhere or not gap <= elsewhere):
-                raise ValueError(f"between {own[before]} and {own[after]} files are missing: copy all files")

@@ -640,6 +640,66 @@ def test_booleans_and_numbers_are_not_joined(tmp_path: Path):
     refused(folder(tmp_path), "'label' is bool in train/a.parquet, but numbers in train/b.parquet")
 
 
+def listed(root: Path, name: str, labels: list, first: int = 0) -> None:
+    """Write images and a table of their paths, as the ending of its name says."""
+    import pandas
+
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    for i in range(len(labels)):
+        picture(first + i).save(root / f"{first + i}.png")
+    table = pandas.DataFrame({"image": [f"{first + i}.png" for i in range(len(labels))], "label": labels})
+    if ".csv" in name:
+        table.to_csv(root / name, index=False)
+    else:
+        table.to_json(root / name, orient="records", lines=True)
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("train-0-of-1 (1).{}", "train-0-of-1 (1) .. two versions"),
+        ("train_old.{}", "copy of train-0-of-1 .. train_old"),
+        ("train-0-of-1.{}.bak", "train-0-of-1.{}.bak .. move it away"),
+        ("test.{}.gz", "test.{}.gz .. copy"),
+        ("train-1-of-2.{}", "two versions"),
+        ("train_1.{} train_2.{}.gz", None),
+    ],
+)
+def test_tables_as_text_are_checked_like_others(kind: str, more: str, message: str | None, tmp_path: Path):
+    root, rest = folder(tmp_path), re.split(r" (?!\()", more.format(kind, kind))
+    listed(root, f"train-0-of-1.{kind}", [0, 1, 2] * 4)
+    listed(root, f"test.{kind}", [0, 1, 2] * 2, 100)
+    for number, name in enumerate(rest):
+        listed(root, name, [0, 1, 2] * 4, 20 + 20 * number if message is None else 0)
+    if message:
+        refused(root, message.format(kind))
+    else:
+        assert len(load(f"hub:{root}").train) == 36
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [
+        ([True, False] * 6, [0, 1, 2], "'label' is bool in train/a.{0}, but numbers in test/a.{0}"),
+        (["ant", "bee"] * 6, [0, 1, 2], "'label' is text in train/a.{0}, but numbers in test/a.{0}"),
+        ([0, 1, 2] * 4, [None] * 3, "test .. holds None"),
+        ([0, 1, 2] * 4, [0.0, 1.0, 2.0], None),
+    ],
+)
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_labels_of_tables_as_text_are_of_one_kind(
+    kind: str, train: list, test: list, message: str | None, tmp_path: Path
+):
+    root = folder(tmp_path)
+    for number, (name, labels) in enumerate({"train/a": train, "train/b": [], "train/c": [], "test/a": test}.items()):
+        listed(root, f"{name}.{kind}", labels, 20 * number)
+    if message is None:
+        assert len(load(f"hub:{root}").train) == 12
+    else:
+        refused(root, message.format(kind))
+
+
 @pytest.mark.parametrize("missing", [True, False])
 @pytest.mark.parametrize("saved", [True, False])
 def test_a_test_split_without_labels_is_passed_over(saved: bool, missing: bool, tmp_path: Path):
