@@ -74,6 +74,8 @@ def check_files(
     _check_links(folder, unread, known)
     if by_name and list(read) == ["train"] != list(splits or read):
         _check_lone_train(folder, read["train"], unread, by_folder)
+    if kind == "imagefolder" and "train" in splits:
+        _check_classes(files, next((name for name in splits if name != "train" and read.get(name)), "train"))
     if kind not in ENDINGS:
         return
     patterns = declared.files or {}
@@ -149,6 +151,21 @@ def _check_tables(folder: Path, unread: list[Path], labels: Iterable[str]) -> No
                 f"the names of folders would be the labels, not those in {path}: move it away, or declare the tables "
                 "of all splits in README.md as data_files"
             )
+
+
+def _check_classes(files: Mapping[str, list[Path]], tested: str) -> None:
+    """Check that train and the split to test on have the same classes: the library joins the folders of all splits."""
+    images = {name: [path for path in paths if path.suffix not in (".zip", *TABLES)] for name, paths in files.items()}
+    if images != files or len({len(path.parts) for path in chain(*images.values())}) > 1:
+        return  # the names of the folders are in archives, or are no labels
+    classes = {name: {path.parent.name for path in paths} for name, paths in images.items()}
+    for part in ("train", tested):
+        for other, names in classes.items():
+            if (part == "train" or other == "train") and (lacking := sorted(names - classes[part])):
+                raise ValueError(
+                    f"{part} lacks the class {lacking[0]!r}, which {other} has: {part} and {other} need folders of the "
+                    "same classes"
+                )
 
 
 def _check_links(folder: Path, unread: list[Path], known: set[Path]) -> None:

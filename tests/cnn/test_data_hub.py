@@ -745,6 +745,30 @@ def test_names_of_classes_are_not_names_of_splits(tmp_path: Path):
     refused(folder(tmp_path), "Val/11.png .. 'train' .. lower case")
 
 
+@pytest.mark.parametrize(
+    ("train", "val", "test", "message"),
+    [
+        ("ant bee cat", "Ant bee cat", "", "train lacks the class 'Ant' .. val"),
+        ("ant bee cat", "Ant bee", "ant bee cat", "train lacks the class 'Ant' .. val"),
+        ("ant bee cat", "", "unknown", "train lacks the class 'unknown' .. test"),
+        ("ant bee cat", "ant bee", "", "val lacks the class 'cat' .. train"),
+        ("ant bee cat", "ant bee", "ant bee cat", None),
+    ],
+)
+def test_splits_have_folders_of_the_same_classes(
+    train: str, val: str, test: str, message: str | None, tmp_path: Path
+):
+    root = folder(tmp_path)
+    for number, (split, names) in enumerate({"train": train, "val": val, "test": test}.items()):
+        for i, name in enumerate(names.split()):
+            (root / split / name).mkdir(parents=True)
+            picture(10 * number + i).save(root / split / name / "0.png")
+    if message:
+        refused(root, message.replace("val", "validation"))
+    else:
+        assert load(f"hub:{root}").class_names == tuple(NAMES)
+
+
 @pytest.mark.parametrize("name", ["trainset testset", "data cache-1a2b"])
 def test_files_that_are_no_part_of_train_are_refused(name: str, tmp_path: Path):
     first, second = (folder(tmp_path) / f"{part}.arrow" for part in name.split())
