@@ -2,11 +2,12 @@
 
 import os
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from glob import glob, has_magic
-from itertools import chain
+from itertools import chain, combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 OTHER_SPLIT = re.compile(
     r"(?<![a-z])(test|testing|eval|evaluation|validation|valid|val|dev)(set|data)?(?![a-z])", re.IGNORECASE
+)
+KEYWORD = re.compile(  # of splits, to the library
+    r"(?<![^-._ 0-9])(train|training|validation|valid|dev|val|test|testing|eval|evaluation)(?![^-._ 0-9])"
 )
 TABLES = (".parquet", ".arrow", ".csv", ".tsv", ".json", ".jsonl")
 CARD = "README.md or dataset_infos.json"  # from where a builder has features
@@ -74,6 +78,8 @@ def check_files(
     _check_links(folder, unread, known)
     if by_name and list(read) == ["train"] != list(splits or read):
         _check_lone_train(folder, read["train"], unread, by_folder)
+    if declared == Declared(None, None):
+        _check_places(folder, read, by_folder)
     if kind == "imagefolder" and "train" in splits:
         _check_classes(files, next((name for name in splits if name != "train" and read.get(name)), "train"))
     if kind not in ENDINGS:
@@ -151,6 +157,31 @@ def _check_tables(folder: Path, unread: list[Path], labels: Iterable[str]) -> No
                 f"the names of folders would be the labels, not those in {path}: move it away, or declare the tables "
                 "of all splits in README.md as data_files"
             )
+
+
+def _check_places(folder: Path, read: Mapping[str, list[Path]], by_folder: bool) -> None:
+    """Check that no two folders look like data sets, each with several splits. Warn of others that are joined."""
+    places: dict[Path, set[str]] = {}
+    for split, paths in read.items():
+        for path in paths:
+            depth = next((depth for depth, part in enumerate(path.parts) if KEYWORD.search(part)), None)
+            if depth is not None or not by_folder:  # without a split in the path, folders may be classes
+                places.setdefault(Path(*path.parts[:depth]) if depth is not None else path.parent, set()).add(split)
+    for one, other in combinations(sorted(place for place, names in places.items() if len(names) > 1), 2):
+        if len(both := sorted(places[one] & places[other])) > 1:
+            raise ValueError(
+                f"{_named(one)} and {_named(other)} both have {' and '.join(both)}, like two data sets: name one, "
+                f"hub:{folder / other}, or declare the files to join in README.md as data_files"
+            )
+    for split in read:
+        joined = sorted(place for place in places if split in places[place])
+        if len(joined) > 1:
+            some = textwrap.shorten(", ".join(map(_named, joined)), 100, placeholder=" ...")
+            warn(f"hub:{folder}: {split!r} joins the files of {some}; to read one, name it: hub:{folder / joined[-1]}")
+
+
+def _named(place: Path) -> str:
+    return "the folder itself" if place == Path() else str(place)
 
 
 def _check_classes(files: Mapping[str, list[Path]], tested: str) -> None:

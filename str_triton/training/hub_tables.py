@@ -104,11 +104,11 @@ def _fault_of_shards(paths: list[Path], group: Callable[[Path, str], str]) -> st
             others = groups.setdefault(group(path, shard["split"]), {})
             rival = others.get(place) or next((others[other] for other in others if other[0] != place[0]), None)
             if rival is not None:
-                return f"{rival} and {path} are of two versions of the data set: remove one of them"
+                return _two_versions(rival, path)
             others[place] = path
     for path in paths:
         if shards := groups.get(group(path, path.stem)):
-            return f"{path} and {next(iter(shards.values()))} are of two versions of the data set: remove one of them"
+            return _two_versions(path, next(iter(shards.values())))
     for shards in groups.values():
         (count, _), first = next(iter(shards.items()))
         start = int((count, count) in shards)  # some count from 1
@@ -116,6 +116,11 @@ def _fault_of_shards(paths: list[Path], group: Callable[[Path, str], str]) -> st
         if missing is not None:
             return f"there is {first}, but number {missing} of {count} is missing: copy all files"
     return None
+
+
+def _two_versions(one: Path, other: Path) -> str:
+    advice = "" if one.parent == other.parent else ", or name one of the folders"
+    return f"{one} and {other} are of two versions of the data set: remove one of them{advice}"
 
 
 def _check_numbers(paths: list[Path], known: Collection[Path]) -> None:

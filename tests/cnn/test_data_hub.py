@@ -755,9 +755,7 @@ def test_names_of_classes_are_not_names_of_splits(tmp_path: Path):
         ("ant bee cat", "ant bee", "ant bee cat", None),
     ],
 )
-def test_splits_have_folders_of_the_same_classes(
-    train: str, val: str, test: str, message: str | None, tmp_path: Path
-):
+def test_splits_have_folders_of_the_same_classes(train: str, val: str, test: str, message: str | None, tmp_path: Path):
     root = folder(tmp_path)
     for number, (split, names) in enumerate({"train": train, "val": val, "test": test}.items()):
         for i, name in enumerate(names.split()):
@@ -767,6 +765,34 @@ def test_splits_have_folders_of_the_same_classes(
         refused(root, message.replace("val", "validation"))
     else:
         assert load(f"hub:{root}").class_names == tuple(NAMES)
+
+
+@pytest.mark.parametrize(
+    ("names", "message", "warning"),
+    [
+        ("a/train a/test b/train b/test", "a and b .. test and train .. hub:{}/b .. README.md", None),
+        ("train test a/train a/test", "folder itself and a .. hub:{}/a", None),
+        ("a/train-0-of-1 a/test-0-of-1 b/train-0-of-1 b/test-0-of-1", "a and b .. hub:{}/b", None),
+        ("a/train/0 a/test/0 b/train/0 b/test/0", "a and b .. hub:{}/b", None),
+        ("a/0 b/0", None, "'train' joins the files of a, b; .. hub:{}/b"),
+        ("train a/train test", None, "'train' joins the files of the folder itself, a; .. hub:{}/a"),
+        ("train/a/0 train/b/0 test/a/0", None, ""),
+        ("a/train b/test", None, ""),
+    ],
+)
+def test_folders_that_look_like_data_sets_are_not_joined(
+    names: str, message: str | None, warning: str | None, tmp_path: Path, capfd: pytest.CaptureFixture
+):
+    root = folder(tmp_path)
+    for number, name in enumerate(names.split()):
+        write((root / name).parent, **{Path(name).name: rows(6, 10 * number)})
+    if message:
+        refused(root, message.format(root))
+        files = ", ".join(f"{{split: {split}, path: '**/*{split}*'}}" for split in ("train", "test"))
+        declare(root, files if "/0" not in names else files.replace("'**/*", "'*/").replace("*'", "/*'"))
+    load(f"hub:{root}")
+    said = capfd.readouterr().err
+    assert holds(said, warning.format(root)) if warning else "joins" not in said
 
 
 @pytest.mark.parametrize("name", ["trainset testset", "data cache-1a2b"])
