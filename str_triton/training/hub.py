@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import logging
 import os
 import re
@@ -14,11 +13,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from str_triton.training.errors import is_first_process, warn
-from str_triton.training.hub_features import check_features, read_features
 from str_triton.training.hub_files import Declared, check_files, stamps
+from str_triton.training.hub_saved import empty, read_saved, saved_splits
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetBuilder, DatasetDict, Features
+    from datasets import Dataset, DatasetBuilder, DatasetDict
 
 PARQUET = "refs/convert/parquet"  # the revision in which the hub keeps its conversion of a data set made by a script
 
@@ -81,15 +80,11 @@ def _without_its_messages() -> Iterator[None]:
 def _read_folder(
     folder: Path, configuration: str, splits: Collection[str], labels: Iterable[str], datasets: ModuleType
 ) -> "dict[str, Dataset]":
-    parts = [part.name for part in sorted(folder.iterdir()) if _is_saved(part)]
-    if (folder / "dataset_dict.json").is_file():
-        parts = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
-    elif _is_saved(folder):
-        parts = ["."]
-    if parts and configuration:
+    saved = saved_splits(folder)
+    if saved and configuration:
         raise ValueError(f"a folder of save_to_disk has no configuration {configuration!r}")
-    if parts:
-        return {"train" if name == "." else name: _saved(folder / name, labels, datasets) for name in parts}
+    if saved:
+        return {name: read_saved(part, labels) for name, part in saved.items()}
     if glob(str(folder)) != [str(folder)]:
         raise ValueError("*, ? and [ in the path of a folder are patterns to the datasets library: rename the folder")
     builder = datasets.load_dataset_builder(str(folder), configuration or None, cache_dir=_cache(datasets))
@@ -99,7 +94,7 @@ def _read_folder(
     except datasets.exceptions.SplitsVerificationError as error:
         raise ValueError(f"its splits are not those that README.md or dataset_infos.json names: {error}") from error
     return {
-        name: builder.as_dataset(name) if split.num_examples else _empty(builder.info.features, datasets)
+        name: builder.as_dataset(name) if split.num_examples else empty(builder.info.features)
         for name, split in builder.info.splits.items()
     }
 
@@ -154,27 +149,6 @@ def _declared(folder: Path, builder: "DatasetBuilder", datasets: ModuleType) -> 
     if "data_files" in options:
         return Declared(datasets.data_files.sanitize_patterns(options["data_files"]), None)
     return Declared(None, options.get("data_dir"))
-
-
-def _is_saved(folder: Path) -> bool:
-    """Return whether `save_to_disk` wrote the folder as one split."""
-    return all((folder / name).is_file() for name in ("dataset_info.json", "state.json"))
-
-
-def _saved(folder: Path, labels: Iterable[str], datasets: ModuleType) -> "Dataset":
-    """Read a split that `save_to_disk` wrote. `load_from_disk` cannot read an empty one, which has no files."""
-    features = datasets.DatasetInfo.from_directory(str(folder)).features
-    files = json.loads((folder / "state.json").read_text(encoding="utf-8")).get("_data_files")
-    if not files:
-        return _empty(features, datasets)
-    paths = [Path(folder.name, file["filename"]) for file in files]
-    tables = {str(path): read_features(folder.parent, path) for path in paths}
-    check_features({f"{folder.name}/dataset_info.json": features, **tables}, labels)
-    return datasets.load_from_disk(str(folder)).with_format(None)
-
-
-def _empty(features: "Features", datasets: ModuleType) -> "Dataset":
-    return datasets.Dataset.from_dict({name: [] for name in features}, features=features)
 
 
 def _reason(error: BaseException) -> str:

@@ -131,8 +131,14 @@ def _listed(folder: Path, declared: Declared) -> Iterator[Path]:
         for pattern in chain(*declared.files.values()):
             yield from map(Path, sorted(glob(pattern, root_dir=folder, recursive=True)))
         return
+    for path in files_below(folder / (declared.folder or "")):
+        yield Path(os.path.relpath(folder / (declared.folder or "") / path, folder))
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """Yield the paths below a folder of its files, without hidden ones. Follow links."""
     seen = set()
-    for root, folders, files in os.walk(folder / (declared.folder or ""), followlinks=True):
+    for root, folders, files in os.walk(folder, followlinks=True):
         if (real := os.path.realpath(root)) in seen:  # links may form a circle
             folders.clear()
             continue

@@ -569,6 +569,39 @@ def test_splits_that_were_saved_one_by_one(tmp_path: Path):
     check(load(f"hub:{root}"))
 
 
+@pytest.mark.parametrize("train", ["dict", ".", "train"])
+@pytest.mark.parametrize("test", ["test", "test.parquet", "old/test.jsonl"])
+def test_what_lies_beside_saved_splits_is_named(train: str, test: str, tmp_path: Path, capfd: pytest.CaptureFixture):
+    root = folder(tmp_path)
+    if train == "dict":
+        datasets.DatasetDict(train=rows(30)).save_to_disk(root)
+    else:
+        rows(30).save_to_disk(root / train)
+    (root / "classes.json").write_text("{}")
+    load(f"hub:{root}")
+    assert "not read" not in capfd.readouterr().err
+    (root / test).parent.mkdir(exist_ok=True)
+    part = rows(6, 100)
+    {"": part.save_to_disk, ".parquet": part.to_parquet, ".jsonl": part.remove_columns("image").to_json}[
+        Path(test).suffix
+    ](root / test)
+    data = load(f"hub:{root}")
+    if (train, test) == ("train", "test"):
+        assert len(data.test) == 6
+    else:
+        assert holds(capfd.readouterr().err, f"'train'; .. not read: {test};")
+
+
+def test_saved_data_sets_are_named_when_one_is_gone_or_to_be_chosen(tmp_path: Path):
+    saved = datasets.DatasetDict(train=rows(12), test=rows(6, 100))
+    for name in ("big", "small"):
+        saved.save_to_disk(folder(tmp_path) / name)
+    refused(folder(tmp_path), f"big, small .. hub:{folder(tmp_path)}/big")
+    check(load(f"hub:{folder(tmp_path)}/small"))
+    shutil.rmtree(folder(tmp_path) / "small/test")
+    refused(folder(tmp_path) / "small", "dataset_dict.json .. 'test' .. copy it again")
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [
