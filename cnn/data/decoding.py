@@ -80,9 +80,9 @@ def decode(
     """Decode an image, turn it upright, crop it to `choose(width, height)`, and scale that to `size` (height, width).
 
     Returns uint8 [height, width, channels], mirrored with `mirror`. Grey (of 1 to 16 bits), palette and CMYK images
-    become RGB. With one channel RGB becomes grey by Pillow's weights, and a grey image keeps its values. Alpha is
-    dropped. The first of several frames or pages is taken. A JPEG at least twice as large as needed is decoded at a
-    half, a quarter or an eighth of its size.
+    become RGB. Of 16 bits the upper 8 are kept, whatever range the image uses. With one channel RGB becomes grey by
+    Pillow's weights, and a grey image keeps its values. Alpha is dropped. The first of several frames or pages is
+    taken. A JPEG at least twice as large as needed is decoded at a half, a quarter or an eighth of its size.
 
     Raises ValueError with `name` if the image cannot be decoded, or if the range of its pixels is unknown (32 bits,
     floating point).

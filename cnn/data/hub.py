@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
-TEST_SPLITS = ("test", "validation", "valid", "val")
+TEST_SPLITS = ("test", "validation", "valid", "val", "dev", "eval")
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,9 +61,10 @@ def load_hub(
 
     A local folder holds parquet or arrow files, or the output of `save_to_disk`.
 
-    The columns are image (or img) and label (or labels, fine_label). The splits are train and test, or validation where
-    test is missing or hides its labels. Without either, a fifth of each class of train is held out, always the same.
-    Images are stored as bytes, or as paths below the local folder. Labels are whole numbers from 0, or booleans.
+    The columns are image (or img) and label (or labels, fine_label). The splits are train and test, or validation (or
+    valid, val, dev, eval) where test is missing or hides its labels. Without any of these, a fifth of each class of
+    train is held out, always the same. Images are stored as bytes, or as paths below the local folder. Labels are whole
+    numbers from 0, or booleans.
 
     Parquet files are converted once to Arrow files below HF_DATASETS_CACHE, which need about as much disk space again.
     Files that have changed or moved are converted anew: old conversions in its folder str_triton may be deleted.

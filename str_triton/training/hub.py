@@ -153,10 +153,14 @@ def _declared(folder: Path, builder: "DatasetBuilder", datasets: ModuleType) -> 
 
 def _reason(error: BaseException) -> str:
     """Return the first line of the message that says what is wrong."""
+    if mark := getattr(error, "problem_mark", None):  # of YAML
+        return f"line {mark.line + 1} of the YAML in README.md cannot be read: {getattr(error, 'problem', None)}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if lines[:1] == ["An error occurred while generating the dataset"]:
         cause = lines[1:4] or str(error.__cause__).split()
         return textwrap.shorten(" ".join(cause), 400, placeholder=" ...")
+    if pattern := re.match(r"Unable to find '(.+)' with any supported extension", lines[0] if lines else ""):
+        return f"no files of data match {pattern[1]}, see data_files in README.md"
     return lines[0] if lines else type(error).__name__
 
 

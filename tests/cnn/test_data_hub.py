@@ -225,9 +225,9 @@ def test_splits_that_are_not_read_are_named(tmp_path: Path, capfd: pytest.Captur
     assert holds(capfd.readouterr().err, "'train' .. Validation/a.parquet .. lower case")
     (folder(tmp_path) / "train").rename(folder(tmp_path) / "Train")
     refused(folder(tmp_path), "Validation/a.parquet .. 'train' .. lower case")
-    write(tmp_path / "named" / "data", **{f"{name}-00000-of-00001": rows(30) for name in ("train", "dev")})
+    write(tmp_path / "named" / "data", **{f"{name}-00000-of-00001": rows(30) for name in ("train", "extra")})
     load(f"hub:{tmp_path / 'named'}")
-    assert holds(capfd.readouterr().err, "fifth of 'train' .. 'dev'")
+    assert holds(capfd.readouterr().err, "fifth of 'train' .. 'extra'")
 
 
 def test_arrow_files_may_have_a_footer(tmp_path: Path):
@@ -567,6 +567,34 @@ def test_splits_that_were_saved_one_by_one(tmp_path: Path):
         part.with_format("numpy").save_to_disk(root / name)
         datasets.load_from_disk(root / name).map(lambda row: {"label": 0})  # leaves cache-*.arrow beside the data
     check(load(f"hub:{root}"))
+
+
+@pytest.mark.parametrize("name", ["dev", "eval"])
+@pytest.mark.parametrize("kind", ["saved", "declared", "files"])
+def test_dev_and_eval_are_names_of_a_split_to_test_on(kind: str, name: str, tmp_path: Path):
+    root = folder(tmp_path)
+    if kind == "saved":
+        datasets.DatasetDict({"train": rows(12), name: rows(6, 100)}).save_to_disk(root)
+    else:
+        write(root, **{"train": rows(12), name: rows(6, 100)})
+    if kind == "declared":
+        declare(root, f"{{split: train, path: train.parquet}}, {{split: {name}, path: {name}.parquet}}")
+    check(load(f"hub:{root}"))
+
+
+@pytest.mark.parametrize(
+    ("card", "message"),
+    [
+        ("---\na: [\n---\n", "line 1 .. README.md"),
+        ("configs: [{config_name: all, data_files: tset.parquet}]", "data/tset.parquet .. README.md"),
+    ],
+)
+def test_faults_of_the_card_are_named(card: str, message: str, tmp_path: Path):
+    root = write(folder(tmp_path), train=rows(6))
+    (root / "README.md").write_text(card if card.startswith("---") else f"---\n{card}\n---\n")
+    refused(root, message)
+    with pytest.raises(ValueError, match=r"^.{,300}$"):
+        load(f"hub:{root}")
 
 
 @pytest.mark.parametrize("train", ["dict", ".", "train"])
