@@ -100,6 +100,7 @@ class Experiment(Loop):
             network=network,
             optimizer=optimizer,
             interface=data.interface(),
+            fingerprint=data.train.fingerprint(),
             controller=controller,
             data=data,
             corrupt=corrupt,

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from str_triton.rnn.data import Data, Text, with_validation
 from str_triton.rnn.models import State
 from str_triton.rnn.recipes import Config
+from str_triton.training.fingerprint import Fingerprint
 from str_triton.training.loop import StepOutput
 from str_triton.training.meter import Means, Meter
 
@@ -46,6 +47,10 @@ class Task(ABC):
     @abstractmethod
     def sizes(self) -> str:
         """Return the sizes of the data for people."""
+
+    @abstractmethod
+    def fingerprint(self) -> Fingerprint:
+        """Return the fingerprint of the training data."""
 
     @abstractmethod
     def batches(self, epoch: int, start: int) -> Iterator[Any]:
@@ -94,6 +99,9 @@ class Classify(Task):
     def sizes(self) -> str:
         parts = _parts(self.data, self.config.choose == "last")
         return f"{parts} sequences, {self.inputs} numbers a step, {self.outputs} classes"
+
+    def fingerprint(self) -> Fingerprint:
+        return Fingerprint.of(self.data.train.labels)
 
     def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
         size, seed = self.config.batch_size, self.config.seed
@@ -161,6 +169,9 @@ class Language(Task):
 
     def sizes(self) -> str:
         return f"{_parts(self.data, self.config.choose == 'last')} characters, {self.inputs} different ones"
+
+    def fingerprint(self) -> Fingerprint:
+        return Fingerprint.of(self.data.train)  # a character's label is the next character
 
     def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         if start == 0:

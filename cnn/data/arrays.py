@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from str_triton.cnn.data.common import OnCorrupt
+from str_triton.cnn.data.common import Images, OnCorrupt
 from str_triton.cnn.data.counter_random import uniforms
 from str_triton.cnn.data.normalisation import Normalisation
+from str_triton.training.fingerprint import Fingerprint
 
 
 @dataclass(frozen=True)
@@ -43,17 +44,26 @@ class Augmentation:
 
 @dataclass(frozen=True, eq=False)
 class ArrayImages:
-    """Images in memory: `images` uint8 [N, C, H, W], `labels` int64 [N]. See `common.Images`."""
+    """Images in memory: `images` uint8 [N, C, H, W], `labels` int64 [N]. See `common.Images`.
+
+    `encoded` are the images that these were decoded from, if any.
+    """
 
     images: Tensor
     labels: Tensor
     normalisation: Normalisation
     augmentation: Augmentation
+    encoded: Images | None = None
 
     in_memory = True
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def fingerprint(self) -> Fingerprint:
+        if self.encoded is not None:
+            return self.encoded.fingerprint()
+        return Fingerprint.of(self.labels, lambda index: self.images[index].numpy().tobytes())
 
     def batch(
         self, indices: Tensor, *, seed: int, epoch: int, augment: bool, on_corrupt: OnCorrupt = None

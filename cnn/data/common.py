@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from str_triton.cnn.data.normalisation import Normalisation
+from str_triton.training.fingerprint import Fingerprint
 from str_triton.training.interface import ImageInput, Interface
 
 OnCorrupt = Callable[[str], None] | None
@@ -26,6 +27,10 @@ class Images(Protocol):
         ...
 
     def __len__(self) -> int: ...
+
+    def fingerprint(self) -> Fingerprint:
+        """Return the fingerprint of the stored images and their labels. No image is decoded."""
+        ...
 
     def batch(
         self, indices: Tensor, *, seed: int, epoch: int, augment: bool, on_corrupt: OnCorrupt = None

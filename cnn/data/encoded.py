@@ -23,6 +23,7 @@ from str_triton.cnn.data.decoding import (
     upright_size,
 )
 from str_triton.training.errors import warn
+from str_triton.training.fingerprint import Fingerprint
 
 SMALL = 64
 """A data set of small images, most at most this wide and high, keeps its size and is held in memory if it fits."""
@@ -32,6 +33,8 @@ SAMPLES = 100
 """The number of training images, evenly spread, that decide on the size and on whether the images have colour."""
 MEMORY = 2**30
 """The largest number of bytes of pixels, training and test together, to hold in memory."""
+HASHED = 2**20
+"""The number of bytes of a file that its hash reads at most."""
 MAX_CORRUPT_IN_A_ROW = 100
 """The number of corrupt images in a row after which reading stops: something else is wrong."""
 GREY = ("1", "L", "LA", "La")
@@ -68,6 +71,20 @@ class EncodedImages:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def fingerprint(self) -> Fingerprint:
+        return Fingerprint.of(self.labels, self._stored)
+
+    def _stored(self, index: int) -> bytes | None:
+        """Return the first bytes of an image's file; None if it cannot be read."""
+        try:
+            stored = self.source.read(index)[1]
+            if isinstance(stored, bytes):
+                return stored[:HASHED]
+            with open(stored, "rb") as file:
+                return file.read(HASHED)
+        except (OSError, ValueError):
+            return None
 
     def batch(
         self, indices: Tensor, *, seed: int, epoch: int, augment: bool, on_corrupt: OnCorrupt = None
@@ -155,7 +172,10 @@ def encoded_data(
             on_corrupt(line)
         left_out = tuple(dict.fromkeys(corrupt[1]))
         normalisation = Normalisation.of(parts[0][0])
-        sets = [ArrayImages(pixels.contiguous(), labels, normalisation, augmentation) for pixels, labels in parts]
+        sets = [
+            ArrayImages(pixels.contiguous(), labels, normalisation, augmentation, images)
+            for (pixels, labels), images in zip(parts, sets, strict=True)
+        ]
     return Data(sets[0], sets[1], class_names, (channels, *size), name, crop, left_out)
 
 

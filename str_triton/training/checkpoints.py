@@ -15,6 +15,7 @@ from torch import Tensor
 
 from str_triton.files import replacing
 from str_triton.training.errors import UserError, as_user_error, one_line, warn
+from str_triton.training.fingerprint import Fingerprint
 from str_triton.training.interface import INTERFACE, Interface
 
 KEEP = 2
@@ -166,8 +167,25 @@ def require_same_interface(own: Interface, state: Mapping[str, Any], folder: Pat
         return own
     change = began.change(own)
     if change is not None:
-        raise UserError(f"{folder} was trained on other data: {change}; resume it with the data that it began with")
+        raise other_data(folder, change)
     return began
+
+
+def require_same_data(own: Fingerprint, steps: int, state: Mapping[str, Any], folder: Path) -> None:
+    """Raise `UserError`, which names the difference, if the run in ``folder`` began with other training data.
+
+    The checkpoint ``state`` holds the fingerprint and the number of steps in an epoch, except those of older versions.
+    """
+    change = Fingerprint(**state["data"]).change(own) if "data" in state else None
+    if change is None and state.get("steps", steps) != steps:
+        change = f"an epoch had {state['steps']} steps, and has {steps} now"
+    if change is not None:
+        raise other_data(folder, change)
+
+
+def other_data(folder: Path, change: str) -> UserError:
+    """Return the error for a run in ``folder`` that is resumed with other data; ``change`` is the difference."""
+    return UserError(f"{folder} was trained on other data: {change}; resume it with the data that it began with")
 
 
 def require_same_shapes(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.linalg import LinAlgError
 
 from str_triton.budget.errors import DivergedError
-from str_triton.training.checkpoints import require_same_interface, require_same_shapes
+from str_triton.training.checkpoints import require_same_data, require_same_interface, require_same_shapes
 from str_triton.training.command_line import CommandLine
 from str_triton.training.config import TrainConfig, check_parts, make_accelerator
 from str_triton.training.errors import as_user_error
+from str_triton.training.fingerprint import Fingerprint
 from str_triton.training.interface import Interface
 from str_triton.training.job import only_first_process_prints, run_job
 from str_triton.training.meter import Means, Meter, Throughput
@@ -67,6 +68,7 @@ class Loop(ABC):
         network: the model as wrapped for several processes and precisions.
         optimizer: the model's optimizer.
         interface: the model's inputs and outputs. A resumed run keeps those that it began with.
+        fingerprint: the training data's. A resumed run refuses data of another one.
         controller: the object that moves the model to its target; None if there is no target.
         max_norm: the gradient's norm is clipped to this; None: no clipping.
         record: the metrics of the last epoch; None in the first epoch.
@@ -79,6 +81,7 @@ class Loop(ABC):
     network: nn.Module
     optimizer: AcceleratedOptimizer
     interface: Interface
+    fingerprint: Fingerprint
     controller: Controller | None
     max_norm: float | None = None
     record: Record | None = None
@@ -252,7 +255,8 @@ class Loop(ABC):
     def save(self, run: Run, step: int, meter: Meter) -> None:
         """Write a checkpoint. Call it inside `exact()`: the file then holds the schedule's exact value."""
         own = {"meter": meter.reduced(self.accelerator), "steps": self.steps, "record": self.record}
-        run.save(step, {**self.state(), **own, "interface": self.interface.record()})
+        data = {"interface": self.interface.record(), "data": dataclasses.asdict(self.fingerprint)}
+        run.save(step, {**self.state(), **own, **data})
 
     def restore(self, run: Run, meter: Meter) -> int:
         """Load the state of the run's last checkpoint and return its step; 0 if there is none."""
@@ -262,8 +266,7 @@ class Loop(ABC):
         step = state["step"]
         with run.as_damaged_checkpoint(step):
             self.interface = require_same_interface(self.interface, state, run.path)
-            if state.get("steps", self.steps) != self.steps:
-                raise ValueError(f"an epoch has {state['steps']} steps in it, {self.steps} now: the data differ")
+            require_same_data(self.fingerprint, self.steps, state, run.path)
             self.load_state(state)
             self.record = state.get("record")
             if self.accelerator.is_main_process:  # the checkpoint holds the sums of all processes

@@ -116,7 +116,7 @@ class Run:
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(
                 f"the checkpoint {self._checkpoints.path(step)} does not fit this run ({one_line(error)[:100]}): "
-                "remove it to continue from the one before"
+                "move it elsewhere to continue from the one before"
             ) from error
 
     def log(self, record: Record) -> Record:

@@ -10,10 +10,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from str_triton.cnn import train
 from str_triton.cnn.data import Data
@@ -160,6 +162,13 @@ def renamed(data: Data) -> Data:
     return dataclasses.replace(data, class_names=tuple("0132456789"))
 
 
+def training(data: Data, **changes: Callable[[Tensor], Tensor]) -> Data:
+    train = dataclasses.replace(
+        data.train, **{key: change(getattr(data.train, key)) for key, change in changes.items()}
+    )
+    return dataclasses.replace(data, train=train)
+
+
 @pytest.mark.parametrize("run", ["finished", "unfinished"])
 @pytest.mark.parametrize(
     ("change", "words"),
@@ -167,9 +176,12 @@ def renamed(data: Data) -> Data:
         (renamed, "output 2 was '2', and is '3' now"),
         (lambda data: dataclasses.replace(data, class_names=(*data.class_names, "x")), "output 10 was missing .. 'x'"),
         (lambda data: dataclasses.replace(data, crop=0.875), "1 x 8 x 8, of the whole image .. 87.50 %"),
+        (partial(training, labels=lambda labels: (labels + 1) % 10), "labels"),
+        (partial(training, images=lambda images: 255 - images), "of 16 sampled training examples, 16"),
+        (partial(training, images=lambda images: images[:1000], labels=lambda labels: labels[:1000]), "1,438 .. 1,000"),
     ],
 )
-def test_data_of_another_interface_are_refused(
+def test_other_data_are_refused(
     run: str,
     change: Callable[[Data], Data],
     words: str,
@@ -186,6 +198,22 @@ def test_data_of_another_interface_are_refused(
     assert holds(error, f"error: {folder} .. {words}")
     assert error.count("\n") == 1
     assert before == [path.read_bytes() for path in files]
+
+
+def test_a_checkpoint_without_a_fingerprint_is_compared_by_its_steps(
+    unfinished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """As older versions wrote it. No checkpoint may be given up for other data."""
+    path = max((unfinished / "checkpoints").glob("*.pt"))
+    state = torch.load(path, weights_only=True)
+    del state["data"]
+    torch.save(state, path)
+    few = lambda tensor: tensor[:1000]  # noqa: E731
+    with_data(monkeypatch, partial(training, images=few, labels=few))
+    assert resume(unfinished) == 2
+    error = capsys.readouterr().err
+    assert holds(error, "5 steps .. 3 now .. resume it with the data that it began with")
+    assert "checkpoints" not in error
 
 
 def test_another_rounding_of_the_standardisation_changes_nothing(
@@ -207,7 +235,7 @@ def test_a_checkpoint_without_an_interface_is_compared_with_the_one_of_the_finis
     """As older versions wrote it."""
     path = max((finished / "checkpoints").glob("*.pt"))
     state = torch.load(path, weights_only=True)
-    del state["interface"]
+    del state["interface"], state["data"]
     torch.save(state, path)
     assert resume(finished) == 0
     with_data(monkeypatch, renamed)

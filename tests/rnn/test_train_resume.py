@@ -107,18 +107,27 @@ def test_a_language_model_goes_on_with_the_state_that_it_had(
     assert_same_result(tmp_path / "run", whole)
 
 
-def test_a_text_of_another_alphabet_than_before_is_refused(
-    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+@pytest.mark.parametrize(
+    ("old", "new", "words"), [("e", "é", "was 'e', and is 'f' now"), ("the 2th", "eth 2th", "labels of its training")]
+)
+def test_another_text_than_before_is_refused(
+    tmp_path: Path,
+    quick: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    old: str,
+    new: str,
+    words: str,
 ):
     options = text_options(tmp_path)
     with monkeypatch.context() as patch:
         stop_at(patch, 3)
         assert begin(tmp_path / "run", *options) == 143
-    (tmp_path / "text.txt").write_text((tmp_path / "text.txt").read_text().replace("e", "é"))
+    (tmp_path / "text.txt").write_text((tmp_path / "text.txt").read_text().replace(old, new))
     capsys.readouterr()
     assert resume(tmp_path / "run") == 2
     error = capsys.readouterr().err
-    assert holds(error, f"error: {tmp_path / 'run'} .. was 'e', and is 'f' now")
+    assert holds(error, f"error: {tmp_path / 'run'} .. {words}")
     assert error.count("\n") == 1
 
 

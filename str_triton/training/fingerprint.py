@@ -1,0 +1,56 @@
+"""A fingerprint of training data, by which a resumed run notices other data of the same names and size."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+SAMPLES = 16
+"""The largest number of examples whose content is hashed."""
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """The number of training examples, and hashes of them.
+
+    Attributes:
+        examples: the number of examples.
+        labels: a hash of all labels in their order.
+        contents: hashes of up to `SAMPLES` examples, evenly spread, as they are stored. None for an example that cannot
+            be read. Empty where the stored bytes are not at hand.
+    """
+
+    examples: int
+    labels: str
+    contents: tuple[str | None, ...] = ()
+
+    @classmethod
+    def of(cls, labels: Tensor, stored: Callable[[int], bytes | None] | None = None) -> "Fingerprint":
+        """Compute the fingerprint of examples with these labels, int64 [N] on the CPU.
+
+        ``stored`` returns the bytes of an example, or None for one that cannot be read.
+        """
+        count = len(labels)
+        samples = 0 if stored is None else min(SAMPLES, count)
+        contents = [stored(place * count // samples) for place in range(samples)]
+        hashes = tuple(None if content is None else _hash(content) for content in contents)
+        return cls(count, _hash(labels.contiguous().numpy().data), hashes)
+
+    def change(self, now: "Fingerprint") -> str | None:
+        """Return in words the first difference of ``now`` from this fingerprint; None if the data are the same.
+
+        Up to half of the sampled examples may differ: a user may have restored damaged ones.
+        """
+        if self.examples != now.examples:
+            return f"there were {self.examples:,} training examples, and are {now.examples:,} now"
+        if self.labels != now.labels:
+            return "the labels of its training examples, or their order, have changed"
+        differing = sum(a != b for a, b in zip(self.contents, now.contents, strict=False) if a and b)
+        if 2 * differing > len(self.contents):
+            return f"of {len(self.contents)} sampled training examples, {differing} have changed"
+        return None
+
+
+def _hash(content: bytes | memoryview) -> str:
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
