@@ -162,9 +162,7 @@ def read_data(options: Options, network: Network) -> Data:
     ignored: list[str] = []  # Corrupt training images do not matter here. `left_out` holds the corrupt test images.
     on_corrupt = ignored.append if options.skip_corrupt else None
     data = load(options.data, options.data_dir, on_corrupt, image_size, taken_by)
-    unnamed = data.name.startswith("hub:") and data.class_names == tuple(map(str, range(data.num_classes)))
-    where = f"{options.path}, --data {options.data}"
-    require_classes(replace(network, interface=None) if unnamed else network, data.class_names, where)
+    require_classes(network, data.class_names, f"{options.path}, --data {options.data}")
     if data.image_shape[0] != network.in_channels:
         raise UserError(
             f"--data {options.data} has {data.image_shape[0]} colour channels, the network in {options.path} "

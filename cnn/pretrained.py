@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from torch import nn
 
 from str_triton.cnn.arithmetic import warn_of_arithmetic
+from str_triton.cnn.class_names import class_change
 from str_triton.cnn.models import state_shapes
 from str_triton.cnn.weights import fill, read_file, read_weights, without_prefix
 from str_triton.training.errors import warn
-from str_triton.training.interface import same_name
 
 
 def check_start(path: str | os.PathLike[str], *, needs_zeros: bool) -> None:
@@ -66,16 +66,14 @@ def start_from(
 
 
 def _compare_classes(theirs: Sequence[str], ours: Sequence[str], where: str) -> None:
-    """Raise ValueError for the same classes in another order, and warn of other classes."""
+    """Raise ValueError for the same classes in another order, and warn of other classes. See also `class_change`."""
     if len(theirs) != len(ours):
         raise ValueError(f"{where}: {len(ours)} scores, but {len(theirs)} names for them")
-    for old, new in zip(theirs, ours, strict=True):
-        if not same_name(old, new):
-            change = f"{where}: its class {old!r} is {new!r} in the data"
-            if set(theirs) == set(ours):
-                raise ValueError(f"{change}: the order of the classes must match, or take --new-classifier")
-            warn(f"{change}, and its classifier is kept; --new-classifier starts with a new one")
-            return
+    change = class_change(theirs, ours, where)
+    if change is not None and set(theirs) == set(ours):
+        raise ValueError(f"{where}: {change}: the order of the classes must match, or take --new-classifier")
+    if change is not None:
+        warn(f"{where}: {change}, and its classifier is kept; --new-classifier starts with a new one")
 
 
 def classifier_keys(name: str, in_channels: int) -> list[str]:

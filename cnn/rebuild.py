@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from str_triton.cnn.arithmetic import warn_of_arithmetic
+from str_triton.cnn.class_names import class_change
 from str_triton.cnn.config import Config
 from str_triton.cnn.models import build, state_shapes
 from str_triton.cnn.weights import fill, read_file, recurrent, without_prefix
@@ -40,19 +41,15 @@ class Network:
 def require_classes(network: Network, class_names: Sequence[str], where: object) -> None:
     """Raise ValueError, which names ``where``, unless a network was trained for these classes in this order.
 
-    Of a network without an interface only the number of classes is known.
+    Of a network without an interface only the number of classes is known. See `class_change` for classes without names.
     """
     if network.num_classes != len(class_names):
         raise ValueError(
             f"{where}: its network has {network.num_classes} classes, the data have {len(class_names)} classes"
         )
-    if network.interface is None:
-        return
-    for theirs, ours in zip(network.interface.outputs, class_names, strict=True):
-        if theirs != ours:
-            raise ValueError(
-                f"{where}: its class {theirs!r} is {ours!r} in the data: the classes and their order must match"
-            )
+    change = None if network.interface is None else class_change(network.interface.outputs, class_names, where)
+    if change is not None:
+        raise ValueError(f"{where}: {change}: the classes and their order must match")
 
 
 def rebuild(path: str | os.PathLike[str], name: str | None = None, *, unnamed: str = "give --model") -> Network:

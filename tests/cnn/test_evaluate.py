@@ -192,6 +192,25 @@ def test_other_classes_or_another_order_are_refused(tmp_path: Path, pictures: Pa
         assert error.count("\n") == 1
 
 
+def test_the_order_of_classes_without_names_is_said_to_be_unknown(
+    tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture
+):
+    numbers = ((99.0, 120.0, 90.0), (30.0, 50.0, 70.0))
+    folder = shutil.copytree(pictures, tmp_path / "pictures")
+    args = [str(tmp_path / "x.safetensors"), "--data", f"imagefolder:{folder}", "--device", "cpu"]
+    with_interface(tmp_path / "x.safetensors", Interface(("0", "1"), numbers, ImageInput(3, 16, 16, None)))
+    assert main(args) == 0
+    assert holds(capsys.readouterr().err, "warning: .. the network has numbers .. order of the classes")
+    with_interface(tmp_path / "x.safetensors", Interface(("cats", "dogs"), numbers, ImageInput(3, 16, 16, None)))
+    for name, label in (("cats", "0"), ("dogs", "1")):
+        (folder / name).rename(folder / label)
+    assert main(args) == 0
+    assert holds(capsys.readouterr().err, "warning: .. the data have numbers .. order of the classes")
+    for label, name in (("0", "10"), ("1", "9")):  # numbers, but not from 0 on
+        (folder / label).rename(folder / name)
+    assert main(args) == 2
+
+
 def test_corrupt_images_end_it_or_are_counted(
     whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture, pictures: Path
 ):

@@ -19,6 +19,7 @@ from str_triton.cnn.config import METHODS
 from str_triton.cnn.models import build
 from str_triton.cnn.pretrained import classifier_keys, start_from
 from str_triton.training.config import make_accelerator
+from str_triton.training.interface import Interface
 from tests.cnn.train_runs import TINY, begin, resume, run
 from tests.messages import holding, holds
 from tests.runs import Killed, after_calls, assert_same_result, kill, last_checkpoint
@@ -162,18 +163,21 @@ def test_a_run_killed_before_its_first_checkpoint_still_starts_from_the_file(
 
 
 @pytest.mark.parametrize(
-    ("names", "said"),
+    ("theirs", "names", "said"),
     [
-        (tuple("0123456789"), ""),
-        (tuple("01234abcde"), "warning: .. its class '5' is 'a' in the data .. classifier is kept; --new-classifier"),
+        ("0123456789", "0123456789", ""),
+        ("abcdeABCDE", "abcdefghij", "its class 'A' is 'f' in the data .. classifier is kept; --new-classifier"),
+        ("0123456789", "abcdefghij", "the network has numbers .. order of the classes cannot be compared"),
+        ("abcdefghij", "0123456789", "the data have numbers .. order of the classes cannot be compared"),
     ],
 )
 def test_other_classes_with_the_old_classifier_are_a_warning(
-    names: tuple[str, ...], said: str, whole_run: Path, capsys: pytest.CaptureFixture
+    theirs: str, names: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
-    model = build("resnet-digits", num_classes=10, in_channels=1)
-    capsys.readouterr()
-    start_from(whole_run, model, "resnet-digits", 1, class_names=names)
+    model, file = build("resnet-digits", num_classes=10, in_channels=1), tmp_path / "x.safetensors"
+    metadata = {"model": "resnet-digits", **Interface(tuple(theirs)).texts()}
+    safetensors.torch.save_file(model.state_dict(), file, metadata)
+    start_from(file, model, "resnet-digits", 1, class_names=names)
     error = capsys.readouterr().err
     assert error.count("\n") == bool(said)
     assert holds(error, said)

@@ -73,6 +73,14 @@ def test_a_teacher_of_other_classes_or_another_standardisation_is_refused(teache
             read_teacher(teacher, other)
 
 
+def test_a_teacher_for_classes_without_names_is_taken_with_a_warning(teacher: Path, capsys: pytest.CaptureFixture):
+    """The teacher's own classes are the digits, which could be the numbers of any ten classes."""
+    own = Interface.read(teacher / "interface.json")
+    capsys.readouterr()
+    read_teacher(teacher, replace(own, outputs=tuple("abcdefghij")))
+    assert holds(capsys.readouterr().err, "warning: .. the network has numbers .. order of the classes")
+
+
 def test_weights_alone_are_no_teacher(tmp_path: Path, capsys: pytest.CaptureFixture):
     torch.save(build("resnet-digits", num_classes=10, in_channels=1).state_dict(), tmp_path / "x.pt")
     assert begin(tmp_path / "run", "--model", "resnet-digits", "--teacher", str(tmp_path / "x.pt")) == 2
