@@ -72,8 +72,13 @@ def warn_of_unfinished(marks: Iterable[Control], stacklevel: int = 3) -> None:
             continue
         control.warned = True
         status = "its weights have changed since finish()" if control.reached else control.status
-        warnings.warn(
+        text = (
             f"the model does not meet its controller's target ({status}): call controller.finish(), or measure inside "
-            "controller.exact()",
-            stacklevel=stacklevel,
+            "controller.exact()"
         )
+        if control.owner is None:
+            text = (
+                f"the model is a copy of one that did not meet its controller's target then ({status}): call "
+                "controller.finish(copy), or copy the model after controller.finish()"
+            )
+        warnings.warn(text, stacklevel=stacklevel)

@@ -171,6 +171,16 @@ def test_an_unfinished_model_warns_once():
         densify(other)
 
 
+def test_a_copy_made_before_training_says_that_it_is_a_copy():
+    model = sparsify(nn.Linear(8, 8))
+    controller = SparsityController(model, Target(sparsity=0.5))
+    average = AveragedModel(model)
+    controller.step(0.5)
+    average.update_parameters(model)
+    with pytest.warns(UserWarning, match=r"is a copy .* then \(no step was made\).*finish\(copy\)"):
+        count(average, torch.zeros(1, 8))
+
+
 def test_a_finished_model_is_finished_after_a_resume():
     model, controller, _ = trained(30, 30)
     with controller.exact():
