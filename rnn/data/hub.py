@@ -52,6 +52,11 @@ def load_hub(
     except ValueError as error:
         if root and any(root.glob("*/*.wav")):
             raise ValueError(f"{error}; folders of WAV files are --data speech-commands:{place}") from error
+        if root and any(root.glob("*/*/*.wav")):
+            raise ValueError(
+                f"{name}: folders of WAV files are --data speech-commands:DIR, where DIR has one folder for each word, "
+                "and validation_list.txt and testing_list.txt name the files that are not for training"
+            ) from error
         raise
     missing = [part for part in PARTS if part not in splits]
     if missing:
@@ -138,7 +143,9 @@ def _files(rows: "Dataset", root: Path) -> list[Path]:
     """Return the files that hold the recordings: tables, and files below `root` that the tables name."""
     table, paths, content = rows.with_format("arrow")[:].flatten(), f"{AUDIO_COLUMN}.path", f"{AUDIO_COLUMN}.bytes"
     named = []
-    if paths in table.column_names:
+    if AUDIO_COLUMN in table.column_names and str(table[AUDIO_COLUMN].type).endswith("string"):
+        named = [root / path for path in table[AUDIO_COLUMN].to_pylist() if path]
+    elif paths in table.column_names:
         apart = table[content].is_null() if content in table.column_names else table[paths].is_valid()
         named = [root / path for path in table[paths].filter(apart).to_pylist() if path]
     return [*(Path(file["filename"]) for file in rows.cache_files), *named]
@@ -146,6 +153,8 @@ def _files(rows: "Dataset", root: Path) -> list[Path]:
 
 def _decode(value: object, name: str, root: Path) -> tuple[np.ndarray, int]:
     """Decode a recording (bytes, or a file below `root`) to samples, int16 [frames, channels], and their rate."""
+    if isinstance(value, str):
+        value = {"path": value}
     if isinstance(value, dict):
         path, value = value.get("path"), value.get("bytes")
         if value is None and path:

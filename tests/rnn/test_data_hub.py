@@ -264,6 +264,30 @@ def test_a_folder_of_wav_files_is_led_to_the_right_reader(tmp_path: Path, monkey
     refuse(tmp_path, f"no data; .*--data speech-commands:{tmp_path}$")
 
 
+def test_folders_of_wav_files_below_splits_are_led_to_the_right_reader_too(tmp_path: Path):
+    """In place of the advice of the datasets library to install torchcodec, which does not help."""
+    for part in COUNTS:
+        for word in ("bed", "cat"):
+            (tmp_path / part / word).mkdir(parents=True)
+            write_wav(tmp_path / part / word / "a.wav", sound(0))
+    refuse(tmp_path, "^hub:.*: folders of WAV files are --data speech-commands:DIR, .* one folder for each word")
+
+
+def test_a_table_may_name_wav_files(tmp_path: Path):
+    files = ", ".join(f"{{split: {part}, path: {part}.csv}}" for part in COUNTS)
+    (tmp_path / "README.md").write_text(f"---\nconfigs: [{{config_name: default, data_files: [{files}]}}]\n---\n")
+    for part in COUNTS:
+        rows = ["audio,label"]
+        for number, word in enumerate(("bed", "cat")):
+            write_wav(tmp_path / f"{part}-{word}.wav", sound(first_of(part) + number))
+            rows.append(f"{part}-{word}.wav,{word}")
+        (tmp_path / f"{part}.csv").write_text("\n".join(rows))
+    clips = read(tmp_path).test.clips
+    assert torch.equal(clips(torch.tensor([1]))[0], torch.from_numpy(sound(201)))
+    write_wav(tmp_path / "test-cat.wav", sound(1201))
+    assert torch.equal(read(tmp_path).test.clips(torch.tensor([1]))[0], torch.from_numpy(sound(1201)))
+
+
 def test_text_is_the_column_of_all_splits(tmp_path: Path):
     root = tmp_path / "set"
     root.mkdir()
