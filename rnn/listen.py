@@ -21,7 +21,7 @@ from str_triton.training.errors import UserError, as_user_error, run_program
 from str_triton.training.options import OptionParser
 
 SPEECH = ("speech-commands", "hub", "spoken")  # the kinds of data with log-mel features
-SHORTEST = (FRAMES - 1) * HOP + WINDOW - MARGIN  # samples of a window
+SHORTEST = (FRAMES - 1) * HOP + WINDOW - MARGIN  # samples of a window; `LogMel` completes a clip with zeros to so many
 STRIDE = 10  # frames between the beginnings of two windows
 SMOOTHING = 5  # windows whose probabilities are averaged
 THRESHOLD = 0.6  # the averaged probability at which a word is detected
@@ -58,6 +58,9 @@ class Listener:
     reported once, when the detection ends or has lasted two seconds. The reported time is the mean of the windows'
     middles, weighted by probability. The classes silence and unknown are never reported, nor is anything in silence.
 
+    A sound that ends before the first window is complete is padded with silence, as clips are in training. If it ends
+    before the fifth, the average is that of the windows so far.
+
     Args:
         run: a run of a speech classifier that is not bidirectional.
 
@@ -75,6 +78,7 @@ class Listener:
         self.windows = -(-FRAMES // STRIDE)
         self._features = LogMelStream()
         self.frames = 0
+        self._samples = 0
         self._state: Tensor | tuple[Tensor, Tensor] | None = None
         self._total = torch.zeros(self.windows, run.model.rnn.hidden_size)
         self._loud: deque[bool] = deque(maxlen=FRAMES)
@@ -84,13 +88,22 @@ class Listener:
 
     def __call__(self, samples: Tensor) -> Iterator[Detection]:
         """Process the next samples, int16 [any] at 16 kHz, and yield the detections that are complete."""
+        self._samples += len(samples)
         for frame in self._features(samples):
             probabilities = self._advance(frame)
             if probabilities is not None:
                 yield from self._decide(probabilities)
 
     def end(self) -> Iterator[Detection]:
-        """Yield the detection that the end of the sound completes, if any."""
+        """Yield the detections that the end of the sound completes, if any."""
+        if self._samples < SHORTEST:
+            yield from self(torch.zeros(SHORTEST - self._samples, dtype=torch.int16))
+        if len(self._recent) < SMOOTHING:
+            yield from self._judge(len(self._recent))
+        yield from self._end_word()
+
+    def _end_word(self) -> Iterator[Detection]:
+        """Yield the detection of the word that lasted until now, if any was not reported yet."""
         if self._word is not None and len(self._word_windows) < LONGEST:
             yield self._detection()
 
@@ -121,16 +134,20 @@ class Listener:
 
     def _decide(self, probabilities: Tensor) -> Iterator[Detection]:
         self._recent.append(probabilities)
-        average = torch.stack(tuple(self._recent)).sum(0) / SMOOTHING
+        yield from self._judge(SMOOTHING)
+
+    def _judge(self, windows: int) -> Iterator[Detection]:
+        """Decide which word the last windows say, by an average over ``windows``, and yield the word that it ends."""
+        average = torch.stack(tuple(self._recent)).sum(0) / windows
         probability, number = average.max(0)
         word: str | None = self.run.outputs[int(number)]
         if probability < THRESHOLD or word in IGNORED or not any(self._loud):
             word = None
         if word != self._word:
-            yield from self.end()
+            yield from self._end_word()
             self._word, self._word_windows = word, []
         if word is not None:
-            middle = self.frames - (FRAMES + (SMOOTHING - 1) * STRIDE) / 2
+            middle = self.frames - (FRAMES + (windows - 1) * STRIDE) / 2
             self._word_windows.append((middle * HOP / RATE, float(probability)))
             if len(self._word_windows) == LONGEST:
                 yield self._detection()
@@ -201,9 +218,6 @@ def listen(listener: Listener, sound: Iterator[Tensor]) -> None:
             samples += len(chunk)
             print_detections(detections)
     print_detections(listener.end())
-    if listener.frames < FRAMES:
-        print(f"{samples / RATE:.4f} s of sound: too short for a word, as a window takes {SHORTEST / RATE:.4f} s")
-        return
     factor = busy * RATE / max(samples, 1)
     print(
         f"{samples / RATE:.1f} s of sound; a window of 1 s takes {1000 * factor:.0f} ms: real-time factor {factor:.3f}"
