@@ -23,7 +23,7 @@ from str_triton.budget.raw_thresholds import raws_for_rows
 from str_triton.budget.survivors import Moved
 from str_triton.budget.target import LayersTarget, Target
 from str_triton.budget.target_kinds import require_kind
-from str_triton.nn import ThresholdHolder, thresholded_weights
+from str_triton.nn import ThresholdHolder, require_own_weights, thresholded_weights
 
 FLOP_EXPONENT = 0.2  # More costs accuracy (docs/exact-budgets.md).
 
@@ -212,7 +212,7 @@ class SparsityController(OffsetController):
 
     def _check_unchanged(self) -> None:
         super()._check_unchanged()
-        inventory.require_own_weights(layer.weight for layer in self._layers)
+        require_own_weights(layer.weight for layer in self._layers)
         self._others = inventory.present(self._thresholds.model, self._others)
 
     def _counted(self, model: nn.Module) -> list[tuple[int, ...]]:

@@ -1,7 +1,7 @@
 """The inventory of a sparsity controller: the weights that it controls, the other weights, and their costs."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from str_triton.budget.processes import Processes, nonzeros
 from str_triton.budget.raw_thresholds import raws_for_rows
 from str_triton.budget.target import Costs, Target
 from str_triton.files import percent
-from str_triton.nn import Matrix, ThresholdedWeight, thresholded_weights
+from str_triton.nn import Matrix, ThresholdedWeight, require_own_weights, thresholded_weights
 from str_triton.nn.shards import local, reshard
 
 UNCOVERED = 0.01  # Share of uncovered weights from which the controller warns.
@@ -83,15 +83,6 @@ def take_inventory(
         )
     _warn_of_uncovered(weights)
     return layers, others, Costs(dense, sum(other.value.numel() for other in others), total)
-
-
-def require_own_weights(uses: Iterable[ThresholdedWeight]) -> None:
-    """Raise ValueError if other code computes a thresholded weight, because it then changes after a solve."""
-    if computed := next((use.name for use in uses if use.is_computed), None):
-        raise ValueError(
-            f"the weight of {computed!r} is no plain Parameter any more (weight_norm, spectral_norm, pruning, tied by "
-            "hand): remove what computes it before sparsify"
-        )
 
 
 def covered_shapes(model: nn.Module) -> list[tuple[int, ...]]:

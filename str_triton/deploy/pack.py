@@ -63,7 +63,8 @@ def pack(
 
     Raises:
         ValueError: unknown `values`, an entry that is not a tensor or has no values, a dtype that safetensors lacks, or
-            a value too large for `values`; the message names the tensor. Nothing is written.
+            a value too large for `values`, or a thresholded weight that other code computes since `sparsify`
+            (weight_norm, pruning); the message names the tensor or layer. Nothing is written.
         TypeError: a model, budget or metadata of another type.
         OSError: the file cannot be written, for example on a full disk. `path` is not changed, and no other file is
             left behind.

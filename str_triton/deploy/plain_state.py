@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from str_triton.nn import LowRankWeight, plain_state_dict
+from str_triton.nn import LowRankWeight, plain_state_dict, require_own_weights, thresholded_weights
 
 State = dict[str, Tensor]
 Products = dict[str, tuple[str, str]]  # the name of a matrix u v^T -> the names of u and v
@@ -21,7 +21,8 @@ def plain_state(model: nn.Module | Mapping[str, Tensor]) -> tuple[State, Product
 
     Raises:
         TypeError: neither a module nor a mapping.
-        ValueError: an entry that is not a dense tensor with values; the message names it.
+        ValueError: an entry that is not a dense tensor with values, or a thresholded weight that other code computes
+            since `sparsify`, such as weight_norm or pruning; the message names it.
     """
     if isinstance(model, nn.Module):
         state, products = _state_of_module(model)
@@ -55,6 +56,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _state_of_module(model: nn.Module) -> tuple[State, Products]:
+    require_own_weights(thresholded_weights(model))
     state = plain_state_dict(model.state_dict())
     products: Products = {}
     for path, module in model.named_modules(remove_duplicate=False):

@@ -14,7 +14,7 @@ from str_triton.nn.holder import ThresholdHolder
 from str_triton.nn.kinds import weight_refusal
 from str_triton.nn.raw_threshold import initial_raw, new_raw_threshold
 from str_triton.nn.shards import is_sharded
-from str_triton.nn.state import RAW, marked, unmark
+from str_triton.nn.state import RAW, computed_weight, marked, unmark
 from str_triton.ops.soft_threshold import soft_threshold
 
 M = TypeVar("M", bound=nn.Module)
@@ -175,6 +175,8 @@ class STRLayer(ThresholdHolder):
         return self.offsets_from(self.weight)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if "weight" not in self._parameters:
+            raise computed_weight(prefix.removesuffix("."))
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if not keep_vars:
             destination[f"{prefix}weight"] = marked(destination[f"{prefix}weight"])

@@ -73,3 +73,11 @@ def unmark(state: dict[str, Tensor], key: str, weight: Tensor) -> bool:
     value = saved[0] if is_marked else saved
     state[key] = sharded_like(value, weight) if value.shape == weight.shape else value
     return is_marked
+
+
+def computed_weight(name: str) -> ValueError:
+    """Return the error for a thresholded weight that other code computes since `sparsify`."""
+    return ValueError(
+        f"the weight of {name!r} is no plain Parameter any more (weight_norm, spectral_norm, pruning, tied by hand): "
+        "remove what computes it (torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.prune.remove)"
+    )

@@ -1,6 +1,6 @@
 """The thresholded weights of a model, whichever kind of module applies the threshold."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from str_triton.nn.layers import STRLayer
 from str_triton.nn.parametrization import SoftThreshold, ThresholdedModule, soft_thresholds
 from str_triton.nn.shards import local, local_raw
+from str_triton.nn.state import computed_weight
 from str_triton.ops.thresholds import threshold_function
 
 
@@ -91,3 +92,10 @@ def thresholded_weights(model: nn.Module) -> Iterator[ThresholdedWeight]:
         if isinstance(module, ThresholdedModule):
             for attribute, holder in soft_thresholds(module).items():
                 yield ThresholdedWeight(weight_name(name, attribute), module, attribute, holder)
+
+
+def require_own_weights(uses: Iterable[ThresholdedWeight]) -> None:
+    """Raise ValueError if other code computes a thresholded weight too, such as weight_norm or pruning."""
+    for use in uses:
+        if use.is_computed:
+            raise computed_weight(use.name)

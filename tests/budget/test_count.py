@@ -383,6 +383,13 @@ def small() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
 
 
+def test_data_parallel_is_counted_as_the_module_in_it():
+    model, x = sparsify(small()), torch.randn(3, 4)
+    budget = count(nn.DataParallel(model), x)
+    assert [row.name for row in budget.rows] == [f"module.{row.name}" for row in count(model, x).rows]
+    assert budget.flops == count(model, x).flops > 0
+
+
 def test_counted_under_autocast_with_warm_cache():
     model, x = small(), torch.randn(3, 4)
     with torch.autocast("cpu", torch.bfloat16):

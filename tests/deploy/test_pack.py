@@ -1,11 +1,13 @@
 """Tensors packed and unpacked: every bit of every dtype comes back, and what holds zeros takes less."""
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
 
 from str_triton import Budget, LayerBudget, LowRankLinear, LowRankWeight, count, count_ranks, densify, deploy, sparsify
 from str_triton.nn import Control
@@ -337,6 +339,22 @@ def test_a_model_whose_controller_is_not_done_is_packed_with_a_warning(tmp_path:
     with pytest.warns(UserWarning, match=r"at 0\.5.*finish") as caught:
         deploy.pack(nn.DataParallel(model), tmp_path / "x")
     assert [w.filename for w in caught] == [__file__]
+
+
+@pytest.mark.parametrize(
+    ("layer", "compute"),
+    [
+        (nn.Linear(8, 8), lambda layer: prune.l1_unstructured(layer, "weight", 0.9)),
+        (nn.Linear(8, 8), parametrizations.weight_norm),
+        (nn.LSTM(8, 8), lambda layer: parametrizations.spectral_norm(layer, "weight_hh_l0")),
+    ],
+)
+def test_weights_that_other_code_computes_are_refused_by_name(tmp_path: Path, layer: nn.Module, compute: Callable):
+    model = sparsify(nn.Sequential(layer))
+    compute(model[0])
+    with pytest.raises(ValueError, match=r"'0.*' is no plain Parameter any more .*: remove what computes it"):
+        deploy.pack(model, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
 
 
 def test_the_table(tmp_path: Path):

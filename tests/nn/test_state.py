@@ -7,6 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from str_triton import LowRankLinear, SparsityController, Target, densify, plain_state_dict, sparsify
 from str_triton.nn import thresholded_weights
@@ -290,6 +291,15 @@ def test_thresholds_of_single_layers_do_not_load_as_one_for_all():
         shared.load_state_dict(single.state_dict())
     single.load_state_dict(shared.state_dict())
     shared.load_state_dict(network("global").state_dict())
+
+
+def test_a_weight_that_other_code_computes_is_named():
+    model = sparsify(nn.Sequential(nn.Linear(4, 4)))
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    with pytest.raises(ValueError, match="weight of '0' is no plain Parameter any more"):
+        model.state_dict()
+    prune.remove(model[0], "weight")
+    assert model.state_dict()["0.weight"].count_nonzero() == 8
 
 
 def test_functional_call_refuses_the_state_of_another_g():
