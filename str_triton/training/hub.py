@@ -165,6 +165,9 @@ def _reason(error: BaseException) -> str:
 
 
 def _configurations(place: str, separator: str, error: Exception) -> str:
-    """Return how to choose a configuration if the error says that one must be chosen: "" if it does not."""
+    """Return how to choose a configuration or a folder if the error is about configurations: "" if it is not."""
+    local = local_folder(place, separator)
+    if local and local[1] and "not found. Available: " in str(error) and local[0].joinpath(local[1]).is_dir():
+        return f"; to read the folder, write hub:{local[0] / local[1]}"
     found = re.search(r"available configs: \[(.*?)\]", str(error))
     return f" Write hub:{place}{separator}NAME, with a NAME of {found[1]}" if found else ""

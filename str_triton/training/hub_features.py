@@ -94,11 +94,11 @@ def first_features(folder: Path, path: Path, builder: "DatasetBuilder", columns:
     alone.config.features = alone.info.features = None
     try:
         rows = alone.as_streaming_dataset("train").with_format("arrow")
-        table = next(iter(rows.iter(FIRST_ROWS)), None)
+        table = next(iter(rows.iter(FIRST_ROWS)))
+    except StopIteration:  # also from the library
+        return datasets.Features()
     except Exception as error:  # errors of the libraries for damaged files have no common base class
         raise ValueError(f"{path} {_fault_of_content(folder / path, error)}") from error
-    if table is None:
-        return datasets.Features()
     filled = [name for name in table.column_names if name in columns and table[name].null_count < len(table)]
     return datasets.Features.from_arrow_schema(table.select(filled).schema)
 

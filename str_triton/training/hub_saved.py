@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, Features
 
 FILES = ("dataset_info.json", "state.json")  # of a split, beside its tables
+CARDS = ("README.md", ".huggingface.yaml")  # which may declare the files of several
 LISTING = "dataset_dict.json"  # the names of the splits of a DatasetDict
 
 
@@ -35,7 +36,7 @@ def saved_splits(folder: Path) -> dict[str, Path]:
         _warn_of_others(folder, splits)
         return splits
     inner = {path.parent.parent for path in folder.glob("*/*/state.json") if _is_saved(path.parent)}
-    if len(inner) > 1:
+    if len(inner) > 1 and not any((folder / card).is_file() for card in CARDS):
         names = textwrap.shorten(", ".join(sorted(path.name for path in inner)), 100, placeholder=" ...")
         raise ValueError(f"{names} are data sets of their own: name one, such as hub:{min(inner)}")
     return {}
@@ -47,7 +48,7 @@ def _is_saved(folder: Path) -> bool:
 
 
 def _warn_of_others(folder: Path, splits: Mapping[str, Path]) -> None:
-    others = {}
+    others: dict[str, None] = {}
     for path in files_below(folder):
         place, kind = folder / path.parent, path.suffix.lower()
         own = place in splits.values() and (kind == ".arrow" or path.name in FILES)

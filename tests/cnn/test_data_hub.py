@@ -478,6 +478,8 @@ def test_a_configuration_of_a_folder_is_checked_like_a_folder(tmp_path: Path):
     assert np.array_equal(load(f"hub:{root}:good", None).test.images[0].permute(1, 2, 0), np.asarray(picture(0)))
     refused(f"{root}:bad", "bad/train-00000-of-00002.parquet .. number 1 of 2")
     refused(f"{root}:new", "'new' .. 'good', 'bad'")
+    (root / "new").mkdir()
+    refused(f"{root}:new", f"'new' .. 'good', 'bad' .. hub:{root}/new")
 
 
 def test_the_name_of_a_folder_may_be_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -626,6 +628,8 @@ def test_saved_data_sets_are_named_when_one_is_gone_or_to_be_chosen(tmp_path: Pa
         saved.save_to_disk(folder(tmp_path) / name)
     refused(folder(tmp_path), f"big, small .. hub:{folder(tmp_path)}/big")
     check(load(f"hub:{folder(tmp_path)}/small"))
+    declare(folder(tmp_path), ", ".join(f"{{split: {name}, path: big/{name}/*.arrow}}" for name in ("train", "test")))
+    check(load(f"hub:{folder(tmp_path)}"))
     shutil.rmtree(folder(tmp_path) / "small/test")
     refused(folder(tmp_path) / "small", "dataset_dict.json .. 'test' .. copy it again")
 
@@ -755,6 +759,8 @@ def test_labels_of_tables_as_text_are_of_one_kind(
     root = folder(tmp_path)
     for number, (name, labels) in enumerate({"train/a": train, "train/b": [], "train/c": [], "test/a": test}.items()):
         listed(root, f"{name}.{kind}", labels, 20 * number)
+    if kind == "jsonl":
+        (root / "train/d.jsonl").write_text("")
     if message is None:
         assert len(load(f"hub:{root}").train) == 12
     else:
