@@ -32,8 +32,8 @@ class Fingerprint:
         ``stored`` returns the bytes of an example, or None for one that cannot be read.
         """
         count = len(labels)
-        samples = 0 if stored is None else min(SAMPLES, count)
-        contents = [stored(place * count // samples) for place in range(samples)]
+        samples = min(SAMPLES, count)
+        contents = [] if stored is None else [stored(place * count // samples) for place in range(samples)]
         hashes = tuple(None if content is None else _hash(content) for content in contents)
         return cls(count, _hash(labels.contiguous().numpy().data), hashes)
 
