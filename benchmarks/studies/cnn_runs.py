@@ -11,7 +11,6 @@ from benchmarks.runs import Run
 from str_triton import Budget
 from str_triton.cnn import train
 
-THROUGHOUT = "str-exact, straight-through"  # the gradient that trains pruned weights too, for the whole run
 METHODS: dict[str, list[str]] = {
     "dense": ["--method", "dense"],
     "str-exact": ["--method", "str-exact"],
@@ -21,8 +20,18 @@ METHODS: dict[str, list[str]] = {
     "gmp, ERK": ["--method", "gmp", "--distribution", "erk"],
     "rigl, ERK": ["--method", "rigl", "--distribution", "erk"],
     "dnw, ERK": ["--method", "dnw", "--distribution", "erk"],
-    THROUGHOUT: ["--method", "str-exact", "--gradient", "straight_through"],
 }
+
+
+def switched(line: str) -> str:
+    """Return the name of a line of str-exact whose pruned weights are trained in the first half of the run only."""
+    return line.replace("str-exact", "str-exact, switched", 1)
+
+
+def with_switched(lines: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Return the lines, and each line of str-exact also with that gradient."""
+    ours = {line: options for line, options in lines.items() if line.startswith("str-exact")}
+    return lines | {switched(line): [*options, "--gradient", "switched"] for line, options in ours.items()}
 
 
 def finished(folder: Path, options: list[str]) -> Run:

@@ -43,9 +43,8 @@ LINES: dict[str, dict] = {
     "str-exact, masked": {"method": "str-exact", "gradient": "masked"},
     **{
         f"str-exact, switched at {100 * until:g} %": {"method": "str-exact", "until": until}
-        for until in (0.2, 0.35, 0.7)
+        for until in (0.35, 0.5, 0.7)
     },
-    "str-exact, straight-through": {"method": "str-exact", "gradient": "straight_through"},
     "str-exact, FLOP-aware": {"method": "str-exact", "distribution": "flop-aware"},
     "str-exact, learned": {"method": "str-exact", "distribution": "learned"},
     "str": {"method": "str"},

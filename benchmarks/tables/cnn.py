@@ -7,6 +7,7 @@ from benchmarks.tables.documents import (
     EXACT_BUDGETS,
     FINETUNING,
     METHODS_STUDY,
+    NONE,
     lines,
     markdown,
     results,
@@ -145,6 +146,34 @@ def methods() -> str:
 def methods_ways() -> str:
     """Return the results of other distributions of zeros, other gradients, and fine-tuning."""
     return _by_sparsity([run for run in lines("methods.jsonl") if run["line"] not in ("dense", *METHODS)])
+
+
+@table("gradients", METHODS_STUDY)
+def gradients() -> str:
+    """Return str-exact's accuracy with three gradients of the pruned weights, on all data where they were measured."""
+    studies = {
+        "Fashion-MNIST": ("methods", lines("methods.jsonl"), "str-exact, switched at 50 %"),
+        "CIFAR-10, ResNet20": ("cifar", lines("cifar.jsonl"), "str-exact, switched"),
+        "CIFAR-10, ResNet20, with a teacher": ("cifar", lines("cifar.jsonl"), "str-exact, switched, teacher"),
+        "Caltech-101, fine-tuned": ("caltech", lines("caltech.jsonl"), "str-exact, switched"),
+    }
+    faded, rows = lines("fading_gradient.jsonl"), []
+    for name, (study, runs, switched) in studies.items():
+        runs = [run for run in runs if run.get("model", "resnet20") == "resnet20"]
+        line = "str-exact, teacher" if switched.endswith("teacher") else "str-exact"
+        for target in sorted({run["target"] for run in runs if run["line"] == switched}):
+            columns = (
+                [run for run in runs if run["line"] == line],
+                [run for run in faded if (run["study"], run["line"]) == (study, line)],
+                [run for run in runs if run["line"] == switched],
+            )
+            chosen = [[run for run in column if run["target"] == target] for column in columns]
+            if chosen[0] and "flops" not in str(target):
+                cells = [spread((run["accuracy"] for run in own), 100) if own else NONE for own in chosen]
+                seeds = ", ".join(str(len(own)) for own in chosen)
+                rows.append([f"{name}, {100 * float(target):g} %", *cells, seeds])
+    header = ["data, zeros", "throughout (default)", "fading", "in the first half (switched)", "seeds"]
+    return markdown(header, rows)
 
 
 @table("methods-lambda", METHODS_STUDY)

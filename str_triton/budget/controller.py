@@ -62,9 +62,9 @@ class SparsityController(OffsetController):
             if all layers were pruned alike. A layer always keeps at least one weight, and the floor asks for at most
             one weight per filter. 0: no floor. A target that names each layer's share has no floor either.
         interval: steps between solves.
-        straight_through_until: progress until which layers with the straight-through gradient keep it. Then they
-            use the masked gradient: at high sparsity the steps of the pruned weights are mostly noise and would exceed
-            those of the survivors (docs/methods.md). 1: they keep it throughout.
+        straight_through_until: progress until which layers with the straight-through gradient use it, so that pruned
+            weights can come back; after it they use the masked gradient. 1: throughout. Less may help at 99 % zeros
+            (docs/methods.md).
 
     Raises:
         ValueError: a model without thresholds or with another controller, a target that cannot be met because of
@@ -90,7 +90,7 @@ class SparsityController(OffsetController):
         distribution: str = "fixed",
         floor: float = 0.5,
         interval: int = 20,
-        straight_through_until: float = 0.5,
+        straight_through_until: float = 1.0,
     ) -> None:
         require_kind(target, Target)
         super().__init__(model, schedule=schedule, begin=begin, end=end, distribution=distribution, interval=interval)

@@ -17,7 +17,14 @@ from str_triton.budget.budget import Budget, LayerBudget
 from str_triton.budget.processes import Processes
 from str_triton.budget.products import Functions, Products, nonzeros
 from str_triton.budget.raw_thresholds import raws_for_rows
-from str_triton.nn import Matrix, ThresholdedWeight, matrices, thresholded_weights, warn_if_unfinished
+from str_triton.nn import (
+    Matrix,
+    ThresholdedWeight,
+    matrices,
+    require_one_threshold,
+    thresholded_weights,
+    warn_if_unfinished,
+)
 from str_triton.nn.shards import full, local, reshard
 
 POOLS = "(average pools)"
@@ -128,7 +135,9 @@ def _warn_of_dense_reads(products: Products, stacklevel: int) -> None:
 
 def _rows(model: nn.Module, weights: Sequence[Matrix]) -> list[LayerBudget]:
     """Return a row for each weight, without FLOPs; warn of NaN."""
-    thresholded = {(id(weight.module), weight.attribute): weight for weight in thresholded_weights(model)}
+    all_uses = list(thresholded_weights(model))
+    require_one_threshold(all_uses, equal=True)
+    thresholded = {(id(weight.module), weight.attribute): weight for weight in all_uses}
     uses = [thresholded.get((id(weight.module), weight.attribute)) for weight in weights]
     values = [weight.value if use is None else use.dense for weight, use in zip(weights, uses, strict=True)]
     processes = Processes.of(values)

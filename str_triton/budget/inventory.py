@@ -14,7 +14,7 @@ from str_triton.budget.processes import Processes, nonzeros
 from str_triton.budget.raw_thresholds import raws_for_rows
 from str_triton.budget.target import Costs, Target
 from str_triton.files import percent
-from str_triton.nn import Matrix, ThresholdedWeight, require_own_weights, thresholded_weights
+from str_triton.nn import Matrix, ThresholdedWeight, require_one_threshold, require_own_weights, thresholded_weights
 from str_triton.nn.shards import local, reshard
 
 UNCOVERED = 0.01  # Share of uncovered weights from which the controller warns.
@@ -47,13 +47,14 @@ def take_inventory(
 ) -> tuple[list[Layer], list[Matrix], Costs]:
     """Return the thresholded weights, the covered weights without a threshold, and the costs of all."""
     reshard(model)
-    first: dict[int, ThresholdedWeight] = {}
-    for use in thresholded_weights(model):
-        if use.dense.numel():
-            first.setdefault(id(use.dense), use)
-    if not first:
+    uses = [use for use in thresholded_weights(model) if use.dense.numel()]
+    if not uses:
         raise ValueError("the model has no thresholded layers: call sparsify(model) first")
+    first: dict[int, ThresholdedWeight] = {}
+    for use in uses:
+        first.setdefault(id(use.dense), use)
     require_own_weights(first.values())
+    require_one_threshold(uses)
     raws = [use.raw for use in first.values()]
     infinities = Processes.of(raws).sum_once([local(raw).isinf().sum() for raw in raws], raws)
     for use, infinite in zip(first.values(), infinities, strict=True):

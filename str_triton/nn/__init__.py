@@ -11,7 +11,13 @@ from str_triton.nn.parameter_groups import parameter_groups
 from str_triton.nn.plain import plain_state_dict
 from str_triton.nn.recurrent import LowRankFastGRNN, LowRankGRU, LowRankLSTM, LowRankRNN
 from str_triton.nn.surgery import densify, sparsify, str_layers
-from str_triton.nn.thresholded import ThresholdedWeight, require_own_weights, thresholded_weights, weight_name
+from str_triton.nn.thresholded import (
+    ThresholdedWeight,
+    require_one_threshold,
+    require_own_weights,
+    thresholded_weights,
+    weight_name,
+)
 
 __all__ = [
     "Control",
@@ -36,6 +42,7 @@ __all__ = [
     "parameter_groups",
     "plain_state_dict",
     "refresh_batch_norm",
+    "require_one_threshold",
     "require_own_weights",
     "sparsify",
     "str_layers",

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from str_triton.nn.layers import STRLayer
@@ -99,3 +100,26 @@ def require_own_weights(uses: Iterable[ThresholdedWeight]) -> None:
     for use in uses:
         if use.is_computed:
             raise computed_weight(use.name)
+
+
+def require_one_threshold(uses: Iterable[ThresholdedWeight], *, equal: bool = False) -> None:
+    """Raise ValueError if layers share a weight but not its raw threshold; `equal`: different ones of one value pass.
+
+    This comes from tying weights after `sparsify`. Each layer then prunes the weight in its own way.
+    """
+    first: dict[int, ThresholdedWeight] = {}
+    for use in uses:
+        if use.is_computed:  # anew at each look
+            continue
+        other = first.setdefault(id(use.dense), use)
+        if other.raw is use.raw or (equal and _has_threshold_of(other, use)):
+            continue
+        raise ValueError(
+            f"{other.name!r} and {use.name!r} share a weight, but each has a threshold of its own: tie weights before "
+            "sparsify, or share the raw thresholds too (one Parameter as raw_threshold of both)"
+        )
+
+
+def _has_threshold_of(a: ThresholdedWeight, b: ThresholdedWeight) -> bool:
+    same = a.holder.g == b.holder.g and a.raw.shape == b.raw.shape
+    return same and (a.raw.is_meta or torch.equal(local(a.raw), local(b.raw)))

@@ -80,6 +80,24 @@ def test_zeros_without_a_threshold_count_too():
     assert abs(count(model, IMAGES).nonzeros - 2000) <= 1
 
 
+def test_weights_that_are_tied_after_sparsify_are_refused():
+    model = sparsify(nn.Sequential(nn.Embedding(50, 16), nn.Linear(16, 50, bias=False)))
+    model[1].weight = model[0].weight
+    ids = torch.arange(6).view(2, 3)
+    assert count(model, ids).params == 800  # The thresholds are still equal.
+    with pytest.raises(ValueError, match=r"'0' and '1' share a weight, but each has a threshold of its own"):
+        SparsityController(model, Target(sparsity=0.8))
+    with torch.no_grad():
+        model[0].raw_threshold.add_(1)
+    with pytest.raises(ValueError, match="tie weights before sparsify"):
+        count(model, ids)
+    model[1].raw_threshold = model[0].raw_threshold
+    SparsityController(model, Target(sparsity=0.8)).finish()
+    assert count(model, ids).nonzeros == 160
+    dense = densify(model)
+    assert dense[0].weight is dense[1].weight
+
+
 def test_tied_weights_count_once():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 20))

@@ -119,6 +119,21 @@ def test_the_zeros_that_are_kept_are_counted_once_and_after_resuming():
     assert resumed.scheduled() == {"sparsity": pytest.approx(0.4)}
 
 
+@pytest.mark.parametrize(
+    ("gradient", "shares"),
+    [(None, [1, 1]), ("masked", [0, 0]), ("straight_through", [1, 1]), ("switched", [1, 0])],
+)
+def test_the_gradient_that_is_named_trains_pruned_weights(gradient: str | None, shares: list[int]):
+    """The share of the steps that train pruned weights, in the first half of training and in the second."""
+    model = net()
+    controller = prepare(configure("str-exact", gradient=gradient), model, IMAGE)
+    trained = []
+    for step in range(10):
+        trained.append(model[0].gradient == "straight_through")
+        controller.step((step + 1) / 10)
+    assert [sum(half) / 5 for half in (trained[:5], trained[5:])] == shares
+
+
 # GMP.
 
 

@@ -95,7 +95,7 @@ def test_a_few_settings_by_hand():
     for name, target in zip(EXACT + FINETUNING, 2 * (0.8, 0.9, 0.95, 0.98, 0.99), strict=True):
         config = resolve(RECIPES[name]())
         assert (config.method, config.target_sparsity, config.weight_decay) == ("str-exact", target, 3.0517578125e-5)
-        assert (config.distribution, config.gradient, config.lr_schedule) == ("fixed", "switched", "cosine")
+        assert (config.distribution, config.gradient, config.lr_schedule) == ("fixed", "straight_through", "cosine")
     config = resolve(RECIPES["mobilenetv1-dense"]())
     assert (config.method, config.model, config.weight_decay) == ("dense", "mobilenetv1", 2**-15)
     assert build(config.model).fc.out_features == 1000
