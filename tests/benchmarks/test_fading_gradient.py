@@ -4,9 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.studies import fading_gradient
+from benchmarks.studies import fading_gradient, methods
 from benchmarks.studies.fading_gradient import Fading
 from str_triton import Target, sparsify
+from str_triton.cnn.config import Config
+from str_triton.cnn.methods import prepare
+from str_triton.cnn.recipes import resolve
 
 
 def test_every_line_can_be_run_again() -> None:
@@ -28,15 +31,12 @@ def test_pruned_weights_are_trained_ever_more_seldom() -> None:
 
 
 def test_the_program_trains_with_this_controller(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[Fading] = []
+    def train(data: None, seed: int, *, target: float, method: str) -> tuple[None, dict]:
+        config = resolve(Config(recipe="methods", method=method, target_sparsity=target))
+        return None, {"controller": type(prepare(config, methods.network(methods.WIDTHS), methods.IMAGE))}
 
-    class Noted(Fading):
-        def step(self, progress: float) -> None:
-            made.append(self)
-            raise InterruptedError
-
-    monkeypatch.setattr(fading_gradient, "Fading", Noted)
-    monkeypatch.setattr(fading_gradient, "load", lambda name, folder: noise())
-    with pytest.raises(InterruptedError):
-        fading_gradient.train(next(fading_gradient.wanted("methods")), "", None, 1)
-    assert made
+    monkeypatch.setattr(methods, "train", train)
+    monkeypatch.setattr(fading_gradient, "load", lambda name, folder: None)
+    threads = torch.get_num_threads()
+    run = fading_gradient.train(next(fading_gradient.wanted("methods")), "", None, threads)
+    assert run == {"controller": Fading}
