@@ -12,7 +12,7 @@ from str_triton.nn.parametrization import SoftThreshold, ThresholdedModule, para
 from str_triton.nn.raw_threshold import initial_raw, new_raw_threshold, zeros_kept
 from str_triton.nn.selection import Candidate, Filter, needs_parametrization, select
 from str_triton.nn.shards import gather, reshard
-from str_triton.nn.thresholded import thresholded_weights
+from str_triton.nn.thresholded import require_own_weights, thresholded_weights
 
 # Modules that read the weights of these children without calling them.
 _BYPASSES: list[tuple[type[nn.Module], str]] = [
@@ -162,10 +162,12 @@ def densify(model: nn.Module) -> nn.Module:
     memory is short, use `plain_state_dict`, which converts the state dict on one process.
 
     Raises:
-        ValueError: other code has added parametrizations to a module since `sparsify`, or the model's controller is
-            inside `exact()`.
+        ValueError: other code computes a weight since `sparsify`, such as weight_norm or pruning, or the model's
+            controller is inside `exact()`.
     """
-    marks = controls(use.holder for use in thresholded_weights(model))
+    uses = list(thresholded_weights(model))
+    require_own_weights(uses)
+    marks = controls(use.holder for use in uses)
     if any(mark.is_held and mark.exact for mark in marks):
         raise ValueError("densify inside exact() would leave nothing to go on with: densify a copy.deepcopy(model)")
     warn_of_unfinished(marks)

@@ -355,6 +355,8 @@ def test_weights_that_other_code_computes_are_refused_by_name(tmp_path: Path, la
     with pytest.raises(ValueError, match=r"'0.*' is no plain Parameter any more .*: remove what computes it"):
         deploy.pack(model, tmp_path / "x")
     assert not (tmp_path / "x").exists()
+    with pytest.raises(ValueError, match=r"'0.*' is no plain Parameter any more .*: remove what computes it"):
+        densify(model)
 
 
 def test_the_table(tmp_path: Path):
