@@ -72,7 +72,7 @@ class Config(TrainConfig):
     gradient: Literal["masked", "straight_through", "switched"] | None = None
     """Training of pruned weights: by weight decay only (masked, the default of str), or also by the gradient of their
     sparse values: for the whole run (straight_through, the default of str-exact), or in its first half (switched, only
-    for str-exact)."""
+    for str-exact, and its default in the recipes for fine-tuning)."""
     granularity: Literal["layer", "filter", "weight", "global"] | None = None
     """Weights that share a threshold of str-exact and str. layer (the default): those of a layer; filter: those of a
     filter; weight: none, each weight has its own; global: all weights of the network."""

@@ -10,9 +10,9 @@ appends its result to benchmarks/results/caltech.jsonl. A killed run is resumed 
 
 All lines share the batches and their augmentation, and the number of epochs where their names give none. Each has the
 learning rate that was best for it, or for str-exact or global GMP, to which it is akin, in `--tune`. Sparsity counts
-all weights, including those of the first and the last layer. "switched": pruned weights are trained in the first half
-of the run only, which was also done to compare the learning rates. "budget of" gives another method the layers'
-sparsities of that line with the same target and seed. A target that ends in "flops" is a share of the dense network's
+all weights, including those of the first and the last layer. "straight-through": pruned weights are trained for the
+whole run, not for its first half, which is the recipe's default. "budget of str-exact" gives another method the layers'
+sparsities of str-exact with the same target and seed. A target that ends in "flops" is a share of the dense network's
 multiply-adds. "teacher": the network also learns the scores of the dense network with the same seed (--teacher).
 
 `--tune` compares learning rates on a fifth of the training images, which it holds out. The test images take no part.
@@ -33,14 +33,7 @@ import torch
 
 from benchmarks.runs import RunFile
 from benchmarks.speed.sparse_inference import with_random_zeros
-from benchmarks.studies.cnn_runs import (
-    METHODS,
-    finished,
-    switched,
-    with_switched,
-    without_test_images,
-    write_budget,
-)
+from benchmarks.studies.cnn_runs import METHODS, finished, without_test_images, write_budget
 from benchmarks.timing import RESULTS, alternating, machine
 from str_triton import deploy
 from str_triton.cnn.models import build
@@ -50,22 +43,21 @@ EPOCHS = 8
 TUNING_EPOCHS, LRS, TUNED = 2, (0.02, 0.01, 0.05, 0.005), ("str-exact", "gmp, global", "dense")
 ROUNDS = 100
 DENSE = "dense"
-BUDGET = "budget of "
+BUDGET = "budget of str-exact"
 TEACHER = ", teacher"
-LINES: dict[str, list[str]] = with_switched(
-    {
-        **METHODS,
-        "gmp, uniform": ["--method", "gmp", "--distribution", "uniform"],
-        **{f"gmp, {BUDGET}{line}": ["--method", "gmp"] for line in ("str-exact", switched("str-exact"))},
-        **{f"{line}{TEACHER}": METHODS[line] for line in ("str-exact", "gmp, global")},
-        **{
-            f"{line}, 16 epochs": [*METHODS[line.removesuffix(TEACHER)], "--epochs", "16"]
-            for line in ("dense", "str-exact", f"str-exact{TEACHER}")
-        },
-    }
-)
+THROUGHOUT = "str-exact, straight-through"  # the gradient that trains pruned weights too, for the whole run
+LINES: dict[str, list[str]] = {
+    **METHODS,
+    THROUGHOUT: ["--method", "str-exact", "--gradient", "straight_through"],
+    "gmp, uniform": ["--method", "gmp", "--distribution", "uniform"],
+    f"gmp, {BUDGET}": ["--method", "gmp"],
+    **{f"{line}{TEACHER}": METHODS[line] for line in ("str-exact", "gmp, global")},
+    **{
+        f"{line}, 16 epochs": [*METHODS[line.removesuffix(TEACHER)], "--epochs", "16"]
+        for line in ("dense", "str-exact", f"str-exact{TEACHER}")
+    },
+}
 LEADERS = ("str-exact", "gmp, global", "str-exact, FLOP-aware")
-SWITCHED = switched("str-exact")
 THIRD = "0.3333 flops"
 
 
@@ -86,22 +78,17 @@ def wanted() -> Iterator[Key]:
     yield Key("gmp, global, teacher", "0.9", 0)
     yield Key("str-exact, FLOP-aware", THIRD, 0)
     yield from (Key(line, target, 0) for target in ("0.95", "0.75") for line in LEADERS[:2])
-    for line in ("str-exact", f"gmp, {BUDGET}str-exact"):
+    for line in ("str-exact", f"gmp, {BUDGET}"):
         yield Key(line, THIRD, 0)
     for seed in (1, 2):
         yield Key(DENSE, "", seed)
-        yield from (Key(line, "0.9", seed) for line in (*LEADERS[:2], SWITCHED))
+        yield from (Key(line, "0.9", seed) for line in (*LEADERS[:2], THROUGHOUT))
     yield from (Key(line, "0.9", 0) for line in LINES if not line.startswith(DENSE))
+    yield Key(THROUGHOUT, "0.95", 0)
     for target, seed in product(("0.95", "0.75"), (1, 2)):
         yield from (Key(line, target, seed) for line in LEADERS)
     for seed in (1, 2):
-        yield from (
-            Key(line, THIRD, seed) for line in ("str-exact, FLOP-aware", "str-exact", f"gmp, {BUDGET}str-exact")
-        )
-    for seed, target in product((0, 1, 2), ("0.95", "0.75", THIRD)):
-        yield Key(switched("str-exact"), target, seed)
-    for line in (switched("str-exact, FLOP-aware"), f"gmp, {BUDGET}{switched('str-exact')}"):
-        yield Key(line, THIRD, 0)
+        yield from (Key(line, THIRD, seed) for line in ("str-exact, FLOP-aware", "str-exact", f"gmp, {BUDGET}"))
 
 
 def results() -> RunFile:
@@ -125,8 +112,8 @@ def options_of(key: Key) -> list[str]:
         options += ["--teacher", str(RUNS / _name(Key(DENSE, "", key.seed)))]
     if not key.target:
         return options
-    if BUDGET in key.line:
-        source = Key(key.line.partition(BUDGET)[2], key.target, key.seed)
+    if key.line.endswith(BUDGET):
+        source = Key("str-exact", key.target, key.seed)
         budget = RUNS / f"budget-{_name(source)}.json"
         write_budget(budget, results().read(), source._asdict())
         return [*options, "--budget", str(budget)]

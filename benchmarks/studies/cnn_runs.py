@@ -23,17 +23,6 @@ METHODS: dict[str, list[str]] = {
 }
 
 
-def switched(line: str) -> str:
-    """Return the name of a line of str-exact whose pruned weights are trained in the first half of the run only."""
-    return line.replace("str-exact", "str-exact, switched", 1)
-
-
-def with_switched(lines: dict[str, list[str]]) -> dict[str, list[str]]:
-    """Return the lines, and each line of str-exact also with that gradient."""
-    ours = {line: options for line, options in lines.items() if line.startswith("str-exact")}
-    return lines | {switched(line): [*options, "--gradient", "switched"] for line, options in ours.items()}
-
-
 def finished(folder: Path, options: list[str]) -> Run:
     """Run or resume the training program in `folder`, and return the results.
 

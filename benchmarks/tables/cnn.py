@@ -151,28 +151,30 @@ def methods_ways() -> str:
 @table("gradients", METHODS_STUDY)
 def gradients() -> str:
     """Return str-exact's accuracy with three gradients of the pruned weights, on all data where they were measured."""
-    studies = {
-        "Fashion-MNIST": ("methods", lines("methods.jsonl"), "str-exact, switched at 50 %"),
-        "CIFAR-10, ResNet20": ("cifar", lines("cifar.jsonl"), "str-exact, switched"),
-        "CIFAR-10, ResNet20, with a teacher": ("cifar", lines("cifar.jsonl"), "str-exact, switched, teacher"),
-        "Caltech-101, fine-tuned": ("caltech", lines("caltech.jsonl"), "str-exact, switched"),
+    cifar, usual = [run for run in lines("cifar.jsonl") if run["model"] == "resnet20"], "str-exact"
+    columns = {  # the study, its runs, the line that has a fading variant, and the names of the two other gradients
+        "Fashion-MNIST": ("methods", lines("methods.jsonl"), usual, (usual, f"{usual}, switched at 50 %")),
+        "CIFAR-10, ResNet20": ("cifar", cifar, usual, (usual, f"{usual}, switched")),
+        "CIFAR-10, ResNet20, with a teacher": (
+            "cifar",
+            cifar,
+            f"{usual}, teacher",
+            (f"{usual}, teacher", f"{usual}, switched, teacher"),
+        ),
+        "Caltech-101, fine-tuned": ("caltech", lines("caltech.jsonl"), usual, (f"{usual}, straight-through", usual)),
     }
     faded, rows = lines("fading_gradient.jsonl"), []
-    for name, (study, runs, switched) in studies.items():
-        runs = [run for run in runs if run.get("model", "resnet20") == "resnet20"]
-        line = "str-exact, teacher" if switched.endswith("teacher") else "str-exact"
-        for target in sorted({run["target"] for run in runs if run["line"] == switched}):
-            columns = (
-                [run for run in runs if run["line"] == line],
-                [run for run in faded if (run["study"], run["line"]) == (study, line)],
-                [run for run in runs if run["line"] == switched],
-            )
-            chosen = [[run for run in column if run["target"] == target] for column in columns]
-            if chosen[0] and "flops" not in str(target):
-                cells = [spread((run["accuracy"] for run in own), 100) if own else NONE for own in chosen]
-                seeds = ", ".join(str(len(own)) for own in chosen)
-                rows.append([f"{name}, {100 * float(target):g} %", *cells, seeds])
-    header = ["data, zeros", "throughout (default)", "fading", "in the first half (switched)", "seeds"]
+    for name, (study, runs, line, (throughout, switched)) in columns.items():
+        for target in sorted({run["target"] for run in runs if run["line"] == throughout}):
+            chosen = [
+                [run for run in runs if (run["line"], run["target"]) == (throughout, target)],
+                [run for run in faded if (run["study"], run["line"], run["target"]) == (study, line, target)],
+                [run for run in runs if (run["line"], run["target"]) == (switched, target)],
+            ]
+            cells = [spread((run["accuracy"] for run in own), 100) if own else NONE for own in chosen]
+            numbers = ", ".join(str(len(own)) for own in chosen)
+            rows.append([f"{name}, {100 * float(target):g} %", *cells, numbers])
+    header = ["data, zeros", "throughout", "fading", "switched", "seeds"]
     return markdown(header, rows)
 
 

@@ -63,8 +63,8 @@ class SparsityController(OffsetController):
             one weight per filter. 0: no floor. A target that names each layer's share has no floor either.
         interval: steps between solves.
         straight_through_until: progress until which layers with the straight-through gradient use it, so that pruned
-            weights can come back; after it they use the masked gradient. 1: throughout. Less may help at 99 % zeros
-            (docs/methods.md).
+            weights can come back; after it they use the masked gradient. 1: throughout. 0.5 may be better for
+            fine-tuning, and where less than 2 % of the weights are left (docs/methods.md).
 
     Raises:
         ValueError: a model without thresholds or with another controller, a target that cannot be met because of
