@@ -22,7 +22,7 @@ METHODS = {
 TARGETS = ("target_sparsity", "target_flops", "budget")
 # Options that only some methods take, with the default for each method.
 TAKEN_BY: dict[str, dict[str, Any]] = {
-    "gradient": {"str-exact": "straight_through", "str": "masked"},
+    "gradient": {"str-exact": "switched", "str": "masked"},
     "granularity": {"str-exact": "layer", "str": "layer"},
     "raw_threshold_init": {"str": -5.0},
     "mask_interval": {"gmp": 10, "rigl": 100},
@@ -70,9 +70,9 @@ class Config(TrainConfig):
     """The sparsity of every layer, in place of a target: the folder of a finished run, its budget.json or budget.csv, a
     JSON object or a CSV file of layers and sparsities in %, or the recipe of a published point."""
     gradient: Literal["masked", "straight_through", "switched"] | None = None
-    """Training of pruned weights: by weight decay only (masked, the default of str), or also by the gradient of their
-    sparse values: for the whole run (straight_through, the default of str-exact), or in its first half (switched, only
-    for str-exact, and its default in the recipes for fine-tuning)."""
+    """Training of pruned weights: by weight decay only (masked, the default of str), also by the gradient of their
+    sparse values (straight_through), or by that gradient in the first half of training (switched, only for str-exact
+    and its default)."""
     granularity: Literal["layer", "filter", "weight", "global"] | None = None
     """Weights that share a threshold of str-exact and str. layer (the default): those of a layer; filter: those of a
     filter; weight: none, each weight has its own; global: all weights of the network."""

@@ -153,8 +153,6 @@ def resolve(config: Config) -> Config:
     if config.method not in METHODS:
         raise UserError(f"--method {config.method}: there is no such method{suggestion(config.method, list(METHODS))}")
     recipe = RECIPES[config.recipe]() if config.recipe in RECIPES else Config(recipe=config.recipe)
-    if config.gradient is None and config.method == "str-exact" and config.recipe in FINETUNING:
-        config = replace(config, gradient="switched")  # docs/methods.md
     config = _resolve_options(_resolve_target(config, recipe), recipe)
     distributions = METHODS[config.method]
     if config.distribution is None and distributions and config.budget is None:

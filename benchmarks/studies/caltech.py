@@ -11,9 +11,9 @@ appends its result to benchmarks/results/caltech.jsonl. A killed run is resumed 
 All lines share the batches and their augmentation, and the number of epochs where their names give none. Each has the
 learning rate that was best for it, or for str-exact or global GMP, to which it is akin, in `--tune`. Sparsity counts
 all weights, including those of the first and the last layer. "straight-through": pruned weights are trained for the
-whole run, not for its first half, which is the recipe's default. "budget of str-exact" gives another method the layers'
-sparsities of str-exact with the same target and seed. A target that ends in "flops" is a share of the dense network's
-multiply-adds. "teacher": the network also learns the scores of the dense network with the same seed (--teacher).
+whole run, not for its first half. "budget of str-exact" gives another method the layers' sparsities of str-exact with
+the same target and seed. A target that ends in "flops" is a share of the dense network's multiply-adds. "teacher": the
+network also learns the scores of the dense network with the same seed (--teacher).
 
 `--tune` compares learning rates on a fifth of the training images, which it holds out. The test images take no part.
 Its lines are in caltech_tuning.jsonl. `--deploy` packs and compiles, for each run of the first seed, a network with
@@ -33,7 +33,7 @@ import torch
 
 from benchmarks.runs import RunFile
 from benchmarks.speed.sparse_inference import with_random_zeros
-from benchmarks.studies.cnn_runs import METHODS, finished, without_test_images, write_budget
+from benchmarks.studies.cnn_runs import METHODS, THROUGHOUT, finished, without_test_images, write_budget
 from benchmarks.timing import RESULTS, alternating, machine
 from str_triton import deploy
 from str_triton.cnn.models import build
@@ -45,10 +45,8 @@ ROUNDS = 100
 DENSE = "dense"
 BUDGET = "budget of str-exact"
 TEACHER = ", teacher"
-THROUGHOUT = "str-exact, straight-through"  # the gradient that trains pruned weights too, for the whole run
 LINES: dict[str, list[str]] = {
     **METHODS,
-    THROUGHOUT: ["--method", "str-exact", "--gradient", "straight_through"],
     "gmp, uniform": ["--method", "gmp", "--distribution", "uniform"],
     f"gmp, {BUDGET}": ["--method", "gmp"],
     **{f"{line}{TEACHER}": METHODS[line] for line in ("str-exact", "gmp, global")},

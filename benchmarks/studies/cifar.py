@@ -19,8 +19,8 @@ last fifth; the test images take no part. Its lines are in cifar_tuning.jsonl, a
 
 `str`, the paper's method, has no target. Its lines name lambda, the weight decay of the weights and thresholds, and the
 table gives the sparsity that each one reached. "budget of": the run gets the sparsity of each layer from that run of
-the same seed. "weight decay": that in place of the recipe's 0.0005. "switched": pruned weights are trained in the first
-half of the run only.
+the same seed. "weight decay": that in place of the recipe's 0.0005. "straight-through": the gradient that trains
+pruned weights too, for the whole run; the default has it for the first half.
 """
 
 import argparse
@@ -31,20 +31,8 @@ from itertools import islice, product
 from pathlib import Path
 
 from benchmarks.runs import Run, RunFile
-from benchmarks.studies.cnn_runs import METHODS, finished, without_test_images, write_budget
+from benchmarks.studies.cnn_runs import METHODS, THROUGHOUT, finished, without_test_images, write_budget
 from benchmarks.timing import RESULTS, machine
-
-
-def switched(line: str) -> str:
-    """Return the name of a line of str-exact whose pruned weights are trained in the first half of the run only."""
-    return line.replace("str-exact", "str-exact, switched", 1)
-
-
-def with_switched(lines: dict[str, list[str]]) -> dict[str, list[str]]:
-    """Return the lines, and each line of str-exact also with that gradient."""
-    ours = {line: options for line, options in lines.items() if line.startswith("str-exact")}
-    return lines | {switched(line): [*options, "--gradient", "switched"] for line, options in ours.items()}
-
 
 RUNS = RunFile(RESULTS / "cifar.jsonl", ("model", "line", "target", "seed"))
 TUNING = RunFile(RESULTS / "cifar_tuning.jsonl", ("model", "lr"))
@@ -54,25 +42,21 @@ LRS, TUNING_EPOCHS = (0.1, 0.2, 0.4, 0.05), 2
 DENSE, FROM_DENSE, TEACHER, BUDGET = "dense", ", from dense", ", teacher", ", budget of "
 STR = {f"str, lambda {value:g}": ["--method", "str", "--weight-decay", str(value)] for value in (1e-3, 2e-3, 4e-3)}
 DECAY = ("--weight-decay", str(1e-3))  # twice the recipe's, and that of the first line of `STR`
-LINES: dict[str, list[str]] = with_switched(
-    {
-        **METHODS,
-        f"{DENSE}{FROM_DENSE}": METHODS[DENSE],
-        **{
-            f"{line}{start}": METHODS[line]
-            for line in ("str-exact", "gmp, global")
-            for start in (TEACHER, FROM_DENSE, f"{FROM_DENSE}{TEACHER}")
-        },
-        **STR,
-        **{f"{method}{BUDGET}{next(iter(STR))}": ["--method", method] for method in ("str-exact", "gmp")},
-        **{
-            f"{line}, weight decay {DECAY[1]}": [*METHODS[line], *DECAY] for line in ("str-exact", "gmp, global", DENSE)
-        },
-    }
-)
+LINES: dict[str, list[str]] = {
+    **METHODS,
+    f"{DENSE}{FROM_DENSE}": METHODS[DENSE],
+    **{
+        f"{line}{start}": METHODS[line]
+        for line in ("str-exact", "gmp, global")
+        for start in (TEACHER, FROM_DENSE, f"{FROM_DENSE}{TEACHER}")
+    },
+    **STR,
+    **{f"{method}{BUDGET}{next(iter(STR))}": ["--method", method] for method in ("str-exact", "gmp")},
+    **{f"{line}, weight decay {DECAY[1]}": [*METHODS[line], *DECAY] for line in ("str-exact", "gmp, global", DENSE)},
+    f"{THROUGHOUT}{TEACHER}": METHODS[THROUGHOUT],
+}
 WITHOUT_TARGET = tuple(line for line in LINES if line.startswith((DENSE, "str, ")) or BUDGET in line)
 LEADERS = tuple(METHODS)[:5]
-SWITCHED = switched("str-exact")
 TAUGHT = tuple(f"{line}{FROM_DENSE}{TEACHER}" for line in ("str-exact", "gmp, global"))
 
 
@@ -93,9 +77,9 @@ def wanted(model: str) -> Iterator[Run]:
     for seed in (1, 2):  # a dense run of this seed is the teacher of the lines that follow it
         yield from at(0.9, (*LEADERS[:3], f"str-exact{TEACHER}", f"gmp, global{TEACHER}"), (seed,))
     yield from at(0.9, tuple(LINES), (0,))
-    yield from at(0.9, (*LEADERS, SWITCHED, "dnw, ERK"), (1, 2))
+    yield from at(0.9, (*LEADERS, THROUGHOUT, "dnw, ERK"), (1, 2))
     for target in (0.95, 0.98, 0.8):
-        yield from at(target, (*METHODS, SWITCHED), (0,))
+        yield from at(target, tuple(LINES), (0,))
     for target in (0.95, 0.98, 0.8):
         yield from at(target, LEADERS, (1, 2))
 

@@ -11,6 +11,7 @@ from benchmarks.runs import Run
 from str_triton import Budget
 from str_triton.cnn import train
 
+THROUGHOUT = "str-exact, straight-through"  # the gradient that trains pruned weights too, for the whole run
 METHODS: dict[str, list[str]] = {
     "dense": ["--method", "dense"],
     "str-exact": ["--method", "str-exact"],
@@ -20,6 +21,7 @@ METHODS: dict[str, list[str]] = {
     "gmp, ERK": ["--method", "gmp", "--distribution", "erk"],
     "rigl, ERK": ["--method", "rigl", "--distribution", "erk"],
     "dnw, ERK": ["--method", "dnw", "--distribution", "erk"],
+    THROUGHOUT: ["--method", "str-exact", "--gradient", "straight_through"],
 }
 
 

@@ -5,13 +5,14 @@
     python -m benchmarks.studies.fading_gradient methods --data DIR
 
 A share of the steps, spread evenly, has the straight-through gradient, and the others have the masked one. The share
-falls from 1 at the start of training to 0 at its end. Everything else is as in the lines "str-exact" and "str-exact,
-teacher" of benchmarks/studies/{cifar,caltech,methods}.py. Appends a line per run to
+falls from 1 at the start of training to 0 at its end. Everything else is as in the lines of the same names in
+benchmarks/studies/{cifar,caltech,methods}.py. Appends a line per run to
 benchmarks/results/fading_gradient.jsonl and skips runs that it already holds. docs/methods.md has the comparison.
 """
 
 import argparse
 from collections.abc import Iterator
+from functools import partial
 from itertools import product
 from pathlib import Path
 from unittest.mock import patch
@@ -23,7 +24,7 @@ from benchmarks.studies import caltech, cifar, methods
 from benchmarks.studies.cnn_runs import finished
 from benchmarks.timing import RESULTS, machine
 from str_triton import SparsityController
-from str_triton.cnn.data import load
+from str_triton.cnn.data import Data, load
 
 RUNS = RunFile(RESULTS / "fading_gradient.jsonl", ("study", "line", "target", "seed"))
 FOLDERS = Path("runs/fading")
@@ -44,7 +45,7 @@ def wanted(study: str) -> Iterator[Run]:
     runs = {
         "cifar": (("str-exact", "str-exact, teacher"), (0.9,)),
         "caltech": (("str-exact",), ("0.9",)),
-        "methods": (("str-exact",), (0.9, 0.95, 0.98, 0.99)),
+        "methods": (("str-exact", "str-exact, fine-tuned 0.4"), (0.9, 0.95, 0.98, 0.99)),
     }
     lines, targets = runs[study]
     for line, seed, target in product(lines, (0, 1, 2), targets):
@@ -58,7 +59,9 @@ def train(key: Run, data: str, pretrained: str | None, threads: int) -> Run:
         if key["study"] == "methods":
             torch.set_num_threads(threads)
             images = load("fashion-mnist", data)
-            return methods.train(images, key["seed"], target=key["target"], method="str-exact")[1]
+            run = methods.run_line(key["line"], key["target"], key["seed"], images, partial(dense_network, images))
+            assert run is not None  # It needs no other line.
+            return run
         if key["study"] == "cifar":
             options = ["cifar10", *cifar.options_of({**key, "model": "resnet20"})]
         else:
@@ -66,6 +69,11 @@ def train(key: Run, data: str, pretrained: str | None, threads: int) -> Run:
             options = ["mobilenetv1-finetune", "--pretrained", str(pretrained), "--epochs", str(caltech.EPOCHS)]
             options += ["--seed", str(line.seed), "--lr", str(caltech.best_rate(line.line)), *caltech.options_of(line)]
         return finished(folder, [*options, "--data", data, "--threads", str(threads)])
+
+
+def dense_network(images: Data, seed: int) -> dict[str, torch.Tensor]:
+    """Train the dense network of `methods` and return its state dict."""
+    return methods.train(images, seed, **methods.LINES["dense"])[0].state_dict()
 
 
 def main() -> None:

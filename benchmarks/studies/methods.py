@@ -28,6 +28,7 @@ from torch import nn
 
 from benchmarks import charts
 from benchmarks.runs import Run, RunFile
+from benchmarks.studies.cnn_runs import THROUGHOUT
 from benchmarks.studies.exact_budgets import IMAGE, WEIGHT_DECAY, fit, measured, network, sgd
 from benchmarks.timing import RESULTS, machine
 from str_triton import count
@@ -41,10 +42,10 @@ LINES: dict[str, dict] = {
     "dense": {"method": "dense"},
     "str-exact": {"method": "str-exact"},
     "str-exact, masked": {"method": "str-exact", "gradient": "masked"},
-    **{
-        f"str-exact, switched at {100 * until:g} %": {"method": "str-exact", "until": until}
-        for until in (0.35, 0.5, 0.7)
-    },
+    **{f"str-exact, switched at {100 * until:g} %": {"method": "str-exact", "until": until} for until in (0.35, 0.7)},
+    THROUGHOUT: {"method": "str-exact", "gradient": "straight_through"},
+    f"{THROUGHOUT}, FLOP-aware": {"method": "str-exact", "gradient": "straight_through", "distribution": "flop-aware"},
+    f"{THROUGHOUT}, learned": {"method": "str-exact", "gradient": "straight_through", "distribution": "learned"},
     "str-exact, FLOP-aware": {"method": "str-exact", "distribution": "flop-aware"},
     "str-exact, learned": {"method": "str-exact", "distribution": "learned"},
     "str": {"method": "str"},
@@ -62,6 +63,7 @@ LINES: dict[str, dict] = {
         for epochs in (0.4, 1.0)
         for name, options in (
             ("str-exact", {"method": "str-exact"}),
+            (THROUGHOUT, {"method": "str-exact", "gradient": "straight_through"}),
             ("gmp, global", {"method": "gmp", "distribution": "global"}),
         )
     },

@@ -24,21 +24,20 @@ Caltech-101: 3,530 training and 1,763 test photographs of 101 classes at 128x128
 Caltech-101**: at most 40 training and 20 test photographs a class, and no background class. So do not compare with
 figures from elsewhere. A run has {epochs} epochs unless its name gives another number. "to dense" compares with the
 dense network of {epochs} epochs. "teacher": the network also learned the scores of the dense network with the same seed
-(`--teacher`). "straight-through": pruned weights were trained for the whole run (`--gradient straight_through`), not
-for its first half, as the recipe does. "MB": the packed file in float32, and in brackets in float16. "ms": milliseconds
-of `compile_sparse` for one image, and in brackets how many times as fast that is as the dense network in plain PyTorch.
-MB and ms{threads} are those of a network with random weights and as many zeros in each layer as the run of the first
-seed has. "rate" is the learning rate. `python -m benchmarks.studies.caltech` runs what is missing; with `--deploy` it
-measures MB and ms."""
+(`--teacher`). "straight-through": pruned weights are trained for the whole run (`--gradient straight_through`), not for
+its first half. "MB": the packed file in float32, and in brackets in float16. "ms": milliseconds of `compile_sparse` for
+one image, and in brackets how many times as fast that is as the dense network in plain PyTorch. MB and ms{threads} are
+those of a network with random weights and as many zeros in each layer as the run of the first seed has. "rate" is the
+learning rate. `python -m benchmarks.studies.caltech` runs what is missing; with `--deploy` it measures MB and ms."""
 CIFAR = """The recipe `cifar10` trains on a public copy of CIFAR-10 whose images were stored as JPEG of quality 75.
 **That loses detail**: the published ResNet20 has 91.8 % on the original images and about 82 % on these, so compare only
 the rows of this table. Each run has {epochs} epochs; the usual recipes have 200. "from dense": the run starts from the
 trained dense network of the same seed, with half the learning rate. "teacher": the run also learns the scores of that
 network. "str, lambda": the paper's method, whose weight decay decides on the sparsity. "budget of": every layer has the
-sparsity that it has in that run. "weight decay": that in place of the recipe's 0.0005. "switched": pruned weights were
-trained in the first half of the run only (`--gradient switched`, once the default). "to dense" compares with the dense
-network that was trained for the same number of epochs in all. The minutes are those of one thread on a machine that did
-other work. `python -m benchmarks.studies.cifar` runs what is missing."""
+sparsity that it has in that run. "weight decay": that in place of the recipe's 0.0005. "straight-through": pruned
+weights are trained for the whole run (`--gradient straight_through`), not for its first half. "to dense" compares with
+the dense network that was trained for the same number of epochs in all. The minutes are those of one thread on a
+machine that did other work. `python -m benchmarks.studies.cifar` runs what is missing."""
 
 
 def grouped(runs: list[Run], *names: str) -> list[tuple[tuple[Any, ...], list[Run]]]:

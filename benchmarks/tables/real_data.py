@@ -11,7 +11,6 @@ from benchmarks.tables.ranks import main_study, studies
 from benchmarks.timing import RESULTS
 
 OURS = "str-exact"
-SWITCHED = f"{OURS}, switched"  # with the default gradient of an earlier version, if nothing else was measured
 TEACHER = ", teacher"  # the end of a line of the studies on photographs
 LONGER = ", 16 epochs"  # the end of a line of the study on Caltech-101
 FROM_DENSE = ", from dense"  # the end of a line of the study on CIFAR-10, before `TEACHER`
@@ -62,13 +61,12 @@ def caltech_runs(epochs: str = "") -> list[Run]:
 def caltech_row(name: str, runs: list[Run], epochs: str = "") -> list[str]:
     """Return the row of some runs on Caltech-101, whose lines in the results end with ``epochs``."""
     use = deployed(RunFile(RESULTS / "caltech_deploy.jsonl").read())
-    methods = by_method(runs, lambda run: run["line"].removesuffix(TEACHER))
-    ours = methods[ours_of(methods)][0]["line"] if ours_of(methods) in methods else OURS
+    ours = next((run["line"] for run in runs if run["line"].removesuffix(TEACHER) == OURS), OURS)
     own, dense = use.get(("0.9", ours + epochs)), use.get(("", "dense"))
     gain = NONE
     if own and dense:
         gain = f"{own['bytes'] / 1e6:.1f} of {dense['bytes'] / 1e6:.1f} MB, {own['ms']:.1f} of {own['dense_ms']:.1f} ms"
-    return row(name, methods, gain)
+    return row(name, by_method(runs, lambda run: run["line"].removesuffix(TEACHER)), gain)
 
 
 def cifar() -> list[str]:
@@ -95,8 +93,7 @@ def cifar_runs() -> list[Run]:
 def cifar_row(name: str, runs: list[Run]) -> list[str]:
     """Return the row of some runs on CIFAR-10, whose lines are methods."""
     methods = by_method(runs, itemgetter("line"))
-    own = methods.get(ours_of(methods))
-    gain = f"{100 * mean(run['flops'] for run in own):.0f} % of the FLOPs" if own else NONE
+    gain = f"{100 * mean(r['flops'] for r in methods[OURS]):.0f} % of the FLOPs" if OURS in methods else NONE
     return row(name, methods, gain)
 
 
@@ -160,21 +157,14 @@ def parameters(methods: Runs) -> str:
 
 def row(name: str, methods: Runs, gain: str) -> list[str]:
     """Return the cells of a study. Raise NotMeasured unless it has runs of str-exact and of the dense network."""
-    ours = ours_of(methods)
-    if not {ours, "dense"} <= methods.keys():
+    if not {OURS, "dense"} <= methods.keys():
         raise NotMeasured(name)
     others = {method: runs for method, runs in methods.items() if not method.startswith(("dense", OURS))}
     best = max(others, key=lambda method: mean(run["accuracy"] for run in others[method]), default=None)
-    shown = [methods["dense"], methods[ours], others.get(best, [])]
+    shown = [methods["dense"], methods[OURS], others.get(best, [])]
     cells = [spread((run["accuracy"] for run in runs), 100) if runs else NONE for runs in shown]
-    cells[1] += " (switched)" if ours == SWITCHED else ""
     cells[2] += f" ({best})" if best else ""
     return [name, *cells, seeds_of([len(runs) for runs in shown if runs]), gain]
-
-
-def ours_of(methods: Runs) -> str:
-    """Return the method of this library that a row shows."""
-    return SWITCHED if SWITCHED in methods and OURS not in methods else OURS
 
 
 def seeds_of(numbers: list[int]) -> str:

@@ -22,10 +22,14 @@ def str_exact(
         target = Target(flops=round(config.target_flops * count(model, example).dense_flops))
     else:
         target = Target(sparsity=config.target_sparsity)
-    options: dict[str, Any] = {"straight_through_until": 0.5 if config.gradient == "switched" else 1.0}
+    gradient: str | None = config.gradient
+    options: dict[str, Any] = {}
+    if gradient == "switched":  # the controller's default
+        gradient = "straight_through"
+    else:
+        options["straight_through_until"] = 1.0
     if config.granularity == "global":
         options["floor"] = 0.0  # one threshold cannot keep a floor in each layer
-    gradient = "masked" if config.gradient == "masked" else "straight_through"
     sparsify(model, granularity=config.granularity, gradient=gradient)
     distribution = config.distribution or "fixed"  # with --budget none is configured
     return SparsityController(model, target, distribution=distribution, example_input=example, **options)

@@ -37,6 +37,5 @@ def test_the_program_trains_with_this_controller(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(methods, "train", train)
     monkeypatch.setattr(fading_gradient, "load", lambda name, folder: None)
-    threads = torch.get_num_threads()
-    run = fading_gradient.train(next(fading_gradient.wanted("methods")), "", None, threads)
-    assert run == {"controller": Fading}
+    run = fading_gradient.train(next(fading_gradient.wanted("methods")), "", None, torch.get_num_threads())
+    assert run["controller"] is Fading

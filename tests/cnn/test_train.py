@@ -37,7 +37,7 @@ def test_a_run_writes_everything(whole_run: Path):
     assert [(record["epoch"], record["step"]) for record in epochs] == [(1, 5), (2, 10)]
     assert epochs[-1]["accuracy"] == summary["accuracy"]
     config = json.loads((whole_run / "config.json").read_text())
-    assert (config["target_sparsity"], config["gradient"], config["method"]) == (0.9, "straight_through", "str-exact")
+    assert (config["target_sparsity"], config["gradient"], config["method"]) == (0.9, "switched", "str-exact")
     assert json.loads((whole_run / "environment.json").read_text())["packages"]["torch"] == torch.__version__
 
 
