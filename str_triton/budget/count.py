@@ -111,10 +111,11 @@ def _watched(
     model: nn.Module, weights: Sequence[Matrix], inputs: tuple[tuple, dict], counted: Mapping[str, tuple[int, int]]
 ) -> tuple[Products, Functions]:
     """Run the model's forward pass once and return its products. `counted`: elements and nonzeros by name."""
+    names = {weight.name for weight in thresholded_weights(model)}
     if isinstance(model, nn.DataParallel):
         model = model.module  # functional_call refuses the wrapper, whose replicas it could not reach.
     args, kwargs = tree_map_only(Tensor, torch.clone, inputs)  # An in-place layer may come first.
-    products = Products(weights, (args, kwargs), {weight.name for weight in thresholded_weights(model)})
+    products = Products(weights, (args, kwargs), names)
     functions = Functions(products)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with products.following(model, weights, counted), functions, products:

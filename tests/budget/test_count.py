@@ -390,6 +390,15 @@ def test_data_parallel_is_counted_as_the_module_in_it():
     assert budget.flops == count(model, x).flops > 0
 
 
+def test_data_parallel_does_not_hide_a_dense_read():
+    class Reader(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self[0].weight)
+
+    with pytest.warns(UserWarning, match=r"dense weight of module\.0"):
+        count(nn.DataParallel(sparsify(Reader(nn.Linear(4, 6)))), torch.randn(3, 4))
+
+
 def test_counted_under_autocast_with_warm_cache():
     model, x = small(), torch.randn(3, 4)
     with torch.autocast("cpu", torch.bfloat16):

@@ -689,6 +689,19 @@ def test_a_declared_file_is_in_one_split_once(train: str, test: str, message: st
         check(load(f"hub:{folder(tmp_path)}"))
 
 
+def test_splits_other_than_train_may_share_a_declared_file(tmp_path: Path):
+    write(folder(tmp_path) / "data", train0=rows(12), test0=rows(6, 100))
+    splits = ", ".join(f"{{split: {name}, path: data/test*}}" for name in ("validation", "test"))
+    declare(folder(tmp_path), f"{{split: train, path: data/train*}}, {splits}")
+    check(load(f"hub:{folder(tmp_path)}"))
+
+
+def test_class_folders_without_train_are_refused_in_words(tmp_path: Path):
+    (folder(tmp_path) / "test" / "ant").mkdir(parents=True)
+    picture(0).save(folder(tmp_path) / "test" / "ant" / "0.png")
+    refused(folder(tmp_path), "no split 'train', only 'test'")
+
+
 def test_declared_splits_of_images_share_no_table(tmp_path: Path):
     root = folder(tmp_path)
     for split in ("train", "test"):
