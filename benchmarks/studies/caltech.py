@@ -123,14 +123,18 @@ def _name(key: Key) -> str:
     return "-".join(str(part) for part in key if part != "").replace(", ", "-").replace(" ", "-")
 
 
+def arguments(key: Key, data: str, pretrained: str, threads: int) -> list[str]:
+    """Return the training program's arguments for a line, except for the run's folder."""
+    shared = ["--data", data, "--pretrained", pretrained, "--seed", str(key.seed), "--threads", str(threads)]
+    shared += ["--epochs", str(EPOCHS), "--lr", str(best_rate(key.line))]
+    return ["mobilenetv1-finetune", *shared, *options_of(key)]
+
+
 def train(key: Key, data: str, pretrained: str, threads: int) -> None:
     """Train one line and append its result; before it the teacher, if its run is not here. Keep the networks."""
-    shared = ["--data", data, "--pretrained", pretrained, "--seed", str(key.seed), "--threads", str(threads)]
-    shared += ["--epochs", str(EPOCHS)]
 
     def trained(line: Key) -> dict[str, Any]:
-        options = [*shared, "--lr", str(best_rate(line.line)), *options_of(line)]
-        return finished(RUNS / _name(line), ["mobilenetv1-finetune", *options])
+        return finished(RUNS / _name(line), arguments(line, data, pretrained, threads))
 
     if TEACHER in key.line:
         trained(Key(DENSE, "", key.seed))

@@ -6,8 +6,8 @@
 
 A share of the steps, spread evenly, has the straight-through gradient, and the others have the masked one. The share
 falls from 1 at the start of training to 0 at its end. Everything else is as in the lines of the same names in
-benchmarks/studies/{cifar,caltech,methods}.py. Appends a line per run to
-benchmarks/results/fading_gradient.jsonl and skips runs that it already holds. docs/methods.md has the comparison.
+benchmarks/studies/{cifar,caltech,methods}.py. Appends a line per run to benchmarks/results/fading_gradient.jsonl and
+skips runs that it already holds. docs/methods.md has the comparison.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from benchmarks.studies import caltech, cifar, methods
 from benchmarks.studies.cnn_runs import finished
 from benchmarks.timing import RESULTS, machine
 from str_triton import SparsityController
-from str_triton.cnn.data import Data, load
+from str_triton.cnn.data import load
 
 RUNS = RunFile(RESULTS / "fading_gradient.jsonl", ("study", "line", "target", "seed"))
 FOLDERS = Path("runs/fading")
@@ -59,21 +59,15 @@ def train(key: Run, data: str, pretrained: str | None, threads: int) -> Run:
         if key["study"] == "methods":
             torch.set_num_threads(threads)
             images = load("fashion-mnist", data)
-            run = methods.run_line(key["line"], key["target"], key["seed"], images, partial(dense_network, images))
+            dense = partial(methods.dense_network, images)
+            run = methods.run_line(key["line"], key["target"], key["seed"], images, dense)
             assert run is not None  # It needs no other line.
             return run
-        if key["study"] == "cifar":
-            options = ["cifar10", *cifar.options_of({**key, "model": "resnet20"})]
-        else:
+        if key["study"] == "caltech":
             line = caltech.Key(key["line"], key["target"], key["seed"])
-            options = ["mobilenetv1-finetune", "--pretrained", str(pretrained), "--epochs", str(caltech.EPOCHS)]
-            options += ["--seed", str(line.seed), "--lr", str(caltech.best_rate(line.line)), *caltech.options_of(line)]
-        return finished(folder, [*options, "--data", data, "--threads", str(threads)])
-
-
-def dense_network(images: Data, seed: int) -> dict[str, torch.Tensor]:
-    """Train the dense network of `methods` and return its state dict."""
-    return methods.train(images, seed, **methods.LINES["dense"])[0].state_dict()
+            return finished(folder, caltech.arguments(line, data, str(pretrained), threads))
+        options = cifar.options_of({**key, "model": "resnet20"})
+        return finished(folder, ["cifar10", "--data", data, "--threads", str(threads), *options])
 
 
 def main() -> None:

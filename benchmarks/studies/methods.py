@@ -20,7 +20,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -134,6 +134,11 @@ def train(
     return model, run
 
 
+def dense_network(data, seed: int) -> dict[str, torch.Tensor]:
+    """Train the dense network and return its state dict."""
+    return train(data, seed, **LINES["dense"])[0].state_dict()
+
+
 def append(held: RunFile, run: Run) -> None:
     held.append(run | {"machine": machine()})
     print("{line:32s} {target} seed {seed}: {accuracy:.4f}, FLOPs {flops:.4f}".format(**run))
@@ -220,10 +225,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     data = load("fashion-mnist", options.data_dir)
 
-    @cache
-    def dense(seed: int) -> dict:
-        return train(data, seed, **LINES["dense"])[0].state_dict()
-
+    dense = cache(partial(dense_network, data))
     wanted = (
         {"line": line, "target": 0.0 if line == "dense" else target, "seed": seed}
         for seed in options.seeds
