@@ -55,6 +55,8 @@ LINES: dict[str, list[str]] = {
         for line in ("dense", "str-exact", f"str-exact{TEACHER}")
     },
 }
+LONGER = "dense, 16 epochs"
+TAUGHT = ("str-exact, teacher", "str-exact, teacher, 16 epochs")
 LEADERS = ("str-exact", "gmp, global", "str-exact, FLOP-aware")
 THIRD = "0.3333 flops"
 
@@ -71,8 +73,8 @@ def wanted() -> Iterator[Key]:
     """Yield the runs in their order: the leaders at 90 %, a third of the FLOPs, then the rest. Some occur twice."""
     yield Key(DENSE, "", 0)
     yield from (Key(line, "0.9", 0) for line in LEADERS[:2])
-    yield from (Key(line, "0.9", 0) for line in ("str-exact, teacher", "str-exact, teacher, 16 epochs"))
-    yield Key("dense, 16 epochs", "", 0)
+    yield from (Key(line, "0.9", 0) for line in TAUGHT)
+    yield Key(LONGER, "", 0)
     yield Key("gmp, global, teacher", "0.9", 0)
     yield Key("str-exact, FLOP-aware", THIRD, 0)
     yield from (Key(line, target, 0) for target in ("0.95", "0.75") for line in LEADERS[:2])
@@ -81,6 +83,8 @@ def wanted() -> Iterator[Key]:
     for seed in (1, 2):
         yield Key(DENSE, "", seed)
         yield from (Key(line, "0.9", seed) for line in (*LEADERS[:2], THROUGHOUT))
+        yield Key(LONGER, "", seed)
+        yield from (Key(line, "0.9", seed) for line in TAUGHT)
     yield from (Key(line, "0.9", 0) for line in LINES if not line.startswith(DENSE))
     yield Key(THROUGHOUT, "0.95", 0)
     for target, seed in product(("0.95", "0.75"), (1, 2)):
