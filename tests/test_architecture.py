@@ -64,6 +64,7 @@ LATE = {
         {"str_triton.deploy.onnx_export.loops"},
         {"huggingface_hub", "onnx", "onnxruntime", "onnxscript"},
     ),
+    "str_triton.training": (set(), {"huggingface_hub"}),  # of datasets
     "str_triton.cnn": (set(), {"timm", "onnxruntime"}),
     "str_triton.rnn": (set(), {"onnx", "onnxruntime"}),
 }

@@ -88,7 +88,7 @@ def _read_folder(
     if glob(str(folder)) != [str(folder)]:
         raise ValueError("*, ? and [ in the path of a folder are patterns to the datasets library: rename the folder")
     builder = datasets.load_dataset_builder(str(folder), configuration or None, cache_dir=_cache(datasets))
-    check_files(folder, builder, _declared(folder, builder, datasets), splits, labels)
+    check_files(folder, builder, _declared(folder, builder), splits, labels)
     try:
         _prepare(folder, builder, datasets)
     except datasets.exceptions.SplitsVerificationError as error:
@@ -142,12 +142,22 @@ def _read_hub(place: str, separator: str, datasets: ModuleType) -> "DatasetDict"
         ) from error
 
 
-def _declared(folder: Path, builder: "DatasetBuilder", datasets: ModuleType) -> Declared:
-    """Return the files, or the folder of the files, that README.md gives the configuration."""
-    module = datasets.load.dataset_module_factory(str(folder))
-    options = (module.builder_configs_parameters.metadata_configs or {}).get(builder.config.name, {})
+def _declared(folder: Path, builder: "DatasetBuilder") -> Declared:
+    """Return the files, or the folder of the files, that README.md gives the configuration.
+
+    The builder does not hold them, and the library's own way to them lists all files a second time.
+    """
+    from datasets.data_files import sanitize_patterns
+    from datasets.utils.metadata import MetadataConfigs
+    from huggingface_hub import DatasetCard
+
+    card, alone = folder / "README.md", folder / ".huggingface.yaml"
+    said = DatasetCard.load(card).data.to_dict() if card.is_file() else {}
+    if alone.exists():
+        said.update(DatasetCard(f"---\n{alone.read_text('utf-8')}\n---\n").data.to_dict())
+    options = MetadataConfigs.from_dataset_card_data(said).get(builder.config.name, {})
     if "data_files" in options:
-        return Declared(datasets.data_files.sanitize_patterns(options["data_files"]), None)
+        return Declared(sanitize_patterns(options["data_files"]), None)
     return Declared(None, options.get("data_dir"))
 
 

@@ -162,6 +162,15 @@ def test_files_that_the_card_declares_may_be_in_folders_or_a_part(
         assert len(load(f"hub:{folder(tmp_path)}").train) == 6 * (1 if "[0" in text else len(parts))
 
 
+def test_the_files_of_a_folder_are_listed_by_the_library_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write(folder(tmp_path), train=rows(30))
+    (folder(tmp_path) / "README.md").write_text("---\nconfigs: [{config_name: all, data_files: '*.parquet'}]\n---\n")
+    calls, listed = [], datasets.load.dataset_module_factory
+    monkeypatch.setattr(datasets.load, "dataset_module_factory", lambda *a, **k: calls.append(a) or listed(*a, **k))
+    load(f"hub:{folder(tmp_path)}")
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize("card", ["", "configs: [{config_name: default, data_files: [{split: train, path: train*}]}]"])
 def test_changed_files_and_folders_of_the_same_name_are_read_anew(card: str, tmp_path: Path):
     for number, root in enumerate((tmp_path / "a/data", tmp_path / "b/data", tmp_path / "b/data")):
