@@ -13,7 +13,8 @@ learning rate that was best for it, or for str-exact or global GMP, to which it 
 all weights, including those of the first and the last layer. "straight-through": pruned weights are trained for the
 whole run, not for its first half. "budget of str-exact" gives another method the layers' sparsities of str-exact with
 the same target and seed. A target that ends in "flops" is a share of the dense network's multiply-adds. "teacher": the
-network also learns the scores of the dense network with the same seed (--teacher).
+network also learns the scores of the dense network with the same seed (--teacher). That network has 8 epochs; of the
+line "teacher of 16 epochs" it has 16.
 
 `--tune` compares learning rates on a fifth of the training images, which it holds out. The test images take no part.
 Its lines are in caltech_tuning.jsonl. `--deploy` packs and compiles, for each run of the first seed, a network with
@@ -44,19 +45,19 @@ TUNING_EPOCHS, LRS, TUNED = 2, (0.02, 0.01, 0.05, 0.005), ("str-exact", "gmp, gl
 ROUNDS = 100
 DENSE = "dense"
 BUDGET = "budget of str-exact"
-TEACHER = ", teacher"
+TEACHER, LONGER_TEACHER = ", teacher", ", teacher of 16 epochs"
 LINES: dict[str, list[str]] = {
     **METHODS,
     "gmp, uniform": ["--method", "gmp", "--distribution", "uniform"],
     f"gmp, {BUDGET}": ["--method", "gmp"],
     **{f"{line}{TEACHER}": METHODS[line] for line in ("str-exact", "gmp, global")},
     **{
-        f"{line}, 16 epochs": [*METHODS[line.removesuffix(TEACHER)], "--epochs", "16"]
-        for line in ("dense", "str-exact", f"str-exact{TEACHER}")
+        f"{line}, 16 epochs": [*METHODS[line.partition(TEACHER)[0]], "--epochs", "16"]
+        for line in ("dense", "str-exact", f"str-exact{TEACHER}", f"str-exact{LONGER_TEACHER}")
     },
 }
 LONGER = "dense, 16 epochs"
-TAUGHT = ("str-exact, teacher", "str-exact, teacher, 16 epochs")
+TAUGHT = ("str-exact, teacher", "str-exact, teacher, 16 epochs", f"str-exact{LONGER_TEACHER}, 16 epochs")
 LEADERS = ("str-exact", "gmp, global", "str-exact, FLOP-aware")
 THIRD = "0.3333 flops"
 
@@ -111,7 +112,7 @@ def options_of(key: Key) -> list[str]:
     """Return the training program's options for a line. Raise ValueError if it needs a budget that is missing."""
     options = list(LINES[key.line])
     if TEACHER in key.line:
-        options += ["--teacher", str(RUNS / _name(Key(DENSE, "", key.seed)))]
+        options += ["--teacher", str(RUNS / _name(_teacher(key)))]
     if not key.target:
         return options
     if key.line.endswith(BUDGET):
@@ -121,6 +122,10 @@ def options_of(key: Key) -> list[str]:
         return [*options, "--budget", str(budget)]
     share, _, flops = key.target.partition(" ")
     return [*options, "--target-flops" if flops else "--target-sparsity", share]
+
+
+def _teacher(key: Key) -> Key:
+    return Key(LONGER if LONGER_TEACHER in key.line else DENSE, "", key.seed)
 
 
 def _name(key: Key) -> str:
@@ -141,7 +146,7 @@ def train(key: Key, data: str, pretrained: str, threads: int) -> None:
         return finished(RUNS / _name(line), arguments(line, data, pretrained, threads))
 
     if TEACHER in key.line:
-        trained(Key(DENSE, "", key.seed))
+        trained(_teacher(key))
     result = {**key._asdict(), **trained(key), "lr": best_rate(key.line), "threads": threads}
     results().append({**result, "machine": machine()})
 
