@@ -218,10 +218,11 @@ def listen(listener: Listener, sound: Iterator[Tensor]) -> None:
             samples += len(chunk)
             print_detections(detections)
     print_detections(listener.end())
-    factor = busy * RATE / max(samples, 1)
-    print(
-        f"{samples / RATE:.1f} s of sound; a window of 1 s takes {1000 * factor:.0f} ms: real-time factor {factor:.3f}"
-    )
+    heard = f"{samples / RATE:.1f} s of sound"
+    if samples >= RATE:
+        factor = busy * RATE / samples
+        heard += f"; a window of 1 s takes {1000 * factor:.0f} ms: real-time factor {factor:.3f}"
+    print(heard)
 
 
 if __name__ == "__main__":

@@ -160,10 +160,16 @@ def _check_sharing(model: nn.Module, chosen: list[Candidate]) -> None:
         for attribute, parameter in module._parameters.items():
             uses[id(parameter)].append(f"{name}.{attribute}".lstrip("."))
     taken = {candidate.parameter_name for candidate in chosen}
-    half = [(c, other) for c in chosen for other in uses[id(c.parameter)] if other not in taken]
+    half = [
+        (candidate.label, other.removesuffix(".weight"))
+        for candidate in chosen
+        for other in uses[id(candidate.parameter)]
+        if other not in taken
+    ]
     if half:
-        pairs = "; ".join(f"{c.label} shares its weight with {other.removesuffix('.weight')}" for c, other in half)
-        raise ValueError(f"{pairs}: include both or exclude both ({_how_to_exclude([c.label for c, _ in half])})")
+        pairs = "; ".join(f"{own} shares its weight with {other}" for own, other in half)
+        both = [label for pair in half for label in pair]
+        raise ValueError(f"{pairs}: include both or exclude both ({_how_to_exclude(both)})")
 
 
 def _how_to_exclude(labels: list[str]) -> str:

@@ -142,7 +142,10 @@ def test_a_clip_of_one_second_has_the_scores_of_training() -> None:
 def test_the_program_hears_a_clip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_wav(tmp_path / "x.wav", tone(300, 1))
     assert main(["run", str(tmp_path / "x.wav")]) == 0
-    assert holds(capsys.readouterr().out, "low .. 1.0 s of sound")
+    assert holds(capsys.readouterr().out, "low .. 1.0 s of sound; a window")
+    write_wav(tmp_path / "x.wav", tone(300, 0.4))
+    assert main(["run", str(tmp_path / "x.wav")]) == 0
+    assert capsys.readouterr().out.endswith("\n0.4 s of sound\n")
 
 
 def test_bad_input_is_one_line(
