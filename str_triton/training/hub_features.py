@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from datasets import DatasetBuilder, Features
 
 FIRST_ROWS = 1_000  # of a table as text, by which its types are known
-NUMERIC = re.compile("u?int|float|bool")
+CARD = "README.md or dataset_infos.json"  # from where a builder has features
+NUMERIC = re.compile("u?int|float")
 POINTER = b"version https://git-lfs"  # the first bytes of a file that Git LFS has not fetched
 
 
@@ -27,15 +28,25 @@ def check_features(tables: Mapping[str, "Features"], labels: Iterable[str]) -> N
         if new := [name for name in features if name not in expected]:
             raise ValueError(f"{place} has a column {new[0]!r}, which {first} lacks: all files need the same columns")
     label = next((name for name in labels if name in expected), None)
-    kinds = {place: features[label] for place, features in tables.items() if label in features}
-    for place, kind in kinds.items():
-        ours, theirs = _dtype(kinds[first]), _dtype(kind)
-        if NUMERIC.match(theirs) and (ours.endswith("string") or ours == "bool" != theirs):
-            ours = "bool" if ours == "bool" else "text"
-            raise ValueError(f"column {label!r} is {ours} in {first}, but numbers in {place}: all files need one kind")
-    names = [(place, found) for place, kind in kinds.items() if (found := class_names(kind))]
+    columns = {place: features[label] for place, features in tables.items() if label in features}
+    if label is not None:
+        _check_kinds(columns, label)
+    names = [(place, found) for place, feature in columns.items() if (found := class_names(feature))]
     for other in names[1:]:
         check_names(*names[0], *other)
+
+
+def _check_kinds(columns: Mapping[str, object], label: str) -> None:
+    """Check that no booleans become numbers and no numbers become booleans or text."""
+    kinds = {place: _kind(feature) for place, feature in columns.items()}
+    if next(iter(kinds)) == CARD and kinds[CARD] == "numbers":  # it may give names to booleans
+        del kinds[CARD]
+    places = {kind: place for place, kind in reversed(kinds.items())}  # the first of each kind
+    for one, other in (("bool", "numbers"), ("text", "numbers"), ("text", "bool")):
+        if one in places and other in places and (one == "bool" or next(iter(kinds.values())) == "text"):
+            raise ValueError(
+                f"column {label!r} is {one} in {places[one]}, but {other} in {places[other]}: all files need one kind"
+            )
 
 
 def class_names(feature: object) -> list[str] | None:
@@ -44,8 +55,12 @@ def class_names(feature: object) -> list[str] | None:
     return names and [str(name) for name in names]
 
 
-def _dtype(feature: object) -> str:
-    return getattr(feature, "dtype", None) or ""
+def _kind(feature: object) -> str:
+    """Return "bool", "numbers", "text", or "" for other types of labels."""
+    dtype = getattr(feature, "dtype", None) or ""
+    if dtype == "bool":
+        return dtype
+    return "text" if dtype.endswith("string") else "numbers" if NUMERIC.match(dtype) else ""
 
 
 def check_names(one: str, names: list[str], other: str, others: list[str]) -> None:

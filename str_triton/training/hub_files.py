@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from str_triton.training.errors import warn
-from str_triton.training.hub_features import check_features, first_features, read_features
+from str_triton.training.hub_features import CARD, check_features, first_features, read_features
 from str_triton.training.hub_tables import ENDINGS, HIDDEN, check_endings, check_split
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ KEYWORD = re.compile(  # of splits, to the library
     r"(?<![^-._ 0-9])(train|training|validation|valid|dev|val|test|testing|eval|evaluation)(?![^-._ 0-9])"
 )
 TABLES = (".parquet", ".arrow", ".csv", ".tsv", ".json", ".jsonl")
-CARD = "README.md or dataset_infos.json"  # from where a builder has features
 
 
 @dataclass(frozen=True)

@@ -722,9 +722,19 @@ def test_declared_splits_of_images_share_no_table(tmp_path: Path):
 
 
 def test_booleans_and_numbers_are_not_joined(tmp_path: Path):
-    write(folder(tmp_path) / "train", a=labelled([True, False] * 3), b=labelled([0, 1, 2] * 2))
     write(folder(tmp_path) / "test", a=labelled([0, 1, 2]))
-    refused(folder(tmp_path), "'label' is bool in train/a.parquet, but numbers in train/b.parquet")
+    for first, second in (("a", "b"), ("b", "a")):
+        write(folder(tmp_path) / "train", **{first: labelled([True, False] * 3), second: labelled([0, 1, 2] * 2)})
+        refused(folder(tmp_path), f"is bool in train/{first}.parquet, but numbers in train/{second}.parquet")
+
+
+def test_the_card_may_name_booleans(tmp_path: Path):
+    write(folder(tmp_path), train=labelled([True, False] * 3), test=labelled([True, False]))
+    label = "{name: label, dtype: {class_label: {names: {'0': 'no', '1': 'yes'}}}}"
+    (folder(tmp_path) / "README.md").write_text(
+        f"---\ndataset_info: {{features: [{{name: image, dtype: image}}, {label}]}}\n---\n"
+    )
+    assert load(f"hub:{folder(tmp_path)}").class_names == ("no", "yes")
 
 
 def listed(root: Path, name: str, labels: list, first: int = 0) -> None:
@@ -770,6 +780,7 @@ def test_tables_as_text_are_checked_like_others(kind: str, more: str, message: s
     [
         ([True, False] * 6, [0, 1, 2], "'label' is bool in train/a.{0}, but numbers in test/a.{0}"),
         (["ant", "bee"] * 6, [0, 1, 2], "'label' is text in train/a.{0}, but numbers in test/a.{0}"),
+        ([0, 1, 2] * 4, [True, False, True], "'label' is bool in test/a.{0}, but numbers in train/a.{0}"),
         ([0, 1, 2] * 4, [None] * 3, "test .. holds None"),
         ([0, 1, 2] * 4, [0.0, 1.0, 2.0], None),
     ],
