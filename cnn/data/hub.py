@@ -1,6 +1,7 @@
 """Data sets of the Hugging Face hub, and local folders in their format."""
 
 import os
+import textwrap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
 TEST_SPLITS = ("test", "validation", "valid", "val", "dev", "eval")
+PART_COLUMNS = ("split", "fold", "subset", "partition")  # which may say what rows are for testing; they are not used
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,9 +90,10 @@ def load_hub(
         raise ValueError(f"{name} train: all labels are {int(labels[0])}; training needs at least two classes")
     held_out = _held_out(splits, label, name)
     if held_out is None:
-        others = [part for part in splits if part != "train" and len(splits[part])]
+        others = [f"{part!r} ({len(splits[part]):,} rows)" for part in splits if part != "train"]
+        others += [f"column {part!r}" for part in train.column_names if part.lower() in PART_COLUMNS]
         if others:
-            warn(f"{name}: a fifth of 'train' is held out as the test; not read: {', '.join(map(repr, others))}")
+            warn(f"{name}: a fifth of 'train' is held out as the test; not read: {', '.join(others)}")
         kept, taken = stratified_split(labels, order_keys(len(labels), 0, 0), classes)
         test, test_labels, test_name = train.select(taken.tolist()), labels[taken], f"{name} train, held out"
         train, labels = train.select(kept.tolist()), labels[kept]
@@ -104,6 +107,8 @@ def load_hub(
         if numbers.min() < 0 or numbers.max() >= len(classes):
             low, high = int(numbers.min()), int(numbers.max())
             raise ValueError(f"{part}: labels run from {low} to {high}, the classes from 0 to {len(classes) - 1}")
+    if held_out is not None:
+        _check_classes(labels, test_labels, classes, name, held_out[0])
     root, _ = local_folder(place, ":") or ("", "")
     sources = [
         Column(_encoded(rows, image), part, str(root)) for rows, part in ((train, f"{name} train"), (test, test_name))
@@ -152,15 +157,30 @@ def _numbered(labels: Tensor, place: str) -> list[str]:
     return [str(number) for number in range(count)]
 
 
+def _check_classes(train: Tensor, test: Tensor, classes: list[str], name: str, split: str) -> None:
+    """Raise ValueError if the test has classes that train lacks; warn of classes that the test lacks."""
+    ours, theirs = set(train.tolist()), set(test.tolist())
+    if new := sorted(theirs - ours):
+        raise ValueError(
+            f"{name}: {split!r} has the class {classes[new[0]]!r} (label {new[0]}), of which 'train' has no image: "
+            "number the classes of both alike"
+        )
+    if lacking := sorted(ours - theirs):
+        some = textwrap.shorten(", ".join(repr(classes[number]) for number in lacking), 100, placeholder=" ...")
+        warn(f"{name}: {split!r} has no image of {len(lacking):,} of the {len(ours):,} classes of 'train': {some}")
+
+
 def _held_out(splits: "DatasetDict | dict[str, Dataset]", label: str, name: str) -> tuple[str, Tensor] | None:
-    """Return the split to test on and its labels. Skip splits without labels or with -1 alone, as of competitions."""
+    """Return the split to test on and its labels. Skip splits without labels or with equal ones, as of competitions."""
     parts = [split for split in TEST_SPLITS if split in splits and len(splits[split])]
     labelled = [split for split in parts if _has_values(splits[split], label)]
     for split in labelled or parts:
         _one_of((label,), splits[split].column_names, f"{name} {split}")
         labels = _labels(splits[split], label, f"{name} {split}")
-        if (labels != -1).any():
+        if len(labels) == 1 or (labels != labels[0]).any():
             return split, labels
+        if labels[0] != -1:
+            warn(f"{name}: {split!r} is not read: all its labels are {int(labels[0])}, as if they were hidden")
     return None
 
 

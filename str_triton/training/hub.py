@@ -93,10 +93,22 @@ def _read_folder(
         _prepare(folder, builder, datasets)
     except datasets.exceptions.SplitsVerificationError as error:
         raise ValueError(f"its splits are not those that README.md or dataset_infos.json names: {error}") from error
+    _warn_of_lost_rows(folder, builder)
     return {
         name: builder.as_dataset(name) if split.num_examples else empty(builder.info.features)
         for name, split in builder.info.splits.items()
     }
+
+
+def _warn_of_lost_rows(folder: Path, builder: "DatasetBuilder") -> None:
+    """Warn of splits with files but without rows, and of images or sounds that no table of metadata names."""
+    for split, paths in (builder.config.data_files or {}).items():
+        rows = builder.info.splits[split].num_examples
+        single = sum(os.path.splitext(path)[1].lower() in getattr(builder, "EXTENSIONS", ()) for path in paths)
+        if rows < single:
+            warn(f"hub:{folder}: metadata names {rows:,} of the {single:,} files of '{split}', the others are not read")
+        elif rows == 0:
+            warn(f"hub:{folder}: '{split}' has no rows, only empty files, such as {os.path.relpath(paths[0], folder)}")
 
 
 def _cache(datasets: ModuleType) -> str:

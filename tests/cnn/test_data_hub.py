@@ -813,6 +813,52 @@ def test_a_test_split_without_labels_is_passed_over(saved: bool, missing: bool, 
     check(load(f"hub:{folder(tmp_path)}"))
 
 
+def test_labels_that_train_lacks_are_refused(tmp_path: Path):
+    write(folder(tmp_path), train=labelled([1, 2, 3] * 2), test=labelled([0, 1, 2]))
+    refused(folder(tmp_path), "'test' has the class '0' (label 0) .. 'train' has no image")
+
+
+def test_classes_that_the_test_lacks_are_named(tmp_path: Path, capsys: pytest.CaptureFixture):
+    write(folder(tmp_path), train=rows(12), test=rows(2, 100))
+    check(load(f"hub:{folder(tmp_path)}"), test=2)
+    assert holds(capsys.readouterr().err, "'test' has no image of 1 of the 3 classes .. 'cat'")
+
+
+@pytest.mark.parametrize("validation", [True, False])
+def test_a_test_split_with_equal_labels_is_taken_as_hidden(
+    validation: bool, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    write(folder(tmp_path), train=rows(30), test=rows(6, 200).map(lambda row: {"label": 0}))
+    if validation:
+        write(folder(tmp_path), validation=rows(6, 100))
+    data, said = load(f"hub:{folder(tmp_path)}"), capsys.readouterr().err
+    assert (len(data.train), len(data.test)) == ((30, 6) if validation else (24, 6))
+    assert holds(said, "'test' is not read .. all its labels are 0")
+    assert ("fifth" in said) != validation
+
+
+def test_a_column_that_may_name_the_split_is_said(tmp_path: Path, capsys: pytest.CaptureFixture):
+    write(folder(tmp_path), data=rows(30).add_column("split", ["train", "test"] * 15))
+    load(f"hub:{folder(tmp_path)}")
+    assert holds(capsys.readouterr().err, "a fifth of 'train' is held out .. not read: column 'split'")
+
+
+def test_images_that_no_metadata_names_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture):
+    root = folder(tmp_path)
+    for first, split in ((0, "train"), (100, "test")):
+        (root / split).mkdir()
+        for i in range(12):
+            picture(first + i).save(root / split / f"{i}.png")
+    table = "file_name,label\n" + "\n".join(f"{i}.png,{i % 3}" for i in range(6))
+    (root / "train/metadata.csv").write_text(table)
+    assert len(load(f"hub:{root}").train) + len(load(f"hub:{root}").test) == 6
+    said = capsys.readouterr().err
+    assert holds(said, "names 6 of the 12 files of 'train' .. names 0 of the 12 files of 'test' .. 'test' (0 rows)")
+    (root / "test/metadata.csv").write_text(table)
+    check(load(f"hub:{root}"), 6)
+    assert "fifth" not in capsys.readouterr().err
+
+
 def test_names_of_classes_may_be_numbers_to_yaml(tmp_path: Path):
     write(folder(tmp_path), train=rows(6, classes=None), test=rows(3, classes=None))
     names = "names: {'0': 10, '1': 11, '2': 12}"
