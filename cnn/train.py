@@ -100,7 +100,7 @@ class Experiment(Loop):
             network=network,
             optimizer=optimizer,
             interface=data.interface(),
-            fingerprint=data.train.fingerprint(),
+            fingerprints={"training": data.train.fingerprint(), "test": data.test.fingerprint()},
             controller=controller,
             data=data,
             corrupt=corrupt,

@@ -49,8 +49,13 @@ class Task(ABC):
         """Return the sizes of the data for people."""
 
     @abstractmethod
-    def fingerprint(self) -> Fingerprint:
-        """Return the fingerprint of the training data."""
+    def fingerprint(self, part: str) -> Fingerprint:
+        """Return the fingerprint of the "train", "validation" or "test" part."""
+
+    def fingerprints(self) -> dict[str, Fingerprint]:
+        """Return the fingerprints of all parts."""
+        parts = {"training": "train", "validation": "validation", "test": "test"}
+        return {name: self.fingerprint(part) for name, part in parts.items()}
 
     @abstractmethod
     def batches(self, epoch: int, start: int) -> Iterator[Any]:
@@ -100,8 +105,9 @@ class Classify(Task):
         parts = _parts(self.data, self.config.choose == "last")
         return f"{parts} sequences, {self.inputs} numbers a step, {self.outputs} classes"
 
-    def fingerprint(self) -> Fingerprint:
-        return Fingerprint.of(self.data.train.labels)
+    def fingerprint(self, part: str) -> Fingerprint:
+        examples = getattr(self.data, part)
+        return Fingerprint.of(examples.labels, examples.stored)
 
     def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
         size, seed = self.config.batch_size, self.config.seed
@@ -170,8 +176,8 @@ class Language(Task):
     def sizes(self) -> str:
         return f"{_parts(self.data, self.config.choose == 'last')} characters, {self.inputs} different ones"
 
-    def fingerprint(self) -> Fingerprint:
-        return Fingerprint.of(self.data.train)  # a character's label is the next character
+    def fingerprint(self, part: str) -> Fingerprint:
+        return Fingerprint.of_text(getattr(self.data, part))
 
     def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         if start == 0:

@@ -90,7 +90,7 @@ class Experiment(Loop):
             network=network,
             optimizer=optimizer,
             interface=interface_of(task.data),
-            fingerprint=task.fingerprint(),
+            fingerprints=task.fingerprints(),
             controller=controller,
             max_norm=config.max_norm or None,
             task=task,

@@ -29,7 +29,7 @@ class Images(Protocol):
     def __len__(self) -> int: ...
 
     def fingerprint(self) -> Fingerprint:
-        """Return the fingerprint of the stored images and their labels. No image is decoded."""
+        """Return the fingerprint of the stored images and their labels. A few images are decoded."""
         ...
 
     def batch(

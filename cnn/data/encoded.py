@@ -76,9 +76,10 @@ class EncodedImages:
         return Fingerprint.of(self.labels, self._stored)
 
     def _stored(self, index: int) -> bytes | None:
-        """Return the first bytes of an image's file; None if it cannot be read."""
+        """Return the first bytes of an image's file; None if it cannot be read or decoded."""
         try:
-            stored = self.source.read(index)[1]
+            name, stored = self.source.read(index)
+            decode(name, stored, self.size, crop_of(self.crop))
             if isinstance(stored, bytes):
                 return stored[:HASHED]
             with open(stored, "rb") as file:

@@ -82,6 +82,10 @@ class Speech:
     def __len__(self) -> int:
         return len(self.clips)
 
+    def stored(self, index: int) -> bytes:
+        clip = self.clips(torch.tensor([index])).numpy().tobytes()
+        return clip if index else clip + self.background.numpy().tobytes()  # the noise counts once
+
     def batch(
         self, indices: Tensor, *, augment: bool, generator: torch.Generator, device: torch.device | str
     ) -> tuple[Tensor, None, Tensor]:

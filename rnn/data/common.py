@@ -20,6 +20,10 @@ class Examples(Protocol):
 
     def __len__(self) -> int: ...
 
+    def stored(self, index: int) -> bytes | None:
+        """Return what identifies an example, before arithmetic whose last bits depend on the machine; None: nothing."""
+        ...
+
     def batch(
         self, indices: Tensor, *, augment: bool, generator: torch.Generator, device: torch.device | str
     ) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -82,6 +86,10 @@ class Merged:
 
     def __len__(self) -> int:
         return len(self.first) + len(self.second)
+
+    def stored(self, index: int) -> bytes | None:
+        count = len(self.first)
+        return self.first.stored(index) if index < count else self.second.stored(index - count)
 
     def batch(
         self, indices: Tensor, *, augment: bool, generator: torch.Generator, device: torch.device | str

@@ -61,8 +61,9 @@ def load_har(path: str, *, classes: int = 6, noise: float = 0.0, device: torch.d
         numbers = torch.tensor([int(activity in TWO[1]) for activity in ACTIVITIES])
 
     def examples(part: "_Part", chosen: Tensor) -> VectorExamples:
-        features = standardise(part.features[chosen], None)
-        return VectorExamples(features.to(device), numbers[part.labels[chosen]], None, noise)
+        raw = part.features[chosen]
+        features = standardise(raw, None).to(device)
+        return VectorExamples(features, numbers[part.labels[chosen]], None, noise, raw)
 
     return Data(
         name="har",

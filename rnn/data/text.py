@@ -85,6 +85,9 @@ class Snippets:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def stored(self, index: int) -> bytes:
+        return self.codes[index].numpy().tobytes()
+
     def batch(
         self, indices: Tensor, *, augment: bool, generator: torch.Generator, device: torch.device | str
     ) -> tuple[Tensor, Tensor | None, Tensor]:

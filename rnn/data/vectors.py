@@ -38,19 +38,24 @@ class VectorExamples:
 
     features: float32 [N, T, F], standardised, zeros at the padded steps; on any device. labels: int64 [N] on the CPU.
     lengths: int64 [N] on the CPU, or None where all sequences have T steps. noise: standard deviation of the normal
-    noise that `augment` adds to the unpadded steps. Each batch draws new noise.
+    noise that `augment` adds to the unpadded steps. Each batch draws new noise. raw: the features on the CPU before
+    they were standardised; None where nobody needs `stored`.
     """
 
     features: Tensor
     labels: Tensor
     lengths: Tensor | None = None
     noise: float = 0.0
+    raw: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_noise(self.noise)
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def stored(self, index: int) -> bytes | None:
+        return None if self.raw is None else self.raw[index].numpy().tobytes()
 
     def batch(
         self, indices: Tensor, *, augment: bool, generator: torch.Generator, device: torch.device | str

@@ -171,12 +171,21 @@ def require_same_interface(own: Interface, state: Mapping[str, Any], folder: Pat
     return began
 
 
-def require_same_data(own: Fingerprint, steps: int, state: Mapping[str, Any], folder: Path) -> None:
-    """Raise `UserError`, which names the difference, if the run in ``folder`` began with other training data.
+def began_with(state: Mapping[str, Any]) -> dict[str, Fingerprint]:
+    """Return the fingerprints in a checkpoint, by part. Older versions wrote at most that of "training"."""
+    records = state.get("parts", {"training": state["data"]} if "data" in state else {})
+    return {part: Fingerprint(**record) for part, record in records.items()}
 
-    The checkpoint ``state`` holds the fingerprint and the number of steps in an epoch, except those of older versions.
+
+def require_same_data(own: Mapping[str, Fingerprint], steps: int, state: Mapping[str, Any], folder: Path) -> None:
+    """Raise `UserError`, which names the difference, if the run in ``folder`` began with other data.
+
+    Compares the fingerprints of the parts, ``own``, and the number of steps in an epoch with those that the checkpoint
+    ``state`` holds.
     """
-    change = Fingerprint(**state["data"]).change(own) if "data" in state else None
+    began = began_with(state)
+    changes = (began[part].change(now, part) for part, now in own.items() if part in began)
+    change = next(filter(None, changes), None)
     if change is None and state.get("steps", steps) != steps:
         change = f"an epoch had {state['steps']} steps, and has {steps} now"
     if change is not None:

@@ -1,4 +1,4 @@
-"""A fingerprint of training data, by which a resumed run notices other data of the same names and size."""
+"""A fingerprint of examples, by which a resumed run notices other data of the same names and size."""
 
 import hashlib
 from collections.abc import Callable
@@ -12,13 +12,13 @@ SAMPLES = 16
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """The number of training examples, and hashes of them.
+    """The number of examples of a part of the data, and hashes of them.
 
     Attributes:
         examples: the number of examples.
         labels: a hash of all labels in their order.
         contents: hashes of up to `SAMPLES` examples, evenly spread, as they are stored. None for an example that cannot
-            be read. Empty where the stored bytes are not at hand.
+            be read or decoded. Empty where the stored bytes are not at hand.
     """
 
     examples: int
@@ -29,7 +29,7 @@ class Fingerprint:
     def of(cls, labels: Tensor, stored: Callable[[int], bytes | None] | None = None) -> "Fingerprint":
         """Compute the fingerprint of examples with these labels, int64 [N] on the CPU.
 
-        ``stored`` returns the bytes of an example, or None for one that cannot be read.
+        ``stored`` returns the bytes of an example, or None for one that cannot be read or decoded.
         """
         count = len(labels)
         samples = min(SAMPLES, count)
@@ -37,18 +37,25 @@ class Fingerprint:
         hashes = tuple(None if content is None else _hash(content) for content in contents)
         return cls(count, _hash(labels.contiguous().numpy().data), hashes)
 
-    def change(self, now: "Fingerprint") -> str | None:
+    @classmethod
+    def of_text(cls, codes: Tensor) -> "Fingerprint":
+        """Compute the fingerprint of a text, int64 [N] on the CPU. The label of a character is the next character."""
+        whole = _hash(codes.contiguous().numpy().data)
+        return cls(len(codes), whole, (whole,))
+
+    def change(self, now: "Fingerprint", part: str) -> str | None:
         """Return in words the first difference of ``now`` from this fingerprint; None if the data are the same.
 
-        Up to half of the sampled examples may differ: a user may have restored damaged ones.
+        ``part`` names the part. Examples that could not be decoded before or cannot be now are not compared: a user
+        may have restored damaged ones, and training names those that went missing.
         """
         if self.examples != now.examples:
-            return f"there were {self.examples:,} training examples, and are {now.examples:,} now"
+            return f"there were {self.examples:,} {part} examples, and are {now.examples:,} now"
         if self.labels != now.labels:
-            return "the labels of its training examples, or their order, have changed"
+            return f"the labels of its {part} examples, or their order, have changed"
         differing = sum(a != b for a, b in zip(self.contents, now.contents, strict=False) if a and b)
-        if 2 * differing > len(self.contents):
-            return f"of {len(self.contents)} sampled training examples, {differing} have changed"
+        if differing:
+            return f"of {len(self.contents)} sampled {part} examples, {differing} differ"
         return None
 
 

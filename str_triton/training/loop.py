@@ -68,7 +68,7 @@ class Loop(ABC):
         network: the model as wrapped for several processes and precisions.
         optimizer: the model's optimizer.
         interface: the model's inputs and outputs. A resumed run keeps those that it began with.
-        fingerprint: the training data's. A resumed run refuses data of another one.
+        fingerprints: those of the data, by part: training, validation, test. A resumed run refuses other data.
         controller: the object that moves the model to its target; None if there is no target.
         max_norm: the gradient's norm is clipped to this; None: no clipping.
         record: the metrics of the last epoch; None in the first epoch.
@@ -81,7 +81,7 @@ class Loop(ABC):
     network: nn.Module
     optimizer: AcceleratedOptimizer
     interface: Interface
-    fingerprint: Fingerprint
+    fingerprints: dict[str, Fingerprint]
     controller: Controller | None
     max_norm: float | None = None
     record: Record | None = None
@@ -255,7 +255,8 @@ class Loop(ABC):
     def save(self, run: Run, step: int, meter: Meter) -> None:
         """Write a checkpoint. Call it inside `exact()`: the file then holds the schedule's exact value."""
         own = {"meter": meter.reduced(self.accelerator), "steps": self.steps, "record": self.record}
-        data = {"interface": self.interface.record(), "data": dataclasses.asdict(self.fingerprint)}
+        parts = {part: dataclasses.asdict(fingerprint) for part, fingerprint in self.fingerprints.items()}
+        data = {"interface": self.interface.record(), "parts": parts}
         run.save(step, {**self.state(), **own, **data})
 
     def restore(self, run: Run, meter: Meter) -> int:
@@ -266,7 +267,7 @@ class Loop(ABC):
         step = state["step"]
         with run.as_damaged_checkpoint(step):
             self.interface = require_same_interface(self.interface, state, run.path)
-            require_same_data(self.fingerprint, self.steps, state, run.path)
+            require_same_data(self.fingerprints, self.steps, state, run.path)
             self.load_state(state)
             self.record = state.get("record")
             if self.accelerator.is_main_process:  # the checkpoint holds the sums of all processes

@@ -162,11 +162,13 @@ def renamed(data: Data) -> Data:
     return dataclasses.replace(data, class_names=tuple("0132456789"))
 
 
-def training(data: Data, **changes: Callable[[Tensor], Tensor]) -> Data:
-    train = dataclasses.replace(
-        data.train, **{key: change(getattr(data.train, key)) for key, change in changes.items()}
-    )
-    return dataclasses.replace(data, train=train)
+def changed(part: str, data: Data, **changes: Callable[[Tensor], Tensor]) -> Data:
+    images = getattr(data, part)
+    other = {key: change(getattr(images, key)) for key, change in changes.items()}
+    return dataclasses.replace(data, **{part: dataclasses.replace(images, **other)})
+
+
+training, held_out = partial(changed, "train"), partial(changed, "test")
 
 
 @pytest.mark.parametrize("run", ["finished", "unfinished"])
@@ -179,6 +181,8 @@ def training(data: Data, **changes: Callable[[Tensor], Tensor]) -> Data:
         (partial(training, labels=lambda labels: (labels + 1) % 10), "labels"),
         (partial(training, images=lambda images: 255 - images), "of 16 sampled training examples, 16"),
         (partial(training, images=lambda images: images[:1000], labels=lambda labels: labels[:1000]), "1,438 .. 1,000"),
+        (partial(held_out, labels=lambda labels: labels.roll(1)), "labels of its test examples"),
+        (partial(held_out, images=lambda images: images.roll(1, 0)), "of 16 sampled test examples, 16"),
     ],
 )
 def test_other_data_are_refused(
@@ -206,7 +210,7 @@ def test_a_checkpoint_without_a_fingerprint_is_compared_by_its_steps(
     """As older versions wrote it. No checkpoint may be given up for other data."""
     path = max((unfinished / "checkpoints").glob("*.pt"))
     state = torch.load(path, weights_only=True)
-    del state["data"]
+    del state["parts"]
     torch.save(state, path)
     few = lambda tensor: tensor[:1000]  # noqa: E731
     with_data(monkeypatch, partial(training, images=few, labels=few))
@@ -214,6 +218,21 @@ def test_a_checkpoint_without_a_fingerprint_is_compared_by_its_steps(
     error = capsys.readouterr().err
     assert holds(error, "5 steps .. 3 now .. resume it with the data that it began with")
     assert "checkpoints" not in error
+
+
+def test_a_checkpoint_with_the_fingerprint_of_the_training_data_alone_is_compared_with_them(
+    unfinished: Path, quick: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """As older versions wrote it."""
+    path = max((unfinished / "checkpoints").glob("*.pt"))
+    state = torch.load(path, weights_only=True)
+    state["data"] = state.pop("parts")["training"]
+    torch.save(state, path)
+    with monkeypatch.context() as patch:
+        with_data(patch, partial(training, labels=lambda labels: labels.roll(1)))
+        assert resume(unfinished) == 2
+    assert "the labels of its training examples" in capsys.readouterr().err
+    assert resume(unfinished) == 0
 
 
 def test_another_rounding_of_the_standardisation_changes_nothing(
@@ -235,7 +254,7 @@ def test_a_checkpoint_without_an_interface_is_compared_with_the_one_of_the_finis
     """As older versions wrote it."""
     path = max((finished / "checkpoints").glob("*.pt"))
     state = torch.load(path, weights_only=True)
-    del state["interface"], state["data"]
+    del state["interface"], state["parts"]
     torch.save(state, path)
     assert resume(finished) == 0
     with_data(monkeypatch, renamed)

@@ -11,7 +11,8 @@ import torch
 
 from str_triton.rnn.data import Data, load
 from str_triton.rnn.data.har import SIGNALS
-from tests.messages import holding
+from str_triton.training.fingerprint import Fingerprint
+from tests.messages import holding, holds
 
 SUBJECTS = {"train": [1, 3, 5, 6, 7, 8, 11, 14, 15, 16, 17], "test": [2, 4]}
 Files = dict[str, str]
@@ -96,6 +97,17 @@ def test_a_batch_needs_no_lengths_and_noise_is_for_training(data: Data):
     assert (x.shape, lengths, labels.tolist()) == ((2, 128, 9), None, [3, 1])
     noisy, _, _ = data.train.batch(torch.tensor([3, 1]), augment=True, generator=generator, device="cpu")
     assert (noisy - x).std().item() == pytest.approx(0.1, rel=0.1)
+
+
+def test_another_window_is_other_data(folder: Path, data: Data, published: Files, tmp_path: Path):
+    name = f"test/Inertial Signals/{SIGNALS[4]}_test.txt"
+    lines = published[name].splitlines(keepends=True)
+    other = load(f"har:{write_folder(tmp_path, published | {name: ''.join([lines[6], *lines[1:]])})}")
+    began, same, now = (
+        Fingerprint.of(part.labels, part.stored) for part in (data.test, load(f"har:{folder}").test, other.test)
+    )
+    assert began.change(same, "test") is None
+    assert holds(began.change(now, "test"), "of 12 sampled test examples, 1 differ")
 
 
 def test_two_classes_are_those_of_the_paper(folder: Path, data: Data):

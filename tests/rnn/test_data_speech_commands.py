@@ -10,7 +10,8 @@ import torch
 
 from str_triton.rnn.data import words_of
 from str_triton.rnn.data.audio import RATE, LogMel, write_wav
-from str_triton.rnn.data.clips import SHIFT
+from str_triton.rnn.data.clips import SHIFT, Speech
+from str_triton.training.fingerprint import Fingerprint
 from tests.messages import holds
 from tests.rnn.speech_folder import PER_PART, TEN, make, read, refuse, sound
 
@@ -86,6 +87,23 @@ def test_the_seed_chooses_silence_and_unknown(small: Path):
     assert torch.equal(
         first.train.clips(whole[:8]), other.train.clips(whole[:8])
     )  # the clips of words do not depend on the seed
+
+
+def test_exchanged_clips_and_other_background_noise_are_other_data(small: Path):
+    def fingerprint(part: str) -> Fingerprint:
+        examples: Speech = getattr(read(small), part)
+        return Fingerprint.of(examples.labels, examples.stored)
+
+    began = fingerprint("test")
+    assert began.change(fingerprint("test"), "test") is None
+    first, second = small / "bed" / "t006.wav", small / "cat" / "t014.wav"
+    first.rename(small / "other.wav")
+    second.rename(first)
+    (small / "other.wav").rename(second)
+    now = fingerprint("test")
+    assert holds(began.change(now, "test"), "of 6 sampled test examples, 2 differ")
+    write_wav(small / "_background_noise_" / "rain.wav", sound(998, 20 * RATE))
+    assert holds(now.change(fingerprint("test"), "test"), "1 differ")
 
 
 def test_augmentation_belongs_to_its_generator(small: Path):

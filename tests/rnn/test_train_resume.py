@@ -108,7 +108,13 @@ def test_a_language_model_goes_on_with_the_state_that_it_had(
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "words"), [("e", "é", "was 'e', and is 'f' now"), ("the 2th", "eth 2th", "labels of its training")]
+    ("old", "new", "words"),
+    [
+        ("e", "é", "was 'e', and is 'f' now"),
+        ("the 2th", "eth 2th", "labels of its training"),
+        ("the 65th", "eth 65th", "labels of its validation"),
+        ("the 69th", "eth 69th", "labels of its test"),
+    ],
 )
 def test_another_text_than_before_is_refused(
     tmp_path: Path,
@@ -123,7 +129,9 @@ def test_another_text_than_before_is_refused(
     with monkeypatch.context() as patch:
         stop_at(patch, 3)
         assert begin(tmp_path / "run", *options) == 143
-    (tmp_path / "text.txt").write_text((tmp_path / "text.txt").read_text().replace(old, new))
+    text = (tmp_path / "text.txt").read_text()
+    assert old in text
+    (tmp_path / "text.txt").write_text(text.replace(old, new))
     capsys.readouterr()
     assert resume(tmp_path / "run") == 2
     error = capsys.readouterr().err

@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import PIL.Image
 import pytest
 import torch
 from torch import Tensor
@@ -15,9 +16,9 @@ LABELS = torch.arange(40) % 3
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Return a folder of 40 files that are named by their numbers and cannot be decoded."""
+    """Return a folder of 40 images that are named by their numbers, each of another grey."""
     for number in range(40):
-        (tmp_path / f"{number:02}").write_bytes(b"%d" % number)
+        PIL.Image.new("L", (8, 8), number).save(tmp_path / f"{number:02}", "PNG")
     return tmp_path
 
 
@@ -28,24 +29,36 @@ def images(folder: Path, labels: Tensor = LABELS) -> EncodedImages:
 
 def test_another_number_other_labels_and_other_images_are_named(folder: Path):
     began = images(folder).fingerprint()
-    assert began.change(images(folder).fingerprint()) is None
-    assert holds(began.change(images(folder, LABELS[:39]).fingerprint()), "40 training examples .. 39")
-    assert holds(began.change(images(folder, LABELS.roll(1)).fingerprint()), "labels")
+    assert began.change(images(folder).fingerprint(), "test") is None
+    assert holds(began.change(images(folder, LABELS[:39]).fingerprint(), "test"), "40 test examples .. 39")
+    assert holds(began.change(images(folder, LABELS.roll(1)).fingerprint(), "test"), "labels of its test examples")
     for path in folder.iterdir():
-        path.write_bytes(b"other")
-    assert holds(began.change(images(folder).fingerprint()), f"of {SAMPLES} sampled .. {SAMPLES} have changed")
+        PIL.Image.new("L", (8, 8), 255).save(path, "PNG")
+    assert holds(began.change(images(folder).fingerprint(), "test"), f"of {SAMPLES} sampled test .. {SAMPLES} differ")
+
+
+def test_two_exchanged_images_are_other_data(folder: Path):
+    began = images(folder).fingerprint()
+    first, second = (folder / "00").read_bytes(), (folder / "01").read_bytes()
+    (folder / "00").write_bytes(second)
+    (folder / "01").write_bytes(first)
+    assert holds(began.change(images(folder).fingerprint(), "training"), f"of {SAMPLES} sampled .. 1 differ")
 
 
 def test_files_that_were_repaired_or_went_missing_are_no_other_data(folder: Path):
-    began = images(folder).fingerprint()
+    whole = {path: path.read_bytes() for path in folder.iterdir()}
     for number in range(0, 40, 3):
-        (folder / f"{number:02}").write_bytes(b"repaired")
+        (folder / f"{number:02}").write_bytes(b"damaged")
+    began = images(folder).fingerprint()
+    for path, content in whole.items():
+        path.write_bytes(content)
     for number in range(1, 40, 3):
         (folder / f"{number:02}").unlink()
     now = images(folder).fingerprint()
+    assert None in began.contents
     assert None in now.contents
-    assert began.change(now) is None
-    assert now.change(began) is None
+    assert began.change(now, "training") is None
+    assert now.change(began, "training") is None
 
 
 def test_images_in_memory_are_known_by_the_files_that_they_were_decoded_from(folder: Path):
