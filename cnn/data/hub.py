@@ -15,6 +15,7 @@ from str_triton.cnn.data.encoded import encoded_data
 from str_triton.training.errors import warn
 from str_triton.training.hub import local_folder, read_splits
 from str_triton.training.hub_features import check_names, class_names
+from str_triton.training.hub_splits import check_named_files
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -103,6 +104,7 @@ def load_hub(
         if named is not None:
             check_names(f"{name} train", classes, test_name, named)
         _one_of((image,), test.column_names, test_name)
+        check_named_files(name, {"train": train, held_out[0]: test}, image)
     for part, numbers in ((f"{name} train", labels), (test_name, test_labels)):
         if numbers.min() < 0 or numbers.max() >= len(classes):
             low, high = int(numbers.min()), int(numbers.max())

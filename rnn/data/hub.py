@@ -17,6 +17,7 @@ from str_triton.training.errors import one_line
 from str_triton.training.hub import local_folder, read_splits
 from str_triton.training.hub_features import class_names
 from str_triton.training.hub_files import stamps
+from str_triton.training.hub_splits import check_named_files, named_files
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -63,6 +64,7 @@ def load_hub(
         raise ValueError(f"{name} has no split {' and no split '.join(map(repr, missing))}, only {', '.join(splits)}")
     said = {part: _labels(splits[part], f"{name} {part}") for part in PARTS}
     sounds = {part: _audio_column(splits[part], f"{name} {part}") for part in PARTS}
+    check_named_files(name, sounds, AUDIO_COLUMN)
     items: list[tuple[str, int]] = []
     silent: list[tuple[str, int]] = []
     for part in PARTS:
@@ -141,13 +143,7 @@ def _audio_column(rows: "Dataset", place: str) -> "Dataset":
 
 def _files(rows: "Dataset", root: Path) -> list[Path]:
     """Return the files that hold the recordings: tables, and files below `root` that the tables name."""
-    table, paths, content = rows.with_format("arrow")[:].flatten(), f"{AUDIO_COLUMN}.path", f"{AUDIO_COLUMN}.bytes"
-    named = []
-    if AUDIO_COLUMN in table.column_names and str(table[AUDIO_COLUMN].type).endswith("string"):
-        named = [root / path for path in table[AUDIO_COLUMN].to_pylist() if path]
-    elif paths in table.column_names:
-        apart = table[content].is_null() if content in table.column_names else table[paths].is_valid()
-        named = [root / path for path in table[paths].filter(apart).to_pylist() if path]
+    named = (root / path for path in named_files(rows, AUDIO_COLUMN))
     return [*(Path(file["filename"]) for file in rows.cache_files), *named]
 
 

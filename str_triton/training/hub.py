@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from str_triton.training.errors import is_first_process, warn
 from str_triton.training.hub_files import Declared, check_files, stamps
-from str_triton.training.hub_saved import empty, read_saved, saved_splits
+from str_triton.training.hub_saved import empty, read_saved, saved_splits, saved_tables
+from str_triton.training.hub_splits import check_copies_of_train
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetBuilder, DatasetDict
@@ -84,7 +85,10 @@ def _read_folder(
     if saved and configuration:
         raise ValueError(f"a folder of save_to_disk has no configuration {configuration!r}")
     if saved:
-        return {name: read_saved(part, labels) for name, part in saved.items()}
+        splits_read = {name: read_saved(part, labels) for name, part in saved.items()}
+        tables = {name: [path.relative_to(folder) for path in saved_tables(part)] for name, part in saved.items()}
+        check_copies_of_train(folder, tables, tables=True)
+        return splits_read
     if glob(str(folder)) != [str(folder)]:
         raise ValueError("*, ? and [ in the path of a folder are patterns to the datasets library: rename the folder")
     builder = datasets.load_dataset_builder(str(folder), configuration or None, cache_dir=_cache(datasets))

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from str_triton.training.errors import warn
 from str_triton.training.hub_features import CARD, check_features, first_features, read_features
-from str_triton.training.hub_tables import ENDINGS, HIDDEN, check_endings, check_split
+from str_triton.training.hub_splits import check_copies_of_train
+from str_triton.training.hub_tables import ENDINGS, HIDDEN, check_endings, check_split, has_rows
 
 if TYPE_CHECKING:
     from datasets import DatasetBuilder, Features
@@ -82,6 +83,8 @@ def check_files(
     if kind == "imagefolder" and files.get("train"):
         _check_classes(files, next((name for name in splits if name != "train" and read.get(name)), "train"))
     if kind not in ENDINGS:
+        single = {name: [path for path in paths if path.suffix not in TABLES] for name, paths in read.items()}
+        check_copies_of_train(folder, single, tables=False)
         return
     patterns = declared.files or {}
     found = [paths for name, paths in read.items() if any(map(has_magic, patterns.get(name, ["*"])))]
@@ -90,6 +93,8 @@ def check_files(
     for paths in found:
         check_split(folder, kind, paths, known, declared != Declared(None, None))
     check_features(tables, labels)
+    filled = {name: [path for path in paths if has_rows(folder / path, kind)] for name, paths in read.items()}
+    check_copies_of_train(folder, filled, tables=True)
 
 
 def _schemas(

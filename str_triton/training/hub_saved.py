@@ -59,15 +59,20 @@ def _warn_of_others(folder: Path, splits: Mapping[str, Path]) -> None:
         warn(f"hub:{folder}: save_to_disk wrote {names}; not read: {some}; save all splits as one DatasetDict")
 
 
+def saved_tables(folder: Path) -> list[Path]:
+    """Return the files of a split that `save_to_disk` wrote."""
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    return [folder / file["filename"] for file in state.get("_data_files") or ()]
+
+
 def read_saved(folder: Path, labels: Iterable[str]) -> "Dataset":
     """Read a split that `save_to_disk` wrote. `load_from_disk` cannot read an empty one, which has no files."""
     import datasets
 
     features = datasets.DatasetInfo.from_directory(str(folder)).features
-    files = json.loads((folder / "state.json").read_text(encoding="utf-8")).get("_data_files")
-    if not files:
+    paths = [path.relative_to(folder.parent) for path in saved_tables(folder)]
+    if not paths:
         return empty(features)
-    paths = [Path(folder.name, file["filename"]) for file in files]
     tables = {str(path): read_features(folder.parent, path) for path in paths}
     check_features({f"{folder.name}/dataset_info.json": features, **tables}, labels)
     return datasets.load_from_disk(str(folder)).with_format(None)

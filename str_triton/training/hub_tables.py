@@ -57,7 +57,7 @@ def _check_copies(folder: Path, kind: str, paths: list[Path]) -> None:
         name = COPY.fullmatch(stem.name)
         original = stems.get(stem.with_name(name[1]) if name else stem, path)
         rivals = [original] if original != path else []
-        if _has_rows(folder / path, kind):
+        if has_rows(folder / path, kind):
             same_size = sizes.setdefault(os.path.getsize(folder / path), [])
             rivals += [other for other in same_size if filecmp.cmp(folder / other, folder / path, shallow=False)]
             same_size.append(path)
@@ -71,12 +71,13 @@ def _stem(path: Path, kind: str) -> Path:
     return path.with_suffix("") if path.suffix in ENDINGS[kind] else path
 
 
-def _has_rows(path: Path, kind: str) -> bool:
+def has_rows(path: Path, kind: str) -> bool:
+    """Return whether the table has rows to compare with those of others: documents may be equal."""
     if kind == "parquet":
         import pyarrow.parquet
 
         return pyarrow.parquet.read_metadata(path).num_rows > 0
-    if kind == "text":  # documents may be equal
+    if kind == "text":
         return False
     with open(path, "rb") as file:
         if kind == "csv":  # the first line names the columns

@@ -124,7 +124,7 @@ def test_numbered_files_are_of_one_version_and_complete(names: str, message: str
         rows(6, 10 * number).to_parquet(file)
     test = files[0].with_name("test-00000-of-00001.parquet") if "-of-" in names else folder(tmp_path) / "test/0.parquet"
     test.parent.mkdir(exist_ok=True)
-    rows(6, 100).to_parquet(test)
+    rows(6, 900).to_parquet(test)
     if message is None:
         assert len(load(f"hub:{folder(tmp_path)}").train) == 6 * len(files)
     else:
@@ -217,12 +217,17 @@ def test_copies_of_files_are_not_read_unchecked(name: str, tmp_path: Path):
 
 
 def test_only_columns_and_splits_that_are_read_are_compared(tmp_path: Path):
-    def part(names: list[str]) -> "datasets.Dataset":
-        return rows(6).add_column("coarse_label", [0] * 6).cast_column("coarse_label", datasets.ClassLabel(names=names))
+    def part(names: list[str], first: int) -> "datasets.Dataset":
+        return (
+            rows(6, first)
+            .add_column("coarse_label", [0] * 6)
+            .cast_column("coarse_label", datasets.ClassLabel(names=names))
+        )
 
-    write(folder(tmp_path), train=part(["a", "b"]), test=part(["b", "a"]))
+    write(folder(tmp_path), train=part(["a", "b"], 0), test=part(["b", "a"], 100))
     assert len(load(f"hub:{folder(tmp_path)}").train) == 6
-    write(tmp_path / "more/data", **{f"{name}-00000-of-00001": rows(6) for name in ("train", "test")})
+    parts = {"train": rows(6), "test": rows(6, 100)}
+    write(tmp_path / "more/data", **{f"{name}-00000-of-00001": part for name, part in parts.items()})
     rows(6).cast_column("label", SWAPPED).to_parquet(tmp_path / "more/data/extra-00000-of-00002.parquet")
     assert len(load(f"hub:{tmp_path / 'more'}").train) == 6
 
@@ -320,9 +325,8 @@ def test_columns_without_hugging_face_features(kind: str, tmp_path: Path):
 def test_large_images_are_decoded_by_workers(tmp_path: Path):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)})
     content = {"image": [picture(i).resize((90, 80)) for i in range(9)], "label": [i % 3 for i in range(9)]}
-    splits = datasets.DatasetDict(train=datasets.Dataset.from_dict(content, features=features))
-    splits["test"] = splits["train"]
-    splits.save_to_disk(folder(tmp_path))
+    data = datasets.Dataset.from_dict(content, features=features)
+    datasets.DatasetDict(train=data, test=data.select(range(6))).save_to_disk(folder(tmp_path))
     train = load(f"hub:{tmp_path / 'data'}", None).train
     assert not train.in_memory
     alone, helped = (
@@ -480,9 +484,9 @@ def configurations(root: Path, *names: str) -> None:
 def test_a_configuration_of_a_folder_is_checked_like_a_folder(tmp_path: Path):
     root = folder(tmp_path)
     configurations(root, "good", "bad")
-    (root / "picture.png").write_bytes(png(0))
-    paths = datasets.Dataset.from_dict({"image": ["picture.png"] * 4, "label": [0, 1, 0, 1]})
-    write(root / "good", train=paths, test=paths)
+    for name in ("train", "test"):
+        (root / f"{name}.png").write_bytes(png(0))
+        write(root / "good", **{name: datasets.Dataset.from_dict({"image": [f"{name}.png"] * 2, "label": [0, 1]})})
     rows(6).to_parquet(write(root / "bad", test=rows(3)) / "train-00000-of-00002.parquet")
     assert np.array_equal(load(f"hub:{root}:good", None).test.images[0].permute(1, 2, 0), np.asarray(picture(0)))
     refused(f"{root}:bad", "bad/train-00000-of-00002.parquet .. number 1 of 2")
@@ -835,6 +839,36 @@ def test_a_test_split_with_equal_labels_is_taken_as_hidden(
     assert (len(data.train), len(data.test)) == ((30, 6) if validation else (24, 6))
     assert holds(said, "'test' is not read .. all its labels are 0")
     assert ("fifth" in said) != validation
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_a_test_table_is_no_copy_of_train(kind: str, tmp_path: Path):
+    if kind == "saved":
+        datasets.DatasetDict(train=rows(6), validation=rows(6)).save_to_disk(folder(tmp_path))
+        refused(folder(tmp_path), "validation/data-00000-of-00001.arrow .. 'validation' .. copy .. 'train'")
+    else:
+        write(folder(tmp_path), train=rows(6), test=rows(6))
+        refused(folder(tmp_path), "test.parquet .. 'test' .. copy of train.parquet")
+
+
+@pytest.mark.parametrize("copies", [6, 1, 0])
+def test_copies_of_test_images_in_train_are_found(copies: int, tmp_path: Path, capsys: pytest.CaptureFixture):
+    names = [f"train/{NAMES[i % 3]}/{i}.png" for i in range(12)] + [f"test/{NAMES[i % 3]}/{i}.png" for i in range(6)]
+    names += [f"train/{NAMES[i % 3]}/more{i}.png" for i in range(copies)]
+    for i, name in enumerate(names):
+        (folder(tmp_path) / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(i if i < 18 else i - 6).save(folder(tmp_path) / name)
+    if copies == 6:
+        refused(folder(tmp_path), "test/ant/0.png .. 'test' .. copy of train/ant/more0.png")
+    else:
+        load(f"hub:{folder(tmp_path)}")
+        assert holds(capsys.readouterr().err, "6 files of 'test' .. 1 are copies .. test/ant/0.png") == (copies == 1)
+
+
+def test_splits_name_no_common_images(tmp_path: Path):
+    for split, first in (("train", 0), ("test", 11)):
+        listed(folder(tmp_path), f"{split}.jsonl", [0, 1, 2] * 4, first)
+    refused(folder(tmp_path), "1 of the 12 files .. 'test' .. 'train' .. 11.png")
 
 
 def test_a_column_that_may_name_the_split_is_said(tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -164,7 +164,7 @@ def table(tmp_path: Path, labels: dict[str, list], kind: object) -> Path:
     root = tmp_path / "other"
     root.mkdir()
     for part, values in labels.items():
-        sounds = [{"bytes": wav(tmp_path, sound(number)), "path": None} for number in range(len(values))]
+        sounds = [{"bytes": wav(tmp_path, sound(first_of(part) + k)), "path": None} for k in range(len(values))]
         audio = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
         features = datasets.Features({"audio": audio, "label": kind})
         rows = datasets.Dataset.from_dict({"audio": sounds, "label": values}, features=features)
@@ -267,9 +267,9 @@ def test_a_folder_of_wav_files_is_led_to_the_right_reader(tmp_path: Path, monkey
 def test_folders_of_wav_files_below_splits_are_led_to_the_right_reader_too(tmp_path: Path):
     """In place of the advice of the datasets library to install torchcodec, which does not help."""
     for part in COUNTS:
-        for word in ("bed", "cat"):
+        for number, word in enumerate(("bed", "cat")):
             (tmp_path / part / word).mkdir(parents=True)
-            write_wav(tmp_path / part / word / "a.wav", sound(0))
+            write_wav(tmp_path / part / word / "a.wav", sound(first_of(part) + number))
     refuse(tmp_path, "^hub:[^;]*: folders of WAV files are --data speech-commands:DIR, .* one folder for each word")
 
 
@@ -286,6 +286,14 @@ def test_a_table_may_name_wav_files(tmp_path: Path):
     assert torch.equal(clips(torch.tensor([1]))[0], torch.from_numpy(sound(201)))
     write_wav(tmp_path / "test-cat.wav", sound(1201))
     assert torch.equal(read(tmp_path).test.clips(torch.tensor([1]))[0], torch.from_numpy(sound(1201)))
+
+
+def test_splits_name_no_common_recordings(tmp_path: Path):
+    files = ", ".join(f"{{split: {part}, path: {part}.csv}}" for part in COUNTS)
+    (tmp_path / "README.md").write_text(f"---\nconfigs: [{{config_name: default, data_files: [{files}]}}]\n---\n")
+    for part, name in (("train", "train"), ("validation", "validation"), ("test", "./train")):
+        (tmp_path / f"{part}.csv").write_text(f"audio,label\n{name}.wav,bed\n{part}2.wav,cat")
+    refuse(tmp_path, "1 of the 2 files that 'test' names are also in 'train', such as ./train.wav")
 
 
 def test_text_is_the_column_of_all_splits(tmp_path: Path):
