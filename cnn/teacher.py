@@ -15,7 +15,10 @@ TEMPERATURE = 2.0  # divides all scores, so that the teacher's small probabiliti
 def read_teacher(path: str | os.PathLike[str], interface: Interface) -> nn.Module:
     """Return the trained network in a run folder or file, in evaluation mode and without gradients, on the CPU.
 
-    Warns of images of another size or crop than ``interface``.
+    Warns of images of another size or crop than ``interface``. In training the teacher gets the student's images, which
+    are standardised with the mean and deviation of the data. Those of the teacher's own data may differ from them as
+    little as `Interface.standardisation_change` ignores, for example by some images that were added since. That shifts
+    the teacher's inputs by about a hundredth of a deviation at most.
 
     Raises:
         ValueError: other classes, channels or standardisation than ``interface``, or as `rebuild` does.
@@ -27,7 +30,7 @@ def read_teacher(path: str | os.PathLike[str], interface: Interface) -> nn.Modul
     require_classes(network, interface.outputs, where)
     if interface.images is not None and network.in_channels != interface.images.channels:
         raise ValueError(f"{where}: its images have {network.in_channels} channels, not {interface.images.channels}")
-    if network.interface is not None and network.interface.standardisation != interface.standardisation:
+    if network.interface is not None and network.interface.standardisation_change(interface):
         raise ValueError(f"{where}: it standardises images with another mean or deviation than the data")
     theirs = None if network.interface is None else network.interface.images
     if theirs is not None and interface.images is not None and theirs != interface.images:

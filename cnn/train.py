@@ -27,6 +27,7 @@ from str_triton.cnn.training_schedule import announce_pruning, learning_rate
 from str_triton.files import percent, printable, with_sorted_header
 from str_triton.training.command_line import CommandLine
 from str_triton.training.errors import as_too_large, as_user_error
+from str_triton.training.fingerprint import hash_of_network
 from str_triton.training.interface import INTERFACE
 from str_triton.training.loop import Accelerator, Loop, StepOutput
 from str_triton.training.meter import Means, Meter
@@ -54,7 +55,7 @@ class Experiment(Loop):
         corrupt: a line about each image that this process has skipped in the epoch.
         example: an input of the model.
         budget: the model's budget when last counted.
-    teacher: a trained network whose scores are learned too; None without --teacher.
+        teacher: a trained network whose scores are learned too; None without --teacher.
     """
 
     config: Config
@@ -106,6 +107,7 @@ class Experiment(Loop):
             corrupt=corrupt,
             example=example,
             budget=budget,
+            networks={} if teacher is None else {"teacher": hash_of_network(teacher)},
             teacher=teacher,
         )
 

@@ -192,6 +192,19 @@ def require_same_data(own: Mapping[str, Fingerprint], steps: int, state: Mapping
         raise other_data(folder, change)
 
 
+def require_same_networks(own: Mapping[str, str], state: Mapping[str, Any], folder: Path) -> None:
+    """Raise `UserError`, which names the option, if an option of the run in ``folder`` now names another network.
+
+    ``own`` are the networks' hashes by option. The checkpoint ``state`` holds them too, if this version wrote it.
+    """
+    for option, now in own.items():
+        if state.get("networks", {}).get(option, now) != now:
+            raise UserError(
+                f"--{option}: {folder} began with a network of other weights; resume it with the network that it "
+                "began with"
+            )
+
+
 def other_data(folder: Path, change: str) -> UserError:
     """Return the error for a run in ``folder`` that is resumed with other data; ``change`` is the difference."""
     return UserError(f"{folder} was trained on other data: {change}; resume it with the data that it began with")

@@ -1,10 +1,11 @@
-"""A fingerprint of examples, by which a resumed run notices other data of the same names and size."""
+"""Fingerprints of examples and of networks, by which a resumed run notices others of the same names and sizes."""
 
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 SAMPLES = 16
 """The largest number of examples whose content is hashed."""
@@ -57,6 +58,15 @@ class Fingerprint:
         if differing:
             return f"of {len(self.contents)} sampled {part} examples, {differing} differ"
         return None
+
+
+def hash_of_network(model: nn.Module) -> str:
+    """Return a hash of the names and the values of a network's weights and buffers."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _hash(content: bytes | memoryview) -> str:

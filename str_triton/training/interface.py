@@ -77,18 +77,24 @@ class Interface:
     def change(self, now: "Interface") -> str | None:
         """Return in words the first difference of ``now`` from this interface; None if a network can go on with it.
 
-        Differences of means and deviations up to `TOLERANCE` are ignored, and those of accents, which file systems
-        write in two ways.
+        Differences of accents, which file systems write in two ways, and those that `standardisation_change`
+        ignores do not count.
         """
         for number, (old, new) in enumerate(zip_longest(self.outputs, now.outputs)):
             if not same_name(old, new):
                 return f"output {number} was {_or_missing(old)}, and is {_or_missing(new)} now"
+        if (change := self.standardisation_change(now)) is not None:
+            return change
+        if self.images != now.images:
+            return f"the images were {self.images}, and are {now.images} now"
+        return None
+
+    def standardisation_change(self, now: "Interface") -> str | None:
+        """Return in words the first difference of the standardisation; None if there is none above `TOLERANCE`."""
         for number, (old, new) in enumerate(zip_longest(self._features(), now._features())):
             if not _is_close(old, new):
                 old, new = _or_missing(old), _or_missing(new)
                 return f"the mean and deviation of feature {number} were {old}, and are {new} now"
-        if self.images != now.images:
-            return f"the images were {self.images}, and are {now.images} now"
         return None
 
     def _features(self) -> list[tuple[float, float]]:

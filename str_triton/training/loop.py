@@ -5,7 +5,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, Protocol, Self
 
@@ -16,7 +16,12 @@ from torch import Tensor, nn
 from torch.linalg import LinAlgError
 
 from str_triton.budget.errors import DivergedError
-from str_triton.training.checkpoints import require_same_data, require_same_interface, require_same_shapes
+from str_triton.training.checkpoints import (
+    require_same_data,
+    require_same_interface,
+    require_same_networks,
+    require_same_shapes,
+)
 from str_triton.training.command_line import CommandLine
 from str_triton.training.config import TrainConfig, check_parts, make_accelerator
 from str_triton.training.errors import as_user_error
@@ -71,6 +76,7 @@ class Loop(ABC):
         fingerprints: those of the data, by part: training, validation, test. A resumed run refuses other data.
         controller: the object that moves the model to its target; None if there is no target.
         max_norm: the gradient's norm is clipped to this; None: no clipping.
+        networks: hashes of the trained networks that options name and the training uses, by option.
         record: the metrics of the last epoch; None in the first epoch.
     """
 
@@ -84,6 +90,7 @@ class Loop(ABC):
     fingerprints: dict[str, Fingerprint]
     controller: Controller | None
     max_norm: float | None = None
+    networks: dict[str, str] = field(default_factory=dict)
     record: Record | None = None
 
     @classmethod
@@ -256,7 +263,7 @@ class Loop(ABC):
         """Write a checkpoint. Call it inside `exact()`: the file then holds the schedule's exact value."""
         own = {"meter": meter.reduced(self.accelerator), "steps": self.steps, "record": self.record}
         parts = {part: dataclasses.asdict(fingerprint) for part, fingerprint in self.fingerprints.items()}
-        data = {"interface": self.interface.record(), "parts": parts}
+        data = {"interface": self.interface.record(), "parts": parts, "networks": self.networks}
         run.save(step, {**self.state(), **own, **data})
 
     def restore(self, run: Run, meter: Meter) -> int:
@@ -268,6 +275,7 @@ class Loop(ABC):
         with run.as_damaged_checkpoint(step):
             self.interface = require_same_interface(self.interface, state, run.path)
             require_same_data(self.fingerprints, self.steps, state, run.path)
+            require_same_networks(self.networks, state, run.path)
             self.load_state(state)
             self.record = state.get("record")
             if self.accelerator.is_main_process:  # the checkpoint holds the sums of all processes

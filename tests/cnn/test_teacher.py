@@ -1,5 +1,6 @@
 """Knowledge distillation: the loss, what a teacher must be, and runs with one."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,11 +63,28 @@ def test_a_run_with_a_teacher_resumes_in_equal_bits(
     assert_same_result(tmp_path / "whole", tmp_path / "killed")
 
 
+def test_a_run_resumed_with_another_teacher_is_refused(
+    teacher: Path, tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    with monkeypatch.context() as patch:
+        after_calls(patch, train.Experiment, "forward", 4, kill)
+        with pytest.raises(Killed):
+            begin(tmp_path / "run", *small, "--teacher", str(teacher))
+    shutil.rmtree(teacher)
+    assert begin(teacher, *small, "--method", "dense", "--seed", "1") == 0
+    capsys.readouterr()
+    assert resume(tmp_path / "run") == 2
+    error = capsys.readouterr().err
+    assert holds(error, "error: --teacher .. other weights")
+    assert error.count("\n") == 1
+
+
 def test_a_teacher_of_other_classes_or_another_standardisation_is_refused(teacher: Path):
     own = Interface.read(teacher / "interface.json")
     assert read_teacher(teacher, own).training is False
-    swapped = Interface((own.outputs[1], own.outputs[0], *own.outputs[2:]), own.standardisation, own.images)
     mean, std = own.standardisation
+    read_teacher(teacher, replace(own, standardisation=((mean[0] + 0.009 * std[0],), std)))  # a few images were added
+    swapped = Interface((own.outputs[1], own.outputs[0], *own.outputs[2:]), own.standardisation, own.images)
     shifted = Interface(own.outputs, (tuple(value + 1 for value in mean), std), own.images)
     for other, words in ((swapped, "order"), (shifted, "standardises"), (Interface(("a", "b")), "10 classes")):
         with pytest.raises(ValueError, match=words):
