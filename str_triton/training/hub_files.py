@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from str_triton.training.errors import warn
 from str_triton.training.hub_features import CARD, check_features, first_features, read_features
 from str_triton.training.hub_splits import check_copies_of_train
-from str_triton.training.hub_tables import ENDINGS, HIDDEN, check_endings, check_split, has_rows
+from str_triton.training.hub_tables import ENDINGS, HIDDEN, SUFFIXES, check_endings, check_split, has_rows
 
 if TYPE_CHECKING:
     from datasets import DatasetBuilder, Features
@@ -25,6 +25,8 @@ OTHER_SPLIT = re.compile(
 KEYWORD = re.compile(  # of splits, to the library
     r"(?<![^-._ 0-9])(train|training|validation|valid|dev|val|test|testing|eval|evaluation)(?![^-._ 0-9])"
 )
+MEANINGS = {"tr": "train", "va": "validation", "de": "validation", "te": "test", "ev": "test"}  # of KEYWORD, to it
+NUMBER = re.compile(r"\d+|of|(?=.*\d)[0-9a-f]{8,}")  # of a shard, or the hash of its content
 TABLES = (".parquet", ".arrow", ".csv", ".tsv", ".json", ".jsonl")
 
 
@@ -80,17 +82,20 @@ def check_files(
         _check_lone_train(folder, read["train"], unread, by_folder)
     if declared == Declared(None, None):
         _check_places(folder, read, by_folder)
+    patterns = declared.files or {}
+    globbed = {name: paths for name, paths in read.items() if any(map(has_magic, patterns.get(name, ["*"])))}
+    for split, paths in globbed.items():
+        if len(patterns.get(split, ["*"])) == 1:
+            _check_names(folder, split, [path.parent for path in paths] if by_folder else paths)
     if kind == "imagefolder" and files.get("train"):
         _check_classes(files, next((name for name in splits if name != "train" and read.get(name)), "train"))
     if kind not in ENDINGS:
         single = {name: [path for path in paths if path.suffix not in TABLES] for name, paths in read.items()}
         check_copies_of_train(folder, single, tables=False)
         return
-    patterns = declared.files or {}
-    found = [paths for name, paths in read.items() if any(map(has_magic, patterns.get(name, ["*"])))]
-    check_endings(kind, chain(*found))
+    check_endings(kind, chain(*globbed.values()))
     tables = _schemas(folder, builder, list(chain(*files.values())), list(chain(*read.values())), tuple(labels))
-    for paths in found:
+    for paths in globbed.values():
         check_split(folder, kind, paths, known, declared != Declared(None, None))
     check_features(tables, labels)
     filled = {name: [path for path in paths if has_rows(folder / path, kind)] for name, paths in read.items()}
@@ -193,6 +198,24 @@ def _check_places(folder: Path, read: Mapping[str, list[Path]], by_folder: bool)
         if len(joined) > 1:
             some = textwrap.shorten(", ".join(map(_named, joined)), 100, placeholder=" ...")
             warn(f"hub:{folder}: {split!r} joins the files of {some}; to read one, name it: hub:{folder / joined[-1]}")
+
+
+def _check_names(folder: Path, split: str, paths: Iterable[Path]) -> None:
+    """Check that names with the word of the split differ by numbers alone, unlike train and train_test. Warn if not."""
+    names: dict[Path, dict[str, str]] = {}  # by folder, one of each kind
+    for path in paths:
+        depth, part = next(((at, part) for at, part in enumerate(path.parts) if KEYWORD.search(part)), (0, ""))
+        if part:
+            words = re.split(r"[\W_]+", re.sub(rf"({'|'.join(map(re.escape, SUFFIXES))})+$", "", part))
+            plain = " ".join(re.sub(r"(?<=[^v\d])\d+$", "", word) for word in words if not NUMBER.fullmatch(word))
+            names.setdefault(Path(*path.parts[:depth]), {}).setdefault(plain, part)
+    for kinds in names.values():
+        for part in kinds.values() if len(kinds) > 1 else ():
+            if len({MEANINGS[word[:2]] for word in KEYWORD.findall(part)}) > 1:
+                raise ValueError(f"{part} would be a part of the split {split!r}, but names two splits: rename it")
+        if len(kinds) > 1:
+            some = textwrap.shorten(", ".join(sorted(kinds.values())), 100, placeholder=" ...")
+            warn(f"hub:{folder}: {split!r} joins {some}: if one has other examples or the same again, move it away")
 
 
 def _named(place: Path) -> str:

@@ -15,6 +15,7 @@ ENDINGS = {  # by the name of the builder
     "text": (".txt",),
 }
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
+SUFFIXES = (*chain(*ENDINGS.values()), *COMPRESSED)
 HIDDEN = re.compile(r"\.|__|cache-\w+\.arrow")
 SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d+)-of-(?P<count>\d+)(\D.*)?")
 NUMBER = re.compile(r"\d{4,}")

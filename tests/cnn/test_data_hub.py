@@ -975,6 +975,39 @@ def test_folders_that_look_like_data_sets_are_not_joined(
     assert holds(said, warning.format(root)) if warning else "joins" not in said
 
 
+@pytest.mark.parametrize(
+    ("names", "joined"),
+    [
+        ("train train_all", "'train' joins train.parquet, train_all.parquet"),
+        ("train/0 train_small/0", "'train' joins train, train_small"),
+        ("train-extra train", "'train' joins train-extra.parquet, train.parquet"),
+        ("train/0 val/0 valid/0", "'validation' joins val, valid"),
+        ("data/train-v1-0-of-1 data/train-v2-0-of-1", "train-v1-0-of-1.parquet, train-v2-0-of-1.parquet"),
+        ("data/train-0-of-2-a09b74b3ef9c3b56 data/train-1-of-2-0123456789abcdef", None),
+        ("train-2023 train-2024", None),
+        ("train_part1 train_part2", None),
+        ("train/part-0-3f2a1b-c000.snappy train/part-1-3f2a1b-c000.snappy", None),
+    ],
+)
+def test_files_of_other_names_in_a_split_are_said(
+    names: str, joined: str | None, tmp_path: Path, capfd: pytest.CaptureFixture
+):
+    test = re.sub("train[^/]*", "test", names.split()[0])
+    for number, name in enumerate((*names.split(), test)):
+        write((folder(tmp_path) / name).parent, **{Path(name).name: rows(6, 10 * number)})
+    load(f"hub:{folder(tmp_path)}")
+    said = capfd.readouterr().err
+    assert holds(said, joined) if joined else "joins" not in said
+
+
+def test_a_pattern_of_the_card_joins_no_other_split(tmp_path: Path):
+    write(folder(tmp_path) / "data", **{"train-0": rows(12), "train_test-0": rows(6, 50), "test-0": rows(6, 100)})
+    declare(folder(tmp_path), "{split: train, path: data/train*}, {split: test, path: data/test*}")
+    refused(folder(tmp_path), "train_test-0.parquet .. 'train' .. two splits")
+    declare(folder(tmp_path), "{split: train, path: data/train_test*}, {split: test, path: data/test*}")
+    assert len(load(f"hub:{folder(tmp_path)}").train) == 6
+
+
 @pytest.mark.parametrize("name", ["trainset testset", "data cache-1a2b"])
 def test_files_that_are_no_part_of_train_are_refused(name: str, tmp_path: Path):
     first, second = (folder(tmp_path) / f"{part}.arrow" for part in name.split())
