@@ -24,11 +24,12 @@ Caltech-101: 3,530 training and 1,763 test photographs of 101 classes at 128x128
 Caltech-101**: at most 40 training and 20 test photographs a class, and no background class. So do not compare with
 figures from elsewhere. A run has {epochs} epochs unless its name gives another number. "to dense" compares with the
 dense network of {epochs} epochs. "teacher": the network also learned the scores of the dense network with the same seed
-(`--teacher`). "straight-through": pruned weights are trained for the whole run (`--gradient straight_through`), not for
-its first half. "MB": the packed file in float32, and in brackets in float16. "ms": milliseconds of `compile_sparse` for
-one image, and in brackets how many times as fast that is as the dense network in plain PyTorch. MB and ms{threads} are
-those of a network with random weights and as many zeros in each layer as the run of the first seed has. "rate" is the
-learning rate. `python -m benchmarks.studies.caltech` runs what is missing; with `--deploy` it measures MB and ms."""
+(`--teacher`), which has {epochs} epochs unless the row says otherwise. "straight-through": pruned weights are trained
+for the whole run (`--gradient straight_through`), not for its first half. "MB": the packed file in float32, and in
+brackets in float16. "ms": milliseconds of `compile_sparse` for one image, and in brackets how many times as fast that
+is as the dense network in plain PyTorch. MB and ms{threads} are those of a network with random weights and as many
+zeros in each layer as the run of the first seed has. "rate" is the learning rate. `python -m
+benchmarks.studies.caltech` runs what is missing; with `--deploy` it measures MB and ms."""
 CIFAR = """The recipe `cifar10` trains on a public copy of CIFAR-10 whose images were stored as JPEG of quality 75.
 **That loses detail**: the published ResNet20 has 91.8 % on the original images and about 82 % on these, so compare only
 the rows of this table. Each run has {epochs} epochs; the usual recipes have 200. "from dense": the run starts from the
