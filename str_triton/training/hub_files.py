@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from str_triton.training.errors import warn
 from str_triton.training.hub_features import CARD, check_features, first_features, read_features
+from str_triton.training.hub_labels import TABLES, check_classes, check_tables
 from str_triton.training.hub_splits import check_copies_of_train
 from str_triton.training.hub_tables import ENDINGS, HIDDEN, SUFFIXES, check_endings, check_split, has_rows
 
@@ -27,7 +28,6 @@ KEYWORD = re.compile(  # of splits, to the library
 )
 MEANINGS = {"tr": "train", "va": "validation", "de": "validation", "te": "test", "ev": "test"}  # of KEYWORD, to it
 NUMBER = re.compile(r"\d+|of|(?=.*\d)[0-9a-f]{8,}")  # of a shard, or the hash of its content
-TABLES = (".parquet", ".arrow", ".csv", ".tsv", ".json", ".jsonl")
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def check_files(
     known = set(chain(*files.values()))
     unread = [path for path in _listed(folder, declared) if path not in known]
     if by_folder and by_name:
-        _check_tables(folder, unread, labels)
+        check_tables(folder, unread, known, tuple(labels))
     endings = {path.suffix.lower() for path in known}
     unread = [path for path in unread if path.suffix.lower() in endings]
     _check_links(folder, unread, known)
@@ -88,7 +88,7 @@ def check_files(
         if len(patterns.get(split, ["*"])) == 1:
             _check_names(folder, split, [path.parent for path in paths] if by_folder else paths)
     if kind == "imagefolder" and files.get("train"):
-        _check_classes(files, next((name for name in splits if name != "train" and read.get(name)), "train"))
+        check_classes(files, builder.config.drop_labels)
     if kind not in ENDINGS:
         single = {name: [path for path in paths if path.suffix not in TABLES] for name, paths in read.items()}
         check_copies_of_train(folder, single, tables=False)
@@ -133,7 +133,9 @@ def _check_owners(read: Mapping[str, list[Path]], by_name: bool) -> None:
             continue
         reason = "patterns in README.md overlap: name each file once"
         if by_name:
-            reason = "its path names splits twice: rename it"
+            reason = (
+                "its path names splits twice: rename it, or declare the files in README.md, as train/** and test/**"
+            )
         elif len(owners) > 1:
             reason = f"README.md gives it to the splits {' and '.join(owners)}: give each split files of its own"
         raise ValueError(f"{path} would be read twice, as {reason}")
@@ -160,23 +162,6 @@ def files_below(folder: Path) -> Iterator[Path]:
         folders[:] = sorted(name for name in folders if not HIDDEN.match(name))
         place = Path(os.path.relpath(root, folder))
         yield from (place / name for name in sorted(files) if not HIDDEN.match(name))
-
-
-def _check_tables(folder: Path, unread: list[Path], labels: Iterable[str]) -> None:
-    """Check that no table with labels lies beside the images or sounds, as the library would not read it."""
-    for path in unread:
-        if path.suffix.lower() in (".parquet", ".arrow"):
-            columns = " ".join(read_features(folder, path))
-        elif path.suffix.lower() in TABLES:
-            with open(folder / path, encoding="utf-8", errors="replace") as file:
-                columns = file.read(4096)
-        else:
-            continue
-        if any(re.search(rf"\b{name}\b", columns) for name in labels):
-            raise ValueError(
-                f"the names of folders would be the labels, not those in {path}: move it away, or declare the tables "
-                "of all splits in README.md as data_files"
-            )
 
 
 def _check_places(folder: Path, read: Mapping[str, list[Path]], by_folder: bool) -> None:
@@ -220,21 +205,6 @@ def _check_names(folder: Path, split: str, paths: Iterable[Path]) -> None:
 
 def _named(place: Path) -> str:
     return "the folder itself" if place == Path() else str(place)
-
-
-def _check_classes(files: Mapping[str, list[Path]], tested: str) -> None:
-    """Check that train and the split to test on have the same classes: the library joins the folders of all splits."""
-    images = {name: [path for path in paths if path.suffix not in (".zip", *TABLES)] for name, paths in files.items()}
-    if images != files or len({len(path.parts) for path in chain(*images.values())}) > 1:
-        return  # the names of the folders are in archives, or are no labels
-    classes = {name: {path.parent.name for path in paths} for name, paths in images.items()}
-    for part in ("train", tested):
-        for other, names in classes.items():
-            if (part == "train" or other == "train") and (lacking := sorted(names - classes[part])):
-                raise ValueError(
-                    f"{part} lacks the class {lacking[0]!r}, which {other} has: {part} and {other} need folders of the "
-                    "same classes"
-                )
 
 
 def _check_links(folder: Path, unread: list[Path], known: set[Path]) -> None:

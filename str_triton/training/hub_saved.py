@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from str_triton.training.errors import warn
 from str_triton.training.hub_features import check_features, read_features
-from str_triton.training.hub_files import OTHER_SPLIT, TABLES, files_below
+from str_triton.training.hub_files import OTHER_SPLIT, files_below
+from str_triton.training.hub_labels import TABLES
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
