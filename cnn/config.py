@@ -1,6 +1,7 @@
 """The configuration of a training run, and what its methods take."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -111,4 +112,10 @@ class Config(TrainConfig):
     """Use the memory format channels_last for images and weights, which is faster for convolutions."""
 
 
+def without_address(data: str) -> str:
+    """Return --data without the folder or the name on the hub: the kind, and for the hub the configuration."""
+    return re.sub("^(imagefolder:).*|^(hub:)[^:]*", r"\1\2", data)
+
+
 RESUME_MAY_CHANGE = frozenset({"data_dir", "skip_corrupt", "compile", "channels_last"})
+RESUME_MAY_MOVE: dict[str, Callable[[Any], object]] = {"data": without_address, "teacher": bool}

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from str_triton import Budget, SparsityController, count, densify, parameter_groups, refresh_batch_norm
 from str_triton.cnn.checks import check_images, check_inputs, has_checkpoint
-from str_triton.cnn.config import RESUME_MAY_CHANGE, Config
+from str_triton.cnn.config import RESUME_MAY_CHANGE, RESUME_MAY_MOVE, Config
 from str_triton.cnn.data import Data, batches, load, steps_per_epoch
 from str_triton.cnn.methods import Masked, prepare
 from str_triton.cnn.models import build
@@ -38,7 +38,9 @@ from str_triton.training.run import Run
 
 PROGRAM = "train-cnn"
 PURPOSE = "Train a convolutional network to an exact sparsity or FLOP budget."
-COMMAND_LINE = CommandLine(PROGRAM, PURPOSE, RECIPES, recipe_for, RESUME_MAY_CHANGE, resolve, PUBLISHED)
+COMMAND_LINE = CommandLine(
+    PROGRAM, PURPOSE, RECIPES, recipe_for, RESUME_MAY_CHANGE, resolve, PUBLISHED, RESUME_MAY_MOVE
+)
 REFRESH_BATCHES = 20  # batches from which batch norm's statistics are recomputed (docs/exact-budgets.md)
 
 

@@ -1,5 +1,6 @@
 """The configuration of a training run, and the named recipes."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -90,7 +91,13 @@ class Config(TrainConfig):
     """Characters that a step of the language model reads from each stream."""
 
 
+def without_address(data: str) -> str:
+    """Return --data without the folder, the file or the name on the hub: the kind, and the configuration and column."""
+    return re.sub("^((?:speech-commands|har|text):).*|^(hub:)[^@:]*", r"\1\2", data)
+
+
 RESUME_MAY_CHANGE = frozenset({"cache_dir"})
+RESUME_MAY_MOVE: dict[str, Callable[[Any], object]] = {"data": without_address}
 
 
 def japanese_vowels_gru() -> Config:

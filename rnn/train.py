@@ -18,7 +18,15 @@ from str_triton.rnn.data import load, words_of
 from str_triton.rnn.finished_run import interface_of
 from str_triton.rnn.methods import END, build, make_optimizer, rank_target, target_text
 from str_triton.rnn.models import Architecture, architecture_of, compact, copy_weights
-from str_triton.rnn.recipes import PUBLISHED, RECIPES, RESUME_MAY_CHANGE, Config, recipe_for, resolve
+from str_triton.rnn.recipes import (
+    PUBLISHED,
+    RECIPES,
+    RESUME_MAY_CHANGE,
+    RESUME_MAY_MOVE,
+    Config,
+    recipe_for,
+    resolve,
+)
 from str_triton.rnn.tasks import Task, make_task
 from str_triton.training.command_line import CommandLine
 from str_triton.training.errors import as_too_large, as_user_error
@@ -33,7 +41,9 @@ from str_triton.training.schedules import warmup_cosine
 
 PROGRAM = "train-rnn"
 PURPOSE = "Train a recurrent network with a learned rank that meets an exact target."
-COMMAND_LINE = CommandLine(PROGRAM, PURPOSE, RECIPES, recipe_for, RESUME_MAY_CHANGE, resolve, PUBLISHED)
+COMMAND_LINE = CommandLine(
+    PROGRAM, PURPOSE, RECIPES, recipe_for, RESUME_MAY_CHANGE, resolve, PUBLISHED, RESUME_MAY_MOVE
+)
 SETTLED = 0.9  # fraction of training after which the ranks of --method str count as final
 SPECTRUM = 64  # the maximum number of singular values of a matrix in the metrics of an epoch
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from str_triton.files import replacing
+from str_triton.training.command_line import other_option
 from str_triton.training.errors import UserError, as_user_error, one_line, warn
 from str_triton.training.fingerprint import Fingerprint
 from str_triton.training.interface import INTERFACE, Interface
@@ -203,6 +204,30 @@ def require_same_networks(own: Mapping[str, str], state: Mapping[str, Any], fold
                 f"--{option}: {folder} began with a network of other weights; resume it with the network that it "
                 "began with"
             )
+
+
+def require_shown(
+    changed: Mapping[str, tuple[Any, Any]],
+    parts: Mapping[str, Fingerprint],
+    networks: Mapping[str, str],
+    state: Mapping[str, Any],
+    folder: Path,
+) -> None:
+    """Raise `UserError` if data or a network have moved, and the checkpoint ``state`` does not show their contents.
+
+    Call it after `require_same_data` and `require_same_networks`, which find other contents.
+
+    Args:
+        changed: the options of the run in ``folder`` that have changed: their values before and now, by field.
+        parts: the fingerprints of the data, by part.
+        networks: the hashes of networks, by option.
+    """
+    began, saved = began_with(state), state.get("networks", {})
+    shown = {option: option in saved for option in networks}
+    shown["data"] = all(part in began and began[part].proves(now) for part, now in parts.items())
+    for name, (before, now) in changed.items():
+        if not shown.get(name, True):
+            raise other_option(folder, name, before, now, "no checkpoint shows that the two are the same")
 
 
 def other_data(folder: Path, change: str) -> UserError:

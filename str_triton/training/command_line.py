@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Generic
+from typing import Any, Generic
 
 from str_triton.arguments import nearest, unknown
 from str_triton.programs import command, recipes_elsewhere, trained_by
@@ -26,6 +26,8 @@ class CommandLine(Generic[ConfigT]):
         may_change: fields that may change on resuming, besides those of every run.
         resolve: fills in a configuration's defaults; raises `UserError` for options that contradict each other.
         published: the published results by recipe, as text for --describe.
+        may_move: fields with an address of data or of a network, which may change on resuming if the `Loop` finds that
+            the content is the same. Each has a function that returns the rest of the value, which may not change.
     """
 
     program: str
@@ -35,6 +37,7 @@ class CommandLine(Generic[ConfigT]):
     may_change: frozenset[str] = frozenset()
     resolve: Callable[[ConfigT], ConfigT] = lambda config: config
     published: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    may_move: Mapping[str, Callable[[Any], object]] = dataclasses.field(default_factory=dict)
 
     @property
     def command(self) -> str:
@@ -70,12 +73,20 @@ class CommandLine(Generic[ConfigT]):
         wanted = dataclasses.replace(self._parse(saved, options), recipe=word or saved.recipe)
         for field in dataclasses.fields(saved):
             before, now = getattr(saved, field.name), getattr(wanted, field.name)
-            if before != now and field.name not in RESUME_MAY_CHANGE | self.may_change:
-                raise UserError(
-                    f"--resume: the run in {run_dir} has {field.name.replace('_', '-')} {before}, not {now}; "
-                    "an option that alters the result cannot change on resuming"
-                )
+            rest = self.may_move.get(field.name, lambda value: value)
+            if rest(before) != rest(now) and field.name not in RESUME_MAY_CHANGE | self.may_change:
+                reason = "an option that alters the result cannot change on resuming"
+                raise other_option(run_dir, field.name, before, now, reason)
         return wanted
+
+    def changed(self, config: ConfigT) -> dict[str, tuple[Any, Any]]:
+        """Return the program's own options that a resumed run is given anew: the values before and now, by field."""
+        if not config.resume or config.run_dir is None:
+            return {}
+        saved = saved_config(config.run_dir, type(config), self.program)
+        names = self.may_change | self.may_move.keys()
+        values = {name: (getattr(saved, name), getattr(config, name)) for name in names}
+        return {name: (before, now) for name, (before, now) in values.items() if before != now}
 
     def _describe(self, config: ConfigT) -> None:
         """Print the configuration, and the published results of its recipe."""
@@ -113,6 +124,11 @@ class CommandLine(Generic[ConfigT]):
                 raise UserError(f"the recipe {word} belongs before the options: {self.command} {word} [OPTIONS]")
             parser.error(f"one word too many: {word}")
         return dataclasses.replace(default, **vars(values))
+
+
+def other_option(run_dir: str | Path, name: str, before: object, now: object, reason: str) -> UserError:
+    """Return the error for a run in ``run_dir`` that is resumed with another value of the field ``name``."""
+    return UserError(f"--resume: the run in {run_dir} has {name.replace('_', '-')} {before}, not {now}; {reason}")
 
 
 def saved_config(run_dir: str | Path, kind: type[ConfigT], program: str) -> ConfigT:

@@ -59,6 +59,10 @@ class Fingerprint:
             return f"of {len(self.contents)} sampled {part} examples, {differing} differ"
         return None
 
+    def proves(self, now: "Fingerprint") -> bool:
+        """Return whether ``now`` has the same contents, as far as they are sampled. Labels alone prove nothing."""
+        return self == now and any(self.contents)
+
 
 def hash_of_network(model: nn.Module) -> str:
     """Return a hash of the names and the values of a network's weights and buffers."""

@@ -21,6 +21,7 @@ from str_triton.training.checkpoints import (
     require_same_interface,
     require_same_networks,
     require_same_shapes,
+    require_shown,
 )
 from str_triton.training.command_line import CommandLine
 from str_triton.training.config import TrainConfig, check_parts, make_accelerator
@@ -77,6 +78,7 @@ class Loop(ABC):
         controller: the object that moves the model to its target; None if there is no target.
         max_norm: the gradient's norm is clipped to this; None: no clipping.
         networks: hashes of the trained networks that options name and the training uses, by option.
+        changed: the program's own options that a resumed run is given anew: the values before and now, by field.
         record: the metrics of the last epoch; None in the first epoch.
     """
 
@@ -91,6 +93,7 @@ class Loop(ABC):
     controller: Controller | None
     max_norm: float | None = None
     networks: dict[str, str] = field(default_factory=dict)
+    changed: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     record: Record | None = None
 
     @classmethod
@@ -108,12 +111,14 @@ class Loop(ABC):
         # All arguments are checked before anything is written.
         with only_first_process_prints():
             config = command_line.read(args)
+            changed = command_line.changed(config)  # before any process can write the configuration
         accelerator = make_accelerator(config)
         check_parts(config, accelerator.num_processes)
         run_dir, plain = config.run_dir or default_run_dir(config.recipe), dataclasses.asdict(config)
         if accelerator.is_main_process:
             RunFolder.check(run_dir, resume=config.resume)
         experiment = cls.prepare(config, accelerator)
+        experiment.changed = changed
         with Run.open(accelerator, plain, run_dir, resume=config.resume, program=command_line.command) as run:
             run.say(opening(experiment.facts(), accelerator, run.path))
             experiment.train(run)
@@ -270,17 +275,19 @@ class Loop(ABC):
         """Load the state of the run's last checkpoint and return its step; 0 if there is none."""
         state = run.restore(self.config.epochs * self.steps)
         if state is None:
-            return 0
-        step = state["step"]
-        with run.as_damaged_checkpoint(step):
-            self.interface = require_same_interface(self.interface, state, run.path)
-            require_same_data(self.fingerprints, self.steps, state, run.path)
-            require_same_networks(self.networks, state, run.path)
-            self.load_state(state)
-            self.record = state.get("record")
-            if self.accelerator.is_main_process:  # the checkpoint holds the sums of all processes
-                meter.totals.copy_(state["meter"])
-        return step
+            require_shown(self.changed, self.fingerprints, self.networks, {}, run.path)
+        else:
+            with run.as_damaged_checkpoint(state["step"]):
+                self.interface = require_same_interface(self.interface, state, run.path)
+                require_same_data(self.fingerprints, self.steps, state, run.path)
+                require_same_networks(self.networks, state, run.path)
+                require_shown(self.changed, self.fingerprints, self.networks, state, run.path)
+                self.load_state(state)
+                self.record = state.get("record")
+                if self.accelerator.is_main_process:  # the checkpoint holds the sums of all processes
+                    meter.totals.copy_(state["meter"])
+        run.change_config({name: now for name, (_, now) in self.changed.items()})
+        return 0 if state is None else state["step"]
 
     def state(self) -> dict[str, Any]:
         """Return the state of training for a checkpoint, as tensors and plain values."""

@@ -150,6 +150,11 @@ class Run:
             with as_user_error(OSError):
                 self.folder.write(name, content)
 
+    def change_config(self, values: Mapping[str, Any]) -> None:
+        """Write the present values of options to config.json. Raise `UserError` if it cannot be written."""
+        if self.folder is not None and values:
+            self.write(CONFIG, json.dumps(json.loads(self.folder.read(CONFIG)) | values, indent=2))
+
     def write_budget(self, budget: Budget | RankBudget) -> None:
         """Write budget.csv and budget.json, each atomically. Raise `UserError` if they cannot be written."""
         if self.folder is not None:

@@ -5,7 +5,7 @@ import pytest
 from str_triton.rnn.data import KNOWN
 from str_triton.rnn.methods import build, make_optimizer, target_text
 from str_triton.rnn.models import Architecture
-from str_triton.rnn.recipes import PUBLISHED, RECIPES, Config, recipe_for, resolve
+from str_triton.rnn.recipes import PUBLISHED, RECIPES, Config, recipe_for, resolve, without_address
 from str_triton.rnn.train import COMMAND_LINE, first_candidate, learning_rate
 from str_triton.training.errors import UserError
 from str_triton.training.options import field_docs
@@ -140,3 +140,19 @@ def test_the_target_in_words_has_its_figure_and_method(options: dict, figure: st
     config = Config(recipe="x", **options)
     assert figure in target_text(config)
     assert config.method in target_text(config)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "same"),
+    [
+        ("text:a", "text:/b/c", True),
+        ("text:a", "text", False),
+        ("har:a", "har:b", True),
+        ("hub:a@x:y", "hub:b@x:y", True),
+        ("hub:a:y", "hub:b:z", False),
+        ("hub:a@x", "hub:a", False),
+        ("spoken:yes,no", "spoken:yes,on", False),
+    ],
+)
+def test_the_kind_and_the_column_of_the_data_stay(before: str, now: str, same: bool):
+    assert (without_address(before) == without_address(now)) == same

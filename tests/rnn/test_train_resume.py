@@ -1,6 +1,8 @@
 """The training program killed, interrupted and resumed: the results equal those of an undisturbed run, bit for bit."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -137,6 +139,20 @@ def test_another_text_than_before_is_refused(
     error = capsys.readouterr().err
     assert holds(error, f"error: {tmp_path / 'run'} .. {words}")
     assert error.count("\n") == 1
+
+
+def test_a_text_may_move(
+    tmp_path: Path, quick: None, whole_text_run: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch
+):
+    whole, options = whole_text_run
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        assert begin(tmp_path / "run", *options) == 143
+    data = f"text:{shutil.copy(whole.parent / 'text.txt', tmp_path / 'moved.txt')}"
+    assert resume(tmp_path / "run", "--data", data) == 0
+    assert_same_result(tmp_path / "run", whole)
+    for file, option in (("config.json", "data"), ("data.json", "name")):
+        assert json.loads((tmp_path / "run" / file).read_text())[option] == data
 
 
 @pytest.mark.parametrize("step", [2, 4, 6])

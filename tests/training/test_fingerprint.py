@@ -8,7 +8,7 @@ from torch import Tensor
 from str_triton.cnn.data.arrays import ArrayImages, Augmentation
 from str_triton.cnn.data.encoded import IMAGENET, EncodedImages
 from str_triton.cnn.data.folder import Files
-from str_triton.training.fingerprint import SAMPLES
+from str_triton.training.fingerprint import SAMPLES, Fingerprint
 from tests.messages import holds
 
 LABELS = torch.arange(40) % 3
@@ -59,6 +59,16 @@ def test_files_that_were_repaired_or_went_missing_are_no_other_data(folder: Path
     assert None in now.contents
     assert began.change(now, "training") is None
     assert now.change(began, "training") is None
+
+
+def test_only_equal_contents_prove_that_the_data_are_the_same(folder: Path):
+    whole = images(folder).fingerprint()
+    (folder / "00").unlink()
+    missing = images(folder).fingerprint()
+    assert whole.proves(images(folder).fingerprint()) is False
+    assert (whole.proves(whole), missing.proves(missing), missing.proves(whole)) == (True, True, False)
+    assert Fingerprint.of(LABELS).proves(Fingerprint.of(LABELS)) is False
+    assert Fingerprint.of_text(LABELS).proves(Fingerprint.of_text(LABELS)) is True
 
 
 def test_images_in_memory_are_known_by_the_files_that_they_were_decoded_from(folder: Path):
