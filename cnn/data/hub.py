@@ -14,7 +14,7 @@ from str_triton.cnn.data.counter_random import order_keys
 from str_triton.cnn.data.encoded import encoded_data
 from str_triton.training.errors import warn
 from str_triton.training.hub import local_folder, read_splits
-from str_triton.training.hub_features import check_names, class_names
+from str_triton.training.hub_features import check_names, class_names, one_column
 from str_triton.training.hub_splits import check_named_files
 
 if TYPE_CHECKING:
@@ -62,7 +62,8 @@ def load_hub(
 ) -> Data:
     """Read `NAME` or `NAME:CONFIGURATION`, where NAME is a data set of the hub or a local folder.
 
-    A local folder holds parquet or arrow files, or the output of `save_to_disk`.
+    A local folder holds parquet, arrow, csv or json files, images in folders of classes or beside a table of metadata,
+    or the output of `save_to_disk`.
 
     The columns are image (or img) and label (or labels, fine_label). The splits are train and test, or validation (or
     valid, val, dev, eval) where test is missing or hides its labels. Without any of these, a fifth of each class of
@@ -83,8 +84,8 @@ def load_hub(
     train = splits["train"]
     if len(train) == 0:
         raise ValueError(f"{name}: zero images in its split 'train'")
-    image = _one_of(IMAGE_COLUMNS, train.column_names, f"{name} train")
-    label = _one_of(LABEL_COLUMNS, train.column_names, f"{name} train")
+    image = one_column(IMAGE_COLUMNS, train.column_names, f"{name} train")
+    label = one_column(LABEL_COLUMNS, train.column_names, f"{name} train")
     labels = _labels(train, label, f"{name} train")
     classes = class_names(train.features[label]) or _numbered(labels, f"{name} train")
     if len(classes) < 2 or int(labels.min()) == int(labels.max()):
@@ -103,7 +104,7 @@ def load_hub(
         named = class_names(test.features[label])
         if named is not None:
             check_names(f"{name} train", classes, test_name, named)
-        _one_of((image,), test.column_names, test_name)
+        one_column((image,), test.column_names, test_name)
         check_named_files(name, {"train": train, held_out[0]: test}, image)
     for part, numbers in ((f"{name} train", labels), (test_name, test_labels)):
         if numbers.min() < 0 or numbers.max() >= len(classes):
@@ -120,25 +121,21 @@ def load_hub(
     )
 
 
-def _one_of(names: tuple[str, ...], columns: list[str], place: str) -> str:
-    for name in names:
-        if name in columns:
-            return name
-    raise ValueError(f"{place} has no column {' or '.join(map(repr, names))}; its columns are {', '.join(columns)}")
-
-
 def _labels(rows: "Dataset", column: str, place: str) -> Tensor:
     """Return the labels of a split, int64 [N]."""
     values = rows.select_columns([column]).with_format("arrow")[:].column(0)
     kind = str(values.type)
-    if values.null_count or not kind.startswith(("int", "uint", "bool")):
-        odd = next(
-            value for value in values.to_pylist() if value is None or not kind.startswith(("int", "uint", "bool"))
-        )
-        raise ValueError(
-            f"{place}: column {column!r} holds {repr(odd)[:40]}; labels must be whole numbers from 0: convert texts "
-            f"with class_encode_column({column!r}) of the datasets library"
-        )
+    if values.null_count:
+        row = values.to_pylist().index(None)
+        raise ValueError(f"{place}: column {column!r} holds None in row {row:,}: remove the rows without a label")
+    if not kind.startswith(("int", "uint", "bool")):
+        advice = ""
+        if kind.endswith("string"):
+            advice = f": number the classes, or convert the texts with class_encode_column({column!r}) of datasets"
+        elif kind in ("half", "float", "double"):
+            advice = ": write them without a point, or change their type to int64"
+        odd = repr(values[0].as_py())[:40]
+        raise ValueError(f"{place}: column {column!r} holds {odd}; labels must be whole numbers from 0{advice}")
     return torch.from_numpy(values.to_numpy().astype(np.int64))
 
 
@@ -177,7 +174,7 @@ def _held_out(splits: "DatasetDict | dict[str, Dataset]", label: str, name: str)
     parts = [split for split in TEST_SPLITS if split in splits and len(splits[split])]
     labelled = [split for split in parts if _has_values(splits[split], label)]
     for split in labelled or parts:
-        _one_of((label,), splits[split].column_names, f"{name} {split}")
+        one_column((label,), splits[split].column_names, f"{name} {split}")
         labels = _labels(splits[split], label, f"{name} {split}")
         if len(labels) == 1 or (labels != labels[0]).any():
             return split, labels

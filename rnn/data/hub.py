@@ -15,8 +15,9 @@ from str_triton.rnn.data.common import Data
 from str_triton.rnn.data.wav import CHANNELS, RATES, is_wav, parse_wav
 from str_triton.training.errors import one_line
 from str_triton.training.hub import local_folder, read_splits
-from str_triton.training.hub_features import class_names
-from str_triton.training.hub_files import stamps
+from str_triton.training.hub_features import class_names, one_column
+from str_triton.training.hub_files import files_below, stamps
+from str_triton.training.hub_labels import TABLES
 from str_triton.training.hub_splits import check_named_files, named_files
 
 if TYPE_CHECKING:
@@ -38,10 +39,10 @@ def load_hub(
 ) -> Data:
     """Read the speech data set `place`: NAME or NAME@CONFIGURATION, where NAME is of the hub or a local folder.
 
-    An example is google/speech_commands. A local folder holds parquet or arrow files, or the output of `save_to_disk`.
-    The data set must have the splits train, validation and test with the columns audio and label (or labels, or word; a
-    ClassLabel or strings). Recordings labelled _silence_ in train are background noise: each part gets a piece of every
-    one. Such recordings in other splits are left out. Conversion, cache and classes are those of
+    An example is google/speech_commands. A local folder holds parquet, arrow, csv or json files, or the output of
+    `save_to_disk`. The data set must have the splits train, validation and test with the columns audio and label (or
+    labels, or word; a ClassLabel or strings). Recordings labelled _silence_ in train are background noise: each part
+    gets a piece of every one. Such recordings in other splits are left out. Conversion, cache and classes are those of
     `load_speech_commands`.
 
     Raises ValueError with a message of one line, also for errors of the `datasets` library.
@@ -51,13 +52,20 @@ def load_hub(
     try:
         splits = read_splits(place, "@", PARTS, LABEL_COLUMNS)
     except ValueError as error:
-        if root and any(root.glob("*/*.wav")):
+        tabled = root and any(path.suffix.lower() in TABLES for path in files_below(root))
+        if root and not tabled and any(root.glob("*/*.wav")):
             raise ValueError(f"{error}; folders of WAV files are --data speech-commands:{place}") from error
         if root and "torchcodec" in str(error):  # Installing it does not help: the words are not read from folders.
-            raise ValueError(
-                f"{name}: folders of WAV files are --data speech-commands:DIR, where DIR has one folder for each "
-                "word, and validation_list.txt and testing_list.txt name the files that are not for training"
-            ) from error
+            advice = (
+                "folders of WAV files are --data speech-commands:DIR, where DIR has one folder for each word, and "
+                "validation_list.txt and testing_list.txt name the files that are not for training"
+            )
+            if tabled:
+                advice = (
+                    "metadata beside recordings is not read: write a table for each split, with the columns audio "
+                    "(paths below DIR) and label, and declare the tables in README.md as data_files"
+                )
+            raise ValueError(f"{name}: {advice}") from error
         raise
     missing = [part for part in PARTS if part not in splits]
     if missing:
@@ -112,10 +120,7 @@ def hub_text(place: str) -> str:
 
 def _labels(rows: "Dataset", place: str) -> list[str]:
     """Return the word of each recording."""
-    column = next((column for column in LABEL_COLUMNS if column in rows.column_names), None)
-    if column is None:
-        expected = " or ".join(map(repr, LABEL_COLUMNS))
-        raise ValueError(f"{place} has no column {expected}; its columns are {', '.join(rows.column_names)}")
+    column = one_column(LABEL_COLUMNS, rows.column_names, place)
     names = class_names(rows.features[column])
     said = []
     for row, value in enumerate(rows.select_columns([column])[:][column]):
@@ -125,7 +130,12 @@ def _labels(rows: "Dataset", place: str) -> list[str]:
             said.append(value)
         else:
             kind = f"a number from 0 to {len(names) - 1}" if names else "a word"
-            raise ValueError(f"{place}[{row}]: column {column!r} holds {repr(value)[:40]}, not {kind}")
+            advice = ""
+            if value is None:
+                advice = "; for the words null, none and na of a csv file, add keep_default_na: false to README.md"
+            elif not names and isinstance(value, int):
+                advice = f"; if they are words, give {column!r} the dtype string in README.md"
+            raise ValueError(f"{place}[{row}]: column {column!r} holds {repr(value)[:40]}, not {kind}{advice}")
     return said
 
 
@@ -133,8 +143,7 @@ def _audio_column(rows: "Dataset", place: str) -> "Dataset":
     """Return the column of recordings as stored bytes, without decoding them."""
     import datasets
 
-    if AUDIO_COLUMN not in rows.column_names:
-        raise ValueError(f"{place} has no column {AUDIO_COLUMN!r}; its columns are {', '.join(rows.column_names)}")
+    one_column((AUDIO_COLUMN,), rows.column_names, place)
     rows = rows.select_columns([AUDIO_COLUMN])
     if isinstance(rows.features[AUDIO_COLUMN], datasets.Audio):
         rows = rows.cast_column(AUDIO_COLUMN, datasets.Audio(decode=False))

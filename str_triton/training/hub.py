@@ -20,6 +20,7 @@ from str_triton.training.hub_splits import check_copies_of_train
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetBuilder, DatasetDict
 
+YAML_WORDS = "quote the classes yes, no, on, off, true and false in README.md: YAML reads them as two values"
 PARQUET = "refs/convert/parquet"  # the revision in which the hub keeps its conversion of a data set made by a script
 
 
@@ -92,6 +93,9 @@ def _read_folder(
     if glob(str(folder)) != [str(folder)]:
         raise ValueError("*, ? and [ in the path of a folder are patterns to the datasets library: rename the folder")
     builder = datasets.load_dataset_builder(str(folder), configuration or None, cache_dir=_cache(datasets))
+    for name, feature in (builder.info.features or {}).items():
+        if any(isinstance(word, bool) for word in getattr(feature, "names", None) or ()):
+            raise ValueError(f"column {name!r} has no words as classes: {YAML_WORDS}")
     check_files(folder, builder, _declared(folder, builder), splits, labels)
     try:
         _prepare(folder, builder, datasets)
@@ -181,6 +185,10 @@ def _reason(error: BaseException) -> str:
     """Return the first line of the message that says what is wrong."""
     if mark := getattr(error, "problem_mark", None):  # of YAML
         return f"line {mark.line + 1} of the YAML in README.md cannot be read: {getattr(error, 'problem', None)}"
+    if unknown := re.search("Invalid string class label (.+)", f"{error}\n{error.__cause__}"):
+        return f"{unknown[1]!r} is no class: unpack archives of class folders, or correct the names in README.md"
+    if "label names are duplicated" in str(error):
+        return f"two classes have the same name: {YAML_WORDS}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if lines[:1] == ["An error occurred while generating the dataset"]:
         cause = lines[1:4] or str(error.__cause__).split()

@@ -1,6 +1,7 @@
 """Checks of the columns of a local data set, because the `datasets` library casts all tables to the first."""
 
 import copy
+import json
 import re
 import textwrap
 from collections.abc import Collection, Iterable, Mapping
@@ -47,6 +48,18 @@ def _check_kinds(columns: Mapping[str, object], label: str) -> None:
             raise ValueError(
                 f"column {label!r} is {one} in {places[one]}, but {other} in {places[other]}: all files need one kind"
             )
+
+
+def one_column(names: Iterable[str], columns: list[str], place: str) -> str:
+    """Return the first of the names that is a column. Raise ValueError if none is."""
+    for name in names:
+        if name in columns:
+            return name
+    advice = ""
+    if len(columns) == 1 and (separator := re.search(r"[;\t|]", columns[0])):
+        advice = f": separate them by commas, or add sep: {json.dumps(separator[0])} to the configuration in README.md"
+    expected, found = " or ".join(map(repr, names)), ", ".join(columns)
+    raise ValueError(f"{place} has no column {expected}; its columns are {found}{advice}")
 
 
 def class_names(feature: object) -> list[str] | None:

@@ -220,7 +220,7 @@ def _check_links(folder: Path, unread: list[Path], known: set[Path]) -> None:
 
 def _check_lone_train(folder: Path, paths: list[Path], unread: list[Path], by_folder: bool) -> None:
     """Check that no file of another split is among those of train; warn of files that are in no split."""
-    rule = "name the files or folders of splits train, validation or test, in lower case"
+    rule = "name splits train, validation or test, in lower case, apart from other words by - _ . or a space"
     for path in paths:
         place = path.parent if by_folder else path
         if by_folder and not OTHER_SPLIT.fullmatch(place.name):  # the name of a class

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import sys
+import zipfile
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -385,8 +386,11 @@ def broken_image() -> "datasets.Dataset":
         (lambda: {"train": rows(6).remove_columns("label")}, "'label' or 'labels' or 'fine_label'"),
         (lambda: {"train": rows(6), "test": rows(6).remove_columns("label")}, "test .*'label'"),
         (lambda: {"train": rows(6), "test": rows(6).remove_columns("image")}, "test .*'image'"),
-        (lambda: {"train": rows(6).cast_column("label", datasets.Value("string"))}, "'label' .* '0'"),
-        (lambda: {"train": rows(6).cast_column("label", datasets.Value("float32"))}, "'label' .* 0.0"),
+        (
+            lambda: {"train": rows(6).cast_column("label", datasets.Value("string"))},
+            "'label' .* '0'; .*class_encode_column",
+        ),
+        (lambda: {"train": rows(6).cast_column("label", datasets.Value("float32"))}, "'label' .* 0.0; .*int64"),
         (
             lambda: {"train": rows(6, classes=None), "test": wide()},
             "test: .* 0 to 3.* 0 to 2",
@@ -395,7 +399,7 @@ def broken_image() -> "datasets.Dataset":
         (lambda: {"train": rows(6), "test": broken_image()}, r"test\[4\]: .*readable image"),
         (lambda: {"train": numbers()}, r"train\[\d\]: .*'image' .*neither"),
         (lambda: {"train": nulls("image")}, r"train\[\d\]: .*'image' .*neither"),
-        (lambda: {"train": nulls("label")}, "'label' .* None"),
+        (lambda: {"train": nulls("label")}, "'label' .* None in row 0"),
         (lambda: {"train": labelled([0] * 6)}, "all labels are 0\\b"),
         (lambda: {"train": labelled([True] * 6)}, "all labels are 1"),
         (lambda: {"train": labelled([0, 1, -1, 0, 1, -1])}, "2 of 6 .* -1\\b"),
@@ -594,6 +598,25 @@ def test_only_tables_that_label_the_images_are_refused(name: str, content: objec
         assert load(f"hub:{root}").class_names == tuple(NAMES)
 
 
+def test_archives_of_class_folders_are_to_be_unpacked(tmp_path: Path):
+    for number, split in enumerate(("train", "test")):
+        with zipfile.ZipFile(folder(tmp_path) / f"{split}.zip", "w") as archive:
+            for i in range(3):
+                archive.writestr(f"{NAMES[i]}/{i}.png", png(10 * number + i))
+    refused(folder(tmp_path), "unpack")
+
+
+def test_the_separator_of_a_table_is_named(tmp_path: Path):
+    listed(folder(tmp_path), "train.csv", [0, 1, 2] * 4)
+    table = folder(tmp_path) / "train.csv"
+    table.write_text(table.read_text().replace(",", ";"))
+    refused(folder(tmp_path), """image;label .. commas .. sep: ";" .. README.md""")
+    (folder(tmp_path) / "README.md").write_text(
+        "---\nconfigs: [{config_name: all, data_files: '*.csv', sep: ;}]\n---\n"
+    )
+    assert load(f"hub:{folder(tmp_path)}").num_classes == 3
+
+
 def test_images_of_unequal_depths_have_no_classes(tmp_path: Path):
     for number, name in enumerate(("train/ant/0", "train/bee/1", "test/0")):
         (folder(tmp_path) / name).parent.mkdir(parents=True, exist_ok=True)
@@ -644,11 +667,20 @@ def test_dev_and_eval_are_names_of_a_split_to_test_on(kind: str, name: str, tmp_
     check(load(f"hub:{root}"))
 
 
+FEATURES_CARD = (
+    "dataset_info: {{features: [{{name: image, dtype: image}}, "
+    "{{name: label, dtype: {{class_label: {{names: {{'0': {}, '1': {}}}}}}}}}]}}"
+)
+
+
 @pytest.mark.parametrize(
     ("card", "message"),
     [
         ("---\na: [\n---\n", "line 1 .. README.md"),
         ("configs: [{config_name: all, data_files: tset.parquet}]", "data/tset.parquet .. README.md"),
+        (FEATURES_CARD.format("yes", "on"), "two classes .. same name .. quote .. README.md"),
+        (FEATURES_CARD.format("off", "on"), "'label' .. quote .. README.md"),
+        (FEATURES_CARD.format("ant", "bee"), "train.parquet .. ant, bee"),
     ],
 )
 def test_faults_of_the_card_are_named(card: str, message: str, tmp_path: Path):

@@ -146,7 +146,10 @@ def test_other_tables_are_refused(tmp_path: Path):
                 r"train has no column 'label' or 'labels' or 'word'; its columns are audio, sp",
             ),
             (rename("audio", "sound"), r"train has no column 'audio'; its columns are label, sound"),
-            (lambda part, columns: columns["label"].__setitem__(0, None), r"train\[0\]: column 'label' holds None"),
+            (
+                lambda part, columns: columns["label"].__setitem__(0, None),
+                r"train\[0\]: column 'label' holds None.*keep_default_na",
+            ),
         ]
     ):
         place = tmp_path / str(number)
@@ -175,8 +178,8 @@ def table(tmp_path: Path, labels: dict[str, list], kind: object) -> Path:
 @pytest.mark.parametrize(
     ("kind", "labels", "message"),
     [
-        ("bool", [True, False], r"train\[0\]: .*'label' .*True"),
-        ("int64", [3, 4], r"train\[0\]: .*'label' .* 3\b"),
+        ("bool", [True, False], r"train\[0\]: .*'label' .*True.* string in README.md"),
+        ("int64", [3, 4], r"train\[0\]: .*'label' .* 3\b.* string in README.md"),
         ("float64", [0.5, 1.0], r"train\[0\]: .*'label' .* 0\.5"),
         ("string", ["", "no"], r"train\[0\]: .*'label' .* ''"),
         ("string", ["yes", "yes"], "has one word, 'yes'"),
@@ -271,6 +274,18 @@ def test_folders_of_wav_files_below_splits_are_led_to_the_right_reader_too(tmp_p
             (tmp_path / part / word).mkdir(parents=True)
             write_wav(tmp_path / part / word / "a.wav", sound(first_of(part) + number))
     refuse(tmp_path, "^hub:[^;]*: folders of WAV files are --data speech-commands:DIR, .* one folder for each word")
+
+
+@pytest.mark.parametrize("name", ["{}/metadata.csv", "{}.csv"])
+def test_tables_of_wav_files_are_to_be_declared(name: str, tmp_path: Path):
+    for part in COUNTS:
+        (tmp_path / part).mkdir()
+        for number, word in enumerate(("bed", "cat")):
+            write_wav(tmp_path / part / f"{word}.wav", sound(first_of(part) + number))
+        paths = {"file_name" if "metadata" in name else "audio": ["bed.wav", "cat.wav"], "label": ["bed", "cat"]}
+        lines = [",".join(paths), *map(",".join, zip(*paths.values(), strict=True))]
+        (tmp_path / name.format(part)).write_text("\n".join(lines))
+    refuse(tmp_path, "^(?!.*speech-commands).* README.md as data_files$")
 
 
 def test_a_table_may_name_wav_files(tmp_path: Path):
