@@ -56,7 +56,7 @@ class Fingerprint:
             return f"the labels of its {part} examples, or their order, have changed"
         differing = sum(a != b for a, b in zip(self.contents, now.contents, strict=False) if a and b)
         if differing:
-            return f"of {len(self.contents)} sampled {part} examples, {differing} differ"
+            return f"there are differences in {differing} of {len(self.contents)} sampled {part} examples"
         return None
 
     def proves(self, now: "Fingerprint") -> bool:

@@ -179,10 +179,10 @@ training, held_out = partial(changed, "train"), partial(changed, "test")
         (lambda data: dataclasses.replace(data, class_names=(*data.class_names, "x")), "output 10 was missing .. 'x'"),
         (lambda data: dataclasses.replace(data, crop=0.875), "1 x 8 x 8, of the whole image .. 87.50 %"),
         (partial(training, labels=lambda labels: (labels + 1) % 10), "labels"),
-        (partial(training, images=lambda images: 255 - images), "of 16 sampled training examples, 16"),
+        (partial(training, images=lambda images: 255 - images), "in 16 of 16 sampled training examples"),
         (partial(training, images=lambda images: images[:1000], labels=lambda labels: labels[:1000]), "1,438 .. 1,000"),
         (partial(held_out, labels=lambda labels: labels.roll(1)), "labels of its test examples"),
-        (partial(held_out, images=lambda images: images.roll(1, 0)), "of 16 sampled test examples, 16"),
+        (partial(held_out, images=lambda images: images.roll(1, 0)), "in 16 of 16 sampled test examples"),
     ],
 )
 def test_other_data_are_refused(

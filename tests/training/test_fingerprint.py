@@ -34,7 +34,7 @@ def test_another_number_other_labels_and_other_images_are_named(folder: Path):
     assert holds(began.change(images(folder, LABELS.roll(1)).fingerprint(), "test"), "labels of its test examples")
     for path in folder.iterdir():
         PIL.Image.new("L", (8, 8), 255).save(path, "PNG")
-    assert holds(began.change(images(folder).fingerprint(), "test"), f"of {SAMPLES} sampled test .. {SAMPLES} differ")
+    assert holds(began.change(images(folder).fingerprint(), "test"), f"in {SAMPLES} of {SAMPLES} sampled test")
 
 
 def test_two_exchanged_images_are_other_data(folder: Path):
@@ -42,7 +42,7 @@ def test_two_exchanged_images_are_other_data(folder: Path):
     first, second = (folder / "00").read_bytes(), (folder / "01").read_bytes()
     (folder / "00").write_bytes(second)
     (folder / "01").write_bytes(first)
-    assert holds(began.change(images(folder).fingerprint(), "training"), f"of {SAMPLES} sampled .. 1 differ")
+    assert holds(began.change(images(folder).fingerprint(), "training"), f"in 1 of {SAMPLES} sampled training")
 
 
 def test_files_that_were_repaired_or_went_missing_are_no_other_data(folder: Path):
