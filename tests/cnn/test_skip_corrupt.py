@@ -1,5 +1,6 @@
 """The training program and images that cannot be decoded: the run ends with the file's name, or counts and goes on."""
 
+import json
 import os
 from pathlib import Path
 
@@ -57,6 +58,7 @@ def test_a_run_that_ended_so_can_go_on_with_it(damaged: Path, tmp_path: Path, qu
     options = [*OPTIONS, "--checkpoint-steps", "1", "--data", f"imagefolder:{damaged.parents[2]}"]
     assert run(*options, "--run-dir", str(tmp_path / "run")) == 2
     assert resume(tmp_path / "run", "--skip-corrupt") == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["skip_corrupt"]  # also for evaluate.py
     assert run(*options, "--skip-corrupt", "--run-dir", str(tmp_path / "other")) == 0
     results = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("run", "other")]
     assert results[0] == results[1]
