@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from str_triton.training.hub_features import FIRST_ROWS, read_features
 
@@ -82,7 +83,7 @@ def _has_labels_of(known: Collection[Path], folder: Path, path: Path, labels: Co
     return False
 
 
-def _rows(path: Path, labels: Collection[str]) -> Iterator[Mapping[object, object]]:
+def _rows(path: Path, labels: Collection[str]) -> Iterator[Mapping[Any, Any]]:
     if path.suffix.lower() in (".csv", ".tsv"):
         with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
             header = file.readline()
@@ -101,7 +102,7 @@ def _rows(path: Path, labels: Collection[str]) -> Iterator[Mapping[object, objec
     yield from _records(content, labels)
 
 
-def _records(content: object, labels: Collection[str]) -> Iterator[Mapping[object, object]]:
+def _records(content: object, labels: Collection[str]) -> Iterator[Mapping[Any, Any]]:
     """Yield the rows in JSON: a list of rows, or an object that holds such lists, columns, or rows by their names."""
     if isinstance(content, list):
         yield from (row for row in content if isinstance(row, dict))
@@ -112,9 +113,9 @@ def _records(content: object, labels: Collection[str]) -> Iterator[Mapping[objec
         for name, part in parts.items():
             if isinstance(part, list):
                 yield from _records(part, labels)
-                pairs = [row for row in part if isinstance(row, list) and len(row) > 1]
+                pairs: list[Any] = [row for row in part if isinstance(row, list) and len(row) > 1]
             else:
                 yield {"": name, **part}
-                pairs = list(part.items())
+                pairs = [*part.items()]
             if name in labels:  # names of files with their labels
                 yield from ({"": pair[0], name: pair[1]} for pair in pairs)
