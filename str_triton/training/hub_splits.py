@@ -30,7 +30,7 @@ def check_copies_of_train(folder: Path, files: Mapping[str, list[Path]], tables:
         for path, original in list(found.items())[:1]:
             if tables or len(found) == len(some):
                 raise ValueError(
-                    f"{path} of the split {split!r} is a copy of {original}, which is in 'train': remove one of them"
+                    f"{path} of the split {split!r} is a copy of {original} of 'train': a test needs other examples"
                 )
             warn(
                 f"hub:{folder}: of {len(some):,} files of {split!r} that were compared, {len(found):,} are copies of "

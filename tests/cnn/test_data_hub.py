@@ -617,6 +617,15 @@ def test_the_separator_of_a_table_is_named(tmp_path: Path):
     assert load(f"hub:{folder(tmp_path)}").num_classes == 3
 
 
+def test_classes_may_bear_names_of_splits_if_the_card_declares_the_files(tmp_path: Path):
+    for number, name in enumerate(("train/train/0", "train/test/1", "test/train/0", "test/test/1")):
+        (folder(tmp_path) / name).parent.mkdir(parents=True)
+        picture(number).save(folder(tmp_path) / f"{name}.png")
+    refused(folder(tmp_path), "twice .. README.md .. train/** and test/**")
+    declare(folder(tmp_path), "{split: train, path: train/**}, {split: test, path: test/**}")
+    assert load(f"hub:{folder(tmp_path)}").class_names == ("test", "train")
+
+
 def test_images_of_unequal_depths_have_no_classes(tmp_path: Path):
     for number, name in enumerate(("train/ant/0", "train/bee/1", "test/0")):
         (folder(tmp_path) / name).parent.mkdir(parents=True, exist_ok=True)
