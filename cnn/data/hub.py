@@ -176,7 +176,7 @@ def _held_out(splits: "DatasetDict | dict[str, Dataset]", label: str, name: str)
     for split in labelled or parts:
         one_column((label,), splits[split].column_names, f"{name} {split}")
         labels = _labels(splits[split], label, f"{name} {split}")
-        if len(labels) == 1 or (labels != labels[0]).any():
+        if (labels != labels[0]).any() or (len(labels) == 1 and labels[0] != -1):
             return split, labels
         if labels[0] != -1:
             warn(f"{name}: {split!r} is not read: all its labels are {int(labels[0])}, as if they were hidden")

@@ -290,8 +290,9 @@ def test_a_saved_set_without_splits_holds_a_fifth_out(tmp_path: Path):
     assert not stored
 
 
-def test_a_test_split_that_hides_its_labels_is_passed_over(tmp_path: Path):
-    hidden = rows(6, 200, classes=None).map(lambda row: {"label": -1})
+@pytest.mark.parametrize("count", [1, 6])
+def test_a_test_split_that_hides_its_labels_is_passed_over(count: int, tmp_path: Path):
+    hidden = rows(count, 200, classes=None).map(lambda row: {"label": -1})
     hidden = hidden.cast_column("label", datasets.ClassLabel(names=NAMES))
     splits = datasets.DatasetDict(train=rows(12), test=hidden, validation=rows(6, 100))
     splits.save_to_disk(folder(tmp_path))
